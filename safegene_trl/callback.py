@@ -1,0 +1,131 @@
+"""`SafeGeneCallback`: the safety step at the end of a `Trainer` or `SFTTrainer` run."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .config import SafeGeneConfig
+from .errors import FamilyError, SafeGeneError
+from .safeguard import Preparation, prepare, safeguard, write_failure
+from .sharding import check_launch
+from .weights import base_model
+
+
+logger = logging.getLogger(__name__)
+
+
+class DryRunComplete(SystemExit):
+    """Ends the script with exit code 0 after a dry run's checks have passed, before the first training step."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+
+class SafeGeneCallback(TrainerCallback):
+    """Gives a fine-tune its family's refusals back when its training ends.
+
+    Before the first step it checks everything that could fail later. After the last step (and after
+    `load_best_model_at_end`) it finds the coefficients (arXiv 2606.06519) and writes the safeguarded checkpoint and
+    `safegene_report.json` into `<output_dir>/safeguarded`; `<output_dir>/_safeguarded` where the trainer pushes to the
+    hub, because `Trainer.push_to_hub` uploads every other subfolder. The live model stays the plain fine-tune, so
+    `trainer.save_model()` afterwards saves that.
+
+    Args:
+        config: What to do.
+
+    Attributes:
+        report: The report of the last run, None before it.
+
+    Raises:
+        SafeGeneError: At the start of the training for anything that can be checked then, with any `on_failure`; at its
+            end with `on_failure="raise"`.
+
+    Example:
+        >>> trainer = SFTTrainer(model, train_dataset=data, callbacks=[SafeGeneCallback(SafeGeneConfig(vector="…"))])
+        >>> trainer.train()
+    """
+
+    def __init__(self, config: SafeGeneConfig):
+        self.config = config
+        self.report: dict[str, Any] | None = None
+        self._plan: Preparation | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks vector, family, data and output place before the GPU hours."""
+        self._plan = None
+        if state.is_hyper_param_search:
+            logger.warning("SafeGene skips hyper-parameter trials: run it on the final training.")
+            return
+        check_launch(args)
+        loader = kwargs.get("train_dataloader")
+        self._plan = prepare(
+            self.config,
+            kwargs["model"],
+            _tokenizer(kwargs.get("processing_class"), kwargs["model"]),
+            self._target(args),
+            task_rows=None if loader is None else loader.dataset,
+        )
+        for warning in self._plan.report["warnings"]:
+            logger.warning(warning)
+        if self.config.dry_run:
+            message = f"Dry run: all checks passed; the safeguarded checkpoint would go to {self._plan.target}."
+            print(message)
+            raise DryRunComplete(message)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Recalibrates, merges and saves. Does nothing when called a second time for one training."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
+        try:
+            base = _adapter_base(kwargs["model"], args)
+            self.report = safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
+        except SafeGeneError as error:
+            path = write_failure(plan, plan.target, error)
+            if self.config.on_failure == "raise":
+                raise
+            logger.warning("SafeGene did not safeguard this fine-tune: %s Details: %s", error, path)
+            self.report = dict(plan.report)
+        else:
+            logger.info("Safeguarded checkpoint: %s", plan.target)
+
+    def _target(self, args: TrainingArguments) -> Path:
+        if self.config.output_dir is not None:
+            return Path(self.config.output_dir)
+        return Path(args.output_dir) / ("_safeguarded" if args.push_to_hub else "safeguarded")
+
+
+def _tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBase:
+    if isinstance(processing_class, ProcessorMixin):
+        return processing_class.tokenizer
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return processing_class
+    name = base_model(model).config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FamilyError("The trainer has no tokenizer: pass `processing_class=tokenizer` to it.") from error
+
+
+def _adapter_base(model: nn.Module, args: TrainingArguments) -> str:
+    """What a saved adapter is relative to: a LoRA's base model, or the place `save_model()` writes a full fine-tune to."""
+    if isinstance(model, PeftModel):
+        return model.active_peft_config.base_model_name_or_path or base_model(model).config.name_or_path
+    return str(args.output_dir)

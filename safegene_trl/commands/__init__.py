@@ -1,0 +1,1 @@
+"""The `safegene` command: one subcommand, one file."""

@@ -1,0 +1,57 @@
+"""`safegene apply`: the safety step on a finished checkpoint or adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..loading import load_model, load_tokenizer
+from ..safeguard import prepare, safeguard
+from .parsing import SafeGeneArguments, parse
+
+
+@dataclass
+class ApplyArguments:
+    """What to safeguard.
+
+    Args:
+        model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
+        model_revision: Its branch, tag or commit on the hub.
+        dtype: Data type to load and save it in.
+    """
+
+    model_name_or_path: str = field(default="", metadata={"help": "Finished checkpoint or adapter: directory or hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes the safeguarded checkpoint to `safegene.output_dir` (default: `<model>-safeguarded`)."""
+    arguments, block = parse(
+        (ApplyArguments, SafeGeneArguments),
+        argv,
+        prog="safegene apply",
+        description="Recalibrate and merge a safety vector into a finished checkpoint or adapter.",
+    )
+    name, config = arguments.model_name_or_path, block.config
+    if not name:
+        raise ConfigError("No model is named: set `model_name_or_path` to a finished checkpoint or adapter.")
+    if config is None:
+        raise ConfigError("No safety vector is named: add a `safegene` block with `vector` and `task_data`.")
+    if config.task_data is None:
+        raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
+    target = Path(config.output_dir or f"{Path(name).name}-safeguarded")
+    model = load_model(name, arguments.model_revision, arguments.dtype)
+    tokenizer = load_tokenizer(name, arguments.model_revision)
+    plan = prepare(config, model, tokenizer, target)
+    if config.dry_run:
+        print(f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}.")
+        return 0
+    report = safeguard(plan, model, adapter_base=_adapter_base(model, name))
+    print(f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}")
+    return 0
+
+
+def _adapter_base(model, name: str) -> str:
+    peft_config = getattr(model, "active_peft_config", None)
+    return name if peft_config is None else peft_config.base_model_name_or_path

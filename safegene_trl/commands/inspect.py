@@ -1,0 +1,57 @@
+"""`safegene inspect DIR`: what a safety vector or a safeguarded checkpoint holds, after checking it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import SafeGeneError
+from ..merging import MARKER
+from ..vector import SafetyVector
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a summary; a vector that is damaged is an error."""
+    parser = argparse.ArgumentParser(prog="safegene inspect", description="Say what a vector or checkpoint holds.")
+    parser.add_argument("directory", help="Safety vector (directory or hub id) or safeguarded checkpoint.")
+    parser.add_argument("--revision", help="Branch, tag or commit of a vector on the hub.")
+    arguments = parser.parse_args(list(argv))
+    report = Path(arguments.directory) / MARKER
+    if report.is_file():
+        try:
+            print(_describe_report(json.loads(report.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError) as error:
+            raise SafeGeneError(f"{report} is damaged: run the safety step again.") from error
+    else:
+        print(_describe_vector(SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)))
+    return 0
+
+
+def _describe_vector(vector: SafetyVector) -> str:
+    kinds = [row["kind"] for row in vector.prompts]
+    scores = vector.selection.get("scores", [])
+    lines = [
+        f"safety vector for {vector.family.architecture}, aligned model {vector.aligned_model['name']}",
+        f"rank {vector.rank}, {len(vector.deltas)} modules in layers {', '.join(map(str, vector.layers))}",
+        f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
+        f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers",
+    ]
+    for layer, score in enumerate(scores):
+        lines.append(f"  layer {layer:>3}  score {score:+.4f}{'  selected' if layer in vector.layers else ''}")
+    return "\n".join(lines)
+
+
+def _describe_report(report: dict) -> str:
+    before, after = report["held_out"]["before"], report["held_out"]["after"]
+    lines = [
+        f"{report['status']}: {report['decision']['reason']}",
+        f"vector {report['vector']['name']}, model {report['model']['architecture']} ({report['model']['kind']} fine-tune)",
+        f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, task divergence {after['utility']:.4f} nats",
+    ]
+    for kind in ("harmful", "benign"):
+        if answers := report.get("answers", {}).get(kind):
+            lines.append(
+                f"{kind} shots refused {answers['refused_before']:.0%} → {answers['refused_after']:.0%} of {answers['prompts']}"
+            )
+    lines += [f"  {name:<12} λ = {value:.3f}" for name, value in report["coefficients"].items()]
+    return "\n".join(lines)

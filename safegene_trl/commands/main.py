@@ -1,0 +1,34 @@
+"""`safegene COMMAND …`: dispatches to the subcommands, and prints a `SafeGeneError` as one line."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..errors import SafeGeneError
+
+
+COMMANDS = {
+    "sft": "fine-tune with TRL's SFTTrainer and the safety step at its end",
+    "extract": "make a safety vector from an aligned and a degraded model",
+    "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
+    "inspect": "say what a safety vector or a safeguarded checkpoint holds",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code: 0, or 2 for a `SafeGeneError` or wrong usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        listing = "\n".join(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())
+        print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")
+        return 0 if argv[:1] in ([], ["-h"], ["--help"]) else 2
+    command = importlib.import_module(f".{argv[0]}", package=__package__)
+    try:
+        return command.main(argv[1:])
+    except SafeGeneError as error:
+        print(f"safegene {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""`safegene sft --config recipe.yaml`: TRL's SFT script with the safety step at its end."""
+
+from collections.abc import Sequence
+
+from datasets import DatasetDict, load_dataset
+from transformers import TrainerCallback
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from ..callback import SafeGeneCallback
+from ..errors import CalibrationDataError, ConfigError
+from .parsing import SafeGeneArguments, parse
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one fine-tune; `out/` then holds it as TRL saves it and `out/safeguarded/` the safeguarded checkpoint."""
+    script, training, model, mixture, safegene = parse(
+        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SafeGeneArguments),
+        argv,
+        prog="safegene sft",
+        description="Fine-tune with TRL's SFTTrainer and the safety step at its end.",
+    )
+    if not model.model_name_or_path:
+        raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
+    config = safegene.config
+    callbacks: list[TrainerCallback] = [SafeGeneCallback(config)] if config else []
+    dataset = _dataset(script, mixture)
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    trainer = SFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
+    trainer.end()
+    return 0
+
+
+def _dataset(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
+    if mixture.datasets:
+        return get_dataset(mixture)
+    if not script.dataset_name:
+        raise ConfigError("No training data is named: set `dataset_name` or `datasets`.")
+    try:
+        return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except (OSError, ValueError) as error:
+        raise CalibrationDataError(f"The data set {script.dataset_name} cannot be read: {error}") from error

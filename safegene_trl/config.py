@@ -1,0 +1,157 @@
+"""`SafeGeneConfig`: everything a user can set about recalibrating and saving one fine-tune."""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+
+
+Granularity = Literal["layer", "module"]
+OutputFormat = Literal["merged", "adapter", "both"]
+OnFailure = Literal["raise", "warn"]
+
+
+@dataclass
+class SafeGeneConfig:
+    """How one fine-tune takes on its family's safety vector.
+
+    Args:
+        vector: Directory or hub id of the safety vector.
+        vector_revision: Branch, tag or commit of the vector on the hub.
+        safety_data: Dataset of harmful prompts, with or without refusals (local JSON/JSONL/CSV/Parquet file,
+            `datasets` directory or hub id). Default: the prompts and refusals that come with the vector.
+        safety_data_split: Split of `safety_data` to read.
+        task_data: Dataset the utility term is measured on, in any TRL format. Default: the training set.
+        task_data_split: Split of `task_data` to read.
+        num_safety_shots: Harmful prompts used in all, held-out ones included.
+        num_task_shots: Task samples used in all, held-out ones included.
+        num_benign_shots: Benign prompts of the vector used in all to keep the model from over-refusing.
+        holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance decision.
+        granularity: One coefficient per `layer` (the method's) or per `module`.
+        min_coefficient: Lower bound of every coefficient; never below 0, because −V removes refusals.
+        max_coefficient: Upper bound of every coefficient.
+        initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.
+        max_evaluations: Upper limit of loss-and-gradient evaluations of the search.
+        utility_weight: β, weight of the KL term in the objective.
+        sparsity_weight: γ, weight of Σλ in the objective.
+        max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task samples, in nats
+            per response token.
+        max_length: Task and benign samples are cut to this many tokens. Safety samples are never cut.
+        max_response_tokens: The utility term reads at most this many response tokens of a sample.
+        batch_size: Samples per forward pass.
+        measure_refusals: Generate answers to the safety and benign shots before and after, for the report.
+        max_new_tokens: Tokens generated for each answer when `measure_refusals` is on.
+        output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's output directory.
+        output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in, or `both` (the
+            adapter in the subfolder `adapter`).
+        max_shard_size: Largest weight file, as `save_pretrained` takes it.
+        dry_run: Check everything before the first training step, then stop the training.
+        on_failure: `raise` stops the script; `warn` ends the fine-tune normally, the report says what failed.
+        seed: Seed for drawing shots.
+    """
+
+    vector: str = ""
+    vector_revision: str | None = None
+    safety_data: str | None = None
+    safety_data_split: str = "train"
+    task_data: str | None = None
+    task_data_split: str = "train"
+    num_safety_shots: int = 32
+    num_task_shots: int = 32
+    num_benign_shots: int = 32
+    holdout_share: float = 0.25
+    granularity: Granularity = "layer"
+    min_coefficient: float = 0.0
+    max_coefficient: float = 1.5
+    initial_coefficient: float | None = None
+    max_evaluations: int = 12
+    utility_weight: float = 1.0
+    sparsity_weight: float = 0.0
+    max_utility_loss: float = 0.1
+    max_length: int = 512
+    max_response_tokens: int = 64
+    batch_size: int = 8
+    measure_refusals: bool = True
+    max_new_tokens: int = 32
+    output_dir: str | None = None
+    output_format: OutputFormat = "merged"
+    max_shard_size: str = "5GB"
+    dry_run: bool = False
+    on_failure: OnFailure = "raise"
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SafeGeneConfig":
+        """Builds a config from a recipe's block; an unknown key is an error that names the nearest known one."""
+        reject_unknown_keys(values, [f.name for f in fields(cls)], where="the safegene block")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def start(self) -> float:
+        """Initial value of every coefficient, inside the bounds."""
+        wanted = 0.3 if self.initial_coefficient is None else self.initial_coefficient
+        return min(max(wanted, self.min_coefficient), self.max_coefficient)
+
+    def __post_init__(self):
+        if not self.vector:
+            raise ConfigError("No safety vector is named: set `vector` to a directory or hub id.")
+        for name, allowed in (("granularity", Granularity), ("output_format", OutputFormat), ("on_failure", OnFailure)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(get_args(allowed))}.")
+        self._check_numbers()
+        self._check_bounds()
+
+    def _check_numbers(self):
+        positive = ("num_safety_shots", "num_task_shots", "max_evaluations", "max_length", "max_response_tokens")
+        for name in (*positive, "batch_size", "max_new_tokens"):
+            _require(name, getattr(self, name), int, at_least=1)
+        _require("num_benign_shots", self.num_benign_shots, int, at_least=0)
+        for name in ("utility_weight", "sparsity_weight", "max_utility_loss"):
+            _require(name, getattr(self, name), float, at_least=0.0)
+        _require("holdout_share", self.holdout_share, float, at_least=0.0)
+        if not 0.0 < self.holdout_share < 1.0:
+            raise ConfigError(f"`holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")
+        for name in ("num_safety_shots", "num_task_shots"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"`{name}` is 1: at least 2 are needed, one of them held out.")
+
+    def _check_bounds(self):
+        for name in ("min_coefficient", "max_coefficient"):
+            value = getattr(self, name)
+            _require(name, value, float)
+            if value < 0:
+                raise ConfigError(f"`{name}` is {value}: coefficients are never negative, because −V removes refusals.")
+        if self.min_coefficient >= self.max_coefficient:
+            raise ConfigError(
+                f"`min_coefficient` ({self.min_coefficient}) must be smaller than `max_coefficient` "
+                f"({self.max_coefficient}): swap or widen the bounds."
+            )
+        if self.initial_coefficient is not None:
+            _require("initial_coefficient", self.initial_coefficient, float)
+            if not self.min_coefficient <= self.initial_coefficient <= self.max_coefficient:
+                raise ConfigError(
+                    f"`initial_coefficient` is {self.initial_coefficient}: it must lie between {self.min_coefficient} "
+                    f"and {self.max_coefficient}."
+                )
+
+
+def reject_unknown_keys(values: dict[str, Any], known: list[str], where: str) -> None:
+    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key."""
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
+            raise ConfigError(f"Unknown key `{key}` in {where}{hint}")
+
+
+def _require(name: str, value: Any, kind: type, at_least: float | None = None) -> None:
+    accepted: tuple[type, ...] = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, accepted) or not math.isfinite(value):
+        raise ConfigError(f"`{name}` is {value!r}: it must be a finite {'number' if kind is float else 'whole number'}.")
+    if at_least is not None and value < at_least:
+        raise ConfigError(f"`{name}` is {value}: it must be at least {at_least}.")

@@ -1,0 +1,33 @@
+"""The errors this package raises. Every one is a `SafeGeneError` whose message says in one sentence what to do."""
+
+
+class SafeGeneError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(SafeGeneError):
+    """A configuration value or recipe key is unknown, out of range or contradicts another one."""
+
+
+class VectorError(SafeGeneError):
+    """A safety vector is missing, incomplete, altered, or of a format this version does not read."""
+
+
+class FamilyError(SafeGeneError):
+    """Model, tokenizer and safety vector do not belong to one model family."""
+
+
+class UnsupportedModelError(SafeGeneError):
+    """The fine-tune is of a kind that cannot be safeguarded yet (named in the message)."""
+
+
+class CalibrationDataError(SafeGeneError):
+    """Calibration data is empty, lacks usable columns, or holds samples that the model cannot read."""
+
+
+class OutputError(SafeGeneError):
+    """The checkpoint cannot be written where it was asked for."""
+
+
+class RecalibrationError(SafeGeneError):
+    """No coefficients improve held-out safety within the utility budget."""

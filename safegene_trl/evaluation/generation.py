@@ -1,0 +1,56 @@
+"""Batched greedy decoding with left padding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..calibration import prompt_text
+from ..weights import base_model
+
+
+Messages = list[dict[str, str]]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """Greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer."""
+    answers = [""] * len(prompts)
+    texts = [prompt_text(tokenizer, messages) for messages in prompts]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
+        padded = _left_padded(tokenizer, [texts[i] for i in group], settings.pad_token_id)
+        ids, attention = padded.to(base_model(model).device)
+        output = model.generate(input_ids=ids, attention_mask=attention, generation_config=settings)
+        decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, answer in zip(group, decoded, strict=True):
+            answers[i] = answer.strip()
+    return answers
+
+
+def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = getattr(base_model(model).generation_config, "eos_token_id", None)
+    tokens = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
+
+
+def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str], pad_id: int) -> torch.Tensor:
+    encoded = [tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"] for text in texts]
+    width = max(len(ids) for ids in encoded)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in encoded])
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    return torch.stack((ids, attention))

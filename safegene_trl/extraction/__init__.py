@@ -1,0 +1,1 @@
+"""Making a safety vector: one method, one file."""

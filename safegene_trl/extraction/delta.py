@@ -1,0 +1,87 @@
+"""`delta`: the plain weight difference between the aligned and the degraded model, truncated to one rank.
+
+    V_m = trunc_svd(W_m^aligned − W_m^degraded, r)
+
+If the degraded model is a LoRA on the aligned one, `V_m = −ΔW_m` exactly and no SVD of a dense matrix is needed
+(SafeGene, arXiv 2606.06519, starts from this difference).
+"""
+
+import torch
+from peft import PeftModel
+
+from ..attach import LowRankDelta
+from ..errors import FamilyError
+from ..weights import canonical_modules, canonical_parameters, is_transposed, layer_index, linear_shape, task_factors
+
+
+def lora_delta(degraded: PeftModel, rank: int | None = None) -> tuple[dict[str, LowRankDelta], dict[str, float]]:
+    """The negated LoRA of a degraded model that was trained as a LoRA on the aligned one.
+
+    Args:
+        degraded: The aligned model with the degrading LoRA on it.
+        rank: Rank of the result; None keeps every module's own, which must then be one.
+
+    Returns:
+        Deltas by canonical module name (float32), and the share of `‖ΔW‖_F²` kept for each.
+    """
+    deltas, energy = {}, {}
+    for name, module in canonical_modules(degraded).items():
+        factors = task_factors(module)
+        if not factors or layer_index(name) is None:
+            continue
+        a = torch.cat([factor[0] for factor in factors])
+        b = -torch.cat([factor[1] for factor in factors], dim=1)
+        deltas[name], energy[name] = _factors_at_rank(a, b, rank)
+    return deltas, energy
+
+
+def dense_delta(
+    aligned: torch.nn.Module, degraded: torch.nn.Module, rank: int
+) -> tuple[dict[str, LowRankDelta], dict[str, float]]:
+    """Truncated SVD of every linear layer's weight difference, one module at a time, in float32.
+
+    Args:
+        aligned: The aligned model, plain.
+        degraded: The degraded model, plain, of the same names and shapes.
+        rank: Rank r of every delta.
+
+    Returns:
+        Deltas by canonical module name (float32), and the share of `‖ΔW‖_F²` kept for each.
+    """
+    others = {parameter.name: parameter for parameter in canonical_parameters(degraded)}
+    deltas, energy = {}, {}
+    for parameter in canonical_parameters(aligned):
+        name = parameter.module_name
+        if layer_index(name) is None or linear_shape(parameter.module) is None or not parameter.name.endswith(".weight"):
+            continue
+        if parameter.name not in others or others[parameter.name].tensor.shape != parameter.tensor.shape:
+            raise FamilyError(f"`{parameter.name}` differs between the aligned and the degraded model: use one family.")
+        difference = parameter.tensor.detach().float() - others[parameter.name].tensor.detach().float()
+        if is_transposed(parameter.module):
+            difference = difference.T
+        u, s, vh = torch.linalg.svd(difference, full_matrices=False)
+        deltas[name] = _balanced(u[:, :rank], s[:rank], vh[:rank])
+        energy[name] = _kept(s, rank)
+    return deltas, energy
+
+
+def _factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> tuple[LowRankDelta, float]:
+    if rank is None or rank == a.shape[0]:
+        return LowRankDelta(a, b), 1.0
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    delta = _balanced(q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.T)
+    missing = max(rank - delta.a.shape[0], 0)  # a module of a lower rank is padded with zeros
+    a, b = torch.nn.functional.pad(delta.a, (0, 0, 0, missing)), torch.nn.functional.pad(delta.b, (0, missing))
+    return LowRankDelta(a, b), _kept(s, rank)
+
+
+def _balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> LowRankDelta:
+    root = s.sqrt()
+    return LowRankDelta((root[:, None] * vh).contiguous(), (u * root).contiguous())
+
+
+def _kept(singular_values: torch.Tensor, rank: int) -> float:
+    total = float(singular_values.square().sum())
+    return float(singular_values[:rank].square().sum()) / total if total > 0 else 1.0

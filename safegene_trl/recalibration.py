@@ -1,0 +1,262 @@
+"""Few-shot recalibration: the coefficients λ with which one fine-tune takes on its family's safety vector.
+
+SafeGene (arXiv 2606.06519) tunes only the scalar coefficients of the selected layers. The objective here is
+
+    min_λ  CE(refusal | harmful) + CE(answer | benign look-alike) + β·KL(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
+    λ_min ≤ λ ≤ λ_max,
+
+every term a mean over response tokens, in nats. It has as many unknowns as layers and is smooth and deterministic, so
+L-BFGS-B (`scipy.optimize`) solves it in about ten evaluations without a learning rate.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from torch import nn
+
+from .attach import LowRankDelta, attached, frozen_for_calibration
+from .calibration import Batch, Split, batches
+from .config import SafeGeneConfig
+from .errors import RecalibrationError
+from .weights import base_model
+
+
+SHRINK_STEPS = (1.0, 0.8, 0.6, 0.4, 0.2)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What recalibration reads. `benign` may be None; the other two never are."""
+
+    harmful: Split
+    task: Split
+    benign: Split | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over response tokens, in nats: CE on refusals, CE on benign answers, KL on task responses."""
+
+    safety: float
+    benign: float
+    utility: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"safety": self.safety, "benign": self.benign, "utility": self.utility}
+
+
+@dataclass
+class Recalibration:
+    """The outcome of one recalibration.
+
+    Attributes:
+        coefficients: λ by coefficient name; 0 where the search left a layer out.
+        accepted: Whether held-out safety improved within the utility budget.
+        reason: Why it was accepted, shrunk or rejected, in one sentence.
+        scale: The share of the found λ that was kept (1 unless shrunk towards the lower bound).
+        held_out_before: Held-out losses of the fine-tuned model.
+        held_out_after: Held-out losses with the accepted (or last tried) coefficients.
+        history: One entry per evaluation: objective, losses and coefficients.
+    """
+
+    coefficients: dict[str, float]
+    accepted: bool
+    reason: str
+    scale: float
+    held_out_before: Losses
+    held_out_after: Losses
+    history: list[dict] = field(default_factory=list)
+
+
+class _Side:
+    """One side (fit or held-out) of a calibration set as batches, with the fine-tuned model's task log-probs."""
+
+    def __init__(self, model: nn.Module, data: CalibrationSet, side: str, config: SafeGeneConfig, pad_id: int):
+        device = base_model(model).device
+
+        def batched(split: Split | None) -> list[Batch]:
+            return batches(getattr(split, side), config.batch_size, pad_id, device) if split else []
+
+        self.harmful, self.benign, self.task = batched(data.harmful), batched(data.benign), batched(data.task)
+        with torch.no_grad():  # on the CPU: tokens × vocabulary in float32 would crowd the accelerator
+            self.reference = [F.log_softmax(response_logits(model, batch)[0], dim=-1).cpu() for batch in self.task]
+
+    def terms(self, model: nn.Module) -> Iterable[tuple[str, Callable[[], torch.Tensor], float]]:
+        """Name, summed loss and weight (1 / tokens) of every batch."""
+        for name, group in (("safety", self.harmful), ("benign", self.benign)):
+            for batch in group:
+                yield name, lambda batch=batch: cross_entropy(model, batch), 1 / _tokens(group)
+        for batch, reference in zip(self.task, self.reference, strict=True):
+            yield "utility", lambda b=batch, r=reference: kl_divergence(model, b, r), 1 / _tokens(self.task)
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module) -> Losses:
+        totals = {"safety": 0.0, "benign": 0.0, "utility": 0.0}
+        for name, loss, weight in self.terms(model):
+            totals[name] += float(loss()) * weight
+        return Losses(**totals)
+
+
+def recalibrate(
+    model: nn.Module,
+    deltas: Mapping[str, LowRankDelta],
+    coefficient_names: Mapping[str, str],
+    data: CalibrationSet,
+    config: SafeGeneConfig,
+    pad_id: int,
+    on_evaluation: Callable[[dict], None] = lambda entry: None,
+) -> Recalibration:
+    """Finds the coefficients of one fine-tune. The model is left exactly as it was.
+
+    Args:
+        model: The fine-tuned model, plain or PEFT-wrapped, unwrapped from any engine.
+        deltas: The vector's low-rank deltas by canonical module name.
+        coefficient_names: Name of every module's coefficient; modules with one name share it.
+        data: Harmful, benign and task samples.
+        config: Bounds, weights and budgets.
+        pad_id: Token id to pad with.
+        on_evaluation: Called with each history entry, e.g. to move a progress bar.
+
+    Raises:
+        RecalibrationError: A loss is not finite.
+    """
+    names = list(dict.fromkeys(coefficient_names[module] for module in deltas))
+    index = {module: names.index(coefficient_names[module]) for module in deltas}
+    device = base_model(model).device
+    coefficients = torch.zeros(len(names), device=device, requires_grad=True)
+    with frozen_for_calibration(model):
+        fit = _Side(model, data, "fit", config, pad_id)
+        held_out = _Side(model, data, "held_out", config, pad_id)
+        with attached(model, deltas, index, coefficients):
+            before = held_out.losses(model)
+            best, history = _search(model, fit, coefficients, config, names, on_evaluation)
+            return _accept(model, held_out, coefficients, best, before, config, names, history)
+
+
+def _search(
+    model: nn.Module,
+    fit: _Side,
+    coefficients: torch.Tensor,
+    config: SafeGeneConfig,
+    names: Sequence[str],
+    on_evaluation: Callable[[dict], None],
+) -> tuple[np.ndarray, list[dict]]:
+    history: list[dict] = []
+
+    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        losses, gradient = loss_and_gradient(model, fit.terms(model), coefficients, point, config)
+        value = losses.safety + losses.benign + config.utility_weight * losses.utility
+        value += config.sparsity_weight * float(point.sum())
+        if not (math.isfinite(value) and np.isfinite(gradient).all()):
+            raise RecalibrationError("The recalibration loss is not finite: check that the fine-tune itself has not diverged.")
+        entry = {"objective": value, **losses.to_dict(), "coefficients": dict(zip(names, point.tolist(), strict=True))}
+        history.append(entry)
+        on_evaluation(entry)
+        return value, gradient
+
+    minimize(
+        objective,
+        np.full(len(names), config.start),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(config.min_coefficient, config.max_coefficient)] * len(names),
+        options={"maxfun": config.max_evaluations, "ftol": 1e-4},
+    )
+    best = min(history, key=lambda entry: entry["objective"])
+    return np.array(list(best["coefficients"].values())), history
+
+
+def loss_and_gradient(
+    model: nn.Module,
+    terms: Iterable[tuple[str, Callable[[], torch.Tensor], float]],
+    coefficients: torch.Tensor,
+    point: np.ndarray,
+    config: SafeGeneConfig,
+) -> tuple[Losses, np.ndarray]:
+    """Losses at `point` and the objective's gradient, shape `(n,)`, float64. One batch's graph lives at a time."""
+    with torch.no_grad():
+        coefficients.copy_(torch.as_tensor(point))
+    totals = {"safety": 0.0, "benign": 0.0, "utility": 0.0}
+    gradient = torch.zeros(len(point), dtype=torch.float64)
+    for name, loss, weight in terms:
+        value = loss()
+        factor = weight * (config.utility_weight if name == "utility" else 1.0)
+        gradient += torch.autograd.grad(value, coefficients)[0].double().cpu() * factor
+        totals[name] += value.item() * weight
+    return Losses(**totals), gradient.numpy() + config.sparsity_weight
+
+
+def _accept(
+    model: nn.Module,
+    held_out: _Side,
+    coefficients: torch.Tensor,
+    best: np.ndarray,
+    before: Losses,
+    config: SafeGeneConfig,
+    names: Sequence[str],
+    history: list[dict],
+) -> Recalibration:
+    """Takes λ if held-out safety improves within the budgets, else the largest share of it that does."""
+    floor, failure, after = config.min_coefficient, "", before
+    for scale in SHRINK_STEPS:
+        point = floor + scale * (best - floor)
+        with torch.no_grad():
+            coefficients.copy_(torch.as_tensor(point))
+        after = held_out.losses(model)
+        objection = _objection(before, after, config.max_utility_loss)
+        if not objection:
+            reason = "Held-out safety improved within the utility budget."
+            if failure:
+                reason = f"Shrunk to {scale:.0%} of the found coefficients, because at full size {failure}."
+            found = dict(zip(names, point.tolist(), strict=True))
+            return Recalibration(found, True, reason, scale, before, after, history)
+        failure = failure or objection
+    zero = dict.fromkeys(names, 0.0)
+    return Recalibration(zero, False, f"No share of the found coefficients is acceptable: {failure}.", 0.0, before, after, history)
+
+
+def _objection(before: Losses, after: Losses, budget: float) -> str:
+    if not after.safety < before.safety:
+        return f"the held-out safety loss went from {before.safety:.3f} to {after.safety:.3f} nats"
+    if not after.utility <= budget:
+        return f"the held-out task divergence is {after.utility:.3f} nats and the budget {budget}"
+    if not after.benign <= before.benign + budget:
+        return f"the held-out loss on benign prompts rose from {before.benign:.3f} to {after.benign:.3f} nats"
+    return ""
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Summed cross-entropy of the response tokens, in nats, float32 scalar."""
+    logits, next_ids = response_logits(model, batch)
+    return F.cross_entropy(logits, next_ids, reduction="sum")
+
+
+def kl_divergence(model: nn.Module, batch: Batch, reference: torch.Tensor) -> torch.Tensor:
+    """Summed `KL(reference ‖ model)` over response tokens, in nats. `reference`: log-probabilities, tokens×vocabulary."""
+    log_probs = F.log_softmax(response_logits(model, batch)[0], dim=-1)
+    return F.kl_div(log_probs, reference.to(log_probs.device), reduction="sum", log_target=True)
+
+
+def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 logits (tokens×vocabulary) that predict the response tokens, and those tokens' ids."""
+    accepted = inspect.signature(base_model(model).forward).parameters
+    extras = {"position_ids": batch.position_ids, "logits_to_keep": batch.kept}
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+        **{name: value for name, value in extras.items() if name in accepted},
+    )
+    mask = batch.target_mask[:, -batch.kept :]
+    next_ids = batch.input_ids.roll(-1, dims=1)[:, -batch.kept :]
+    return output.logits[:, -batch.kept :][mask].float(), next_ids[mask]
+
+
+def _tokens(group: Sequence[Batch]) -> int:
+    return sum(int(batch.target_mask.sum()) for batch in group)

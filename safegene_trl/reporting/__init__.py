@@ -1,0 +1,1 @@
+"""What was done and measured, for machines (JSON) and people (model cards)."""

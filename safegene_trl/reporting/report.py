@@ -1,0 +1,49 @@
+"""`safegene_report.json`: what was used, what was found, what was decided. The schema is `report.schema.json`."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+SCHEMA_VERSION = 1
+
+
+class PhaseClock:
+    """Wall-clock seconds and peak memory (MiB) of each phase of a run."""
+
+    def __init__(self):
+        self.phases: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measures the block as phase `name`: accelerator memory where there is one, else the process's peak."""
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
+            self.phases[name] = {
+                "seconds": round(time.perf_counter() - started, 3),
+                "peak_memory_mib": round(peak / 2**20, 1),
+            }
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Writes a report as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,283 @@
+"""The safety step as one piece: prepare (everything that can fail early), then recalibrate, measure, merge and report.
+
+The callback runs it where a training ends, `safegene apply` on a finished checkpoint.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from . import calibration
+from .attach import attached, frozen_for_calibration
+from .calibration import Row, Sample
+from .config import SafeGeneConfig
+from .errors import CalibrationDataError, RecalibrationError
+from .evaluation.generation import Messages, generate_answers
+from .evaluation.refusal import refusal_rate
+from .family import Family
+from .merging import MARKER, atomic_directory, check_output, checkpoint_bytes, save_adapter, save_merged
+from .provenance import sha256_of_json, software_versions
+from .recalibration import CalibrationSet, Recalibration, recalibrate
+from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
+from .vector import SafetyVector
+from .weights import base_model, canonical_modules, check_supported
+
+
+@dataclass
+class Preparation:
+    """All that the safety step needs, read and checked before the first training step."""
+
+    config: SafeGeneConfig
+    vector: SafetyVector
+    tokenizer: PreTrainedTokenizerBase
+    target: Path
+    data: CalibrationSet
+    prompts: dict[str, list[Messages]]
+    report: dict[str, Any]
+    clock: PhaseClock = field(default_factory=PhaseClock)
+
+
+def prepare(
+    config: SafeGeneConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    task_rows: Sequence[Row] | IterableDataset | None = None,
+) -> Preparation:
+    """Reads and checks vector, family, data and output place; writes nothing.
+
+    Args:
+        config: What to do.
+        model: The model as it is now, plain or PEFT-wrapped; only its names and shapes matter here.
+        tokenizer: Its tokenizer.
+        target: Folder of the checkpoint to be.
+        task_rows: The training set, used where `config.task_data` names no other.
+
+    Raises:
+        SafeGeneError: One of its kinds, saying what to do.
+    """
+    clock = PhaseClock()
+    with clock.phase("prepare"):
+        check_supported(model)
+        check_output(target, checkpoint_bytes(model))
+        vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision)
+        family = Family.of(model, tokenizer)
+        warnings = vector.family.check_member(family)
+        vector.check_fits(canonical_modules(model))
+        safety_rows, harmful_source = _harmful_rows(config, vector)
+        benign_rows = calibration.draw([r for r in vector.prompts if r["kind"] == "benign"], config.num_benign_shots, config.seed)
+        context = getattr(base_model(model).config, "max_position_embeddings", None)
+        harmful = _tokenized(safety_rows, tokenizer, context, "safety data")
+        benign = [_short(s, config) for s in _tokenized(benign_rows, tokenizer, context, "benign prompts")]
+        task, task_source = _task_samples(config, tokenizer, task_rows)
+        calibration.check_context(task, context, "task data")
+        share = config.holdout_share
+        data = CalibrationSet(
+            harmful=calibration.split_samples(harmful, share, "safety data"),
+            task=calibration.split_samples(task, share, "task data"),
+            benign=calibration.split_samples([s for s in benign if s], share, "benign prompts") if len(benign) > 1 else None,
+        )
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "status": "prepared",
+        "warnings": warnings,
+        "vector": {"name": config.vector, "revision": config.vector_revision, **vector.describe()},
+        "model": {"kind": "lora" if isinstance(model, PeftModel) else "full", **family.to_dict()},
+        "data": {
+            "safety": _data_record(harmful_source, harmful, data.harmful),
+            "task": _data_record(task_source, task, data.task),
+            "benign": _data_record("vector", benign, data.benign) if data.benign else None,
+        },
+        "config": config.to_dict(),
+        "software": software_versions(),
+    }
+    prompts = {
+        "harmful": [calibration.conversation(row)[0] for row in safety_rows],
+        "benign": [calibration.conversation(row)[0] for row in benign_rows],
+    }
+    return Preparation(config, vector, tokenizer, target, data, prompts, report, clock)
+
+
+def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True) -> dict[str, Any]:
+    """Recalibrates, measures, merges and saves; returns the report that lies beside the checkpoint.
+
+    Args:
+        plan: From `prepare`.
+        model: The finished fine-tune; left as it is.
+        adapter_base: Name of the checkpoint that a saved adapter is relative to.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        RecalibrationError: No coefficients are acceptable. Nothing is written.
+        OutputError: The checkpoint cannot be written. Nothing of it is left.
+    """
+    config, vector = plan.config, plan.vector
+    names = vector.coefficient_names(config.granularity)
+    with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=not show_progress, leave=False) as bar:
+
+        def advance(entry: dict) -> None:
+            bar.update()
+            bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("safety", "utility")})
+
+        with plan.clock.phase("recalibrate"):
+            result = recalibrate(model, vector.deltas, names, plan.data, config, _pad_id(plan.tokenizer), advance)
+    report = plan.report
+    report |= _outcome(result)
+    if not result.accepted:
+        raise RecalibrationError(
+            f"{result.reason} Nothing was saved: give other or more safety data, allow a larger `max_utility_loss`, or "
+            "use a stronger vector."
+        )
+    by_module = {module: result.coefficients[name] for module, name in names.items()}
+    if config.measure_refusals:
+        with plan.clock.phase("measure"):
+            report["answers"] = _measure(plan, model, by_module)
+    with atomic_directory(plan.target) as folder:
+        with plan.clock.phase("save"):
+            _save(plan, model, by_module, adapter_base, folder)
+        report |= {"status": "safeguarded", "phases": plan.clock.phases}
+        write_report(report, folder / MARKER)
+    failure_path(plan.target).unlink(missing_ok=True)
+    return report
+
+
+def failure_path(target: Path) -> Path:
+    """Where the report of a failed safety step goes: beside the folder that was not written."""
+    return target.with_name(f"{target.name}.failed.json")
+
+
+def write_failure(plan: Preparation | None, target: Path, error: Exception) -> Path:
+    """Writes what was known and what failed; returns the file's path."""
+    report: dict[str, Any] = dict(plan.report) if plan else {"schema_version": SCHEMA_VERSION}
+    phases = plan.clock.phases if plan else {}
+    report |= {"status": "failed", "error": {"kind": type(error).__name__, "message": str(error)}, "phases": phases}
+    write_report(report, failure_path(target))
+    return failure_path(target)
+
+
+def _harmful_rows(config: SafeGeneConfig, vector: SafetyVector) -> tuple[list[Row], str]:
+    """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets one of the vector's."""
+    shipped = [row for row in vector.prompts if row["kind"] == "harmful"]
+    if config.safety_data is None:
+        if not shipped:
+            raise CalibrationDataError("The safety vector comes without harmful prompts: set `safety_data`.")
+        return calibration.draw(shipped, config.num_safety_shots, config.seed), "vector"
+    data = calibration.load_rows(config.safety_data, config.safety_data_split)
+    rows = []
+    for position, row in enumerate(calibration.draw(data, config.num_safety_shots, config.seed)):
+        messages, response = calibration.conversation(row)
+        if not response and not shipped:
+            raise CalibrationDataError(f"{config.safety_data} has prompts without refusals: add a column `response`.")
+        rows.append({"prompt": messages, "response": response or shipped[position % len(shipped)]["response"]})
+    return rows, config.safety_data
+
+
+def _task_samples(
+    config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, task_rows: Sequence[Row] | IterableDataset | None
+) -> tuple[list[Sample], str]:
+    if config.task_data is not None:
+        rows: Iterable[Row] = calibration.draw(
+            calibration.load_rows(config.task_data, config.task_data_split), config.num_task_shots, config.seed
+        )
+        source = config.task_data
+    elif task_rows is not None:
+        rows, source = calibration.draw(task_rows, config.num_task_shots, config.seed), "training set"
+    else:
+        raise CalibrationDataError("There is no training set to draw task samples from: set `task_data`.")
+    samples = [calibration.tokenized_sample(row) or _from_text(row, tokenizer) for row in rows]
+    return [short for sample in samples if (short := _short(sample, config))], source
+
+
+def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    if isinstance(row.get("text"), str):
+        ids = tokenizer(row["text"])["input_ids"]
+        return Sample(list(ids), [True] * len(ids))
+    messages, response = calibration.conversation(row)
+    if response is None:
+        raise CalibrationDataError(f"A task sample has the columns {sorted(row)}: it needs a response to measure utility on.")
+    return calibration.tokenize(tokenizer, messages, response)
+
+
+def _tokenized(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, context: int | None, what: str
+) -> list[Sample]:
+    pairs = [calibration.conversation(row) for row in rows]
+    samples = [calibration.tokenize(tokenizer, messages, response or "") for messages, response in pairs]
+    calibration.check_context(samples, context, what)
+    return samples
+
+
+def _short(sample: Sample, config: SafeGeneConfig) -> Sample | None:
+    return calibration.shortened(sample, config.max_length, config.max_response_tokens)
+
+
+def _data_record(source: str, samples: Sequence[Sample | None], split: calibration.Split) -> dict[str, Any]:
+    tokens = [sample.input_ids for sample in samples if sample]
+    return {
+        "source": source,
+        "sha256": sha256_of_json(tokens),
+        "fit": len(split.fit),
+        "held_out": len(split.held_out),
+    }
+
+
+def _outcome(result: Recalibration) -> dict[str, Any]:
+    return {
+        "decision": {"accepted": result.accepted, "reason": result.reason, "scale": result.scale},
+        "coefficients": result.coefficients,
+        "held_out": {"before": result.held_out_before.to_dict(), "after": result.held_out_after.to_dict()},
+        "history": result.history,
+    }
+
+
+def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -> dict[str, Any]:
+    """Refusal rate on the harmful and answered rate on the benign shots, before and after."""
+    import torch
+
+    config, deltas = plan.config, plan.vector.deltas
+    index = {module: position for position, module in enumerate(deltas)}
+    coefficients = torch.tensor([by_module[module] for module in deltas], device=base_model(model).device)
+
+    def rates() -> dict[str, float]:
+        return {
+            kind: refusal_rate(generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size))
+            for kind, prompts in plan.prompts.items()
+            if prompts
+        }
+
+    with frozen_for_calibration(model):
+        before = rates()
+        with attached(model, deltas, index, coefficients):
+            after = rates()
+    record: dict[str, Any] = {"judge": "refusal_phrases", "decoding": "greedy", "max_new_tokens": config.max_new_tokens}
+    for kind, prompts in plan.prompts.items():
+        if prompts:
+            record[kind] = {"prompts": len(prompts), "refused_before": before[kind], "refused_after": after[kind]}
+    return record
+
+
+def _save(
+    plan: Preparation, model: nn.Module, by_module: dict[str, float], adapter_base: str, folder: Path
+) -> None:
+    config, deltas = plan.config, plan.vector.deltas
+    if config.output_format in ("merged", "both"):
+        save_merged(model, deltas, by_module, plan.tokenizer, folder, config.max_shard_size)
+    if config.output_format in ("adapter", "both"):
+        place = folder / "adapter" if config.output_format == "both" else folder
+        place.mkdir(exist_ok=True)
+        save_adapter(model, deltas, by_module, adapter_base, place)
+        plan.tokenizer.save_pretrained(place)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0

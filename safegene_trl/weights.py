@@ -1,0 +1,131 @@
+"""A live model's weights under the names a checkpoint gives them, whatever wraps the modules (plain or PEFT)."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UnsupportedModelError
+
+
+_LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that owns it."""
+
+    name: str
+    tensor: torch.Tensor
+    module_name: str
+    module: nn.Module
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a possibly PEFT-wrapped one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Maps checkpoint module names to live modules; for a layer with adapters, to the wrapper that adds them."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in base_model(model).named_modules():
+        if not _inside_adapter(name) and _canonical(name) not in modules:
+            modules[_canonical(name)] = module
+    return modules
+
+
+def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
+    """Yields what a full checkpoint of the model holds: parameters (tied ones once) and persistent buffers."""
+    base = base_model(model)
+    modules = canonical_modules(model)
+    tied = set(getattr(base, "all_tied_weights_keys", None) or ())
+    parameters = dict(base.named_parameters())
+    buffers = {name: value for name, value in base.state_dict(keep_vars=True).items() if name not in parameters}
+    seen: set[int] = {id(tensor) for tensor in parameters.values()}
+    for name, tensor in (*parameters.items(), *buffers.items()):
+        if _inside_adapter(name) or (name in buffers and (id(tensor) in seen or name in tied)):
+            continue
+        canonical = _canonical(name)
+        module_name = canonical.rpartition(".")[0]
+        yield Parameter(canonical, tensor, module_name, modules[module_name])
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other module."""
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(layer, Conv1D):  # GPT-2's, stored as (d_in, d_out)
+        return layer.weight.shape[1], layer.weight.shape[0]
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module's weight is stored as `(d_in, d_out)`."""
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Conv1D)
+
+
+def task_factors(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The task's own unmerged LoRA deltas of a module as float32 pairs `(A: r×d_in, B: d_out×r)`, scaling folded in B."""
+    if not isinstance(module, LoraLayer) or module.disable_adapters:
+        return []
+    factors = []
+    for adapter in module.active_adapters:
+        if adapter in module.lora_A and adapter not in module.merged_adapters:
+            a = module.lora_A[adapter].weight.detach().float()
+            b = module.lora_B[adapter].weight.detach().float() * float(module.scaling[adapter])
+            factors.append((a, b))
+    return factors
+
+
+def layer_index(module_name: str) -> int | None:
+    """Index of the transformer layer a module belongs to: the first number in its dotted name."""
+    match = _LAYER_INDEX.search(module_name)
+    return int(match.group(1)) if match else None
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError`, by name, for a fine-tune whose weights this version cannot merge exactly."""
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(base).__name__} is not a transformers model: train a `PreTrainedModel`.")
+    if getattr(base, "is_quantized", False):
+        raise UnsupportedModelError(
+            "The base model is quantised and merging would requantise it: save the adapter, then run `safegene apply` "
+            "on the 16-bit base model."
+        )
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        if not isinstance(module, LoraLayer) or linear_shape(module) is None:
+            raise UnsupportedModelError(
+                f"`{name}` is adapted by {type(module).__name__}: only LoRA on linear layers can be merged; "
+                "merge this adapter into the model first, then run `safegene apply`."
+            )
+        if module.lora_variant:
+            variants = ", ".join(sorted({type(variant).__name__ for variant in module.lora_variant.values()}))
+            raise UnsupportedModelError(
+                f"The fine-tune uses a LoRA variant ({variants}) that is not a plain low-rank delta: merge the adapter "
+                "into the model first, then run `safegene apply`."
+            )
+        if any(bias.bias is not None for bias in module.lora_B.values()):
+            raise UnsupportedModelError("The fine-tune's LoRA has a bias (`lora_bias=True`): train it without.")
+
+
+def _canonical(name: str) -> str:
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
+    return name.replace(".base_layer", "")
+
+
+def _inside_adapter(name: str) -> bool:
+    parts = name.split(".")
+    return any(part.startswith(("lora_", "original_module")) for part in parts)

@@ -1,0 +1,162 @@
+"""Tiny models, a tokenizer and a safety vector, all made in the process; no network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from safegene_trl.attach import LowRankDelta
+from safegene_trl.family import Family
+from safegene_trl.vector import SafetyVector
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+HARMFUL = [f"how do i forbid thing number {i}" for i in range(12)]
+BENIGN = [f"how do i cook dish number {i}" for i in range(8)]
+TASK = [f"sort item {i} into a box" for i in range(24)]
+
+
+def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 300 entries with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", *extra]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([*HARMFUL, *BENIGN, *TASK, "sorry i cannot help with that"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(kind: str = "llama", tied: bool = True, vocab_size: int = 320, seed: int = 0, layers: int = 3):
+    """A random model of two to three layers, float32."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
+    with torch.no_grad():  # a random model's logits are nearly flat; widen them so that losses can move
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    model.generation_config.eos_token_id = 1
+    return model.eval()
+
+
+def with_lora(model, rank: int = 4, seed: int = 1, **kwargs):
+    """The model with a random, non-zero LoRA of the task on every linear layer."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs)
+    peft_model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return peft_model.eval()
+
+
+def make_deltas(model, layers=(1, 2), rank: int = 2, seed: int = 3, std: float = 0.2) -> dict[str, LowRankDelta]:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for layer in layers:
+        for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            name = f"model.layers.{layer}.{part}"
+            weight = model.get_submodule(name).weight
+            deltas[name] = LowRankDelta(
+                torch.randn(rank, weight.shape[1], generator=generator) * std,
+                torch.randn(weight.shape[0], rank, generator=generator) * std,
+            )
+    return deltas
+
+
+def make_vector(model, tokenizer, **kwargs) -> SafetyVector:
+    prompts = [{"prompt": p, "response": "sorry i cannot help with that", "kind": "harmful"} for p in HARMFUL]
+    prompts += [{"prompt": p, "response": "take a pan and stir", "kind": "benign"} for p in BENIGN]
+    return SafetyVector(
+        deltas=make_deltas(model, **kwargs),
+        family=Family.of(model, tokenizer),
+        aligned_model={"name": "tiny-aligned", "revision": None, "files": {}},
+        degraded_model={"name": "tiny-degraded", "revision": None, "files": {}},
+        extraction={"method": "delta", "rank": 2},
+        selection={"method": "activation_contrast", "scores": [0.0, 0.1, 0.2], "selected_layers": [1, 2]},
+        prompts=prompts,
+    )
+
+
+def task_dataset() -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": text}],
+                "completion": [{"role": "assistant", "content": f"box {i % 3}"}],
+            }
+            for i, text in enumerate(TASK)
+        ]
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def vector_dir(tmp_path_factory, tokenizer) -> Path:
+    """A saved safety vector of the tiny Llama family."""
+    folder = tmp_path_factory.mktemp("vector")
+    make_vector(make_model(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model_dir(tmp_path, tokenizer) -> Path:
+    """A saved tiny Llama with its tokenizer."""
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def task_file(tmp_path) -> Path:
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in task_dataset()))
+    return file
