@@ -63,7 +63,8 @@ def _delta_hook(delta: LowRankDelta, coefficients: torch.Tensor, index: int):
             placed[key] = (delta.a.to(*key), delta.b.to(*key))
         a, b = placed[key]
         # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
-        low = F.linear(x.to(output.dtype), a).float() * coefficients[index].to(output.device)
+        low = F.linear(x.to(output.dtype), a)
+        low = low.to(torch.promote_types(low.dtype, coefficients.dtype)) * coefficients[index].to(output.device)
         return output + F.linear(low.to(output.dtype), b)
 
     return hook

@@ -93,7 +93,7 @@ def conversation(row: Row) -> tuple[list[dict[str, str]], str | None]:
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     """The prompt as the model reads it, up to where the assistant speaks."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return "\n".join(message["content"] for message in messages) + "\n"
 
 
@@ -103,7 +103,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
     full = prompt + response + (tokenizer.eos_token or "")
     if tokenizer.chat_template:
         turn = [*messages, {"role": "assistant", "content": response}]
-        templated = tokenizer.apply_chat_template(turn, tokenize=False).rstrip("\n")
+        templated = str(tokenizer.apply_chat_template(turn, tokenize=False)).rstrip("\n")
         full = templated if templated.startswith(prompt) else full
     special = not tokenizer.chat_template
     prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
@@ -126,11 +126,10 @@ def tokenized_sample(row: Row) -> Sample | None:
 
 def shortened(sample: Sample, max_length: int, max_response_tokens: int) -> Sample | None:
     """The sample cut to its first `max_length` tokens and first response tokens; None if no response is left."""
-    end, responses = 0, 0
-    for end, is_response in enumerate(sample.is_response[:max_length], start=1):
-        responses += is_response
-        if responses == max_response_tokens:
-            break
+    responses = [
+        position for position in range(1, min(len(sample.input_ids), max_length)) if sample.is_response[position]
+    ]
+    end = responses[:max_response_tokens][-1] + 1 if responses else 0
     cut = Sample(sample.input_ids[:end], [False, *sample.is_response[1:end]])
     return cut if any(cut.is_response) else None
 
@@ -179,5 +178,4 @@ def _collate(samples: list[Sample], pad_id: int, device: torch.device) -> Batch:
         targets[row, width - length : width - 1] = torch.tensor(sample.is_response[1:])
     first = int(targets.any(dim=0).nonzero()[0])
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    tensors = (tensor.to(device) for tensor in (ids, attention, positions, targets))
-    return Batch(*tensors, kept=width - first)
+    return Batch(ids.to(device), attention.to(device), positions.to(device), targets.to(device), kept=width - first)

@@ -109,7 +109,7 @@ class SafeGeneCallback(TrainerCallback):
     def _target(self, args: TrainingArguments) -> Path:
         if self.config.output_dir is not None:
             return Path(self.config.output_dir)
-        return Path(args.output_dir) / ("_safeguarded" if args.push_to_hub else "safeguarded")
+        return Path(str(args.output_dir)) / ("_safeguarded" if args.push_to_hub else "safeguarded")
 
 
 def _tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBase:
@@ -127,5 +127,5 @@ def _tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBa
 def _adapter_base(model: nn.Module, args: TrainingArguments) -> str:
     """What a saved adapter is relative to: a LoRA's base model, or the place `save_model()` writes a full fine-tune to."""
     if isinstance(model, PeftModel):
-        return model.active_peft_config.base_model_name_or_path or base_model(model).config.name_or_path
+        return str(model.active_peft_config.base_model_name_or_path or base_model(model).config.name_or_path)
     return str(args.output_dir)

@@ -100,7 +100,11 @@ class SafeGeneConfig:
     def __post_init__(self):
         if not self.vector:
             raise ConfigError("No safety vector is named: set `vector` to a directory or hub id.")
-        for name, allowed in (("granularity", Granularity), ("output_format", OutputFormat), ("on_failure", OnFailure)):
+        for name, allowed in (
+            ("granularity", Granularity),
+            ("output_format", OutputFormat),
+            ("on_failure", OnFailure),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(get_args(allowed))}.")
         self._check_numbers()
@@ -125,7 +129,9 @@ class SafeGeneConfig:
             value = getattr(self, name)
             _require(name, value, float)
             if value < 0:
-                raise ConfigError(f"`{name}` is {value}: coefficients are never negative, because −V removes refusals.")
+                raise ConfigError(
+                    f"`{name}` is {value}: coefficients are never negative, because −V removes refusals."
+                )
         if self.min_coefficient >= self.max_coefficient:
             raise ConfigError(
                 f"`min_coefficient` ({self.min_coefficient}) must be smaller than `max_coefficient` "
@@ -150,8 +156,9 @@ def reject_unknown_keys(values: dict[str, Any], known: list[str], where: str) ->
 
 
 def _require(name: str, value: Any, kind: type, at_least: float | None = None) -> None:
-    accepted: tuple[type, ...] = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, accepted) or not math.isfinite(value):
-        raise ConfigError(f"`{name}` is {value!r}: it must be a finite {'number' if kind is float else 'whole number'}.")
-    if at_least is not None and value < at_least:
+    accepted = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, accepted) or not math.isfinite(float(value)):
+        wanted = "number" if kind is float else "whole number"
+        raise ConfigError(f"`{name}` is {value!r}: it must be a finite {wanted}.")
+    if at_least is not None and float(value) < at_least:
         raise ConfigError(f"`{name}` is {value}: it must be at least {at_least}.")

@@ -33,7 +33,8 @@ class Family:
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> "Family":
         """The family of a live model (plain or with a LoRA on it) and its tokenizer."""
         base = base_model(model)
-        vocab_size = base.get_input_embeddings().weight.shape[0]
+        embedding: Any = base.get_input_embeddings()
+        vocab_size = embedding.weight.shape[0]
         shapes = {
             parameter.name: ["vocab" if size == vocab_size else size for size in parameter.tensor.shape]
             for parameter in canonical_parameters(model)
@@ -51,7 +52,9 @@ class Family:
         try:
             return cls(**values)
         except TypeError as error:
-            raise VectorError("The safety vector's `family` record is incomplete: make or download it again.") from error
+            raise VectorError(
+                "The safety vector's `family` record is incomplete: make or download it again."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,15 +21,20 @@ from .errors import OutputError
 from .weights import Parameter, base_model, canonical_modules, canonical_parameters, is_transposed, task_factors
 
 
-MARKER = "safegene_report.json"  # a folder that holds it was written by this package and may be replaced
+MARKER = "safegene_report.json"
 
 
-def check_output(target: Path, needed_bytes: int = 0) -> None:
-    """Raises `OutputError` unless a checkpoint can be put at `target` without losing what others wrote there."""
+def check_output(target: Path, needed_bytes: int = 0, marker: str = MARKER) -> None:
+    """Raises `OutputError` unless a folder can be put at `target` without losing what others wrote there.
+
+    A folder that holds the file `marker` is one of ours and may be replaced.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file: choose another `output_dir`.")
-    if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file():
-        raise OutputError(f"{target} holds files that SafeGene did not write: choose another `output_dir` or empty it.")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise OutputError(
+            f"{target} holds files that SafeGene did not write: choose another `output_dir` or empty it."
+        )
     parent = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{parent} is not writable: choose another `output_dir`.")
@@ -42,13 +47,13 @@ def check_output(target: Path, needed_bytes: int = 0) -> None:
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, marker: str = MARKER) -> Iterator[Path]:
     """Gives a temporary sibling of `target` to write in, and renames it to `target` when the block ends well.
 
     An earlier folder of ours at `target` is kept until its successor is complete. After a failure nothing of the new
     one is left; an `OSError`, e.g. a full disk, becomes an `OutputError`.
     """
-    check_output(target)
+    check_output(target, marker=marker)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -62,7 +67,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         else:
             temporary.rename(target)
     except OSError as error:
-        raise OutputError(f"Writing {target} failed ({error.strerror or error}): free space or choose another folder.") from error
+        raise OutputError(
+            f"Writing {target} failed ({error.strerror or error}): free space or choose another folder."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

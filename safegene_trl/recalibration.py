@@ -11,7 +11,7 @@ L-BFGS-B (`scipy.optimize`) solves it in about ten evaluations without a learnin
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,19 +87,19 @@ class _Side:
         with torch.no_grad():  # on the CPU: tokens × vocabulary in float32 would crowd the accelerator
             self.reference = [F.log_softmax(response_logits(model, batch)[0], dim=-1).cpu() for batch in self.task]
 
-    def terms(self, model: nn.Module) -> Iterable[tuple[str, Callable[[], torch.Tensor], float]]:
-        """Name, summed loss and weight (1 / tokens) of every batch."""
+    def terms(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor, float]]:
+        """Name, summed loss and weight (1 / tokens) of every batch, each computed when it is asked for."""
         for name, group in (("safety", self.harmful), ("benign", self.benign)):
             for batch in group:
-                yield name, lambda batch=batch: cross_entropy(model, batch), 1 / _tokens(group)
+                yield name, cross_entropy(model, batch), 1 / _tokens(group)
         for batch, reference in zip(self.task, self.reference, strict=True):
-            yield "utility", lambda b=batch, r=reference: kl_divergence(model, b, r), 1 / _tokens(self.task)
+            yield "utility", kl_divergence(model, batch, reference), 1 / _tokens(self.task)
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Losses:
         totals = {"safety": 0.0, "benign": 0.0, "utility": 0.0}
         for name, loss, weight in self.terms(model):
-            totals[name] += float(loss()) * weight
+            totals[name] += loss.item() * weight
         return Losses(**totals)
 
 
@@ -150,11 +150,11 @@ def _search(
     history: list[dict] = []
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
-        losses, gradient = loss_and_gradient(model, fit.terms(model), coefficients, point, config)
+        losses, gradient = _loss_and_gradient(model, fit, coefficients, point, config)
         value = losses.safety + losses.benign + config.utility_weight * losses.utility
         value += config.sparsity_weight * float(point.sum())
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
-            raise RecalibrationError("The recalibration loss is not finite: check that the fine-tune itself has not diverged.")
+            raise RecalibrationError("The recalibration loss is not finite: check whether the fine-tune has diverged.")
         entry = {"objective": value, **losses.to_dict(), "coefficients": dict(zip(names, point.tolist(), strict=True))}
         history.append(entry)
         on_evaluation(entry)
@@ -172,9 +172,9 @@ def _search(
     return np.array(list(best["coefficients"].values())), history
 
 
-def loss_and_gradient(
+def _loss_and_gradient(
     model: nn.Module,
-    terms: Iterable[tuple[str, Callable[[], torch.Tensor], float]],
+    fit: _Side,
     coefficients: torch.Tensor,
     point: np.ndarray,
     config: SafeGeneConfig,
@@ -184,11 +184,10 @@ def loss_and_gradient(
         coefficients.copy_(torch.as_tensor(point))
     totals = {"safety": 0.0, "benign": 0.0, "utility": 0.0}
     gradient = torch.zeros(len(point), dtype=torch.float64)
-    for name, loss, weight in terms:
-        value = loss()
+    for name, loss, weight in fit.terms(model):
         factor = weight * (config.utility_weight if name == "utility" else 1.0)
-        gradient += torch.autograd.grad(value, coefficients)[0].double().cpu() * factor
-        totals[name] += value.item() * weight
+        gradient += torch.autograd.grad(loss, coefficients)[0].double().cpu() * factor
+        totals[name] += loss.item() * weight
     return Losses(**totals), gradient.numpy() + config.sparsity_weight
 
 
@@ -218,7 +217,9 @@ def _accept(
             return Recalibration(found, True, reason, scale, before, after, history)
         failure = failure or objection
     zero = dict.fromkeys(names, 0.0)
-    return Recalibration(zero, False, f"No share of the found coefficients is acceptable: {failure}.", 0.0, before, after, history)
+    return Recalibration(
+        zero, False, f"No share of the found coefficients is acceptable: {failure}.", 0.0, before, after, history
+    )
 
 
 def _objection(before: Losses, after: Losses, budget: float) -> str:

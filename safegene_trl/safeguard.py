@@ -3,11 +3,12 @@
 The callback runs it where a training ends, `safegene apply` on a finished checkpoint.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -72,17 +73,18 @@ def prepare(
         warnings = vector.family.check_member(family)
         vector.check_fits(canonical_modules(model))
         safety_rows, harmful_source = _harmful_rows(config, vector)
-        benign_rows = calibration.draw([r for r in vector.prompts if r["kind"] == "benign"], config.num_benign_shots, config.seed)
+        shipped_benign: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
+        benign_rows: list[Row] = calibration.draw(shipped_benign, config.num_benign_shots, config.seed)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         harmful = _tokenized(safety_rows, tokenizer, context, "safety data")
-        benign = [_short(s, config) for s in _tokenized(benign_rows, tokenizer, context, "benign prompts")]
+        benign = _shortened(_tokenized(benign_rows, tokenizer, context, "benign prompts"), config)
         task, task_source = _task_samples(config, tokenizer, task_rows)
         calibration.check_context(task, context, "task data")
         share = config.holdout_share
         data = CalibrationSet(
             harmful=calibration.split_samples(harmful, share, "safety data"),
             task=calibration.split_samples(task, share, "task data"),
-            benign=calibration.split_samples([s for s in benign if s], share, "benign prompts") if len(benign) > 1 else None,
+            benign=calibration.split_samples(benign, share, "benign prompts") if len(benign) > 1 else None,
         )
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -164,13 +166,13 @@ def write_failure(plan: Preparation | None, target: Path, error: Exception) -> P
 
 def _harmful_rows(config: SafeGeneConfig, vector: SafetyVector) -> tuple[list[Row], str]:
     """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets one of the vector's."""
-    shipped = [row for row in vector.prompts if row["kind"] == "harmful"]
+    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
     if config.safety_data is None:
         if not shipped:
             raise CalibrationDataError("The safety vector comes without harmful prompts: set `safety_data`.")
         return calibration.draw(shipped, config.num_safety_shots, config.seed), "vector"
     data = calibration.load_rows(config.safety_data, config.safety_data_split)
-    rows = []
+    rows: list[Row] = []
     for position, row in enumerate(calibration.draw(data, config.num_safety_shots, config.seed)):
         messages, response = calibration.conversation(row)
         if not response and not shipped:
@@ -192,7 +194,7 @@ def _task_samples(
     else:
         raise CalibrationDataError("There is no training set to draw task samples from: set `task_data`.")
     samples = [calibration.tokenized_sample(row) or _from_text(row, tokenizer) for row in rows]
-    return [short for sample in samples if (short := _short(sample, config))], source
+    return _shortened(samples, config), source
 
 
 def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sample:
@@ -201,7 +203,9 @@ def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sample:
         return Sample(list(ids), [True] * len(ids))
     messages, response = calibration.conversation(row)
     if response is None:
-        raise CalibrationDataError(f"A task sample has the columns {sorted(row)}: it needs a response to measure utility on.")
+        raise CalibrationDataError(
+            f"A task sample has the columns {sorted(row)}: it needs a response to measure utility on."
+        )
     return calibration.tokenize(tokenizer, messages, response)
 
 
@@ -214,15 +218,15 @@ def _tokenized(
     return samples
 
 
-def _short(sample: Sample, config: SafeGeneConfig) -> Sample | None:
-    return calibration.shortened(sample, config.max_length, config.max_response_tokens)
+def _shortened(samples: Iterable[Sample], config: SafeGeneConfig) -> list[Sample]:
+    cut = (calibration.shortened(sample, config.max_length, config.max_response_tokens) for sample in samples)
+    return [sample for sample in cut if sample]
 
 
-def _data_record(source: str, samples: Sequence[Sample | None], split: calibration.Split) -> dict[str, Any]:
-    tokens = [sample.input_ids for sample in samples if sample]
+def _data_record(source: str, samples: Sequence[Sample], split: calibration.Split) -> dict[str, Any]:
     return {
         "source": source,
-        "sha256": sha256_of_json(tokens),
+        "sha256": sha256_of_json([sample.input_ids for sample in samples]),
         "fit": len(split.fit),
         "held_out": len(split.held_out),
     }
@@ -239,15 +243,15 @@ def _outcome(result: Recalibration) -> dict[str, Any]:
 
 def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -> dict[str, Any]:
     """Refusal rate on the harmful and answered rate on the benign shots, before and after."""
-    import torch
-
     config, deltas = plan.config, plan.vector.deltas
     index = {module: position for position, module in enumerate(deltas)}
     coefficients = torch.tensor([by_module[module] for module in deltas], device=base_model(model).device)
 
     def rates() -> dict[str, float]:
         return {
-            kind: refusal_rate(generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size))
+            kind: refusal_rate(
+                generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size)
+            )
             for kind, prompts in plan.prompts.items()
             if prompts
         }
@@ -256,16 +260,18 @@ def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -
         before = rates()
         with attached(model, deltas, index, coefficients):
             after = rates()
-    record: dict[str, Any] = {"judge": "refusal_phrases", "decoding": "greedy", "max_new_tokens": config.max_new_tokens}
+    record: dict[str, Any] = {
+        "judge": "refusal_phrases",
+        "decoding": "greedy",
+        "max_new_tokens": config.max_new_tokens,
+    }
     for kind, prompts in plan.prompts.items():
         if prompts:
             record[kind] = {"prompts": len(prompts), "refused_before": before[kind], "refused_after": after[kind]}
     return record
 
 
-def _save(
-    plan: Preparation, model: nn.Module, by_module: dict[str, float], adapter_base: str, folder: Path
-) -> None:
+def _save(plan: Preparation, model: nn.Module, by_module: dict[str, float], adapter_base: str, folder: Path) -> None:
     config, deltas = plan.config, plan.vector.deltas
     if config.output_format in ("merged", "both"):
         save_merged(model, deltas, by_module, plan.tokenizer, folder, config.max_shard_size)

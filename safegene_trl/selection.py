@@ -20,9 +20,7 @@ from .errors import ConfigError
 from .weights import base_model
 
 
-def last_token_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
-) -> torch.Tensor:
+def last_token_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
     """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden.
 
     transformers gives the last layer's state after the final norm, so does this.

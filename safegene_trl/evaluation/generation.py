@@ -1,9 +1,9 @@
 """Batched greedy decoding with left padding."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..calibration import prompt_text
@@ -15,7 +15,7 @@ Messages = list[dict[str, str]]
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Messages],
     max_new_tokens: int,
@@ -42,7 +42,7 @@ def generate_answers(
     return answers
 
 
-def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = getattr(base_model(model).generation_config, "eos_token_id", None)
     tokens = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})

@@ -7,6 +7,7 @@ If the degraded model is a LoRA on the aligned one, `V_m = −ΔW_m` exactly and
 """
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 
 from ..attach import LowRankDelta
@@ -19,19 +20,22 @@ def lora_delta(degraded: PeftModel, rank: int | None = None) -> tuple[dict[str, 
 
     Args:
         degraded: The aligned model with the degrading LoRA on it.
-        rank: Rank of the result; None keeps every module's own, which must then be one.
+        rank: Rank of the result; None keeps the LoRA's own, the largest one where modules differ.
 
     Returns:
         Deltas by canonical module name (float32), and the share of `‖ΔW‖_F²` kept for each.
     """
-    deltas, energy = {}, {}
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in canonical_modules(degraded).items():
         factors = task_factors(module)
-        if not factors or layer_index(name) is None:
-            continue
-        a = torch.cat([factor[0] for factor in factors])
-        b = -torch.cat([factor[1] for factor in factors], dim=1)
-        deltas[name], energy[name] = _factors_at_rank(a, b, rank)
+        if factors and layer_index(name) is not None:
+            found[name] = torch.cat([a for a, _ in factors]), -torch.cat([b for _, b in factors], dim=1)
+    if not found:
+        raise FamilyError("The degraded model's LoRA changes no layer: give another degraded model.")
+    rank = rank or max(a.shape[0] for a, _ in found.values())
+    deltas, energy = {}, {}
+    for name, (a, b) in found.items():
+        deltas[name], energy[name] = _at_rank(a, b, rank)
     return deltas, energy
 
 
@@ -52,10 +56,16 @@ def dense_delta(
     deltas, energy = {}, {}
     for parameter in canonical_parameters(aligned):
         name = parameter.module_name
-        if layer_index(name) is None or linear_shape(parameter.module) is None or not parameter.name.endswith(".weight"):
+        if (
+            layer_index(name) is None
+            or linear_shape(parameter.module) is None
+            or not parameter.name.endswith(".weight")
+        ):
             continue
         if parameter.name not in others or others[parameter.name].tensor.shape != parameter.tensor.shape:
-            raise FamilyError(f"`{parameter.name}` differs between the aligned and the degraded model: use one family.")
+            raise FamilyError(
+                f"`{parameter.name}` differs between the aligned and the degraded model: use one family."
+            )
         difference = parameter.tensor.detach().float() - others[parameter.name].tensor.detach().float()
         if is_transposed(parameter.module):
             difference = difference.T
@@ -65,16 +75,15 @@ def dense_delta(
     return deltas, energy
 
 
-def _factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int | None) -> tuple[LowRankDelta, float]:
-    if rank is None or rank == a.shape[0]:
-        return LowRankDelta(a, b), 1.0
+def _at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[LowRankDelta, float]:
+    """`B A` at a given rank: padded with zeros up to it, or cut down to it by an SVD of the small core."""
+    missing = rank - a.shape[0]
+    if missing >= 0:
+        return LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))), 1.0
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    delta = _balanced(q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.T)
-    missing = max(rank - delta.a.shape[0], 0)  # a module of a lower rank is padded with zeros
-    a, b = torch.nn.functional.pad(delta.a, (0, 0, 0, missing)), torch.nn.functional.pad(delta.b, (0, missing))
-    return LowRankDelta(a, b), _kept(s, rank)
+    return _balanced(q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.T), _kept(s, rank)
 
 
 def _balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> LowRankDelta:

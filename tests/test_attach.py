@@ -1,0 +1,97 @@
+"""λ-scaled hooks: what they compute, and that they leave nothing behind."""
+
+import pytest
+import torch
+
+from safegene_trl.attach import attached, frozen_for_calibration
+
+from .conftest import make_deltas, make_model, with_lora
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+def hooks_of(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_hooks_equal_adding_the_delta_to_the_weights(kind):
+    model = make_model(kind)
+    deltas = make_deltas(model)
+    index = {name: int("layers.2" in name) for name in deltas}
+    coefficients = torch.tensor([0.7, 0.4])
+    with torch.no_grad(), attached(model, deltas, index, coefficients):
+        hooked = model(IDS).logits
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            model.get_submodule(name).weight += coefficients[index[name]] * delta.dense()
+        torch.testing.assert_close(hooked, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_hooks_add_to_the_task_lora():
+    model = with_lora(make_model())
+    deltas = make_deltas(make_model())
+    coefficients = torch.tensor([1.0])
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with attached(model, deltas, dict.fromkeys(deltas, 0), coefficients):
+            hooked = model(IDS).logits
+        coefficients.zero_()
+        with attached(model, deltas, dict.fromkeys(deltas, 0), coefficients):
+            zeroed = model(IDS).logits
+    assert (hooked - plain).abs().max() > 1e-2
+    torch.testing.assert_close(zeroed, plain)
+
+
+def test_gradient_of_coefficients_matches_finite_differences():
+    model = make_model().double()
+    deltas = make_deltas(model)
+    index = {name: int("layers.2" in name) for name in deltas}
+
+    def loss(values):
+        with attached(model, deltas, index, values):
+            return model(IDS).logits.log_softmax(-1)[..., 7].mean()
+
+    values = torch.tensor([0.5, 0.8], dtype=torch.float64, requires_grad=True)
+    with frozen_for_calibration(model):
+        (gradient,) = torch.autograd.grad(loss(values), values)
+        for i in range(2):
+            step = torch.zeros(2, dtype=torch.float64)
+            step[i] = 1e-3
+            with torch.no_grad():
+                slope = (loss(values + step) - loss(values - step)) / 2e-3
+            assert abs(slope - gradient[i]) < 1e-5 * abs(float(gradient[i]))
+
+
+def test_nothing_is_left_after_an_exception():
+    model = with_lora(make_model())
+    model.train()
+    model.get_base_model().model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    deltas = make_deltas(make_model())
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="midway"):
+        with frozen_for_calibration(model), attached(model, deltas, dict.fromkeys(deltas, 0), torch.ones(1)):
+            assert hooks_of(model) == len(deltas)
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            torch.rand(3)
+            raise RuntimeError("midway")
+    assert hooks_of(model) == 0
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_coefficients_keep_float32_steps_in_a_bfloat16_model():
+    model = make_model().bfloat16()
+    deltas = make_deltas(model)
+    coefficients = torch.tensor([0.5], requires_grad=True)
+    with attached(model, deltas, dict.fromkeys(deltas, 0), coefficients):
+        (gradient,) = torch.autograd.grad(model(IDS, labels=IDS).loss, coefficients)
+    assert gradient.dtype == torch.float32
+    assert torch.isfinite(gradient).all()

@@ -1,0 +1,175 @@
+"""The objective, its gradient, the acceptance, and that the model comes out as it went in."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from safegene_trl import recalibration
+from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration
+from safegene_trl.calibration import Sample, Split, batches
+from safegene_trl.config import SafeGeneConfig
+from safegene_trl.errors import RecalibrationError
+from safegene_trl.recalibration import CalibrationSet, kl_divergence, recalibrate, response_logits
+
+from .conftest import make_deltas, make_model, with_lora
+
+
+def samples(count, seed, response=6):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        ids = torch.randint(5, 300, (8 + i % 5 + response,), generator=generator).tolist()
+        made.append(Sample(ids, [position >= len(ids) - response for position in range(len(ids))]))
+    return made
+
+
+def calibration_set():
+    return CalibrationSet(
+        harmful=Split(samples(6, 1), samples(3, 2)),
+        task=Split(samples(6, 3), samples(3, 4)),
+        benign=Split(samples(4, 5), samples(2, 6)),
+    )
+
+
+def names_of(deltas):
+    return {name: f"layers.{name.split('.')[2]}" for name in deltas}
+
+
+def run(model, deltas, data=None, **values):
+    config = SafeGeneConfig(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1, **values})
+    return recalibrate(model, deltas, names_of(deltas), data or calibration_set(), config, pad_id=0)
+
+
+def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):
+    """Deltas that do lower the refusal loss: −gradient of it, truncated."""
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+    weights = [model.get_submodule(name).weight for name in names]
+    loss = sum(recalibration.cross_entropy(model, b) for b in batches(data.harmful.fit + data.harmful.held_out, 4, 0, model.device))
+    deltas = {}
+    for name, gradient in zip(names, torch.autograd.grad(loss, weights), strict=True):
+        u, s, vh = torch.linalg.svd(-gradient / gradient.norm())
+        deltas[name] = LowRankDelta(s[:rank, None] * vh[:rank] * step, u[:, :rank])
+    return deltas
+
+
+def test_padding_and_kept_logits_do_not_change_the_loss():
+    model = make_model()
+    group = samples(5, 1)
+    total = 0.0
+    for sample in group:
+        ids = torch.tensor([sample.input_ids])
+        start = sample.is_response.index(True)
+        total += F.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum").item()
+    (batch,) = batches(group, 8, 0, model.device)
+    assert batch.kept < batch.input_ids.shape[1]
+    assert recalibration.cross_entropy(model, batch).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_kl_is_zero_for_the_same_model_and_positive_for_another():
+    model, other = make_model(), make_model(seed=1)
+    (batch,) = batches(samples(3, 1), 8, 0, model.device)
+    with torch.no_grad():
+        reference = F.log_softmax(response_logits(model, batch)[0], dim=-1)
+        assert kl_divergence(model, batch, reference).item() == pytest.approx(0.0, abs=1e-4)
+        assert kl_divergence(other, batch, reference).item() > 1.0
+
+
+def test_gradient_matches_finite_differences():
+    model = make_model()
+    deltas = make_deltas(model)
+    config = SafeGeneConfig(vector="v", utility_weight=0.7, sparsity_weight=0.2, batch_size=3)
+    index = {name: int("layers.2" in name) for name in deltas}
+    coefficients = torch.zeros(2, requires_grad=True)
+    point = np.array([0.4, 0.6])
+
+    def evaluate(at):
+        losses, gradient = recalibration._loss_and_gradient(model, fit, coefficients, at, config)
+        return losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum(), gradient
+
+    with frozen_for_calibration(model):
+        fit = recalibration._Side(model, calibration_set(), "fit", config, 0)
+        with attached(model, deltas, index, coefficients):
+            _, gradient = evaluate(point)
+            for i in range(2):
+                step = np.eye(2)[i] * 0.02
+                slope = (evaluate(point + step)[0] - evaluate(point - step)[0]) / 0.04
+                assert slope == pytest.approx(gradient[i], rel=2e-2, abs=2e-3)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_helpful_vector_is_taken_on(lora):
+    model = make_model()
+    data = calibration_set()
+    deltas = helpful_deltas(model, data)
+    result = run(with_lora(model) if lora else model, deltas, data)
+    assert result.accepted and result.scale == 1.0
+    assert set(result.coefficients) == {"layers.1", "layers.2"}
+    assert result.held_out_after.safety < result.held_out_before.safety
+    assert result.held_out_before.utility == pytest.approx(0.0, abs=1e-5)
+    assert result.history[-1]["objective"] <= result.history[0]["objective"]
+    assert all(0.0 <= value <= 1.5 for value in result.coefficients.values())
+
+
+def test_runs_are_deterministic_and_leave_the_model_alone():
+    model = with_lora(make_model())
+    model.train()
+    data = calibration_set()
+    deltas = helpful_deltas(make_model(), data)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first, second = run(model, deltas, data), run(model, deltas, data)
+    assert first.coefficients == second.coefficients
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    json.dumps(first.history)
+
+
+def test_budget_shrinks_the_coefficients():
+    model = make_model()
+    data = replace(calibration_set(), benign=None)
+    deltas = helpful_deltas(model, data, step=3.0)
+    free = run(model, deltas, data)
+    tight = run(model, deltas, data, max_utility_loss=free.held_out_after.utility * 0.5)
+    assert tight.accepted and tight.scale < 1.0 and "Shrunk" in tight.reason
+    assert tight.held_out_after.utility <= free.held_out_after.utility * 0.5
+    for name, value in tight.coefficients.items():
+        assert value == pytest.approx(free.coefficients[name] * tight.scale, rel=1e-6)
+
+
+def test_no_budget_is_a_rejection_with_the_reason():
+    model = make_model()
+    data = calibration_set()
+    result = run(model, helpful_deltas(model, data), data, max_utility_loss=0.0)
+    assert not result.accepted
+    assert "task divergence" in result.reason and set(result.coefficients.values()) == {0.0}
+
+
+def test_harmful_direction_is_rejected_or_left_out():
+    model = make_model()
+    data = calibration_set()
+    against = {name: LowRankDelta(-delta.a, delta.b) for name, delta in helpful_deltas(model, data).items()}
+    result = run(model, against, data)
+    assert not result.accepted or max(result.coefficients.values()) < 0.05
+
+
+def test_bounds_are_kept():
+    model = make_model()
+    data = calibration_set()
+    result = run(model, helpful_deltas(model, data), data, min_coefficient=0.1, max_coefficient=0.2)
+    assert all(0.1 <= value <= 0.2 for value in result.coefficients.values())
+
+
+def test_diverged_model_is_an_error():
+    model = make_model()
+    deltas = make_deltas(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(RecalibrationError, match="not finite"):
+        run(model, deltas)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,171 @@
+"""Save and load, PEFT compatibility, and every kind of damage."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from safegene_trl import SafeGeneError, SafetyVector
+from safegene_trl.provenance import sha256_of_file
+
+from .conftest import make_model, make_tokenizer, make_vector
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.fixture
+def folder(vector_dir, tmp_path):
+    """A copy of the vector that may be damaged."""
+    return shutil.copytree(vector_dir, tmp_path / "vector")
+
+
+def edit(folder, **changes):
+    path = folder / "safegene_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(config))
+
+
+def rewrite_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    files = json.loads((folder / "safegene_config.json").read_text())["files"]
+    edit(folder, files=files | {path.name: sha256_of_file(path)})
+
+
+def test_round_trip(vector_dir, tokenizer):
+    made, loaded = make_vector(make_model(), tokenizer), SafetyVector.from_pretrained(vector_dir)
+    assert sorted(loaded.deltas) == sorted(made.deltas)
+    for name, delta in made.deltas.items():
+        assert torch.equal(loaded.deltas[name].a, delta.a) and torch.equal(loaded.deltas[name].b, delta.b)
+    assert loaded.family == made.family and loaded.prompts == made.prompts
+    assert loaded.layers == [1, 2] and loaded.rank == 2
+
+
+def test_peft_opens_it_and_applies_it_unscaled(vector_dir):
+    model, vector = make_model(), SafetyVector.from_pretrained(vector_dir)
+    adapted = PeftModel.from_pretrained(make_model(), vector_dir)
+    with torch.no_grad():
+        for name, delta in vector.deltas.items():
+            model.get_submodule(name).weight += delta.dense()
+        torch.testing.assert_close(adapted(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_card_warns_of_misuse(vector_dir):
+    card = (vector_dir / "README.md").read_text()
+    assert "base_model: tiny-aligned" in card and "base_model_relation: adapter" in card
+    assert "must not be used that way" in card
+
+
+def test_missing(tmp_path):
+    with pytest.raises(SafeGeneError, match="neither a local directory nor"):
+        SafetyVector.from_pretrained("nobody/no-such-vector")
+    with pytest.raises(SafeGeneError, match="not a safety vector"):
+        SafetyVector.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "safety_prompts.jsonl"])
+def test_missing_or_truncated_file(folder, name):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(SafeGeneError, match=f"{name}.*truncated"):
+        SafetyVector.from_pretrained(folder)
+    path.unlink()
+    with pytest.raises(SafeGeneError, match=f"lacks {name}"):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_format_version(folder, version):
+    edit(folder, format_version=version)
+    with pytest.raises(SafeGeneError, match="format version"):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}'])
+def test_damaged_config(folder, text):
+    (folder / "safegene_config.json").write_text(text)
+    with pytest.raises(SafeGeneError):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity(folder, value):
+    rewrite_tensors(folder, lambda tensors: next(iter(tensors.values())).view(-1).__setitem__(3, value))
+    with pytest.raises(SafeGeneError, match="NaN or infinity"):
+        SafetyVector.from_pretrained(folder)
+
+
+def test_foreign_tensor(folder):
+    rewrite_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    with pytest.raises(SafeGeneError, match="unexpected tensor"):
+        SafetyVector.from_pretrained(folder)
+
+
+def test_half_a_pair(folder):
+    rewrite_tensors(folder, lambda tensors: tensors.pop(next(iter(tensors))))
+    with pytest.raises(SafeGeneError, match="not a pair"):
+        SafetyVector.from_pretrained(folder)
+
+
+def test_two_ranks(folder):
+    def shrink(tensors):
+        for key in [key for key in tensors if "layers.1.mlp" in key]:
+            tensors[key] = (tensors[key][:1] if "lora_A" in key else tensors[key][:, :1]).contiguous()
+
+    rewrite_tensors(folder, shrink)
+    with pytest.raises(SafeGeneError, match="differ in rank"):
+        SafetyVector.from_pretrained(folder)
+
+
+def test_wrong_shape_and_name_are_refused(vector_dir):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    modules = dict(make_model().named_modules())
+    vector.check_fits(modules)
+    name = "model.layers.1.mlp.down_proj"
+    with pytest.raises(SafeGeneError, match="in the safety vector"):
+        vector.check_fits(modules | {name: torch.nn.Linear(3, 4)})
+    with pytest.raises(SafeGeneError, match="no linear layer"):
+        vector.check_fits({key: value for key, value in modules.items() if key != name})
+
+
+def test_family_of_the_vector(vector_dir, tokenizer):
+    family = SafetyVector.from_pretrained(vector_dir).family
+    of = type(family).of
+    assert family.check_member(of(make_model(seed=9), tokenizer)) == []
+    for model, words in (
+        (make_model("qwen2"), "made for LlamaForCausalLM"),
+        (make_model(layers=4), "names or shapes differ"),
+        (make_model(vocab_size=352), "vocabulary has 352"),
+    ):
+        with pytest.raises(SafeGeneError, match=words):
+            family.check_member(of(model, tokenizer))
+    with pytest.raises(SafeGeneError, match="tokenizer differs"):
+        family.check_member(of(make_model(), make_tokenizer(extra=("<|new|>",))))
+    other_template = make_tokenizer()
+    other_template.chat_template = "{{ messages[0]['content'] }}"
+    assert "chat template differs" in family.check_member(of(make_model(), other_template))[0]
+
+
+def test_push_to_hub_uploads_the_vector_once(vector_dir, monkeypatch):
+    from huggingface_hub import HfApi
+
+    uploads = []
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Url", (), {"repo_id": repo_id})()
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        uploads.append(sorted(path.name for path in folder_path.iterdir()))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    SafetyVector.from_pretrained(vector_dir).push_to_hub("me/vector")
+    assert uploads == [
+        ["README.md", "adapter_config.json", "adapter_model.safetensors", "safegene_config.json", "safety_prompts.jsonl"]
+    ]
