@@ -66,7 +66,7 @@ def load_rows(source: str, split: str) -> Dataset:
             data = load_dataset(source, split=split)
     except Exception as error:  # datasets raises dozens of kinds; each means the same to the user
         raise CalibrationDataError(
-            f"The data set {source} (split {split}) cannot be read: check the path or hub id, the split and the file format "
+            f"The data set {source} (split {split}) cannot be read or is empty: check the path or hub id, the split and the file format "
             f"({type(error).__name__}: {error})."
         ) from error
     if len(data) == 0:

@@ -18,7 +18,7 @@ from transformers import (
 
 from .config import SafeGeneConfig
 from .errors import FamilyError, SafeGeneError
-from .safeguard import Preparation, prepare, safeguard, write_failure
+from .safeguard import Preparation, failure_path, prepare, safeguard, write_failure
 from .sharding import check_launch
 from .weights import base_model
 
@@ -98,11 +98,10 @@ class SafeGeneCallback(TrainerCallback):
             base = _adapter_base(kwargs["model"], args)
             self.report = safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
         except SafeGeneError as error:
-            path = write_failure(plan, plan.target, error)
+            self.report = write_failure(plan, error)
             if self.config.on_failure == "raise":
                 raise
-            logger.warning("SafeGene did not safeguard this fine-tune: %s Details: %s", error, path)
-            self.report = dict(plan.report)
+            logger.warning("SafeGene did not safeguard this fine-tune: %s (%s)", error, failure_path(plan.target))
         else:
             logger.info("Safeguarded checkpoint: %s", plan.target)
 

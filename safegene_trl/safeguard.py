@@ -155,13 +155,12 @@ def failure_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.failed.json")
 
 
-def write_failure(plan: Preparation | None, target: Path, error: Exception) -> Path:
-    """Writes what was known and what failed; returns the file's path."""
-    report: dict[str, Any] = dict(plan.report) if plan else {"schema_version": SCHEMA_VERSION}
-    phases = plan.clock.phases if plan else {}
-    report |= {"status": "failed", "error": {"kind": type(error).__name__, "message": str(error)}, "phases": phases}
-    write_report(report, failure_path(target))
-    return failure_path(target)
+def write_failure(plan: Preparation, error: Exception) -> dict[str, Any]:
+    """Writes what was known and what failed to `failure_path`; returns it."""
+    failure = {"kind": type(error).__name__, "message": str(error)}
+    report = plan.report | {"status": "failed", "error": failure, "phases": plan.clock.phases}
+    write_report(report, failure_path(plan.target))
+    return report
 
 
 def _harmful_rows(config: SafeGeneConfig, vector: SafetyVector) -> tuple[list[Row], str]:

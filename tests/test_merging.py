@@ -59,9 +59,7 @@ def test_sharded_checkpoint_equals_single_file(tokenizer, tmp_path):
     save_merged(model, deltas, coefficients, tokenizer, tmp_path, "20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(
-        merged(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(merged(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
@@ -89,9 +87,7 @@ def test_adapter_equals_hooked_model(lora, tmp_path):
     assert config["lora_alpha"] == config["r"] == (6 if lora else 2)
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     adapted = PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
-    torch.testing.assert_close(
-        adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

@@ -48,7 +48,10 @@ def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):
     """Deltas that do lower the refusal loss: −gradient of it, truncated."""
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
     weights = [model.get_submodule(name).weight for name in names]
-    loss = sum(recalibration.cross_entropy(model, b) for b in batches(data.harmful.fit + data.harmful.held_out, 4, 0, model.device))
+    loss = sum(
+        recalibration.cross_entropy(model, b)
+        for b in batches(data.harmful.fit + data.harmful.held_out, 4, 0, model.device)
+    )
     deltas = {}
     for name, gradient in zip(names, torch.autograd.grad(loss, weights), strict=True):
         u, s, vh = torch.linalg.svd(-gradient / gradient.norm())

@@ -167,5 +167,11 @@ def test_push_to_hub_uploads_the_vector_once(vector_dir, monkeypatch):
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     SafetyVector.from_pretrained(vector_dir).push_to_hub("me/vector")
     assert uploads == [
-        ["README.md", "adapter_config.json", "adapter_model.safetensors", "safegene_config.json", "safety_prompts.jsonl"]
+        [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "safegene_config.json",
+            "safety_prompts.jsonl",
+        ]
     ]

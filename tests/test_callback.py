@@ -1,0 +1,387 @@
+"""The callback in real `Trainer` and `SFTTrainer` runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
+from jsonschema import validate
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+import safegene_trl.callback as callback_module
+from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
+from safegene_trl.calibration import conversation, tokenize
+from safegene_trl.callback import DryRunComplete
+from safegene_trl.errors import RecalibrationError
+from safegene_trl.reporting.report import SCHEMA
+
+from .conftest import make_model, make_tokenizer, make_vector, task_dataset, with_lora
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+QUICK = {
+    "max_steps": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "learning_rate": 1e-3,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def config(vector_dir):
+    """Accepts whatever a random vector does to a random model, so that the plumbing can be tested."""
+
+    def make(**values):
+        return SafeGeneConfig(
+            **{"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
+            | values
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def every_vector_helps(monkeypatch):
+    """A random vector helps by luck only: judge coefficients of these tests as acceptable unless a test says otherwise."""
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+
+
+def sft(out, callbacks, tokenizer, model=None, **kwargs):
+    args = {**QUICK, "output_dir": str(out), "save_strategy": "no", "gradient_checkpointing": False}
+    peft = kwargs.pop("peft_config", None)
+    return SFTTrainer(
+        model=model or make_model(),
+        args=SFTConfig(**args | kwargs),
+        train_dataset=task_dataset(),
+        eval_dataset=task_dataset() if kwargs.get("eval_strategy") else None,
+        processing_class=tokenizer,
+        peft_config=peft,
+        callbacks=callbacks,
+    )
+
+
+def plain(out, callbacks, tokenizer, **kwargs):
+    rows = []
+    for row in task_dataset():
+        sample = tokenize(tokenizer, *conversation(row))
+        labels = [t if r else -100 for t, r in zip(sample.input_ids, sample.is_response, strict=True)]
+        rows.append({"input_ids": sample.input_ids, "labels": labels})
+    return Trainer(
+        model=make_model(),
+        args=TrainingArguments(**{**QUICK, "output_dir": str(out), "save_strategy": "no"} | kwargs),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def merged_logits(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+def expected_logits(trainer, report, vector):
+    """Logits of the saved fine-tune plus λ·V, computed from scratch."""
+    trainer.save_model()
+    if isinstance(trainer.model, PeftModel):
+        model = PeftModel.from_pretrained(make_model(), trainer.args.output_dir).merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    names = vector.coefficient_names(report["config"]["granularity"])
+    with torch.no_grad():
+        for name, delta in vector.deltas.items():
+            model.get_submodule(name).weight += report["coefficients"][names[name]] * delta.dense()
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("trainer_kind", ["sft-full", "sft-lora", "plain"])
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
+    trainer_kind, granularity, config, tokenizer, tmp_path
+):
+    callback = SafeGeneCallback(config(granularity=granularity))
+    if trainer_kind == "plain":
+        trainer = plain(tmp_path, [callback], tokenizer)
+    else:
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        trainer = sft(tmp_path, [callback], tokenizer, peft_config=lora if trainer_kind == "sft-lora" else None)
+    trainer.train()
+    report = json.loads((tmp_path / "safeguarded" / "safegene_report.json").read_text())
+    validate(report, SCHEMA)
+    assert report == json.loads(json.dumps(callback.report))
+    assert report["status"] == "safeguarded"
+    assert report["model"]["kind"] == ("lora" if trainer_kind == "sft-lora" else "full")
+    assert set(report["phases"]) == {"prepare", "recalibrate", "measure", "save"}
+    assert len(report["coefficients"]) == (2 if granularity == "layer" else 6)
+    assert any(report["coefficients"].values())
+    vector = make_vector(make_model(), tokenizer)
+    expected = expected_logits(trainer, report, vector)
+    torch.testing.assert_close(merged_logits(tmp_path / "safeguarded"), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_fine_tune_is_that_of_a_run_without_the_callback(lora, config, tokenizer, tmp_path):
+    saved = []
+    for name, callbacks in (("with", [SafeGeneCallback(config())]), ("without", [])):
+        torch.manual_seed(0)
+        peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+        trainer = sft(tmp_path / name, callbacks, tokenizer, peft_config=peft)
+        trainer.train()
+        trainable = {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+        saved.append(
+            (trainable, {n: p.detach().clone() for n, p in trainer.model.state_dict().items()}, torch.get_rng_state())
+        )
+        assert trainer.model.training
+        trainer.train()  # and it trains on
+    assert saved[0][0] == saved[1][0]
+    assert all(torch.equal(value, saved[1][1][name]) for name, value in saved[0][1].items())
+    assert torch.equal(saved[0][2], saved[1][2])
+
+
+@pytest.mark.parametrize("output_format", ["adapter", "both"])
+def test_adapter_output(output_format, config, tokenizer, tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    callback = SafeGeneCallback(config(output_format=output_format))
+    trainer = sft(tmp_path, [callback], tokenizer, peft_config=lora)
+    trainer.train()
+    folder = tmp_path / "safeguarded" / ("adapter" if output_format == "both" else "")
+    adapted = PeftModel.from_pretrained(make_model(), folder)(IDS).logits
+    expected = expected_logits(trainer, callback.report, make_vector(make_model(), tokenizer))
+    torch.testing.assert_close(adapted, expected, atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "safeguarded" / "model.safetensors").is_file() == (output_format == "both")
+
+
+def test_dry_run_ends_before_the_first_step(config, tokenizer, tmp_path, capsys):
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            steps.append(1)
+
+    with pytest.raises(DryRunComplete) as ended:
+        sft(tmp_path, [Count(), SafeGeneCallback(config(dry_run=True))], tokenizer).train()
+    assert ended.value.code == 0 and steps == []
+    assert "all checks passed" in capsys.readouterr().out
+    assert not (tmp_path / "safeguarded").exists()
+
+
+def test_second_on_train_end_does_nothing(config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path, [callback], tokenizer)
+    trainer.train()
+    report = tmp_path / "safeguarded" / "safegene_report.json"
+    written = report.stat().st_mtime_ns
+    callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert report.stat().st_mtime_ns == written
+
+
+def test_order_of_events(config, tokenizer, tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            seen.append(("begin", (tmp_path / "safeguarded").exists()))
+
+        def on_save(self, *args, **kwargs):
+            seen.append(("save", (tmp_path / "safeguarded").exists()))
+
+        def on_train_end(self, *args, **kwargs):
+            seen.append(("end", (tmp_path / "safeguarded").exists()))
+
+    sft(tmp_path, [SafeGeneCallback(config()), Watch()], tokenizer, save_strategy="steps", save_steps=1).train()
+    assert seen == [("begin", False), ("save", False), ("save", False), ("end", True)]
+
+
+def test_best_model_is_the_one_safeguarded(config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config())
+    trainer = sft(
+        tmp_path,
+        [callback, EarlyStoppingCallback(5)],
+        tokenizer,
+        learning_rate=0.5,  # the first step already ruins the model: the best checkpoint is not the last
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "safeguarded")
+    name = "model.layers.0.mlp.up_proj.weight"  # a layer the vector leaves alone
+    assert torch.equal(merged.state_dict()[name], best.state_dict()[name])
+    if not trainer.state.best_model_checkpoint.endswith("checkpoint-3"):
+        assert not torch.equal(merged.state_dict()[name], last.state_dict()[name])
+
+
+def test_resume_from_a_checkpoint_made_without_the_callback(config, tokenizer, tmp_path):
+    sft(tmp_path, [], tokenizer, save_strategy="steps", save_steps=1).train()
+    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, save_strategy="steps", save_steps=1, max_steps=3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "safeguarded" / "safegene_report.json").is_file() and (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_earlier_result_is_replaced_and_foreign_files_are_not(config, tokenizer, tmp_path):
+    for _ in range(2):
+        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    shutil.rmtree(tmp_path / "safeguarded")
+    (tmp_path / "safeguarded").mkdir()
+    (tmp_path / "safeguarded" / "model.safetensors").write_text("mine")
+    with pytest.raises(SafeGeneError, match="did not write"):
+        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    assert (tmp_path / "safeguarded" / "model.safetensors").read_text() == "mine"
+
+
+def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "nothing helps")
+    with pytest.raises(RecalibrationError, match="nothing helps"):
+        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    callback = SafeGeneCallback(config(on_failure="warn"))
+    trainer = sft(tmp_path, [callback], tokenizer)
+    trainer.train()
+    assert "did not safeguard" in caplog.text
+    report = json.loads((tmp_path / "safeguarded.failed.json").read_text())
+    validate(report, SCHEMA)
+    assert report["status"] == "failed" and "nothing helps" in report["error"]["message"]
+    assert report == json.loads(json.dumps(callback.report))
+    assert report["decision"]["accepted"] is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["safeguarded.failed.json"]
+    trainer.save_model()
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+    sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    assert not (tmp_path / "safeguarded.failed.json").exists()
+
+
+def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp_path, monkeypatch):
+    def full_disk(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safegene_trl.merging.save_file", full_disk)
+    with pytest.raises(SafeGeneError, match="No space left"):
+        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["safeguarded.failed.json"]
+
+
+def test_unexpected_error_leaves_the_model_as_it_was(config, tokenizer, tmp_path, monkeypatch):
+    def crash(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("safegene_trl.recalibration.minimize", crash)
+    trainer = sft(tmp_path, [SafeGeneCallback(config(on_failure="warn"))], tokenizer)
+    with pytest.raises(ZeroDivisionError):  # a fault of ours is never swallowed
+        trainer.train()
+    assert trainer.model.training and all(p.requires_grad for p in trainer.model.parameters())
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_push_to_hub_does_not_upload_twice(config, tokenizer, tmp_path, monkeypatch):
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path, [callback], tokenizer)
+    trainer.args.push_to_hub = True
+    assert callback._target(trainer.args).name == "_safeguarded"
+    uploads = []
+
+    def upload_folder(self, *, ignore_patterns, **kwargs):
+        files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+        uploads.append(list(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(SFTTrainer, "create_model_card", lambda self, **kwargs: None)
+    trainer.hub_model_id = "me/model"
+    trainer.train()
+    trainer.push_to_hub()
+    assert (tmp_path / "_safeguarded" / "model.safetensors").is_file()
+    (files,) = uploads
+    assert [name for name in files if name.endswith("model.safetensors")] == ["model.safetensors"]
+
+
+BAD_STARTS = {
+    "missing vector": ({"vector": "no/such-vector"}, {}, "neither a local directory"),
+    "other family": ({}, {"model": lambda: make_model("qwen2")}, "was made for LlamaForCausalLM"),
+    "other depth": ({}, {"model": lambda: make_model(layers=4)}, "names or shapes differ"),
+    "resized vocabulary": ({}, {"model": lambda: make_model(vocab_size=352)}, "vocabulary has 352"),
+    "other tokenizer": ({}, {"tokenizer": lambda: make_tokenizer(("<|x|>",))}, "tokenizer differs"),
+    "missing data": ({"safety_data": "no/such-data"}, {}, "cannot be read"),
+    "DoRA": ({}, {"model": lambda: with_lora(make_model(), use_dora=True)}, "Dora"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_bad_start_is_refused_before_the_first_step(case, config, tokenizer, tmp_path):
+    values, parts, message = BAD_STARTS[case]
+    trainer = sft(
+        tmp_path,
+        [SafeGeneCallback(config(**values))],
+        parts.get("tokenizer", lambda: tokenizer)(),
+        model=parts.get("model", make_model)(),
+    )
+    with pytest.raises(SafeGeneError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a"}, {"question": "b"}], "it needs `prompt`"),
+        ([{"prompt": "a"}], "1 usable samples"),
+        ([{"prompt": "word " * 400}] * 3, "the model's context is 256"),
+    ],
+)
+def test_bad_safety_data(rows, message, config, tokenizer, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = sft(tmp_path / "out", [SafeGeneCallback(config(safety_data=str(file)))], tokenizer)
+    with pytest.raises(SafeGeneError, match=message):
+        trainer.train()
+
+
+def test_own_safety_and_task_data(config, tokenizer, tmp_path, task_file):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"forbidden {i}"}) + "\n" for i in range(6)))
+    callback = SafeGeneCallback(config(safety_data=str(file), task_data=str(task_file)))
+    sft(tmp_path / "out", [callback], tokenizer).train()
+    assert callback.report["data"]["safety"]["source"] == str(file)
+    assert callback.report["data"]["safety"]["fit"] + callback.report["data"]["safety"]["held_out"] == 6
+    assert callback.report["data"]["task"]["source"] == str(task_file)
+
+
+def test_sharded_launch_is_refused_by_name(config, tokenizer, tmp_path, monkeypatch):
+    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer)
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 4))
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SafeGeneCallback))
+    with pytest.raises(SafeGeneError, match="4 processes"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_hyper_parameter_trials_are_skipped(config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path, [callback], tokenizer)
+    trainer.state.is_hyper_param_search = True
+    for event in (callback.on_train_begin, callback.on_train_end):
+        event(trainer.args, trainer.state, trainer.control, model=trainer.model, processing_class=tokenizer)
+    assert callback.report is None and not list(tmp_path.iterdir())
+
+
+def test_trainer_without_tokenizer(config, tmp_path):
+    with pytest.raises(SafeGeneError, match="pass `processing_class=tokenizer`"):
+        callback_module._tokenizer(None, make_model())
