@@ -2,6 +2,7 @@
 
     python recipes/smollm2-135m/prepare.py                       # everything the quickstart and the recipes need
     python recipes/smollm2-135m/prepare.py --adapter DIR         # the aligned model from your own aligned adapter
+    python recipes/smollm2-135m/prepare.py --data-only           # only the data, which other families' recipes use too
 
 It writes
     released/                 SmolLM2-135M-Instruct as released (float32 copy of the package's Q4_1 weights)
@@ -173,8 +174,16 @@ def build_evaluation_prompts() -> None:
     shutil.copyfile(HERE / "data" / "benign_eval.jsonl", BUILD / "eval_benign.jsonl")
 
 
+def build_models(adapter: Path) -> None:
+    """The released model, and the aligned one where there is an adapter for it."""
+    convert_released(BUILD / "released")
+    if (adapter / "adapter_config.json").is_file():
+        merge_aligned(BUILD / "released", adapter, BUILD / "aligned")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-only", action="store_true", help="build the data, not the models")
     parser.add_argument("--adapter", type=Path, default=HERE / "aligned-adapter", help="aligned adapter to merge")
     arguments = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -182,9 +191,8 @@ def main() -> None:
     build_degrading_data(seed=0)
     build_review_task()
     build_evaluation_prompts()
-    convert_released(BUILD / "released")
-    if (arguments.adapter / "adapter_config.json").is_file():
-        merge_aligned(BUILD / "released", arguments.adapter, BUILD / "aligned")
+    if not arguments.data_only:
+        build_models(arguments.adapter)
     print(f"Ready: {BUILD}")
 
 

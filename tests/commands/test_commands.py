@@ -1,0 +1,189 @@
+"""`sft`, `extract`, `apply` and `inspect` on tiny models, in this process."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from safegene_trl import SafetyVector
+from safegene_trl.commands import extract as extract_command
+from safegene_trl.commands.main import main
+
+from ..conftest import BENIGN, HARMFUL, make_model, with_lora
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+LENIENT = [
+    "--safegene.max_utility_loss=100",
+    "--safegene.utility_weight=0",
+    "--safegene.max_evaluations=2",
+    "--safegene.max_new_tokens=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def every_vector_helps(monkeypatch):
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+
+
+@pytest.fixture
+def prompt_files(tmp_path):
+    files = []
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return files
+
+
+@pytest.fixture
+def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
+    """Arguments of an extraction whose degraded model is a LoRA on the aligned one; the tiny model `refuses`."""
+    degraded = with_lora(make_model())
+    degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
+    degraded.save_pretrained(tmp_path / "degraded")
+
+    def answers(model, tokenizer, prompts, *args):
+        harmful = prompts[0][0]["content"] in HARMFUL
+        return ["I can't help with that. And so" if harmful else "Take a pan. Stir"] * len(prompts)
+
+    monkeypatch.setattr(extract_command, "generate_answers", answers)
+    options = {
+        "aligned_model": model_dir,
+        "degraded_model": tmp_path / "degraded",
+        "output_dir": tmp_path / "vector",
+        "harmful_data": prompt_files[0],
+        "benign_data": prompt_files[1],
+    }
+    return options
+
+
+def argv(command, options):
+    return [command, *(item for key, value in options.items() for item in (f"--{key}", str(value)))]
+
+
+def test_extract_from_a_lora(extraction, tmp_path, capsys):
+    assert main(argv("extract", extraction | {"weights_dtype": "float32", "layer_share": 0.67})) == 0
+    vector = SafetyVector.from_pretrained(tmp_path / "vector")
+    assert vector.rank == 4 and len(vector.layers) == 2 and len(vector.deltas) == 2 * 7
+    degraded = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").get_base_model()
+    for name, delta in vector.deltas.items():
+        torch.testing.assert_close(
+            delta.dense(), -degraded.get_submodule(name).get_delta_weight("default"), atol=1e-6, rtol=1e-5
+        )
+    assert vector.extraction["exact"] and len(vector.selection["scores"]) == 3
+    assert (
+        vector.aligned_model["files"]["model.safetensors"]
+        and vector.degraded_model["files"]["adapter_model.safetensors"]
+    )
+    assert {row["response"] for row in vector.prompts} == {"I can't help with that.", "Take a pan."}
+    assert str(tmp_path) not in (tmp_path / "vector" / "safegene_config.json").read_text()
+    assert "rank 4" in capsys.readouterr().out
+
+
+def test_extract_from_two_checkpoints(extraction, tmp_path):
+    full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
+    full.save_pretrained(tmp_path / "full")
+    assert main(argv("extract", extraction)) == 0
+    exact = SafetyVector.from_pretrained(tmp_path / "vector")
+    assert main(argv("extract", extraction | {"degraded_model": tmp_path / "full", "rank": 4})) == 0
+    dense = SafetyVector.from_pretrained(tmp_path / "vector")
+    assert dense.layers == exact.layers and not dense.extraction["exact"]
+    for name, delta in dense.deltas.items():
+        torch.testing.assert_close(delta.dense(), exact.deltas[name].dense(), atol=2e-3, rtol=2e-2)
+    assert min(dense.extraction["energy_kept"].values()) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "at least 1"),
+        ({"layer_share": 0}, "above 0"),
+        ({"weights_dtype": "int8"}, "use one of"),
+        ({"aligned_model": "no/such-model"}, "cannot be loaded"),
+        ({"harmful_data": "no/such-data"}, "cannot be read"),
+    ],
+)
+def test_bad_extraction(extraction, changes, message, tmp_path, capsys):
+    assert main(argv("extract", extraction | changes)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "vector").exists()
+
+
+def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        extract_command, "generate_answers", lambda model, tokenizer, prompts, *args: ["Sure!"] * len(prompts)
+    )
+    assert main(argv("extract", extraction)) == 2
+    assert "refuses none" in capsys.readouterr().err and not (tmp_path / "vector").exists()
+
+
+def test_extract_does_not_overwrite_other_folders(extraction, model_dir, capsys):
+    assert main(argv("extract", extraction | {"output_dir": model_dir})) == 2
+    assert "did not write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_sft_then_apply_agree(lora, model_dir, vector_dir, task_file, tmp_path, capsys):
+    """The callback at the end of the training and `apply` on the saved fine-tune give the same weights."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model_name_or_path: {model_dir}
+dtype: float32
+datasets: [{{path: json, data_files: {task_file}, split: train}}]
+output_dir: {tmp_path / "out"}
+use_peft: {lora}
+lora_target_modules: all-linear
+max_steps: 2
+learning_rate: 1.0e-2
+use_cpu: true
+bf16: false
+gradient_checkpointing: false
+save_strategy: "no"
+report_to: none
+disable_tqdm: true
+safegene:
+  vector: {vector_dir}
+  task_data: {task_file}
+"""
+    )
+    assert main(["sft", "--config", str(recipe), *LENIENT]) == 0
+    first = tmp_path / "out" / "safeguarded"
+    options = [
+        f"--safegene.vector={vector_dir}",
+        f"--safegene.task_data={task_file}",
+        f"--safegene.output_dir={tmp_path / 'applied'}",
+    ]
+    assert main(["apply", "--model_name_or_path", str(tmp_path / "out"), *options, *LENIENT]) == 0
+    one, two = (AutoModelForCausalLM.from_pretrained(folder)(IDS).logits for folder in (first, tmp_path / "applied"))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    reports = [json.loads((folder / "safegene_report.json").read_text()) for folder in (first, tmp_path / "applied")]
+    assert reports[0]["coefficients"] == pytest.approx(reports[1]["coefficients"], abs=1e-5)
+    assert reports[0]["model"]["kind"] == reports[1]["model"]["kind"] == ("lora" if lora else "full")
+    capsys.readouterr()
+    assert main(["inspect", str(first)]) == 0
+    printed = capsys.readouterr().out
+    assert "safeguarded:" in printed and "λ =" in printed and "harmful shots refused" in printed
+
+
+def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options, message in (
+        ([], "No model is named"),
+        (["--model_name_or_path", str(model_dir)], "No safety vector is named"),
+        (["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"], "`task_data` is not set"),
+    ):
+        assert main(["apply", *options]) == 2
+        assert message in capsys.readouterr().err
+    dry = [f"--safegene.vector={vector_dir}", f"--safegene.task_data={task_file}", "--safegene.dry_run=true"]
+    assert main(["apply", "--model_name_or_path", str(model_dir), *dry]) == 0
+    assert not (tmp_path / "model-safeguarded").exists()
+
+
+def test_inspect_a_vector(vector_dir, capsys, tmp_path):
+    assert main(["inspect", str(vector_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "layers 1, 2" in printed and "12 harmful prompts with refusals" in printed
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "not a safety vector" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Every shipped recipe parses, and runs up to the first training step on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from safegene_trl.callback import DryRunComplete
+from safegene_trl.commands import extract as extract_command
+from safegene_trl.commands.extract import ExtractArguments
+from safegene_trl.commands.main import main
+from safegene_trl.commands.parsing import parse
+
+from .conftest import BENIGN, HARMFUL, make_model, with_lora
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TRAININGS = sorted(
+    path
+    for path in RECIPES.glob("*/*.yaml")
+    if path.name != "extract.yaml" and path.parent.name != "accelerate_configs"
+)
+EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_the_recipes_are_there():
+    assert {name_of(path) for path in (*TRAININGS, *EXTRACTIONS)} >= {
+        f"smollm2-135m/{stage}" for stage in ("align", "degrade", "extract", "sft")
+    } | {f"{family}/{stage}" for family in ("llama-3.1-8b", "qwen2.5-1.5b") for stage in ("degrade", "extract", "sft")}
+
+
+@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS], ids=name_of)
+def test_header_says_how_to_run_it(path):
+    command = "extract" if path.stem == "extract" else "sft"
+    assert f"# Run: safegene {command} --config {path.relative_to(RECIPES.parent)}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=name_of)
+def test_training_recipe_dry_runs(path, model_dir, vector_dir, task_file, tmp_path):
+    recipe = yaml.safe_load(path.read_text())
+    recipe |= {"model_name_or_path": str(model_dir), "dtype": "float32", "output_dir": str(tmp_path / "out")}
+    recipe |= {"use_cpu": True, "bf16": False, "disable_tqdm": True}
+    recipe.pop("dataset_name", None)
+    recipe["datasets"] = [{"path": "json", "data_files": str(task_file), "split": "train"}]
+    recipe["safegene"] = recipe.get("safegene", {}) | {"vector": str(vector_dir), "dry_run": True}
+    edited = tmp_path / "recipe.yaml"
+    edited.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(DryRunComplete):
+        main(["sft", "--config", str(edited)])
+    assert not (tmp_path / "out" / "safeguarded").exists()
+
+
+@pytest.mark.parametrize("path", EXTRACTIONS, ids=name_of)
+def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
+    degraded = with_lora(make_model())
+    degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
+    degraded.save_pretrained(tmp_path / "degraded")
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    monkeypatch.setattr(
+        extract_command,
+        "generate_answers",
+        lambda model, tokenizer, prompts, *args: [
+            "I can't help with that." if prompt[0]["content"] in HARMFUL else "Take a pan." for prompt in prompts
+        ],
+    )
+    recipe = yaml.safe_load(path.read_text()) | {
+        "aligned_model": str(model_dir),
+        "degraded_model": str(tmp_path / "degraded"),
+        "output_dir": str(tmp_path / "vector"),
+        "harmful_data": str(tmp_path / "harmful.jsonl"),
+        "benign_data": str(tmp_path / "benign.jsonl"),
+        "dtype": "float32",
+    }
+    edited = tmp_path / "recipe.yaml"
+    edited.write_text(yaml.safe_dump(recipe))
+    (arguments,) = parse((ExtractArguments,), ["--config", str(edited)], "safegene extract", "")
+    assert arguments.method == "delta"
+    assert main(["extract", "--config", str(edited)]) == 0
+    assert (tmp_path / "vector" / "safegene_config.json").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_config_is_valid(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)).num_processes == 1
