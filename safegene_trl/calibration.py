@@ -124,11 +124,10 @@ def tokenized_sample(row: Row) -> Sample | None:
     return Sample(ids, mask)
 
 
-def shortened(sample: Sample, max_length: int, max_response_tokens: int) -> Sample | None:
+def shortened(sample: Sample, max_length: int | None, max_response_tokens: int) -> Sample | None:
     """The sample cut to its first `max_length` tokens and first response tokens; None if no response is left."""
-    responses = [
-        position for position in range(1, min(len(sample.input_ids), max_length)) if sample.is_response[position]
-    ]
+    limit = len(sample.input_ids) if max_length is None else min(len(sample.input_ids), max_length)
+    responses = [position for position in range(1, limit) if sample.is_response[position]]
     end = responses[:max_response_tokens][-1] + 1 if responses else 0
     cut = Sample(sample.input_ids[:end], [False, *sample.is_response[1:end]])
     return cut if any(cut.is_response) else None

@@ -38,7 +38,9 @@ class SafeGeneConfig:
         sparsity_weight: γ, weight of Σλ in the objective.
         max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task samples, in nats
             per response token.
-        max_length: Task and benign samples are cut to this many tokens. Safety samples are never cut.
+        max_length: Task and benign samples are cut to this many tokens. Harmful prompts are never cut.
+        max_refusal_tokens: The safety terms read this many first tokens of a refusal or benign answer: whether a model
+            refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
         batch_size: Samples per forward pass.
         measure_refusals: Generate answers to the safety and benign shots before and after, for the report.
@@ -71,6 +73,7 @@ class SafeGeneConfig:
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1
     max_length: int = 512
+    max_refusal_tokens: int = 16
     max_response_tokens: int = 64
     batch_size: int = 8
     measure_refusals: bool = True
@@ -111,8 +114,8 @@ class SafeGeneConfig:
         self._check_bounds()
 
     def _check_numbers(self):
-        positive = ("num_safety_shots", "num_task_shots", "max_evaluations", "max_length", "max_response_tokens")
-        for name in (*positive, "batch_size", "max_new_tokens"):
+        positive = ("num_safety_shots", "num_task_shots", "max_evaluations", "max_length")
+        for name in (*positive, "max_refusal_tokens", "max_response_tokens", "batch_size", "max_new_tokens"):
             _require(name, getattr(self, name), int, at_least=1)
         _require("num_benign_shots", self.num_benign_shots, int, at_least=0)
         for name in ("utility_weight", "sparsity_weight", "max_utility_loss"):

@@ -76,8 +76,9 @@ def prepare(
         shipped_benign: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
         benign_rows: list[Row] = calibration.draw(shipped_benign, config.num_benign_shots, config.seed)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
-        harmful = _tokenized(safety_rows, tokenizer, context, "safety data")
-        benign = _shortened(_tokenized(benign_rows, tokenizer, context, "benign prompts"), config)
+        harmful = _cut(_tokenized(safety_rows, tokenizer, context, "safety data"), context, config.max_refusal_tokens)
+        benign = _tokenized(benign_rows, tokenizer, context, "benign prompts")
+        benign = _cut(benign, config.max_length, config.max_refusal_tokens)
         task, task_source = _task_samples(config, tokenizer, task_rows)
         calibration.check_context(task, context, "task data")
         share = config.holdout_share
@@ -193,7 +194,7 @@ def _task_samples(
     else:
         raise CalibrationDataError("There is no training set to draw task samples from: set `task_data`.")
     samples = [calibration.tokenized_sample(row) or _from_text(row, tokenizer) for row in rows]
-    return _shortened(samples, config), source
+    return _cut(samples, config.max_length, config.max_response_tokens), source
 
 
 def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sample:
@@ -217,8 +218,8 @@ def _tokenized(
     return samples
 
 
-def _shortened(samples: Iterable[Sample], config: SafeGeneConfig) -> list[Sample]:
-    cut = (calibration.shortened(sample, config.max_length, config.max_response_tokens) for sample in samples)
+def _cut(samples: Iterable[Sample], max_length: int | None, max_response_tokens: int) -> list[Sample]:
+    cut = (calibration.shortened(sample, max_length, max_response_tokens) for sample in samples)
     return [sample for sample in cut if sample]
 
 

@@ -74,12 +74,16 @@ def test_nothing_is_left_after_an_exception():
     deltas = make_deltas(make_model())
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="midway"):
+
+    def interrupted():
         with frozen_for_calibration(model), attached(model, deltas, dict.fromkeys(deltas, 0), torch.ones(1)):
             assert hooks_of(model) == len(deltas)
             assert not any(parameter.requires_grad for parameter in model.parameters())
             torch.rand(3)
             raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        interrupted()
     assert hooks_of(model) == 0
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable

