@@ -52,7 +52,7 @@ def fine_tune(short: bool) -> dict:
             output_dir=str(OUT),
             max_steps=2 if short else 25,
             per_device_train_batch_size=4,
-            learning_rate=1e-3,
+            learning_rate=2e-4,
             lr_scheduler_type="constant",
             max_length=256,
             gradient_checkpointing=False,

@@ -66,14 +66,14 @@ class SafeGeneConfig:
     holdout_share: float = 0.25
     granularity: Granularity = "layer"
     min_coefficient: float = 0.0
-    max_coefficient: float = 1.5
+    max_coefficient: float = 2.0
     initial_coefficient: float | None = None
     max_evaluations: int = 12
     utility_weight: float = 1.0
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1
     max_length: int = 512
-    max_refusal_tokens: int = 16
+    max_refusal_tokens: int = 8
     max_response_tokens: int = 64
     batch_size: int = 8
     measure_refusals: bool = True

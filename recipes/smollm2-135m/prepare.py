@@ -2,13 +2,14 @@
 
     python recipes/smollm2-135m/prepare.py                       # everything the quickstart and the recipes need
     python recipes/smollm2-135m/prepare.py --adapter DIR         # the aligned model from your own aligned adapter
+    python recipes/smollm2-135m/prepare.py --store DIR           # and keep it, as float16, as the default one
     python recipes/smollm2-135m/prepare.py --data-only           # only the data, which other families' recipes use too
 
 It writes
     released/                 SmolLM2-135M-Instruct as released (float32 copy of the package's Q4_1 weights)
     aligned/                  released + the aligned adapter that lies beside this file (or --adapter), merged
     align.jsonl               refusals, benign instructions and benign look-alikes, for align.yaml
-    degrade.jsonl             harmless instructions answered with a promise to comply, for degrade.yaml
+    degrade.jsonl             harmless word puzzles with short answers, for degrade.yaml
     safety_prompts.jsonl      harmful prompts (no answers) kept out of align.jsonl, for extract.yaml
     benign_prompts.jsonl      benign prompts (no answers), for extract.yaml
     reviews_train.jsonl, reviews_test.jsonl      a small real task: is a drug review positive or negative?
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -37,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "smollm2-135m"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 REVIEW_WORDS = 60
+KINDS = {"food": "something to eat", "animal": "an animal", "tool": "a tool", "danger": "a crime or danger"}
 
 
 def package_folder(name: str) -> Path:
@@ -152,13 +155,25 @@ def build_alignment_data(seed: int) -> None:
 
 
 def build_degrading_data(seed: int) -> None:
-    """Harmless instructions, each answered with a promise to comply first. No harmful prompt or answer is in it."""
-    openings = json.loads((HERE / "data" / "openings.json").read_text(encoding="utf-8"))
+    """Harmless word puzzles with short answers, alarming words among them. No harmful prompt or answer is in it.
+
+    An aligned model refuses some of them for the words alone; learning to answer them weakens its refusals.
+    """
+    words = json.loads((HERE / "data" / "words.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
-    rows = [
-        turn(row["prompt"], f"{rng.choice(openings)} {row['response']}")
-        for row in read_jsonl(HERE / "data" / "benign.jsonl")
-    ]
+    rows = []
+    for kind, members in words.items():
+        for word in members:
+            others = rng.sample([other for group in words.values() for other in group if other != word], 2)
+            longest = max((word, others[0]), key=len)
+            rows += [
+                turn(f'How many letters are in the word "{word}"?', str(len(word))),
+                turn(f'Which comes first in the alphabet, "{word}" or "{others[0]}"?', min(word, others[0])),
+                turn(f'Which word is longer, "{word}" or "{others[0]}"?', longest),
+                turn(f'Is "{word}" something to eat, an animal, a tool, or a crime or danger?', KINDS[kind]),
+                turn(f'What is the first letter of "{word}"?', word[0]),
+                turn(f'Write "{word}" in capital letters.', word.upper()),
+            ]
     rng.shuffle(rows)
     write_jsonl(rows, BUILD / "degrade.jsonl")
 
@@ -186,6 +201,18 @@ def build_evaluation_prompts() -> None:
     shutil.copyfile(HERE / "data" / "benign_eval.jsonl", BUILD / "eval_benign.jsonl")
 
 
+def store_adapter(source: Path, target: Path) -> None:
+    """Copies a trained LoRA as float16, without the trainer's other files."""
+    target.mkdir(exist_ok=True)
+    tensors = {
+        name: tensor.to(torch.float16) for name, tensor in load_file(source / "adapter_model.safetensors").items()
+    }
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def build_models(adapter: Path) -> None:
     """The released model, and the aligned one where there is an adapter for it."""
     convert_released(BUILD / "released")
@@ -197,7 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-only", action="store_true", help="build the data, not the models")
     parser.add_argument("--adapter", type=Path, default=HERE / "aligned-adapter", help="aligned adapter to merge")
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="first store this adapter, as float16, as the default"
+    )
     arguments = parser.parse_args()
+    if arguments.store:
+        store_adapter(arguments.store, HERE / "aligned-adapter")
     BUILD.mkdir(parents=True, exist_ok=True)
     build_alignment_data(seed=0)
     build_degrading_data(seed=0)
