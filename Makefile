@@ -1,5 +1,5 @@
 # Everything runs in .venv, made on first use with Python 3.11 or later.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1

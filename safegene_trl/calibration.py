@@ -35,6 +35,15 @@ class Split:
 
 
 @dataclass(frozen=True)
+class CalibrationSet:
+    """What recalibration reads. `benign` may be None; the other two never are."""
+
+    harmful: Split
+    task: Split
+    benign: Split | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Left-padded tokens, so that responses end together; all tensors B×T.
 

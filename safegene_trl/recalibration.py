@@ -21,22 +21,13 @@ from scipy.optimize import minimize
 from torch import nn
 
 from .attach import LowRankDelta, attached, frozen_for_calibration
-from .calibration import Batch, Split, batches
+from .calibration import Batch, CalibrationSet, Split, batches
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
 from .weights import base_model
 
 
 SHRINK_STEPS = (1.0, 0.8, 0.6, 0.4, 0.2)
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """What recalibration reads. `benign` may be None; the other two never are."""
-
-    harmful: Split
-    task: Split
-    benign: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +237,7 @@ def kl_divergence(model: nn.Module, batch: Batch, reference: torch.Tensor) -> to
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 logits (tokens×vocabulary) that predict the response tokens, and those tokens' ids."""
-    accepted = inspect.signature(base_model(model).forward).parameters
+    accepted = inspect.signature(type(base_model(model)).forward).parameters  # the instance's own may be wrapped
     extras = {"position_ids": batch.position_ids, "logits_to_keep": batch.kept}
     output = model(
         input_ids=batch.input_ids,

@@ -3,7 +3,7 @@
 The callback runs it where a training ends, `safegene apply` on a finished checkpoint.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from . import calibration
 from .attach import attached, frozen_for_calibration
-from .calibration import Row, Sample
+from .calibration import Row
 from .config import SafeGeneConfig
-from .errors import CalibrationDataError, RecalibrationError
-from .evaluation.generation import Messages, generate_answers
+from .errors import RecalibrationError
+from .evaluation.generation import generate_answers
 from .evaluation.refusal import refusal_rate
 from .family import Family
 from .merging import MARKER, atomic_directory, check_output, checkpoint_bytes, save_adapter, save_merged
-from .provenance import sha256_of_json, software_versions
-from .recalibration import CalibrationSet, Recalibration, recalibrate
+from .provenance import software_versions
+from .recalibration import Recalibration, recalibrate
 from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
+from .shots import Shots, gather_shots
 from .vector import SafetyVector
 from .weights import base_model, canonical_modules, check_supported
 
@@ -39,8 +39,7 @@ class Preparation:
     vector: SafetyVector
     tokenizer: PreTrainedTokenizerBase
     target: Path
-    data: CalibrationSet
-    prompts: dict[str, list[Messages]]
+    shots: Shots
     report: dict[str, Any]
     clock: PhaseClock = field(default_factory=PhaseClock)
 
@@ -67,45 +66,24 @@ def prepare(
     clock = PhaseClock()
     with clock.phase("prepare"):
         check_supported(model)
-        check_output(target, checkpoint_bytes(model))
+        check_output(target, 0 if config.output_format == "adapter" else checkpoint_bytes(model))
         vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision)
         family = Family.of(model, tokenizer)
         warnings = vector.family.check_member(family)
         vector.check_fits(canonical_modules(model))
-        safety_rows, harmful_source = _harmful_rows(config, vector)
-        shipped_benign: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
-        benign_rows: list[Row] = calibration.draw(shipped_benign, config.num_benign_shots, config.seed)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
-        harmful = _cut(_tokenized(safety_rows, tokenizer, context, "safety data"), context, config.max_refusal_tokens)
-        benign = _tokenized(benign_rows, tokenizer, context, "benign prompts")
-        benign = _cut(benign, config.max_length, config.max_refusal_tokens)
-        task, task_source = _task_samples(config, tokenizer, task_rows)
-        calibration.check_context(task, context, "task data")
-        share = config.holdout_share
-        data = CalibrationSet(
-            harmful=calibration.split_samples(harmful, share, "safety data"),
-            task=calibration.split_samples(task, share, "task data"),
-            benign=calibration.split_samples(benign, share, "benign prompts") if len(benign) > 1 else None,
-        )
+        shots = gather_shots(config, vector, tokenizer, context, task_rows)
     report = {
         "schema_version": SCHEMA_VERSION,
         "status": "prepared",
         "warnings": warnings,
         "vector": {"name": config.vector, "revision": config.vector_revision, **vector.describe()},
         "model": {"kind": "lora" if isinstance(model, PeftModel) else "full", **family.to_dict()},
-        "data": {
-            "safety": _data_record(harmful_source, harmful, data.harmful),
-            "task": _data_record(task_source, task, data.task),
-            "benign": _data_record("vector", benign, data.benign) if data.benign else None,
-        },
+        "data": shots.record,
         "config": config.to_dict(),
         "software": software_versions(),
     }
-    prompts = {
-        "harmful": [calibration.conversation(row)[0] for row in safety_rows],
-        "benign": [calibration.conversation(row)[0] for row in benign_rows],
-    }
-    return Preparation(config, vector, tokenizer, target, data, prompts, report, clock)
+    return Preparation(config, vector, tokenizer, target, shots, report, clock)
 
 
 def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True) -> dict[str, Any]:
@@ -130,7 +108,9 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
             bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("safety", "utility")})
 
         with plan.clock.phase("recalibrate"):
-            result = recalibrate(model, vector.deltas, names, plan.data, config, _pad_id(plan.tokenizer), advance)
+            result = recalibrate(
+                model, vector.deltas, names, plan.shots.data, config, _pad_id(plan.tokenizer), advance
+            )
     report = plan.report
     report |= _outcome(result)
     if not result.accepted:
@@ -164,74 +144,6 @@ def write_failure(plan: Preparation, error: Exception) -> dict[str, Any]:
     return report
 
 
-def _harmful_rows(config: SafeGeneConfig, vector: SafetyVector) -> tuple[list[Row], str]:
-    """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets one of the vector's."""
-    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
-    if config.safety_data is None:
-        if not shipped:
-            raise CalibrationDataError("The safety vector comes without harmful prompts: set `safety_data`.")
-        return calibration.draw(shipped, config.num_safety_shots, config.seed), "vector"
-    data = calibration.load_rows(config.safety_data, config.safety_data_split)
-    rows: list[Row] = []
-    for position, row in enumerate(calibration.draw(data, config.num_safety_shots, config.seed)):
-        messages, response = calibration.conversation(row)
-        if not response and not shipped:
-            raise CalibrationDataError(f"{config.safety_data} has prompts without refusals: add a column `response`.")
-        rows.append({"prompt": messages, "response": response or shipped[position % len(shipped)]["response"]})
-    return rows, config.safety_data
-
-
-def _task_samples(
-    config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, task_rows: Sequence[Row] | IterableDataset | None
-) -> tuple[list[Sample], str]:
-    if config.task_data is not None:
-        rows: Iterable[Row] = calibration.draw(
-            calibration.load_rows(config.task_data, config.task_data_split), config.num_task_shots, config.seed
-        )
-        source = config.task_data
-    elif task_rows is not None:
-        rows, source = calibration.draw(task_rows, config.num_task_shots, config.seed), "training set"
-    else:
-        raise CalibrationDataError("There is no training set to draw task samples from: set `task_data`.")
-    samples = [calibration.tokenized_sample(row) or _from_text(row, tokenizer) for row in rows]
-    return _cut(samples, config.max_length, config.max_response_tokens), source
-
-
-def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    if isinstance(row.get("text"), str):
-        ids = tokenizer(row["text"])["input_ids"]
-        return Sample(list(ids), [True] * len(ids))
-    messages, response = calibration.conversation(row)
-    if response is None:
-        raise CalibrationDataError(
-            f"A task sample has the columns {sorted(row)}: it needs a response to measure utility on."
-        )
-    return calibration.tokenize(tokenizer, messages, response)
-
-
-def _tokenized(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, context: int | None, what: str
-) -> list[Sample]:
-    pairs = [calibration.conversation(row) for row in rows]
-    samples = [calibration.tokenize(tokenizer, messages, response or "") for messages, response in pairs]
-    calibration.check_context(samples, context, what)
-    return samples
-
-
-def _cut(samples: Iterable[Sample], max_length: int | None, max_response_tokens: int) -> list[Sample]:
-    cut = (calibration.shortened(sample, max_length, max_response_tokens) for sample in samples)
-    return [sample for sample in cut if sample]
-
-
-def _data_record(source: str, samples: Sequence[Sample], split: calibration.Split) -> dict[str, Any]:
-    return {
-        "source": source,
-        "sha256": sha256_of_json([sample.input_ids for sample in samples]),
-        "fit": len(split.fit),
-        "held_out": len(split.held_out),
-    }
-
-
 def _outcome(result: Recalibration) -> dict[str, Any]:
     return {
         "decision": {"accepted": result.accepted, "reason": result.reason, "scale": result.scale},
@@ -252,7 +164,7 @@ def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -
             kind: refusal_rate(
                 generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size)
             )
-            for kind, prompts in plan.prompts.items()
+            for kind, prompts in plan.shots.prompts.items()
             if prompts
         }
 
@@ -265,7 +177,7 @@ def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -
         "decoding": "greedy",
         "max_new_tokens": config.max_new_tokens,
     }
-    for kind, prompts in plan.prompts.items():
+    for kind, prompts in plan.shots.prompts.items():
         if prompts:
             record[kind] = {"prompts": len(prompts), "refused_before": before[kind], "refused_after": after[kind]}
     return record

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from safegene_trl import recalibration
 from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration
-from safegene_trl.calibration import Sample, Split, batches
+from safegene_trl.calibration import CalibrationSet, Sample, Split, batches
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
-from safegene_trl.recalibration import CalibrationSet, kl_divergence, recalibrate, response_logits
+from safegene_trl.recalibration import kl_divergence, recalibrate, response_logits
 
 from .conftest import make_deltas, make_model, with_lora
 
