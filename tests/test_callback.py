@@ -9,7 +9,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from jsonschema import validate
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -74,15 +74,15 @@ def sft(out, callbacks, tokenizer, model=None, **kwargs):
     )
 
 
-def plain(out, callbacks, tokenizer, **kwargs):
+def plain(out, callbacks, tokenizer, model):
     rows = []
     for row in task_dataset():
         sample = tokenize(tokenizer, *conversation(row))
         labels = [t if r else -100 for t, r in zip(sample.input_ids, sample.is_response, strict=True)]
         rows.append({"input_ids": sample.input_ids, "labels": labels})
     return Trainer(
-        model=make_model(),
-        args=TrainingArguments(**{**QUICK, "output_dir": str(out), "save_strategy": "no"} | kwargs),
+        model=model,
+        args=TrainingArguments(**QUICK, output_dir=str(out), save_strategy="no"),
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
@@ -108,23 +108,24 @@ def expected_logits(trainer, report, vector):
     return model(IDS).logits
 
 
-@pytest.mark.parametrize("trainer_kind", ["sft-full", "sft-lora", "plain"])
+@pytest.mark.parametrize("trainer_kind", ["sft-full", "sft-lora", "plain-full", "plain-lora"])
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     trainer_kind, granularity, config, tokenizer, tmp_path
 ):
     callback = SafeGeneCallback(config(granularity=granularity))
-    if trainer_kind == "plain":
-        trainer = plain(tmp_path, [callback], tokenizer)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    if trainer_kind.startswith("plain"):
+        model = get_peft_model(make_model(), lora) if trainer_kind == "plain-lora" else make_model()
+        trainer = plain(tmp_path, [callback], tokenizer, model)
     else:
-        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
         trainer = sft(tmp_path, [callback], tokenizer, peft_config=lora if trainer_kind == "sft-lora" else None)
     trainer.train()
     report = json.loads((tmp_path / "safeguarded" / "safegene_report.json").read_text())
     validate(report, SCHEMA)
     assert report == json.loads(json.dumps(callback.report))
     assert report["status"] == "safeguarded"
-    assert report["model"]["kind"] == ("lora" if trainer_kind == "sft-lora" else "full")
+    assert report["model"]["kind"] == trainer_kind.split("-")[1]
     assert set(report["phases"]) == {"prepare", "recalibrate", "measure", "save"}
     assert len(report["coefficients"]) == (2 if granularity == "layer" else 6)
     assert any(report["coefficients"].values())
@@ -152,15 +153,22 @@ def test_the_fine_tune_is_that_of_a_run_without_the_callback(lora, config, token
     assert torch.equal(saved[0][2], saved[1][2])
 
 
+@pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("output_format", ["adapter", "both"])
-def test_adapter_output(output_format, config, tokenizer, tmp_path):
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+def test_adapter_output(output_format, lora, config, tokenizer, tmp_path):
+    peft = (
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False) if lora else None
+    )
     callback = SafeGeneCallback(config(output_format=output_format))
-    trainer = sft(tmp_path, [callback], tokenizer, peft_config=lora)
+    trainer = sft(tmp_path, [callback], tokenizer, peft_config=peft)
     trainer.train()
     folder = tmp_path / "safeguarded" / ("adapter" if output_format == "both" else "")
-    adapted = PeftModel.from_pretrained(make_model(), folder)(IDS).logits
     expected = expected_logits(trainer, callback.report, make_vector(make_model(), tokenizer))
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = (
+        make_model() if lora else AutoModelForCausalLM.from_pretrained(named)
+    )  # the fine-tune that `save_model` wrote
+    adapted = PeftModel.from_pretrained(base, folder)(IDS).logits
     torch.testing.assert_close(adapted, expected, atol=1e-4, rtol=1e-4)
     assert (tmp_path / "safeguarded" / "model.safetensors").is_file() == (output_format == "both")
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,6 +90,22 @@ def test_adapter_equals_hooked_model(lora, tmp_path):
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     adapted = PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
     torch.testing.assert_close(adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5)
+
+
+def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
+    model = make_model()
+    deltas = make_deltas(model)
+    save_merged(model, deltas, random_coefficients(deltas), tokenizer, tmp_path, "5GB")
+    script = (
+        "import sys; sys.modules['safegene_trl'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(float(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.norm.weight.sum()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert float(run.stdout) == pytest.approx(32.0)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """`safegene extract`: a safety vector from an aligned and a degraded model."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,9 @@ from ..selection import activation_contrast, last_token_states, top_layers
 from ..vector import CONFIG_FILE, SafetyVector
 from ..weights import layer_index
 from .parsing import parse
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,6 +113,11 @@ def main(argv: Sequence[str]) -> int:
     vector = extract(arguments)
     with atomic_directory(target, marker=CONFIG_FILE) as folder:
         vector.save_pretrained(folder)
+    if arguments.layer_share < 1 and sum(vector.selection["scores"][layer] for layer in vector.layers) <= 0:
+        logger.warning(
+            "No layer reacts more to harmful than to benign prompts, so this selection means little: set `layer_share: 1.0`, "
+            "or degrade with data that leaves benign answers alone."
+        )
     print(f"Safety vector (rank {vector.rank}, layers {', '.join(map(str, vector.layers))}): {arguments.output_dir}")
     return 0
 

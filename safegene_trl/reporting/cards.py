@@ -36,7 +36,8 @@ callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTT
 ```
 
 - Made by: `{vector.extraction["method"]}`; layers selected by `{vector.selection["method"]}`.
-- Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers.
+- Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
+  prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
 - Files, hashes and scores: `safegene_config.json`.
 
 ## Limits

@@ -82,6 +82,13 @@ def test_extract_from_a_lora(extraction, tmp_path, capsys):
     assert "rank 4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("contrast", "warned"), [(-1.0, True), (1.0, False)])
+def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch, caplog):
+    monkeypatch.setattr(extract_command, "activation_contrast", lambda *args: [contrast] * 3)
+    assert main(argv("extract", extraction)) == 0
+    assert ("means little" in caplog.text) == warned
+
+
 def test_extract_from_two_checkpoints(extraction, tmp_path):
     full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
     full.save_pretrained(tmp_path / "full")

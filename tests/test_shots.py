@@ -1,0 +1,78 @@
+"""Where the shots come from, and what they are cut to."""
+
+import json
+
+import pytest
+
+from safegene_trl.config import SafeGeneConfig
+from safegene_trl.errors import CalibrationDataError
+from safegene_trl.shots import gather_shots
+
+from .conftest import make_model, make_vector, task_dataset
+
+
+@pytest.fixture
+def gather(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+
+    def run(task_rows=None, **values):
+        rows = task_dataset() if task_rows is None else task_rows
+        return gather_shots(SafeGeneConfig(vector="v", **values), vector, tokenizer, 256, rows)
+
+    return run
+
+
+def test_defaults_come_from_the_vector_and_the_training_set(gather):
+    shots = gather()
+    assert [len(prompts) for prompts in shots.prompts.values()] == [12, 8]
+    assert [shots.record[kind]["source"] for kind in ("safety", "benign", "task")] == [
+        "vector",
+        "vector",
+        "training set",
+    ]
+    assert (shots.record["safety"]["fit"], shots.record["safety"]["held_out"]) == (9, 3)
+    assert all(len(record["sha256"]) == 64 for record in shots.record.values())
+
+
+def test_counts_and_cuts(gather):
+    shots = gather(
+        num_safety_shots=4, num_task_shots=6, num_benign_shots=0, max_refusal_tokens=3, max_response_tokens=2
+    )
+    assert shots.data.benign is None and shots.record["benign"] is None
+    assert {sum(sample.is_response) for sample in shots.data.harmful.fit} == {3}
+    assert {sum(sample.is_response) for sample in shots.data.task.fit} == {2}
+    assert len(shots.data.harmful.fit) + len(shots.data.harmful.held_out) == 4
+
+
+def test_same_seed_same_shots(gather):
+    assert gather(num_task_shots=4).record == gather(num_task_shots=4).record
+    assert (
+        gather(num_task_shots=4, seed=1).record["task"]["sha256"] != gather(num_task_shots=4).record["task"]["sha256"]
+    )
+
+
+def test_a_stream_is_read_from_its_start(gather):
+    rows = [row["prompt"][0]["content"] for row in task_dataset()][:3]
+    shots = gather(task_dataset().to_iterable_dataset(), num_task_shots=3)
+    assert shots.record["task"]["fit"] + shots.record["task"]["held_out"] == len(rows)
+
+
+def test_prompts_without_refusals_take_the_vectors(gather, tokenizer, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"forbidden {i}"}) + "\n" for i in range(4)))
+    shots = gather(safety_data=str(file), max_refusal_tokens=100)
+    for sample in shots.data.harmful.fit:
+        response = [token for token, marked in zip(sample.input_ids, sample.is_response, strict=True) if marked]
+        assert tokenizer.decode(response, skip_special_tokens=True) == "sorry i cannot help with that"
+
+
+def test_task_rows_without_responses_are_refused(gather):
+    with pytest.raises(CalibrationDataError, match="needs a response"):
+        gather([{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(CalibrationDataError, match="usable samples"):
+        gather([{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 3)
+
+
+def test_no_task_data_at_all(tokenizer):
+    with pytest.raises(CalibrationDataError, match="set `task_data`"):
+        gather_shots(SafeGeneConfig(vector="v"), make_vector(make_model(), tokenizer), tokenizer, 256, None)

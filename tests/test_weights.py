@@ -1,0 +1,116 @@
+"""Checkpoint names of live weights, and fine-tunes that are refused by name."""
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from safegene_trl.errors import UnsupportedModelError
+from safegene_trl.merging import save_adapter, save_merged
+from safegene_trl.weights import (
+    canonical_modules,
+    canonical_parameters,
+    check_supported,
+    is_transposed,
+    layer_index,
+    linear_shape,
+    task_factors,
+)
+
+from .conftest import make_model, with_lora
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_lora_does_not_change_the_names(tied):
+    plain = [(p.name, p.tensor.shape) for p in canonical_parameters(make_model(tied=tied))]
+    adapted = [(p.name, p.tensor.shape) for p in canonical_parameters(with_lora(make_model(tied=tied)))]
+    assert sorted(plain) == sorted(adapted)
+    assert ("lm_head.weight" in dict(plain)) == (not tied)
+    modules = canonical_modules(with_lora(make_model()))
+    assert linear_shape(modules["model.layers.0.mlp.up_proj"]) == (48, 32)
+    assert linear_shape(modules["model.norm"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("model.layers.12.mlp.up_proj", 12), ("transformer.h.3.attn.c_attn", 3), ("lm_head", None), ("a.block2.b", None)],
+)
+def test_layer_index(name, index):
+    assert layer_index(name) == index
+
+
+def test_only_active_unmerged_adapters_count():
+    model = with_lora(make_model())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    name = "model.layers.0.mlp.up_proj"
+    assert len(task_factors(canonical_modules(model)[name])) == 1
+    model.base_model.set_adapter(["default", "other"])
+    assert len(task_factors(canonical_modules(model)[name])) == 2
+    model.merge_adapter()
+    assert task_factors(canonical_modules(model)[name]) == []
+
+
+def test_rank_stabilised_scaling_is_in_the_factors():
+    model = with_lora(make_model(), use_rslora=True)
+    module = canonical_modules(model)["model.layers.0.mlp.up_proj"]
+    ((a, b),) = task_factors(module)
+    torch.testing.assert_close(b @ a, module.get_delta_weight("default"))
+
+
+def test_transposed_layers_merge_right(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 320,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config(**shape)), config).eval()
+    module = canonical_modules(model)["transformer.h.0.attn.c_attn"]
+    assert is_transposed(module) and linear_shape(module) == (96, 32)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_modules_to_save_are_merged_when_untied(tokenizer, tmp_path):
+    model = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(0.1)
+    check_supported(model)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def refused():
+    quantised = make_model()
+    quantised.is_quantized = True
+    yield "quantised", quantised, "16-bit base"
+    yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "ties its embeddings"
+    yield "DoRA", with_lora(make_model(), use_dora=True), "Dora"
+    yield "LoRA bias", with_lora(make_model(), lora_bias=True, bias="none"), "lora_bias"
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    yield "IA3", get_peft_model(make_model(), ia3), "only LoRA on linear layers"
+    yield "no transformers model", torch.nn.Linear(2, 2), "not a transformers model"
+
+
+@pytest.mark.parametrize(("model", "message"), [case[1:] for case in refused()], ids=[case[0] for case in refused()])
+def test_refused_by_name(model, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_supported(model)
+
+
+def test_supported_models_pass(tmp_path):
+    for model in (make_model(), with_lora(make_model()), with_lora(make_model("qwen2"), use_rslora=True)):
+        check_supported(model)
+    save_adapter(with_lora(make_model()), {}, {}, "base", tmp_path)
