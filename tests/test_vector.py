@@ -56,6 +56,22 @@ def test_peft_opens_it_and_applies_it_unscaled(vector_dir):
         torch.testing.assert_close(adapted(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id, *, allow_patterns, **kwargs):
+        asked.append((repo_id, sorted(allow_patterns), kwargs))
+        return str(vector_dir)
+
+    monkeypatch.setattr("safegene_trl.vector.snapshot_download", snapshot_download)
+    vector = SafetyVector.from_pretrained("me/vector", revision="v1.0")
+    ((repo_id, patterns, kwargs),) = asked
+    assert repo_id == "me/vector" and kwargs == {"revision": "v1.0"} and vector.rank == 2
+    assert all(pattern.endswith((".json", ".jsonl", ".safetensors")) for pattern in patterns)  # no code, no pickle
+    with pytest.raises(SafeGeneError, match="Unknown argument `trust_remote_code`"):
+        SafetyVector.from_pretrained("me/vector", trust_remote_code=True)
+
+
 def test_card_warns_of_misuse(vector_dir):
     card = (vector_dir / "README.md").read_text()
     assert "base_model: tiny-aligned" in card and "base_model_relation: adapter" in card

@@ -50,9 +50,9 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     """
     parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
     known = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
+    argv, overrides = _split_overrides(argv)
     recipe = _read_recipe(argv) if "--config" in argv else {}
     reject_unknown_keys(recipe, [*known, "env"], where="the recipe")
-    argv, overrides = _split_overrides(argv)
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     options = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
     reject_unknown_keys(options, known, where="the command line")
@@ -72,6 +72,8 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if item.startswith(_OVERRIDE):
             key, equals, value = item.removeprefix(_OVERRIDE).partition("=")
             overrides[key] = yaml.safe_load(value if equals else next(items, ""))
+        elif item.startswith("--config="):  # TRL's parser knows the two-word form only
+            rest += item.split("=", 1)
         else:
             rest.append(item)
     return rest, overrides

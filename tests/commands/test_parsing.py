@@ -38,6 +38,10 @@ def test_recipe_and_overrides(recipe):
     assert safegene.config.vector == "v" and safegene.config.num_task_shots == 9
 
 
+def test_one_word_config_option(recipe):
+    assert run(f"--config={recipe}")[0].model_name_or_path == "tiny"
+
+
 def test_options_alone():
     *_, safegene = run(
         "--output_dir", "o", "--use_cpu", "--bf16=false", "--safegene.vector=v", "--safegene.dry_run=true"
