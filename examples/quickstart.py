@@ -8,7 +8,6 @@ fine-tuned and the safeguarded model on prompts and reviews that neither trainin
 
 import argparse
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.calibration import conversation, draw, load_rows
 from safegene_trl.evaluation.generation import generate_answers
 from safegene_trl.evaluation.refusal import refusal_rate
 from safegene_trl.loading import load_model, load_tokenizer
@@ -79,9 +79,7 @@ def measure(model_dir: Path, count: int) -> dict[str, float]:
         model = model.cuda()
 
     def answers(rows: list[dict], max_new_tokens: int) -> list[str]:
-        prompts = [
-            r["prompt"] if isinstance(r["prompt"], list) else [{"role": "user", "content": r["prompt"]}] for r in rows
-        ]
+        prompts = [conversation(row)[0] for row in rows]
         return generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=32)
 
     harmful, benign, reviews = (drawn(name, count) for name in ("eval_harmful", "eval_benign", "reviews_test"))
@@ -96,8 +94,7 @@ def measure(model_dir: Path, count: int) -> dict[str, float]:
 
 def drawn(name: str, count: int) -> list[dict]:
     """`count` rows of a prepared file, the same ones in every run."""
-    rows = [json.loads(line) for line in (BUILD / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return random.Random(0).sample(rows, min(count, len(rows)))
+    return draw(load_rows(str(BUILD / f"{name}.jsonl"), "train"), count, seed=0)
 
 
 def main() -> None:
