@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,10 @@ class LowRankDelta:
     def dense(self) -> torch.Tensor:
         """`B A` as a d_out×d_in float32 matrix."""
         return self.b.float() @ self.a.float()
+
+    def to(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A` and `B` with the device and dtype of another tensor."""
+        return self.a.to(other), self.b.to(other)
 
 
 @contextmanager
@@ -54,20 +59,43 @@ def attached(
 
 
 def _delta_hook(delta: LowRankDelta, coefficients: torch.Tensor, index: int):
-    placed: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-
     def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0]
-        key = (output.device, output.dtype)
-        if key not in placed:
-            placed[key] = (delta.a.to(*key), delta.b.to(*key))
-        a, b = placed[key]
-        # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
-        low = F.linear(x.to(output.dtype), a)
-        low = low.to(torch.promote_types(low.dtype, coefficients.dtype)) * coefficients[index].to(output.device)
-        return output + F.linear(low.to(output.dtype), b)
+        return _AddDelta.apply(inputs[0], output, coefficients[index].to(output.device), delta)
 
     return hook
+
+
+class _AddDelta(torch.autograd.Function):
+    """`output + λ·B(Ax)`, with `x` (…×d_in) and `output` (…×d_out) of one 16- or 32-bit type and λ a float32 scalar.
+
+    The factors stay where the vector was loaded to, in file-backed host memory that all ranks of a node share, and visit
+    the accelerator one module at a time: they are fetched anew for the backward pass, which keeps only `Ax` (…×r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, output: torch.Tensor, coefficient: torch.Tensor, delta: LowRankDelta):
+        a, b = delta.to(output)
+        low = F.linear(x.to(output.dtype), a)
+        ctx.save_for_backward(low, coefficient)
+        ctx.delta, ctx.x_dtype = delta, x.dtype
+        # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
+        return output + F.linear((low * coefficient.to(_wide(low))).to(low.dtype), b)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor):
+        (gradient,) = gradients
+        low, coefficient = ctx.saved_tensors
+        a, b = ctx.delta.to(gradient)
+        low_gradient = gradient @ b
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = ((low_gradient * coefficient.to(_wide(low))).to(low.dtype) @ a).to(ctx.x_dtype)
+        coefficient_gradient = (low_gradient.to(_wide(low)) * low).sum().to(coefficient.dtype)
+        return x_gradient, gradient, coefficient_gradient, None
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @contextmanager

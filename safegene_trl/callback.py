@@ -19,7 +19,7 @@ from transformers import (
 from .config import SafeGeneConfig
 from .errors import FamilyError, SafeGeneError
 from .safeguard import Preparation, failure_path, prepare, safeguard, write_failure
-from .sharding import check_launch
+from .sharding import check_launch, sharding_of
 from .weights import base_model
 
 
@@ -71,20 +71,26 @@ class SafeGeneCallback(TrainerCallback):
         if state.is_hyper_param_search:
             logger.warning("SafeGene skips hyper-parameter trials: run it on the final training.")
             return
-        check_launch(args)
-        loader = kwargs.get("train_dataloader")
+        model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
+        with sharding.agreed():
+            check_launch(model, args)
+            tokenizer = _tokenizer(kwargs.get("processing_class"), model)
         self._plan = prepare(
             self.config,
-            kwargs["model"],
-            _tokenizer(kwargs.get("processing_class"), kwargs["model"]),
+            model,
+            tokenizer,
             self._target(args),
+            sharding,
             task_rows=None if loader is None else loader.dataset,
         )
-        for warning in self._plan.report["warnings"]:
-            logger.warning(warning)
+        if sharding.is_main:
+            for warning in self._plan.report["warnings"]:
+                logger.warning(warning)
         if self.config.dry_run:
             message = f"Dry run: all checks passed; the safeguarded checkpoint would go to {self._plan.target}."
-            print(message)
+            if sharding.is_main:
+                print(message)
             raise DryRunComplete(message)
 
     def on_train_end(

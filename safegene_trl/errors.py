@@ -31,3 +31,7 @@ class OutputError(SafeGeneError):
 
 class RecalibrationError(SafeGeneError):
     """No coefficients improve held-out safety within the utility budget."""
+
+
+class PeerError(SafeGeneError):
+    """Another rank of the same job failed; the message names it and its cause."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import FamilyError, VectorError
 from .provenance import chat_template_hash, sha256_of_json, tokenizer_hash
+from .sharding import class_name, full_shape
 from .weights import base_model, canonical_parameters
 
 
@@ -34,13 +35,13 @@ class Family:
         """The family of a live model (plain or with a LoRA on it) and its tokenizer."""
         base = base_model(model)
         embedding: Any = base.get_input_embeddings()
-        vocab_size = embedding.weight.shape[0]
+        vocab_size = full_shape(embedding.weight)[0]
         shapes = {
-            parameter.name: ["vocab" if size == vocab_size else size for size in parameter.tensor.shape]
+            parameter.name: ["vocab" if size == vocab_size else size for size in parameter.shape]
             for parameter in canonical_parameters(model)
         }
         return cls(
-            architecture=type(base).__name__,
+            architecture=class_name(base),
             fingerprint=sha256_of_json(shapes),
             vocab_size=vocab_size,
             tokenizer=tokenizer_hash(tokenizer),

@@ -11,7 +11,7 @@ L-BFGS-B (`scipy.optimize`) solves it in about ten evaluations without a learnin
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,9 +21,10 @@ from scipy.optimize import minimize
 from torch import nn
 
 from .attach import LowRankDelta, attached, frozen_for_calibration
-from .calibration import Batch, CalibrationSet, Split, batches
+from .calibration import Batch, CalibrationSet, batches
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
+from .sharding import Sharding
 from .weights import base_model
 
 
@@ -65,33 +66,81 @@ class Recalibration:
     history: list[dict] = field(default_factory=list)
 
 
+TERMS = ("utility", "safety", "benign")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One forward pass: a batch, the term its loss belongs to, and its weight there, 1 / tokens of the term."""
+
+    term: str
+    batch: Batch
+    weight: float
+
+
 class _Side:
-    """One side (fit or held-out) of a calibration set as batches, with the fine-tuned model's task log-probs."""
+    """One side (fit or held-out) of a calibration set, its batches shared out over the ranks.
 
-    def __init__(self, model: nn.Module, data: CalibrationSet, side: str, config: SafeGeneConfig, pad_id: int):
-        device = base_model(model).device
+    Every batch's loss and gradient goes into a row of its own and the rows are added up in one order, so that the
+    numbers do not depend on the number of ranks. Task batches come first: they need the fine-tuned model's
+    log-probabilities before anything is attached to it.
+    """
 
-        def batched(split: Split | None) -> list[Batch]:
-            return batches(getattr(split, side), config.batch_size, pad_id, device) if split else []
+    def __init__(
+        self,
+        model: nn.Module,
+        data: CalibrationSet,
+        side: str,
+        config: SafeGeneConfig,
+        pad_id: int,
+        sharding: Sharding,
+    ):
+        splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
+        self.sharding = sharding
+        self.jobs: list[_Job] = []
+        for term in TERMS:
+            split = splits[term]
+            group = batches(getattr(split, side), config.batch_size, pad_id, sharding.device) if split else []
+            self.jobs += [_Job(term, batch, 1 / _tokens(group)) for batch in group]
+        tasks = sum(job.term == "utility" for job in self.jobs)
+        self.reference: dict[int, torch.Tensor] = {}
+        with torch.no_grad(), sharding.forward_passes():
+            for index in sharding.share(tasks):
+                log_probs = F.log_softmax(response_logits(model, self.jobs[index or 0].batch)[0], dim=-1)
+                if index is not None:  # on the CPU: tokens × vocabulary in float32 would crowd the accelerator
+                    self.reference[index] = log_probs.cpu()
+                sharding.release()
 
-        self.harmful, self.benign, self.task = batched(data.harmful), batched(data.benign), batched(data.task)
-        with torch.no_grad():  # on the CPU: tokens × vocabulary in float32 would crowd the accelerator
-            self.reference = [F.log_softmax(response_logits(model, batch)[0], dim=-1).cpu() for batch in self.task]
+    def loss(self, model: nn.Module, index: int) -> torch.Tensor:
+        """Summed loss of one of this rank's jobs."""
+        job = self.jobs[index]
+        if index in self.reference:
+            return kl_divergence(model, job.batch, self.reference[index])
+        return cross_entropy(model, job.batch)
 
-    def terms(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor, float]]:
-        """Name, summed loss and weight (1 / tokens) of every batch, each computed when it is asked for."""
-        for name, group in (("safety", self.harmful), ("benign", self.benign)):
-            for batch in group:
-                yield name, cross_entropy(model, batch), 1 / _tokens(group)
-        for batch, reference in zip(self.task, self.reference, strict=True):
-            yield "utility", kl_divergence(model, batch, reference), 1 / _tokens(self.task)
+    def evaluate(
+        self, model: nn.Module, coefficients: torch.Tensor | None = None
+    ) -> tuple[Losses, dict[str, np.ndarray]]:
+        """Losses, and each term's gradient for `coefficients` if they are given: shape `(n,)`, float64."""
+        rows = torch.zeros(len(self.jobs), 1 + (0 if coefficients is None else len(coefficients)), dtype=torch.float64)
+        with self.sharding.forward_passes(), torch.set_grad_enabled(coefficients is not None):
+            for index in self.sharding.share(len(self.jobs)):
+                loss = self.loss(model, self._idle_job if index is None else index)
+                gradient = () if coefficients is None else torch.autograd.grad(loss, coefficients)
+                self.sharding.release()
+                if index is not None:
+                    rows[index] = torch.cat([value.detach().double().reshape(-1).cpu() for value in (loss, *gradient)])
+        rows = self.sharding.sum(rows)
+        totals = {term: torch.zeros(rows.shape[1], dtype=torch.float64) for term in TERMS}
+        for job, row in zip(self.jobs, rows, strict=True):
+            totals[job.term] += job.weight * row
+        losses = Losses(**{term: float(total[0]) for term, total in totals.items()})
+        return losses, {term: total[1:].numpy() for term, total in totals.items()}
 
-    @torch.no_grad()
-    def losses(self, model: nn.Module) -> Losses:
-        totals = {"safety": 0.0, "benign": 0.0, "utility": 0.0}
-        for name, loss, weight in self.terms(model):
-            totals[name] += loss.item() * weight
-        return Losses(**totals)
+    @property
+    def _idle_job(self) -> int:
+        """The job with which a rank without one marks time: the last, which needs no reference."""
+        return len(self.jobs) - 1
 
 
 def recalibrate(
@@ -101,9 +150,13 @@ def recalibrate(
     data: CalibrationSet,
     config: SafeGeneConfig,
     pad_id: int,
+    sharding: Sharding,
     on_evaluation: Callable[[dict], None] = lambda entry: None,
 ) -> Recalibration:
     """Finds the coefficients of one fine-tune. The model is left exactly as it was.
+
+    Collective: every rank calls it with the same arguments and gets the same outcome, bit by bit; each works on its
+    share of the batches.
 
     Args:
         model: The fine-tuned model, plain or PEFT-wrapped, unwrapped from any engine.
@@ -112,6 +165,7 @@ def recalibrate(
         data: Harmful, benign and task samples.
         config: Bounds, weights and budgets.
         pad_id: Token id to pad with.
+        sharding: How the model is spread over ranks.
         on_evaluation: Called with each history entry, e.g. to move a progress bar.
 
     Raises:
@@ -119,13 +173,12 @@ def recalibrate(
     """
     names = list(dict.fromkeys(coefficient_names[module] for module in deltas))
     index = {module: names.index(coefficient_names[module]) for module in deltas}
-    device = base_model(model).device
-    coefficients = torch.zeros(len(names), device=device, requires_grad=True)
+    coefficients = torch.zeros(len(names), device=sharding.device, requires_grad=True)
     with frozen_for_calibration(model):
-        fit = _Side(model, data, "fit", config, pad_id)
-        held_out = _Side(model, data, "held_out", config, pad_id)
+        fit = _Side(model, data, "fit", config, pad_id, sharding)
+        held_out = _Side(model, data, "held_out", config, pad_id, sharding)
         with attached(model, deltas, index, coefficients):
-            before = held_out.losses(model)
+            before, _ = held_out.evaluate(model)
             best, history = _search(model, fit, coefficients, config, names, on_evaluation)
             return _accept(model, held_out, coefficients, best, before, config, names, history)
 
@@ -138,7 +191,9 @@ def _search(
     names: Sequence[str],
     on_evaluation: Callable[[dict], None],
 ) -> tuple[np.ndarray, list[dict]]:
+    """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
     history: list[dict] = []
+    sharding = fit.sharding
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
         losses, gradient = _loss_and_gradient(model, fit, coefficients, point, config)
@@ -151,14 +206,25 @@ def _search(
         on_evaluation(entry)
         return value, gradient
 
-    minimize(
-        objective,
-        np.full(len(names), config.start),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(config.min_coefficient, config.max_coefficient)] * len(names),
-        options={"maxfun": config.max_evaluations, "ftol": 1e-4},
-    )
+    ended = torch.zeros(1 + len(names), dtype=torch.float64)
+
+    def tell(point: np.ndarray) -> np.ndarray:
+        sharding.from_main(torch.cat((torch.ones(1), torch.as_tensor(point))))
+        return point
+
+    if sharding.is_main:
+        minimize(
+            lambda point: objective(tell(point)),
+            np.full(len(names), config.start),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(config.min_coefficient, config.max_coefficient)] * len(names),
+            options={"maxfun": config.max_evaluations, "ftol": 1e-4},
+        )
+        sharding.from_main(ended)
+    else:
+        while (told := sharding.from_main(ended))[0]:
+            objective(told[1:].numpy())
     best = min(history, key=lambda entry: entry["objective"])
     return np.array(list(best["coefficients"].values())), history
 
@@ -173,13 +239,9 @@ def _loss_and_gradient(
     """Losses at `point` and the objective's gradient, shape `(n,)`, float64. One batch's graph lives at a time."""
     with torch.no_grad():
         coefficients.copy_(torch.as_tensor(point))
-    totals = {"safety": 0.0, "benign": 0.0, "utility": 0.0}
-    gradient = torch.zeros(len(point), dtype=torch.float64)
-    for name, loss, weight in fit.terms(model):
-        factor = weight * (config.utility_weight if name == "utility" else 1.0)
-        gradient += torch.autograd.grad(loss, coefficients)[0].double().cpu() * factor
-        totals[name] += loss.item() * weight
-    return Losses(**totals), gradient.numpy() + config.sparsity_weight
+    losses, gradients = fit.evaluate(model, coefficients)
+    gradient = gradients["safety"] + gradients["benign"] + config.utility_weight * gradients["utility"]
+    return losses, gradient + config.sparsity_weight
 
 
 def _accept(
@@ -198,7 +260,7 @@ def _accept(
         point = floor + scale * (best - floor)
         with torch.no_grad():
             coefficients.copy_(torch.as_tensor(point))
-        after = held_out.losses(model)
+        after, _ = held_out.evaluate(model)
         objection = _objection(before, after, config.max_utility_loss)
         if not objection:
             reason = "Held-out safety improved within the utility budget."

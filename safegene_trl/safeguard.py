@@ -3,6 +3,7 @@
 The callback runs it where a training ends, `safegene apply` on a finished checkpoint.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,13 @@ from .calibration import Row
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
 from .evaluation.generation import generate_answers
-from .evaluation.refusal import refusal_rate
+from .evaluation.refusal import is_refusal
 from .family import Family
 from .merging import MARKER, atomic_directory, check_output, checkpoint_bytes, save_adapter, save_merged
 from .provenance import software_versions
 from .recalibration import Recalibration, recalibrate
 from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
+from .sharding import Sharding
 from .shots import Shots, gather_shots
 from .vector import SafetyVector
 from .weights import base_model, canonical_modules, check_supported
@@ -40,6 +42,7 @@ class Preparation:
     tokenizer: PreTrainedTokenizerBase
     target: Path
     shots: Shots
+    sharding: Sharding
     report: dict[str, Any]
     clock: PhaseClock = field(default_factory=PhaseClock)
 
@@ -49,30 +52,41 @@ def prepare(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     target: Path,
+    sharding: Sharding,
     task_rows: Sequence[Row] | IterableDataset | None = None,
 ) -> Preparation:
     """Reads and checks vector, family, data and output place; writes nothing.
+
+    Collective, like everything here: every rank calls it, and if it fails on one it raises on all.
 
     Args:
         config: What to do.
         model: The model as it is now, plain or PEFT-wrapped; only its names and shapes matter here.
         tokenizer: Its tokenizer.
         target: Folder of the checkpoint to be.
+        sharding: How the model is spread over ranks.
         task_rows: The training set, used where `config.task_data` names no other.
 
     Raises:
         SafeGeneError: One of its kinds, saying what to do.
     """
     clock = PhaseClock()
-    with clock.phase("prepare"):
+    with clock.phase("prepare"), sharding.agreed():
         check_supported(model)
-        check_output(target, 0 if config.output_format == "adapter" else checkpoint_bytes(model))
+        if sharding.is_main:
+            check_output(target, 0 if config.output_format == "adapter" else checkpoint_bytes(model))
         vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision)
         family = Family.of(model, tokenizer)
         warnings = vector.family.check_member(family)
         vector.check_fits(canonical_modules(model))
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         shots = gather_shots(config, vector, tokenizer, context, task_rows)
+    for what, record in (
+        ("SafeGene settings", config.to_dict()),
+        ("a safety vector", vector.files),
+        ("samples", shots.record),
+    ):
+        sharding.check_same(what, json.dumps(record, sort_keys=True))
     report = {
         "schema_version": SCHEMA_VERSION,
         "status": "prepared",
@@ -80,10 +94,11 @@ def prepare(
         "vector": {"name": config.vector, "revision": config.vector_revision, **vector.describe()},
         "model": {"kind": "lora" if isinstance(model, PeftModel) else "full", **family.to_dict()},
         "data": shots.record,
+        "launch": sharding.describe(),
         "config": config.to_dict(),
         "software": software_versions(),
     }
-    return Preparation(config, vector, tokenizer, target, shots, report, clock)
+    return Preparation(config, vector, tokenizer, target, shots, sharding, report, clock)
 
 
 def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True) -> dict[str, Any]:
@@ -99,9 +114,10 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
         RecalibrationError: No coefficients are acceptable. Nothing is written.
         OutputError: The checkpoint cannot be written. Nothing of it is left.
     """
-    config, vector = plan.config, plan.vector
+    config, vector, sharding = plan.config, plan.vector, plan.sharding
     names = vector.coefficient_names(config.granularity)
-    with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=not show_progress, leave=False) as bar:
+    hidden = not (show_progress and sharding.is_main)
+    with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
 
         def advance(entry: dict) -> None:
             bar.update()
@@ -109,7 +125,7 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
 
         with plan.clock.phase("recalibrate"):
             result = recalibrate(
-                model, vector.deltas, names, plan.shots.data, config, _pad_id(plan.tokenizer), advance
+                model, vector.deltas, names, plan.shots.data, config, _pad_id(plan.tokenizer), sharding, advance
             )
     report = plan.report
     report |= _outcome(result)
@@ -122,12 +138,14 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
     if config.measure_refusals:
         with plan.clock.phase("measure"):
             report["answers"] = _measure(plan, model, by_module)
-    with atomic_directory(plan.target) as folder:
+    with atomic_directory(plan.target, sharding=sharding) as folder:
         with plan.clock.phase("save"):
             _save(plan, model, by_module, adapter_base, folder)
         report |= {"status": "safeguarded", "phases": plan.clock.phases}
-        write_report(report, folder / MARKER)
-    failure_path(plan.target).unlink(missing_ok=True)
+        if sharding.is_main:
+            write_report(report, folder / MARKER)
+    if sharding.is_main:
+        failure_path(plan.target).unlink(missing_ok=True)
     return report
 
 
@@ -137,10 +155,11 @@ def failure_path(target: Path) -> Path:
 
 
 def write_failure(plan: Preparation, error: Exception) -> dict[str, Any]:
-    """Writes what was known and what failed to `failure_path`; returns it."""
+    """Writes what was known and what failed to `failure_path`, on rank 0; returns it."""
     failure = {"kind": type(error).__name__, "message": str(error)}
     report = plan.report | {"status": "failed", "error": failure, "phases": plan.clock.phases}
-    write_report(report, failure_path(plan.target))
+    if plan.sharding.is_main:
+        write_report(report, failure_path(plan.target))
     return report
 
 
@@ -155,18 +174,16 @@ def _outcome(result: Recalibration) -> dict[str, Any]:
 
 def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -> dict[str, Any]:
     """Refusal rate on the harmful and answered rate on the benign shots, before and after."""
-    config, deltas = plan.config, plan.vector.deltas
+    config, deltas, sharding = plan.config, plan.vector.deltas, plan.sharding
     index = {module: position for position, module in enumerate(deltas)}
-    coefficients = torch.tensor([by_module[module] for module in deltas], device=base_model(model).device)
+    coefficients = torch.tensor([by_module[module] for module in deltas], device=sharding.device)
+
+    def refused_share(prompts: list) -> float:
+        answers = generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size, sharding)
+        return float(sharding.sum(torch.tensor(sum(map(is_refusal, answers))))) / len(prompts)
 
     def rates() -> dict[str, float]:
-        return {
-            kind: refusal_rate(
-                generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size)
-            )
-            for kind, prompts in plan.shots.prompts.items()
-            if prompts
-        }
+        return {kind: refused_share(prompts) for kind, prompts in plan.shots.prompts.items() if prompts}
 
     with frozen_for_calibration(model):
         before = rates()
@@ -184,14 +201,12 @@ def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -
 
 
 def _save(plan: Preparation, model: nn.Module, by_module: dict[str, float], adapter_base: str, folder: Path) -> None:
-    config, deltas = plan.config, plan.vector.deltas
+    config, deltas, tokenizer, sharding = plan.config, plan.vector.deltas, plan.tokenizer, plan.sharding
     if config.output_format in ("merged", "both"):
-        save_merged(model, deltas, by_module, plan.tokenizer, folder, config.max_shard_size)
+        save_merged(model, deltas, by_module, tokenizer, folder, config.max_shard_size, sharding)
     if config.output_format in ("adapter", "both"):
         place = folder / "adapter" if config.output_format == "both" else folder
-        place.mkdir(exist_ok=True)
-        save_adapter(model, deltas, by_module, adapter_base, place)
-        plan.tokenizer.save_pretrained(place)
+        save_adapter(model, deltas, by_module, adapter_base, tokenizer, place, sharding)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

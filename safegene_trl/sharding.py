@@ -1,19 +1,230 @@
-"""How the model's weights are spread over processes. Nothing else in the package knows a backend's name."""
+"""How a model is spread over processes, and the little the safety step needs to know and do about it.
 
+Nothing else in the package knows a backend's name. A model is either *whole* in every process (one process, DDP, ZeRO-1,
+ZeRO-2) or *sharded* (ZeRO-3, FSDP2): then every forward pass and every look at a weight is a collective operation, which
+all ranks must reach in the same order and equally often.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from .errors import UnsupportedModelError
+from .errors import CalibrationDataError, PeerError, SafeGeneError, UnsupportedModelError
 
 
-def check_launch(args: TrainingArguments) -> None:
-    """Raises `UnsupportedModelError` for a launch whose weights this version cannot read whole from one process."""
-    if args.world_size > 1:
+_MESSAGE_BYTES = 2048
+
+
+class Sharding:
+    """The model is whole in every process: one process, DDP, ZeRO-1 or ZeRO-2.
+
+    Args:
+        device: Where this rank computes.
+
+    Attributes:
+        kind: Name of the way the model is spread, for the report.
+        collective_forward: Whether a forward pass needs all ranks.
+    """
+
+    kind = "whole"
+    collective_forward = False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self.rank == 0
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {"sharding": self.kind, "processes": self.world_size}
+
+    @contextmanager
+    def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Collective: the whole of a module's `tensors` on every rank while the block is open, to be read only."""
+        yield list(tensors)
+
+    def release(self) -> None:
+        """After a forward or backward pass: frees what it left gathered."""
+
+    def share(self, count: int) -> list[int | None]:
+        """Which of `count` items this rank works on; as many on every rank, None where one has to mark time."""
+        return [i if i < count else None for i in range(self.rank, self._padded(count), self.world_size)]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Collective: the sum over ranks, on the CPU."""
+        if self.world_size == 1:
+            return tensor.cpu()
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def from_main(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Collective: rank 0's values of a tensor that has one shape everywhere, on the CPU."""
+        return self.sum(tensor if self.is_main else torch.zeros_like(tensor))
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Collective at its end: all ranks leave the block well, or every rank raises.
+
+        Inside go things that can fail on one rank alone: files, shapes, data. No collective operation may be inside.
+
+        Raises:
+            SafeGeneError: This rank's own error; or `PeerError`, naming the rank and the cause, if another's was a
+                `SafeGeneError`.
+            RuntimeError: Another rank failed with any other error.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.world_size > 1:
+            self._raise_for_peers(failure)
+        if failure is not None:
+            raise failure
+
+    @contextmanager
+    def forward_passes(self) -> Iterator[None]:
+        """Around forward passes. Where those are collective a failing rank cannot tell the others: it ends the job."""
+        if not self.collective_forward:
+            with self.agreed():
+                yield
+            return
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"SafeGene: this was rank {self.rank} of {self.world_size}.")
+            raise
+
+    def check_same(self, what: str, text: str) -> None:
+        """Collective: raises `CalibrationDataError` on every rank unless all have the same `text`."""
+        if self.world_size == 1:
+            return
+        digests = self._exchange(hashlib.sha256(text.encode()).hexdigest().encode())
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise CalibrationDataError(
+                f"Rank {odd[0]} has other {what} than rank 0: give every rank the same files, and a `task_data` file if the "
+                "training set differs from rank to rank."
+            )
+
+    def _padded(self, count: int) -> int:
+        return -(-count // self.world_size) * self.world_size
+
+    def _raise_for_peers(self, failure: Exception | None) -> None:
+        prefix = b"" if failure is None else b"s" if isinstance(failure, SafeGeneError) else b"x"
+        cause = "" if failure is None else str(failure) if prefix == b"s" else f"{type(failure).__name__}: {failure}"
+        messages = self._exchange(prefix + cause.encode())
+        failed = [rank for rank, message in enumerate(messages) if message]
+        if failure is None and failed:
+            message = messages[failed[0]].decode(errors="replace")
+            text = f"Rank {failed[0]} of {self.world_size} failed: {message[1:]}"
+            raise PeerError(text) if message.startswith("s") else RuntimeError(text)
+        if failure is not None and len(failed) < self.world_size:
+            failure.add_note(f"SafeGene: this was rank {self.rank} of {self.world_size}.")
+
+    def _exchange(self, message: bytes) -> list[bytes]:
+        """Collective: every rank's message, cut to `_MESSAGE_BYTES`."""
+        row = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+        cut = message[:_MESSAGE_BYTES]
+        row[: len(cut)] = torch.tensor(list(cut), dtype=torch.uint8)
+        own = row.to(self.device)
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(rows, own)
+        return [bytes(row.tolist()).rstrip(b"\0") for row in rows]
+
+
+class _Zero3(Sharding):
+    """DeepSpeed ZeRO-3, with or without offloading."""
+
+    kind = "zero3"
+    collective_forward = True
+
+    def __init__(self, device: torch.device, optimizer: Any):
+        super().__init__(device)
+        while not hasattr(optimizer, "parameter_offload"):  # accelerate wraps DeepSpeed's
+            optimizer = optimizer.optimizer
+        self._offload = optimizer.parameter_offload
+
+    @contextmanager
+    def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        import deepspeed
+
+        # Without a modifier rank the weights are partitioned again on leaving and nothing is written back.
+        with deepspeed.zero.GatheredParameters([tensor for tensor in tensors if hasattr(tensor, "ds_id")]):
+            yield list(tensors)
+
+    def release(self) -> None:
+        self._offload.release_backward_leftovers()
+        self._offload.empty_partition_cache()
+
+
+class _Fsdp2(Sharding):
+    """PyTorch's `fully_shard`."""
+
+    kind = "fsdp2"
+    collective_forward = True
+
+    @contextmanager
+    def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        yield [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer: Any = None) -> Sharding:
+    """How `model` is spread.
+
+    Args:
+        model: The live model, unwrapped from any engine.
+        device: Where this rank computes. Default: where the model's weights are.
+        optimizer: The trainer's; ZeRO-3's machinery hangs on it.
+    """
+    parameters = list(model.parameters())
+    device = device or parameters[0].device
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return _Zero3(device, optimizer)
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return _Fsdp2(device)
+    return Sharding(device)
+
+
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    """Shape of the whole tensor, whatever part of it this rank holds."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def class_name(model: nn.Module) -> str:
+    """Name of the model's own class; `fully_shard` puts another in front of it."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def check_launch(model: nn.Module, args: TrainingArguments) -> None:
+    """Raises `UnsupportedModelError`, by name, for a way of spreading a model that cannot be safeguarded in place."""
+    parallelism = getattr(args, "parallelism_config", None)
+    sizes = {"tensor": "tp_size", "context": "cp_size", "sequence": "sp_size"}
+    found = next((name for name, key in sizes.items() if (getattr(parallelism, key, None) or 1) > 1), None)
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        found = "tensor"
+    if found:
         raise UnsupportedModelError(
-            f"The training runs in {args.world_size} processes, which this version cannot safeguard in place: launch one "
-            "process, or run `safegene apply` on the finished checkpoint."
-        )
-    if args.deepspeed or args.fsdp:
-        raise UnsupportedModelError(
-            "DeepSpeed and FSDP trainings cannot be safeguarded in place by this version: run `safegene apply` on the "
+            f"The training uses {found} parallelism, which cannot be safeguarded in place: run `safegene apply` on the "
             "finished checkpoint."
+        )
+    if isinstance(model, FullyShardedDataParallel):
+        raise UnsupportedModelError(
+            "The training uses FSDP version 1, which hides the weights: set `fsdp_version: 2`, or run `safegene apply` on "
+            "the finished checkpoint."
         )

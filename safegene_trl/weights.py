@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
+from .sharding import full_shape
 
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -22,12 +23,37 @@ _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that owns it."""
+    """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that owns it.
+
+    The live tensor may be a shard of the whole; `shape` is the whole's.
+    """
 
     name: str
     tensor: torch.Tensor
     module_name: str
     module: nn.Module
+
+    @property
+    def shape(self) -> torch.Size:
+        return full_shape(self.tensor)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is its module's `weight`, to which low-rank deltas are added."""
+        return self.name == f"{self.module_name}.weight"
+
+
+@dataclass(frozen=True)
+class TaskFactors:
+    """One LoRA of the task on one module: the live `a` (r×d_in) and `b` (d_out×r), maybe shards, and its scaling."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A, B)` in float32 with the scaling folded into B."""
+        return self.a.detach().float(), self.b.detach().float() * self.scaling
 
 
 def base_model(model: Any) -> Any:
@@ -75,17 +101,17 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(_unadapted(module), Conv1D)
 
 
-def task_factors(module: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The task's own unmerged LoRA deltas of a module as float32 pairs `(A: r×d_in, B: d_out×r)`, scaling folded in B."""
+def task_factors(module: Any) -> list[TaskFactors]:
+    """The task's own unmerged LoRA factors on a module."""
     if not isinstance(module, LoraLayer) or module.disable_adapters:
         return []
-    factors = []
-    for adapter in module.active_adapters:
-        if adapter in module.lora_A and adapter not in module.merged_adapters:
-            a: Any = module.lora_A[adapter].weight
-            b: Any = module.lora_B[adapter].weight
-            factors.append((a.detach().float(), b.detach().float() * float(module.scaling[adapter])))
-    return factors
+    lora_a: Any = module.lora_A
+    lora_b: Any = module.lora_B
+    return [
+        TaskFactors(lora_a[name].weight, lora_b[name].weight, float(module.scaling[name]))
+        for name in module.active_adapters
+        if name in lora_a and name not in module.merged_adapters
+    ]
 
 
 def layer_index(module_name: str) -> int | None:

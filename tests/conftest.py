@@ -25,9 +25,11 @@ from transformers import (
 
 from safegene_trl.attach import LowRankDelta
 from safegene_trl.family import Family
+from safegene_trl.sharding import Sharding
 from safegene_trl.vector import SafetyVector
 
 
+ALONE = Sharding(torch.device("cpu"))
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -15,7 +15,7 @@ from safegene_trl.attach import attached
 from safegene_trl.errors import OutputError
 from safegene_trl.merging import MARKER, atomic_directory, check_output, save_adapter, save_merged
 
-from .conftest import make_deltas, make_model, with_lora
+from .conftest import ALONE, make_deltas, make_model, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -43,7 +43,7 @@ def test_merged_checkpoint_equals_hooked_model(kind, tied, lora, tokenizer, tmp_
     coefficients = random_coefficients(deltas)
     expected = hooked_logits(model, deltas, coefficients)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB")
+    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB", ALONE)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -58,7 +58,7 @@ def test_sharded_checkpoint_equals_single_file(tokenizer, tmp_path):
     model = with_lora(make_model(tied=False))
     deltas = make_deltas(make_model())
     coefficients = random_coefficients(deltas)
-    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "20KB")
+    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "20KB", ALONE)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
     model = with_lora(make_model()).to(torch.bfloat16)
     deltas = make_deltas(make_model())
     name = "model.layers.1.self_attn.q_proj"
-    save_merged(model, deltas, dict.fromkeys(deltas, 0.37), tokenizer, tmp_path, "5GB")
+    save_merged(model, deltas, dict.fromkeys(deltas, 0.37), tokenizer, tmp_path, "5GB", ALONE)
     layer = model.get_base_model().get_submodule(name)
     task = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * layer.scaling["default"]
     exact = layer.base_layer.weight.float() + task + 0.37 * deltas[name].dense()
@@ -79,12 +79,12 @@ def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_adapter_equals_hooked_model(lora, tmp_path):
+def test_adapter_equals_hooked_model(lora, tokenizer, tmp_path):
     base = make_model("qwen2")
     deltas = make_deltas(base)
     model = with_lora(make_model("qwen2")) if lora else base
     coefficients = random_coefficients(deltas)
-    save_adapter(model, deltas, coefficients, "base", tmp_path)
+    save_adapter(model, deltas, coefficients, "base", tokenizer, tmp_path, ALONE)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == (6 if lora else 2)
     assert not config["rank_pattern"] and not config["alpha_pattern"]
@@ -95,7 +95,7 @@ def test_adapter_equals_hooked_model(lora, tmp_path):
 def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
     model = make_model()
     deltas = make_deltas(model)
-    save_merged(model, deltas, random_coefficients(deltas), tokenizer, tmp_path, "5GB")
+    save_merged(model, deltas, random_coefficients(deltas), tokenizer, tmp_path, "5GB", ALONE)
     script = (
         "import sys; sys.modules['safegene_trl'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"

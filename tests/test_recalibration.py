@@ -15,7 +15,7 @@ from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
 from safegene_trl.recalibration import kl_divergence, recalibrate, response_logits
 
-from .conftest import make_deltas, make_model, with_lora
+from .conftest import ALONE, make_deltas, make_model, with_lora
 
 
 def samples(count, seed, response=6):
@@ -41,7 +41,7 @@ def names_of(deltas):
 
 def run(model, deltas, data=None, **values):
     config = SafeGeneConfig(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1, **values})
-    return recalibrate(model, deltas, names_of(deltas), data or calibration_set(), config, pad_id=0)
+    return recalibrate(model, deltas, names_of(deltas), data or calibration_set(), config, 0, ALONE)
 
 
 def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):
@@ -94,7 +94,7 @@ def test_gradient_matches_finite_differences():
         return losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum(), gradient
 
     with frozen_for_calibration(model):
-        fit = recalibration._Side(model, calibration_set(), "fit", config, 0)
+        fit = recalibration._Side(model, calibration_set(), "fit", config, 0, ALONE)
         with attached(model, deltas, index, coefficients):
             _, gradient = evaluate(point)
             for i in range(2):

@@ -17,7 +17,7 @@ from safegene_trl.weights import (
     task_factors,
 )
 
-from .conftest import make_model, with_lora
+from .conftest import ALONE, make_model, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -56,7 +56,8 @@ def test_only_active_unmerged_adapters_count():
 def test_rank_stabilised_scaling_is_in_the_factors():
     model = with_lora(make_model(), use_rslora=True)
     module = canonical_modules(model)["model.layers.0.mlp.up_proj"]
-    ((a, b),) = task_factors(module)
+    (factors,) = task_factors(module)
+    a, b = factors.pair()
     torch.testing.assert_close(b @ a, module.get_delta_weight("default"))
 
 
@@ -77,7 +78,7 @@ def test_transposed_layers_merge_right(tokenizer, tmp_path):
     model = get_peft_model(GPT2LMHeadModel(GPT2Config(**shape)), config).eval()
     module = canonical_modules(model)["transformer.h.0.attn.c_attn"]
     assert is_transposed(module) and linear_shape(module) == (96, 32)
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB")
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
@@ -87,7 +88,7 @@ def test_modules_to_save_are_merged_when_untied(tokenizer, tmp_path):
     with torch.no_grad():
         model.get_base_model().lm_head.modules_to_save["default"].weight.add_(0.1)
     check_supported(model)
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB")
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
@@ -110,7 +111,7 @@ def test_refused_by_name(model, message):
         check_supported(model)
 
 
-def test_supported_models_pass(tmp_path):
+def test_supported_models_pass(tokenizer, tmp_path):
     for model in (make_model(), with_lora(make_model()), with_lora(make_model("qwen2"), use_rslora=True)):
         check_supported(model)
-    save_adapter(with_lora(make_model()), {}, {}, "base", tmp_path)
+    save_adapter(with_lora(make_model()), {}, {}, "base", tokenizer, tmp_path, ALONE)

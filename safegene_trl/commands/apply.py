@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..loading import load_model, load_tokenizer
 from ..safeguard import prepare, safeguard
+from ..sharding import sharding_of
 from .parsing import SafeGeneArguments, parse
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     target = Path(config.output_dir or f"{Path(name).name}-safeguarded")
     model = load_model(name, arguments.model_revision, arguments.dtype)
     tokenizer = load_tokenizer(name, arguments.model_revision)
-    plan = prepare(config, model, tokenizer, target)
+    plan = prepare(config, model, tokenizer, target, sharding_of(model))
     if config.dry_run:
         print(f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}.")
         return 0

@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..calibration import prompt_text
+from ..sharding import Sharding
 from ..weights import base_model
 
 
@@ -20,8 +21,14 @@ def generate_answers(
     prompts: Sequence[Messages],
     max_new_tokens: int,
     batch_size: int,
+    sharding: Sharding | None = None,
 ) -> list[str]:
-    """Greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer."""
+    """Greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer.
+
+    With a `sharding` it is collective: the batches are shared out over the ranks, and the answers that another rank
+    generates are empty here.
+    """
+    sharding = sharding or Sharding(base_model(model).device)
     answers = [""] * len(prompts)
     texts = [prompt_text(tokenizer, messages) for messages in prompts]
     settings = GenerationConfig(
@@ -31,14 +38,22 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(order), batch_size):
-        group = order[start : start + batch_size]
-        padded = _left_padded(tokenizer, [texts[i] for i in group], settings.pad_token_id)
-        ids, attention = padded.to(base_model(model).device)
-        output = model.generate(input_ids=ids, attention_mask=attention, generation_config=settings)
-        decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        for i, answer in zip(group, decoded, strict=True):
-            answers[i] = answer.strip()
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with sharding.forward_passes():
+        for index in sharding.share(len(groups)):
+            group = groups[index or 0]
+            padded = _left_padded(tokenizer, [texts[i] for i in group], settings.pad_token_id)
+            ids, attention = padded.to(sharding.device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                generation_config=settings,
+                synced_gpus=sharding.collective_forward,
+            )
+            sharding.release()
+            decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, answer in zip(group, decoded, strict=True):
+                answers[i] = "" if index is None else answer.strip()
     return answers
 
 

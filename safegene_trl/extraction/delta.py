@@ -27,9 +27,9 @@ def lora_delta(degraded: PeftModel, rank: int | None = None) -> tuple[dict[str, 
     """
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in canonical_modules(degraded).items():
-        factors = task_factors(module)
-        if factors and layer_index(name) is not None:
-            found[name] = torch.cat([a for a, _ in factors]), -torch.cat([b for _, b in factors], dim=1)
+        pairs = [factors.pair() for factors in task_factors(module)]
+        if pairs and layer_index(name) is not None:
+            found[name] = torch.cat([a for a, _ in pairs]), -torch.cat([b for _, b in pairs], dim=1)
     if not found:
         raise FamilyError("The degraded model's LoRA changes no layer: give another degraded model.")
     rank = rank or max(a.shape[0] for a, _ in found.values())

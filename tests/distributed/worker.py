@@ -1,0 +1,190 @@
+"""One rank of a sharded run: `python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.worker PLAN.json`.
+
+The plan lists scenarios; each is a fine-tune with the callback, and what rank 0 learned from it goes to a JSON file of its
+own. Assertions are made by the tests that launch this.
+"""
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from safegene_trl import SafeGeneCallback, SafeGeneConfig, recalibration
+from safegene_trl.sharding import sharding_of
+
+from ..conftest import task_dataset
+from .backends import DEEPSPEED, launch_fsdp2, training_arguments
+
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def start(deepspeed: bool) -> None:
+    """The process group, on gloo and with a time-out: the Trainer would take 30 minutes on a CPU."""
+    if deepspeed:
+        import deepspeed as ds
+
+        ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first use compiles it for two minutes
+        ds.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def callback_of(plan: dict) -> SafeGeneCallback:
+    return SafeGeneCallback(
+        SafeGeneConfig(
+            vector=plan["vector"],
+            max_utility_loss=100.0,
+            max_evaluations=3,
+            batch_size=4,
+            num_safety_shots=8,
+            num_task_shots=10,
+            num_benign_shots=6,
+            max_shard_size="20KB",
+            **plan.get("config", {}),
+        )
+    )
+
+
+def trainer_of(plan: dict, out: Path, callbacks: list, model=None) -> SFTTrainer:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
+    args = SFTConfig(
+        output_dir=str(out),
+        max_steps=2,
+        use_cpu=True,
+        bf16=False,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+        model_init_kwargs=None if model is not None else {"dtype": plan["dtype"]},
+        **training_arguments(plan),
+    )
+    if plan["backend"] == "fsdp2":
+        launch_fsdp2()
+    return SFTTrainer(
+        model=plan["model"] if model is None else model,
+        args=args,
+        train_dataset=task_dataset(),
+        eval_dataset=task_dataset() if plan.get("arguments", {}).get("load_best_model_at_end") else None,
+        peft_config=lora if plan["lora"] and model is None else None,
+        callbacks=callbacks,
+    )
+
+
+def run(plan: dict, out: Path) -> dict:
+    """A fine-tune with the callback, one without, and one more on the model of the first."""
+    gradients = record_gradients()
+    sharded: list[float] = []
+    callback = callback_of(plan)
+    observe(callback, sharded)
+    trainer = trainer_of(plan, out / "with", [callback])
+    trainer.train()
+    trainable = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    trainer.save_model()
+    trainer.save_state()
+    if plan["backend"] in DEEPSPEED:  # with or without the callback: the old engine's hooks would break the next one
+        trainer.model_wrapped.destroy()
+    again = Trainer(
+        model=trainer.model,
+        args=TrainingArguments(
+            output_dir=str(out / "again"),
+            max_steps=1,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **training_arguments(plan | {"arguments": {}}),
+        ),
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
+    )
+    loss = again.train().training_loss
+    plain = trainer_of(plan, out / "without", [])
+    plain.train()
+    plain.save_model()
+    coefficients = torch.tensor(list(callback.report["coefficients"].values()), dtype=torch.float64)
+    everywhere = [torch.zeros_like(coefficients) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, coefficients)
+    return {
+        "gradients": gradients,
+        "report": callback.report,
+        "same_on_all_ranks": all(torch.equal(other, coefficients) for other in everywhere),
+        "sharded_share": sharded,
+        "trainable": trainable,
+        "lora": isinstance(trainer.model, PeftModel),
+        "loss_again": loss,
+        "engine": type(trainer.model_wrapped).__name__,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+    }
+
+
+def observe(callback: SafeGeneCallback, sharded: list[float]) -> None:
+    """Notes which share of the weights this rank holds when the safety step begins."""
+    original = callback.on_train_end
+
+    def on_train_end(args, state, control, **kwargs):
+        sharding = sharding_of(kwargs["model"], args.device, kwargs["optimizer"])
+        held = whole = 0
+        for parameter in kwargs["model"].parameters():
+            part = getattr(parameter, "ds_tensor", parameter)
+            part = part.to_local() if hasattr(part, "to_local") else part
+            held += part.numel()
+            with sharding.full([parameter]) as (full,):
+                whole += full.numel()
+        sharded.append(held / whole)
+        original(args, state, control, **kwargs)
+
+    callback.on_train_end = on_train_end
+
+
+def record_gradients() -> list:
+    """Every evaluation's point and gradient, as they come."""
+    found: list = []
+
+    def recorded(model, fit, coefficients, point, config):
+        losses, gradient = ORIGINAL(model, fit, coefficients, point, config)
+        found.append({"point": list(map(float, point)), "gradient": gradient.tolist(), "losses": losses.to_dict()})
+        return losses, gradient
+
+    recalibration._loss_and_gradient = recorded
+    return found
+
+
+ORIGINAL = recalibration._loss_and_gradient
+
+
+def main() -> None:
+    plans = json.loads(Path(sys.argv[1]).read_text())
+    start(any(plan["backend"] in DEEPSPEED for plan in plans))
+    recalibration._objection = lambda before, after, budget: ""  # a random vector helps by luck only
+    for plan in plans:
+        out = Path(plan["out"])
+        try:
+            found = run(plan, out)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        if dist.get_rank() == 0 or "error" in found:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"result-{dist.get_rank()}.json").write_text(json.dumps(found))
+        shutil.rmtree(out / "again", ignore_errors=True)
+        if "error" in found:
+            print(found["error"], file=sys.stderr, flush=True)
+            os._exit(1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
