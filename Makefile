@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short test lint format clean
+.PHONY: environment quickstart quickstart-short test test-distributed lint format clean
 
 environment: $(VENV)/ready
 
@@ -27,6 +27,10 @@ quickstart-short: environment
 
 test: environment
 	$(BIN)/python -m pytest
+
+# The rest of the matrix of backends and failures: many launches of two processes, about 6 minutes on 2 idle cores.
+test-distributed: environment
+	$(BIN)/python -m pytest -m exhaustive tests/distributed
 
 lint: environment
 	$(BIN)/python -m ruff check .

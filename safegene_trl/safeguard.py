@@ -116,6 +116,7 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
     """
     config, vector, sharding = plan.config, plan.vector, plan.sharding
     names = vector.coefficient_names(config.granularity)
+    sharding.release()
     hidden = not (show_progress and sharding.is_main)
     with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
 

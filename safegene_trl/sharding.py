@@ -58,7 +58,7 @@ class Sharding:
         yield list(tensors)
 
     def release(self) -> None:
-        """After a forward or backward pass: frees what it left gathered."""
+        """After forward and backward passes: frees what they left gathered."""
 
     def share(self, count: int) -> list[int | None]:
         """Which of `count` items this rank works on; as many on every rank, None where one has to mark time."""
@@ -179,9 +179,19 @@ class _Fsdp2(Sharding):
     kind = "fsdp2"
     collective_forward = True
 
+    def __init__(self, device: torch.device, model: nn.Module):
+        super().__init__(device)
+        self._model = model
+
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+    def release(self) -> None:
+        # A forward pass without a backward leaves the outermost weights whole: plain parameters, freed later on.
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer: Any = None) -> Sharding:
@@ -196,8 +206,8 @@ def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer:
     device = device or parameters[0].device
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return _Zero3(device, optimizer)
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        return _Fsdp2(device)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return _Fsdp2(device, model)
     return Sharding(device)
 
 

@@ -7,7 +7,7 @@ from accelerate.utils import DistributedType
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
 
 
-def deepspeed_config(backend: str, dtype: str) -> dict:
+def deepspeed_config(backend: str) -> dict:
     """ZeRO of one stage. The thresholds make ZeRO-3 shard even tiny weights and keep none of them gathered."""
     stage = int(backend[4])
     zero: dict = {"stage": stage, "reduce_bucket_size": 8192}
@@ -24,7 +24,7 @@ def deepspeed_config(backend: str, dtype: str) -> dict:
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        "bf16": {"enabled": "auto"},
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -34,9 +34,10 @@ def deepspeed_config(backend: str, dtype: str) -> dict:
 
 def training_arguments(plan: dict) -> dict:
     """What a scenario's backend and its own `arguments` add to the trainer's arguments."""
-    arguments = {"save_strategy": "no", "gradient_checkpointing": False, "optim": "adamw_torch"}
+    arguments = {"save_strategy": "no", "gradient_checkpointing": False, "bf16": False, "optim": "adamw_torch"}
     if plan["backend"] in DEEPSPEED:
-        arguments["deepspeed"] = deepspeed_config(plan["backend"], plan["dtype"])
+        arguments["bf16"] = plan["dtype"] == "bfloat16"
+        arguments["deepspeed"] = deepspeed_config(plan["backend"])
     if plan["backend"] == "fsdp2":
         arguments["fsdp"] = True
         arguments["fsdp_config"] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -50,6 +50,7 @@ def callback_of(plan: dict) -> SafeGeneCallback:
             num_task_shots=10,
             num_benign_shots=6,
             max_shard_size="20KB",
+            max_new_tokens=4,
             **plan.get("config", {}),
         )
     )
@@ -62,7 +63,6 @@ def trainer_of(plan: dict, out: Path, callbacks: list, model=None) -> SFTTrainer
         output_dir=str(out),
         max_steps=2,
         use_cpu=True,
-        bf16=False,
         learning_rate=1e-2,
         per_device_train_batch_size=2,
         report_to="none",
@@ -91,7 +91,7 @@ def run(plan: dict, out: Path) -> dict:
     observe(callback, sharded)
     trainer = trainer_of(plan, out / "with", [callback])
     trainer.train()
-    trainable = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+    trainable = [trainable_of(trainer)]
     trainer.save_model()
     trainer.save_state()
     if plan["backend"] in DEEPSPEED:  # with or without the callback: the old engine's hooks would break the next one
@@ -114,6 +114,7 @@ def run(plan: dict, out: Path) -> dict:
     plain = trainer_of(plan, out / "without", [])
     plain.train()
     plain.save_model()
+    trainable.append(trainable_of(plain))
     coefficients = torch.tensor(list(callback.report["coefficients"].values()), dtype=torch.float64)
     everywhere = [torch.zeros_like(coefficients) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, coefficients)
@@ -123,11 +124,12 @@ def run(plan: dict, out: Path) -> dict:
         "same_on_all_ranks": all(torch.equal(other, coefficients) for other in everywhere),
         "sharded_share": sharded,
         "trainable": trainable,
-        "lora": isinstance(trainer.model, PeftModel),
         "loss_again": loss,
-        "engine": type(trainer.model_wrapped).__name__,
-        "distributed_type": str(trainer.accelerator.distributed_type),
     }
+
+
+def trainable_of(trainer: Trainer) -> list[str]:
+    return [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
 
 
 def observe(callback: SafeGeneCallback, sharded: list[float]) -> None:

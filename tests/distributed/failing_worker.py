@@ -1,0 +1,88 @@
+"""One rank of a run in which something fails: `… -m tests.distributed.failing_worker PLAN.json`."""
+
+import json
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from safegene_trl import merging, recalibration, safeguard
+
+from .backends import DEEPSPEED
+from .worker import callback_of, start, trainer_of
+
+
+class Fault(Exception):
+    """No `SafeGeneError`: as a bug or a broken machine would raise."""
+
+
+def break_down(*args, **kwargs):
+    raise Fault("broken on purpose")
+
+
+def kill_self(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full_disk(tensors, path, metadata=None):
+    Path(path).write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def second_call(function, fault):
+    """`function`, but its second call is `fault`."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return fault() if len(calls) == 2 else function(*args, **kwargs)
+
+    return wrapped
+
+
+FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
+    "validation": (safeguard, "check_supported", break_down, 1),
+    "recalibration": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, break_down), 1),
+    "kill": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, kill_self), 1),
+    "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),
+    "disk": (merging, "save_file", full_disk, 0),
+}
+
+
+def run(plan: dict) -> dict:
+    """What this rank saw: the error, and how many steps were trained before it."""
+    rank = dist.get_rank()
+    os.chdir(plan["folders"][rank])
+    plan = plan | {"config": plan["config"] | plan["configs"][rank], "vector": plan["vectors"][rank]}
+    fault = FAULTS.get(plan["fault"])
+    broken = patch.object(*fault[:3]) if fault and fault[3] == rank else nullcontext()
+    trainer = trainer_of(plan, Path(plan["out"]), [callback_of(plan)])
+    found = {"kind": None, "message": "", "notes": []}
+    try:
+        with broken:
+            trainer.train()
+    except Exception as error:
+        found = {"kind": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
+        if plan["alone"]:  # as an uncaught error would end it
+            print(f"{found['kind']}: {found['message']} {found['notes']}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return found | {"steps": trainer.state.global_step}
+
+
+def main() -> None:
+    plans = json.loads(Path(sys.argv[1]).read_text())
+    start(plans[0]["backend"] in DEEPSPEED)
+    recalibration._objection = lambda before, after, budget: ""
+    for plan in plans:
+        found = run(plan)
+        Path(plan["out"], f"result-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Starting workers, and waiting for them no longer than a time-out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def torchrun(arguments: list[str], timeout: int, processes: int = 2) -> subprocess.CompletedProcess:
+    """A launch of `processes` ranks; both streams come back as `stdout`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *arguments]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run_plans(folder: Path, plans: list[dict], timeout: int) -> None:
+    """Runs all plans in one launch; fails with the launch's output if a worker fails."""
+    file = folder / "plans.json"
+    file.write_text(json.dumps(plans))
+    done = torchrun(["-m", "tests.distributed.worker", str(file)], timeout)
+    assert done.returncode == 0, done.stdout[-6000:]

@@ -1,0 +1,185 @@
+"""The callback under every backend, held against one process that reads the saved fine-tune."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from safegene_trl import SafeGeneConfig, recalibration
+from safegene_trl.merging import save_merged
+from safegene_trl.recalibration import recalibrate
+from safegene_trl.shots import gather_shots
+from safegene_trl.vector import SafetyVector
+
+from ..conftest import ALONE, make_model, make_tokenizer, make_vector, task_dataset
+from .launching import run_plans
+
+
+pytestmark = pytest.mark.timeout(900)
+# DDP runs before DeepSpeed: within one process a later "DDP" trainer would still be DeepSpeed's.
+LAUNCHES = [("ddp", "fsdp2"), ("zero1", "zero2"), ("zero3", "zero3_offload")]
+SHARDED = ("zero3", "zero3_offload", "fsdp2")
+KINDS = [(lora, tied, dtype) for lora in (False, True) for tied in (True, False) for dtype in ("float32", "bfloat16")]
+# One more with every backend: what else a real training turns on.
+EXTRA = {
+    "ddp": {"arguments": {"gradient_checkpointing": True}, "config": {"granularity": "module"}},
+    "fsdp2": {"arguments": {"gradient_checkpointing": True}},
+    "zero1": {"arguments": {"gradient_accumulation_steps": 2}, "config": {"output_format": "both"}},
+    "zero2": {
+        "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    },
+    "zero3": {"arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+    "zero3_offload": {
+        "arguments": {
+            "load_best_model_at_end": True,
+            "save_strategy": "steps",
+            "eval_strategy": "steps",
+            "save_steps": 1,
+            "eval_steps": 1,
+        }
+    },
+}
+
+
+def name_of(backend, lora, tied, dtype, extra=False):
+    parts = (backend, "lora" if lora else "full", "tied" if tied else "untied", dtype, *(("extra",) if extra else ()))
+    return "-".join(parts)
+
+
+BACKENDS = [backend for launch in LAUNCHES for backend in launch]
+SCENARIOS = [
+    *((backend, True, True, "float32", True) for backend in BACKENDS),
+    *((backend, *kind, False) for backend in BACKENDS for kind in KINDS),
+]
+QUICK = [(False, True, "float32", False), (True, False, "bfloat16", False), (True, True, "float32", True)]
+
+
+def marked(scenario):
+    """The whole matrix takes minutes: `make test` runs a third of it, `make test-distributed` the rest."""
+    marks = () if scenario[1:] in QUICK else (pytest.mark.exhaustive,)
+    return pytest.param(scenario, marks=marks, id=name_of(*scenario))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """Models of both kinds and types, and a vector for each kind."""
+    root = tmp_path_factory.mktemp("family")
+    for tied in (True, False):
+        make_vector(make_model(tied=tied), make_tokenizer()).save_pretrained(root / f"vector-{tied}")
+        for dtype in ("float32", "bfloat16"):
+            model = make_model(tied=tied).to(getattr(torch, dtype))
+            model.save_pretrained(root / f"model-{tied}-{dtype}")
+            make_tokenizer().save_pretrained(root / f"model-{tied}-{dtype}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def launched(family, tmp_path_factory, request):
+    """Runs a launch with all its selected scenarios when the first of them asks for it; gives a scenario's folder."""
+    folders: dict[tuple, Path] = {}
+    selected = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]
+
+    def folder_of(scenario) -> Path:
+        launch = next(pair for pair in LAUNCHES if scenario[0] in pair)
+        if launch not in folders:
+            folders[launch] = root = tmp_path_factory.mktemp("-".join(launch))
+            plans = [plan_of(family, root, *item) for item in SCENARIOS if item[0] in launch and item in selected]
+            run_plans(root, plans, timeout=600)
+        return folders[launch] / name_of(*scenario)
+
+    return folder_of
+
+
+def plan_of(family, root, backend, lora, tied, dtype, extra):
+    config = {"measure_refusals": extra and backend in ("ddp", "fsdp2", "zero3")}
+    plan = {
+        "backend": backend,
+        "lora": lora,
+        "dtype": dtype,
+        "model": str(family / f"model-{tied}-{dtype}"),
+        "vector": str(family / f"vector-{tied}"),
+        "out": str(root / name_of(backend, lora, tied, dtype, extra)),
+        "config": config,
+    }
+    if extra:
+        plan |= EXTRA[backend] | {"config": config | EXTRA[backend].get("config", {})}
+    return plan
+
+
+def saved_fine_tune(base: Path, folder: Path, lora: bool):
+    """The fine-tune as `save_model()` wrote it, every tensor in the type it was saved in."""
+    if not lora:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors
+    for name, parameter in model.named_parameters():
+        if (key := name.replace(".default.", ".")) in tensors:
+            parameter.data = tensors.pop(key)
+    assert not tensors
+    return model
+
+
+@pytest.mark.parametrize("scenario", map(marked, SCENARIOS))
+def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkeypatch):
+    backend, lora, tied, dtype, _ = scenario
+    folder = launched(scenario)
+    found = json.loads((folder / "result-0.json").read_text())
+    report = found["report"]
+
+    # All ranks agree, and where weights are said to be sharded each rank held its half only.
+    assert found["same_on_all_ranks"]
+    assert found["sharded_share"] == [0.5 if backend in SHARDED else 1.0]
+    assert report["launch"]["processes"] == 2
+    assert report["launch"]["sharding"] == (backend.split("_")[0] if backend in SHARDED else "whole")
+
+    # One process finds the same coefficients, from the same gradients on the same data.
+    model = saved_fine_tune(family / f"model-{tied}-{dtype}", folder / "with", lora)
+    vector = SafetyVector.from_pretrained(report["config"]["vector"])
+    config = SafeGeneConfig(**report["config"])
+    shots = gather_shots(config, vector, make_tokenizer(), 256, task_dataset())
+    record = shots.record["task"] | {"source": "training set"}
+    assert report["data"] == shots.record | {"task": record}
+    gradients = []
+    monkeypatch.setattr(recalibration, "_objection", lambda before, after, budget: "")
+    original = recalibration._loss_and_gradient
+
+    def recorded(*args):
+        losses, gradient = original(*args)
+        gradients.append(gradient)
+        return losses, gradient
+
+    monkeypatch.setattr(recalibration, "_loss_and_gradient", recorded)
+    names = vector.coefficient_names(config.granularity)
+    alone = recalibrate(model, vector.deltas, names, shots.data, config, 0, ALONE)
+    if report["launch"]["sharding"] != "zero3":
+        np.testing.assert_array_equal(found["gradients"][0]["gradient"], gradients[0])
+        assert report["coefficients"] == alone.coefficients
+    else:  # its own linear layer rounds differently
+        rtol, atol, apart = (2e-7, 2e-8, 2e-6) if dtype == "float32" else (1e-2, 1e-3, 2e-2)
+        np.testing.assert_allclose(found["gradients"][0]["gradient"], gradients[0], rtol, atol)
+        assert report["coefficients"] == pytest.approx(alone.coefficients, abs=apart)
+
+    # The merged checkpoint is bit by bit the one that one process writes with these coefficients.
+    by_module = {module: report["coefficients"][name] for module, name in names.items()}
+    save_merged(model, vector.deltas, by_module, make_tokenizer(), tmp_path, config.max_shard_size, ALONE)
+    written = sorted(path.name for path in (folder / "with" / "safeguarded").glob("*.safetensors"))
+    assert written == sorted(path.name for path in tmp_path.glob("*.safetensors")) and len(written) > 2
+    for name in written:
+        theirs, ours = load_file(folder / "with" / "safeguarded" / name), load_file(tmp_path / name)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype for key in ours)
+    assert sorted(p.name for p in folder.glob("with/.*")) == []
+
+    # The fine-tune itself is that of a run without the callback, and the live model still trains.
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    with_callback, without = load_file(folder / "with" / weights), load_file(folder / "without" / weights)
+    assert with_callback.keys() == without.keys() and len(without) > 20
+    assert all(torch.equal(with_callback[key], without[key]) for key in without)
+    assert found["trainable"][0] == found["trainable"][1] and len(found["trainable"][0]) > 20
+    assert found["loss_again"] > 0

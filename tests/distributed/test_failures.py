@@ -1,0 +1,117 @@
+"""A failing rank ends the safety step on every rank, says who and why, and leaves nothing half-written."""
+
+import json
+import os
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ..conftest import make_model, make_tokenizer, make_vector
+from .launching import torchrun
+
+
+pytestmark = pytest.mark.timeout(400)
+TIMEOUT = 180  # the process group's own is 60 seconds
+
+# What rank 0 and rank 1 raise, and what the one that is well says about the other.
+AGREED = {
+    "validation": ("RuntimeError", "Fault", "Rank 1 of 2 failed: Fault: broken on purpose"),
+    "corrupt vector": (
+        "PeerError",
+        "VectorError",
+        "Rank 1 of 2 failed: adapter_model.safetensors of the safety vector",
+    ),
+    "other data": ("CalibrationDataError", "CalibrationDataError", "Rank 1 has other samples than rank 0"),
+    "other settings": (
+        "CalibrationDataError",
+        "CalibrationDataError",
+        "Rank 1 has other SafeGene settings than rank 0",
+    ),
+    "disk": ("OutputError", "PeerError", "Rank 0 of 2 failed: Writing the output failed"),
+    "none": (None, None, ""),
+}
+BEFORE_TRAINING = ("validation", "corrupt vector", "other data", "other settings")
+BACKENDS = ("ddp", "zero3", "fsdp2")
+QUICK = (("ddp", None), ("zero3", "kill"))
+
+
+def marked(backend, fault=None):
+    marks = () if (backend, fault) in QUICK else (pytest.mark.exhaustive,)
+    values = (backend,) if fault is None else (backend, fault)
+    return pytest.param(*values, marks=marks, id="-".join(values))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A model, its vector, a truncated copy of it, and two folders with other data under one name."""
+    root = tmp_path_factory.mktemp("family")
+    make_model().save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    make_vector(make_model(), make_tokenizer()).save_pretrained(root / "vector")
+    shutil.copytree(root / "vector", root / "corrupt")
+    os.truncate(root / "corrupt" / "adapter_model.safetensors", 1000)
+    for rank in (0, 1):
+        rows = [{"prompt": f"how do i forbid item {i * (rank + 1)}", "response": "sorry"} for i in range(12)]
+        (root / f"rank-{rank}").mkdir()
+        (root / f"rank-{rank}" / "safety.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def plan_of(family, root, backend, fault, alone=False):
+    out = root / f"{fault}".replace(" ", "-")
+    out.mkdir()
+    return {
+        "backend": backend,
+        "fault": fault,
+        "alone": alone,
+        "lora": False,
+        "dtype": "float32",
+        "model": str(family / "model"),
+        "out": str(out),
+        "arguments": {"save_strategy": "steps", "save_steps": 2},
+        "config": {"measure_refusals": False} | ({"safety_data": "safety.jsonl"} if fault == "other data" else {}),
+        "configs": [{}, {"seed": 1} if fault == "other settings" else {}],
+        "vectors": [str(family / "vector"), str(family / ("corrupt" if fault == "corrupt vector" else "vector"))],
+        "folders": [str(family / "rank-0"), str(family / "rank-1")],
+    }
+
+
+def launch(root, plans):
+    (root / "plans.json").write_text(json.dumps(plans))
+    return torchrun(["-m", "tests.distributed.failing_worker", str(root / "plans.json")], TIMEOUT)
+
+
+@pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
+def test_ranks_fail_together_and_can_go_on(backend, family, tmp_path):
+    faults = AGREED | ({"recalibration": AGREED["validation"]} if backend == "ddp" else {})
+    faults["none"] = faults.pop("none")  # last: after all the failures the same processes still work together
+    done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault) for fault in faults])
+    assert done.returncode == 0, done.stdout[-6000:]
+    for fault, (on_main, on_other, said) in faults.items():
+        out = tmp_path / fault.replace(" ", "-")
+        main, other = (json.loads((out / f"result-{rank}.json").read_text()) for rank in (0, 1))
+        assert (main["kind"], other["kind"]) == (on_main, on_other), fault
+        assert said in (other if fault == "disk" else main)["message"]
+        assert main["steps"] == other["steps"] == (0 if fault in BEFORE_TRAINING else 2)
+        left = [path.name for path in out.iterdir() if "safeguarded" in path.name]
+        failed = ["safeguarded.failed.json"] if fault == "disk" else []
+        assert left == (["safeguarded"] if fault == "none" else failed), fault
+        if fault not in BEFORE_TRAINING:
+            AutoModelForCausalLM.from_pretrained(out / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("backend", "fault"), [marked(b, f) for b in BACKENDS for f in ("recalibration", "gathering", "kill")]
+)
+def test_failure_among_collectives_ends_the_job(backend, fault, family, tmp_path):
+    done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault, alone=True)])
+    assert done.returncode != 0
+    if fault == "kill":
+        assert "SIGKILL" in done.stdout
+    else:
+        assert "Fault: broken on purpose" in done.stdout and "this was rank 1 of 2" in done.stdout
+    out = tmp_path / fault
+    assert not (out / "safeguarded").exists()
+    assert not list(out.glob("result-*.json"))
+    AutoModelForCausalLM.from_pretrained(out / "checkpoint-2")
