@@ -73,7 +73,7 @@ class SafeGeneCallback(TrainerCallback):
             return
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
-        with sharding.agreed():
+        with sharding.named(), sharding.agreed():
             check_launch(model, args)
             tokenizer = _tokenizer(kwargs.get("processing_class"), model)
         self._plan = prepare(
@@ -101,8 +101,9 @@ class SafeGeneCallback(TrainerCallback):
         if plan is None:
             return
         try:
-            base = _adapter_base(kwargs["model"], args)
-            self.report = safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
+            with plan.sharding.named():
+                base = _adapter_base(kwargs["model"], args)
+                self.report = safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
         except SafeGeneError as error:
             self.report = write_failure(plan, error)
             if self.config.on_failure == "raise":

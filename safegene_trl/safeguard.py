@@ -4,6 +4,7 @@ The callback runs it where a training ends, `safegene apply` on a finished check
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,9 @@ from .sharding import Sharding
 from .shots import Shots, gather_shots
 from .vector import SafetyVector
 from .weights import base_model, canonical_modules, check_supported
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -160,7 +164,10 @@ def write_failure(plan: Preparation, error: Exception) -> dict[str, Any]:
     failure = {"kind": type(error).__name__, "message": str(error)}
     report = plan.report | {"status": "failed", "error": failure, "phases": plan.clock.phases}
     if plan.sharding.is_main:
-        write_report(report, failure_path(plan.target))
+        try:
+            write_report(report, failure_path(plan.target))
+        except OSError as unwritten:  # a full disk may be what failed
+            logger.warning("%s cannot be written: %s", failure_path(plan.target), unwritten)
     return report
 
 

@@ -6,8 +6,9 @@ all ranks must reach in the same order and equally often.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -97,17 +98,18 @@ class Sharding:
         if failure is not None:
             raise failure
 
-    @contextmanager
-    def forward_passes(self) -> Iterator[None]:
+    def forward_passes(self) -> AbstractContextManager:
         """Around forward passes. Where those are collective a failing rank cannot tell the others: it ends the job."""
-        if not self.collective_forward:
-            with self.agreed():
-                yield
-            return
+        return nullcontext() if self.collective_forward else self.agreed()
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Adds to every error that leaves the block which rank it was on."""
         try:
             yield
         except Exception as error:
-            error.add_note(f"SafeGene: this was rank {self.rank} of {self.world_size}.")
+            if self.world_size > 1:
+                error.add_note(f"SafeGene: this was rank {self.rank} of {self.world_size}.")
             raise
 
     def check_same(self, what: str, text: str) -> None:
@@ -134,8 +136,6 @@ class Sharding:
             message = messages[failed[0]].decode(errors="replace")
             text = f"Rank {failed[0]} of {self.world_size} failed: {message[1:]}"
             raise PeerError(text) if message.startswith("s") else RuntimeError(text)
-        if failure is not None and len(failed) < self.world_size:
-            failure.add_note(f"SafeGene: this was rank {self.rank} of {self.world_size}.")
 
     def _exchange(self, message: bytes) -> list[bytes]:
         """Collective: every rank's message, cut to `_MESSAGE_BYTES`."""
@@ -192,6 +192,31 @@ class _Fsdp2(Sharding):
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def join_processes() -> None:
+    """Joins the process group that a launcher has prepared, on machines without an accelerator.
+
+    There accelerate would take every rank for a job of its own and DeepSpeed would compile its shared-memory operations
+    for minutes; with an accelerator both do the right thing by themselves.
+    """
+    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
+        return
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def leave_processes() -> None:
+    """Leaves the process group together with the other ranks; without it some abort on exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer: Any = None) -> Sharding:

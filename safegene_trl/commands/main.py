@@ -1,6 +1,7 @@
 """`safegene COMMAND …`: dispatches to the subcommands, and prints a `SafeGeneError` as one line."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.main(argv[1:])
     except SafeGeneError as error:
-        print(f"safegene {argv[0]}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # it knows what happened on the others
+            print(f"safegene {argv[0]}: {error}", file=sys.stderr)
         return 2
 
 

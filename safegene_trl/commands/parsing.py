@@ -40,6 +40,11 @@ class SafeGeneArguments:
         return None if self.safegene is None else SafeGeneConfig.from_dict(self.block())
 
 
+def make_parser(dataclasses: Sequence[Any], prog: str | None = None, description: str | None = None) -> TrlParser:
+    """The parser of a command whose options are the dataclasses' fields."""
+    return TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
+
+
 def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
@@ -48,7 +53,7 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     Raises:
         ConfigError: The recipe cannot be read, or a key or option is unknown.
     """
-    parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
+    parser = make_parser(dataclasses, prog, description)
     known = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
     argv, overrides = _split_overrides(argv)
     recipe = _read_recipe(argv) if "--config" in argv else {}

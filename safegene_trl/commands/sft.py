@@ -15,15 +15,23 @@ from trl import (
     get_quantization_config,
 )
 
-from ..callback import SafeGeneCallback
+from ..callback import DryRunComplete, SafeGeneCallback
 from ..errors import CalibrationDataError, ConfigError
-from .parsing import SafeGeneArguments, parse
+from ..sharding import join_processes, leave_processes
+from .launching import launch, wants_launch
+from .parsing import SafeGeneArguments, make_parser, parse
+
+
+ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SafeGeneArguments)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one fine-tune; `out/` then holds it as TRL saves it and `out/safeguarded/` the safeguarded checkpoint."""
+    if wants_launch(argv):
+        return launch("sft", argv, make_parser(ARGUMENTS))
+    join_processes()
     script, training, model, mixture, safegene = parse(
-        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SafeGeneArguments),
+        ARGUMENTS,
         argv,
         prog="safegene sft",
         description="Fine-tune with TRL's SFTTrainer and the safety step at its end.",
@@ -48,12 +56,17 @@ def main(argv: Sequence[str]) -> int:
         peft_config=get_peft_config(model),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    except DryRunComplete:
+        leave_processes()
+        raise
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
     trainer.end()
+    leave_processes()
     return 0
 
 

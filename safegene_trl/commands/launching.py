@@ -1,0 +1,77 @@
+"""`--accelerate_config`: starting a command in many processes by `accelerate launch`, as TRL's own commands do."""
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..errors import ConfigError
+
+
+OPTION = "--accelerate_config"
+_SHIPPED = files("safegene_trl").joinpath("accelerate_configs")
+
+
+def wants_launch(argv: Sequence[str]) -> bool:
+    """Whether `--accelerate_config` is among the arguments."""
+    return any(item.split("=")[0] == OPTION for item in argv)
+
+
+def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
+    """Runs `safegene COMMAND` under `accelerate launch`; returns the exit code.
+
+    Args:
+        command: The subcommand.
+        argv: Its arguments, `--accelerate_config NAME_OR_PATH` among them. Options that the subcommand does not know and
+            `accelerate launch` does, e.g. `--num_processes` or `--machine_rank`, go to the launcher.
+        own: The subcommand's parser.
+
+    Raises:
+        ConfigError: There is no such file or shipped name.
+    """
+    parser = launch_command_parser()
+    path, rest = _take_config(argv)
+    launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
+    to_launcher, to_command = _split(rest, launcher_options)
+    if "--num_processes" not in to_launcher and "num_processes" not in yaml.safe_load(
+        path.read_text(encoding="utf-8")
+    ):
+        to_launcher += ["--num_processes", str(max(1, torch.cuda.device_count()))]
+    arguments = ["--config_file", str(path), *to_launcher, "-m", "safegene_trl", command, *to_command]
+    try:
+        launch_command(parser.parse_args(arguments))
+    except ChildFailedError as failure:  # the failing process has said why
+        _, first = failure.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0
+
+
+def _take_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
+    words = [word for item in argv for word in (item.split("=", 1) if item.startswith(f"{OPTION}=") else [item])]
+    position = words.index(OPTION)
+    named = words[position + 1] if position + 1 < len(words) else ""
+    rest = words[:position] + words[position + 2 :]
+    shipped = {file.name.removesuffix(".yaml"): Path(str(file)) for file in _SHIPPED.iterdir()}
+    path = Path(named) if Path(named).is_file() else shipped.get(named)
+    if path is None:
+        raise ConfigError(
+            f"`{OPTION} {named}` is neither a file nor one of {', '.join(sorted(shipped))}: write one of these."
+        )
+    return path, rest
+
+
+def _split(argv: Sequence[str], launcher_options: set[str]) -> tuple[list[str], list[str]]:
+    """Arguments for the launcher and for the command; a value goes where its option goes."""
+    to_launcher: list[str] = []
+    to_command: list[str] = []
+    current = to_command
+    for item in argv:
+        if item.startswith("--"):
+            current = to_launcher if item.split("=")[0] in launcher_options else to_command
+        current.append(item)
+    return to_launcher, to_command
