@@ -71,6 +71,44 @@ def fine_tune(short: bool) -> dict:
     return callback.report
 
 
+def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> dict:
+    """The same fine-tune in many processes, by the recipe; then one process finds the coefficients of what it saved."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    settings = {"measure_refusals": False} | (
+        {
+            "num_safety_shots": 4,
+            "num_benign_shots": 4,
+            "num_task_shots": 4,
+            "max_evaluations": 1,
+            "max_utility_loss": 10.0,
+        }
+        if short
+        else {"num_safety_shots": 24, "num_benign_shots": 12, "num_task_shots": 12, "max_evaluations": 8}
+    )
+    step = [word for key, value in settings.items() for word in (f"--safegene.{key}", str(value))]
+    launcher = ["--accelerate_config", accelerate_config, "--num_processes", str(processes)]
+    training = [
+        "--output_dir",
+        OUT,
+        "--per_device_train_batch_size",
+        4 // processes,
+        "--max_steps",
+        2 if short else 25,
+    ]
+    data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.task_data", BUILD / "reviews_train.jsonl"]
+    safegene("sft", *launcher, "--config", RECIPE / "sft.yaml", *training, *data, *step)
+    safegene("apply", "--model_name_or_path", OUT, "--safegene.output_dir", OUT / "applied", *data, *step)
+    reports = [json.loads((OUT / name / "safegene_report.json").read_text()) for name in ("safeguarded", "applied")]
+    sharded, alone = (report["coefficients"] for report in reports)
+    apart = max(abs(sharded[name] - alone[name]) for name in alone)
+    print(f"Coefficients of {processes} processes ({accelerate_config}) and of one differ by at most {apart:.1e}.")
+    return reports[0]
+
+
+def safegene(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "safegene_trl", *map(str, words)], check=True, cwd=ROOT, timeout=3600)
+
+
 def measure(model_dir: Path, count: int) -> dict[str, float]:
     """Refusal rate on harmful, answered rate on benign prompts, accuracy on held-out reviews; each a share (0–1)."""
     started = time.perf_counter()
@@ -100,10 +138,16 @@ def drawn(name: str, count: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few steps and prompts: shows only that it runs")
-    short = parser.parse_args().short
+    parser.add_argument("--accelerate_config", help="fine-tune in many processes, e.g. `zero3`: name or path")
+    parser.add_argument("--num_processes", type=int, default=2, help="how many (1, 2 or 4)")
+    options = parser.parse_args()
+    short = options.short
     started = time.perf_counter()
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
-    report = fine_tune(short)
+    if options.accelerate_config:
+        report = fine_tune_launched(short, options.accelerate_config, options.num_processes)
+    else:
+        report = fine_tune(short)
     models = {"aligned": BUILD / "aligned", "fine-tuned": OUT, "safeguarded": OUT / "safeguarded"}
     rows = {name: measure(folder, count=4 if short else 40) for name, folder in models.items()}
     print(f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}")

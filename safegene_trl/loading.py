@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import UnsupportedModelError
 
@@ -27,6 +27,16 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     else:
         file = path / ADAPTER_CONFIG
     return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+
+
+def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
+    """Name of the data type a checkpoint (of an adapter: its base model) was saved in, e.g. `bfloat16`."""
+    base = adapter_base(name_or_path, revision)
+    try:
+        config = AutoConfig.from_pretrained(base or name_or_path, revision=None if base else revision)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"The model {base or name_or_path} cannot be loaded: {error}") from error
+    return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
 def load_model(name_or_path: str, revision: str | None = None, dtype: str = "auto") -> nn.Module:

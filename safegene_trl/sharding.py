@@ -7,12 +7,14 @@ all ranks must reach in the same order and equally often.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -156,9 +158,9 @@ class _Zero3(Sharding):
 
     def __init__(self, device: torch.device, optimizer: Any):
         super().__init__(device)
-        while not hasattr(optimizer, "parameter_offload"):  # accelerate wraps DeepSpeed's
-            optimizer = optimizer.optimizer
-        self._offload = optimizer.parameter_offload
+        while not hasattr(optimizer, "release_backward_leftovers"):  # accelerate wraps DeepSpeed's, which holds it
+            optimizer = optimizer.parameter_offload if hasattr(optimizer, "parameter_offload") else optimizer.optimizer
+        self._offload = optimizer
 
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -217,6 +219,44 @@ def leave_processes() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def this_job() -> Sharding:
+    """The processes of this job, with no model in them yet."""
+    return Sharding(PartialState().device)
+
+
+def place(load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding) -> tuple[nn.Module, Sharding]:
+    """Loads a finished checkpoint the way this process was launched: whole on its device, or sharded by ZeRO-3.
+
+    Args:
+        load: Loads the model. Under ZeRO-3 each weight is sharded as it comes.
+        dtype: Data type of the checkpoint.
+        job: From `this_job`.
+
+    Raises:
+        UnsupportedModelError: The launch asks for FSDP.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UnsupportedModelError(
+            "Finished checkpoints are not loaded under FSDP: launch with `zero3` to shard them, or with `ddp`."
+        )
+    plugin = DeepSpeedPlugin() if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None
+    if plugin is None or plugin.zero_stage < 3:
+        with job.agreed():
+            return load().to(job.device), job
+    import deepspeed
+
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    plugin.set_deepspeed_weakref()  # from here on transformers shards what it loads
+    config = {key: value for key, value in plugin.deepspeed_config.items() if value != "auto"}
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if v != "auto"}
+    engine, *_ = deepspeed.initialize(model=load(), config=config)
+    return engine.module, _Zero3(job.device, engine.optimizer)
 
 
 def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer: Any = None) -> Sharding:

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..errors import ConfigError
-from ..loading import load_model, load_tokenizer
+from ..loading import checkpoint_dtype, load_model, load_tokenizer
 from ..safeguard import prepare, safeguard
-from ..sharding import sharding_of
-from .parsing import SafeGeneArguments, parse
+from ..sharding import join_processes, leave_processes, place, this_job
+from .launching import launch, wants_launch
+from .parsing import SafeGeneArguments, make_parser, parse
 
 
 @dataclass
@@ -28,10 +31,16 @@ class ApplyArguments:
     dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
 
 
+ARGUMENTS = (ApplyArguments, SafeGeneArguments)
+
+
 def main(argv: Sequence[str]) -> int:
     """Writes the safeguarded checkpoint to `safegene.output_dir` (default: `<model>-safeguarded`)."""
+    if wants_launch(argv):
+        return launch("apply", argv, make_parser(ARGUMENTS))
+    join_processes()
     arguments, block = parse(
-        (ApplyArguments, SafeGeneArguments),
+        ARGUMENTS,
         argv,
         prog="safegene apply",
         description="Recalibrate and merge a safety vector into a finished checkpoint or adapter.",
@@ -44,14 +53,21 @@ def main(argv: Sequence[str]) -> int:
     if config.task_data is None:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
     target = Path(config.output_dir or f"{Path(name).name}-safeguarded")
-    model = load_model(name, arguments.model_revision, arguments.dtype)
-    tokenizer = load_tokenizer(name, arguments.model_revision)
-    plan = prepare(config, model, tokenizer, target, sharding_of(model))
-    if config.dry_run:
-        print(f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}.")
-        return 0
-    report = safeguard(plan, model, adapter_base=_adapter_base(model, name))
-    print(f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}")
+    revision, job = arguments.model_revision, this_job()
+    with job.agreed():
+        tokenizer = load_tokenizer(name, revision)
+        dtype = checkpoint_dtype(name, revision) if arguments.dtype == "auto" else arguments.dtype
+    model, sharding = place(lambda: load_model(name, revision, dtype), getattr(torch, dtype), job)
+    with sharding.named():
+        plan = prepare(config, model, tokenizer, target, sharding)
+        if config.dry_run:
+            message = f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
+        else:
+            report = safeguard(plan, model, adapter_base=_adapter_base(model, name))
+            message = f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}"
+    if sharding.is_main:
+        print(message)
+    leave_processes()
     return 0
 
 
