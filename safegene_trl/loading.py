@@ -1,18 +1,27 @@
 """Finished checkpoints and adapters as live models."""
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import UnsupportedModelError
 
 
+logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -40,10 +49,18 @@ def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
 
 
 def load_model(name_or_path: str, revision: str | None = None, dtype: str = "auto") -> nn.Module:
-    """A causal language model in eval mode; an adapter stays a PEFT model on its base. Custom code is never run."""
+    """A causal language model in eval mode; an adapter stays a PEFT model on its base. Custom code is never run.
+
+    A local `checkpoint-N` that holds only the shards of a DeepSpeed ZeRO training is put together from those.
+    """
     base = adapter_base(name_or_path, revision)
-    kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
+    kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
     try:
+        if base is None and _holds_only_zero_shards(Path(name_or_path)):
+            config = AutoConfig.from_pretrained(name_or_path)
+            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            weights = _zero_weights(Path(name_or_path), kwargs["dtype"])
+            return architecture.from_pretrained(None, config=config, state_dict=weights, **kwargs).eval()
         if base is None:
             return AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, **kwargs).eval()
         model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
@@ -62,3 +79,27 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         if base is None:
             raise UnsupportedModelError(f"The tokenizer of {name_or_path} cannot be loaded: {error}") from error
         return load_tokenizer(base)
+
+
+def _holds_only_zero_shards(folder: Path) -> bool:
+    return (folder / "latest").is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _zero_weights(folder: Path, dtype: torch.dtype | str) -> dict[str, torch.Tensor]:
+    """The float32 master weights of a ZeRO checkpoint, each cast to `dtype` as soon as it is put together."""
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{folder} holds DeepSpeed shards: install `safegene-trl[deepspeed]` to read them."
+        ) from error
+    tag = (folder / "latest").read_text(encoding="utf-8").strip()
+    if Path(tag).name != tag or not (folder / tag).is_dir():
+        raise UnsupportedModelError(f"`latest` in {folder} does not name a folder beside it: restore the checkpoint.")
+    logger.warning(
+        "%s holds only DeepSpeed's own shards, which are pickle files that can run code: go on only if they are yours.",
+        folder,
+    )
+    shards = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
+    wanted = torch.float32 if isinstance(dtype, str) else dtype
+    return {name: shards[name].contiguous().to(wanted) for name in list(shards)}

@@ -18,7 +18,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code: 0, or 2 for a `SafeGeneError` or wrong usage."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
     if not argv or argv[0] not in COMMANDS:
         listing = "\n".join(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())
         print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")

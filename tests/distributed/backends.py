@@ -7,7 +7,7 @@ from accelerate.utils import DistributedType
 DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
 
 
-def deepspeed_config(backend: str) -> dict:
+def deepspeed_config(backend: str, gather: bool) -> dict:
     """ZeRO of one stage. The thresholds make ZeRO-3 shard even tiny weights and keep none of them gathered."""
     stage = int(backend[4])
     zero: dict = {"stage": stage, "reduce_bucket_size": 8192}
@@ -17,7 +17,7 @@ def deepspeed_config(backend: str) -> dict:
             "stage3_prefetch_bucket_size": 8192,
             "stage3_max_live_parameters": 20000,
             "stage3_max_reuse_distance": 0,
-            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_gather_16bit_weights_on_model_save": gather,
         }
     if backend.endswith("offload"):
         zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
@@ -37,7 +37,7 @@ def training_arguments(plan: dict) -> dict:
     arguments = {"save_strategy": "no", "gradient_checkpointing": False, "bf16": False, "optim": "adamw_torch"}
     if plan["backend"] in DEEPSPEED:
         arguments["bf16"] = plan["dtype"] == "bfloat16"
-        arguments["deepspeed"] = deepspeed_config(plan["backend"])
+        arguments["deepspeed"] = deepspeed_config(plan["backend"], plan.get("gather", True))
     if plan["backend"] == "fsdp2":
         arguments["fsdp"] = True
         arguments["fsdp_config"] = {

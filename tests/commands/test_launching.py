@@ -1,0 +1,51 @@
+"""Which words go to the launcher, and which to the command."""
+
+import pytest
+import yaml
+
+from safegene_trl.commands import launching, sft
+from safegene_trl.commands.parsing import make_parser
+from safegene_trl.errors import ConfigError
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What `accelerate launch` is asked for."""
+    asked = []
+    monkeypatch.setattr(launching, "launch_command", asked.append)
+
+    def launch(*words):
+        assert launching.launch("sft", words, make_parser(sft.ARGUMENTS)) == 0
+        return asked.pop()
+
+    return launch
+
+
+def test_options_go_where_they_are_known(launched):
+    words = ["--num_processes", "4", "--config", "r.yaml", "--machine_rank", "1", "--use_cpu", "true"]
+    args = launched(*words, "--accelerate_config", "zero3", "--safegene.seed", "3")
+    assert args.config_file.endswith("zero3.yaml")
+    assert (args.num_processes, args.machine_rank, args.module, args.training_script) == (4, 1, True, "safegene_trl")
+    assert args.training_script_args == ["sft", "--config", "r.yaml", "--use_cpu", "true", "--safegene.seed", "3"]
+
+
+def test_as_many_processes_as_gpus_unless_said_otherwise(launched, monkeypatch, tmp_path):
+    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 8)
+    assert launched("--accelerate_config=zero2", "--config", "r.yaml").num_processes == 8
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "num_processes": 3}))
+    args = launched("--accelerate_config", str(own), "--config", "r.yaml")
+    assert args.num_processes is None and args.config_file == str(own)  # the file says 3
+
+
+@pytest.mark.parametrize("words", [["--accelerate_config"], ["--accelerate_config", "zero9"]])
+def test_unknown_config_is_an_error_that_lists_the_shipped_ones(words, launched):
+    with pytest.raises(
+        ConfigError, match="neither a file nor one of cpu, ddp, fsdp2, single_gpu, zero1, zero2, zero3"
+    ):
+        launched(*words)
+
+
+def test_command_without_the_option_is_not_launched():
+    assert not launching.wants_launch(["--config", "r.yaml", "--accelerator_config", "x"])
+    assert launching.wants_launch(["--accelerate_config=ddp"])
