@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from .errors import CalibrationDataError, PeerError, SafeGeneError, UnsupportedModelError
+from .errors import CalibrationDataError, ConfigError, PeerError, SafeGeneError, UnsupportedModelError
 
 
 _MESSAGE_BYTES = 2048
@@ -197,21 +197,20 @@ class _Fsdp2(Sharding):
 
 
 def join_processes() -> None:
-    """Joins the process group that a launcher has prepared, on machines without an accelerator.
+    """On a machine without an accelerator, joins the process group that a launcher has prepared.
 
-    There accelerate would take every rank for a job of its own and DeepSpeed would compile its shared-memory operations
-    for minutes; with an accelerator both do the right thing by themselves.
+    There accelerate would take every rank for a job of its own, and DeepSpeed would compile shared-memory operations for
+    minutes; with an accelerator both do the right thing by themselves.
     """
     if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
         return
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
+    if not is_deepspeed_available():
+        dist.init_process_group("gloo")
+        return
+    import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 def leave_processes() -> None:
@@ -287,7 +286,18 @@ def class_name(model: nn.Module) -> str:
 
 
 def check_launch(model: nn.Module, args: TrainingArguments) -> None:
-    """Raises `UnsupportedModelError`, by name, for a way of spreading a model that cannot be safeguarded in place."""
+    """Raises, by name, for a way of spreading a model that cannot be safeguarded in place.
+
+    Raises:
+        UnsupportedModelError: Tensor, context or sequence parallelism, or FSDP version 1.
+        ConfigError: Every process takes itself for a job of its own.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size < launched:
+        raise ConfigError(
+            f"The launcher started {launched} processes and the trainer sees {args.world_size}: set `use_cpu: true` where "
+            "there is no accelerator."
+        )
     parallelism = getattr(args, "parallelism_config", None)
     sizes = {"tensor": "tp_size", "context": "cp_size", "sequence": "sp_size"}
     found = next((name for name, key in sizes.items() if (getattr(parallelism, key, None) or 1) > 1), None)
