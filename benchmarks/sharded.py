@@ -24,11 +24,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # hidden, intermediate, layers, heads, vocabulary, tokens of a training sequence, samples per step and rank
     "tiny": (128, 256, 2, 4, 1000, 64, 2),
-    "60m": (640, 1728, 12, 10, 8192, 256, 4),
+    "30m": (512, 1376, 8, 8, 8192, 256, 4),
     "1b": (2048, 5632, 22, 16, 32000, 1024, 8),
     "3b": (3072, 8192, 28, 24, 32000, 1024, 4),
 }
 RUNS = ["plain:1", "ddp:2", "zero2:2", "zero3:2", "zero3_offload:2"]
+SHOTS = {"num_safety_shots": 16, "num_benign_shots": 16, "num_task_shots": 16}
 ON_GPU = torch.cuda.is_available()
 
 
@@ -125,7 +126,7 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
         disable_tqdm=True,
         **arguments,
     )
-    config = SafeGeneConfig(vector=str(folder / "vector"), max_evaluations=8, measure_refusals=False)
+    config = SafeGeneConfig(vector=str(folder / "vector"), max_evaluations=4, measure_refusals=False, **SHOTS)
     trainer = Trainer(
         model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if ON_GPU else torch.float32),
         args=args,
@@ -178,7 +179,9 @@ def prepare(folder: Path, size: str) -> int:
         for text, odd in texts
     ]
     record = {"name": "random", "revision": None, "files": {}}
-    vector = SafetyVector(deltas, Family.of(model, tokenizer), record, record, {"method": "random"}, {"method": "all"}, prompts)
+    vector = SafetyVector(
+        deltas, Family.of(model, tokenizer), record, record, {"method": "random"}, {"method": "all"}, prompts
+    )
     vector.save_pretrained(folder / "vector")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -216,7 +219,7 @@ def measure(run: str, folder: Path, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="60m")
+    parser.add_argument("--size", choices=SIZES, default="30m")
     parser.add_argument("--runs", nargs="+", default=RUNS, help="BACKEND:PROCESSES, each a launch of its own")
     parser.add_argument("--steps", type=int, default=4, help="training steps")
     parser.add_argument("--checkpointing", action="store_true", help="train with gradient checkpointing")

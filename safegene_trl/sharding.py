@@ -298,6 +298,11 @@ def check_launch(model: nn.Module, args: TrainingArguments) -> None:
             f"The launcher started {launched} processes and the trainer sees {args.world_size}: set `use_cpu: true` where "
             "there is no accelerator."
         )
+    if isinstance(model, FullyShardedDataParallel):
+        raise UnsupportedModelError(
+            "The training uses FSDP version 1, which hides the weights: set `fsdp_version: 2`, or run `safegene apply` on "
+            "the finished checkpoint."
+        )
     parallelism = getattr(args, "parallelism_config", None)
     sizes = {"tensor": "tp_size", "context": "cp_size", "sequence": "sp_size"}
     found = next((name for name, key in sizes.items() if (getattr(parallelism, key, None) or 1) > 1), None)
@@ -307,9 +312,4 @@ def check_launch(model: nn.Module, args: TrainingArguments) -> None:
         raise UnsupportedModelError(
             f"The training uses {found} parallelism, which cannot be safeguarded in place: run `safegene apply` on the "
             "finished checkpoint."
-        )
-    if isinstance(model, FullyShardedDataParallel):
-        raise UnsupportedModelError(
-            "The training uses FSDP version 1, which hides the weights: set `fsdp_version: 2`, or run `safegene apply` on "
-            "the finished checkpoint."
         )

@@ -20,7 +20,6 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-import safegene_trl.callback as callback_module
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
 from safegene_trl.calibration import conversation, tokenize
 from safegene_trl.callback import DryRunComplete
@@ -373,23 +372,9 @@ def test_own_safety_and_task_data(config, tokenizer, tmp_path, task_file):
     assert callback.report["data"]["task"]["source"] == str(task_file)
 
 
-def test_sharded_launch_is_refused_by_name(config, tokenizer, tmp_path, monkeypatch):
-    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer)
-    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 4))
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SafeGeneCallback))
-    with pytest.raises(SafeGeneError, match="4 processes"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-
-
-def test_hyper_parameter_trials_are_skipped(config, tokenizer, tmp_path):
+def test_unsupported_launch_is_refused_before_the_first_step(config, tokenizer, tmp_path, monkeypatch):
     callback = SafeGeneCallback(config())
     trainer = sft(tmp_path, [callback], tokenizer)
-    trainer.state.is_hyper_param_search = True
-    for event in (callback.on_train_begin, callback.on_train_end):
-        event(trainer.args, trainer.state, trainer.control, model=trainer.model, processing_class=tokenizer)
-    assert callback.report is None and not list(tmp_path.iterdir())
-
-
-def test_trainer_without_tokenizer(config, tmp_path):
-    with pytest.raises(SafeGeneError, match="pass `processing_class=tokenizer`"):
-        callback_module._tokenizer(None, make_model())
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as a launcher sets it, after accelerate has looked
+    with pytest.raises(SafeGeneError, match="4 processes"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +193,14 @@ def test_push_to_hub_uploads_the_vector_once(vector_dir, monkeypatch):
             "safety_prompts.jsonl",
         ]
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_factors_stay_in_the_file_that_all_ranks_of_a_node_share(vector_dir):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(vector_dir / "adapter_model.safetensors")):
+            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
+    addresses = [half.data_ptr() for delta in vector.deltas.values() for half in (delta.a, delta.b)]
+    assert all(any(start <= address < end for start, end in mapped) for address in addresses)
