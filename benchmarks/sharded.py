@@ -30,6 +30,8 @@ SIZES = {  # hidden, intermediate, layers, heads, vocabulary, tokens of a traini
 }
 RUNS = ["plain:1", "ddp:2", "zero2:2", "zero3:2", "zero3_offload:2"]
 SHOTS = {"num_safety_shots": 16, "num_benign_shots": 16, "num_task_shots": 16}
+# Freed tensors go back to the system at once, so that resident memory is what is in use.
+STRICT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 ON_GPU = torch.cuda.is_available()
 
 
@@ -193,7 +195,8 @@ def measure(run: str, folder: Path, options: argparse.Namespace) -> dict:
     words = ["--worker", backend, "--size", options.size, "--folder", str(folder), "--steps", str(options.steps)]
     words += ["--checkpointing"] if options.checkpointing else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {} if ON_GPU else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, 2 // int(processes)))}
+    if not ON_GPU:
+        environment |= STRICT_MALLOC | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, 2 // int(processes)))}
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if backend != "plain" else []
     subprocess.run([sys.executable, *launcher, __file__, *words], check=True, env=environment, timeout=3000)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(int(processes))]

@@ -1,5 +1,6 @@
 """The few samples that recalibration reads: tokenised, bounded in length, split into fitting and held-out."""
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,9 +169,10 @@ def split_samples(samples: list[Sample], holdout_share: float, what: str) -> Spl
 
 
 def batches(samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device) -> list[Batch]:
-    """Groups samples of like length and pads them on the left."""
+    """Groups samples of like length into as few batches as can be, of like size, and pads them on the left."""
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
-    groups = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    count = math.ceil(len(ordered) / batch_size)
+    groups = [ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)]
     return [_collate(group, pad_id, device) for group in groups]
 
 

@@ -80,7 +80,9 @@ def test_batches_are_left_padded(tokenizer):
     assert batch.position_ids.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert batch.target_mask.tolist() == [[False, False, True, False], [False, True, True, False]]
     assert batch.kept == 3
-    assert [len(b.input_ids) for b in batches([long] * 5, 2, 0, torch.device("cpu"))] == [2, 2, 1]
+    assert [len(b.input_ids) for b in batches([long] * 9, 4, 0, torch.device("cpu"))] == [3, 3, 3]
+    assert [len(b.input_ids) for b in batches([long] * 5, 2, 0, torch.device("cpu"))] == [1, 2, 2]
+    assert batches([], 2, 0, torch.device("cpu")) == []
 
 
 def test_context_is_checked():

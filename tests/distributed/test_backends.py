@@ -27,7 +27,7 @@ SHARDED = ("zero3", "zero3_offload", "fsdp2")
 KINDS = [(lora, tied, dtype) for lora in (False, True) for tied in (True, False) for dtype in ("float32", "bfloat16")]
 # One more with every backend: what else a real training turns on.
 EXTRA = {
-    "ddp": {"arguments": {"gradient_checkpointing": True}, "config": {"granularity": "module"}},
+    "ddp": {"arguments": {"gradient_checkpointing": True, "bf16": True}, "config": {"granularity": "module"}},
     "fsdp2": {"arguments": {"gradient_checkpointing": True}},
     "zero1": {"arguments": {"gradient_accumulation_steps": 2}, "config": {"output_format": "both"}},
     "zero2": {
@@ -127,7 +127,7 @@ def saved_fine_tune(base: Path, folder: Path, lora: bool):
 
 @pytest.mark.parametrize("scenario", map(marked, SCENARIOS))
 def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkeypatch):
-    backend, lora, tied, dtype, _ = scenario
+    backend, lora, tied, dtype, extra = scenario
     folder = launched(scenario)
     found = json.loads((folder / "result-0.json").read_text())
     report = found["report"]
@@ -156,7 +156,9 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
 
     monkeypatch.setattr(recalibration, "_loss_and_gradient", recorded)
     names = vector.coefficient_names(config.granularity)
-    alone = recalibrate(model, vector.deltas, names, shots.data, config, 0, ALONE)
+    mixed = extra and EXTRA[backend]["arguments"].get("bf16", False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        alone = recalibrate(model, vector.deltas, names, shots.data, config, 0, ALONE)
     if report["launch"]["sharding"] != "zero3":
         np.testing.assert_array_equal(found["gradients"][0]["gradient"], gradients[0])
         assert report["coefficients"] == alone.coefficients
