@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .weights import canonical_modules
 
@@ -115,3 +118,34 @@ def frozen_for_calibration(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for module, mode in training.items():
                 module.training = mode
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """For passes with gradients: layers are recomputed in the backward pass where the training did so.
+
+    A training that fits only with gradient checkpointing must not run out of memory after its last step. The layers' parts
+    stay in eval mode, and non-reentrant checkpointing is used whatever the training chose: the other kind would ask for
+    gradients of the inputs.
+    """
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+        and module.gradient_checkpointing
+        and not (isinstance(dropout := getattr(module, "dropout", None), float) and dropout > 0)  # it reads `training`
+    ]
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    modes = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+            layer._gradient_checkpointing_func = _recompute
+        yield
+    finally:
+        for layer, function, mode in zip(layers, functions, modes, strict=True):
+            layer.training = mode
+            layer._gradient_checkpointing_func = function
+
+
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none")

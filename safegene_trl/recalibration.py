@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import nn
 
-from .attach import LowRankDelta, attached, frozen_for_calibration
+from .attach import LowRankDelta, attached, frozen_for_calibration, recomputing
 from .calibration import Batch, CalibrationSet, batches
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
@@ -239,7 +239,8 @@ def _loss_and_gradient(
     """Losses at `point` and the objective's gradient, shape `(n,)`, float64. One batch's graph lives at a time."""
     with torch.no_grad():
         coefficients.copy_(torch.as_tensor(point))
-    losses, gradients = fit.evaluate(model, coefficients)
+    with recomputing(model):
+        losses, gradients = fit.evaluate(model, coefficients)
     gradient = gradients["safety"] + gradients["benign"] + config.utility_weight * gradients["utility"]
     return losses, gradient + config.sparsity_weight
 

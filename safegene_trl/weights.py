@@ -18,6 +18,7 @@ from .errors import UnsupportedModelError
 from .sharding import full_shape
 
 
+_WRAPPERS = re.compile(r"\._checkpoint_wrapped_module(?=\.|$)")  # FSDP's `activation_checkpointing`
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -165,7 +166,7 @@ def _unadapted(module: Any) -> Any:
 
 
 def _canonical(name: str) -> str:
-    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
+    name = _WRAPPERS.sub("", re.sub(r"\.modules_to_save\.[^.]+", "", name))
     return name.replace(".base_layer", "")
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from safegene_trl import recalibration
-from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration
+from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration, recomputing
 from safegene_trl.calibration import CalibrationSet, Sample, Split, batches
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
 from safegene_trl.recalibration import kl_divergence, recalibrate, response_logits
+from safegene_trl.weights import base_model
 
 from .conftest import ALONE, make_deltas, make_model, with_lora
 
@@ -176,3 +177,39 @@ def test_diverged_model_is_an_error():
     with pytest.raises(RecalibrationError, match="not finite"):
         run(model, deltas)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_layers_are_recomputed_where_the_training_did_so(lora, reentrant):
+    def counted(checkpointing):
+        """Coefficients, evaluations, and forward passes of a layer's part."""
+        model = with_lora(make_model()) if lora else make_model()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        layer = base_model(model).model.layers[1]
+        passes = []
+        handle = layer.mlp.register_forward_pre_hook(lambda *args: passes.append(1))
+        before = getattr(layer, "_gradient_checkpointing_func", None)
+        result = run(model, deltas, data, max_evaluations=3)
+        handle.remove()
+        assert getattr(layer, "_gradient_checkpointing_func", None) is before and layer.training
+        return result, len(passes)
+
+    data = calibration_set()
+    deltas = helpful_deltas(make_model(), data)
+    (plain, passes), (recomputed, more) = counted(False), counted(True)
+    assert recomputed.coefficients == plain.coefficients and recomputed.history == plain.history
+    assert more == passes + 3 * len(plain.history)  # one batch of each of the three kinds
+
+
+def test_layers_with_dropout_of_their_own_are_not_put_in_training_mode():
+    model = make_model()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.model.layers[1].dropout = 0.1  # as OPT's decoder layer has it
+    model.eval()
+    with recomputing(model):
+        assert [layer.training for layer in model.model.layers] == [True, False, True]
+        assert not model.model.layers[0].mlp.training
+    assert not any(module.training for module in model.modules())

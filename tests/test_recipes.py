@@ -16,11 +16,7 @@ from .conftest import BENIGN, HARMFUL, make_model, with_lora
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-TRAININGS = sorted(
-    path
-    for path in RECIPES.glob("*/*.yaml")
-    if path.name != "extract.yaml" and path.parent.name != "accelerate_configs"
-)
+TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "extract.yaml")
 EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
 
 
@@ -83,10 +79,3 @@ def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
     assert arguments.method == "delta"
     assert main(["extract", "--config", str(edited)]) == 0
     assert (tmp_path / "vector" / "safegene_config.json").is_file()
-
-
-@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_config_is_valid(path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    assert load_config_from_file(str(path)).num_processes == 1

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from safegene_trl.commands import launching, sft
 from safegene_trl.commands.parsing import make_parser
@@ -36,6 +37,18 @@ def test_as_many_processes_as_gpus_unless_said_otherwise(launched, monkeypatch, 
     own.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "num_processes": 3}))
     args = launched("--accelerate_config", str(own), "--config", "r.yaml")
     assert args.num_processes is None and args.config_file == str(own)  # the file says 3
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "single_gpu", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_shipped_configs_are_valid(name, launched):
+    loaded = load_config_from_file(launched("--accelerate_config", name).config_file)
+    kinds = {"cpu": "NO", "single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert loaded.distributed_type == kinds.get(name, "DEEPSPEED")
+    assert loaded.use_cpu == (name == "cpu")
+    if name.startswith("zero"):
+        assert loaded.deepspeed_config["zero_stage"] == int(name[4])
+    if name == "fsdp2":
+        assert loaded.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize("words", [["--accelerate_config"], ["--accelerate_config", "zero9"]])

@@ -45,7 +45,7 @@ def training_arguments(plan: dict) -> dict:
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "state_dict_type": "FULL_STATE_DICT",
             "reshard_after_forward": True,
-        }
+        } | plan.get("fsdp", {})
     return arguments | plan.get("arguments", {})
 
 

@@ -28,7 +28,7 @@ KINDS = [(lora, tied, dtype) for lora in (False, True) for tied in (True, False)
 # One more with every backend: what else a real training turns on.
 EXTRA = {
     "ddp": {"arguments": {"gradient_checkpointing": True, "bf16": True}, "config": {"granularity": "module"}},
-    "fsdp2": {"arguments": {"gradient_checkpointing": True}},
+    "fsdp2": {"arguments": {}, "fsdp": {"activation_checkpointing": True}},
     "zero1": {"arguments": {"gradient_accumulation_steps": 2}, "config": {"output_format": "both"}},
     "zero2": {
         "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
