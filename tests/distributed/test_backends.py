@@ -53,15 +53,16 @@ def name_of(backend, lora, tied, dtype, extra=False):
 
 BACKENDS = [backend for launch in LAUNCHES for backend in launch]
 SCENARIOS = [
-    *((backend, True, True, "float32", True) for backend in BACKENDS),
+    # (With FSDP2's activation checkpointing PEFT saves an empty adapter, whether or not there is a callback.)
+    *((backend, backend != "fsdp2", True, "float32", True) for backend in BACKENDS),
     *((backend, *kind, False) for backend in BACKENDS for kind in KINDS),
 ]
-QUICK = [(False, True, "float32", False), (True, False, "bfloat16", False), (True, True, "float32", True)]
+QUICK = [(False, True, "float32", False), (True, False, "bfloat16", False)]
 
 
 def marked(scenario):
     """The whole matrix takes minutes: `make test` runs a third of it, `make test-distributed` the rest."""
-    marks = () if scenario[1:] in QUICK else (pytest.mark.exhaustive,)
+    marks = () if scenario[1:] in QUICK or scenario[4] else (pytest.mark.exhaustive,)
     return pytest.param(scenario, marks=marks, id=name_of(*scenario))
 
 
