@@ -1,6 +1,6 @@
 """How a model is spread over processes, and the little the safety step needs to know and do about it.
 
-Nothing else in the package knows a backend's name. A model is either *whole* in every process (one process, DDP, ZeRO-1,
+Nothing else in the package knows how a live model is spread. A model is either *whole* in every process (one process, DDP, ZeRO-1,
 ZeRO-2) or *sharded* (ZeRO-3, FSDP2): then every forward pass and every look at a weight is a collective operation, which
 all ranks must reach in the same order and equally often.
 """
