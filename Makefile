@@ -28,7 +28,7 @@ quickstart-short: environment
 test: environment
 	$(BIN)/python -m pytest
 
-# The rest of the matrix of backends and failures: many launches of two processes, about 6 minutes on 2 idle cores.
+# The rest of the matrix of backends and failures: many launches of two processes, about 12 minutes on 2 idle cores.
 test-distributed: environment
 	$(BIN)/python -m pytest -m exhaustive tests/distributed
 
