@@ -56,7 +56,7 @@ def callback_of(plan: dict) -> SafeGeneCallback:
     )
 
 
-def trainer_of(plan: dict, out: Path, callbacks: list, model=None) -> SFTTrainer:
+def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
     args = SFTConfig(
@@ -68,17 +68,17 @@ def trainer_of(plan: dict, out: Path, callbacks: list, model=None) -> SFTTrainer
         report_to="none",
         disable_tqdm=True,
         seed=0,
-        model_init_kwargs=None if model is not None else {"dtype": plan["dtype"]},
+        model_init_kwargs={"dtype": plan["dtype"]},
         **training_arguments(plan),
     )
     if plan["backend"] == "fsdp2":
         launch_fsdp2()
     return SFTTrainer(
-        model=plan["model"] if model is None else model,
+        model=plan["model"],
         args=args,
         train_dataset=task_dataset(),
         eval_dataset=task_dataset() if plan.get("arguments", {}).get("load_best_model_at_end") else None,
-        peft_config=lora if plan["lora"] and model is None else None,
+        peft_config=lora if plan["lora"] else None,
         callbacks=callbacks,
     )
 
