@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short test test-distributed test-launchers lint format clean
+.PHONY: environment quickstart quickstart-short test test-distributed lint format clean
 
 environment: $(VENV)/ready
 
@@ -28,13 +28,9 @@ quickstart-short: environment
 test: environment
 	$(BIN)/python -m pytest
 
-# The rest of the matrix of backends and failures: many launches of two processes, about 7 minutes on 2 idle cores.
+# The rest of the matrix of backends, failures and launchers: many launches of two processes, about 11 minutes on 2 idle cores.
 test-distributed: environment
-	$(BIN)/python -m pytest -m exhaustive tests/distributed/test_backends.py tests/distributed/test_failures.py
-
-# Every launcher on two CPU ranks. Not part of CI: about one gloo process in fifty hangs while it leaves its group.
-test-launchers: environment
-	$(BIN)/python -m pytest -m exhaustive tests/distributed/test_launchers.py
+	$(BIN)/python -m pytest -m exhaustive
 
 lint: environment
 	$(BIN)/python -m ruff check .

@@ -7,6 +7,7 @@ all ranks must reach in the same order and equally often.
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -214,9 +215,16 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """Leaves the process group together with the other ranks; without it some abort on exit."""
+    """Leaves the process group together with the other ranks; without it some abort on exit.
+
+    To be called while the trainer is still alive. DDP's reducer may be the group's last owner: it is freed with the
+    interpreter's lock held and joins gloo's threads, which need that lock to free the tensors of the last collectives. The
+    pause lets them have it; without it about one process in thirty hung.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        if dist.get_backend() == "gloo":
+            time.sleep(0.2)
         dist.destroy_process_group()
 
 

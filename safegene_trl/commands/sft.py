@@ -65,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
-    trainer.end()
     leave_processes()
+    trainer.end()
     return 0
 
 
