@@ -32,20 +32,23 @@ BUILD = ROOT / "build" / "smollm2-135m"
 OUT = ROOT / "out" / "quickstart"
 
 
+def step_settings(short: bool) -> dict:
+    """How the safety step is set; refusals are measured below, on prompts that it has not seen."""
+    shots = (4, 4, 4) if short else (24, 12, 12)
+    return {
+        "num_safety_shots": shots[0],
+        "num_benign_shots": shots[1],
+        "num_task_shots": shots[2],
+        "max_evaluations": 1 if short else 8,
+        "max_utility_loss": 10.0 if short else 0.1,
+        "measure_refusals": False,
+    }
+
+
 def fine_tune(short: bool) -> dict:
     """One LoRA fine-tune with the callback; returns the callback's report."""
     shutil.rmtree(OUT, ignore_errors=True)
-    callback = SafeGeneCallback(
-        SafeGeneConfig(
-            vector=str(RECIPE / "safety-vector"),
-            num_safety_shots=4 if short else 24,
-            num_benign_shots=4 if short else 12,
-            num_task_shots=4 if short else 12,
-            max_evaluations=1 if short else 8,
-            max_utility_loss=10.0 if short else 0.1,
-            measure_refusals=False,  # measured below, on prompts the recalibration has not seen
-        )
-    )
+    callback = SafeGeneCallback(SafeGeneConfig(vector=str(RECIPE / "safety-vector"), **step_settings(short)))
     trainer = SFTTrainer(
         model=str(BUILD / "aligned"),
         args=SFTConfig(
@@ -74,18 +77,7 @@ def fine_tune(short: bool) -> dict:
 def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> dict:
     """The same fine-tune in many processes, by the recipe; then one process finds the coefficients of what it saved."""
     shutil.rmtree(OUT, ignore_errors=True)
-    settings = {"measure_refusals": False} | (
-        {
-            "num_safety_shots": 4,
-            "num_benign_shots": 4,
-            "num_task_shots": 4,
-            "max_evaluations": 1,
-            "max_utility_loss": 10.0,
-        }
-        if short
-        else {"num_safety_shots": 24, "num_benign_shots": 12, "num_task_shots": 12, "max_evaluations": 8}
-    )
-    step = [word for key, value in settings.items() for word in (f"--safegene.{key}", str(value))]
+    step = [word for key, value in step_settings(short).items() for word in (f"--safegene.{key}", str(value))]
     launcher = ["--accelerate_config", accelerate_config, "--num_processes", str(processes)]
     training = [
         "--output_dir",
