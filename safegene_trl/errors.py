@@ -21,6 +21,10 @@ class UnsupportedModelError(SafeGeneError):
     """The fine-tune is of a kind that cannot be safeguarded yet (named in the message)."""
 
 
+class CheckpointError(SafeGeneError):
+    """The weight files of a checkpoint are missing or damaged."""
+
+
 class CalibrationDataError(SafeGeneError):
     """Calibration data is empty, lacks usable columns, or holds samples that the model cannot read."""
 

@@ -2,11 +2,12 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from torch import nn
@@ -15,14 +16,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .errors import UnsupportedModelError
 
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
+_NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 
 
 def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
@@ -68,6 +72,69 @@ def load_model(name_or_path: str, revision: str | None = None, dtype: str = "aut
     except (OSError, ValueError) as error:
         named = name_or_path if base is None else f"{name_or_path} (on {base})"
         raise UnsupportedModelError(f"The model {named} cannot be loaded: {error}") from error
+
+
+def load_skeleton(name_or_path: str, revision: str | None = None) -> nn.Module:
+    """The model without its weights; of an adapter only its own weights are read. `is_placeholder` tells which are missing.
+
+    Raises:
+        UnsupportedModelError: It cannot be loaded, or its checkpoint is quantised.
+    """
+    base = adapter_base(name_or_path, revision)
+    named = base or name_or_path
+    try:
+        config = AutoConfig.from_pretrained(named, revision=None if base else revision)
+        if getattr(config, "quantization_config", None):
+            raise UnsupportedModelError(f"{named} is a quantised checkpoint: name the 16-bit model it was made from.")
+        with torch.device("meta"):
+            model: Any = _without_storage(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        if (Path(named) / GENERATION_CONFIG_NAME).is_file() or not Path(named).is_dir():
+            with suppress(OSError):  # on the hub, a model without one
+                kwargs: Any = {} if base or revision is None else {"revision": revision}
+                model.generation_config = GenerationConfig.from_pretrained(named, **kwargs)
+        if base is not None:
+            model = PeftModel.from_pretrained(model, name_or_path, revision=revision, low_cpu_mem_usage=True)
+        return model.eval()
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"The model {named} cannot be loaded: {error}") from error
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a skeleton has a shape only."""
+    return tensor.data_ptr() == _NOTHING.data_ptr()
+
+
+def _without_storage(model: nn.Module) -> nn.Module:
+    """Puts the parameters of a model on the meta device on the CPU, all of them views of one number.
+
+    PEFT moves an adapter to its layer's device, so an adapter on the meta device would lose its weights.
+    """
+    views: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            view = views.setdefault(id(tensor), nn.Parameter(_placeholder(tensor), requires_grad=False))
+            module.register_parameter(name, view)
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, _placeholder(buffer), name not in module._non_persistent_buffers_set)
+    return model
+
+
+def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    return _NOTHING.view(tensor.dtype)[0].expand(tensor.shape)
+
+
+def snapshot(name_or_path: str, revision: str | None = None) -> Path:
+    """The folder with a checkpoint's weight files; a hub id's are downloaded."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UnsupportedModelError(
+            f"The model {name_or_path} is neither a local directory nor a readable hub repository: check the name, the "
+            "revision and your access."
+        ) from error
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

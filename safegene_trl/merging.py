@@ -1,100 +1,67 @@
 """Merged checkpoints and folded adapters, streamed to disk: float32 add, one cast, one rename at the end."""
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .attach import LowRankDelta
-from .errors import OutputError
+from .checkpoint import TensorFile, plan_files
+from .output import writing
 from .sharding import Sharding
-from .weights import Parameter, base_model, canonical_modules, canonical_parameters, is_transposed, task_factors
+from .weights import (
+    Parameter,
+    TaskFactors,
+    as_stored,
+    base_model,
+    canonical_modules,
+    canonical_parameters,
+    is_transposed,
+    task_factors,
+)
 
 
-MARKER = "safegene_report.json"
+@dataclass(frozen=True)
+class Term:
+    """One low-rank addition to a weight as it is stored: `left @ right`, rows×r and r×columns, float32.
 
-
-def check_output(target: Path, needed_bytes: int = 0, marker: str = MARKER) -> None:
-    """Raises `OutputError` unless a folder can be put at `target` without losing what others wrote there.
-
-    A folder that holds the file `marker` is one of ours and may be replaced.
+    With DoRA's `magnitude` (rows, float32) every row is scaled to that norm afterwards (arXiv 2402.09353).
     """
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file: choose another `output_dir`.")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
-        raise OutputError(
-            f"{target} holds files that SafeGene did not write: choose another `output_dir` or empty it."
-        )
-    parent = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent} is not writable: choose another `output_dir`.")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"{parent} has {free / 2**30:.1f} GiB free and the checkpoint needs {needed_bytes / 2**30:.1f} GiB: free some "
-            "space or choose another `output_dir`."
-        )
+
+    left: torch.Tensor
+    right: torch.Tensor
+    magnitude: torch.Tensor | None = None
 
 
-@contextmanager
-def atomic_directory(target: Path, marker: str = MARKER, sharding: Sharding | None = None) -> Iterator[Path]:
-    """Gives a temporary sibling of `target` to write in, and renames it to `target` when the block ends well.
-
-    An earlier folder of ours at `target` is kept until its successor is complete. After a failure nothing of the new
-    one is left; a failure to write, e.g. a full disk, becomes an `OutputError`. Collective where a `sharding` is given:
-    the folder exists on rank 0 only, and is renamed only after all ranks have come to the end.
-    """
-    sharding = sharding or Sharding(torch.device("cpu"))
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with sharding.agreed(), _writing():
-            if sharding.is_main:
-                check_output(target, marker=marker)
-                folder.mkdir(parents=True)
-        with _writing():
-            yield folder
-        with sharding.agreed(), _writing():
-            for path in (*folder.rglob("*"), folder) if sharding.is_main else ():
-                _sync(path)
-        with sharding.agreed(), _writing():
-            if sharding.is_main:
-                _rename(folder, target)
-    finally:
-        if sharding.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+def add_terms(rows: torch.Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
+    """Adds terms, in their order, to float32 rows of a weight in place; `rows[0]` is the weight's row `first_row`."""
+    part = slice(first_row, first_row + len(rows))
+    for term in terms:
+        rows.addmm_(term.left[part].to(rows.device), term.right.to(rows.device))
+        if term.magnitude is not None:
+            rows.mul_((term.magnitude[part].to(rows.device) / rows.norm(dim=1))[:, None])
 
 
-def _rename(folder: Path, target: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    replaced = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    target.rename(replaced)
-    folder.rename(target)
-    shutil.rmtree(replaced)
+def task_terms(factors: Sequence[TaskFactors], transposed: bool) -> list[Term]:
+    """What the fine-tune's own LoRAs add to their module's weight."""
+    return [_term(*lora.pair(), transposed, lora.magnitude) for lora in factors]
 
 
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"Writing the output failed ({error}): free space or choose another `output_dir`."
-        ) from error
+def vector_terms(delta: LowRankDelta | None, coefficient: float, transposed: bool) -> list[Term]:
+    """What the safety vector adds to a module's weight: `λ·B·A`, nothing where λ is 0."""
+    return [] if delta is None or coefficient == 0 else [_term(*_scaled(delta, coefficient), transposed)]
+
+
+def _term(a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.Tensor | None = None) -> Term:
+    return Term(a.T.contiguous(), b.T.contiguous()) if transposed else Term(b, a, magnitude)
 
 
 def save_merged(
@@ -108,37 +75,67 @@ def save_merged(
 ) -> None:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a full checkpoint.
 
-    Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and one file of the checkpoint is in
-    rank 0's memory; the live weights are only read. `coefficients` are by module name.
+    Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that one is in rank 0's
+    memory; the live weights are only read. `coefficients` are by module name.
     """
-    parameters = {parameter.name: parameter for parameter in canonical_parameters(model)}
-    plan = split_torch_state_dict_into_shards(
-        {
-            name: torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
-            for name, parameter in parameters.items()
-        },
-        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
-        max_shard_size=max_shard_size,
-    )
-    for file_name, names in plan.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            tensor = merged_tensor(parameters[name], deltas, coefficients, sharding)
-            if tensor is not None:
-                shard[name] = tensor
-        with sharding.agreed(), _writing():
+    parameters = list(canonical_parameters(model))
+    parts = {
+        parameter.name: as_stored(
+            model, parameter.name, torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+        )
+        for parameter in parameters
+    }
+    contents = {name: (part.dtype, part.shape) for group in parts.values() for name, part in group.items()}
+    with ExitStack() as files:
+        with sharding.agreed(), writing():
             if sharding.is_main:
-                _write_tensors(shard, folder / file_name)
-    with sharding.agreed(), _writing():
-        if sharding.is_main:
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-            base = base_model(model)
-            base.config.save_pretrained(folder)
-            if base.generation_config is not None:
-                base.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+                place = _Files(folder, contents, max_shard_size, files)
+                save_record(model, tokenizer, folder)
+        for parameter in parameters:
+            tensor = merged_tensor(parameter, deltas, coefficients, sharding)
+            with sharding.agreed(), writing():
+                if tensor is not None:
+                    place.write(as_stored(model, parameter.name, tensor))
+
+
+class _Files:
+    """The weight files of a checkpoint; each is closed, and on disk, as soon as its last tensor is written.
+
+    To wait for the disk at the end would keep the other ranks waiting past their time-out.
+    """
+
+    def __init__(self, folder: Path, contents: Mapping[str, Any], max_shard_size: str, stack: ExitStack):
+        plan, index = plan_files(contents, max_shard_size)
+        if index:
+            write_index(index, folder)
+        self._missing = {file: set(names) for file, names in plan.items()}
+        self._file_of = {name: file for file, names in plan.items() for name in names}
+        self._open = {
+            file: stack.enter_context(TensorFile(folder / file, {name: contents[name] for name in names}))
+            for file, names in plan.items()
+        }
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            file = self._file_of[name]
+            self._open[file].write(name, tensor.contiguous())
+            self._missing[file].discard(name)
+            if not self._missing[file]:
+                self._open[file].close()
+
+
+def write_index(index: Mapping[str, Any], folder: Path) -> None:
+    """Writes the index of a checkpoint of more than one file."""
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_record(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes all of a checkpoint but the weights: configs, tokenizer, chat template."""
+    base = base_model(model)
+    base.config.save_pretrained(folder)
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -148,20 +145,20 @@ def merged_tensor(
     coefficients: Mapping[str, float],
     sharding: Sharding,
 ) -> torch.Tensor | None:
-    """Collective: one tensor of the merged checkpoint, on the CPU and contiguous on rank 0, None elsewhere."""
+    """Collective: one tensor of the merged model, on the CPU and contiguous on rank 0, None elsewhere."""
     name, module = parameter.module_name, parameter.module
-    with _whole(sharding, [parameter.tensor], module if parameter.is_weight else None) as (tensors, pairs):
+    with _whole(sharding, [parameter.tensor], module if parameter.is_weight else None) as (tensors, factors):
         if not sharding.is_main:
             return None
         weight = tensors[0].detach()
-        if parameter.is_weight and name in deltas and coefficients[name] != 0:
-            pairs.append(_scaled(deltas[name], coefficients[name]))
-        if not pairs:
+        transposed = is_transposed(module)
+        terms = task_terms(factors, transposed)
+        if parameter.is_weight and name in deltas:
+            terms += vector_terms(deltas[name], coefficients[name], transposed)
+        if not terms:
             return weight.cpu().contiguous().clone()
         total = weight.float().clone()
-        for a, b in pairs:
-            update = b.to(total.device) @ a.to(total.device)
-            total += update.T if is_transposed(module) else update
+        add_terms(total, terms)
         return total.to(weight.dtype).cpu().contiguous()
 
 
@@ -184,12 +181,13 @@ def save_adapter(
     modules = canonical_modules(model)
     stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in modules.items():
-        with _whole(sharding, [], module) as (_, pairs):
+        with _whole(sharding, [], module) as (_, factors):
+            pairs = [lora.pair() for lora in factors]
             if name in deltas:
                 pairs.append(_scaled(deltas[name], coefficients[name]))
             if pairs and sharding.is_main:
                 stacked[name] = torch.cat([a.cpu() for a, _ in pairs]), torch.cat([b.cpu() for _, b in pairs], dim=1)
-    with sharding.agreed(), _writing():
+    with sharding.agreed(), writing():
         if sharding.is_main:
             _write_adapter(stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder)
             tokenizer.save_pretrained(folder)
@@ -205,7 +203,10 @@ def _write_adapter(
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
     folder.mkdir(exist_ok=True)
-    _write_tensors(tensors, folder / "adapter_model.safetensors")
+    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with TensorFile(folder / "adapter_model.safetensors", contents) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
     LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -225,29 +226,14 @@ def checkpoint_bytes(model: nn.Module) -> int:
 @contextmanager
 def _whole(
     sharding: Sharding, tensors: Sequence[torch.Tensor], module: nn.Module | None
-) -> Iterator[tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Collective: `tensors` whole, and the task's LoRA pairs on `module` as float32 `(A, B)`."""
+) -> Iterator[tuple[list[torch.Tensor], list[TaskFactors]]]:
+    """Collective: `tensors` whole, and the task's LoRA factors on `module`."""
     factors = [] if module is None else task_factors(module)
-    live = [*tensors, *(half for lora in factors for half in (lora.a, lora.b))]
+    live = [*tensors, *(part for lora in factors for part in lora.tensors())]
     with sharding.full(live) as full:
-        halves = iter(full[len(tensors) :])
-        pairs = [replace(lora, a=next(halves), b=next(halves)).pair() for lora in factors]
-        yield full[: len(tensors)], pairs
+        rest = iter(full[len(tensors) :])
+        yield full[: len(tensors)], [lora.of(rest) for lora in factors]
 
 
 def _scaled(delta: LowRankDelta, coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
     return delta.a.float(), coefficient * delta.b.float()
-
-
-def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    # Synchronised file by file: to do so at the end would keep the other ranks waiting past their time-out.
-    save_file(dict(tensors), path, metadata={"format": "pt"})
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

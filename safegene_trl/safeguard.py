@@ -24,14 +24,15 @@ from .errors import RecalibrationError
 from .evaluation.generation import generate_answers
 from .evaluation.refusal import is_refusal
 from .family import Family
-from .merging import MARKER, atomic_directory, check_output, checkpoint_bytes, save_adapter, save_merged
+from .merging import checkpoint_bytes, save_adapter, save_merged
+from .output import MARKER, atomic_directory, check_output
 from .provenance import software_versions
 from .recalibration import Recalibration, recalibrate
 from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
 from .sharding import Sharding
 from .shots import Shots, gather_shots
 from .vector import SafetyVector
-from .weights import base_model, canonical_modules, check_supported
+from .weights import base_model, canonical_modules, check_adapter_output, check_supported
 
 
 logger = logging.getLogger(__name__)
@@ -77,12 +78,11 @@ def prepare(
     clock = PhaseClock()
     with clock.phase("prepare"), sharding.agreed():
         check_supported(model)
+        if config.output_format != "merged":
+            check_adapter_output(model)
         if sharding.is_main:
             check_output(target, 0 if config.output_format == "adapter" else checkpoint_bytes(model))
-        vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision)
-        family = Family.of(model, tokenizer)
-        warnings = vector.family.check_member(family)
-        vector.check_fits(canonical_modules(model))
+        vector, family, warnings = fitting_vector(config, model, tokenizer)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         shots = gather_shots(config, vector, tokenizer, context, task_rows)
     for what, record in (
@@ -91,18 +91,46 @@ def prepare(
         ("samples", shots.record),
     ):
         sharding.check_same(what, json.dumps(record, sort_keys=True))
-    report = {
+    report = first_report(config, vector, family, warnings, isinstance(model, PeftModel), sharding)
+    report["data"] = shots.record
+    return Preparation(config, vector, tokenizer, target, shots, sharding, report, clock)
+
+
+def fitting_vector(
+    config: SafeGeneConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[SafetyVector, Family, list[str]]:
+    """The configured vector, the model's family, and warnings.
+
+    Raises:
+        VectorError: The vector cannot be read.
+        FamilyError: The model is not of its family.
+    """
+    vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision)
+    family = Family.of(model, tokenizer)
+    warnings = vector.family.check_member(family)
+    vector.check_fits(canonical_modules(model))
+    return vector, family, warnings
+
+
+def first_report(
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    family: Family,
+    warnings: list[str],
+    is_lora: bool,
+    sharding: Sharding,
+) -> dict[str, Any]:
+    """What a report says before anything has been measured."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "status": "prepared",
         "warnings": warnings,
         "vector": {"name": config.vector, "revision": config.vector_revision, **vector.describe()},
-        "model": {"kind": "lora" if isinstance(model, PeftModel) else "full", **family.to_dict()},
-        "data": shots.record,
+        "model": {"kind": "lora" if is_lora else "full", **family.to_dict()},
         "launch": sharding.describe(),
         "config": config.to_dict(),
         "software": software_versions(),
     }
-    return Preparation(config, vector, tokenizer, target, shots, sharding, report, clock)
 
 
 def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A live model's weights under the names a checkpoint gives them, whatever wraps the modules (plain or PEFT)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModelError
@@ -19,6 +20,7 @@ from .sharding import full_shape
 
 
 _WRAPPERS = re.compile(r"\._checkpoint_wrapped_module(?=\.|$)")  # FSDP's `activation_checkpointing`
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start a LoRA that change the base's weights
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -46,15 +48,32 @@ class Parameter:
 
 @dataclass(frozen=True)
 class TaskFactors:
-    """One LoRA of the task on one module: the live `a` (r×d_in) and `b` (d_out×r), maybe shards, and its scaling."""
+    """One LoRA of the task on one module: the live `a` (r×d_in) and `b` (d_out×r), maybe shards, and its scaling.
+
+    With DoRA (arXiv 2402.09353) `dora` (d_out) is the norm that every row of the sum is scaled to.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    dora: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The live tensors."""
+        return [self.a, self.b] if self.dora is None else [self.a, self.b, self.dora]
+
+    def of(self, tensors: Iterator[torch.Tensor]) -> "TaskFactors":
+        """The same LoRA with the next of `tensors` in the place of its own."""
+        return TaskFactors(next(tensors), next(tensors), self.scaling, None if self.dora is None else next(tensors))
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A, B)` in float32 with the scaling folded into B."""
         return self.a.detach().float(), self.b.detach().float() * self.scaling
+
+    @property
+    def magnitude(self) -> torch.Tensor | None:
+        """DoRA's row norms in float32."""
+        return None if self.dora is None else self.dora.detach().float()
 
 
 def base_model(model: Any) -> Any:
@@ -87,6 +106,14 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
         yield Parameter(canonical, tensor, module_name, modules[module_name])
 
 
+def as_stored(model: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What checkpoint files hold of one live tensor: as a rule itself, of some models another name or several pieces.
+
+    transformers fuses the experts of a mixture-of-experts model when it loads them, and renames modules.
+    """
+    return revert_weight_conversion(base_model(model), {name: tensor})
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other module."""
     layer = _unadapted(module)
@@ -108,8 +135,14 @@ def task_factors(module: Any) -> list[TaskFactors]:
         return []
     lora_a: Any = module.lora_A
     lora_b: Any = module.lora_B
+    magnitudes: Any = module.lora_magnitude_vector
     return [
-        TaskFactors(lora_a[name].weight, lora_b[name].weight, float(module.scaling[name]))
+        TaskFactors(
+            lora_a[name].weight,
+            lora_b[name].weight,
+            float(module.scaling[name]),
+            magnitudes[name].weight if name in magnitudes else None,
+        )
         for name in module.active_adapters
         if name in lora_a and name not in module.merged_adapters
     ]
@@ -138,6 +171,18 @@ def check_supported(model: nn.Module) -> None:
             _check_adapter(name, module)
 
 
+def check_adapter_output(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can express."""
+    configs: Iterable[Any] = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    for config in configs:
+        changes_base = str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
+        if getattr(config, "use_dora", False) or changes_base:
+            kind = "DoRA" if config.use_dora else f"LoRA with `init_lora_weights={config.init_lora_weights!r}`"
+            raise UnsupportedModelError(
+                f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output_format: merged`."
+            )
+
+
 def _check_untied(base: PreTrainedModel, name: str) -> None:
     if base.config.tie_word_embeddings and name in ("lm_head", "model.embed_tokens"):
         raise UnsupportedModelError(
@@ -151,10 +196,18 @@ def _check_adapter(name: str, module: Any) -> None:
             f"`{name}` is adapted by {type(module).__name__} and only LoRA on linear layers can be merged: merge this "
             "adapter into the model first, then run `safegene apply`."
         )
-    if module.lora_variant:
-        variants = ", ".join(sorted({type(variant).__name__ for variant in module.lora_variant.values()}))
+    other = {
+        name: variant for name, variant in module.lora_variant.items() if name not in module.lora_magnitude_vector
+    }
+    if other:
+        variants = ", ".join(sorted({type(variant).__name__ for variant in other.values()}))
         raise UnsupportedModelError(
             f"The fine-tune uses a LoRA variant ({variants}) that is no plain low-rank delta: merge the adapter into the "
+            "model first, then run `safegene apply`."
+        )
+    if module.lora_variant and (len(module.active_adapters) > 1 or is_transposed(module)):  # type: ignore[arg-type]
+        raise UnsupportedModelError(
+            "DoRA is merged only where it is the one active adapter, on `nn.Linear` layers: merge the adapters into the "
             "model first, then run `safegene apply`."
         )
     if any(b.bias is not None for b in module.lora_B.values()):

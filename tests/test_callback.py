@@ -277,11 +277,10 @@ def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, mo
 
 
 def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp_path, monkeypatch):
-    def full_disk(tensors, path, metadata=None):
-        path.write_bytes(b"half")
+    def full_disk(file, name, tensor, offset=0):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safegene_trl.merging.save_file", full_disk)
+    monkeypatch.setattr("safegene_trl.merging.TensorFile.write", full_disk)
     with pytest.raises(SafeGeneError, match="No space left"):
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert [path.name for path in tmp_path.iterdir()] == ["safeguarded.failed.json"]

@@ -10,10 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safegene_trl import merging
+from safegene_trl import output
 from safegene_trl.attach import attached
 from safegene_trl.errors import OutputError
-from safegene_trl.merging import MARKER, atomic_directory, check_output, save_adapter, save_merged
+from safegene_trl.merging import save_adapter, save_merged
+from safegene_trl.output import MARKER, atomic_directory, check_output
 
 from .conftest import ALONE, make_deltas, make_model, with_lora
 
@@ -149,6 +150,6 @@ def test_too_little_space_is_seen_early(tmp_path):
 
 
 def test_unwritable_output_is_seen_early(tmp_path, monkeypatch):
-    monkeypatch.setattr(merging.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(output.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(OutputError, match="not writable"):
         check_output(tmp_path / "out")

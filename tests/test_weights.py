@@ -3,13 +3,24 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from safegene_trl.attach import LowRankDelta, attached
+from safegene_trl.checkpoint import stored_tensors
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.merging import save_adapter, save_merged
 from safegene_trl.weights import (
     canonical_modules,
     canonical_parameters,
+    check_adapter_output,
     check_supported,
     is_transposed,
     layer_index,
@@ -17,7 +28,7 @@ from safegene_trl.weights import (
     task_factors,
 )
 
-from .conftest import ALONE, make_model, with_lora
+from .conftest import ALONE, make_deltas, make_model, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -93,12 +104,68 @@ def test_modules_to_save_are_merged_when_untied(tokenizer, tmp_path):
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_dora_is_folded(tokenizer, tmp_path):
+    model = with_lora(make_model(), use_dora=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.2)
+    deltas = make_deltas(make_model())
+    coefficients = dict.fromkeys(deltas, 0.5)
+    check_supported(model)
+    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad(), attached(model, deltas, dict.fromkeys(deltas, 0), torch.tensor([0.5])):
+        torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UnsupportedModelError, match="DoRA"):
+        check_adapter_output(model)
+
+
+@pytest.mark.parametrize("kind", [(MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)])
+def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = kind[0](
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = kind[1](config).eval()
+    name = "model.layers.1.self_attn.o_proj"
+    deltas = {name: LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))}
+    check_supported(model)
+    merged_dir = tmp_path / "merged"
+    merged_dir.mkdir()
+    model.save_pretrained(tmp_path / "own")
+    save_merged(model, deltas, {name: 0.5}, tokenizer, merged_dir, "20KB", ALONE)
+    own, merged = stored_tensors(tmp_path / "own"), stored_tensors(merged_dir)
+    assert own.keys() == merged.keys() and any("experts.3" in tensor for tensor in own)
+    loaded, info = kind[1].from_pretrained(merged_dir, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad(), attached(model, deltas, {name: 0}, torch.tensor([0.5])):
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 def refused():
     quantised = make_model()
     quantised.is_quantized = True
     yield "quantised", quantised, "16-bit base"
     yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "ties its embeddings"
-    yield "DoRA", with_lora(make_model(), use_dora=True), "Dora"
+    two = with_lora(make_model(), use_dora=True)
+    two.add_adapter("second", two.peft_config["default"])
+    two.base_model.set_adapter(["default", "second"])
+    yield "two DoRA adapters", two, "the one active adapter"
     yield "LoRA bias", with_lora(make_model(), lora_bias=True, bias="none"), "lora_bias"
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     yield "IA3", get_peft_model(make_model(), ia3), "only LoRA on linear layers"

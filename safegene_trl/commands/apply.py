@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..config import SafeGeneConfig
 from ..errors import ConfigError
 from ..loading import checkpoint_dtype, load_model, load_tokenizer
+from ..offline import safeguard_stored
 from ..safeguard import prepare, safeguard
 from ..sharding import join_processes, leave_processes, place, this_job
 from .launching import launch, wants_launch
@@ -22,6 +25,8 @@ class ApplyArguments:
         model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
         dtype: Data type to load and save it in.
+        coefficients: Coefficients to take as they are, instead of recalibrating: a number for every layer, or the report of
+            an earlier safety step with the same vector. The weights are then merged from file to file.
     """
 
     model_name_or_path: str = field(
@@ -29,6 +34,9 @@ class ApplyArguments:
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
+    coefficients: str | None = field(
+        default=None, metadata={"help": "Take these and do not recalibrate: a number, or an earlier report."}
+    )
 
 
 ARGUMENTS = (ApplyArguments, SafeGeneArguments)
@@ -50,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("No model is named: set `model_name_or_path` to a finished checkpoint or adapter.")
     if config is None:
         raise ConfigError("No safety vector is named: add a `safegene` block with `vector` and `task_data`.")
+    target = Path(config.output_dir or f"{Path(name).name}-safeguarded")
+    if arguments.coefficients is not None:
+        return _merge_stored(config, arguments, target)
     if config.task_data is None:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
-    target = Path(config.output_dir or f"{Path(name).name}-safeguarded")
     revision, job = arguments.model_revision, this_job()
     with job.agreed():
         tokenizer = load_tokenizer(name, revision)
@@ -61,14 +71,34 @@ def main(argv: Sequence[str]) -> int:
     with sharding.named():
         plan = prepare(config, model, tokenizer, target, sharding)
         if config.dry_run:
-            message = f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
+            message = _dry_run_message(target)
         else:
             report = safeguard(plan, model, adapter_base=_adapter_base(model, name))
-            message = f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}"
+            message = _message(report, target)
     if sharding.is_main:
         print(message)
     leave_processes()
     return 0
+
+
+def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Path) -> int:
+    if this_job().world_size > 1:
+        raise ConfigError("`coefficients` are merged from file to file by one process: leave out the launcher.")
+    if arguments.dtype != "auto":
+        raise ConfigError("With `coefficients` the checkpoint keeps its own data type: leave out `dtype`.")
+    report = safeguard_stored(
+        config, arguments.model_name_or_path, arguments.model_revision, str(arguments.coefficients), target
+    )
+    print(_dry_run_message(target) if config.dry_run else _message(report, target))
+    return 0
+
+
+def _dry_run_message(target: Path) -> str:
+    return f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
+
+
+def _message(report: dict[str, Any], target: Path) -> str:
+    return f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}"
 
 
 def _adapter_base(model, name: str) -> str:

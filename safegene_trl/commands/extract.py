@@ -21,7 +21,7 @@ from ..evaluation.refusal import is_refusal
 from ..extraction.delta import dense_delta, lora_delta
 from ..family import Family
 from ..loading import adapter_base, load_model, load_tokenizer
-from ..merging import atomic_directory, check_output
+from ..output import atomic_directory, check_output
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..selection import activation_contrast, last_token_states, top_layers
 from ..vector import CONFIG_FILE, SafetyVector

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SafeGeneError
-from ..merging import MARKER
+from ..output import MARKER
 from ..vector import SafetyVector
 
 
@@ -42,12 +42,16 @@ def _describe_vector(vector: SafetyVector) -> str:
 
 
 def _describe_report(report: dict) -> str:
-    before, after = report["held_out"]["before"], report["held_out"]["after"]
     lines = [
         f"{report['status']}: {report['decision']['reason']}",
         f"vector {report['vector']['name']}, model {report['model']['architecture']} ({report['model']['kind']} fine-tune)",
-        f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, task divergence {after['utility']:.4f} nats",
     ]
+    if held_out := report.get("held_out"):
+        before, after = held_out["before"], held_out["after"]
+        lines.append(
+            f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
+            f"task divergence {after['utility']:.4f} nats"
+        )
     for kind in ("harmful", "benign"):
         if answers := report.get("answers", {}).get(kind):
             lines.append(

@@ -1,0 +1,103 @@
+"""The safety step on a finished model with coefficients that are known already: nothing is loaded or measured."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from .config import SafeGeneConfig
+from .errors import ConfigError
+from .loading import adapter_base, load_tokenizer
+from .merging import save_adapter
+from .output import MARKER, atomic_directory, check_output
+from .reporting.report import PhaseClock, write_report
+from .safeguard import first_report, fitting_vector
+from .sharding import Sharding
+from .streaming import StoredModel, write_merged
+from .vector import SafetyVector
+from .weights import check_adapter_output
+
+
+def safeguard_stored(
+    config: SafeGeneConfig, name_or_path: str, revision: str | None, given: str, target: Path
+) -> dict[str, Any]:
+    """Merges the vector into a finished checkpoint or adapter from its files; returns the report.
+
+    Args:
+        config: What to do; all about shots and the search is ignored.
+        name_or_path: Directory or hub id of the checkpoint or adapter.
+        revision: Its branch, tag or commit on the hub.
+        given: One number (the coefficient of every layer), or the report of an earlier safety step with this vector: a
+            file, or the folder it lies in.
+        target: Folder of the checkpoint to be.
+
+    Raises:
+        SafeGeneError: One of its kinds, before anything is written.
+    """
+    clock, alone = PhaseClock(), Sharding(torch.device("cpu"))
+    with clock.phase("prepare"):
+        stored = StoredModel.open(name_or_path, revision)
+        if config.output_format != "merged":
+            check_adapter_output(stored.model)
+        tokenizer = load_tokenizer(name_or_path, revision)
+        vector, family, warnings = fitting_vector(config, stored.model, tokenizer)
+        coefficients, names = _given_coefficients(given, vector, config.granularity)
+        needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
+        check_output(target, needed)
+    report = first_report(config, vector, family, warnings, isinstance(stored.model, PeftModel), alone) | {
+        "decision": {"accepted": True, "reason": "The coefficients were given: nothing was measured.", "scale": 1.0},
+        "coefficients": coefficients,
+    }
+    if config.dry_run:
+        return report
+    by_module = {module: coefficients[name] for module, name in names.items()}
+    with atomic_directory(target) as folder:
+        with clock.phase("save"):
+            if config.output_format in ("merged", "both"):
+                write_merged(stored, vector.deltas, by_module, tokenizer, folder, config.max_shard_size)
+            if config.output_format in ("adapter", "both"):
+                place = folder / "adapter" if config.output_format == "both" else folder
+                base = adapter_base(name_or_path, revision) or name_or_path
+                save_adapter(stored.model, vector.deltas, by_module, base, tokenizer, place, alone)
+        report |= {"status": "safeguarded", "phases": clock.phases}
+        write_report(report, folder / MARKER)
+    return report
+
+
+def _given_coefficients(given: str, vector: SafetyVector, granularity: str) -> tuple[dict[str, float], dict[str, str]]:
+    """The coefficients by name, and the name of every module's."""
+    try:
+        value = float(given)
+    except ValueError:
+        coefficients = _reported_coefficients(Path(given), vector)
+    else:
+        coefficients = dict.fromkeys(vector.coefficient_names(granularity).values(), value)
+    for name, coefficient in coefficients.items():
+        if not (math.isfinite(coefficient) and coefficient >= 0):
+            raise ConfigError(
+                f"The coefficient of `{name}` is {coefficient}: it must be 0 or more, −V removes refusals."
+            )
+    for names in (vector.coefficient_names("layer"), vector.coefficient_names("module")):
+        if set(names.values()) == set(coefficients):
+            return coefficients, names
+    raise ConfigError(
+        f"The coefficients in {given} are not those of this vector's layers or modules: name another report."
+    )
+
+
+def _reported_coefficients(path: Path, vector: SafetyVector) -> dict[str, float]:
+    path = path / MARKER if path.is_dir() else path
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        coefficients = {name: float(value) for name, value in report["coefficients"].items()}
+        files = report["vector"]["files"]
+    except OSError as error:
+        raise ConfigError(f"`coefficients` is neither a number nor a readable report: {path}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no report of a safety step: name a number or a {MARKER}.") from error
+    if files != vector.files:
+        raise ConfigError(f"{path} is about another safety vector: coefficients mean nothing beside another vector.")
+    return coefficients

@@ -1,0 +1,229 @@
+"""Finished models whose weights stay on disk: read, changed and written in blocks of rows, at the disk's pace.
+
+Names, shapes and adapters come from a skeleton of the model without weights, so memory does not grow with the model.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .attach import LowRankDelta
+from .checkpoint import StoredTensor, TensorFile, plan_files, stored_tensors
+from .errors import CheckpointError, UnsupportedModelError
+from .loading import adapter_base, is_placeholder, load_skeleton, snapshot
+from .merging import Term, add_terms, save_record, task_terms, vector_terms, write_index
+from .weights import Parameter, as_stored, canonical_parameters, check_supported, is_transposed, task_factors
+
+
+BLOCK_ITEMS = 2**20  # 4 MiB in float32, about what a core's cache holds
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass
+class StoredModel:
+    """A finished checkpoint, or an adapter on one.
+
+    Attributes:
+        model: The model without its weights; an adapter on it is real.
+        files: The checkpoint's (or the base model's) tensors by their names in its files.
+    """
+
+    model: nn.Module
+    files: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, name_or_path: str, revision: str | None = None) -> "StoredModel":
+        """Reads headers, config and adapter.
+
+        Args:
+            name_or_path: Directory or hub id of a checkpoint or LoRA adapter.
+            revision: Branch, tag or commit on the hub.
+
+        Raises:
+            UnsupportedModelError: Quantised, or a fine-tune whose weights cannot be merged exactly.
+            CheckpointError: A weight file is missing or damaged.
+        """
+        base = adapter_base(name_or_path, revision)
+        model = load_skeleton(name_or_path, revision)
+        check_supported(model)
+        return cls(model, stored_tensors(snapshot(base or name_or_path, None if base else revision)))
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """The model's parameters by their names in the files, where one tensor of a file is one parameter."""
+        found: dict[str, Parameter] = {}
+        for parameter in canonical_parameters(self.model):
+            names = [parameter.name]
+            if parameter.name not in self.files:
+                mark = torch.empty(parameter.shape, device="meta")
+                names = [name for name, part in as_stored(self.model, parameter.name, mark).items() if part is mark]
+            found |= {name: parameter for name in names if name in self.files}
+        return found
+
+    @cached_property
+    def weight_files(self) -> dict[str, str]:
+        """Name in the files of every module's weight, by canonical module name."""
+        return {parameter.module_name: name for name, parameter in self.parameters.items() if parameter.is_weight}
+
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """What an adapter holds in the place of whole tensors of its base model, e.g. by `modules_to_save`."""
+        return {
+            name: parameter.tensor.detach().to(self.files[name].dtype).contiguous()
+            for name, parameter in self.parameters.items()
+            if not is_placeholder(parameter.tensor)
+        }
+
+    def task_terms(self, name: str) -> list[Term]:
+        """What the adapter adds to a tensor of the base model."""
+        parameter = self.parameters.get(name)
+        if parameter is None or not parameter.is_weight:
+            return []
+        return task_terms(task_factors(parameter.module), is_transposed(parameter.module))
+
+
+@torch.no_grad()
+def write_merged(
+    stored: StoredModel,
+    deltas: Mapping[str, LowRankDelta],
+    coefficients: Mapping[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_shard_size: str,
+    show_progress: bool = True,
+) -> None:
+    """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the files' own data types.
+
+    Every byte is read once and written once, by as many threads as this process has cores. What no delta and no adapter
+    touches is copied as it is. `coefficients` are by module name.
+
+    Raises:
+        UnsupportedModelError: The files hold a module of the vector in another form than the model.
+    """
+    own = stored.own_tensors()
+    contents = {name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()}
+    terms = {name: stored.task_terms(name) for name in stored.files}
+    for module, delta in deltas.items():
+        name = stored.weight_files.get(module)
+        if name is None:
+            raise UnsupportedModelError(
+                f"The files hold `{module}` in another form than the model: run `safegene apply` without fixed "
+                "coefficients, which merges the loaded model."
+            )
+        terms[name] += vector_terms(delta, coefficients[module], is_transposed(stored.parameters[name].module))
+    plan, index = plan_files(contents, max_shard_size)
+    total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
+    bar = tqdm(total=total, desc="Merging", unit="B", unit_scale=True, disable=not show_progress, leave=False)
+    with bar, RowReader() as reader:
+        for file_name, names in plan.items():
+            with TensorFile(folder / file_name, {name: contents[name] for name in names}) as file:
+                for name in own.keys() & names:
+                    file.write(name, own[name])
+                blocks = [block for name in names if name not in own for block in row_blocks(name, stored.files[name])]
+                for written in in_threads(partial(_merge_block, stored, terms, reader, file), blocks):
+                    bar.update(written)
+    if index:
+        write_index(index, folder)
+    save_record(stored.model, tokenizer, folder)
+
+
+def _merge_block(
+    stored: StoredModel, terms: Mapping[str, list[Term]], reader: "RowReader", file: TensorFile, block: "Block"
+) -> int:
+    """Reads, changes and writes one block; returns how many bytes it has."""
+    tensor = stored.files[block.name]
+    rows = reader.rows(tensor, block)
+    if terms[block.name]:
+        total = reader.scratch(rows)
+        add_terms(total, terms[block.name], block.first)
+        rows.copy_(total)
+    file.write(block.name, rows, offset=block.first * tensor.row_bytes)
+    return rows.numel() * rows.itemsize
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `first` to `stop` (not included) of one stored tensor."""
+
+    name: str
+    first: int
+    stop: int
+
+
+def row_blocks(name: str, tensor: StoredTensor) -> Iterator[Block]:
+    """The blocks of a tensor, of about `BLOCK_ITEMS` items each."""
+    step = max(1, BLOCK_ITEMS // max(1, tensor.columns))
+    for first in range(0, tensor.num_rows, step):
+        yield Block(name, first, min(first + step, tensor.num_rows))
+
+
+class RowReader:
+    """Reads blocks of stored tensors into one buffer per thread, which is overwritten by the thread's next block."""
+
+    def __init__(self):
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def __enter__(self) -> "RowReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def rows(self, tensor: StoredTensor, block: Block) -> torch.Tensor:
+        """The block in the tensor's own data type, shape (rows, columns)."""
+        size = (block.stop - block.first) * tensor.row_bytes
+        buffer = self._buffer("raw", size)
+        view, position = memoryview(buffer.numpy().data)[:size], tensor.begin + block.first * tensor.row_bytes
+        while view:
+            count = os.preadv(self._descriptor(tensor.path), [view], position)
+            if count == 0:
+                raise CheckpointError(f"{tensor.path} became shorter while it was read: run it again.")
+            view, position = view[count:], position + count
+        return buffer[:size].view(tensor.dtype).view(-1, tensor.columns)
+
+    def scratch(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same rows in float32, in a second buffer of this thread."""
+        wide = self._buffer("wide", rows.numel() * 4)[: rows.numel() * 4].view(torch.float32).view(rows.shape)
+        return wide.copy_(rows)
+
+    def _buffer(self, name: str, size: int) -> torch.Tensor:
+        buffer = getattr(self._local, name, None)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            setattr(self._local, name, buffer)
+        return buffer
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+
+def in_threads(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    """Results of `work` on all jobs, in order, on as many threads as this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # every thread is a worker of its own
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            try:
+                yield from pool.map(work, jobs)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)

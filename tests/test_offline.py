@@ -1,0 +1,108 @@
+"""The safety step with given coefficients, from files to files."""
+
+import json
+
+import jsonschema
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from safegene_trl import SafetyVector
+from safegene_trl.commands.main import main
+from safegene_trl.reporting.report import SCHEMA
+
+from .conftest import make_model, make_vector, with_lora
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.fixture
+def apply(vector_dir, tmp_path):
+    """Runs `safegene apply` with given coefficients; returns its exit code and the folder."""
+
+    def run(model, coefficients, *options):
+        target = tmp_path / "applied"
+        words = ["apply", "--model_name_or_path", str(model), "--coefficients", str(coefficients)]
+        return main([*words, f"--safegene.vector={vector_dir}", f"--safegene.output_dir={target}", *options]), target
+
+    return run
+
+
+def test_one_number_for_every_layer(apply, model_dir, vector_dir, tokenizer, capsys):
+    code, target = apply(model_dir, 0.5)
+    assert code == 0
+    before, after = load_file(model_dir / "model.safetensors"), load_file(target / "model.safetensors")
+    vector = SafetyVector.from_pretrained(vector_dir)
+    for name, tensor in before.items():
+        delta = vector.deltas.get(name.removesuffix(".weight"))
+        expected = tensor if delta is None else tensor + 0.5 * delta.dense()
+        torch.testing.assert_close(after[name], expected)
+    report = json.loads((target / "safegene_report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["coefficients"] == {"layers.1": 0.5, "layers.2": 0.5}
+    assert report["decision"]["reason"] == "The coefficients were given: nothing was measured."
+    assert "held_out" not in report and "answers" not in report
+    assert main(["inspect", str(target)]) == 0
+    assert "λ = 0.500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])
+def test_an_earlier_report_gives_the_same_weights(output_format, apply, model_dir, task_file, tokenizer, tmp_path):
+    adapted = with_lora(make_model())
+    adapted.peft_config["default"].base_model_name_or_path = str(model_dir)
+    adapted.save_pretrained(tmp_path / "adapter")
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    _, found = apply(model_dir, 0.25)
+    report = json.loads((found / "safegene_report.json").read_text())
+    report["coefficients"] = {"layers.1": 0.7, "layers.2": 0.1}
+    (earlier / "safegene_report.json").write_text(json.dumps(report))
+    code, target = apply(tmp_path / "adapter", earlier, f"--safegene.output_format={output_format}")
+    assert code == 0
+    expected = adapted.merge_and_unload()
+    for name, delta in make_vector(make_model(), tokenizer).deltas.items():
+        expected.get_submodule(name).weight.data += (
+            report["coefficients"][f"layers.{name.split('.')[2]}"] * delta.dense()
+        )
+    places = {"merged": [target], "adapter": [target], "both": [target, target / "adapter"]}[output_format]
+    for place in places:
+        if (place / "adapter_config.json").is_file():
+            loaded = PeftModel.from_pretrained(make_model(), place)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(place)
+        torch.testing.assert_close(loaded(IDS).logits, expected(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ("-0.5", "must be 0 or more"),
+        ("nan", "must be 0 or more"),
+        ("no-such-file", "neither a number nor a readable report"),
+        ('{"coefficients": {"layers.9": 1.0}}', "no report of a safety step"),
+        ('{"coefficients": {"layers.9": 1.0}, "vector": {"files": {}}}', "another safety vector"),
+        ("same vector, other layers", "not those of this vector"),
+    ],
+)
+def test_bad_coefficients_are_refused_before_anything_is_written(
+    coefficients, message, apply, model_dir, vector_dir, tmp_path, capsys
+):
+    if not coefficients.startswith(("-", "n")):
+        if coefficients.startswith("same"):
+            files = SafetyVector.from_pretrained(vector_dir).files
+            coefficients = json.dumps({"coefficients": {"layers.9": 1.0}, "vector": {"files": files}})
+        (tmp_path / "report.json").write_text(coefficients)
+        coefficients = tmp_path / "report.json"
+    code, target = apply(model_dir, f"{coefficients}")
+    assert code == 2 and not target.exists()
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_and_other_options(apply, model_dir, capsys):
+    code, target = apply(model_dir, 1, "--safegene.dry_run=true")
+    assert code == 0 and not target.exists() and "all checks passed" in capsys.readouterr().out
+    code, target = apply(model_dir, 1, "--dtype=bfloat16")
+    assert code == 2 and not target.exists() and "leave out `dtype`" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Checkpoints merged from their files, block by block, equal those merged from the loaded model."""
+
+import json
+import threading
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from safegene_trl import streaming
+from safegene_trl.checkpoint import stored_tensors
+from safegene_trl.errors import CheckpointError, UnsupportedModelError
+from safegene_trl.merging import save_merged
+from safegene_trl.streaming import StoredModel, in_threads, write_merged
+
+from .conftest import ALONE, make_deltas, make_model, with_lora
+
+
+COEFFICIENTS = {"model.layers.1.self_attn.q_proj": 0.0}
+
+
+def saved(model, tokenizer, folder, **kwargs):
+    model.save_pretrained(folder, **kwargs)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size="5GB"):
+    """Tensors of the checkpoint merged from the files of `source` and of the one merged from `live`."""
+    deltas = make_deltas(make_model())
+    coefficients = {name: COEFFICIENTS.get(name, 0.7) for name in deltas}
+    for name in ("streamed", "loaded"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(streaming, "BLOCK_ITEMS", 100)  # many blocks, the last one of a tensor a short one
+    write_merged(StoredModel.open(str(source)), deltas, coefficients, tokenizer, tmp_path / "streamed", shard_size)
+    save_merged(live, deltas, coefficients, tokenizer, tmp_path / "loaded", shard_size, ALONE)
+    return [
+        {
+            name: tensor
+            for file in (tmp_path / name_of).glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for name_of in ("streamed", "loaded")
+    ]
+
+
+def assert_same(streamed, loaded):
+    assert streamed.keys() == loaded.keys()
+    for name, tensor in loaded.items():
+        assert streamed[name].dtype == tensor.dtype
+        torch.testing.assert_close(streamed[name], tensor, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoint(kind, tied, tokenizer, tmp_path, monkeypatch):
+    source = saved(make_model(kind, tied), tokenizer, tmp_path / "model", max_shard_size="30KB")
+    live = AutoModelForCausalLM.from_pretrained(source)
+    assert_same(*merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch))
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}],
+    ids=["LoRA", "rsLoRA", "DoRA", "modules_to_save"],
+)
+def test_adapter(options, tokenizer, tmp_path, monkeypatch):
+    base = saved(make_model(tied=False), tokenizer, tmp_path / "base")
+    adapted = with_lora(make_model(tied=False), **options)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    saved(adapted, tokenizer, tmp_path / "adapter")
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert_same(*merged_both_ways(tmp_path / "adapter", live, tokenizer, tmp_path, monkeypatch))
+
+
+def test_bfloat16_in_shards_of_bounded_size(tokenizer, tmp_path, monkeypatch):
+    source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
+    live = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    streamed, loaded = merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size="20KB")
+    files = list((tmp_path / "streamed").glob("model-*.safetensors"))
+    assert len(files) > 2 and stored_tensors(tmp_path / "streamed").keys() == loaded.keys()
+    for name, tensor in loaded.items():
+        assert streamed[name].dtype == torch.bfloat16
+        assert (streamed[name] == tensor).float().mean() > 0.999  # an order of additions may flip a tie
+
+
+def test_renamed_experts(tmp_path, tokenizer):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from safegene_trl.attach import LowRankDelta
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    source = saved(MixtralForCausalLM(config), tokenizer, tmp_path / "model")
+    stored = StoredModel.open(str(source))
+    name = "model.layers.1.self_attn.o_proj"
+    delta = LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))
+    (tmp_path / "out").mkdir()
+    write_merged(stored, {name: delta}, {name: 1.0}, tokenizer, tmp_path / "out", "5GB")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert before.keys() == after.keys() and changed == [f"{name}.weight"]
+    torch.testing.assert_close(after[changed[0]], before[changed[0]] + delta.dense())
+    experts = "model.layers.0.mlp.experts.gate_up_proj"  # one tensor in the model, eight in the files
+    with pytest.raises(UnsupportedModelError, match="another form"):
+        write_merged(stored, {experts: delta}, {experts: 1.0}, tokenizer, tmp_path / "out", "5GB")
+
+
+def test_quantised_checkpoint_is_refused(tokenizer, tmp_path):
+    source = saved(make_model(), tokenizer, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="16-bit"):
+        StoredModel.open(str(source))
+
+
+def test_file_that_shrinks_while_it_is_read(tokenizer, tmp_path):
+    source = saved(make_model(), tokenizer, tmp_path / "model")
+    stored = StoredModel.open(str(source))
+    with open(source / "model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="became shorter"):
+        write_merged(stored, {}, {}, tokenizer, tmp_path / "out", "5GB")
+
+
+def test_work_is_shared_by_threads_and_an_error_ends_it():
+    before = torch.get_num_threads()
+    seen = set()
+
+    def work(job):
+        seen.add(threading.current_thread().name)
+        return 1 // job
+
+    assert list(in_threads(work, [1] * 50)) == [1] * 50
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(work, [1, 0, 1]))
+    assert torch.get_num_threads() == before and threading.current_thread().name not in seen
