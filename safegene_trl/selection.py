@@ -1,23 +1,62 @@
-"""Which layers a safety vector acts in, chosen by data (SafeGene, arXiv 2606.06519).
+"""Which layers a safety vector acts in, chosen by data (SafeGene, arXiv 2606.06519), and how stable the choice is.
 
-`activation_contrast`: with `h_l(x)` the residual stream after layer `l` at the last prompt token,
+`activation_contrast`, the method's own: with `h_l(x)` the residual stream after layer `l` at the last prompt token,
 
     d_l(x) = ‖h_l^aligned(x) − h_l^degraded(x)‖ / ‖h_l^aligned(x)‖
     s_l = mean_{harmful x} d_l(x) − mean_{benign x} d_l(x)
 
-and the layers with the highest scores are kept. Differences accumulate along the residual stream, so late layers tend to
-score higher; the scores are stored with the vector so that this can be seen.
+Differences accumulate along the residual stream, so late layers tend to score higher; the scores are stored with the vector
+so that this can be seen.
+
+`gradient`: how fast the degraded model's loss on the aligned model's refusals falls as the vector enters layer `l`,
+`s_l = −∂L/∂λ_l` at λ = 0. Signed, because a coefficient is never negative: a layer that only helps when it is subtracted
+is of no use.
+
+Controls: `magnitude` (`s_l = ‖V_l‖_F`), `random`, `all`.
+
+Safety regions found on different prompts overlap little (arXiv 2602.17696), so `bootstrap_stability` draws the prompts again
+and again and says how often each layer is selected.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .calibration import prompt_text
+from .attach import LowRankDelta, attached, frozen_for_calibration
+from .calibration import Sample, batches, prompt_text
 from .errors import ConfigError
-from .weights import base_model
+from .recalibration import cross_entropy
+from .weights import base_model, layer_index
+
+
+METHODS = ("activation_contrast", "gradient", "magnitude", "random", "all")
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores of all layers, as a weighted sum of means over prompts.
+
+    Attributes:
+        samples: `(sign, values)` with values of shape prompts×layers.
+    """
+
+    samples: Sequence[tuple[float, torch.Tensor]]
+
+    def mean(self) -> torch.Tensor:
+        """Score of every layer, float64."""
+        return torch.stack([sign * values.double().mean(dim=0) for sign, values in self.samples]).sum(dim=0)
+
+    def resampled(self, generator: torch.Generator) -> "LayerScores":
+        """The same with as many prompts drawn from its own, with replacement."""
+        return LayerScores(
+            [
+                (sign, values[torch.randint(len(values), (len(values),), generator=generator)])
+                for sign, values in self.samples
+            ]
+        )
 
 
 def last_token_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
@@ -36,24 +75,81 @@ def last_token_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prom
     return torch.stack(states)
 
 
-def activation_contrast(
-    aligned_states: Callable[[Sequence[str]], torch.Tensor],
-    degraded_states: Callable[[Sequence[str]], torch.Tensor],
-    harmful: Sequence[str],
-    benign: Sequence[str],
-) -> list[float]:
-    """Score `s_l` of every layer. The two callables return states as `last_token_states` does."""
+def activation_contrast(aligned: Sequence[torch.Tensor], degraded: Sequence[torch.Tensor]) -> LayerScores:
+    """The scores by activations.
 
-    def contrast(prompts: Sequence[str]) -> torch.Tensor:
-        reference = aligned_states(prompts)
-        return ((reference - degraded_states(prompts)).norm(dim=-1) / reference.norm(dim=-1)).mean(dim=0)
+    Args:
+        aligned: States (prompts×layers×hidden) of the aligned model on harmful and on benign prompts.
+        degraded: The same of the degraded model.
+    """
+    harmful, benign = (
+        (reference - changed).norm(dim=-1) / reference.norm(dim=-1)
+        for reference, changed in zip(aligned, degraded, strict=True)
+    )
+    return LayerScores([(1.0, harmful), (-1.0, benign)])
 
-    return (contrast(harmful) - contrast(benign)).tolist()
+
+def gradient(
+    degraded: nn.Module, deltas: Mapping[str, LowRankDelta], refusals: Sequence[Sample], pad_id: int
+) -> LayerScores:
+    """The scores by gradients of the degraded model's loss (nats per response token) on refusals."""
+    device = base_model(degraded).device
+    layer_of = {name: layer_index(name) or 0 for name in deltas}
+    coefficients = torch.zeros(num_layers(degraded), device=device, requires_grad=True)
+    rows = []
+    with frozen_for_calibration(degraded), attached(degraded, deltas, layer_of, coefficients):
+        for sample in refusals:
+            (batch,) = batches([sample], 1, pad_id, device)
+            loss = cross_entropy(degraded, batch) / sum(sample.is_response)
+            rows.append(-torch.autograd.grad(loss, coefficients)[0].cpu())
+    return LayerScores([(1.0, torch.stack(rows))])
 
 
-def top_layers(scores: Sequence[float], share: float) -> list[int]:
+def magnitude(deltas: Mapping[str, LowRankDelta], layers: int) -> LayerScores:
+    """The scores by the vector's own size: the Frobenius norm of all its deltas in a layer."""
+    squares = torch.zeros(1, layers)
+    for name, delta in deltas.items():
+        gram = (delta.b.float().T @ delta.b.float()) * (delta.a.float() @ delta.a.float().T)
+        squares[0, layer_index(name) or 0] += gram.sum()  # ‖BA‖² = Σ (BᵀB ∘ AAᵀ)
+    return LayerScores([(1.0, squares.sqrt())])
+
+
+def at_random(layers: int, seed: int) -> LayerScores:
+    """Scores without meaning, to compare with."""
+    return LayerScores([(1.0, torch.rand(1, layers, generator=torch.Generator().manual_seed(seed)))])
+
+
+def num_layers(model: nn.Module) -> int:
+    """Number of transformer layers."""
+    return int(base_model(model).config.get_text_config().num_hidden_layers)
+
+
+def top_layers(scores: Iterable[float], share: float) -> list[int]:
     """Indices, in order, of the `share` (0–1] of layers with the highest scores; at least one layer."""
     if not 0 < share <= 1:
         raise ConfigError(f"`layer_share` is {share}: it must lie above 0 and at most at 1.")
+    scores = list(scores)
     count = max(1, round(len(scores) * share))
     return sorted(sorted(range(len(scores)), key=lambda layer: -scores[layer])[:count])
+
+
+def bootstrap_stability(scores: LayerScores, share: float, resamples: int, seed: int) -> dict:
+    """How much the selected layers depend on the prompts.
+
+    Returns:
+        `mean_jaccard`: mean Jaccard index (0–1) between the selection and those from resampled prompts;
+        `inclusion`: share of resamples that select each layer; `resamples`.
+    """
+    chosen = set(top_layers(scores.mean().tolist(), share))
+    generator = torch.Generator().manual_seed(seed)
+    inclusion = torch.zeros(len(scores.mean()), dtype=torch.float64)
+    jaccards = []
+    for _ in range(resamples):
+        again = set(top_layers(scores.resampled(generator).mean().tolist(), share))
+        jaccards.append(len(chosen & again) / len(chosen | again))
+        inclusion[list(again)] += 1 / resamples
+    return {
+        "mean_jaccard": sum(jaccards) / resamples,
+        "inclusion": [round(value, 6) for value in inclusion.tolist()],
+        "resamples": resamples,
+    }

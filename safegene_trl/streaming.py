@@ -25,7 +25,7 @@ from .merging import Term, add_terms, save_record, task_terms, vector_terms, wri
 from .weights import Parameter, as_stored, canonical_parameters, check_supported, is_transposed, task_factors
 
 
-BLOCK_ITEMS = 2**20  # 4 MiB in float32, about what a core's cache holds
+BLOCK_ITEMS = 2**19  # 2 MiB in float32: what a core's own cache holds
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -76,6 +76,15 @@ class StoredModel:
         """Name in the files of every module's weight, by canonical module name."""
         return {parameter.module_name: name for name, parameter in self.parameters.items() if parameter.is_weight}
 
+    @property
+    def has_full_rank_changes(self) -> bool:
+        """Whether an adapter changes linear layers by more than low-rank additions (DoRA)."""
+        parameters = self.parameters.values()
+        factors = [
+            factor for parameter in parameters if parameter.is_weight for factor in task_factors(parameter.module)
+        ]
+        return any(factor.dora is not None for factor in factors)
+
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What an adapter holds in the place of whole tensors of its base model, e.g. by `modules_to_save`."""
         return {
@@ -90,6 +99,18 @@ class StoredModel:
         if parameter is None or not parameter.is_weight:
             return []
         return task_terms(task_factors(parameter.module), is_transposed(parameter.module))
+
+    @torch.no_grad()
+    def matrix(self, reader: "RowReader", module: str) -> torch.Tensor:
+        """A linear layer's weight with the adapter folded in: d_out×d_in, float32."""
+        name = self.weight_files[module]
+        stored, terms = self.files[name], self.task_terms(name)
+        weight = torch.empty(stored.shape)
+        for block in row_blocks(name, stored):
+            rows = weight[block.first : block.stop]
+            rows.copy_(reader.rows(stored, block))
+            add_terms(rows, terms, block.first)
+        return weight.T if is_transposed(self.parameters[name].module) else weight
 
 
 @torch.no_grad()

@@ -327,7 +327,11 @@ BAD_STARTS = {
     "resized vocabulary": ({}, {"model": lambda: make_model(vocab_size=352)}, "vocabulary has 352"),
     "other tokenizer": ({}, {"tokenizer": lambda: make_tokenizer(("<|x|>",))}, "tokenizer differs"),
     "missing data": ({"safety_data": "no/such-data"}, {}, "cannot be read"),
-    "DoRA": ({}, {"model": lambda: with_lora(make_model(), use_dora=True)}, "Dora"),
+    "DoRA as an adapter": (
+        {"output_format": "adapter"},
+        {"model": lambda: with_lora(make_model(), use_dora=True)},
+        "DoRA",
+    ),
 }
 
 

@@ -7,10 +7,9 @@ import pytest
 import yaml
 
 from safegene_trl.callback import DryRunComplete
-from safegene_trl.commands import extract as extract_command
-from safegene_trl.commands.extract import ExtractArguments
 from safegene_trl.commands.main import main
 from safegene_trl.commands.parsing import parse
+from safegene_trl.extraction.pipeline import ExtractionConfig
 
 from .conftest import BENIGN, HARMFUL, make_model, with_lora
 
@@ -59,8 +58,7 @@ def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     monkeypatch.setattr(
-        extract_command,
-        "generate_answers",
+        "safegene_trl.extraction.answers.generate_answers",
         lambda model, tokenizer, prompts, *args: [
             "I can't help with that." if prompt[0]["content"] in HARMFUL else "Take a pan." for prompt in prompts
         ],
@@ -75,7 +73,7 @@ def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
     }
     edited = tmp_path / "recipe.yaml"
     edited.write_text(yaml.safe_dump(recipe))
-    (arguments,) = parse((ExtractArguments,), ["--config", str(edited)], "safegene extract", "")
+    (arguments,) = parse((ExtractionConfig,), ["--config", str(edited)], "safegene extract", "")
     assert arguments.method == "delta"
     assert main(["extract", "--config", str(edited)]) == 0
     assert (tmp_path / "vector" / "safegene_config.json").is_file()

@@ -1,19 +1,76 @@
-"""Activation contrast against its formula."""
+"""Layer scores against their formulas, and the stability of a selection."""
 
 import pytest
 import torch
 
+from safegene_trl.attach import attached
+from safegene_trl.calibration import batches, tokenize
 from safegene_trl.errors import ConfigError
-from safegene_trl.selection import activation_contrast, last_token_states, top_layers
+from safegene_trl.recalibration import cross_entropy
+from safegene_trl.selection import (
+    LayerScores,
+    activation_contrast,
+    at_random,
+    bootstrap_stability,
+    gradient,
+    last_token_states,
+    magnitude,
+    top_layers,
+)
+from safegene_trl.weights import layer_index
 
-from .conftest import make_model
+from .conftest import make_deltas, make_model
 
 
-def test_formula():
-    aligned = {"bad": torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), "good": torch.tensor([[[0.0, 2.0], [0.0, 5.0]]])}
-    degraded = {"bad": torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]), "good": torch.tensor([[[0.0, 1.0], [0.0, 5.0]]])}
-    scores = activation_contrast(lambda p: aligned[p[0]], lambda p: degraded[p[0]], ["bad"], ["good"])
-    assert scores == pytest.approx([1.0 - 0.5, 1.0 - 0.0])
+def test_activation_contrast_formula():
+    aligned = [torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 2.0], [0.0, 5.0]]])]
+    degraded = [torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[0.0, 1.0], [0.0, 5.0]]])]
+    assert activation_contrast(aligned, degraded).mean().tolist() == pytest.approx([1.0 - 0.5, 1.0 - 0.0])
+
+
+def test_gradient_is_the_fall_of_the_loss_per_coefficient(tokenizer):
+    model = make_model()
+    deltas = make_deltas(model)
+    samples = [
+        tokenize(tokenizer, [{"role": "user", "content": text}], "sorry i cannot help") for text in ("hello", "go on")
+    ]
+    scores = gradient(model, deltas, samples, pad_id=0).samples[0][1]
+    assert scores.shape == (2, 3) and not scores[:, 0].any()  # the vector leaves layer 0 alone
+
+    def loss(sample, layer, size):
+        (batch,) = batches([sample], 1, 0, torch.device("cpu"))
+        with torch.no_grad(), attached(model, deltas, {n: layer_index(n) for n in deltas}, torch.eye(3)[layer] * size):
+            return float(cross_entropy(model, batch)) / sum(sample.is_response)
+
+    for row, sample in enumerate(samples):
+        for layer in (1, 2):
+            slope = (loss(sample, layer, 1e-2) - loss(sample, layer, -1e-2)) / 2e-2
+            assert float(scores[row, layer]) == pytest.approx(-slope, rel=0.02, abs=1e-3)
+
+
+def test_magnitude_is_the_frobenius_norm():
+    deltas = make_deltas(make_model())
+    found = magnitude(deltas, 3).mean()
+    expected = [
+        sum(float(delta.dense().square().sum()) for name, delta in deltas.items() if layer_index(name) == layer) ** 0.5
+        for layer in range(3)
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_random_scores_are_seeded():
+    assert torch.equal(at_random(5, 1).mean(), at_random(5, 1).mean())
+    assert not torch.equal(at_random(5, 1).mean(), at_random(5, 2).mean())
+
+
+def test_stability_of_a_clear_and_of_a_chance_selection():
+    clear = LayerScores([(1.0, torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(20, 1))])
+    record = bootstrap_stability(clear, 0.5, resamples=50, seed=0)
+    assert record == {"mean_jaccard": 1.0, "inclusion": [0, 0, 1, 1], "resamples": 50}
+    chance = LayerScores([(1.0, torch.rand(20, 8, generator=torch.Generator().manual_seed(0)))])
+    record = bootstrap_stability(chance, 0.5, resamples=50, seed=0)
+    assert 0.2 < record["mean_jaccard"] < 0.9 and sum(record["inclusion"]) == pytest.approx(4)
+    assert record == bootstrap_stability(chance, 0.5, resamples=50, seed=0)
 
 
 def test_states_are_those_of_the_last_prompt_token(tokenizer):

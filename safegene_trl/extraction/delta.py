@@ -2,95 +2,103 @@
 
     V_m = trunc_svd(W_m^aligned − W_m^degraded, r)
 
-If the degraded model is a LoRA on the aligned one, `V_m = −ΔW_m` exactly and no SVD of a dense matrix is needed
-(SafeGene, arXiv 2606.06519, starts from this difference).
+Where both are adapters on one base model, or one is an adapter on the other, `V_m = ΔW_m^aligned − ΔW_m^degraded` is known by its
+factors: exact, and the base model is not read at all (SafeGene, arXiv 2606.06519, starts from this difference).
 """
 
+import zlib
+from functools import partial
+
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
+from tqdm.auto import tqdm
 
-from ..attach import LowRankDelta
 from ..errors import FamilyError
-from ..weights import canonical_modules, canonical_parameters, is_transposed, layer_index, linear_shape, task_factors
+from ..streaming import RowReader, StoredModel, in_threads
+from ..weights import canonical_modules, layer_index, linear_shape, task_factors
+from .svd import Truncation, factors_at_rank, truncated_svd
 
 
-def lora_delta(degraded: PeftModel, rank: int | None = None) -> tuple[dict[str, LowRankDelta], dict[str, float]]:
-    """The negated LoRA of a degraded model that was trained as a LoRA on the aligned one.
+def adapter_delta(
+    aligned: torch.nn.Module, degraded: torch.nn.Module, rank: int | None = None
+) -> dict[str, Truncation]:
+    """The difference of the adapters on two models of one base model.
 
     Args:
-        degraded: The aligned model with the degrading LoRA on it.
-        rank: Rank of the result; None keeps the LoRA's own, the largest one where modules differ.
+        aligned: Plain, or with the aligning LoRA on it.
+        degraded: Plain, or with the degrading LoRA on it.
+        rank: Rank of the result; None keeps the LoRAs' own, the largest one where modules differ.
 
     Returns:
-        Deltas by canonical module name (float32), and the share of `‖ΔW‖_F²` kept for each.
+        By canonical module name.
     """
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name, module in canonical_modules(degraded).items():
-        pairs = [factors.pair() for factors in task_factors(module)]
-        if pairs and layer_index(name) is not None:
-            found[name] = torch.cat([a for a, _ in pairs]), -torch.cat([b for _, b in pairs], dim=1)
-    if not found:
-        raise FamilyError("The degraded model's LoRA changes no layer: give another degraded model.")
-    rank = rank or max(a.shape[0] for a, _ in found.values())
-    deltas, energy = {}, {}
-    for name, (a, b) in found.items():
-        deltas[name], energy[name] = _at_rank(a, b, rank)
-    return deltas, energy
+    factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for sign, model in ((1, aligned), (-1, degraded)):
+        for name, module in canonical_modules(model).items():
+            if layer_index(name) is not None:
+                factors.setdefault(name, []).extend((a, sign * b) for a, b in (f.pair() for f in task_factors(module)))
+    stacked = {
+        name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
+        for name, pairs in factors.items()
+        if pairs
+    }
+    if not stacked:
+        raise FamilyError("The two models do not differ in any layer: give another degraded model.")
+    rank = rank or max(a.shape[0] for a, _ in stacked.values())
+    return {name: factors_at_rank(a, b, rank) for name, (a, b) in stacked.items()}
 
 
-def dense_delta(
-    aligned: torch.nn.Module, degraded: torch.nn.Module, rank: int
-) -> tuple[dict[str, LowRankDelta], dict[str, float]]:
-    """Truncated SVD of every linear layer's weight difference, one module at a time, in float32.
+def stored_delta(
+    aligned: StoredModel,
+    degraded: StoredModel,
+    rank: int,
+    exact: bool = False,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> dict[str, Truncation]:
+    """The truncated difference of every linear layer of two stored models.
+
+    Every byte is read once; of each model one matrix per thread is in memory.
 
     Args:
-        aligned: The aligned model, plain.
-        degraded: The degraded model, plain, of the same names and shapes.
+        aligned: The aligned model.
+        degraded: The degraded model, of the same names and shapes.
         rank: Rank r of every delta.
+        exact: Take the exact SVD, which is some hundred times slower.
+        seed: Of the randomised SVD.
+        show_progress: Whether to show a progress bar.
 
     Returns:
-        Deltas by canonical module name (float32), and the share of `‖ΔW‖_F²` kept for each.
+        By canonical module name.
+
+    Raises:
+        FamilyError: Names or shapes differ.
     """
-    others = {parameter.name: parameter for parameter in canonical_parameters(degraded)}
-    deltas, energy = {}, {}
-    for parameter in canonical_parameters(aligned):
-        name = parameter.module_name
-        if (
-            layer_index(name) is None
-            or linear_shape(parameter.module) is None
-            or not parameter.name.endswith(".weight")
-        ):
-            continue
-        if parameter.name not in others or others[parameter.name].tensor.shape != parameter.tensor.shape:
-            raise FamilyError(
-                f"`{parameter.name}` differs between the aligned and the degraded model: use one family."
-            )
-        difference = parameter.tensor.detach().float() - others[parameter.name].tensor.detach().float()
-        if is_transposed(parameter.module):
-            difference = difference.T
-        u, s, vh = torch.linalg.svd(difference, full_matrices=False)
-        deltas[name] = _balanced(u[:, :rank], s[:rank], vh[:rank])
-        energy[name] = _kept(s, rank)
-    return deltas, energy
+    names = [
+        name
+        for name, module in canonical_modules(aligned.model).items()
+        if layer_index(name) is not None and linear_shape(module) is not None
+    ]
+    for name in names:
+        stored = [model.files.get(model.weight_files.get(name, "")) for model in (aligned, degraded)]
+        if stored[0] is None or stored[1] is None or stored[0].shape != stored[1].shape:
+            raise FamilyError(f"`{name}` differs in shape between the aligned and the degraded model: use one family.")
+    sizes = [aligned.files[aligned.weight_files[name]].num_bytes for name in names]
+    bar = tqdm(total=2 * sum(sizes), desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
+    found: dict[str, Truncation] = {}
+    with bar, RowReader() as reader:
+        work = partial(_module_delta, aligned, degraded, reader, rank, exact, seed)
+        for name, size, truncation in zip(names, sizes, in_threads(work, names), strict=True):
+            found[name] = truncation
+            bar.update(2 * size)
+    if all(truncation.delta.b.count_nonzero() == 0 for truncation in found.values()):
+        raise FamilyError("The two models do not differ in any layer: give another degraded model.")
+    return found
 
 
-def _at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[LowRankDelta, float]:
-    """`B A` at a given rank: padded with zeros up to it, or cut down to it by an SVD of the small core."""
-    missing = rank - a.shape[0]
-    if missing >= 0:
-        return LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))), 1.0
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    return _balanced(q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.T), _kept(s, rank)
-
-
-def _balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> LowRankDelta:
-    root = s.sqrt()
-    return LowRankDelta((root[:, None] * vh).contiguous(), (u * root).contiguous())
-
-
-def _kept(singular_values: torch.Tensor, rank: int) -> float:
-    total = float(singular_values.square().sum())
-    return float(singular_values[:rank].square().sum()) / total if total > 0 else 1.0
+@torch.no_grad()
+def _module_delta(
+    aligned: StoredModel, degraded: StoredModel, reader: RowReader, rank: int, exact: bool, seed: int, name: str
+) -> Truncation:
+    difference = aligned.matrix(reader, name)
+    difference -= degraded.matrix(reader, name)
+    return truncated_svd(difference, rank, exact, seed=seed + zlib.crc32(name.encode()))

@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafetyVector
-from safegene_trl.commands import extract as extract_command
 from safegene_trl.commands.main import main
+from safegene_trl.selection import LayerScores
 
 from ..conftest import BENIGN, HARMFUL, make_model, with_lora
 
@@ -48,7 +48,7 @@ def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
         harmful = prompts[0][0]["content"] in HARMFUL
         return ["I can't help with that. And so" if harmful else "Take a pan. Stir"] * len(prompts)
 
-    monkeypatch.setattr(extract_command, "generate_answers", answers)
+    monkeypatch.setattr("safegene_trl.extraction.answers.generate_answers", answers)
     options = {
         "aligned_model": model_dir,
         "degraded_model": tmp_path / "degraded",
@@ -84,9 +84,28 @@ def test_extract_from_a_lora(extraction, tmp_path, capsys):
 
 @pytest.mark.parametrize(("contrast", "warned"), [(-1.0, True), (1.0, False)])
 def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch, caplog):
-    monkeypatch.setattr(extract_command, "activation_contrast", lambda *args: [contrast] * 3)
+    scores = LayerScores([(contrast, torch.ones(2, 3))])
+    monkeypatch.setattr("safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores)
     assert main(argv("extract", extraction)) == 0
-    assert ("means little" in caplog.text) == warned
+    assert ("means little" in caplog.text) == warned and "depend on the prompts" not in caplog.text
+
+
+def test_unstable_selection_is_said(extraction, monkeypatch, caplog):
+    scores = LayerScores([(1.0, torch.eye(3).repeat(4, 1))])  # every prompt names another layer
+    monkeypatch.setattr("safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores)
+    assert main(argv("extract", extraction | {"layer_share": 0.34})) == 0
+    assert "depend on the prompts" in caplog.text
+
+
+@pytest.mark.parametrize("selection", ["gradient", "magnitude", "random", "all"])
+def test_other_selections(selection, extraction, tmp_path):
+    assert main(argv("extract", extraction | {"selection": selection, "layer_share": 0.67})) == 0
+    vector = SafetyVector.from_pretrained(tmp_path / "vector")
+    assert vector.selection["method"] == selection
+    assert len(vector.layers) == (3 if selection == "all" else 2)
+    stability = vector.selection["stability"]
+    assert sum(stability["inclusion"]) == pytest.approx(len(vector.layers), abs=1e-3)
+    assert stability["mean_jaccard"] == 1 if selection != "gradient" else 0 < stability["mean_jaccard"] <= 1
 
 
 def test_extract_from_two_checkpoints(extraction, tmp_path):
@@ -106,6 +125,7 @@ def test_extract_from_two_checkpoints(extraction, tmp_path):
     ("changes", "message"),
     [
         ({"rank": 0}, "at least 1"),
+        ({"bootstrap_resamples": 0}, "at least 1"),
         ({"layer_share": 0}, "above 0"),
         ({"weights_dtype": "int8"}, "use one of"),
         ({"aligned_model": "no/such-model"}, "cannot be loaded"),
@@ -119,7 +139,8 @@ def test_bad_extraction(extraction, changes, message, tmp_path, capsys):
 
 def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        extract_command, "generate_answers", lambda model, tokenizer, prompts, *args: ["Sure!"] * len(prompts)
+        "safegene_trl.extraction.answers.generate_answers",
+        lambda model, tokenizer, prompts, *args: ["Sure!"] * len(prompts),
     )
     assert main(argv("extract", extraction)) == 2
     assert "refuses none" in capsys.readouterr().err and not (tmp_path / "vector").exists()

@@ -1,0 +1,44 @@
+"""The aligned model's own answers, which come with a safety vector as targets of recalibration."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import FamilyError
+from ..evaluation.generation import generate_answers
+from ..evaluation.refusal import is_refusal
+
+
+def own_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[dict[str, str]]:
+    """Prompts with the aligned model's own answers: refused harmful ones and answered benign ones, nothing else.
+
+    Raises:
+        FamilyError: It refuses none of the harmful prompts.
+    """
+    rows = []
+    for kind, prompts in (("harmful", harmful), ("benign", benign)):
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        answers = generate_answers(model, tokenizer, messages, max_new_tokens, batch_size)
+        rows += [
+            {"prompt": prompt, "response": whole_sentences(answer), "kind": kind}
+            for prompt, answer in zip(prompts, answers, strict=True)
+            if is_refusal(answer) == (kind == "harmful") and answer
+        ]
+        if kind == "harmful" and not rows:
+            raise FamilyError("The aligned model refuses none of the harmful prompts: align it first, or give others.")
+    return rows
+
+
+def whole_sentences(answer: str) -> str:
+    """The answer without a last sentence that the token limit has cut off, unless it is the only one."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", answer)]
+    return answer[: ends[-1]] if ends else answer
