@@ -82,6 +82,7 @@ class SafeGeneCallback(TrainerCallback):
             tokenizer,
             self._target(args),
             sharding,
+            *_base_of(model),
             task_rows=None if loader is None else loader.dataset,
         )
         if sharding.is_main:
@@ -128,6 +129,12 @@ def _tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBa
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise FamilyError("The trainer has no tokenizer: pass `processing_class=tokenizer` to it.") from error
+
+
+def _base_of(model: nn.Module) -> tuple[str | None, str | None]:
+    """Name and revision of the checkpoint that the training starts from, as far as the model knows them."""
+    config = base_model(model).config
+    return config.name_or_path or None, getattr(config, "_commit_hash", None)
 
 
 def _adapter_base(model: nn.Module, args: TrainingArguments) -> str:

@@ -20,6 +20,10 @@ class SafeGeneConfig:
     Args:
         vector: Directory or hub id of the safety vector.
         vector_revision: Branch, tag or commit of the vector on the hub.
+        public_key: PEM file of the key that the vector must be signed with; checked before anything of it is read.
+        require_signature: Refuse to run without a `public_key`.
+        allow_other_base: Go on if the fine-tune started from other weights than the vector's aligned model, or from another
+            revision of it. The report says so.
         safety_data: Dataset of harmful prompts, with or without refusals (local JSON/JSONL/CSV/Parquet file,
             `datasets` directory or hub id). Default: the prompts and refusals that come with the vector.
         safety_data_split: Split of `safety_data` to read.
@@ -56,6 +60,9 @@ class SafeGeneConfig:
 
     vector: str = ""
     vector_revision: str | None = None
+    public_key: str | None = None
+    require_signature: bool = False
+    allow_other_base: bool = False
     safety_data: str | None = None
     safety_data_split: str = "train"
     task_data: str | None = None
@@ -110,6 +117,10 @@ class SafeGeneConfig:
         ):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(get_args(allowed))}.")
+        if self.require_signature and self.public_key is None:
+            raise ConfigError(
+                "`require_signature` is set without a `public_key`: name the PEM file of the maker's key."
+            )
         self._check_numbers()
         self._check_bounds()
 

@@ -37,5 +37,9 @@ class RecalibrationError(SafeGeneError):
     """No coefficients improve held-out safety within the utility budget."""
 
 
+class SignatureError(SafeGeneError):
+    """A signature is missing, invalid, or cannot be made."""
+
+
 class PeerError(SafeGeneError):
     """Another rank of the same job failed; the message names it and its cause."""

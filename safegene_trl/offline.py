@@ -10,9 +10,10 @@ from peft import PeftModel
 
 from .config import SafeGeneConfig
 from .errors import ConfigError
-from .loading import adapter_base, load_tokenizer
+from .loading import adapter_base, base_reference, load_tokenizer
 from .merging import save_adapter
 from .output import MARKER, atomic_directory, check_output
+from .provenance import check_base
 from .reporting.report import PhaseClock, write_report
 from .safeguard import first_report, fitting_vector
 from .sharding import Sharding
@@ -45,9 +46,10 @@ def safeguard_stored(
         tokenizer = load_tokenizer(name_or_path, revision)
         vector, family, warnings = fitting_vector(config, stored.model, tokenizer)
         coefficients, names = _given_coefficients(given, vector, config.granularity)
+        base = check_base(*base_reference(name_or_path, revision), vector.aligned_model, config.allow_other_base)
         needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
         check_output(target, needed)
-    report = first_report(config, vector, family, warnings, isinstance(stored.model, PeftModel), alone) | {
+    report = first_report(config, vector, family, warnings, base, isinstance(stored.model, PeftModel), alone) | {
         "decision": {"accepted": True, "reason": "The coefficients were given: nothing was measured.", "scale": 1.0},
         "coefficients": coefficients,
     }
@@ -60,8 +62,8 @@ def safeguard_stored(
                 write_merged(stored, vector.deltas, by_module, tokenizer, folder, config.max_shard_size)
             if config.output_format in ("adapter", "both"):
                 place = folder / "adapter" if config.output_format == "both" else folder
-                base = adapter_base(name_or_path, revision) or name_or_path
-                save_adapter(stored.model, vector.deltas, by_module, base, tokenizer, place, alone)
+                relative_to = adapter_base(name_or_path, revision) or name_or_path
+                save_adapter(stored.model, vector.deltas, by_module, relative_to, tokenizer, place, alone)
         report |= {"status": "safeguarded", "phases": clock.phases}
         write_report(report, folder / MARKER)
     return report

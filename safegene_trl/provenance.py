@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+import logging
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
+from .errors import FamilyError
 
+
+logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
 
 
@@ -48,7 +54,56 @@ def model_reference(name_or_path: str, revision: str | None = None) -> dict[str,
         folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=_WEIGHT_FILES))
         name, revision = name_or_path, folder.name
     files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-    return {"name": name, "revision": revision, "files": {file.name: sha256_of_file(file) for file in files}}
+    return {"name": name, "revision": revision, "files": {file.name: _known_hash(file) for file in files}}
+
+
+def _known_hash(file: Path) -> str:
+    """SHA-256 of a file. The hub's cache names large files by it, and checked it when it downloaded them."""
+    target = file.resolve().name
+    return target if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target) else sha256_of_file(file)
+
+
+def check_base(
+    name: str | None, revision: str | None, aligned: dict[str, Any], allow_other: bool, hash_files: bool = True
+) -> dict[str, Any]:
+    """Whether a fine-tune started from the weights that a vector's aligned model has.
+
+    Args:
+        name: Directory or hub id of the checkpoint it started from, None where that is not known.
+        revision: Its revision.
+        aligned: The vector's record of its aligned model, as from `model_reference`.
+        allow_other: Whether other weights are an entry in the record and no error.
+        hash_files: False for a rank that leaves reading the files to another.
+
+    Returns:
+        For the report: the reference of the checkpoint, `is_aligned_model` (None where it cannot be told) and
+        `other_base_allowed`.
+
+    Raises:
+        FamilyError: The weights are others.
+    """
+    reference: dict[str, Any] = {"name": name, "revision": revision, "files": {}}
+    if name and hash_files:
+        try:
+            reference = model_reference(name, revision)
+        except (OSError, HFValidationError):  # trained from an object in memory, or its files are gone
+            logger.warning("The files of %s cannot be read, so the report cannot say which weights they hold.", name)
+    ours, theirs = (_weight_hashes(record) for record in (reference, aligned))
+    same = ours == theirs if ours and theirs else None
+    if same is False and not allow_other:
+        raise FamilyError(
+            f"The fine-tune started from {_named(reference)}, and the safety vector was made from {_named(aligned)}, whose weights "
+            "are others: use a vector of these weights, or set `allow_other_base: true`."
+        )
+    return {**reference, "is_aligned_model": same, "other_base_allowed": allow_other}
+
+
+def _weight_hashes(reference: dict[str, Any]) -> dict[str, str]:
+    return {file: value for file, value in reference.get("files", {}).items() if file.endswith(".safetensors")}
+
+
+def _named(reference: dict[str, Any]) -> str:
+    return reference["name"] + (f" at revision {reference['revision']}" if reference.get("revision") else "")
 
 
 def software_versions() -> dict[str, str]:

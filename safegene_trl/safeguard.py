@@ -26,7 +26,7 @@ from .evaluation.refusal import is_refusal
 from .family import Family
 from .merging import checkpoint_bytes, save_adapter, save_merged
 from .output import MARKER, atomic_directory, check_output
-from .provenance import software_versions
+from .provenance import check_base, sha256_of_file, software_versions
 from .recalibration import Recalibration, recalibrate
 from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
 from .sharding import Sharding
@@ -58,6 +58,8 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     target: Path,
     sharding: Sharding,
+    base_name: str | None = None,
+    base_revision: str | None = None,
     task_rows: Sequence[Row] | IterableDataset | None = None,
 ) -> Preparation:
     """Reads and checks vector, family, data and output place; writes nothing.
@@ -70,6 +72,8 @@ def prepare(
         tokenizer: Its tokenizer.
         target: Folder of the checkpoint to be.
         sharding: How the model is spread over ranks.
+        base_name: Directory or hub id of the checkpoint that the fine-tune started from, None where it is not known.
+        base_revision: Its revision.
         task_rows: The training set, used where `config.task_data` names no other.
 
     Raises:
@@ -85,13 +89,14 @@ def prepare(
         vector, family, warnings = fitting_vector(config, model, tokenizer)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         shots = gather_shots(config, vector, tokenizer, context, task_rows)
+        base = check_base(base_name, base_revision, vector.aligned_model, config.allow_other_base, sharding.is_main)
     for what, record in (
         ("SafeGene settings", config.to_dict()),
         ("a safety vector", vector.files),
         ("samples", shots.record),
     ):
         sharding.check_same(what, json.dumps(record, sort_keys=True))
-    report = first_report(config, vector, family, warnings, isinstance(model, PeftModel), sharding)
+    report = first_report(config, vector, family, warnings, base, isinstance(model, PeftModel), sharding)
     report["data"] = shots.record
     return Preparation(config, vector, tokenizer, target, shots, sharding, report, clock)
 
@@ -102,10 +107,11 @@ def fitting_vector(
     """The configured vector, the model's family, and warnings.
 
     Raises:
+        SignatureError: The vector is not signed as configured.
         VectorError: The vector cannot be read.
         FamilyError: The model is not of its family.
     """
-    vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision)
+    vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision, public_key=config.public_key)
     family = Family.of(model, tokenizer)
     warnings = vector.family.check_member(family)
     vector.check_fits(canonical_modules(model))
@@ -117,6 +123,7 @@ def first_report(
     vector: SafetyVector,
     family: Family,
     warnings: list[str],
+    base: dict[str, Any],
     is_lora: bool,
     sharding: Sharding,
 ) -> dict[str, Any]:
@@ -125,7 +132,13 @@ def first_report(
         "schema_version": SCHEMA_VERSION,
         "status": "prepared",
         "warnings": warnings,
-        "vector": {"name": config.vector, "revision": config.vector_revision, **vector.describe()},
+        "vector": {
+            "name": config.vector,
+            "revision": config.vector_revision,
+            "signed_by": None if config.public_key is None else sha256_of_file(Path(config.public_key)),
+            **vector.describe(),
+        },
+        "base": base,
         "model": {"kind": "lora" if is_lora else "full", **family.to_dict()},
         "launch": sharding.describe(),
         "config": config.to_dict(),

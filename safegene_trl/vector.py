@@ -17,6 +17,7 @@ from .attach import LowRankDelta
 from .errors import FamilyError, SafeGeneError, VectorError
 from .family import Family
 from .provenance import sha256_of_file
+from .signing import SIGNATURE_FILE, verify
 from .weights import layer_index, linear_shape
 
 
@@ -24,7 +25,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "safegene_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROMPTS_FILE = "safety_prompts.jsonl"
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE, "adapter_config.json")
+SIGNED_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE, "adapter_config.json")
 _PREFIX = "base_model.model."
 
 
@@ -129,12 +130,14 @@ class SafetyVector(
 
         Args:
             pretrained_model_name_or_path: Local directory or hub id.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `public_key`, a PEM file that
+                the vector's signature is checked with, before anything else is read.
 
         Raises:
+            SignatureError: It is not signed, or not with that key, or was changed since.
             VectorError: Missing, altered, truncated, of another format version, or with NaN or infinite values.
         """
-        allowed = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+        allowed = {"revision", "token", "cache_dir", "local_files_only", "force_download", "public_key"}
         if unknown := set(kwargs) - allowed:
             raise SafeGeneError(f"Unknown argument `{unknown.pop()}`: use one of {', '.join(sorted(allowed))}.")
         # The mixin's own lookup of a config.json is skipped: a vector has none.
@@ -142,7 +145,10 @@ class SafetyVector(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "SafetyVector":
+        public_key = kwargs.pop("public_key", None)
         folder = _locate(model_id, **kwargs)
+        if public_key is not None:
+            verify(folder, SIGNED_FILES, Path(public_key))
         config = _read_config(folder, model_id)
         for name in (WEIGHTS_FILE, PROMPTS_FILE):
             if not (folder / name).is_file():
@@ -172,7 +178,7 @@ def _locate(model_id: str, **kwargs: Any) -> Path:
     if Path(model_id).is_dir():
         return Path(model_id)
     try:
-        return Path(snapshot_download(model_id, allow_patterns=list(_FILES), **kwargs))
+        return Path(snapshot_download(model_id, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise VectorError(
             f"The safety vector {model_id} is neither a local directory nor a readable hub repository: check the name, "

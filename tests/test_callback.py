@@ -24,6 +24,7 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
 from safegene_trl.calibration import conversation, tokenize
 from safegene_trl.callback import DryRunComplete
 from safegene_trl.errors import RecalibrationError
+from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
 
 from .conftest import make_model, make_tokenizer, make_vector, task_dataset, with_lora
@@ -381,3 +382,29 @@ def test_unsupported_launch_is_refused_before_the_first_step(config, tokenizer, 
     monkeypatch.setenv("WORLD_SIZE", "4")  # as a launcher sets it, after accelerate has looked
     with pytest.raises(SafeGeneError, match="4 processes"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_training_from_other_weights_is_refused_before_the_first_step(config, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "aligned")
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    vector = make_vector(make_model(), tokenizer)
+    vector.aligned_model = model_reference(str(tmp_path / "aligned"))
+    vector.save_pretrained(tmp_path / "vector")
+
+    def run(base, **values):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / base)
+        settings = config(vector=str(tmp_path / "vector"), **values)
+        trainer = sft(tmp_path / "out", [callback := SafeGeneCallback(settings)], tokenizer, model=model)
+        try:
+            trainer.train()
+        finally:
+            steps.append(trainer.state.global_step)
+        return callback.report["base"]
+
+    steps: list[int] = []
+    with pytest.raises(SafeGeneError, match="started from other"):
+        run("other")
+    assert steps == [0]
+    assert run("aligned")["is_aligned_model"] is True
+    base = run("other", allow_other_base=True)
+    assert base["is_aligned_model"] is False and base["other_base_allowed"] is True

@@ -69,7 +69,9 @@ def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
     vector = SafetyVector.from_pretrained("me/vector", revision="v1.0")
     ((repo_id, patterns, kwargs),) = asked
     assert repo_id == "me/vector" and kwargs == {"revision": "v1.0"} and vector.rank == 2
-    assert all(pattern.endswith((".json", ".jsonl", ".safetensors")) for pattern in patterns)  # no code, no pickle
+    assert all(
+        pattern.endswith((".json", ".jsonl", ".safetensors", "model.sig")) for pattern in patterns
+    )  # no code, no pickle
     with pytest.raises(SafeGeneError, match="Unknown argument `trust_remote_code`"):
         SafetyVector.from_pretrained("me/vector", trust_remote_code=True)
 

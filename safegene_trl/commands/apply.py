@@ -9,7 +9,7 @@ import torch
 
 from ..config import SafeGeneConfig
 from ..errors import ConfigError
-from ..loading import checkpoint_dtype, load_model, load_tokenizer
+from ..loading import base_reference, checkpoint_dtype, load_model, load_tokenizer
 from ..offline import safeguard_stored
 from ..safeguard import prepare, safeguard
 from ..sharding import join_processes, leave_processes, place, this_job
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         dtype = checkpoint_dtype(name, revision) if arguments.dtype == "auto" else arguments.dtype
     model, sharding = place(lambda: load_model(name, revision, dtype), getattr(torch, dtype), job)
     with sharding.named():
-        plan = prepare(config, model, tokenizer, target, sharding)
+        plan = prepare(config, model, tokenizer, target, sharding, *base_reference(name, revision))
         if config.dry_run:
             message = _dry_run_message(target)
         else:

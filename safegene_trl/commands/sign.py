@@ -1,0 +1,30 @@
+"""`safegene sign VECTOR`: signs a safety vector, so that users can check who made it."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..signing import sign
+from ..vector import SIGNED_FILES, SafetyVector
+
+
+def main(argv: Sequence[str]) -> int:
+    """Checks the vector, then writes `model.sig` into its folder."""
+    parser = argparse.ArgumentParser(prog="safegene sign", description="Sign a safety vector; works offline.")
+    parser.add_argument("directory", help="Folder of the safety vector.")
+    parser.add_argument("--private_key", required=True, help="PEM file of an elliptic-curve private key.")
+    parser.add_argument("--password_env", help="Environment variable that holds the key's password.")
+    arguments = parser.parse_args(list(argv))
+    folder = Path(arguments.directory)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: sign a vector on this machine, then upload it.")
+    if arguments.password_env is not None and arguments.password_env not in os.environ:
+        raise ConfigError(
+            f"The environment variable {arguments.password_env} is not set: put the key's password there."
+        )
+    password = os.environ.get(arguments.password_env) if arguments.password_env else None
+    SafetyVector.from_pretrained(folder)
+    print(f"Signed: {sign(folder, SIGNED_FILES, Path(arguments.private_key), password)}")
+    return 0

@@ -1,0 +1,18 @@
+"""`safegene verify VECTOR`: checks a safety vector's signature and content."""
+
+import argparse
+from collections.abc import Sequence
+
+from ..vector import SafetyVector
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 only for a vector that is signed with the key and whole."""
+    parser = argparse.ArgumentParser(prog="safegene verify", description="Check a safety vector's signature.")
+    parser.add_argument("directory", help="Safety vector: folder or hub id.")
+    parser.add_argument("--public_key", required=True, help="PEM file of its maker's public key.")
+    parser.add_argument("--revision", help="Branch, tag or commit on the hub.")
+    arguments = parser.parse_args(list(argv))
+    SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision, public_key=arguments.public_key)
+    print(f"{arguments.directory} is whole and signed with the key of {arguments.public_key}.")
+    return 0
