@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short test test-distributed lint format clean
+.PHONY: environment quickstart quickstart-short test test-distributed fuzz lint format clean
 
 environment: $(VENV)/ready
 
@@ -31,6 +31,10 @@ test: environment
 # The rest of the matrix of backends, failures and launchers: many launches of two processes, about 11 minutes on 2 idle cores.
 test-distributed: environment
 	$(BIN)/python -m pytest -m exhaustive
+
+# Ten thousand mutated safety vectors, about 5 minutes; the outcome is recorded.
+fuzz: environment
+	FUZZ_EXAMPLES=10000 FUZZ_RECORD=benchmarks/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: environment
 	$(BIN)/python -m ruff check .

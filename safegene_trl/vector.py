@@ -1,32 +1,21 @@
 """`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA directory."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelHubMixin
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import vector_files
 from .attach import LowRankDelta
-from .errors import FamilyError, SafeGeneError, VectorError
+from .errors import FamilyError
 from .family import Family
-from .provenance import sha256_of_file
-from .signing import SIGNATURE_FILE, verify
+from .vector_files import CONFIG_FILE, FORMAT_VERSION, HASHED_FILES, PREFIX, PROMPTS_FILE, WEIGHTS_FILE
 from .weights import layer_index, linear_shape
-
-
-FORMAT_VERSION = 1
-CONFIG_FILE = "safegene_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PROMPTS_FILE = "safety_prompts.jsonl"
-SIGNED_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE, "adapter_config.json")
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -47,6 +36,7 @@ class SafetyVector(
         prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`; the responses are the aligned
             model's own. Harmful rows carry refusals only.
         software: Versions it was made with.
+        files: Size and SHA-256 of every other file of a saved vector.
     """
 
     deltas: dict[str, LowRankDelta]
@@ -57,7 +47,7 @@ class SafetyVector(
     selection: dict[str, Any]
     prompts: list[dict[str, str]]
     software: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
@@ -94,8 +84,8 @@ class SafetyVector(
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {}
         for name, delta in self.deltas.items():
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
         save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
         # alpha = rank, so that PEFT and vLLM apply B A unscaled.
         LoraConfig(
@@ -108,7 +98,7 @@ class SafetyVector(
         ).save_pretrained(str(save_directory))
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts)
         (save_directory / PROMPTS_FILE).write_text(rows, encoding="utf-8")
-        self.files = {name: sha256_of_file(save_directory / name) for name in (WEIGHTS_FILE, PROMPTS_FILE)}
+        self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
         (save_directory / CONFIG_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
 
     def describe(self) -> dict[str, Any]:
@@ -137,115 +127,24 @@ class SafetyVector(
             SignatureError: It is not signed, or not with that key, or was changed since.
             VectorError: Missing, altered, truncated, of another format version, or with NaN or infinite values.
         """
-        allowed = {"revision", "token", "cache_dir", "local_files_only", "force_download", "public_key"}
-        if unknown := set(kwargs) - allowed:
-            raise SafeGeneError(f"Unknown argument `{unknown.pop()}`: use one of {', '.join(sorted(allowed))}.")
+        vector_files.reject_unknown_arguments(kwargs)
         # The mixin's own lookup of a config.json is skipped: a vector has none.
         return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "SafetyVector":
-        public_key = kwargs.pop("public_key", None)
-        folder = _locate(model_id, **kwargs)
-        if public_key is not None:
-            verify(folder, SIGNED_FILES, Path(public_key))
-        config = _read_config(folder, model_id)
-        for name in (WEIGHTS_FILE, PROMPTS_FILE):
-            if not (folder / name).is_file():
-                raise VectorError(f"The safety vector {model_id} lacks {name}: download or make it again.")
-            if sha256_of_file(folder / name) != config["files"].get(name):
-                raise VectorError(
-                    f"{name} of the safety vector {model_id} is truncated or was changed after it was made: download or "
-                    "make it again."
-                )
-        return cls(
-            deltas=_read_deltas(folder / WEIGHTS_FILE, model_id),
-            family=Family.from_dict(config["family"]),
-            prompts=_read_prompts(folder / PROMPTS_FILE),
-            **{key: config[key] for key in _SECTIONS if key != "family"},
+    def _from_pretrained(cls, *, model_id: str, public_key: str | Path | None = None, **kwargs: Any) -> "SafetyVector":
+        folder = vector_files.locate(model_id, None if public_key is None else Path(public_key), **kwargs)
+        config = vector_files.read_config(folder, model_id)
+        vector_files.check_files(folder, model_id, config["files"])
+        vector = cls(
+            deltas=vector_files.read_deltas(folder / WEIGHTS_FILE, model_id),
+            prompts=vector_files.read_prompts(folder / PROMPTS_FILE, model_id),
+            **{key: config[key] for key in vector_files.SECTIONS} | {"family": Family.from_dict(config["family"])},
         )
+        vector_files.check_consistent(config, vector.deltas, vector.layers, model_id)
+        return vector
 
     def generate_model_card(self, *args: Any, **kwargs: Any):
         from .reporting.cards import vector_card
 
         return vector_card(self)
-
-
-_SECTIONS = ("family", "aligned_model", "degraded_model", "extraction", "selection", "software", "files")
-
-
-def _locate(model_id: str, **kwargs: Any) -> Path:
-    if Path(model_id).is_dir():
-        return Path(model_id)
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise VectorError(
-            f"The safety vector {model_id} is neither a local directory nor a readable hub repository: check the name, "
-            "the revision and your access."
-        ) from error
-
-
-def _read_config(folder: Path, model_id: str) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise VectorError(
-            f"{model_id} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise VectorError(
-            f"{CONFIG_FILE} of {model_id} is not valid JSON: download or make the vector again."
-        ) from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise VectorError(
-            f"The safety vector {model_id} has format version {version} and this safegene-trl reads {FORMAT_VERSION}: "
-            "install the version it was made with, or make it again."
-        )
-    for section in _SECTIONS:
-        if not isinstance(config.get(section), dict):
-            raise VectorError(f"{CONFIG_FILE} of {model_id} lacks `{section}`: download or make the vector again.")
-    return config
-
-
-def _read_deltas(path: Path, model_id: str) -> dict[str, LowRankDelta]:
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                name, _, half = key.removesuffix(".weight").rpartition(".")
-                if not key.startswith(_PREFIX) or half not in ("lora_A", "lora_B"):
-                    raise VectorError(
-                        f"The safety vector {model_id} holds an unexpected tensor `{key}`: make it again."
-                    )
-                halves.setdefault(name.removeprefix(_PREFIX), {})[half] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise VectorError(f"{path.name} of {model_id} cannot be read: download or make the vector again.") from error
-    deltas = {}
-    for name, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
-        if set(half) != {"lora_A", "lora_B"} or half["lora_A"].shape[0] != half["lora_B"].shape[1]:
-            raise VectorError(f"`{name}` of the safety vector {model_id} is not a pair B·A: make the vector again.")
-        if not all(math.isfinite(tensor.float().sum().item()) for tensor in half.values()):
-            raise VectorError(
-                f"`{name}` of the safety vector {model_id} holds NaN or infinity: make the vector again."
-            )
-        deltas[name] = LowRankDelta(half["lora_A"], half["lora_B"])
-    if not deltas:
-        raise VectorError(f"The safety vector {model_id} is empty: make it again.")
-    if len({delta.a.shape[0] for delta in deltas.values()}) > 1:
-        raise VectorError(f"The modules of the safety vector {model_id} differ in rank: make it again with one rank.")
-    return deltas
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _read_prompts(path: Path) -> list[dict[str, str]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for row in rows:
-        if not {"prompt", "response", "kind"} <= set(row):
-            raise VectorError(f"A row of {path.name} lacks `prompt`, `response` or `kind`: make the vector again.")
-    return rows

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from safegene_trl import SafeGeneError, SafetyVector
-from safegene_trl.provenance import sha256_of_file
+from safegene_trl.errors import VectorError
+from safegene_trl.vector_files import file_record
 
 from .conftest import make_model, make_tokenizer, make_vector
 
@@ -37,7 +38,7 @@ def rewrite_tensors(folder, change):
     change(tensors)
     save_file(tensors, path)
     files = json.loads((folder / "safegene_config.json").read_text())["files"]
-    edit(folder, files=files | {path.name: sha256_of_file(path)})
+    edit(folder, files=files | {path.name: file_record(path)})
 
 
 def test_round_trip(vector_dir, tokenizer):
@@ -65,7 +66,7 @@ def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
         asked.append((repo_id, sorted(allow_patterns), kwargs))
         return str(vector_dir)
 
-    monkeypatch.setattr("safegene_trl.vector.snapshot_download", snapshot_download)
+    monkeypatch.setattr("safegene_trl.vector_files.snapshot_download", snapshot_download)
     vector = SafetyVector.from_pretrained("me/vector", revision="v1.0")
     ((repo_id, patterns, kwargs),) = asked
     assert repo_id == "me/vector" and kwargs == {"revision": "v1.0"} and vector.rank == 2
@@ -89,7 +90,7 @@ def test_missing(tmp_path):
         SafetyVector.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "safety_prompts.jsonl"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "safety_prompts.jsonl", "adapter_config.json"])
 def test_missing_or_truncated_file(folder, name):
     path = folder / name
     path.write_bytes(path.read_bytes()[:-10])
@@ -100,14 +101,14 @@ def test_missing_or_truncated_file(folder, name):
         SafetyVector.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", True, None])
 def test_other_format_version(folder, version):
     edit(folder, format_version=version)
     with pytest.raises(SafeGeneError, match="format version"):
         SafetyVector.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 2}'])
 def test_damaged_config(folder, text):
     (folder / "safegene_config.json").write_text(text)
     with pytest.raises(SafeGeneError):
@@ -124,6 +125,91 @@ def test_nan_and_infinity(folder, value):
 def test_foreign_tensor(folder):
     rewrite_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(2)))
     with pytest.raises(SafeGeneError, match="unexpected tensor"):
+        SafetyVector.from_pretrained(folder)
+
+
+CONFIG_CHANGES = {
+    "section of another type": {"family": []},
+    "section too many": {"more": {}},
+    "size too large": {"family": {"vocab_size": 10**30}},
+    "negative size": {"family": {"vocab_size": -1}},
+    "field missing": {"aligned_model": None},
+    "path for a name": {"aligned_model": {"files": {"../../etc/passwd": "0" * 64}}},
+    "no hash": {"degraded_model": {"files": {"model.safetensors": "abc"}}},
+    "another file": {"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}},
+    "other rank": {"extraction": {"rank": 3}},
+    "rank of no size": {"extraction": {"rank": 0}},
+    "other layers": {"selection": {"selected_layers": [0]}},
+    "scores of text": {"selection": {"scores": ["a"]}},
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_CHANGES)
+def test_changed_config(folder, case):
+    config = json.loads((folder / "safegene_config.json").read_text())
+    for section, change in CONFIG_CHANGES[case].items():
+        merged = config.get(section, {}) | change if isinstance(change, dict) else change
+        edit(folder, **{section: {"name": "x"} if change is None else merged})
+    with pytest.raises(VectorError):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"rank": 2', '"rank": NaN'), ('"rank": 2', '"rank": 2, "rank": 2'), ('"rank": 2', '"rank": true')],
+)
+def test_config_that_is_no_strict_json(folder, old, new):
+    path = folder / "safegene_config.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(VectorError):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "how do I", "response": "Sure, like this", "kind": "harmful"}, "something else than a refusal"),
+        ({"prompt": "how do I", "response": "Take a pan", "kind": "other"}, "of kind 'other'"),
+        ({"prompt": ["how do I"], "response": "Take a pan", "kind": "benign"}, "lacks"),
+        ({"prompt": "how do I"}, "lacks"),
+        (["how do I"], "lacks"),
+    ],
+)
+def test_changed_prompts(folder, row, message):
+    path = folder / "safety_prompts.jsonl"
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    files = json.loads((folder / "safegene_config.json").read_text())["files"]
+    edit(folder, files=files | {path.name: file_record(path)})
+    with pytest.raises(VectorError, match=message):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "module", ["model..q_proj", "../model.layers.1.q_proj", "model/layers/1", "modèle.layers.1.q"]
+)
+def test_names_that_are_no_module_names(folder, module):
+    def rename(tensors):
+        for half in "AB":
+            old = f"base_model.model.model.layers.1.self_attn.q_proj.lora_{half}.weight"
+            tensors[f"base_model.model.{module}.lora_{half}.weight"] = tensors.pop(old)
+
+    rewrite_tensors(folder, rename)
+    with pytest.raises(VectorError, match="unexpected tensor"):
+        SafetyVector.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.double, lambda t: t.to(torch.int8), lambda t: t[None], lambda t: t[:0]]
+)
+def test_tensors_of_another_type_or_shape(folder, change):
+    def rewrite(tensors):
+        for key in tensors:
+            if "layers.1.self_attn.q_proj" in key:
+                tensors[key] = change(tensors[key]).contiguous()
+
+    rewrite_tensors(folder, rewrite)
+    with pytest.raises(VectorError, match="not a pair"):
         SafetyVector.from_pretrained(folder)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..extraction.pipeline import ExtractionConfig, extract
 from ..output import atomic_directory, check_output
-from ..vector import CONFIG_FILE, SafetyVector
+from ..vector import SafetyVector
+from ..vector_files import CONFIG_FILE
 from .parsing import parse
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..signing import sign
-from ..vector import SIGNED_FILES, SafetyVector
+from ..vector import SafetyVector
+from ..vector_files import SIGNED_FILES
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,8 +29,8 @@ def own_answers(
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         answers = generate_answers(model, tokenizer, messages, max_new_tokens, batch_size)
         rows += [
-            {"prompt": prompt, "response": whole_sentences(answer), "kind": kind}
-            for prompt, answer in zip(prompts, answers, strict=True)
+            {"prompt": prompt, "response": answer, "kind": kind}
+            for prompt, answer in zip(prompts, map(whole_sentences, answers), strict=True)
             if is_refusal(answer) == (kind == "harmful") and answer
         ]
         if kind == "harmful" and not rows:
