@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import SafeGeneError
 from ..output import MARKER
+from ..reporting.plots import selection_plot
 from ..vector import SafetyVector
 
 
@@ -15,6 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="safegene inspect", description="Say what a vector or checkpoint holds.")
     parser.add_argument("directory", help="Safety vector (directory or hub id) or safeguarded checkpoint.")
     parser.add_argument("--revision", help="Branch, tag or commit of a vector on the hub.")
+    parser.add_argument("--plot", type=Path, help="PNG file for a vector's layer scores and their stability.")
     arguments = parser.parse_args(list(argv))
     report = Path(arguments.directory) / MARKER
     if report.is_file():
@@ -23,7 +25,12 @@ def main(argv: Sequence[str]) -> int:
         except (ValueError, KeyError) as error:
             raise SafeGeneError(f"{report} is damaged: run the safety step again.") from error
     else:
-        print(_describe_vector(SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)))
+        vector = SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)
+        print(_describe_vector(vector))
+        if arguments.plot:
+            if "stability" not in vector.selection:
+                raise SafeGeneError("This vector keeps no stability of its selection: make it again to plot it.")
+            selection_plot(vector.selection, arguments.plot)
     return 0
 
 
@@ -36,6 +43,8 @@ def _describe_vector(vector: SafetyVector) -> str:
         f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
         f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers",
     ]
+    if stability := vector.selection.get("stability"):
+        lines.append(f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}")
     for layer, score in enumerate(scores):
         lines.append(f"  layer {layer:>3}  score {score:+.4f}{'  selected' if layer in vector.layers else ''}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer and the safety step at its end",
     "extract": "make a safety vector from an aligned and a degraded model",
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
+    "similarity": "compare safety vectors of one family by their cosines",
     "sign": "sign a safety vector with an elliptic-curve key",
     "verify": "check a safety vector's signature",
     "inspect": "say what a safety vector or a safeguarded checkpoint holds",
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
     if not argv or argv[0] not in COMMANDS:
-        listing = "\n".join(f"  {name:<9}{summary}" for name, summary in COMMANDS.items())
+        listing = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
         print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")
         return 0 if argv[:1] in ([], ["-h"], ["--help"]) else 2
     command = importlib.import_module(f".{argv[0]}", package=__package__)

@@ -34,6 +34,7 @@ from ..vector import SafetyVector
 from ..weights import layer_index
 from .answers import own_answers
 from .delta import adapter_delta, stored_delta
+from .isolation import isolated
 from .svd import Truncation
 
 
@@ -51,6 +52,9 @@ class ExtractionConfig:
         method: How the deltas are made. `delta` is the plain weight difference.
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
         exact_svd: Truncate by the exact SVD instead of the randomised one.
+        isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are taken out of the vector,
+            see `isolation.py`.
+        isolation_rank: Dimension of their subspace in every module.
         selection: How layers are selected, see `selection.py`.
         layer_share: Share (0–1] of the layers that are kept.
         bootstrap_resamples: How often the prompts are drawn again to see how stable the selection is.
@@ -74,6 +78,10 @@ class ExtractionConfig:
     method: str = field(default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta"]})
     rank: int | None = field(default=None, metadata={"help": "Rank of every delta. Default: the LoRA's own, else 8."})
     exact_svd: bool = field(default=False, metadata={"help": "Truncate by the exact SVD: slow."})
+    isolate_from: list[str] = field(default_factory=list, metadata={"help": "Task models to isolate the vector from."})
+    isolation_rank: int = field(
+        default=8, metadata={"help": "Dimension of the task models' subspace in every module."}
+    )
     selection: str = field(
         default="activation_contrast", metadata={"help": "How layers are selected.", "choices": list(METHODS)}
     )
@@ -100,7 +108,7 @@ class ExtractionConfig:
             known = ("float32", "float16", "bfloat16", *(("auto",) if name == "dtype" else ()))
             if getattr(self, name) not in known:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(known)}.")
-        for name in ("rank", "bootstrap_resamples", "num_selection_prompts", "num_safety_prompts"):
+        for name in ("rank", "isolation_rank", "bootstrap_resamples", "num_selection_prompts", "num_safety_prompts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
         top_layers([0.0], self.layer_share)
@@ -116,7 +124,8 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     harmful, benign = (_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
     stored = StoredModel.open(config.aligned_model, config.aligned_revision)
-    truncations = _difference(config, stored, show_progress)
+    truncations = _difference(config, stored, config.degraded_model, config.degraded_revision, show_progress)
+    truncations, isolation = _isolated(config, stored, truncations, show_progress)
     chosen: list[list[str]] = [
         draw(prompts, config.num_selection_prompts, config.seed) for prompts in (harmful, benign)
     ]
@@ -145,6 +154,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         degraded_model=model_reference(config.degraded_model, config.degraded_revision),
         extraction={
             "method": config.method,
+            "isolation": isolation or None,
             "exact": min(t.kept for t in selected.values()) == 1.0,
             "rank": next(iter(selected.values())).delta.a.shape[0],
             "energy_kept": {name: round(t.kept, 6) for name, t in selected.items()},
@@ -182,18 +192,40 @@ def _load(config: ExtractionConfig, side: str) -> Any:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _difference(config: ExtractionConfig, aligned: StoredModel, show_progress: bool) -> Mapping[str, Truncation]:
-    degraded = StoredModel.open(config.degraded_model, config.degraded_revision)
+def _difference(
+    config: ExtractionConfig, aligned: StoredModel, name: str, revision: str | None, show_progress: bool
+) -> dict[str, Truncation]:
+    """The aligned model less another one."""
+    other = StoredModel.open(name, revision)
     bases = {
         Path(base).resolve() if Path(base).is_dir() else base
         for base in (
             adapter_base(config.aligned_model, config.aligned_revision) or config.aligned_model,
-            adapter_base(config.degraded_model, config.degraded_revision) or config.degraded_model,
+            adapter_base(name, revision) or name,
         )
     }
-    if len(bases) == 1 and not (aligned.has_full_rank_changes or degraded.has_full_rank_changes):
-        return adapter_delta(aligned.model, degraded.model, config.rank)
-    return stored_delta(aligned, degraded, config.rank or 8, config.exact_svd, config.seed, show_progress)
+    if len(bases) == 1 and not (aligned.has_full_rank_changes or other.has_full_rank_changes):
+        return adapter_delta(aligned.model, other.model, config.rank)
+    return stored_delta(aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress)
+
+
+def _isolated(
+    config: ExtractionConfig, aligned: StoredModel, truncations: dict[str, Truncation], show_progress: bool
+) -> tuple[dict[str, Truncation], dict[str, Any]]:
+    """The deltas without the task models' directions, and what is to be said about that; the same without task models."""
+    if not config.isolate_from:
+        return truncations, {}
+    tasks = []
+    for name in config.isolate_from:
+        difference = _difference(config, aligned, name, None, show_progress)
+        tasks.append({module: truncation.delta for module, truncation in difference.items()})
+    deltas = {module: truncation.delta for module, truncation in truncations.items()}
+    found, removed = isolated(deltas, tasks, config.isolation_rank)
+    return found, {
+        "task_models": [model_reference(name) for name in config.isolate_from],
+        "rank": config.isolation_rank,
+        "energy_removed": {module: round(share, 6) for module, share in removed.items()},
+    }
 
 
 def _read_states(config: ExtractionConfig, chosen: Sequence[list[str]]) -> Sequence[list[str]]:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
 from safegene_trl.selection import LayerScores
+from safegene_trl.similarity import cosine
 
 from ..conftest import BENIGN, HARMFUL, make_model, with_lora
 
@@ -215,3 +216,18 @@ def test_inspect_a_vector(vector_dir, capsys, tmp_path):
     assert "layers 1, 2" in printed and "12 harmful prompts with refusals" in printed
     assert main(["inspect", str(tmp_path)]) == 2
     assert "not a safety vector" in capsys.readouterr().err
+
+
+def test_extract_isolated_from_a_task(extraction, tmp_path):
+    task = with_lora(make_model(), seed=9)
+    task.peft_config["default"].base_model_name_or_path = str(extraction["aligned_model"])
+    task.save_pretrained(tmp_path / "task")
+    assert main(argv("extract", extraction | {"layer_share": 1.0})) == 0
+    plain = SafetyVector.from_pretrained(tmp_path / "vector")
+    assert main(argv("extract", extraction | {"layer_share": 1.0, "isolate_from": tmp_path / "task"})) == 0
+    vector = SafetyVector.from_pretrained(tmp_path / "vector")
+    record = vector.extraction["isolation"]
+    assert plain.extraction["isolation"] is None
+    assert record["rank"] == 8 and record["task_models"][0]["name"] == "task"
+    assert 0 < max(record["energy_removed"].values()) < 1
+    assert 0.5 < cosine(plain.deltas, vector.deltas) < 0.9999
