@@ -156,8 +156,8 @@ def make_vector(checkpoint: Path, folder: Path) -> None:
         family=Family.of(stored.model, load_tokenizer(str(checkpoint))),
         aligned_model={"name": str(checkpoint), "revision": None, "files": {}},
         degraded_model={"name": "none", "revision": None, "files": {}},
-        extraction={"method": "random"},
-        selection={"method": "all"},
+        extraction={"method": "random", "rank": APPLY_RANK},
+        selection={"method": "all", "scores": [], "selected_layers": sorted({layer_index(name) for name in deltas})},
         prompts=[],
     ).save_pretrained(folder)
 

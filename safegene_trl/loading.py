@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .errors import UnsupportedModelError
+from .weights import changes_base
 
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,12 @@ def load_skeleton(name_or_path: str, revision: str | None = None) -> nn.Module:
                 kwargs: Any = {} if base or revision is None else {"revision": revision}
                 model.generation_config = GenerationConfig.from_pretrained(named, **kwargs)
         if base is not None:
+            if changes_base(adapter_config := PeftConfig.from_pretrained(name_or_path, revision=revision)):
+                raise UnsupportedModelError(
+                    f"{name_or_path} is a LoRA with `init_lora_weights={adapter_config.init_lora_weights!r}`, which changed "
+                    "its base model's weights: it is merged only as a loaded model, by `safegene apply` without fixed "
+                    "coefficients."
+                )
             model = PeftModel.from_pretrained(model, name_or_path, revision=revision, low_cpu_mem_usage=True)
         return model.eval()
     except (OSError, ValueError) as error:

@@ -22,7 +22,14 @@ from .checkpoint import StoredTensor, TensorFile, plan_files, stored_tensors
 from .errors import CheckpointError, UnsupportedModelError
 from .loading import adapter_base, is_placeholder, load_skeleton, snapshot
 from .merging import Term, add_terms, save_record, task_terms, vector_terms, write_index
-from .weights import Parameter, as_stored, canonical_parameters, check_supported, is_transposed, task_factors
+from .weights import (
+    Parameter,
+    as_stored,
+    canonical_parameters,
+    check_supported,
+    is_transposed,
+    task_factors,
+)
 
 
 BLOCK_ITEMS = 2**19  # 2 MiB in float32: what a core's own cache holds

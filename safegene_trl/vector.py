@@ -100,6 +100,9 @@ class SafetyVector(
         (save_directory / PROMPTS_FILE).write_text(rows, encoding="utf-8")
         self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
         (save_directory / CONFIG_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
+        # What cannot be loaded again is not to be saved.
+        config = vector_files.read_config(save_directory, str(save_directory))
+        vector_files.check_consistent(config, self.deltas, self.layers, str(save_directory))
 
     def describe(self) -> dict[str, Any]:
         """The content of `safegene_config.json`."""

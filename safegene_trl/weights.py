@@ -1,7 +1,7 @@
 """A live model's weights under the names a checkpoint gives them, whatever wraps the modules (plain or PEFT)."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,14 +173,20 @@ def check_supported(model: nn.Module) -> None:
 
 def check_adapter_output(model: nn.Module) -> None:
     """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can express."""
-    configs: Iterable[Any] = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    configs: list[Any] = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
     for config in configs:
-        changes_base = str(getattr(config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
-        if getattr(config, "use_dora", False) or changes_base:
-            kind = "DoRA" if config.use_dora else f"LoRA with `init_lora_weights={config.init_lora_weights!r}`"
+        kind = f"LoRA with `init_lora_weights={config.init_lora_weights!r}`" if changes_base(config) else None
+        if getattr(config, "use_dora", False):
+            kind = "DoRA"
+        if kind:
             raise UnsupportedModelError(
                 f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output_format: merged`."
             )
+
+
+def changes_base(adapter_config: Any) -> bool:
+    """Whether an adapter of this PEFT config was started by changing the weights of its base model, as PiSSA is."""
+    return str(getattr(adapter_config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
 
 
 def _check_untied(base: PreTrainedModel, name: str) -> None:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -66,12 +66,17 @@ def test_checkpoint(kind, tied, tokenizer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}],
-    ids=["LoRA", "rsLoRA", "DoRA", "modules_to_save"],
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    ids=["LoRA", "rsLoRA", "DoRA", "modules_to_save", "biases"],
 )
 def test_adapter(options, tokenizer, tmp_path, monkeypatch):
-    base = saved(make_model(tied=False), tokenizer, tmp_path / "base")
-    adapted = with_lora(make_model(tied=False), **options)
+    kind = "qwen2" if "bias" in options else "llama"
+    base = saved(make_model(kind, tied=False), tokenizer, tmp_path / "base")
+    adapted = with_lora(make_model(kind, tied=False), **options)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.endswith(".bias") and parameter.requires_grad:
+                parameter.add_(0.1)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     saved(adapted, tokenizer, tmp_path / "adapter")
     live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
@@ -119,6 +124,16 @@ def test_quantised_checkpoint_is_refused(tokenizer, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="16-bit"):
         StoredModel.open(str(source))
+
+
+def test_adapter_that_changed_its_base_is_refused(tokenizer, tmp_path):
+    base = saved(make_model(), tokenizer, tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa")
+    adapted = get_peft_model(make_model(), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsupportedModelError, match="pissa"):
+        StoredModel.open(str(tmp_path / "adapter"))
 
 
 def test_file_that_shrinks_while_it_is_read(tokenizer, tmp_path):

@@ -121,6 +121,23 @@ def test_dora_is_folded(tokenizer, tmp_path):
         check_adapter_output(model)
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["PiSSA", "biases"])
+def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(make_model("qwen2"), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.01))
+    check_supported(model)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    if "init_lora_weights" in options:
+        with pytest.raises(UnsupportedModelError, match="pissa"):
+            check_adapter_output(model)
+
+
 @pytest.mark.parametrize("kind", [(MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)])
 def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path):
     torch.manual_seed(0)
