@@ -16,11 +16,19 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from safegene_trl.attach import LowRankDelta
@@ -29,6 +37,14 @@ from safegene_trl.sharding import Sharding
 from safegene_trl.vector import SafetyVector
 
 
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}
 ALONE = Sharding(torch.device("cpu"))
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -58,7 +74,7 @@ def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
 
 
 def make_model(kind: str = "llama", tied: bool = True, vocab_size: int = 320, seed: int = 0, layers: int = 3):
-    """A random model of two to three layers, float32."""
+    """A random model of three layers, float32; `kind` is one of `ARCHITECTURES`."""
     torch.manual_seed(seed)
     shape = {
         "vocab_size": vocab_size,
@@ -67,13 +83,15 @@ def make_model(kind: str = "llama", tied: bool = True, vocab_size: int = 320, se
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 8,
         "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
         "eos_token_id": 1,
         "pad_token_id": 0,
         "bos_token_id": None,
     }
-    model = LlamaForCausalLM(LlamaConfig(**shape)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
+    config, architecture = ARCHITECTURES[kind]
+    model = architecture(config(**shape))
     with torch.no_grad():  # a random model's logits are nearly flat; widen them so that losses can move
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)

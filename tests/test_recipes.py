@@ -6,17 +6,39 @@ from pathlib import Path
 import pytest
 import yaml
 
+from safegene_trl import SafetyVector
 from safegene_trl.callback import DryRunComplete
 from safegene_trl.commands.main import main
 from safegene_trl.commands.parsing import parse
 from safegene_trl.extraction.pipeline import ExtractionConfig
+from safegene_trl.weights import canonical_modules
 
-from .conftest import BENIGN, HARMFUL, make_model, with_lora
+from .conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+FAMILIES = {
+    "smollm2-135m": "llama",
+    "llama-3.1-8b": "llama",
+    "qwen2.5-1.5b": "qwen2",
+    "qwen2.5-7b": "qwen2",
+    "qwen3-4b": "qwen3",
+    "glm-4-9b": "glm4",
+    "mistral-7b": "mistral",
+    "gemma-2-9b": "gemma2",
+}
 TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "extract.yaml")
 EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
+
+
+@pytest.fixture
+def family(request, tokenizer, tmp_path):
+    """A tiny model of the architecture of a recipe's family, and a vector for it: their folders."""
+    model = make_model(FAMILIES[request.getfixturevalue("path").parent.name])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    make_vector(model, tokenizer).save_pretrained(tmp_path / "vector")
+    return tmp_path / "model", tmp_path / "vector"
 
 
 def name_of(path):
@@ -24,9 +46,8 @@ def name_of(path):
 
 
 def test_the_recipes_are_there():
-    assert {name_of(path) for path in (*TRAININGS, *EXTRACTIONS)} >= {
-        f"smollm2-135m/{stage}" for stage in ("align", "degrade", "extract", "sft")
-    } | {f"{family}/{stage}" for family in ("llama-3.1-8b", "qwen2.5-1.5b") for stage in ("degrade", "extract", "sft")}
+    expected = {f"{family}/{stage}" for family in FAMILIES for stage in ("degrade", "extract", "sft")}
+    assert {name_of(path) for path in (*TRAININGS, *EXTRACTIONS)} == expected | {"smollm2-135m/align"}
 
 
 @pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS], ids=name_of)
@@ -36,7 +57,8 @@ def test_header_says_how_to_run_it(path):
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=name_of)
-def test_training_recipe_dry_runs(path, model_dir, vector_dir, task_file, tmp_path):
+def test_training_recipe_dry_runs(path, family, task_file, tmp_path):
+    model_dir, vector_dir = family
     recipe = yaml.safe_load(path.read_text())
     recipe |= {"model_name_or_path": str(model_dir), "dtype": "float32", "output_dir": str(tmp_path / "out")}
     recipe |= {"use_cpu": True, "bf16": False, "disable_tqdm": True}
@@ -51,8 +73,9 @@ def test_training_recipe_dry_runs(path, model_dir, vector_dir, task_file, tmp_pa
 
 
 @pytest.mark.parametrize("path", EXTRACTIONS, ids=name_of)
-def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
-    degraded = with_lora(make_model())
+def test_extraction_recipe_runs(path, family, tmp_path, monkeypatch):
+    model_dir, _ = family
+    degraded = with_lora(make_model(FAMILIES[path.parent.name]))
     degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
     degraded.save_pretrained(tmp_path / "degraded")
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
@@ -66,7 +89,7 @@ def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
     recipe = yaml.safe_load(path.read_text()) | {
         "aligned_model": str(model_dir),
         "degraded_model": str(tmp_path / "degraded"),
-        "output_dir": str(tmp_path / "vector"),
+        "output_dir": str(tmp_path / "made"),
         "harmful_data": str(tmp_path / "harmful.jsonl"),
         "benign_data": str(tmp_path / "benign.jsonl"),
         "dtype": "float32",
@@ -76,4 +99,6 @@ def test_extraction_recipe_runs(path, model_dir, tmp_path, monkeypatch):
     (arguments,) = parse((ExtractionConfig,), ["--config", str(edited)], "safegene extract", "")
     assert arguments.method == "delta"
     assert main(["extract", "--config", str(edited)]) == 0
-    assert (tmp_path / "vector" / "safegene_config.json").is_file()
+    vector = SafetyVector.from_pretrained(tmp_path / "made")
+    vector.check_fits(canonical_modules(make_model(FAMILIES[path.parent.name])))
+    assert vector.layers == [0, 1, 2] and vector.prompts
