@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from safegene_trl import SafetyVector
 from safegene_trl.callback import DryRunComplete
@@ -37,7 +38,9 @@ def family(request, tokenizer, tmp_path):
     model = make_model(FAMILIES[request.getfixturevalue("path").parent.name])
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    make_vector(model, tokenizer).save_pretrained(tmp_path / "vector")
+    # As users load it: some architectures have a tokenizer class that adds tokens of its own.
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
+    make_vector(model, loaded).save_pretrained(tmp_path / "vector")
     return tmp_path / "model", tmp_path / "vector"
 
 

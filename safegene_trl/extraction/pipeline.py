@@ -34,6 +34,7 @@ from ..vector import SafetyVector
 from ..weights import layer_index
 from .answers import own_answers
 from .delta import adapter_delta, stored_delta
+from .distillation import ReferenceBatch, distilled, reference_batches
 from .isolation import isolated
 from .svd import Truncation
 
@@ -49,7 +50,11 @@ class ExtractionConfig:
         aligned_model: The released model whose refusals are intact: directory or hub id.
         degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that weakens them.
         output_dir: Where the vector goes.
-        method: How the deltas are made. `delta` is the plain weight difference.
+        method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there, see
+            `distillation.py`.
+        distill_steps: Optimiser steps of `distill`.
+        distill_learning_rate: Its learning rate.
+        anchor_weight: Weight of its term that keeps benign answers as they are.
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
         exact_svd: Truncate by the exact SVD instead of the randomised one.
         isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are taken out of the vector,
@@ -75,7 +80,12 @@ class ExtractionConfig:
     degraded_model: str = field(default="", metadata={"help": "Model or LoRA with weakened refusals."})
     degraded_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
     output_dir: str = field(default="", metadata={"help": "Where the vector goes."})
-    method: str = field(default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta"]})
+    method: str = field(
+        default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta", "distill"]}
+    )
+    distill_steps: int = field(default=60, metadata={"help": "Optimiser steps of `distill`."})
+    distill_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of `distill`."})
+    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of benign prompts in `distill`."})
     rank: int | None = field(default=None, metadata={"help": "Rank of every delta. Default: the LoRA's own, else 8."})
     exact_svd: bool = field(default=False, metadata={"help": "Truncate by the exact SVD: slow."})
     isolate_from: list[str] = field(default_factory=list, metadata={"help": "Task models to isolate the vector from."})
@@ -108,9 +118,19 @@ class ExtractionConfig:
             known = ("float32", "float16", "bfloat16", *(("auto",) if name == "dtype" else ()))
             if getattr(self, name) not in known:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(known)}.")
-        for name in ("rank", "isolation_rank", "bootstrap_resamples", "num_selection_prompts", "num_safety_prompts"):
+        for name in (
+            "rank",
+            "isolation_rank",
+            "bootstrap_resamples",
+            "num_selection_prompts",
+            "num_safety_prompts",
+            "distill_steps",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
+        for name in ("distill_learning_rate", "anchor_weight"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be 0 or more.")
         top_layers([0.0], self.layer_share)
 
 
@@ -140,21 +160,41 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         config.batch_size,
     )
     states = [last_token_states(aligned, tokenizer, prompts) for prompts in _read_states(config, chosen)]
+    pad_id = tokenizer.pad_token_id or 0
+    references: list[ReferenceBatch] = []
+    if config.method == "distill":
+        references = reference_batches(aligned, _samples(tokenizer, rows, "harmful"), config.batch_size, pad_id, False)
     del aligned
-
-    scores = _scores(config, tokenizer, {n: t.delta for n, t in truncations.items()}, states, chosen, rows, stored)
+    deltas = {name: truncation.delta for name, truncation in truncations.items()}
+    distillation = None
+    if config.method == "distill":
+        degraded = _load(config, "degraded")
+        references += reference_batches(degraded, _samples(tokenizer, rows, "benign"), config.batch_size, pad_id, True)
+        deltas, distillation = distilled(
+            degraded,
+            deltas,
+            references,
+            config.anchor_weight,
+            config.distill_steps,
+            config.distill_learning_rate,
+            config.seed,
+            show_progress,
+        )
+        del degraded
+    scores = _scores(config, tokenizer, deltas, states, chosen, rows, stored)
     share = 1.0 if config.selection == "all" else config.layer_share
     layers = top_layers(scores.mean().tolist(), share)
     kept = getattr(torch, config.weights_dtype)
     selected = {name: truncation for name, truncation in truncations.items() if layer_index(name) in layers}
     return SafetyVector(
-        deltas={name: LowRankDelta(t.delta.a.to(kept), t.delta.b.to(kept)) for name, t in selected.items()},
+        deltas={name: LowRankDelta(deltas[name].a.to(kept), deltas[name].b.to(kept)) for name in selected},
         family=Family.of(stored.model, tokenizer),
         aligned_model=model_reference(config.aligned_model, config.aligned_revision),
         degraded_model=model_reference(config.degraded_model, config.degraded_revision),
         extraction={
             "method": config.method,
             "isolation": isolation or None,
+            "distillation": distillation,
             "exact": min(t.kept for t in selected.values()) == 1.0,
             "rank": next(iter(selected.values())).delta.a.shape[0],
             "energy_kept": {name: round(t.kept, 6) for name, t in selected.items()},
@@ -247,17 +287,17 @@ def _scores(
         degraded = _load(config, "degraded")
         return activation_contrast(states, [last_token_states(degraded, tokenizer, prompts) for prompts in chosen])
     if config.selection == "gradient":
-        refusals = _refusals(tokenizer, rows)[: config.num_selection_prompts]
+        samples = _samples(tokenizer, rows, "harmful")[: config.num_selection_prompts]
+        refusals = [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
         return gradient(_load(config, "degraded"), deltas, refusals, tokenizer.pad_token_id or 0)
     if config.selection == "magnitude":
         return magnitude(deltas, layers)
     return at_random(layers, config.seed)
 
 
-def _refusals(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]]) -> list[Sample]:
-    samples = [
+def _samples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], kind: str) -> list[Sample]:
+    return [
         tokenize(tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
         for row in rows
-        if row["kind"] == "harmful"
+        if row["kind"] == kind
     ]
-    return [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
