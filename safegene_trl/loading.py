@@ -140,7 +140,8 @@ def snapshot(name_or_path: str, revision: str | None = None) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+        # By their usual names: some repositories hold the weights a second time, in another form.
+        patterns = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json"]
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UnsupportedModelError(

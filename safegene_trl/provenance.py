@@ -51,7 +51,7 @@ def model_reference(name_or_path: str, revision: str | None = None) -> dict[str,
     if path.is_dir():
         folder, name = path, path.resolve().name
     else:
-        folder = Path(snapshot_download(name_or_path, revision=revision, allow_patterns=_WEIGHT_FILES))
+        folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
         name, revision = name_or_path, folder.name
     files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
     return {"name": name, "revision": revision, "files": {file.name: _known_hash(file) for file in files}}
@@ -89,7 +89,8 @@ def check_base(
         except (OSError, HFValidationError):  # trained from an object in memory, or its files are gone
             logger.warning("The files of %s cannot be read, so the report cannot say which weights they hold.", name)
     ours, theirs = (_weight_hashes(record) for record in (reference, aligned))
-    same = ours == theirs if ours and theirs else None
+    both = ours.keys() & theirs.keys()  # one of the two may lie beside further files
+    same = bool(both) and all(ours[file] == theirs[file] for file in both) if ours and theirs else None
     if same is False and not allow_other:
         raise FamilyError(
             f"The fine-tune started from {_named(reference)}, and the safety vector was made from {_named(aligned)}, whose weights "

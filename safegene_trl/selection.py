@@ -95,7 +95,7 @@ def gradient(
     """The scores by gradients of the degraded model's loss (nats per response token) on refusals."""
     device = base_model(degraded).device
     layer_of = {name: layer_index(name) or 0 for name in deltas}
-    coefficients = torch.zeros(num_layers(degraded), device=device, requires_grad=True)
+    coefficients = torch.zeros(1 + max(layer_of.values()), device=device, requires_grad=True)
     rows = []
     with frozen_for_calibration(degraded), attached(degraded, deltas, layer_of, coefficients):
         for sample in refusals:
@@ -105,9 +105,9 @@ def gradient(
     return LayerScores([(1.0, torch.stack(rows))])
 
 
-def magnitude(deltas: Mapping[str, LowRankDelta], layers: int) -> LayerScores:
+def magnitude(deltas: Mapping[str, LowRankDelta]) -> LayerScores:
     """The scores by the vector's own size: the Frobenius norm of all its deltas in a layer."""
-    squares = torch.zeros(1, layers)
+    squares = torch.zeros(1, 1 + max(layer_index(name) or 0 for name in deltas))
     for name, delta in deltas.items():
         gram = (delta.b.float().T @ delta.b.float()) * (delta.a.float() @ delta.a.float().T)
         squares[0, layer_index(name) or 0] += gram.sum()  # ‖BA‖² = Σ (BᵀB ∘ AAᵀ)
@@ -117,11 +117,6 @@ def magnitude(deltas: Mapping[str, LowRankDelta], layers: int) -> LayerScores:
 def at_random(layers: int, seed: int) -> LayerScores:
     """Scores without meaning, to compare with."""
     return LayerScores([(1.0, torch.rand(1, layers, generator=torch.Generator().manual_seed(seed)))])
-
-
-def num_layers(model: nn.Module) -> int:
-    """Number of transformer layers."""
-    return int(base_model(model).config.get_text_config().num_hidden_layers)
 
 
 def top_layers(scores: Iterable[float], share: float) -> list[int]:

@@ -28,6 +28,15 @@ def test_same_and_other_weights(bases, tmp_path):
     assert found["is_aligned_model"] is False and found["other_base_allowed"] is True
 
 
+def test_further_files_may_lie_beside_and_other_names_are_others(bases):
+    record = model_reference(str(bases[0]))
+    (bases[0] / "consolidated.safetensors").write_bytes(b"the same weights in another form")
+    assert check_base(str(bases[0]), None, record, allow_other=False)["is_aligned_model"] is True
+    (bases[0] / "model.safetensors").rename(bases[0] / "model-00001-of-00001.safetensors")
+    with pytest.raises(FamilyError):
+        check_base(str(bases[0]), None, record, allow_other=False)
+
+
 def test_config_files_may_differ(bases):
     record = model_reference(str(bases[0]))
     (bases[0] / "config.json").write_text((bases[0] / "config.json").read_text() + "\n")

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..extraction.pipeline import ExtractionConfig, extract
+from ..extraction.config import ExtractionConfig
+from ..extraction.pipeline import extract
 from ..output import atomic_directory, check_output
 from ..vector import SafetyVector
 from ..vector_files import CONFIG_FILE

@@ -1,0 +1,98 @@
+"""`ExtractionConfig`: everything that can be set about making a safety vector."""
+
+from dataclasses import dataclass, field
+
+from ..errors import ConfigError
+from ..selection import METHODS, top_layers
+
+
+@dataclass
+class ExtractionConfig:
+    """How to make a safety vector.
+
+    Args:
+        aligned_model: The released model whose refusals are intact: directory or hub id.
+        degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that weakens them.
+        output_dir: Where the vector goes.
+        method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there, see
+            `distillation.py`.
+        distill_steps: Optimiser steps of `distill`.
+        distill_learning_rate: Its learning rate.
+        anchor_weight: Weight of its term that keeps benign answers as they are.
+        rank: Rank of every delta. Default: the LoRA's own rank, else 8.
+        exact_svd: Truncate by the exact SVD instead of the randomised one.
+        isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are taken out of the vector,
+            see `isolation.py`.
+        isolation_rank: Dimension of their subspace in every module.
+        selection: How layers are selected, see `selection.py`.
+        layer_share: Share (0–1] of the layers that are kept.
+        bootstrap_resamples: How often the prompts are drawn again to see how stable the selection is.
+        harmful_data: Harmful prompts: a column `prompt`, no answers needed.
+        benign_data: Benign prompts, look-alikes above all.
+        num_selection_prompts: Prompts of each kind that layers are selected by.
+        num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned model refuses.
+        num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned model answers.
+        max_new_tokens: Length of the aligned model's stored answers, in tokens.
+        batch_size: Prompts per generated batch.
+        dtype: Data type to load the models in.
+        weights_dtype: Data type to store the vector in.
+        seed: Seed for drawing prompts.
+    """
+
+    aligned_model: str = field(default="", metadata={"help": "Model with intact refusals: directory or hub id."})
+    aligned_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
+    degraded_model: str = field(default="", metadata={"help": "Model or LoRA with weakened refusals."})
+    degraded_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
+    output_dir: str = field(default="", metadata={"help": "Where the vector goes."})
+    method: str = field(
+        default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta", "distill"]}
+    )
+    distill_steps: int = field(default=60, metadata={"help": "Optimiser steps of `distill`."})
+    distill_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of `distill`."})
+    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of benign prompts in `distill`."})
+    rank: int | None = field(default=None, metadata={"help": "Rank of every delta. Default: the LoRA's own, else 8."})
+    exact_svd: bool = field(default=False, metadata={"help": "Truncate by the exact SVD: slow."})
+    isolate_from: list[str] = field(default_factory=list, metadata={"help": "Task models to isolate the vector from."})
+    isolation_rank: int = field(
+        default=8, metadata={"help": "Dimension of the task models' subspace in every module."}
+    )
+    selection: str = field(
+        default="activation_contrast", metadata={"help": "How layers are selected.", "choices": list(METHODS)}
+    )
+    layer_share: float = field(default=0.5, metadata={"help": "Share of the layers that are kept."})
+    bootstrap_resamples: int = field(default=200, metadata={"help": "Resamples to see how stable the selection is."})
+    harmful_data: str = field(default="", metadata={"help": "Harmful prompts, without answers: file or hub id."})
+    benign_data: str = field(default="", metadata={"help": "Benign prompts: file or hub id."})
+    data_split: str = field(default="train", metadata={"help": "Split of both data sets."})
+    num_selection_prompts: int = field(default=32, metadata={"help": "Prompts of each kind for layer selection."})
+    num_safety_prompts: int = field(default=64, metadata={"help": "Harmful prompts stored with the vector."})
+    num_benign_prompts: int = field(default=64, metadata={"help": "Benign prompts stored with the vector."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Length of the stored answers."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch."})
+    dtype: str = field(default="auto", metadata={"help": "Data type to load the models in."})
+    weights_dtype: str = field(default="float16", metadata={"help": "Data type to store the vector in."})
+    seed: int = field(default=0, metadata={"help": "Seed for drawing prompts."})
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a missing or impossible value."""
+        for name in ("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"):
+            if not getattr(self, name):
+                raise ConfigError(f"`{name}` is not set.")
+        for name in ("dtype", "weights_dtype"):
+            known = ("float32", "float16", "bfloat16", *(("auto",) if name == "dtype" else ()))
+            if getattr(self, name) not in known:
+                raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(known)}.")
+        for name in (
+            "rank",
+            "isolation_rank",
+            "bootstrap_resamples",
+            "num_selection_prompts",
+            "num_safety_prompts",
+            "distill_steps",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
+        for name in ("distill_learning_rate", "anchor_weight"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be 0 or more.")
+        top_layers([0.0], self.layer_share)
