@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from .attach import LowRankDelta
 from .config import SafeGeneConfig
 from .errors import ConfigError
+from .extraction.delta import adapter_delta, stored_delta
+from .interference import interference_coefficients
 from .loading import adapter_base, base_reference, load_tokenizer
 from .merging import save_adapter
 from .output import MARKER, atomic_directory, check_output
@@ -22,8 +25,17 @@ from .vector import SafetyVector
 from .weights import check_adapter_output
 
 
+INTERFERENCE = "interference"
+TASK_RANK = 64  # of a full fine-tune's change, where its interference with the vector is weighed
+
+
 def safeguard_stored(
-    config: SafeGeneConfig, name_or_path: str, revision: str | None, given: str, target: Path
+    config: SafeGeneConfig,
+    name_or_path: str,
+    revision: str | None,
+    given: str,
+    target: Path,
+    base_model: str | None = None,
 ) -> dict[str, Any]:
     """Merges the vector into a finished checkpoint or adapter from its files; returns the report.
 
@@ -32,8 +44,9 @@ def safeguard_stored(
         name_or_path: Directory or hub id of the checkpoint or adapter.
         revision: Its branch, tag or commit on the hub.
         given: One number (the coefficient of every layer), or the report of an earlier safety step with this vector: a
-            file, or the folder it lies in.
+            file, or the folder it lies in; or `interference`, EnchTable's rule.
         target: Folder of the checkpoint to be.
+        base_model: The aligned model, from which `interference` tells a full fine-tune's own change.
 
     Raises:
         SafeGeneError: One of its kinds, before anything is written.
@@ -45,8 +58,13 @@ def safeguard_stored(
             check_adapter_output(stored.model)
         tokenizer = load_tokenizer(name_or_path, revision)
         vector, family, warnings = fitting_vector(config, stored.model, tokenizer)
-        coefficients, names = _given_coefficients(given, vector, config.granularity)
-        base = check_base(*base_reference(name_or_path, revision), vector.aligned_model, config.allow_other_base)
+        if given == INTERFERENCE:
+            coefficients = interference_coefficients(_task_deltas(stored, base_model), vector.deltas)
+            names = vector.coefficient_names("module")
+        else:
+            coefficients, names = _given_coefficients(given, vector, config.granularity)
+        started_from = (base_model, None) if base_model else base_reference(name_or_path, revision)
+        base = check_base(*started_from, vector.aligned_model, config.allow_other_base)
         needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
         check_output(target, needed)
     report = first_report(config, vector, family, warnings, base, isinstance(stored.model, PeftModel), alone) | {
@@ -67,6 +85,17 @@ def safeguard_stored(
         report |= {"status": "safeguarded", "phases": clock.phases}
         write_report(report, folder / MARKER)
     return report
+
+
+def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRankDelta]:
+    """The fine-tune's own change of every linear layer, of an adapter exactly."""
+    if isinstance(stored.model, PeftModel) and not stored.has_full_rank_changes:
+        found = adapter_delta(stored.model, torch.nn.Module())
+    elif base_model is None:
+        raise ConfigError("The fine-tune's change cannot be told without the aligned model: name it as `base_model`.")
+    else:
+        found = stored_delta(stored, StoredModel.open(base_model), TASK_RANK)
+    return {name: truncation.delta for name, truncation in found.items()}
 
 
 def _given_coefficients(given: str, vector: SafetyVector, granularity: str) -> tuple[dict[str, float], dict[str, str]]:

@@ -25,8 +25,10 @@ class ApplyArguments:
         model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
         dtype: Data type to load and save it in.
-        coefficients: Coefficients to take as they are, instead of recalibrating: a number for every layer, or the report of
-            an earlier safety step with the same vector. The weights are then merged from file to file.
+        coefficients: Coefficients to take as they are, instead of recalibrating: a number for every layer, the report of an
+            earlier safety step with the same vector, or `interference` (EnchTable's rule). The weights are then merged
+            from file to file.
+        base_model: The aligned model; only for `interference` on a full fine-tune.
     """
 
     model_name_or_path: str = field(
@@ -35,7 +37,10 @@ class ApplyArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
     coefficients: str | None = field(
-        default=None, metadata={"help": "Take these and do not recalibrate: a number, or an earlier report."}
+        default=None, metadata={"help": "Do not recalibrate: a number, an earlier report, or `interference`."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
     )
 
 
@@ -87,7 +92,12 @@ def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Pat
     if arguments.dtype != "auto":
         raise ConfigError("With `coefficients` the checkpoint keeps its own data type: leave out `dtype`.")
     report = safeguard_stored(
-        config, arguments.model_name_or_path, arguments.model_revision, str(arguments.coefficients), target
+        config,
+        arguments.model_name_or_path,
+        arguments.model_revision,
+        str(arguments.coefficients),
+        target,
+        arguments.base_model,
     )
     print(_dry_run_message(target) if config.dry_run else _message(report, target))
     return 0
