@@ -26,6 +26,11 @@ class LowRankDelta:
         """`B A` as a d_out×d_in float32 matrix."""
         return self.b.float() @ self.a.float()
 
+    def inner(self, other: "LowRankDelta") -> float:
+        """Frobenius inner product with another delta of the module: `Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ)`, no dense matrix formed."""
+        a, b, other_a, other_b = (tensor.double() for tensor in (self.a, self.b, other.a, other.b))
+        return float(((b.T @ other_b) * (a @ other_a.T)).sum())
+
     def to(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`A` and `B` with the device and dtype of another tensor."""
         return self.a.to(other), self.b.to(other)

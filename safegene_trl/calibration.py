@@ -168,6 +168,14 @@ def split_samples(samples: list[Sample], holdout_share: float, what: str) -> Spl
     return Split(samples[:-held_out], samples[-held_out:])
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id to pad with; what it is does not matter, as padding is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
 def batches(samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device) -> list[Batch]:
     """Groups samples of like length into as few batches as can be, of like size, and pads them on the left."""
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))

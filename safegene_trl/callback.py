@@ -18,7 +18,7 @@ from transformers import (
 
 from .config import SafeGeneConfig
 from .errors import FamilyError, SafeGeneError
-from .safeguard import Preparation, failure_path, prepare, safeguard, write_failure
+from .safeguard import Preparation, dry_run_message, failure_path, prepare, safeguard, write_failure
 from .sharding import check_launch, sharding_of
 from .weights import base_model
 
@@ -89,7 +89,7 @@ class SafeGeneCallback(TrainerCallback):
             for warning in self._plan.report["warnings"]:
                 logger.warning(warning)
         if self.config.dry_run:
-            message = f"Dry run: all checks passed; the safeguarded checkpoint would go to {self._plan.target}."
+            message = dry_run_message(self._plan.target)
             if sharding.is_main:
                 print(message)
             raise DryRunComplete(message)

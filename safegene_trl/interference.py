@@ -17,6 +17,7 @@ import torch
 
 from .attach import LowRankDelta
 from .errors import FamilyError
+from .extraction.svd import svd_of_product
 
 
 BETA = 0.1
@@ -44,7 +45,9 @@ def interference_coefficients(
     Raises:
         FamilyError: The fine-tune changes nothing.
     """
-    task_norm, vector_norm = (math.sqrt(sum(_squares(delta) for delta in each.values())) for each in (tasks, vectors))
+    task_norm, vector_norm = (
+        math.sqrt(sum(delta.inner(delta) for delta in each.values())) for each in (tasks, vectors)
+    )
     if task_norm == 0 or vector_norm == 0:
         raise FamilyError("The fine-tune or the safety vector changes no weight: there is no interference to weigh.")
     scale = beta * task_norm / vector_norm
@@ -59,13 +62,6 @@ def _svd(delta: LowRankDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
     They count: `M` has an entry for each of their vectors, whatever the size of the value.
     """
-    q_b, r_b = torch.linalg.qr(delta.b.double())
-    q_a, r_a = torch.linalg.qr(delta.a.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    u, s, vh = svd_of_product(delta.a.double(), delta.b.double())
     kept = int((s > s[0] * 1e-4).sum())
-    return q_b @ u[:, :kept], s[:kept], q_a @ vh[:kept].T
-
-
-def _squares(delta: LowRankDelta) -> float:
-    a, b = delta.a.double(), delta.b.double()
-    return float(((b.T @ b) * (a @ a.T)).sum())
+    return u[:, :kept], s[:kept], vh[:kept].T

@@ -43,11 +43,6 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
 
 
-def base_reference(name_or_path: str, revision: str | None = None) -> tuple[str | None, str | None]:
-    """Name and revision of the checkpoint that a finished fine-tune started from; unknown but for an adapter."""
-    return adapter_base(name_or_path, revision), None
-
-
 def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
     """Name of the data type a checkpoint (of an adapter: its base model) was saved in, e.g. `bfloat16`."""
     base = adapter_base(name_or_path, revision)

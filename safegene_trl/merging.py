@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -203,10 +204,7 @@ def _write_adapter(
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
     folder.mkdir(exist_ok=True)
-    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    with TensorFile(folder / "adapter_model.safetensors", contents) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(
         r=rank,
         lora_alpha=rank,

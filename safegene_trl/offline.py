@@ -13,7 +13,7 @@ from .config import SafeGeneConfig
 from .errors import ConfigError
 from .extraction.delta import adapter_delta, stored_delta
 from .interference import interference_coefficients
-from .loading import adapter_base, base_reference, load_tokenizer
+from .loading import adapter_base, load_tokenizer
 from .merging import save_adapter
 from .output import MARKER, atomic_directory, check_output
 from .provenance import check_base
@@ -63,8 +63,8 @@ def safeguard_stored(
             names = vector.coefficient_names("module")
         else:
             coefficients, names = _given_coefficients(given, vector, config.granularity)
-        started_from = (base_model, None) if base_model else base_reference(name_or_path, revision)
-        base = check_base(*started_from, vector.aligned_model, config.allow_other_base)
+        started_from = adapter_base(name_or_path, revision)
+        base = check_base(base_model or started_from, None, vector.aligned_model, config.allow_other_base)
         needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
         check_output(target, needed)
     report = first_report(config, vector, family, warnings, base, isinstance(stored.model, PeftModel), alone) | {
@@ -80,7 +80,7 @@ def safeguard_stored(
                 write_merged(stored, vector.deltas, by_module, tokenizer, folder, config.max_shard_size)
             if config.output_format in ("adapter", "both"):
                 place = folder / "adapter" if config.output_format == "both" else folder
-                relative_to = adapter_base(name_or_path, revision) or name_or_path
+                relative_to = started_from or name_or_path
                 save_adapter(stored.model, vector.deltas, by_module, relative_to, tokenizer, place, alone)
         report |= {"status": "safeguarded", "phases": clock.phases}
         write_report(report, folder / MARKER)

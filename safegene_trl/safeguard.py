@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .attach import attached, frozen_for_calibration
-from .calibration import Row
+from .calibration import Row, padding_id
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
 from .evaluation.generation import generate_answers
@@ -171,7 +171,7 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
 
         with plan.clock.phase("recalibrate"):
             result = recalibrate(
-                model, vector.deltas, names, plan.shots.data, config, _pad_id(plan.tokenizer), sharding, advance
+                model, vector.deltas, names, plan.shots.data, config, padding_id(plan.tokenizer), sharding, advance
             )
     report = plan.report
     report |= _outcome(result)
@@ -193,6 +193,11 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
     if sharding.is_main:
         failure_path(plan.target).unlink(missing_ok=True)
     return report
+
+
+def dry_run_message(target: Path) -> str:
+    """What a dry run says when all is well."""
+    return f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
 
 
 def failure_path(target: Path) -> Path:
@@ -256,10 +261,3 @@ def _save(plan: Preparation, model: nn.Module, by_module: dict[str, float], adap
     if config.output_format in ("adapter", "both"):
         place = folder / "adapter" if config.output_format == "both" else folder
         save_adapter(model, deltas, by_module, adapter_base, tokenizer, place, sharding)
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0

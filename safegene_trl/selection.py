@@ -95,7 +95,7 @@ def gradient(
     """The scores by gradients of the degraded model's loss (nats per response token) on refusals."""
     device = base_model(degraded).device
     layer_of = {name: layer_index(name) or 0 for name in deltas}
-    coefficients = torch.zeros(1 + max(layer_of.values()), device=device, requires_grad=True)
+    coefficients = torch.zeros(num_layers(deltas), device=device, requires_grad=True)
     rows = []
     with frozen_for_calibration(degraded), attached(degraded, deltas, layer_of, coefficients):
         for sample in refusals:
@@ -107,16 +107,20 @@ def gradient(
 
 def magnitude(deltas: Mapping[str, LowRankDelta]) -> LayerScores:
     """The scores by the vector's own size: the Frobenius norm of all its deltas in a layer."""
-    squares = torch.zeros(1, 1 + max(layer_index(name) or 0 for name in deltas))
+    squares = torch.zeros(1, num_layers(deltas))
     for name, delta in deltas.items():
-        gram = (delta.b.float().T @ delta.b.float()) * (delta.a.float() @ delta.a.float().T)
-        squares[0, layer_index(name) or 0] += gram.sum()  # ‖BA‖² = Σ (BᵀB ∘ AAᵀ)
+        squares[0, layer_index(name) or 0] += delta.inner(delta)
     return LayerScores([(1.0, squares.sqrt())])
 
 
 def at_random(layers: int, seed: int) -> LayerScores:
     """Scores without meaning, to compare with."""
     return LayerScores([(1.0, torch.rand(1, layers, generator=torch.Generator().manual_seed(seed)))])
+
+
+def num_layers(deltas: Iterable[str]) -> int:
+    """How many layers there are up to the last one that a module of the vector is in."""
+    return 1 + max(layer_index(name) or 0 for name in deltas)
 
 
 def top_layers(scores: Iterable[float], share: float) -> list[int]:

@@ -1,7 +1,6 @@
 """How alike safety vectors are: cosines between their deltas, per layer and overall.
 
-`cos(V, W) = ⟨V, W⟩ / (‖V‖‖W‖)` in the Frobenius inner product, over the modules that both vectors have; with factors,
-`⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ)`. Vectors from different degradations of one family that agree point at the same safety
+`cos(V, W) = ⟨V, W⟩ / (‖V‖‖W‖)` in the Frobenius inner product, over the modules that both vectors have. Vectors from different degradations of one family that agree point at the same safety
 directions (arXiv 2606.06519 mentions 0.62 to 0.81).
 """
 
@@ -16,17 +15,11 @@ from .weights import layer_index
 Deltas = Mapping[str, LowRankDelta]
 
 
-def inner_product(one: LowRankDelta, two: LowRankDelta) -> float:
-    """Frobenius inner product of two deltas of one module."""
-    return float(((one.b.float().T @ two.b.float()) * (one.a.float() @ two.a.float().T)).sum())
-
-
 def cosine(one: Deltas, two: Deltas, layer: int | None = None) -> float | None:
     """Cosine (−1 to 1) over the modules that both have, of one layer or of all; None where there are none."""
     names = [name for name in one if name in two and layer in (None, layer_index(name))]
     product, first, second = (
-        sum(inner_product(left[name], right[name]) for name in names)
-        for left, right in ((one, two), (one, one), (two, two))
+        sum(left[name].inner(right[name]) for name in names) for left, right in ((one, two), (one, one), (two, two))
     )
     return product / (first * second) ** 0.5 if first > 0 and second > 0 else None
 

@@ -9,9 +9,9 @@ import torch
 
 from ..config import SafeGeneConfig
 from ..errors import ConfigError
-from ..loading import base_reference, checkpoint_dtype, load_model, load_tokenizer
+from ..loading import adapter_base, checkpoint_dtype, load_model, load_tokenizer
 from ..offline import safeguard_stored
-from ..safeguard import prepare, safeguard
+from ..safeguard import dry_run_message, prepare, safeguard
 from ..sharding import join_processes, leave_processes, place, this_job
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -70,15 +70,15 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
     revision, job = arguments.model_revision, this_job()
     with job.agreed():
-        tokenizer = load_tokenizer(name, revision)
+        tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
         dtype = checkpoint_dtype(name, revision) if arguments.dtype == "auto" else arguments.dtype
     model, sharding = place(lambda: load_model(name, revision, dtype), getattr(torch, dtype), job)
     with sharding.named():
-        plan = prepare(config, model, tokenizer, target, sharding, *base_reference(name, revision))
+        plan = prepare(config, model, tokenizer, target, sharding, base)
         if config.dry_run:
-            message = _dry_run_message(target)
+            message = dry_run_message(target)
         else:
-            report = safeguard(plan, model, adapter_base=_adapter_base(model, name))
+            report = safeguard(plan, model, adapter_base=base or name)
             message = _message(report, target)
     if sharding.is_main:
         print(message)
@@ -99,18 +99,9 @@ def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Pat
         target,
         arguments.base_model,
     )
-    print(_dry_run_message(target) if config.dry_run else _message(report, target))
+    print(dry_run_message(target) if config.dry_run else _message(report, target))
     return 0
-
-
-def _dry_run_message(target: Path) -> str:
-    return f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
 
 
 def _message(report: dict[str, Any], target: Path) -> str:
     return f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}"
-
-
-def _adapter_base(model, name: str) -> str:
-    peft_config = getattr(model, "active_peft_config", None)
-    return name if peft_config is None else peft_config.base_model_name_or_path

@@ -41,7 +41,8 @@ def isolated(
             left = _leading([(part.b.float(), part.a.float()) for part in parts], rank)
             right = _leading([(part.a.float().T, part.b.float().T) for part in parts], rank)
             shared_b, shared_a = left @ (left.T @ b), (a @ right) @ right.T
-            removed[name] = _squares(shared_a, shared_b) / max(_squares(a, b), 1e-30)
+            shared = LowRankDelta(shared_a, shared_b)
+            removed[name] = shared.inner(shared) / max(delta.inner(delta), 1e-30)
             a, b = torch.cat([a, shared_a]), torch.cat([b, -shared_b], dim=1)
         else:
             removed[name] = 0.0
@@ -61,8 +62,3 @@ def _leading(products: Sequence[tuple[torch.Tensor, torch.Tensor]], rank: int) -
     u, s, _ = torch.linalg.svd(torch.cat(blocks, dim=1), full_matrices=False)
     count = min(rank, int((s > s[0] * 1e-6).sum()))
     return basis @ u[:, :count]
-
-
-def _squares(a: torch.Tensor, b: torch.Tensor) -> float:
-    """`‖B A‖²` without forming `B A`."""
-    return float(((b.T @ b) * (a @ a.T)).sum())

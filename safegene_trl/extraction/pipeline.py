@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..attach import LowRankDelta
-from ..calibration import Sample, conversation, draw, load_rows, shortened, tokenize
+from ..calibration import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
 from ..errors import CalibrationDataError
 from ..family import Family
 from ..loading import adapter_base, load_model, load_tokenizer
@@ -25,6 +25,7 @@ from ..selection import (
     gradient,
     last_token_states,
     magnitude,
+    num_layers,
     top_layers,
 )
 from ..streaming import StoredModel
@@ -198,13 +199,13 @@ def _scores(
     if config.selection == "magnitude":
         return magnitude(deltas)
     if config.selection in ("random", "all"):
-        return at_random(1 + max(layer_index(name) or 0 for name in deltas), config.seed)
+        return at_random(num_layers(deltas), config.seed)
     degraded = _load(config.degraded_model, config.degraded_revision, config.dtype)
     if config.selection == "activation_contrast":
         return activation_contrast(aligned.states, _states(config, degraded, tokenizer, harmful, benign))
     samples = _samples(tokenizer, aligned.rows, "harmful")[: config.num_selection_prompts]
     refusals = [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
-    return gradient(degraded, deltas, refusals, tokenizer.pad_token_id or 0)
+    return gradient(degraded, deltas, refusals, padding_id(tokenizer))
 
 
 def _states(
@@ -228,7 +229,7 @@ def _references(
     kind: str,
 ) -> list[ReferenceBatch]:
     samples = _samples(tokenizer, rows, kind)
-    return reference_batches(model, samples, config.batch_size, tokenizer.pad_token_id or 0, kind == "benign")
+    return reference_batches(model, samples, config.batch_size, padding_id(tokenizer), kind == "benign")
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], kind: str) -> list[Sample]:

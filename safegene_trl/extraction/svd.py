@@ -57,12 +57,18 @@ def factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> Truncation:
     missing = rank - a.shape[0]
     if missing >= 0:
         return Truncation(LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))), 1.0, 1.0)
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    u, s, vh = svd_of_product(a, b)
     total = _squares(s)
     kept = _squares(s[:rank]) / total if total else 1.0
-    return Truncation(balanced(q_b @ u[:, :rank], s[:rank], vh[:rank] @ q_a.T), kept, kept)
+    return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept)
+
+
+def svd_of_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`U`, `S` and `Vᴴ` of `B A` without forming it, by the SVD of a core of the factors' rank."""
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.T
 
 
 def balanced(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> LowRankDelta:

@@ -10,7 +10,7 @@ from ..errors import SafeGeneError
 def heat_map(tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path) -> None:
     """The overall table of cosines, and for every pair its cosine along the layers."""
     figure, (left, right) = _figure(1, 2, width=5 + len(labels) + len(tables) / 4, height=2 + len(labels) * 0.6)
-    overall = [[float("nan") if value is None else value for value in row] for row in tables["overall"]]
+    overall = [[_number(value) for value in row] for row in tables["overall"]]
     _image(left, overall, labels, labels)
     left.set_title("overall")
     pairs = [(i, j) for i in range(len(labels)) for j in range(i + 1, len(labels))]
