@@ -68,7 +68,7 @@ def attached(
 
 def _delta_hook(delta: LowRankDelta, coefficients: torch.Tensor, index: int):
     def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        return _AddDelta.apply(inputs[0], output, coefficients[index].to(output.device), delta)
+        return _AddDelta.apply(inputs[0], output, coefficients[..., index].to(output.device), delta)
 
     return hook
 
@@ -87,7 +87,7 @@ class _AddDelta(torch.autograd.Function):
         ctx.save_for_backward(low, coefficient)
         ctx.delta, ctx.x_dtype = delta, x.dtype
         # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
-        return output + F.linear((low * coefficient.to(_wide(low))).to(low.dtype), b)
+        return output + F.linear((low * _per_row(coefficient, low)).to(low.dtype), b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor):
@@ -97,9 +97,15 @@ class _AddDelta(torch.autograd.Function):
         low_gradient = gradient @ b
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = ((low_gradient * coefficient.to(_wide(low))).to(low.dtype) @ a).to(ctx.x_dtype)
-        coefficient_gradient = (low_gradient.to(_wide(low)) * low).sum().to(coefficient.dtype)
+            x_gradient = ((low_gradient * _per_row(coefficient, low)).to(low.dtype) @ a).to(ctx.x_dtype)
+        products = low_gradient.to(_wide(low)) * low
+        coefficient_gradient = products.sum(dim=list(range(coefficient.dim(), low.dim()))).to(coefficient.dtype)
         return x_gradient, gradient, coefficient_gradient, None
+
+
+def _per_row(coefficient: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """λ in at least float32, shaped to multiply `low`: one for all, or one for every row of the batch."""
+    return coefficient.to(_wide(low)).reshape(-1, *[1] * (low.dim() - 1))
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from scipy.optimize import minimize
 from torch import nn
 
@@ -78,7 +79,7 @@ class _Job:
     weight: float
 
 
-class _Side:
+class Side:
     """One side (fit or held-out) of a calibration set, its batches shared out over the ranks.
 
     Every batch's loss and gradient goes into a row of its own and the rows are added up in one order, so that the
@@ -175,8 +176,8 @@ def recalibrate(
     index = {module: names.index(coefficient_names[module]) for module in deltas}
     coefficients = torch.zeros(len(names), device=sharding.device, requires_grad=True)
     with frozen_for_calibration(model):
-        fit = _Side(model, data, "fit", config, pad_id, sharding)
-        held_out = _Side(model, data, "held_out", config, pad_id, sharding)
+        fit = Side(model, data, "fit", config, pad_id, sharding)
+        held_out = Side(model, data, "held_out", config, pad_id, sharding)
         with attached(model, deltas, index, coefficients):
             before, _ = held_out.evaluate(model)
             best, history = _search(model, fit, coefficients, config, names, on_evaluation)
@@ -185,7 +186,7 @@ def recalibrate(
 
 def _search(
     model: nn.Module,
-    fit: _Side,
+    fit: Side,
     coefficients: torch.Tensor,
     config: SafeGeneConfig,
     names: Sequence[str],
@@ -231,7 +232,7 @@ def _search(
 
 def _loss_and_gradient(
     model: nn.Module,
-    fit: _Side,
+    fit: Side,
     coefficients: torch.Tensor,
     point: np.ndarray,
     config: SafeGeneConfig,
@@ -247,7 +248,7 @@ def _loss_and_gradient(
 
 def _accept(
     model: nn.Module,
-    held_out: _Side,
+    held_out: Side,
     coefficients: torch.Tensor,
     best: np.ndarray,
     before: Losses,
@@ -299,8 +300,12 @@ def kl_divergence(model: nn.Module, batch: Batch, reference: torch.Tensor) -> to
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 logits (tokens×vocabulary) that predict the response tokens, and those tokens' ids."""
-    accepted = inspect.signature(type(base_model(model)).forward).parameters  # the instance's own may be wrapped
+    """Float32 logits (tokens×vocabulary) that predict the response tokens, and those tokens' ids.
+
+    `model` may also be the engine or wrapper that a trainer trains it through.
+    """
+    architecture = type(base_model(extract_model_from_parallel(model)))
+    accepted = inspect.signature(architecture.forward).parameters  # the instance's own may be wrapped
     extras = {"position_ids": batch.position_ids, "logits_to_keep": batch.kept}
     output = model(
         input_ids=batch.input_ids,

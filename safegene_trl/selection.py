@@ -29,7 +29,8 @@ from .attach import LowRankDelta, attached, frozen_for_calibration
 from .calibration import Sample, batches, prompt_text
 from .errors import ConfigError
 from .recalibration import cross_entropy
-from .weights import base_model, layer_index
+from .sharding import Sharding
+from .weights import layer_index
 
 
 METHODS = ("activation_contrast", "gradient", "magnitude", "random", "all")
@@ -59,19 +60,22 @@ class LayerScores:
         )
 
 
-def last_token_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
-    """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden.
+def last_token_states(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sharding: Sharding
+) -> torch.Tensor:
+    """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden. Collective.
 
     transformers gives the last layer's state after the final norm, so does this.
     """
     states = []
     model.eval()
-    for prompt in prompts:
-        text = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-        with torch.no_grad():
-            output = model(**inputs.to(base_model(model).device), output_hidden_states=True, use_cache=False)
-        states.append(torch.stack([hidden[0, -1].float().cpu() for hidden in output.hidden_states[1:]]))
+    with torch.no_grad(), sharding.forward_passes():
+        for prompt in prompts:
+            text = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+            output = model(**inputs.to(sharding.device), output_hidden_states=True, use_cache=False)
+            sharding.release()
+            states.append(torch.stack([hidden[0, -1].float().cpu() for hidden in output.hidden_states[1:]]))
     return torch.stack(states)
 
 
@@ -90,18 +94,27 @@ def activation_contrast(aligned: Sequence[torch.Tensor], degraded: Sequence[torc
 
 
 def gradient(
-    degraded: nn.Module, deltas: Mapping[str, LowRankDelta], refusals: Sequence[Sample], pad_id: int
+    degraded: nn.Module,
+    deltas: Mapping[str, LowRankDelta],
+    refusals: Sequence[Sample],
+    pad_id: int,
+    sharding: Sharding,
 ) -> LayerScores:
-    """The scores by gradients of the degraded model's loss (nats per response token) on refusals."""
-    device = base_model(degraded).device
+    """The scores by gradients of the degraded model's loss (nats per response token) on refusals. Collective."""
+    device = sharding.device
     layer_of = {name: layer_index(name) or 0 for name in deltas}
     coefficients = torch.zeros(num_layers(deltas), device=device, requires_grad=True)
     rows = []
-    with frozen_for_calibration(degraded), attached(degraded, deltas, layer_of, coefficients):
+    with (
+        frozen_for_calibration(degraded),
+        attached(degraded, deltas, layer_of, coefficients),
+        sharding.forward_passes(),
+    ):
         for sample in refusals:
             (batch,) = batches([sample], 1, pad_id, device)
             loss = cross_entropy(degraded, batch) / sum(sample.is_response)
             rows.append(-torch.autograd.grad(loss, coefficients)[0].cpu())
+            sharding.release()
     return LayerScores([(1.0, torch.stack(rows))])
 
 

@@ -6,6 +6,7 @@ all ranks must reach in the same order and equally often.
 """
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,22 @@ class Sharding:
         """Collective: rank 0's values of a tensor that has one shape everywhere, on the CPU."""
         return self.sum(tensor if self.is_main else torch.zeros_like(tensor))
 
+    def text_from_main(self, text: str) -> str:
+        """Collective: rank 0's text, of any length."""
+        own = torch.tensor(list(text.encode()) if self.is_main else [], dtype=torch.uint8)
+        (size,) = self.from_main(torch.tensor([len(own)])).tolist()
+        return bytes(self.from_main(own if self.is_main else own.new_zeros(size)).tolist()).decode()
+
+    def united(self, texts: Sequence[str]) -> list[str]:
+        """Collective: texts of which every rank has its share and empty ones in the others' places."""
+        if self.world_size == 1:
+            return list(texts)
+        message = json.dumps(list(texts)).encode()
+        sizes = torch.zeros(self.world_size, dtype=torch.long)
+        sizes[self.rank] = len(message)
+        rows = self._exchange(message, int(self.sum(sizes).max()))
+        return ["".join(parts) for parts in zip(*map(json.loads, rows), strict=True)]
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """Collective at its end: all ranks leave the block well, or every rank raises.
@@ -140,10 +157,10 @@ class Sharding:
             text = f"Rank {failed[0]} of {self.world_size} failed: {message[1:]}"
             raise PeerError(text) if message.startswith("s") else RuntimeError(text)
 
-    def _exchange(self, message: bytes) -> list[bytes]:
-        """Collective: every rank's message, cut to `_MESSAGE_BYTES`."""
-        row = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-        cut = message[:_MESSAGE_BYTES]
+    def _exchange(self, message: bytes, size: int = _MESSAGE_BYTES) -> list[bytes]:
+        """Collective: every rank's message, cut to `size` bytes."""
+        row = torch.zeros(size, dtype=torch.uint8)
+        cut = message[:size]
         row[: len(cut)] = torch.tensor(list(cut), dtype=torch.uint8)
         own = row.to(self.device)
         rows = [torch.empty_like(own) for _ in range(self.world_size)]

@@ -95,7 +95,7 @@ def test_gradient_matches_finite_differences():
         return losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum(), gradient
 
     with frozen_for_calibration(model):
-        fit = recalibration._Side(model, calibration_set(), "fit", config, 0, ALONE)
+        fit = recalibration.Side(model, calibration_set(), "fit", config, 0, ALONE)
         with attached(model, deltas, index, coefficients):
             _, gradient = evaluate(point)
             for i in range(2):

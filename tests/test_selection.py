@@ -19,7 +19,7 @@ from safegene_trl.selection import (
 )
 from safegene_trl.weights import layer_index
 
-from .conftest import make_deltas, make_model
+from .conftest import ALONE, make_deltas, make_model
 
 
 def test_activation_contrast_formula():
@@ -34,7 +34,7 @@ def test_gradient_is_the_fall_of_the_loss_per_coefficient(tokenizer):
     samples = [
         tokenize(tokenizer, [{"role": "user", "content": text}], "sorry i cannot help") for text in ("hello", "go on")
     ]
-    scores = gradient(model, deltas, samples, pad_id=0).samples[0][1]
+    scores = gradient(model, deltas, samples, 0, ALONE).samples[0][1]
     assert scores.shape == (2, 3) and not scores[:, 0].any()  # the vector leaves layer 0 alone
 
     def loss(sample, layer, size):
@@ -75,7 +75,7 @@ def test_stability_of_a_clear_and_of_a_chance_selection():
 
 def test_states_are_those_of_the_last_prompt_token(tokenizer):
     model = make_model()
-    states = last_token_states(model, tokenizer, ["hello", "how do i cook"])
+    states = last_token_states(model, tokenizer, ["hello", "how do i cook"], ALONE)
     assert states.shape == (2, 3, 32) and states.dtype == torch.float32
     ids = tokenizer("<|user|>hello<|end|><|assistant|>", return_tensors="pt", add_special_tokens=False)["input_ids"]
     captured = []
@@ -91,7 +91,7 @@ def test_a_changed_layer_shows_from_that_layer_on(tokenizer):
         degraded.model.layers[1].mlp.down_proj.weight.add_(0.5)
 
     def difference(prompts):
-        first, second = (last_token_states(model, tokenizer, prompts) for model in (aligned, degraded))
+        first, second = (last_token_states(model, tokenizer, prompts, ALONE) for model in (aligned, degraded))
         return (first - second).norm(dim=-1).mean(dim=0)
 
     changes = difference(["hello"])

@@ -7,9 +7,11 @@ from pathlib import Path
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import extract
 from ..output import atomic_directory, check_output
+from ..sharding import join_processes, leave_processes, this_job
 from ..vector import SafetyVector
 from ..vector_files import CONFIG_FILE
-from .parsing import parse
+from .launching import launch, wants_launch
+from .parsing import make_parser, parse
 
 
 logger = logging.getLogger(__name__)
@@ -18,16 +20,25 @@ STABLE = 0.7  # mean Jaccard index below which a selection is called unstable
 
 def main(argv: Sequence[str]) -> int:
     """Makes the vector and saves it to `output_dir`."""
+    if wants_launch(argv):
+        return launch("extract", argv, make_parser((ExtractionConfig,)))
+    join_processes()
     (config,) = parse((ExtractionConfig,), argv, prog="safegene extract", description="Make a safety vector.")
-    config.check()
-    target = Path(config.output_dir)
-    check_output(target, marker=CONFIG_FILE)
-    vector = extract(config)
-    with atomic_directory(target, marker=CONFIG_FILE) as folder:
-        vector.save_pretrained(folder)
-    for warning in selection_warnings(vector):
-        logger.warning(warning)
-    print(f"Safety vector (rank {vector.rank}, layers {', '.join(map(str, vector.layers))}): {config.output_dir}")
+    target, job = Path(config.output_dir), this_job()
+    with job.agreed():
+        config.check()
+        if job.is_main:
+            check_output(target, marker=CONFIG_FILE)
+    with job.named():
+        vector = extract(config, job)
+    with atomic_directory(target, CONFIG_FILE, job) as folder, job.agreed():
+        if vector is not None:
+            vector.save_pretrained(folder)
+    if vector is not None:
+        for warning in selection_warnings(vector):
+            logger.warning(warning)
+        print(f"Safety vector (rank {vector.rank}, layers {', '.join(map(str, vector.layers))}): {config.output_dir}")
+    leave_processes()
     return 0
 
 

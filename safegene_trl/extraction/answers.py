@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import FamilyError
 from ..evaluation.generation import generate_answers
 from ..evaluation.refusal import is_refusal
+from ..sharding import Sharding
 
 
 def own_answers(
@@ -18,8 +19,9 @@ def own_answers(
     benign: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
+    sharding: Sharding,
 ) -> list[dict[str, str]]:
-    """Prompts with the aligned model's own answers: refused harmful ones and answered benign ones, nothing else.
+    """Prompts with the aligned model's own answers: refused harmful ones and answered benign ones, nothing else. Collective.
 
     Raises:
         FamilyError: It refuses none of the harmful prompts.
@@ -27,7 +29,8 @@ def own_answers(
     rows = []
     for kind, prompts in (("harmful", harmful), ("benign", benign)):
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        answers = generate_answers(model, tokenizer, messages, max_new_tokens, batch_size)
+        own = generate_answers(model, tokenizer, messages, max_new_tokens, batch_size, sharding)
+        answers = sharding.united(own)
         rows += [
             {"prompt": prompt, "response": answer, "kind": kind}
             for prompt, answer in zip(prompts, map(whole_sentences, answers), strict=True)

@@ -14,9 +14,10 @@ class ExtractionConfig:
         aligned_model: The released model whose refusals are intact: directory or hub id.
         degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that weakens them.
         output_dir: Where the vector goes.
-        method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there, see
-            `distillation.py`.
-        distill_steps: Optimiser steps of `distill`.
+        method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there (see
+            `distillation.py`), and so does `linearized`, on blocks that are linear in their weights (see `linearization.py`).
+        linearized_blocks: Which blocks those are.
+        distill_steps: Optimiser steps of `distill` and `linearized`.
         distill_learning_rate: Its learning rate.
         anchor_weight: Weight of its term that keeps benign answers as they are.
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
@@ -45,7 +46,10 @@ class ExtractionConfig:
     degraded_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
     output_dir: str = field(default="", metadata={"help": "Where the vector goes."})
     method: str = field(
-        default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta", "distill"]}
+        default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta", "distill", "linearized"]}
+    )
+    linearized_blocks: str = field(
+        default="both", metadata={"help": "Blocks that `linearized` expands.", "choices": ["attention", "mlp", "both"]}
     )
     distill_steps: int = field(default=60, metadata={"help": "Optimiser steps of `distill`."})
     distill_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of `distill`."})

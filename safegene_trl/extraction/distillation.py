@@ -7,11 +7,13 @@ vector on it, started from `delta`:
 
 over the response tokens of the aligned model's own answers. The second term is an anchor: on benign prompts the vector is to
 change nothing, so that it learns to move refusals alone. Both references are computed once, so that the student is the only
-model in memory while it is trained.
+model in memory while it is trained. The training is a `transformers.Trainer`'s, in as many processes as there are.
 """
 
+import gc
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,18 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..attach import LowRankDelta
 from ..calibration import Batch, Sample, batches
+from ..errors import ConfigError
 from ..recalibration import response_logits
-from ..weights import base_model, canonical_modules, task_factors
+from ..sharding import Sharding, sharding_of
+from ..weights import canonical_modules
+from .linearization import Blocks, blocks_of, linearized
+
+
+ADAPTER = "safety"
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,46 @@ class ReferenceBatch:
     is_anchor: bool
 
 
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How the factors are trained.
+
+    Attributes:
+        steps: Optimiser steps, one batch each in every process.
+        learning_rate: Of AdamW, with a cosine schedule.
+        anchor_weight: α.
+        seed: Of the batches' order.
+        dtype: The models' data type.
+        linearized_blocks: Which blocks are replaced by their first-order expansion, see `linearization.py`.
+    """
+
+    steps: int
+    learning_rate: float
+    anchor_weight: float
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    linearized_blocks: Blocks | None = None
+
+
 @torch.no_grad()
 def reference_batches(
-    model: nn.Module, samples: Sequence[Sample], batch_size: int, pad_id: int, is_anchor: bool
+    model: nn.Module, samples: Sequence[Sample], batch_size: int, pad_id: int, is_anchor: bool, sharding: Sharding
 ) -> list[ReferenceBatch]:
-    """Samples with a model's own log-probabilities."""
+    """Samples with a model's own log-probabilities. Collective: each rank works on its share, all have the outcome."""
     model.eval()
+    groups = batches(samples, batch_size, pad_id, sharding.device)
+    own = {}
+    with sharding.forward_passes():
+        for index in sharding.share(len(groups)):
+            log_probs = F.log_softmax(response_logits(model, groups[index or 0])[0], dim=-1)
+            sharding.release()
+            if index is not None:
+                own[index] = log_probs.cpu()
+                vocabulary = log_probs.shape[-1]
     found = []
-    for batch in batches(samples, batch_size, pad_id, base_model(model).device):
-        log_probs = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-        found.append(ReferenceBatch(batch, log_probs.to("cpu", torch.float16), is_anchor))
+    for index, batch in enumerate(groups):
+        nothing = torch.zeros(int(batch.target_mask.sum()), vocabulary)
+        found.append(ReferenceBatch(batch, sharding.sum(own.pop(index, nothing)).half(), is_anchor))
     return found
 
 
@@ -63,59 +101,59 @@ def divergence(model: nn.Module, item: ReferenceBatch) -> torch.Tensor:
 
 
 def distilled(
-    degraded: Any,
+    load: Callable[[], nn.Module],
     deltas: Mapping[str, LowRankDelta],
     data: Sequence[ReferenceBatch],
-    anchor_weight: float,
-    steps: int,
-    learning_rate: float,
-    seed: int,
+    settings: DistillationSettings,
     show_progress: bool = True,
 ) -> tuple[dict[str, LowRankDelta], dict[str, dict[str, float]]]:
-    """Trains the factors.
+    """Trains the factors. Collective.
 
     Args:
-        degraded: The degraded model, plain or with its LoRA; it is used up.
+        load: Loads the degraded model, plain or with its LoRA.
         deltas: Where the factors start, by canonical module name.
-        data: Batches with their references.
-        anchor_weight: α.
-        steps: Optimiser steps, one batch each.
-        learning_rate: Of AdamW, with a cosine schedule.
-        seed: Of the batches' order.
+        data: Batches with their references, the same on every rank.
+        settings: How.
         show_progress: Whether to show a progress bar.
 
     Returns:
         The trained deltas (float32), and the mean divergences `harmful` and `benign` before and after, in nats per token.
+
+    Raises:
+        ConfigError: Linearised blocks were asked for under ZeRO-3.
     """
-    plain = degraded.merge_and_unload() if isinstance(degraded, PeftModel) else degraded
-    student = _with_factors(plain, deltas)
-    losses = {"before": _losses(student, data)}
     with tempfile.TemporaryDirectory() as folder:
-        _DistillationTrainer(
-            anchor_weight,
-            model=student,
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=1,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                weight_decay=0.0,
-                use_cpu=not torch.cuda.is_available(),
-                remove_unused_columns=False,
-                save_strategy="no",
-                report_to="none",
-                logging_strategy="no",
-                disable_tqdm=not show_progress,
-                seed=seed,
-            ),
-            train_dataset=list(data),
-            data_collator=lambda items: {"item": items[0]},
-        ).train()
-    losses["after"] = _losses(student, data)
-    modules = canonical_modules(student)
-    trained = {name: task_factors(modules[name])[0].pair() for name in deltas}
-    return {name: LowRankDelta(a.cpu().clone(), b.cpu().clone()) for name, (a, b) in trained.items()}, losses
+        # Before the model is loaded: under ZeRO-3 transformers shards what it loads from here on.
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=settings.steps,
+            per_device_train_batch_size=1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            weight_decay=0.0,
+            bf16=settings.dtype == torch.bfloat16,
+            use_cpu=not torch.accelerator.is_available(),
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=not show_progress,
+            seed=settings.seed,
+        )
+        student = with_factors(load(), deltas)
+        outcome = _Outcome(deltas, data)
+        with expansion(student, settings.linearized_blocks):
+            _DistillationTrainer(
+                settings.anchor_weight,
+                model=student,
+                args=args,
+                train_dataset=list(data),
+                data_collator=lambda items: {"item": items[0]},
+                callbacks=[outcome],
+            ).train()
+    del student
+    gc.collect()  # the trainer holds the model in cycles, and the next step loads another
+    return outcome.deltas, outcome.losses
 
 
 class _DistillationTrainer(Trainer):
@@ -129,26 +167,85 @@ class _DistillationTrainer(Trainer):
         return divergence(model, item) * (self._anchor_weight if item.is_anchor else 1.0)
 
 
+class _Outcome(TrainerCallback):
+    """The divergences at both ends of the training, and what was trained: read where the model is, whole or sharded."""
+
+    def __init__(self, deltas: Mapping[str, LowRankDelta], data: Sequence[ReferenceBatch]):
+        self.losses: dict[str, dict[str, float]] = {}
+        self.deltas: dict[str, LowRankDelta] = {}
+        self._modules = list(deltas)
+        self._data = data
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.losses["before"] = _losses(kwargs["model"], self._data, _sharding(args, kwargs))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sharding = _sharding(args, kwargs)
+        sharding.release()
+        self.losses["after"] = _losses(kwargs["model"], self._data, sharding)
+        modules = canonical_modules(kwargs["model"])
+        for name in self._modules:
+            factors = _factors(modules[name])
+            with torch.no_grad(), sharding.full(factors) as (a, b):
+                self.deltas[name] = LowRankDelta(*(tensor.float().cpu().clone() for tensor in (a, b)))
+
+
+def _sharding(args: TrainingArguments, kwargs: Mapping[str, Any]) -> Sharding:
+    return sharding_of(kwargs["model"], args.device, kwargs.get("optimizer"))
+
+
 @torch.no_grad()
-def _losses(model: nn.Module, data: Sequence[ReferenceBatch]) -> dict[str, float]:
+def _losses(model: nn.Module, data: Sequence[ReferenceBatch], sharding: Sharding) -> dict[str, float]:
+    """Mean divergences over the tokens of all batches of a kind; collective."""
     model.eval()
-    found: dict[str, float] = {}
+    sums = torch.zeros(len(data), dtype=torch.float64)
+    with sharding.forward_passes():
+        for index in sharding.share(len(data)):
+            loss = divergence(model, data[index or 0])
+            sharding.release()
+            if index is not None:
+                sums[index] = float(loss) * len(data[index].log_probs)
+    sums = sharding.sum(sums)
+    found = {}
     for name, is_anchor in (("harmful", False), ("benign", True)):
-        items = [item for item in data if item.is_anchor == is_anchor]
-        tokens = [len(item.log_probs) for item in items]
-        total = sum(float(divergence(model, item)) * count for item, count in zip(items, tokens, strict=True))
-        found[name] = total / max(1, sum(tokens))
+        own = [index for index, item in enumerate(data) if item.is_anchor == is_anchor]
+        found[name] = float(sums[own].sum()) / max(1, sum(len(data[index].log_probs) for index in own))
     return found
 
 
-def _with_factors(model: nn.Module, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
+def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
+    """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has already stays active."""
     rank = next(iter(deltas.values())).a.shape[0]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(deltas), task_type="CAUSAL_LM")
-    student: Any = get_peft_model(model, config)
-    modules = canonical_modules(student)
+    if isinstance(model, PeftModel):
+        own = list(model.peft_config)
+        model.add_adapter(ADAPTER, config)
+        tuner: Any = model.base_model
+        tuner.set_adapter([*own, ADAPTER])
+    else:
+        model = get_peft_model(model, config, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
+    modules = canonical_modules(model)
     with torch.no_grad():
         for name, delta in deltas.items():
-            (factors,) = task_factors(modules[name])
-            factors.a.copy_(delta.a)
-            factors.b.copy_(delta.b)
-    return student
+            for parameter, tensor in zip(_factors(modules[name]), (delta.a, delta.b), strict=True):
+                parameter.copy_(tensor)
+    return model
+
+
+def _factors(module: Any) -> list[torch.Tensor]:
+    """The vector's live A and B on a module."""
+    return [module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight]
+
+
+def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManager:
+    if blocks is None:
+        return nullcontext()
+    if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
+        raise ConfigError("`linearized` needs whole weights in every process: launch with `ddp` instead of `zero3`.")
+    return linearized(student, blocks_of(student, blocks), ADAPTER)

@@ -1,8 +1,10 @@
 """From an aligned and a degraded model to a safety vector: difference, aligned model's answers, selected layers.
 
-The difference is taken from the files. The two models are loaded one after the other, and only for what has to run.
+The difference is taken from the files, by one process. The two models are loaded one after the other, and only for what has to
+run: whole in every process, or sharded by ZeRO-3 where the launch asks for it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from ..attach import LowRankDelta
 from ..calibration import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
 from ..errors import CalibrationDataError
 from ..family import Family
-from ..loading import adapter_base, load_model, load_tokenizer
+from ..loading import adapter_base, checkpoint_dtype, load_model, load_tokenizer
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..selection import (
     LayerScores,
@@ -28,13 +30,14 @@ from ..selection import (
     num_layers,
     top_layers,
 )
+from ..sharding import Sharding, place
 from ..streaming import StoredModel
 from ..vector import SafetyVector
 from ..weights import layer_index
 from .answers import own_answers
 from .config import ExtractionConfig
 from .delta import adapter_delta, stored_delta
-from .distillation import ReferenceBatch, distilled, reference_batches
+from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
 from .isolation import isolated
 from .svd import Truncation
 
@@ -51,24 +54,35 @@ class _AlignedSide:
     references: list[ReferenceBatch]
 
 
-def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVector:
-    """Makes a safety vector.
+def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True) -> SafetyVector | None:
+    """Makes a safety vector. Collective; rank 0 has it then, the others None.
+
+    Args:
+        config: How.
+        job: The processes of this job, from `this_job`.
+        show_progress: Whether to show progress bars.
 
     Raises:
         SafeGeneError: One of its kinds: data, models or settings do not fit.
     """
-    config.check()
-    harmful, benign = (_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
-    tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
-    stored = StoredModel.open(config.aligned_model, config.aligned_revision)
-    truncations = _difference(config, stored, config.degraded_model, config.degraded_revision, show_progress)
-    truncations, isolation = _isolated(config, stored, truncations, show_progress)
-    aligned = _aligned_side(config, tokenizer, harmful, benign)
-    deltas = {name: truncation.delta for name, truncation in truncations.items()}
+    show_progress = show_progress and job.is_main
+    truncations: dict[str, Truncation] = {}
+    with job.agreed():
+        config.check()
+        harmful, benign = (_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
+        tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
+        if job.is_main:
+            stored = StoredModel.open(config.aligned_model, config.aligned_revision)
+            truncations = _difference(config, stored, config.degraded_model, config.degraded_revision, show_progress)
+            truncations, isolation = _isolated(config, stored, truncations, show_progress)
+    deltas = _from_main({name: truncation.delta for name, truncation in truncations.items()}, job)
+    aligned = _aligned_side(config, tokenizer, harmful, benign, job)
     distillation = None
-    if config.method == "distill":
-        deltas, distillation = _distilled(config, tokenizer, deltas, aligned, show_progress)
-    scores = _scores(config, tokenizer, deltas, aligned, harmful, benign)
+    if config.method != "delta":
+        deltas, distillation = _distilled(config, tokenizer, deltas, aligned, job, show_progress)
+    scores = _scores(config, tokenizer, deltas, aligned, harmful, benign, job)
+    if not job.is_main:
+        return None
     share = 1.0 if config.selection == "all" else config.layer_share
     layers = top_layers(scores.mean().tolist(), share)
     selected = {name: truncation for name, truncation in truncations.items() if layer_index(name) in layers}
@@ -104,9 +118,13 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
 
 
 def _aligned_side(
-    config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase, harmful: Sequence[str], benign: Sequence[str]
+    config: ExtractionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    job: Sharding,
 ) -> _AlignedSide:
-    model = _load(config.aligned_model, config.aligned_revision, config.dtype)
+    model, sharding = _placed(config, config.aligned_model, config.aligned_revision, job)
     rows = own_answers(
         model,
         tokenizer,
@@ -114,12 +132,13 @@ def _aligned_side(
         draw(benign, config.num_benign_prompts, config.seed),
         config.max_new_tokens,
         config.batch_size,
+        sharding,
     )
     states, references = [], []
     if config.selection == "activation_contrast":
-        states = _states(config, model, tokenizer, harmful, benign)
-    if config.method == "distill":
-        references = _references(config, model, tokenizer, rows, "harmful")
+        states = _states(config, model, tokenizer, harmful, benign, sharding)
+    if config.method != "delta":
+        references = _references(config, model, tokenizer, rows, "harmful", sharding)
     return _AlignedSide(rows, states, references)
 
 
@@ -128,13 +147,36 @@ def _distilled(
     tokenizer: PreTrainedTokenizerBase,
     deltas: Mapping[str, LowRankDelta],
     aligned: _AlignedSide,
+    job: Sharding,
     show_progress: bool,
 ) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
-    degraded = _load(config.degraded_model, config.degraded_revision, config.dtype)
-    data = [*aligned.references, *_references(config, degraded, tokenizer, aligned.rows, "benign")]
-    steps, rate, weight = config.distill_steps, config.distill_learning_rate, config.anchor_weight
-    found, losses = distilled(degraded, deltas, data, weight, steps, rate, config.seed, show_progress)
-    return found, {**losses, "steps": steps, "learning_rate": rate, "anchor_weight": weight}
+    name, revision = config.degraded_model, config.degraded_revision
+    degraded, sharding = _placed(config, name, revision, job)
+    data = [*aligned.references, *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding)]
+    del degraded, sharding
+    dtype = _dtype(config, name, revision)
+    settings = DistillationSettings(
+        config.distill_steps,
+        config.distill_learning_rate,
+        config.anchor_weight,
+        config.seed,
+        getattr(torch, dtype),
+        config.linearized_blocks if config.method == "linearized" else None,  # type: ignore[arg-type]
+    )
+    found, losses = distilled(lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress)
+    kept = ("steps", "learning_rate", "anchor_weight", "linearized_blocks")
+    return found, {**losses, **{key: getattr(settings, key) for key in kept}, "processes": job.world_size}
+
+
+def _from_main(deltas: Mapping[str, LowRankDelta], job: Sharding) -> dict[str, LowRankDelta]:
+    """Collective: rank 0's deltas, on every rank."""
+    own = {name: (list(delta.a.shape), list(delta.b.shape)) for name, delta in deltas.items()}
+    shapes = json.loads(job.text_from_main(json.dumps(own)))
+    found = {}
+    for name, pair in shapes.items():
+        here = [deltas[name].a, deltas[name].b] if job.is_main else [torch.zeros(shape) for shape in pair]
+        found[name] = LowRankDelta(*(job.from_main(tensor.float()) for tensor in here))
+    return found
 
 
 def _prompts(source: str, split: str) -> list[str]:
@@ -147,9 +189,15 @@ def _prompts(source: str, split: str) -> list[str]:
     return prompts
 
 
-def _load(name: str, revision: str | None, dtype: str) -> Any:
-    model = load_model(name, revision, dtype)
-    return model.cuda() if torch.cuda.is_available() else model
+def _placed(config: ExtractionConfig, name: str, revision: str | None, job: Sharding) -> tuple[Any, Sharding]:
+    """A model, loaded as this job was launched."""
+    with job.agreed():
+        dtype = _dtype(config, name, revision)
+    return place(lambda: load_model(name, revision, dtype), getattr(torch, dtype), job)
+
+
+def _dtype(config: ExtractionConfig, name: str, revision: str | None) -> str:
+    return checkpoint_dtype(name, revision) if config.dtype == "auto" else config.dtype
 
 
 def _difference(
@@ -195,17 +243,19 @@ def _scores(
     aligned: _AlignedSide,
     harmful: Sequence[str],
     benign: Sequence[str],
+    job: Sharding,
 ) -> LayerScores:
     if config.selection == "magnitude":
         return magnitude(deltas)
     if config.selection in ("random", "all"):
         return at_random(num_layers(deltas), config.seed)
-    degraded = _load(config.degraded_model, config.degraded_revision, config.dtype)
+    degraded, sharding = _placed(config, config.degraded_model, config.degraded_revision, job)
     if config.selection == "activation_contrast":
-        return activation_contrast(aligned.states, _states(config, degraded, tokenizer, harmful, benign))
+        states = _states(config, degraded, tokenizer, harmful, benign, sharding)
+        return activation_contrast(aligned.states, states)
     samples = _samples(tokenizer, aligned.rows, "harmful")[: config.num_selection_prompts]
     refusals = [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
-    return gradient(degraded, deltas, refusals, padding_id(tokenizer))
+    return gradient(degraded, deltas, refusals, padding_id(tokenizer), sharding)
 
 
 def _states(
@@ -214,11 +264,12 @@ def _states(
     tokenizer: PreTrainedTokenizerBase,
     harmful: Sequence[str],
     benign: Sequence[str],
+    sharding: Sharding,
 ) -> list[torch.Tensor]:
     """States on the prompts of each kind that layers are selected by."""
     count, seed = config.num_selection_prompts, config.seed
     chosen: list[list[str]] = [draw(harmful, count, seed), draw(benign, count, seed)]
-    return [last_token_states(model, tokenizer, prompts) for prompts in chosen]
+    return [last_token_states(model, tokenizer, prompts, sharding) for prompts in chosen]
 
 
 def _references(
@@ -227,9 +278,10 @@ def _references(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, str]],
     kind: str,
+    sharding: Sharding,
 ) -> list[ReferenceBatch]:
     samples = _samples(tokenizer, rows, kind)
-    return reference_batches(model, samples, config.batch_size, padding_id(tokenizer), kind == "benign")
+    return reference_batches(model, samples, config.batch_size, padding_id(tokenizer), kind == "benign", sharding)
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], kind: str) -> list[Sample]:

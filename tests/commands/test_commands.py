@@ -233,14 +233,16 @@ def test_extract_isolated_from_a_task(extraction, tmp_path):
     assert 0.5 < cosine(plain.deltas, vector.deltas) < 0.9999
 
 
-def test_extract_by_distillation(extraction, tmp_path):
-    options = {"method": "distill", "distill_steps": 3, "distill_learning_rate": 1e-2, "layer_share": 1.0}
+@pytest.mark.parametrize("method", ["distill", "linearized"])
+def test_extract_by_distillation(method, extraction, tmp_path):
+    options = {"method": method, "distill_steps": 3, "distill_learning_rate": 1e-2, "layer_share": 1.0}
     assert main(argv("extract", extraction | {"layer_share": 1.0, "weights_dtype": "float32"})) == 0
     plain = SafetyVector.from_pretrained(tmp_path / "vector")
     assert main(argv("extract", extraction | options)) == 0
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     losses = vector.extraction["distillation"]
-    assert vector.extraction["method"] == "distill" and losses["after"]["harmful"] != losses["before"]["harmful"]
+    assert losses["linearized_blocks"] == (None if method == "distill" else "both")
+    assert vector.extraction["method"] == method and losses["after"]["harmful"] != losses["before"]["harmful"]
     assert 0.2 < cosine(plain.deltas, vector.deltas) < 0.9999  # it started there, and went on
     PeftModel.from_pretrained(make_model(), tmp_path / "vector")
     assert main(argv("extract", extraction | {"anchor_weight": -1})) == 2

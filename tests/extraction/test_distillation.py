@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from safegene_trl.attach import LowRankDelta, attached
 from safegene_trl.calibration import tokenize
 from safegene_trl.extraction.delta import adapter_delta
-from safegene_trl.extraction.distillation import distilled, divergence, reference_batches
+from safegene_trl.extraction.distillation import DistillationSettings, distilled, divergence, reference_batches
 from safegene_trl.recalibration import response_logits
 
-from ..conftest import BENIGN, HARMFUL, make_model, with_lora
+from ..conftest import ALONE, BENIGN, HARMFUL, make_model, with_lora
 
 
 def samples(tokenizer, prompts, answer):
@@ -29,7 +29,7 @@ def benign(tokenizer):
 
 def test_divergence_formula(harmful):
     teacher, student = make_model(seed=0), make_model(seed=1)
-    (item,) = reference_batches(teacher, harmful[:3], 3, 0, False)
+    (item,) = reference_batches(teacher, harmful[:3], 3, 0, False, ALONE)
     p = F.log_softmax(response_logits(teacher, item.batch)[0], dim=-1).detach()
     q = F.log_softmax(response_logits(student, item.batch)[0], dim=-1)
     expected = (p.exp() * (p - q)).sum(dim=-1).mean()
@@ -41,8 +41,10 @@ def test_it_learns_the_refusals_and_keeps_the_anchor(harmful, benign):
     aligned = make_model()
     degraded = with_lora(make_model(), rank=4)
     start = {name: LowRankDelta(t.delta.a, 0 * t.delta.b) for name, t in adapter_delta(aligned, degraded).items()}
-    data = reference_batches(aligned, harmful, 6, 0, False) + reference_batches(degraded, benign, 8, 0, True)
-    found, losses = distilled(degraded, start, data, 1.0, steps=60, learning_rate=1e-2, seed=0, show_progress=False)
+    data = reference_batches(aligned, harmful, 6, 0, False, ALONE) + reference_batches(
+        degraded, benign, 8, 0, True, ALONE
+    )
+    found, losses = distilled(lambda: degraded, start, data, DistillationSettings(60, 1e-2, 1.0), False)
     assert losses["before"]["benign"] == pytest.approx(0, abs=1e-4)
     assert losses["after"]["harmful"] < 0.3 * losses["before"]["harmful"]
     assert losses["after"]["benign"] < losses["before"]["harmful"]
@@ -60,8 +62,10 @@ def test_anchor_weight_trades(harmful, benign):
     def run(weight):
         aligned, degraded = make_model(), with_lora(make_model(), rank=4)
         start = {name: t.delta for name, t in adapter_delta(aligned, degraded).items()}
-        data = reference_batches(aligned, harmful, 6, 0, False) + reference_batches(degraded, benign, 8, 0, True)
-        return distilled(degraded, start, data, weight, steps=30, learning_rate=1e-2, seed=0, show_progress=False)[1]
+        data = reference_batches(aligned, harmful, 6, 0, False, ALONE) + reference_batches(
+            degraded, benign, 8, 0, True, ALONE
+        )
+        return distilled(lambda: degraded, start, data, DistillationSettings(30, 1e-2, weight), False)[1]
 
     loose, tight = run(0.0)["after"], run(10.0)["after"]
     assert tight["benign"] < loose["benign"] and loose["harmful"] < tight["harmful"]

@@ -1,0 +1,94 @@
+"""Distillation of a safety vector in two processes: whole models and ZeRO-3 shards give one vector."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from safegene_trl.calibration import batches, tokenize
+from safegene_trl.commands.main import main
+from safegene_trl.recalibration import cross_entropy
+from safegene_trl.vector import SafetyVector
+
+from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, with_lora
+from .test_launchers import MODULE, run_together
+
+
+pytestmark = pytest.mark.timeout(500)
+
+
+@pytest.fixture(scope="module")
+def extraction(tmp_path_factory):
+    """Options of an extraction; the aligned model has learned by heart to refuse and to answer."""
+    root = tmp_path_factory.mktemp("extraction")
+    torch.manual_seed(0)
+    tokenizer, model = make_tokenizer(), make_model()
+    turns = [(prompt, "i cannot help with that.") for prompt in HARMFUL] + [
+        (prompt, "take a pan.") for prompt in BENIGN
+    ]
+    samples = [tokenize(tokenizer, [{"role": "user", "content": prompt}], answer) for prompt, answer in turns]
+    (batch,) = batches(samples, len(samples), 0, torch.device("cpu"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = cross_entropy(model, batch) / batch.target_mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(root / "aligned")
+    tokenizer.save_pretrained(root / "aligned")
+    degraded = with_lora(model)
+    degraded.peft_config["default"].base_model_name_or_path = str(root / "aligned")
+    degraded.save_pretrained(root / "degraded")
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = {
+        "aligned_model": root / "aligned",
+        "degraded_model": root / "degraded",
+        "harmful_data": root / "harmful.jsonl",
+        "benign_data": root / "benign.jsonl",
+        "rank": 2,  # half the LoRA's, or the student would be the aligned model from the start
+        "method": "distill",
+        "distill_steps": 4,
+        "distill_learning_rate": 1e-2,
+        "selection": "gradient",
+        "layer_share": 0.67,
+        "batch_size": 3,
+        "max_new_tokens": 12,
+        "weights_dtype": "float32",
+    }
+    return [item for key, value in options.items() for item in (f"--{key}", str(value))]
+
+
+@pytest.mark.exhaustive
+def test_two_processes_make_one_vector(extraction, tmp_path):
+    launches = {
+        config: [sys.executable, *MODULE, "extract", "--accelerate_config", config, "--num_processes", "2"]
+        for config in ("zero3", "ddp")
+    }
+    for config, launch in launches.items():
+        codes, printed = run_together([[*launch, *extraction, "--output_dir", str(tmp_path / config)]])
+        assert codes == [0], printed[-6000:]
+    assert main(["extract", *extraction, "--output_dir", str(tmp_path / "alone")]) == 0
+    sharded, whole, alone = (SafetyVector.from_pretrained(tmp_path / name) for name in ("zero3", "ddp", "alone"))
+    assert sharded.prompts == whole.prompts == alone.prompts and len(alone.prompts) > 12
+    # Two ranks learn from two batches a step, one from one: where they start is the same, where they end is not.
+    records = [vector.extraction["distillation"] for vector in (sharded, whole, alone)]
+    assert [record["processes"] for record in records] == [2, 2, 1]
+    for kind in ("harmful", "benign"):
+        before, after = ([record[when][kind] for record in records] for when in ("before", "after"))
+        assert before == pytest.approx([before[2]] * 3, abs=1e-4)
+        assert after[0] == pytest.approx(after[1], abs=1e-3)
+    assert records[2]["after"]["harmful"] < records[2]["before"]["harmful"]
+    assert sharded.layers == whole.layers
+    for name, delta in whole.deltas.items():
+        assert torch.allclose(sharded.deltas[name].a, delta.a, atol=1e-4)
+        assert torch.allclose(sharded.deltas[name].b, delta.b, atol=1e-4)
+
+
+def test_linear_blocks_are_refused_under_zero3(extraction, tmp_path):
+    launch = [sys.executable, *MODULE, "extract", "--accelerate_config", "zero3", "--num_processes", "2"]
+    options = [*extraction, "--method", "linearized", "--output_dir", str(tmp_path / "vector")]
+    codes, printed = run_together([[*launch, *options]])
+    assert codes == [2], printed[-6000:]
+    assert "launch with `ddp`" in printed and not (tmp_path / "vector").exists()
