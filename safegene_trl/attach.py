@@ -40,25 +40,25 @@ class LowRankDelta:
 def attached(
     model: nn.Module,
     deltas: Mapping[str, LowRankDelta],
-    coefficient_of: Mapping[str, int],
+    coefficient_of: Mapping[str, int | torch.Tensor],
     coefficients: torch.Tensor,
 ) -> Iterator[None]:
-    """While open, module `m` computes `m(x) + λ·B(Ax)`, with `λ = coefficients[coefficient_of[m]]`.
+    """While open, module `m` computes `m(x) + B diag(λ) A x`, with `λ = coefficients[coefficient_of[m]]`.
 
-    Nothing is added to the model and no dense `B A` is formed. `coefficients` (float32, shape `(n,)`) may require
-    grad and may be changed in place between forward passes. Gradients flow to it through activations only.
+    Nothing is added to the model and no dense `B A` is formed. `coefficients` may require grad and may be changed in place
+    between forward passes. Gradients flow to it through activations only.
 
     Args:
         model: Plain or PEFT-wrapped model, unwrapped from any engine.
         deltas: Low-rank deltas by canonical module name.
-        coefficient_of: Index into `coefficients` of every module in `deltas`.
-        coefficients: The λ.
+        coefficient_of: Index into `coefficients` of every module in `deltas`, or of each of its r rank-one parts.
+        coefficients: The λ, float32: n of them, or batch×n, each sample's own, which gives each sample's gradient.
     """
     modules = canonical_modules(model)
     handles = []
     try:
         for name, delta in deltas.items():
-            hook = _delta_hook(delta, coefficients, coefficient_of[name])
+            hook = _delta_hook(delta, coefficients, torch.as_tensor(coefficient_of[name]).reshape(-1))
             handles.append(modules[name].register_forward_hook(hook))
         yield
     finally:
@@ -66,15 +66,24 @@ def attached(
             handle.remove()
 
 
-def _delta_hook(delta: LowRankDelta, coefficients: torch.Tensor, index: int):
+def _delta_hook(delta: LowRankDelta, coefficients: torch.Tensor, index: torch.Tensor):
+    index = index.to(coefficients.device)
+
     def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        return _AddDelta.apply(inputs[0], output, coefficients[..., index].to(output.device), delta)
+        chosen = coefficients[..., index].to(output.device)
+        if chosen.dim() == 1:
+            chosen = chosen[None]
+        elif (inputs[0].numel() // inputs[0].shape[-1]) % len(chosen):
+            chosen = chosen.mean(dim=0, keepdim=True)  # tokens of no even number per sample: shared out evenly
+        return _AddDelta.apply(inputs[0], output, chosen, delta)
 
     return hook
 
 
 class _AddDelta(torch.autograd.Function):
-    """`output + λ·B(Ax)`, with `x` (…×d_in) and `output` (…×d_out) of one 16- or 32-bit type and λ a float32 scalar.
+    """`output + B diag(λ) A x`, with `x` (…×d_in) and `output` (…×d_out) of one 16- or 32-bit type.
+
+    λ is float32, samples×r, or 1 in the place of either: for all samples, for all r parts.
 
     The factors stay where the vector was loaded to, in file-backed host memory that all ranks of a node share, and visit
     the accelerator one module at a time: they are fetched anew for the backward pass, which keeps only `Ax` (…×r).
@@ -87,7 +96,7 @@ class _AddDelta(torch.autograd.Function):
         ctx.save_for_backward(low, coefficient)
         ctx.delta, ctx.x_dtype = delta, x.dtype
         # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
-        return output + F.linear((low * _per_row(coefficient, low)).to(low.dtype), b)
+        return output + F.linear(_scaled(low, coefficient), b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor):
@@ -97,15 +106,16 @@ class _AddDelta(torch.autograd.Function):
         low_gradient = gradient @ b
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = ((low_gradient * _per_row(coefficient, low)).to(low.dtype) @ a).to(ctx.x_dtype)
-        products = low_gradient.to(_wide(low)) * low
-        coefficient_gradient = products.sum(dim=list(range(coefficient.dim(), low.dim()))).to(coefficient.dtype)
+            x_gradient = (_scaled(low_gradient, coefficient) @ a).to(ctx.x_dtype)
+        products = (low_gradient.to(_wide(low)) * low).reshape(len(coefficient), -1, low.shape[-1])
+        coefficient_gradient = products.sum(dim=1).sum_to_size(coefficient.shape).to(coefficient.dtype)
         return x_gradient, gradient, coefficient_gradient, None
 
 
-def _per_row(coefficient: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """λ in at least float32, shaped to multiply `low`: one for all, or one for every row of the batch."""
-    return coefficient.to(_wide(low)).reshape(-1, *[1] * (low.dim() - 1))
+def _scaled(low: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
+    """`diag(λ) low`, in at least float32, then rounded to the type of `low` (…×r)."""
+    by_sample = low.reshape(len(coefficient), -1, low.shape[-1])
+    return (by_sample * coefficient.to(_wide(low))[:, None]).to(low.dtype).reshape(low.shape)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

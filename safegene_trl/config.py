@@ -75,7 +75,7 @@ class SafeGeneConfig:
     min_coefficient: float = 0.0
     max_coefficient: float = 2.0
     initial_coefficient: float | None = None
-    max_evaluations: int = 12
+    max_evaluations: int = 8
     utility_weight: float = 1.0
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1

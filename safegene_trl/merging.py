@@ -42,6 +42,9 @@ class Term:
     magnitude: torch.Tensor | None = None
 
 
+Coefficient = float | torch.Tensor
+
+
 def add_terms(rows: torch.Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
     """Adds terms, in their order, to float32 rows of a weight in place; `rows[0]` is the weight's row `first_row`."""
     part = slice(first_row, first_row + len(rows))
@@ -56,9 +59,13 @@ def task_terms(factors: Sequence[TaskFactors], transposed: bool) -> list[Term]:
     return [_term(*lora.pair(), transposed, lora.magnitude) for lora in factors]
 
 
-def vector_terms(delta: LowRankDelta | None, coefficient: float, transposed: bool) -> list[Term]:
+def vector_terms(delta: LowRankDelta | None, coefficient: Coefficient, transposed: bool) -> list[Term]:
     """What the safety vector adds to a module's weight: `λ·B·A`, nothing where λ is 0."""
-    return [] if delta is None or coefficient == 0 else [_term(*_scaled(delta, coefficient), transposed)]
+    return (
+        []
+        if delta is None or not torch.as_tensor(coefficient).any()
+        else [_term(*_scaled(delta, coefficient), transposed)]
+    )
 
 
 def _term(a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.Tensor | None = None) -> Term:
@@ -68,7 +75,7 @@ def _term(a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.T
 def save_merged(
     model: nn.Module,
     deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, Coefficient],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     max_shard_size: str,
@@ -77,7 +84,8 @@ def save_merged(
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a full checkpoint.
 
     Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that one is in rank 0's
-    memory; the live weights are only read. `coefficients` are by module name.
+    memory; the live weights are only read. `coefficients` are by module name: one, or
+    one of each of its r rank-one parts.
     """
     parameters = list(canonical_parameters(model))
     parts = {
@@ -143,7 +151,7 @@ def save_record(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
 def merged_tensor(
     parameter: Parameter,
     deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, Coefficient],
     sharding: Sharding,
 ) -> torch.Tensor | None:
     """Collective: one tensor of the merged model, on the CPU and contiguous on rank 0, None elsewhere."""
@@ -167,7 +175,7 @@ def merged_tensor(
 def save_adapter(
     model: nn.Module,
     deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, Coefficient],
     base_name: str,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -233,5 +241,5 @@ def _whole(
         yield full[: len(tensors)], [lora.of(rest) for lora in factors]
 
 
-def _scaled(delta: LowRankDelta, coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _scaled(delta: LowRankDelta, coefficient: Coefficient) -> tuple[torch.Tensor, torch.Tensor]:
     return delta.a.float(), coefficient * delta.b.float()

@@ -60,9 +60,9 @@ def safeguard_stored(
         vector, family, warnings = fitting_vector(config, stored.model, tokenizer)
         if given == INTERFERENCE:
             coefficients = interference_coefficients(_task_deltas(stored, base_model), vector.deltas)
-            names = vector.coefficient_names("module")
+            by_module = {module: torch.tensor(coefficient) for module, coefficient in coefficients.items()}
         else:
-            coefficients, names = _given_coefficients(given, vector, config.granularity)
+            coefficients, by_module = _given_coefficients(given, vector, config.granularity)
         started_from = adapter_base(name_or_path, revision)
         base = check_base(base_model or started_from, None, vector.aligned_model, config.allow_other_base)
         needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
@@ -73,7 +73,6 @@ def safeguard_stored(
     }
     if config.dry_run:
         return report
-    by_module = {module: coefficients[name] for module, name in names.items()}
     with atomic_directory(target) as folder:
         with clock.phase("save"):
             if config.output_format in ("merged", "both"):
@@ -98,22 +97,25 @@ def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRa
     return {name: truncation.delta for name, truncation in found.items()}
 
 
-def _given_coefficients(given: str, vector: SafetyVector, granularity: str) -> tuple[dict[str, float], dict[str, str]]:
-    """The coefficients by name, and the name of every module's."""
+def _given_coefficients(
+    given: str, vector: SafetyVector, granularity: str
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The coefficients by name and by module."""
     try:
         value = float(given)
     except ValueError:
         coefficients = _reported_coefficients(Path(given), vector)
     else:
-        coefficients = dict.fromkeys(vector.coefficient_names(granularity).values(), value)
+        names = vector.coefficient_names(granularity).values()
+        coefficients = {name: value for own in names for name in own}
     for name, coefficient in coefficients.items():
         if not (math.isfinite(coefficient) and coefficient >= 0):
             raise ConfigError(
                 f"The coefficient of `{name}` is {coefficient}: it must be 0 or more, −V removes refusals."
             )
-    for names in (vector.coefficient_names("layer"), vector.coefficient_names("module")):
-        if set(names.values()) == set(coefficients):
-            return coefficients, names
+    for kind in ("layer", "module"):
+        if {name for own in vector.coefficient_names(kind).values() for name in own} == set(coefficients):
+            return coefficients, vector.by_module(coefficients, kind)
     raise ConfigError(
         f"The coefficients in {given} are not those of this vector's layers or modules: name another report."
     )

@@ -180,7 +180,7 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
             f"{result.reason} Nothing was saved: give other or more safety data, allow a larger `max_utility_loss`, or "
             "use a stronger vector."
         )
-    by_module = {module: result.coefficients[name] for module, name in names.items()}
+    by_module = vector.by_module(result.coefficients, config.granularity)
     if config.measure_refusals:
         with plan.clock.phase("measure"):
             report["answers"] = _measure(plan, model, by_module)
@@ -226,11 +226,11 @@ def _outcome(result: Recalibration) -> dict[str, Any]:
     }
 
 
-def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -> dict[str, Any]:
+def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Refusal rate on the harmful and answered rate on the benign shots, before and after."""
     config, deltas, sharding = plan.config, plan.vector.deltas, plan.sharding
-    index = {module: position for position, module in enumerate(deltas)}
-    coefficients = torch.tensor([by_module[module] for module in deltas], device=sharding.device)
+    coefficients = torch.cat([by_module[module] for module in deltas]).to(sharding.device)
+    index = dict(zip(deltas, torch.arange(len(coefficients)).split(plan.vector.rank), strict=True))
 
     def refused_share(prompts: list) -> float:
         answers = generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size, sharding)
@@ -254,7 +254,9 @@ def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, float]) -
     return record
 
 
-def _save(plan: Preparation, model: nn.Module, by_module: dict[str, float], adapter_base: str, folder: Path) -> None:
+def _save(
+    plan: Preparation, model: nn.Module, by_module: dict[str, torch.Tensor], adapter_base: str, folder: Path
+) -> None:
     config, deltas, tokenizer, sharding = plan.config, plan.vector.deltas, plan.tokenizer, plan.sharding
     if config.output_format in ("merged", "both"):
         save_merged(model, deltas, by_module, tokenizer, folder, config.max_shard_size, sharding)

@@ -21,7 +21,7 @@ from .attach import LowRankDelta
 from .checkpoint import StoredTensor, TensorFile, plan_files, stored_tensors
 from .errors import CheckpointError, UnsupportedModelError
 from .loading import adapter_base, is_placeholder, load_skeleton, snapshot
-from .merging import Term, add_terms, save_record, task_terms, vector_terms, write_index
+from .merging import Coefficient, Term, add_terms, save_record, task_terms, vector_terms, write_index
 from .weights import (
     Parameter,
     as_stored,
@@ -124,7 +124,7 @@ class StoredModel:
 def write_merged(
     stored: StoredModel,
     deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, Coefficient],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     max_shard_size: str,

@@ -1,6 +1,7 @@
 """`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA directory."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,27 @@ class SafetyVector(
         """Indices of the layers it acts in, in order."""
         return sorted({index for name in self.deltas if (index := layer_index(name)) is not None})
 
-    def coefficient_names(self, granularity: str) -> dict[str, str]:
-        """The name of every module's coefficient: its layer's (`layers.12`) or its own."""
-        if granularity == "module":
-            return {name: name for name in self.deltas}
-        return {name: f"layers.{layer_index(name)}" for name in self.deltas}
+    @property
+    def components(self) -> list[int]:
+        """Ranks of its components, which have coefficients of their own; as a rule there is one."""
+        return list(self.extraction.get("components", [self.rank]))
+
+    def coefficient_names(self, granularity: str) -> dict[str, list[str]]:
+        """The names of the coefficients of every module's r rank-one parts: its layer's (`layers.12`) or its own.
+
+        Of a vector with several components they have the component's number as well: `layers.12/0`.
+        """
+        ranks = self.components
+        marks = [f"/{number}" if len(ranks) > 1 else "" for number, rank in enumerate(ranks) for _ in range(rank)]
+        return {
+            name: [(name if granularity == "module" else f"layers.{layer_index(name)}") + mark for mark in marks]
+            for name in self.deltas
+        }
+
+    def by_module(self, coefficients: Mapping[str, float], granularity: str) -> dict[str, torch.Tensor]:
+        """Coefficients by name as those (float32, r) of every module's rank-one parts."""
+        names = self.coefficient_names(granularity)
+        return {module: torch.tensor([coefficients[name] for name in own]) for module, own in names.items()}
 
     def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
         """Raises `FamilyError` unless every delta has a linear module of its name and shape in the model."""

@@ -213,7 +213,15 @@ def _valid_reference(reference: dict[str, Any]) -> bool:
 
 
 def _valid_extraction(extraction: dict[str, Any]) -> bool:
-    return isinstance(extraction.get("method"), str) and _is_count(extraction.get("rank")) and extraction["rank"] > 0
+    rank = extraction.get("rank")
+    components = extraction.get("components", [rank])
+    return (
+        isinstance(extraction.get("method"), str)
+        and _is_count(rank)
+        and isinstance(components, list)
+        and all(_is_count(part) and part > 0 for part in components)
+        and sum(components) == rank
+    )
 
 
 def _valid_selection(selection: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safegene_trl.attach import attached, frozen_for_calibration
+from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration
 
 from .conftest import make_deltas, make_model, with_lora
 
@@ -62,6 +62,46 @@ def test_gradient_of_coefficients_matches_finite_differences():
             with torch.no_grad():
                 slope = (loss(values + step) - loss(values - step)) / 2e-3
             assert abs(slope - gradient[i]) < 1e-5 * abs(float(gradient[i]))
+
+
+def test_every_sample_and_every_part_may_have_its_own_coefficient():
+    model = make_model().double()
+    deltas = make_deltas(model)
+    parts = {name: torch.tensor([int("layers.2" in name), 2]) for name in deltas}  # the second part is shared by all
+    values = torch.tensor([0.5, 0.8, 1.3], dtype=torch.float64)
+
+    def losses(ids, coefficients):
+        with attached(model, deltas, parts, coefficients):
+            return model(ids).logits.log_softmax(-1)[..., 7].mean(dim=1)
+
+    with frozen_for_calibration(model):
+        rows = values.repeat(2, 1).requires_grad_()
+        (by_sample,) = torch.autograd.grad(losses(IDS, rows).sum(), rows)
+        for i, ids in enumerate(IDS):
+            alone = values.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(losses(ids[None], alone).sum(), alone)
+            torch.testing.assert_close(by_sample[i], expected, atol=1e-12, rtol=1e-8)
+        with torch.no_grad():
+            hooked = losses(IDS, values)
+            for name, delta in deltas.items():
+                model.get_submodule(name).weight += (delta.b.double() * values[parts[name]]) @ delta.a.double()
+            torch.testing.assert_close(hooked, losses(IDS, torch.zeros(3)), atol=1e-6, rtol=1e-6)
+
+
+def test_tokens_without_samples_share_the_gradient():
+    """A layer that sees the tokens in a row, or only some of them, as in a mixture of experts."""
+    layer = torch.nn.Linear(4, 3, bias=False)
+    delta = {"0": LowRankDelta(torch.randn(2, 4), torch.randn(3, 2))}
+    model = torch.nn.Sequential(layer)
+    for tokens, exact in ((6, True), (5, False)):
+        x, rows = torch.randn(tokens, 4), torch.full((2, 1), 0.7, requires_grad=True)
+        with attached(model, delta, {"0": 0}, rows):
+            (gradient,) = torch.autograd.grad(model(x).square().sum(), rows)
+        total = torch.tensor([0.7], requires_grad=True)
+        with attached(model, delta, {"0": 0}, total):
+            (expected,) = torch.autograd.grad(model(x).square().sum(), total)
+        torch.testing.assert_close(gradient.sum(dim=0), expected)
+        assert torch.allclose(gradient[0], gradient[1]) != exact
 
 
 def test_nothing_is_left_after_an_exception():

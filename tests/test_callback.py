@@ -101,10 +101,10 @@ def expected_logits(trainer, report, vector):
         model = PeftModel.from_pretrained(make_model(), trainer.args.output_dir).merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
-    names = vector.coefficient_names(report["config"]["granularity"])
+    by_module = vector.by_module(report["coefficients"], report["config"]["granularity"])
     with torch.no_grad():
         for name, delta in vector.deltas.items():
-            model.get_submodule(name).weight += report["coefficients"][names[name]] * delta.dense()
+            model.get_submodule(name).weight += delta.b @ (by_module[name][:, None] * delta.a)
     return model(IDS).logits
 
 
@@ -291,7 +291,7 @@ def test_unexpected_error_leaves_the_model_as_it_was(config, tokenizer, tmp_path
     def crash(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("safegene_trl.recalibration.minimize", crash)
+    monkeypatch.setattr("safegene_trl.recalibration.minimize_in_box", crash)
     trainer = sft(tmp_path, [SafeGeneCallback(config(on_failure="warn"))], tokenizer)
     with pytest.raises(ZeroDivisionError):  # a fault of ours is never swallowed
         trainer.train()

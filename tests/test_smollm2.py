@@ -88,11 +88,11 @@ def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "safeguarded"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "safeguarded")
     vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
-    names = vector.coefficient_names("layer")
+    by_module = vector.by_module(callback.report["coefficients"], "layer")
     ids = tokenizer("How do plants drink water?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for name, delta in vector.deltas.items():
-            trainer.model.get_submodule(name).weight += callback.report["coefficients"][names[name]] * delta.dense()
+            trainer.model.get_submodule(name).weight += by_module[name][0] * delta.dense()
         expected = trainer.model.eval()(ids).logits
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-3, rtol=1e-3)
     assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight

@@ -151,9 +151,9 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     original = recalibration._loss_and_gradient
 
     def recorded(*args):
-        losses, gradient = original(*args)
+        losses, gradient, curvature = original(*args)
         gradients.append(gradient)
-        return losses, gradient
+        return losses, gradient, curvature
 
     monkeypatch.setattr(recalibration, "_loss_and_gradient", recorded)
     names = vector.coefficient_names(config.granularity)
@@ -169,7 +169,7 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
         assert report["coefficients"] == pytest.approx(alone.coefficients, abs=apart)
 
     # The merged checkpoint is bit by bit the one that one process writes with these coefficients.
-    by_module = {module: report["coefficients"][name] for module, name in names.items()}
+    by_module = vector.by_module(report["coefficients"], config.granularity)
     save_merged(model, vector.deltas, by_module, make_tokenizer(), tmp_path, config.max_shard_size, ALONE)
     written = sorted(path.name for path in (folder / "with" / "safeguarded").glob("*.safetensors"))
     assert written == sorted(path.name for path in tmp_path.glob("*.safetensors")) and len(written) > 2

@@ -155,10 +155,10 @@ def record_gradients() -> list:
     """Every evaluation's point and gradient, as they come."""
     found: list = []
 
-    def recorded(model, fit, coefficients, point, config):
-        losses, gradient = ORIGINAL(model, fit, coefficients, point, config)
+    def recorded(model, fit, attach, point, config):
+        losses, gradient, curvature = ORIGINAL(model, fit, attach, point, config)
         found.append({"point": list(map(float, point)), "gradient": gradient.tolist(), "losses": losses.to_dict()})
-        return losses, gradient
+        return losses, gradient, curvature
 
     recalibration._loss_and_gradient = recorded
     return found

@@ -1,0 +1,193 @@
+"""How many passes over the shots the search for the coefficients needs, by minimiser, on a real fine-tune of SmolLM2-135M.
+
+    python recipes/smollm2-135m/prepare.py
+    python benchmarks/recalibration.py --output benchmarks/results/recalibration.json
+
+Fine-tunes on drug reviews by the recipe (or takes `--model`), then minimises the objective of `recalibration.py` from the same start
+with each minimiser. A pass is one evaluation of loss and gradient over all fitting shots, which is all that the search costs.
+`passes_to_1_percent` is how many it takes to come within 1 % of the lowest objective that any of them found, and
+`passes_to_1_percent_of_gain` within 1 % of the way from the start to there.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from scipy.optimize import minimize
+
+from safegene_trl.attach import attached, frozen_for_calibration
+from safegene_trl.calibration import padding_id
+from safegene_trl.config import SafeGeneConfig
+from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.optimization import minimize_in_box
+from safegene_trl.provenance import software_versions
+from safegene_trl.recalibration import Side, _loss_and_gradient
+from safegene_trl.sharding import Sharding
+from safegene_trl.shots import gather_shots
+from safegene_trl.vector import SafetyVector
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE, BUILD = ROOT / "recipes" / "smollm2-135m", ROOT / "build" / "smollm2-135m"
+LOWER, UPPER = 0.0, 2.0
+
+
+class Enough(Exception):
+    """The passes are used up."""
+
+
+def fine_tuned(folder: Path) -> float:
+    """Fine-tunes by the recipe without the safety step; returns the seconds of a training step."""
+    recipe = yaml.safe_load((RECIPE / "sft.yaml").read_text())
+    del recipe["safegene"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sft.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(folder)}))
+    command = [sys.executable, "-m", "safegene_trl", "sft", "--config", str(folder / "sft.yaml")]
+    done = subprocess.run(command, check=True, cwd=ROOT, timeout=7200, capture_output=True, text=True)
+    return float(done.stdout.split("'train_runtime': '")[1].split("'")[0]) / recipe["max_steps"]
+
+
+def lbfgs(evaluate, start, passes):
+    minimize(
+        lambda point: evaluate(point)[:2],
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(LOWER, UPPER)] * len(start),
+        options={"maxfun": passes, "ftol": 1e-9, "gtol": 1e-9},
+    )
+
+
+def adam(rate, evaluate, start, passes):
+    point = torch.tensor(start)
+    optimizer = torch.optim.Adam([point], lr=rate)
+    while True:
+        point.grad = torch.tensor(evaluate(point.numpy().copy())[1])
+        optimizer.step()
+        point.clamp_(LOWER, UPPER)
+
+
+def levenberg_marquardt(evaluate, start, passes):
+    """The Gauss–Newton matrix anew at every accepted point, damped by what the last step taught."""
+    point, damping = start, 0.1
+    value, gradient, matrix = evaluate(point)
+    while True:
+        own = np.diag(np.diag(matrix) + np.trace(matrix) / len(start) / 10)
+        found = minimize(
+            lambda step, g=gradient, b=matrix + damping * own: (g @ step + step @ b @ step / 2, g + b @ step),
+            np.zeros(len(start)),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=list(zip(LOWER - point, UPPER - point, strict=True)),
+        ).x
+        new = evaluate(np.clip(point + found, LOWER, UPPER))
+        if new[0] < value:
+            point, (value, gradient, matrix), damping = np.clip(point + found, LOWER, UPPER), new, damping / 3
+        else:
+            damping *= 10
+
+
+def ours(evaluate, start, passes):
+    minimize_in_box(evaluate, start, LOWER, UPPER, passes)
+
+
+MINIMISERS = {
+    "gauss_newton_bfgs": ours,
+    "l_bfgs_b": lbfgs,
+    "levenberg_marquardt": levenberg_marquardt,
+    "adam_0.1": partial(adam, 0.1),
+    "adam_0.03": partial(adam, 0.03),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
+    parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
+    parser.add_argument("--passes", type=int, default=14)
+    parser.add_argument("--step_seconds", type=float, help="Of the fine-tune's training step, with --model.")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    folder, step_seconds = arguments.model, arguments.step_seconds
+    if folder is None:
+        folder = ROOT / "build" / "recalibration" / "fine-tuned"
+        step_seconds = fine_tuned(folder)
+    config = SafeGeneConfig(
+        vector=str(arguments.vector),
+        task_data=str(BUILD / "reviews_train.jsonl"),
+        num_safety_shots=24,
+        num_benign_shots=12,
+        num_task_shots=12,
+    )
+    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    sharding = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    model.to(sharding.device)
+    vector = SafetyVector.from_pretrained(config.vector)
+    shots = gather_shots(config, vector, tokenizer, None, None)
+    names = [own[0] for own in vector.coefficient_names("layer").values()]
+    unique = list(dict.fromkeys(names))
+    index = {module: unique.index(name) for module, name in zip(vector.deltas, names, strict=True)}
+    attach, start = partial(attached, model, vector.deltas, index), np.full(len(unique), config.start)
+    runs = {}
+    with frozen_for_calibration(model):
+        fit = Side(model, shots.data, "fit", config, padding_id(tokenizer), sharding)
+        for name, run in MINIMISERS.items():
+            values, seconds = [], []
+
+            def evaluate(point, values=values, seconds=seconds):
+                if len(values) == arguments.passes:
+                    raise Enough
+                started = time.perf_counter()
+                losses, gradient, curvature = _loss_and_gradient(model, fit, attach, point, config)
+                seconds.append(time.perf_counter() - started)
+                values.append(losses.safety + losses.benign + config.utility_weight * losses.utility)
+                return values[-1], gradient, curvature
+
+            with suppress(Enough):
+                run(evaluate, start, arguments.passes)
+            runs[name] = {"objective": values, "seconds": seconds}
+            print(name, [round(value, 4) for value in values], flush=True)
+    write(arguments.output, runs, step_seconds, config)
+
+
+def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig) -> None:
+    lowest = min(min(run["objective"]) for run in runs.values())
+    for run in runs.values():
+        first = run["objective"][0]
+        for key, near in (
+            ("passes_to_1_percent", 1.01 * lowest),
+            ("passes_to_1_percent_of_gain", lowest + 0.01 * (first - lowest)),
+        ):
+            run[key] = next((i + 1 for i, value in enumerate(run["objective"]) if value <= near), None)
+    own = runs["gauss_newton_bfgs"]
+    passes, pass_seconds = own["passes_to_1_percent"], float(np.median(own["seconds"]))
+    record = {
+        "lowest_objective": lowest,
+        "shots": {
+            "harmful": config.num_safety_shots,
+            "benign": config.num_benign_shots,
+            "task": config.num_task_shots,
+        },
+        "runs": runs,
+        "pass_seconds": pass_seconds,
+        "training_step_seconds": step_seconds,
+        "training_steps_of_which_the_search_is_3_percent": None
+        if not step_seconds
+        else round(len(own["objective"]) * pass_seconds / step_seconds / 0.03),
+        "aims": {"passes": 5, "reached": passes, "share_of_fine_tune": 0.03},
+        "threads": torch.get_num_threads(),
+        "software": software_versions(),
+    }
+    output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
