@@ -35,7 +35,7 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
         ConfigError: There is no such file or shipped name.
     """
     parser = launch_command_parser()
-    path, rest = _take_config(argv)
+    path, rest = take_config(argv)
     launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
     to_launcher, to_command = _split(rest, launcher_options)
     if "--num_processes" not in to_launcher and "num_processes" not in yaml.safe_load(
@@ -51,7 +51,8 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
     return 0
 
 
-def _take_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
+def take_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
+    """The file that `--accelerate_config` names, and the other arguments."""
     words = [word for item in argv for word in (item.split("=", 1) if item.startswith(f"{OPTION}=") else [item])]
     position = words.index(OPTION)
     named = words[position + 1] if position + 1 < len(words) else ""

@@ -12,6 +12,8 @@ COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer and the safety step at its end",
     "extract": "make a safety vector from an aligned and a degraded model",
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
+    "estimate": "tell a command's time, memory and disk before it runs",
+    "combine": "make one safety vector of several, each with coefficients of its own",
     "similarity": "compare safety vectors of one family by their cosines",
     "sign": "sign a safety vector with an elliptic-curve key",
     "verify": "check a safety vector's signature",

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
     config = safegene.config
     callbacks: list[TrainerCallback] = [SafeGeneCallback(config)] if config else []
-    dataset = _dataset(script, mixture)
+    dataset = training_data(script, mixture)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _dataset(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
+def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
     if mixture.datasets:
         return get_dataset(mixture)
     if not script.dataset_name:

@@ -69,7 +69,9 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
     truncations: dict[str, Truncation] = {}
     with job.agreed():
         config.check()
-        harmful, benign = (_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
+        harmful, benign = (
+            read_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data)
+        )
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         if job.is_main:
             stored = StoredModel.open(config.aligned_model, config.aligned_revision)
@@ -179,7 +181,8 @@ def _from_main(deltas: Mapping[str, LowRankDelta], job: Sharding) -> dict[str, L
     return found
 
 
-def _prompts(source: str, split: str) -> list[str]:
+def read_prompts(source: str, split: str) -> list[str]:
+    """The prompts of a data set, each one user turn."""
     prompts = []
     for row in load_rows(source, split):
         messages, _ = conversation(row)
@@ -205,6 +208,15 @@ def _difference(
 ) -> dict[str, Truncation]:
     """The aligned model less another one."""
     other = StoredModel.open(name, revision)
+    if differ_by_adapters(config, aligned, other, name, revision):
+        return adapter_delta(aligned.model, other.model, config.rank)
+    return stored_delta(aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress)
+
+
+def differ_by_adapters(
+    config: ExtractionConfig, aligned: StoredModel, other: StoredModel, name: str, revision: str | None
+) -> bool:
+    """Whether the aligned model and another one, of this name, are one base model with nothing but LoRAs on it."""
     bases = {
         Path(base).resolve() if Path(base).is_dir() else base
         for base in (
@@ -212,9 +224,7 @@ def _difference(
             adapter_base(name, revision) or name,
         )
     }
-    if len(bases) == 1 and not (aligned.has_full_rank_changes or other.has_full_rank_changes):
-        return adapter_delta(aligned.model, other.model, config.rank)
-    return stored_delta(aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress)
+    return len(bases) == 1 and not (aligned.has_full_rank_changes or other.has_full_rank_changes)
 
 
 def _isolated(

@@ -1,0 +1,141 @@
+"""`safegene estimate COMMAND …`: what `safegene COMMAND …` will take, for each of its steps."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftConfig, PeftModel
+from torch import nn
+from trl import get_peft_config
+
+from ..config import SafeGeneConfig
+from ..errors import ConfigError
+from ..estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
+from ..extraction.config import ExtractionConfig
+from ..extraction.pipeline import differ_by_adapters, read_prompts
+from ..loading import adapter_base, checkpoint_dtype, load_skeleton, load_tokenizer
+from ..safeguard import fitting_vector
+from ..shots import gather_shots
+from ..streaming import StoredModel
+from ..weights import canonical_modules, layer_index, linear_shape, task_factors
+from . import apply, sft
+from .launching import OPTION, take_config, wants_launch
+from .parsing import parse
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table; `--json FILE` writes it as well."""
+    parser = argparse.ArgumentParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", type=int)
+    parser.add_argument("--json", type=Path)
+    own, rest = parser.parse_known_args(argv)
+    command = rest[0] if rest else ""
+    if command not in _ESTIMATES:
+        raise ConfigError(
+            f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "
+            f"`{OPTION} NAME --num_processes N` for more than one process and `--json FILE` for a file."
+        )
+    launch, rest = _launch(rest[1:], own.num_processes)
+    costs = _ESTIMATES[command](rest, launch)
+    if own.json is not None:
+        record = {name: vars(cost) for name, cost in costs.items()}
+        own.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(table(costs))
+    return 0
+
+
+def table(costs: dict[str, Cost]) -> str:
+    """The costs as text, with their total."""
+    total = Cost(
+        sum(cost.seconds for cost in costs.values()),
+        max(cost.memory for cost in costs.values()),
+        sum(cost.disk for cost in costs.values()),
+    )
+    lines = [f"{'':<14}{'seconds':>10}{'peak memory':>15}{'disk':>12}"]
+    for name, cost in (*costs.items(), ("together", total)):
+        lines.append(f"{name:<14}{cost.seconds:>10.1f}{cost.memory / 2**30:>11.2f} GiB{cost.disk / 2**30:>8.2f} GiB")
+    return "\n".join(lines)
+
+
+def _launch(argv: Sequence[str], processes: int | None) -> tuple[Launch, list[str]]:
+    if not wants_launch(argv):
+        return Launch(processes or 1), list(argv)
+    path, rest = take_config(argv)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    zero = (settings.get("deepspeed_config") or {}).get("zero_stage")
+    sharded = zero == 3 or settings.get("distributed_type") == "FSDP"
+    return Launch(processes or settings.get("num_processes") or 1, sharded), rest
+
+
+def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
+    script, training, model, mixture, safegene = parse(sft.ARGUMENTS, argv, "safegene estimate sft", "")
+    config, name, revision = safegene.config, model.model_name_or_path, model.model_revision
+    if not name or config is None:
+        raise ConfigError("The recipe names no model or has no `safegene` block: there is no safety step to estimate.")
+    dtype = model.dtype if model.dtype not in (None, "auto") else checkpoint_dtype(name, revision)
+    rows = None if config.task_data else sft.training_data(script, mixture)[script.dataset_train_split]
+    probe = Probe(
+        load_skeleton(name, revision), getattr(torch, dtype), get_peft_config(model), training.gradient_checkpointing
+    )
+    return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
+
+
+def _estimate_apply(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
+    arguments, block = parse(apply.ARGUMENTS, argv, "safegene estimate apply", "")
+    config, name, revision = block.config, arguments.model_name_or_path, arguments.model_revision
+    if not name or config is None:
+        raise ConfigError("No model or no safety vector is named: set `model_name_or_path` and `safegene`.")
+    dtype = arguments.dtype if arguments.dtype != "auto" else checkpoint_dtype(name, revision)
+    adapter = PeftConfig.from_pretrained(name, revision=revision) if adapter_base(name, revision) else None
+    probe = Probe(load_skeleton(name, revision), getattr(torch, dtype), adapter)
+    tokenizer = load_tokenizer(name, revision)
+    if arguments.coefficients is not None:
+        return estimate_stored_merge(probe, config, fitting_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
+    if config.task_data is None:
+        raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
+    return _safeguarding(probe, config, tokenizer, launch, None)
+
+
+def _safeguarding(probe: Probe, config: SafeGeneConfig, tokenizer: Any, launch: Launch, rows: Any) -> dict[str, Cost]:
+    vector, _, _ = fitting_vector(config, probe.skeleton, tokenizer)
+    shots = gather_shots(config, vector, tokenizer, None, rows)
+    return estimate_safeguard(probe, config, vector, tokenizer, shots, launch)
+
+
+def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
+    (config,) = parse((ExtractionConfig,), argv, "safegene estimate extract", "")
+    config.check()
+    name, revision = config.degraded_model, config.degraded_revision
+    aligned, degraded = (
+        StoredModel.open(config.aligned_model, config.aligned_revision),
+        StoredModel.open(name, revision),
+    )
+    by_adapters = differ_by_adapters(config, aligned, degraded, name, revision)
+    factors = {
+        module: [factor.a.shape[0] for model in (aligned.model, degraded.model) for factor in _factors(model, module)]
+        for module in canonical_modules(degraded.model)
+    }
+    ranks = [sum(own) for own in factors.values() if own]
+    rank = config.rank or (max(ranks) if by_adapters and ranks else 8)
+    modules = [
+        module
+        for module, layer in canonical_modules(degraded.model).items()
+        if layer_index(module) is not None and linear_shape(layer) is not None and (factors[module] or not by_adapters)
+    ]
+    dtype = config.dtype if config.dtype != "auto" else checkpoint_dtype(name, revision)
+    adapter = PeftConfig.from_pretrained(name, revision=revision) if isinstance(degraded.model, PeftModel) else None
+    probe = Probe(degraded.model, getattr(torch, dtype), adapter)
+    harmful, benign = (read_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
+    tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
+    return estimate_extraction(probe, config, tokenizer, harmful, benign, modules, rank, by_adapters, launch)
+
+
+def _factors(model: nn.Module, module: str) -> list:
+    return task_factors(canonical_modules(model).get(module))
+
+
+_ESTIMATES = {"sft": _estimate_sft, "apply": _estimate_apply, "extract": _estimate_extract}

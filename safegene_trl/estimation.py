@@ -1,0 +1,505 @@
+"""What a command will take, told before anything of it runs: seconds, peak memory and disk of each of its steps.
+
+Every step is run for real on this machine, on models of the same architecture with random weights and only one and three layers.
+What a step takes is linear in the number of layers,
+
+    T(L) = T(1) + (L − 1) · (T(3) − T(1)) / 2,
+
+in seconds and in bytes; the prompts, batches and ranks of the real run are counted, so that no speed has to be known. To be
+believed it must run on the kind of machine that the command will run on. Bytes are those that tensors hold: on a CPU the C
+library's allocator may keep up to about as much again of what was freed.
+"""
+
+import copy
+import math
+import re
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import psutil
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from .attach import LowRankDelta, attached
+from .calibration import Sample, padding_id
+from .config import SafeGeneConfig
+from .evaluation.generation import generate_answers
+from .extraction.config import ExtractionConfig
+from .extraction.delta import adapter_delta, stored_delta
+from .extraction.distillation import DistillationSettings, divergence, expansion, reference_batches, with_factors
+from .merging import save_adapter, save_merged
+from .output import atomic_directory
+from .recalibration import Attach, Side
+from .selection import gradient, last_token_states
+from .sharding import Sharding
+from .shots import Shots
+from .streaming import StoredModel, write_merged
+from .vector import SafetyVector
+from .weights import canonical_modules, canonical_parameters, linear_shape
+
+
+LAYERS = (1, 3)
+REPETITIONS = 3  # the fastest counts: other work on the machine only adds
+SAMPLED_PROMPTS = 2  # of steps that read prompts one by one
+ZERO3_GATHERED = 10**9  # elements that DeepSpeed keeps gathered by default (`stage3_max_live_parameters`)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step takes.
+
+    Attributes:
+        seconds: Wall-clock time.
+        memory: Peak of one process, in bytes: on the accelerator where there is one, else resident.
+        disk: Bytes written.
+    """
+
+    seconds: float
+    memory: int
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the command will be launched: processes, and whether they share out the weights (ZeRO-3, FSDP2)."""
+
+    processes: int = 1
+    sharded: bool = False
+
+    def share(self, items: int) -> float:
+        """Share (0–1] of `items` that the busiest process works on."""
+        return math.ceil(items / self.processes) / items if items else 1.0
+
+    def held(self, weights: int, itemsize: int) -> int:
+        """Bytes of a model's weights that a process holds while it computes."""
+        if not self.sharded:
+            return weights
+        return min(weights, weights // self.processes + ZERO3_GATHERED * itemsize)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Seconds and transient bytes of one step on models of two depths."""
+
+    seconds: tuple[float, float]
+    memory: tuple[int, int]
+
+    def at(self, layers: float) -> tuple[float, int]:
+        """Extrapolated to a number of layers."""
+        (fast, slow), (small, large) = self.seconds, self.memory
+        more = (layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
+        return fast + more * max(0.0, slow - fast), int(small + more * max(0, large - small))
+
+
+class Probe:
+    """The real model's architecture with few layers, twice.
+
+    Args:
+        skeleton: The real model without weights, from `load_skeleton`: its config counts.
+        dtype: Data type that the weights will have.
+        adapter: The fine-tune's LoRA, if it is one.
+        checkpointing: Whether layers are recomputed in the backward pass.
+    """
+
+    def __init__(
+        self, skeleton: nn.Module, dtype: torch.dtype, adapter: PeftConfig | None = None, checkpointing: bool = False
+    ):
+        base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
+        self.skeleton, self.dtype = skeleton, dtype
+        self._config = base.config
+        self.layers = int(base.config.num_hidden_layers)
+        self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
+        self.process = 0 if self.alone.device.type == "cuda" else psutil.Process().memory_info().rss
+        self.models = [self._model(layers, adapter, checkpointing) for layers in LAYERS]
+        self.weights = sum(parameter.shape.numel() for parameter in canonical_parameters(skeleton)) * dtype.itemsize
+
+    def _model(self, layers: int, adapter: PeftConfig | None = None, checkpointing: bool = False) -> nn.Module:
+        small = copy.deepcopy(self._config)
+        small.num_hidden_layers = layers
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:layers]
+        with torch.random.fork_rng(), self.alone.device:
+            base: Any = AutoModelForCausalLM.from_config(small, dtype=self.dtype)
+            if checkpointing:
+                base.gradient_checkpointing_enable()
+            model: nn.Module = base if adapter is None else get_peft_model(base, copy.deepcopy(adapter))
+        return model.eval()
+
+    def stored(self, place: Path) -> list[StoredModel]:
+        """Both models as checkpoints, without the LoRA, of other random weights each time."""
+        found = []
+        for layers in LAYERS:
+            cast(Any, self._model(layers)).save_pretrained(place / str(layers))
+            found.append(StoredModel.open(str(place / str(layers))))
+        return found
+
+    def deltas(self, modules: Iterable[str], rank: int) -> list[dict[str, LowRankDelta]]:
+        """Random deltas on the like of `modules` in every layer of both models."""
+        kinds = {re.sub(r"\.\d+\.", ".*.", name, count=1) for name in modules}
+        return [
+            {
+                name: LowRankDelta(torch.randn(rank, shape[1]) * 1e-3, torch.randn(shape[0], rank) * 1e-3)
+                for name, module in canonical_modules(model).items()
+                if re.sub(r"\.\d+\.", ".*.", name, count=1) in kinds and (shape := linear_shape(module))
+            }
+            for model in self.models
+        ]
+
+    def measure(self, run: Callable[[int], Any]) -> _Pair:
+        """Runs a step on both models (0 and 1), once to see its memory and then, in turn, for the time."""
+        memory = [self._bytes(partial(run, index)) for index in (0, 1)]
+        times = [[self._seconds(partial(run, index)) for index in (0, 1)] for _ in range(REPETITIONS)]
+        fast, slow = (min(pair[index] for pair in times) for index in (0, 1))
+        return _Pair((fast, slow), (memory[0], memory[1]))
+
+    def _bytes(self, run: Callable[[], Any]) -> int:
+        if self.alone.device.type != "cuda":
+            with _Allocations() as allocations:
+                run()
+            return allocations.peak
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _seconds(self, run: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        run()
+        if self.alone.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+class _Allocations(TorchDispatchMode):
+    """The most bytes that tensors made inside the block held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self._count(tensor.untyped_storage())
+        return found
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._freed, key, storage.nbytes())
+
+    def _freed(self, key: int, count: int) -> None:
+        self._alive.discard(key)
+        self._now -= count
+
+
+def estimate_safeguard(
+    probe: Probe,
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    tokenizer: PreTrainedTokenizerBase,
+    shots: Shots,
+    launch: Launch,
+) -> dict[str, Cost]:
+    """Costs of `recalibrate`, `measure` (unless it is off) and `save` at the end of a training, or by `safegene apply`.
+
+    What the training itself holds, its optimiser's states above all, is not in the memory; communication between ranks and
+    a search that ends early are not in the seconds.
+    """
+    deltas = probe.deltas(vector.deltas, vector.rank)
+    stored = sum(t.numel() * t.element_size() for delta in vector.deltas.values() for t in (delta.a, delta.b))
+    held = probe.process + launch.held(probe.weights, probe.dtype.itemsize) + stored
+    costs = {"recalibrate": _recalibration(probe, config, vector, tokenizer, shots, launch, deltas, held)}
+    if config.measure_refusals:
+        answers = [
+            _generation(probe, tokenizer, prompts, config.max_new_tokens, config.batch_size, launch, deltas)
+            for prompts in shots.prompts.values()
+            if prompts
+        ]
+        costs["measure"] = Cost(2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))
+    return costs | {"save": _saving(probe, config, deltas, tokenizer, held)}
+
+
+def _recalibration(
+    probe: Probe,
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    tokenizer: PreTrainedTokenizerBase,
+    shots: Shots,
+    launch: Launch,
+    deltas: Sequence[Mapping[str, LowRankDelta]],
+    held: int,
+) -> Cost:
+    sides: dict[int, tuple[Side, Side]] = {}
+
+    def references(index: int) -> None:
+        model, pad = probe.models[index], padding_id(tokenizer)
+        fit, other = (Side(model, shots.data, name, config, pad, probe.alone) for name in ("fit", "held_out"))
+        sides[index] = fit, other
+
+    def gradients(index: int) -> None:
+        sides[index][0].gradients(probe.models[index], attach(index), np.array([0.1]))
+
+    def losses(which: int, index: int) -> None:
+        with attach(index)(torch.full((1,), 0.1, device=probe.alone.device)):
+            sides[index][which].losses(probe.models[index])
+
+    def attach(index: int) -> Attach:
+        return partial(attached, probe.models[index], deltas[index], dict.fromkeys(deltas[index], 0))
+
+    for model in probe.models:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    lowest = min(vector.layers)
+    reference = probe.measure(references)
+    fit = probe.measure(gradients)
+    forward, other = probe.measure(partial(losses, 0)), probe.measure(partial(losses, 1))
+    # Below the vector's lowest layer there is no backward pass, and nothing is kept for one.
+    fit_seconds, fit_memory = fit.at(probe.layers - lowest)
+    fit_seconds += forward.at(1 + lowest)[0] - forward.at(1)[0]
+    jobs = [len(side.jobs) for side in sides[1]]
+    reference_seconds, reference_memory = reference.at(probe.layers)
+    seconds = reference_seconds * launch.share(sum(jobs))
+    seconds += config.max_evaluations * fit_seconds * launch.share(jobs[0])
+    seconds += 2 * other.at(probe.layers)[0] * launch.share(jobs[1])
+    kept = sum(tensor.nbytes for side in sides[1] for tensor in side.reference.values())
+    kept = kept if probe.alone.device.type == "cpu" else 0
+    return Cost(seconds, held + max(reference_memory, kept + fit_memory))
+
+
+def _generation(
+    probe: Probe,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    max_new_tokens: int,
+    batch_size: int,
+    launch: Launch,
+    deltas: Sequence[Mapping[str, LowRankDelta]] | None = None,
+) -> tuple[float, int]:
+    """Seconds and transient bytes of greedy answers to all prompts, from those to one batch of them."""
+    sample = prompts[:batch_size]
+
+    def run(index: int) -> None:
+        model, own = probe.models[index], {} if deltas is None else deltas[index]
+        coefficients = torch.full((1,), 0.1, device=probe.alone.device)
+        with torch.no_grad(), attached(model, own, dict.fromkeys(own, 0), coefficients):
+            generate_answers(model, tokenizer, sample, max_new_tokens, batch_size, probe.alone)
+
+    seconds, memory = probe.measure(run).at(probe.layers)
+    batches = math.ceil(len(prompts) / batch_size)
+    return seconds * len(prompts) / len(sample) * launch.share(batches), memory
+
+
+def _saving(
+    probe: Probe,
+    config: SafeGeneConfig,
+    deltas: Sequence[Mapping[str, LowRankDelta]],
+    tokenizer: PreTrainedTokenizerBase,
+    held: int,
+) -> Cost:
+    def run(index: int, folder: Path) -> None:
+        model, own = probe.models[index], deltas[index]
+        coefficients = dict.fromkeys(own, 0.1)
+        if config.output_format != "adapter":
+            save_merged(model, own, coefficients, tokenizer, folder, config.max_shard_size, probe.alone)
+        if config.output_format != "merged":
+            save_adapter(model, own, coefficients, "base", tokenizer, folder / "adapter", probe.alone)
+
+    seconds, memory, disk = _written(probe, run, config.output_dir)
+    return Cost(seconds, held + memory, disk)
+
+
+def _written(probe: Probe, write: Callable[[int, Path], None], output_dir: str | None) -> tuple[float, int, int]:
+    """Seconds, transient bytes and bytes on disk of what `write` writes to a folder, on the disk of the output."""
+    sizes = [0, 0]
+
+    def run(index: int) -> None:
+        with tempfile.TemporaryDirectory(dir=_nearest(output_dir)) as place:
+            with atomic_directory(Path(place) / "out") as folder:
+                write(index, folder)
+            sizes[index] = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
+
+    cost = probe.measure(run)
+    # Each weight is made by itself: the largest one counts, however many there are.
+    disk = sizes[0] + (probe.layers - LAYERS[0]) * (sizes[1] - sizes[0]) // (LAYERS[1] - LAYERS[0])
+    return cost.at(probe.layers)[0], max(cost.memory), disk
+
+
+def estimate_stored_merge(
+    probe: Probe, config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Cost]:
+    """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
+    deltas = probe.deltas(vector.deltas, vector.rank)
+    with tempfile.TemporaryDirectory(dir=_nearest(config.output_dir)) as place:
+        stored = probe.stored(Path(place))
+
+        def run(index: int, folder: Path) -> None:
+            own = deltas[index]
+            write_merged(stored[index], own, dict.fromkeys(own, 0.1), tokenizer, folder, config.max_shard_size, False)
+
+        seconds, memory, disk = _written(probe, run, config.output_dir)
+    return {"save": Cost(seconds, probe.process + memory, disk)}
+
+
+def estimate_extraction(
+    probe: Probe,
+    config: ExtractionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    modules: Iterable[str],
+    rank: int,
+    by_adapters: bool,
+    launch: Launch,
+) -> dict[str, Cost]:
+    """Costs of the steps of `safegene extract`.
+
+    Args:
+        probe: Of the degraded model, with its LoRA if it has one.
+        config: How the vector is made.
+        tokenizer: The aligned model's.
+        harmful: All harmful prompts.
+        benign: All benign prompts.
+        modules: The modules in which the two models differ.
+        rank: The vector's rank.
+        by_adapters: Whether the two differ by LoRAs only, so that no weight has to be read.
+        launch: How it will be launched.
+    """
+    deltas = probe.deltas(modules, rank)
+    held = probe.process + launch.held(probe.weights, probe.dtype.itemsize)
+    costs = {"difference": _difference(probe, config, rank, by_adapters)}
+    drawn = harmful[: config.num_safety_prompts], benign[: config.num_benign_prompts]
+    answers = [
+        _generation(
+            probe, tokenizer, [_turn(text) for text in texts], config.max_new_tokens, config.batch_size, launch
+        )
+        for texts in drawn
+    ]
+    costs["answers"] = Cost(sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))
+    pad, samples = padding_id(tokenizer), [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
+    if config.method != "delta":
+        costs["distillation"] = _distillation(probe, config, samples, deltas, pad, launch, held)
+    if config.selection == "activation_contrast":
+        count = 2 * sum(min(config.num_selection_prompts, len(texts)) for texts in (harmful, benign))
+
+        def states(index: int) -> None:
+            last_token_states(probe.models[index], tokenizer, harmful[:SAMPLED_PROMPTS], probe.alone)
+
+        seconds, memory = probe.measure(states).at(probe.layers)
+        costs["selection"] = Cost(seconds * count / SAMPLED_PROMPTS, held + memory)
+    if config.selection == "gradient":
+        count = min(config.num_selection_prompts, len(samples[0]))
+
+        def gradients(index: int) -> None:
+            gradient(probe.models[index], deltas[index], samples[0][:SAMPLED_PROMPTS], pad, probe.alone)
+
+        seconds, memory = probe.measure(gradients).at(probe.layers)
+        costs["selection"] = Cost(seconds * count / SAMPLED_PROMPTS, held + memory)
+    per_layer = sum(t.numel() for delta in deltas[0].values() for t in (delta.a, delta.b)) // LAYERS[0]
+    share = 1.0 if config.selection == "all" else config.layer_share
+    size = int(per_layer * max(1, round(share * probe.layers))) * getattr(torch, config.weights_dtype).itemsize
+    return costs | {"save": Cost(0.0, probe.process, size)}
+
+
+def _difference(probe: Probe, config: ExtractionConfig, rank: int, by_adapters: bool) -> Cost:
+    if by_adapters:
+        plain = nn.Module()
+
+        def known(index: int) -> None:
+            adapter_delta(plain, probe.models[index], rank)
+
+        seconds, memory = probe.measure(known).at(probe.layers)
+        return Cost(seconds, probe.process + memory)
+    with tempfile.TemporaryDirectory(dir=_nearest(config.output_dir)) as place:
+        stored, others = (probe.stored(Path(place) / name) for name in ("aligned", "degraded"))
+
+        def read(index: int) -> None:
+            stored_delta(stored[index], others[index], rank, config.exact_svd, config.seed, False)
+
+        cost = probe.measure(read)
+    seconds, memory = cost.at(probe.layers)
+    return Cost(seconds, probe.process + memory)
+
+
+def _distillation(
+    probe: Probe,
+    config: ExtractionConfig,
+    samples: Sequence[Sequence[Sample]],
+    deltas: Sequence[Mapping[str, LowRankDelta]],
+    pad: int,
+    launch: Launch,
+    held: int,
+) -> Cost:
+    """References of one batch of each kind, one step on each and its divergence at both ends, times their number."""
+    counts = [math.ceil(len(kind) / config.batch_size) for kind in samples]
+    firsts = [kind[: config.batch_size] for kind in samples]
+    items: dict[int, list] = {}
+
+    def references(index: int) -> None:
+        items[index] = [
+            item
+            for anchor, batch in enumerate(firsts)
+            for item in reference_batches(probe.models[index], batch, len(batch), pad, bool(anchor), probe.alone)
+        ]
+
+    reference = probe.measure(references)
+    students = [with_factors(copy.deepcopy(model), own) for model, own in zip(probe.models, deltas, strict=True)]
+    settings = DistillationSettings(1, 0.0, 1.0)
+    blocks = config.linearized_blocks if config.method == "linearized" else settings.linearized_blocks
+
+    def steps(index: int) -> None:
+        trained = [parameter for parameter in students[index].parameters() if parameter.requires_grad]
+        with expansion(students[index], blocks):  # type: ignore[arg-type]
+            for item in items[index]:
+                torch.autograd.grad(divergence(students[index], item), trained)
+
+    def losses(index: int) -> None:
+        with torch.no_grad(), expansion(students[index], blocks):  # type: ignore[arg-type]
+            for item in items[index]:
+                divergence(students[index], item)
+
+    step, loss = probe.measure(steps), probe.measure(losses)
+    batches = sum(counts) / len(firsts)  # pairs of batches
+    seconds = reference.at(probe.layers)[0] * batches * launch.share(sum(counts))
+    seconds += step.at(probe.layers)[0] * config.distill_steps / len(firsts)
+    seconds += 2 * loss.at(probe.layers)[0] * batches * launch.share(sum(counts))
+    kept = sum(item.log_probs.nbytes for item in items[1]) * batches if probe.alone.device.type == "cpu" else 0
+    return Cost(seconds, held + int(kept) + max(step.at(probe.layers)[1], reference.at(probe.layers)[1]))
+
+
+def _samples(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], response_tokens: int) -> list[Sample]:
+    """Prompts with answers as long as they may become."""
+    found = []
+    for prompt in prompts:
+        ids = list(tokenizer(prompt)["input_ids"])
+        filler = [ids[-1] if ids else 0] * response_tokens
+        found.append(Sample(ids + filler, [False] * len(ids) + [True] * response_tokens))
+    return found
+
+
+def _turn(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _nearest(output_dir: str | None) -> str | None:
+    """The first folder at or above the output's place that exists: where the disk is that will be written to."""
+    if output_dir is None:
+        return None
+    path = Path(output_dir).absolute()
+    return str(next(folder for folder in (path, *path.parents) if folder.is_dir()))

@@ -1,0 +1,204 @@
+"""Estimates against what the steps take: bytes always, seconds as the best of a few tries, as these machines are shared."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safegene_trl.commands.main import main
+from safegene_trl.config import SafeGeneConfig
+from safegene_trl.estimation import Launch, Probe, _Allocations, estimate_safeguard
+from safegene_trl.recalibration import recalibrate
+from safegene_trl.safeguard import prepare, safeguard
+from safegene_trl.shots import gather_shots
+
+from .conftest import ALONE, BENIGN, HARMFUL, make_vector, with_lora
+
+
+LAYERS = 12
+ONE = Launch()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=1999,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    long = [{"prompt": "sort " + "item into box " * 20, "response": "into a box " * 8} for _ in range(24)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    return SafeGeneConfig(
+        vector=str(tmp_path / "vector"),
+        task_data=str(tmp_path / "task.jsonl"),
+        output_dir=str(tmp_path / "out"),
+        num_safety_shots=12,
+        num_task_shots=24,
+        num_benign_shots=8,
+        max_evaluations=3,
+        max_utility_loss=1e9,
+        max_new_tokens=24,
+        allow_other_base=True,
+    )
+
+
+def vector_for(model, tokenizer, settings, layers):
+    vector = make_vector(model, tokenizer, layers=layers, std=0.01)
+    vector.selection["selected_layers"] = list(layers)
+    vector.save_pretrained(settings.vector)
+    return vector
+
+
+def estimated(model, tokenizer, settings, vector, launch=ONE):
+    shots = gather_shots(settings, vector, tokenizer, None, None)
+    return estimate_safeguard(Probe(model, torch.float32), settings, vector, tokenizer, shots, launch)
+
+
+@pytest.mark.parametrize("layers", [range(LAYERS), range(6, LAYERS)], ids=["all layers", "upper half"])
+def test_within_a_quarter_of_what_is_measured(layers, model, tokenizer, settings, monkeypatch):
+    vector = vector_for(model, tokenizer, settings, layers)
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda *args: "")
+    monkeypatch.setattr("safegene_trl.optimization.TOLERANCE", -1.0)  # never early
+    plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
+    ratios = {}
+    for _ in range(4):
+        costs = estimated(model, tokenizer, settings, vector)
+        phases = safeguard(plan, model, "base", show_progress=False)["phases"]
+        for name, cost in costs.items():
+            ratio = cost.seconds / phases[name]["seconds"]
+            ratios.setdefault(name, []).append(ratio)
+        if all(any(0.75 < ratio < 1.25 for ratio in found) for found in ratios.values()):
+            break
+    assert set(costs) == {"recalibrate", "measure", "save"}
+    assert all(any(0.75 < ratio < 1.25 for ratio in found) for found in ratios.values()), ratios
+    written = sum(path.stat().st_size for path in plan.target.glob("*.safetensors"))
+    assert costs["save"].disk == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize("layers", [range(LAYERS), range(6, LAYERS)], ids=["all layers", "upper half"])
+def test_bytes_of_the_search(layers, model, tokenizer, settings, monkeypatch):
+    """What tensors hold at most while the coefficients are searched, beyond what was there before."""
+    vector = vector_for(model, tokenizer, settings, layers)
+    cost = estimated(model, tokenizer, settings, vector)["recalibrate"]
+    plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
+    with _Allocations() as allocations:
+        recalibrate(model, vector.deltas, vector.coefficient_names("layer"), plan.shots.data, settings, 0, ALONE)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    process = cost.memory - weights - allocations.peak
+    own = Probe(model, torch.float32).process
+    assert abs(process - own) < 0.25 * allocations.peak, (cost.memory, allocations.peak)
+
+
+def test_tensors_are_counted_while_they_live():
+    with _Allocations() as allocations:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            torch.ones(2000)
+        kept.view(10, 100)
+        weight = torch.randn(50, 50, requires_grad=True)
+        (weight @ weight).relu().sum().backward()
+    assert 4000 + 8000 <= allocations.peak < 4000 + 5 * 10000 + 8000
+    del kept
+
+
+def test_ranks_share_the_work_and_zero3_the_weights(model, tokenizer, settings):
+    vector = vector_for(model, tokenizer, settings, range(LAYERS))
+    alone = estimated(model, tokenizer, settings, vector)["recalibrate"]
+    four = estimated(model, tokenizer, settings, vector, Launch(4))["recalibrate"]
+    assert 0.15 < four.seconds / alone.seconds < 0.7
+    assert Launch(4, sharded=True).held(10**12, 2) == 10**12 // 4 + 2 * 10**9
+    assert Launch(4).held(10**12, 2) == 10**12
+    assert [Launch(4).share(items) for items in (1, 4, 6)] == [1.0, 0.25, 1 / 3]
+
+
+def run(*words):
+    """A command in a process of its own, in which the C library gives back at once what tensors no longer need."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "safegene_trl", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_commands(model, tokenizer, settings, tmp_path):
+    """`estimate apply …` against `apply …`, by the peak of resident memory in its report, and the bytes it wrote."""
+    vector_for(model, tokenizer, settings, range(LAYERS))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--model_name_or_path", tmp_path / "model"]
+    for key in ("vector", "task_data", "output_dir", "num_safety_shots", "num_task_shots", "max_evaluations"):
+        options += [f"--safegene.{key}", getattr(settings, key)]
+    options += ["--safegene.measure_refusals", "false", "--safegene.allow_other_base", "true"]
+    printed = run("estimate", "apply", *options, "--json", tmp_path / "costs.json")
+    assert "recalibrate" in printed and "together" in printed and "measure" not in printed
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    merged = run("estimate", "apply", *options, "--coefficients", "0.2", "--json", tmp_path / "merge.json")
+    assert "save" in merged and "recalibrate" not in merged
+    assert not (tmp_path / "out").exists()
+    run("apply", *options, "--coefficients", "0.2")
+    phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
+    merge = json.loads((tmp_path / "merge.json").read_text())["save"]
+    assert merge["memory"] / 2**20 == pytest.approx(phases["save"]["peak_memory_mib"], rel=0.25)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"]["disk"] == pytest.approx(size, rel=0.01)
+    run("apply", *options, "--safegene.max_utility_loss", "1e9", "--safegene.num_benign_shots", "0")
+    phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
+    assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(phases["recalibrate"]["peak_memory_mib"], rel=0.25)
+
+
+@pytest.mark.parametrize("method", ["delta", "distill", "linearized"])
+def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
+    """Each step of an extraction is told, from adapters and from checkpoints, and the vector's size."""
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("aligned")
+    tokenizer.save_pretrained("aligned")
+    degraded = with_lora(LlamaForCausalLM.from_pretrained("aligned"))
+    degraded.peft_config["default"].base_model_name_or_path = "aligned"
+    degraded.save_pretrained("degraded")
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    words = [
+        "estimate",
+        "extract",
+        "--aligned_model",
+        "aligned",
+        "--degraded_model",
+        "degraded",
+        "--json",
+        "costs.json",
+    ]
+    words += ["--harmful_data", "harmful.jsonl", "--benign_data", "benign.jsonl", "--output_dir", "vector"]
+    words += ["--method", method, "--distill_steps", "2", "--max_new_tokens", "4"]
+    assert main([*words, "--selection", "gradient"]) == 0
+    costs = json.loads(Path("costs.json").read_text())
+    assert set(costs) == {"difference", "answers", "selection", "save"} | (
+        {"distillation"} if method != "delta" else set()
+    )
+    # half of the layers, rank 4, float16; key and value projections are half as wide
+    per_layer = 2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 768)
+    assert costs["save"]["disk"] == LAYERS // 2 * per_layer * 4 * 2
+    assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
+    assert "GiB" in capsys.readouterr().out and not Path("vector").exists()
+
+
+def test_bad_use(capsys):
+    assert main(["estimate"]) == 2 and main(["estimate", "inspect"]) == 2
+    assert "followed by sft, apply, extract" in capsys.readouterr().err
