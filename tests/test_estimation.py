@@ -159,7 +159,7 @@ def test_commands(model, tokenizer, settings, tmp_path):
     assert merge["memory"] / 2**20 == pytest.approx(phases["save"]["peak_memory_mib"], rel=0.25)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"]["disk"] == pytest.approx(size, rel=0.01)
-    run("apply", *options, "--safegene.max_utility_loss", "1e9", "--safegene.num_benign_shots", "0")
+    run("apply", *options, "--safegene.max_utility_loss", "1000000", "--safegene.num_benign_shots", "0")
     phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
     assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(phases["recalibrate"]["peak_memory_mib"], rel=0.25)
 

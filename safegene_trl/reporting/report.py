@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ SCHEMA_VERSION = 1
 SCHEMA: dict[str, Any] = json.loads(files(__package__).joinpath("report.schema.json").read_text(encoding="utf-8"))
 
 
+_PROCESS = Path("/proc/self")
+
+
 class PhaseClock:
     """Wall-clock seconds and peak memory (MiB) of each phase of a run."""
 
@@ -25,10 +28,13 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures the block as phase `name`: accelerator memory where there is one, else the process's peak."""
+        """Measures the block as phase `name`: accelerator memory where there is one, else the process's resident peak."""
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):
+                _PROCESS.joinpath("clear_refs").write_text("5")  # forgets the resident peak so far
         started = time.perf_counter()
         try:
             yield
@@ -47,5 +53,9 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 
 
 def _peak_resident_bytes() -> int:
+    """On Linux by the process itself: `getrusage` counts what its parent held when it started it."""
+    with suppress(OSError, StopIteration):
+        lines = _PROCESS.joinpath("status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
