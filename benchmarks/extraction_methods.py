@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 import yaml
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from scipy.stats import binomtest
 
+from safegene_trl.loading import load_model
 from safegene_trl.provenance import software_versions
 
 
@@ -112,6 +115,12 @@ def measured(folder: Path, prompts: int) -> dict[str, Any]:
     return row | {"intervals": intervals}
 
 
+def opened_by_peft(vector: Path) -> int:
+    """How many modules PEFT finds the vector on, as on any LoRA."""
+    model = PeftModel.from_pretrained(load_model(str(BUILD / "aligned")), vector)
+    return sum(isinstance(module, LoraLayer) for module in model.modules())
+
+
 def safeguarded_row(name: str, vector: Path, model: Path, prompts: int) -> dict[str, Any]:
     about = {"degraded_by": VECTORS[name][0], "options": [word.replace(f"{ROOT}/", "") for word in VECTORS[name][1]]}
     try:
@@ -120,13 +129,18 @@ def safeguarded_row(name: str, vector: Path, model: Path, prompts: int) -> dict[
         return about | {"rejected": True}  # held-out safety did not improve; the log says by how much
     report = json.loads((folder / "safegene_report.json").read_text())
     coefficients = report["coefficients"].values()
-    return measured(folder, prompts) | about | {
-        "reason": report["decision"]["reason"],
-        "held_out": report["held_out"],
-        "mean_coefficient": sum(coefficients) / len(coefficients),
-        "extraction": {key: report["vector"]["extraction"].get(key) for key in ("method", "distillation")},
-        "stability": report["vector"]["selection"]["stability"]["mean_jaccard"],
-    }
+    return (
+        measured(folder, prompts)
+        | about
+        | {
+            "reason": report["decision"]["reason"],
+            "held_out": report["held_out"],
+            "mean_coefficient": sum(coefficients) / len(coefficients),
+            "extraction": {key: report["vector"]["extraction"].get(key) for key in ("method", "distillation")},
+            "modules_by_peft": opened_by_peft(vector),
+            "stability": report["vector"]["selection"]["stability"]["mean_jaccard"],
+        }
+    )
 
 
 def main() -> None:

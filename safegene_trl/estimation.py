@@ -60,7 +60,8 @@ class Cost:
 
     Attributes:
         seconds: Wall-clock time.
-        memory: Peak of one process, in bytes: on the accelerator where there is one, else resident.
+        memory: Peak of one process, in bytes: of steps that need the whole model on the accelerator where there is one, else
+            resident.
         disk: Bytes written.
     """
 
@@ -119,7 +120,8 @@ class Probe:
         self._config = base.config
         self.layers = int(base.config.num_hidden_layers)
         self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
-        self.process = 0 if self.alone.device.type == "cuda" else psutil.Process().memory_info().rss
+        self.host = psutil.Process().memory_info().rss
+        self.process = 0 if self.alone.device.type == "cuda" else self.host
         self.models = [self._model(layers, adapter, checkpointing) for layers in LAYERS]
         self.weights = sum(parameter.shape.numel() for parameter in canonical_parameters(skeleton)) * dtype.itemsize
 
@@ -155,15 +157,15 @@ class Probe:
             for model in self.models
         ]
 
-    def measure(self, run: Callable[[int], Any]) -> _Pair:
+    def measure(self, run: Callable[[int], Any], on_host: bool = False) -> _Pair:
         """Runs a step on both models (0 and 1), once to see its memory and then, in turn, for the time."""
-        memory = [self._bytes(partial(run, index)) for index in (0, 1)]
+        memory = [self._bytes(partial(run, index), on_host) for index in (0, 1)]
         times = [[self._seconds(partial(run, index)) for index in (0, 1)] for _ in range(REPETITIONS)]
         fast, slow = (min(pair[index] for pair in times) for index in (0, 1))
         return _Pair((fast, slow), (memory[0], memory[1]))
 
-    def _bytes(self, run: Callable[[], Any]) -> int:
-        if self.alone.device.type != "cuda":
+    def _bytes(self, run: Callable[[], Any], on_host: bool) -> int:
+        if on_host or self.alone.device.type != "cuda":
             with _Allocations() as allocations:
                 run()
             return allocations.peak
@@ -325,7 +327,9 @@ def _saving(
     return Cost(seconds, held + memory, disk)
 
 
-def _written(probe: Probe, write: Callable[[int, Path], None], output_dir: str | None) -> tuple[float, int, int]:
+def _written(
+    probe: Probe, write: Callable[[int, Path], None], output_dir: str | None, on_host: bool = False
+) -> tuple[float, int, int]:
     """Seconds, transient bytes and bytes on disk of what `write` writes to a folder, on the disk of the output."""
     sizes = [0, 0]
 
@@ -335,7 +339,7 @@ def _written(probe: Probe, write: Callable[[int, Path], None], output_dir: str |
                 write(index, folder)
             sizes[index] = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
 
-    cost = probe.measure(run)
+    cost = probe.measure(run, on_host)
     # Each weight is made by itself: the largest one counts, however many there are.
     disk = sizes[0] + (probe.layers - LAYERS[0]) * (sizes[1] - sizes[0]) // (LAYERS[1] - LAYERS[0])
     return cost.at(probe.layers)[0], max(cost.memory), disk
@@ -353,8 +357,8 @@ def estimate_stored_merge(
             own = deltas[index]
             write_merged(stored[index], own, dict.fromkeys(own, 0.1), tokenizer, folder, config.max_shard_size, False)
 
-        seconds, memory, disk = _written(probe, run, config.output_dir)
-    return {"save": Cost(seconds, probe.process + memory, disk)}
+        seconds, memory, disk = _written(probe, run, config.output_dir, on_host=True)
+    return {"save": Cost(seconds, probe.host + memory, disk)}
 
 
 def estimate_extraction(
@@ -414,7 +418,7 @@ def estimate_extraction(
     per_layer = sum(t.numel() for delta in deltas[0].values() for t in (delta.a, delta.b)) // LAYERS[0]
     share = 1.0 if config.selection == "all" else config.layer_share
     size = int(per_layer * max(1, round(share * probe.layers))) * getattr(torch, config.weights_dtype).itemsize
-    return costs | {"save": Cost(0.0, probe.process, size)}
+    return costs | {"save": Cost(0.0, probe.host, size)}
 
 
 def _difference(probe: Probe, config: ExtractionConfig, rank: int, by_adapters: bool) -> Cost:
@@ -424,17 +428,17 @@ def _difference(probe: Probe, config: ExtractionConfig, rank: int, by_adapters: 
         def known(index: int) -> None:
             adapter_delta(plain, probe.models[index], rank)
 
-        seconds, memory = probe.measure(known).at(probe.layers)
-        return Cost(seconds, probe.process + memory)
+        seconds, memory = probe.measure(known, on_host=True).at(probe.layers)
+        return Cost(seconds, probe.host + memory)
     with tempfile.TemporaryDirectory(dir=_nearest(config.output_dir)) as place:
         stored, others = (probe.stored(Path(place) / name) for name in ("aligned", "degraded"))
 
         def read(index: int) -> None:
             stored_delta(stored[index], others[index], rank, config.exact_svd, config.seed, False)
 
-        cost = probe.measure(read)
+        cost = probe.measure(read, on_host=True)
     seconds, memory = cost.at(probe.layers)
-    return Cost(seconds, probe.process + memory)
+    return Cost(seconds, probe.host + memory)
 
 
 def _distillation(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safegene_trl.commands.main import main
@@ -17,7 +18,7 @@ from safegene_trl.recalibration import recalibrate
 from safegene_trl.safeguard import prepare, safeguard
 from safegene_trl.shots import gather_shots
 
-from .conftest import ALONE, BENIGN, HARMFUL, make_vector, with_lora
+from .conftest import ALONE, ARCHITECTURES, BENIGN, HARMFUL, make_model, make_vector, with_lora
 
 
 LAYERS = 12
@@ -197,6 +198,16 @@ def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
     assert costs["save"]["disk"] == LAYERS // 2 * per_layer * 4 * 2
     assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
     assert "GiB" in capsys.readouterr().out and not Path("vector").exists()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_has_a_small_likeness(kind):
+    model = make_model(kind)
+    probe = Probe(with_lora(model), torch.float32, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    few, more = probe.deltas(["model.layers.2.mlp.down_proj", "model.layers.2.self_attn.q_proj"], rank=2)
+    assert len(few) == 2 and len(more) == 6 and probe.layers == 3
+    name = "model.layers.0.mlp.down_proj"
+    assert few[name].a.shape[1] == model.get_submodule(name).weight.shape[1]
 
 
 def test_bad_use(capsys):
