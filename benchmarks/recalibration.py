@@ -113,10 +113,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
     parser.add_argument("--passes", type=int, default=14)
-    parser.add_argument("--step_seconds", type=float, help="Of the fine-tune's training step, with --model.")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    folder, step_seconds = arguments.model, arguments.step_seconds
+    folder, step_seconds = arguments.model, None
     if folder is None:
         folder = ROOT / "build" / "recalibration" / "fine-tuned"
         step_seconds = fine_tuned(folder)
@@ -168,7 +167,7 @@ def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGene
         ):
             run[key] = next((i + 1 for i, value in enumerate(run["objective"]) if value <= near), None)
     own = runs["gauss_newton_bfgs"]
-    passes, pass_seconds = own["passes_to_1_percent"], float(np.median(own["seconds"]))
+    pass_seconds = float(np.median(own["seconds"]))
     record = {
         "lowest_objective": lowest,
         "shots": {
@@ -182,7 +181,7 @@ def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGene
         "training_steps_of_which_the_search_is_3_percent": None
         if not step_seconds
         else round(len(own["objective"]) * pass_seconds / step_seconds / 0.03),
-        "aims": {"passes": 5, "reached": passes, "share_of_fine_tune": 0.03},
+        "aims": {"passes": 5, "reached": own["passes_to_1_percent"], "share_of_fine_tune": 0.03},
         "threads": torch.get_num_threads(),
         "software": software_versions(),
     }

@@ -56,7 +56,7 @@ def settings(tmp_path):
         num_benign_shots=8,
         max_evaluations=3,
         max_utility_loss=1e9,
-        max_new_tokens=24,
+        max_new_tokens=8,
         allow_other_base=True,
     )
 
