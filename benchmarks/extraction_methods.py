@@ -41,6 +41,9 @@ VECTORS: dict[str, tuple[str, list[str]]] = {  # name: what the model is degrade
     "delta, isolated from look-alikes": ("puzzles", ["--isolate_from", str(WORK / "degraded look-alikes")]),
     "delta, half the layers by gradient": ("puzzles", ["--selection", "gradient", "--layer_share", "0.5"]),
 }
+COMBINED = {  # name: the vectors that are its components
+    "three components": ["delta", "delta, before alignment", "delta, compliant openings"],
+}
 STEP = {"num_safety_shots": 24, "num_benign_shots": 12, "num_task_shots": 12, "max_evaluations": 8}
 
 
@@ -83,9 +86,13 @@ def degraded(kind: str) -> Path:
 
 
 def vector_of(name: str) -> Path:
-    kind, options = VECTORS[name]
     folder = WORK / f"vector {name}"
-    if not (folder / "safegene_config.json").is_file():
+    if (folder / "safegene_config.json").is_file():
+        return folder
+    if name in COMBINED:
+        safegene("combine", *map(vector_of, COMBINED[name]), "--output_dir", folder)
+    else:
+        kind, options = VECTORS[name]
         models = ["--degraded_model", degraded(kind), "--output_dir", folder]
         safegene("extract", "--config", RECIPE / "extract.yaml", *models, *options)
     return folder
@@ -122,7 +129,10 @@ def opened_by_peft(vector: Path) -> int:
 
 
 def safeguarded_row(name: str, vector: Path, model: Path, prompts: int) -> dict[str, Any]:
-    about = {"degraded_by": VECTORS[name][0], "options": [word.replace(f"{ROOT}/", "") for word in VECTORS[name][1]]}
+    about: dict[str, Any] = {"components": COMBINED[name]} if name in COMBINED else {}
+    if name in VECTORS:
+        kind, options = VECTORS[name]
+        about = {"degraded_by": kind, "options": [word.replace(f"{ROOT}/", "") for word in options]}
     try:
         folder = safeguarded(name, vector, model)
     except subprocess.CalledProcessError:
@@ -138,7 +148,7 @@ def safeguarded_row(name: str, vector: Path, model: Path, prompts: int) -> dict[
             "mean_coefficient": sum(coefficients) / len(coefficients),
             "extraction": {key: report["vector"]["extraction"].get(key) for key in ("method", "distillation")},
             "modules_by_peft": opened_by_peft(vector),
-            "stability": report["vector"]["selection"]["stability"]["mean_jaccard"],
+            "stability": report["vector"]["selection"].get("stability", {}).get("mean_jaccard"),
         }
     )
 
@@ -161,12 +171,12 @@ def main() -> None:
     for name, folder in {"aligned": BUILD / "aligned", "fine-tuned": model}.items():
         if name not in rows:
             keep(name, measured(folder, arguments.prompts))
-    for name in VECTORS:
+    for name in (*VECTORS, *COMBINED):
         if name not in rows:
             keep(name, safeguarded_row(name, vector_of(name), model, arguments.prompts))
-            kind = f"degraded: {VECTORS[name][0]}"
-            if kind not in rows:
-                keep(kind, measured(degraded(VECTORS[name][0]), arguments.prompts))
+    for kind in dict.fromkeys(kind for kind, _ in VECTORS.values()):
+        if f"degraded: {kind}" not in rows:
+            keep(f"degraded: {kind}", measured(degraded(kind), arguments.prompts))
 
 
 if __name__ == "__main__":
