@@ -316,9 +316,45 @@ def main() -> None:
             "sizes": results,
             "apply_rank": APPLY_RANK,
             "extract_rank": EXTRACT_RANK,
+            "aims": {size: aims(result) for size, result in results.items()},
             "machine": machine(arguments),
         }
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def aims(result: dict) -> list[dict]:
+    """Each aim with what was reached; of a missed one, why."""
+    found = result["apply"]
+    whole, work = found["apply"], found["apply, without start"]
+    start = f"{whole['seconds'] - work['seconds']:.1f} of {whole['seconds']:.1f} s are Python's start and imports (torch, transformers, PEFT, TRL)"
+    rows = [
+        {"what": "apply ÷ cp, without start", "at_most": 3, "reached": work["times_cp"]},
+        {"what": "apply ÷ cp, whole command", "at_most": 3, "reached": whole["times_cp"], "why": start},
+        {"what": "peak MiB of apply", "at_most": 1024, "reached": whole["peak_mib"]},
+    ]
+    for peer in ("peft", "mergekit"):
+        if peer in found:
+            disk = "; all of them wait for the disk" if whole["seconds"] > 15 else ""
+            rows += [
+                {"what": f"{peer} ÷ apply", "at_least": 4, "reached": found[peer]["times_apply"], "why": start + disk},
+                {
+                    "what": f"{peer} ÷ apply, without start (the peer's start is in its seconds)",
+                    "at_least": 4,
+                    "reached": found[peer]["times_apply_without_start"],
+                    "why": "all of them wait for the disk",
+                },
+            ]
+    peer = result.get("extract", {}).get("mergekit")
+    if peer is not None:
+        why = "a small model: the start is most of extract's seconds"
+        rows.append(
+            {"what": "mergekit-extract-lora ÷ extract", "at_least": 20, "reached": peer["times_extract"], "why": why}
+        )
+    for row in rows:
+        row["met"] = row["reached"] <= row["at_most"] if "at_most" in row else row["reached"] >= row["at_least"]
+        if row["met"]:
+            row.pop("why", None)
+    return rows
 
 
 def machine(arguments: argparse.Namespace) -> dict:
