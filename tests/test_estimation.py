@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -198,6 +199,35 @@ def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
     assert costs["save"]["disk"] == LAYERS // 2 * per_layer * 4 * 2
     assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
     assert "GiB" in capsys.readouterr().out and not Path("vector").exists()
+
+
+def test_training_recipe(tokenizer, tmp_path, monkeypatch):
+    """A recipe's safety step, with the shots from its own training data; two sharing processes take less each."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    make_vector(make_model(), tokenizer).save_pretrained("vector")
+    rows = [{"prompt": f"sort item {i}", "completion": " into a box"} for i in range(12)]
+    Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model_name_or_path": "model",
+        "datasets": [{"path": "json", "data_files": "task.jsonl", "split": "train"}],
+        "output_dir": "out",
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "safegene": {"vector": "vector", "num_task_shots": 8, "max_new_tokens": 2},
+    }
+    Path("sft.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["estimate", "sft", "--config", "sft.yaml", "--json", "costs.json"]
+    assert main([*words, "--accelerate_config", "zero3", "--num_processes", "2"]) == 0
+    costs = json.loads(Path("costs.json").read_text())
+    assert set(costs) == {"recalibrate", "measure", "save"} and all(cost["seconds"] > 0 for cost in costs.values())
+    assert not Path("out").exists()
+    Path("sft.yaml").write_text(yaml.safe_dump({key: value for key, value in recipe.items() if key != "safegene"}))
+    assert main(words) == 2
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
