@@ -74,6 +74,7 @@ def estimated(model, tokenizer, settings, vector, launch=ONE):
     return estimate_safeguard(Probe(model, torch.float32), settings, vector, tokenizer, shots, launch)
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("layers", [range(LAYERS), range(6, LAYERS)], ids=["all layers", "upper half"])
 def test_within_a_quarter_of_what_is_measured(layers, model, tokenizer, settings, monkeypatch):
     vector = vector_for(model, tokenizer, settings, layers)
