@@ -36,11 +36,11 @@ from .config import SafeGeneConfig
 from .evaluation.generation import generate_answers
 from .extraction.config import ExtractionConfig
 from .extraction.delta import adapter_delta, stored_delta
-from .extraction.distillation import DistillationSettings, divergence, expansion, reference_batches, with_factors
+from .extraction.distillation import divergence, expansion, reference_batches, with_factors
 from .merging import save_adapter, save_merged
-from .output import atomic_directory
+from .output import atomic_directory, nearest_folder
 from .recalibration import Attach, Side
-from .selection import gradient, last_token_states
+from .selection import gradient, last_token_states, top_layers
 from .sharding import Sharding
 from .shots import Shots
 from .streaming import StoredModel, write_merged
@@ -107,23 +107,27 @@ class Probe:
 
     Args:
         skeleton: The real model without weights, from `load_skeleton`: its config counts.
-        dtype: Data type that the weights will have.
-        adapter: The fine-tune's LoRA, if it is one.
+        dtype: Name of the data type that the weights will have.
+        adapter: The LoRA that the training will put on. A skeleton with a LoRA brings its own.
         checkpointing: Whether layers are recomputed in the backward pass.
     """
 
     def __init__(
-        self, skeleton: nn.Module, dtype: torch.dtype, adapter: PeftConfig | None = None, checkpointing: bool = False
+        self, skeleton: nn.Module, dtype: str, adapter: PeftConfig | None = None, checkpointing: bool = False
     ):
+        if isinstance(skeleton, PeftModel):
+            adapter = skeleton.active_peft_config
         base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
-        self.skeleton, self.dtype = skeleton, dtype
+        self.skeleton, self.dtype = skeleton, getattr(torch, dtype)
         self._config = base.config
         self.layers = int(base.config.num_hidden_layers)
         self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.host = psutil.Process().memory_info().rss
         self.process = 0 if self.alone.device.type == "cuda" else self.host
         self.models = [self._model(layers, adapter, checkpointing) for layers in LAYERS]
-        self.weights = sum(parameter.shape.numel() for parameter in canonical_parameters(skeleton)) * dtype.itemsize
+        self.weights = (
+            sum(parameter.shape.numel() for parameter in canonical_parameters(skeleton)) * self.dtype.itemsize
+        )
 
     def _model(self, layers: int, adapter: PeftConfig | None = None, checkpointing: bool = False) -> nn.Module:
         small = copy.deepcopy(self._config)
@@ -334,7 +338,7 @@ def _written(
     sizes = [0, 0]
 
     def run(index: int) -> None:
-        with tempfile.TemporaryDirectory(dir=_nearest(output_dir)) as place:
+        with tempfile.TemporaryDirectory(dir=_place(output_dir)) as place:
             with atomic_directory(Path(place) / "out") as folder:
                 write(index, folder)
             sizes[index] = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
@@ -350,7 +354,7 @@ def estimate_stored_merge(
 ) -> dict[str, Cost]:
     """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
     deltas = probe.deltas(vector.deltas, vector.rank)
-    with tempfile.TemporaryDirectory(dir=_nearest(config.output_dir)) as place:
+    with tempfile.TemporaryDirectory(dir=_place(config.output_dir)) as place:
         stored = probe.stored(Path(place))
 
         def run(index: int, folder: Path) -> None:
@@ -399,25 +403,23 @@ def estimate_extraction(
     pad, samples = padding_id(tokenizer), [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
     if config.method != "delta":
         costs["distillation"] = _distillation(probe, config, samples, deltas, pad, launch, held)
-    if config.selection == "activation_contrast":
-        count = 2 * sum(min(config.num_selection_prompts, len(texts)) for texts in (harmful, benign))
+    passes = {
+        "activation_contrast": 2 * sum(min(config.num_selection_prompts, len(texts)) for texts in (harmful, benign)),
+        "gradient": min(config.num_selection_prompts, len(samples[0])),
+    }
+    if config.selection in passes:
 
-        def states(index: int) -> None:
-            last_token_states(probe.models[index], tokenizer, harmful[:SAMPLED_PROMPTS], probe.alone)
+        def scores(index: int) -> None:
+            if config.selection == "gradient":
+                gradient(probe.models[index], deltas[index], samples[0][:SAMPLED_PROMPTS], pad, probe.alone)
+            else:
+                last_token_states(probe.models[index], tokenizer, harmful[:SAMPLED_PROMPTS], probe.alone)
 
-        seconds, memory = probe.measure(states).at(probe.layers)
-        costs["selection"] = Cost(seconds * count / SAMPLED_PROMPTS, held + memory)
-    if config.selection == "gradient":
-        count = min(config.num_selection_prompts, len(samples[0]))
-
-        def gradients(index: int) -> None:
-            gradient(probe.models[index], deltas[index], samples[0][:SAMPLED_PROMPTS], pad, probe.alone)
-
-        seconds, memory = probe.measure(gradients).at(probe.layers)
-        costs["selection"] = Cost(seconds * count / SAMPLED_PROMPTS, held + memory)
+        seconds, memory = probe.measure(scores).at(probe.layers)
+        costs["selection"] = Cost(seconds * passes[config.selection] / SAMPLED_PROMPTS, held + memory)
     per_layer = sum(t.numel() for delta in deltas[0].values() for t in (delta.a, delta.b)) // LAYERS[0]
-    share = 1.0 if config.selection == "all" else config.layer_share
-    size = int(per_layer * max(1, round(share * probe.layers))) * getattr(torch, config.weights_dtype).itemsize
+    kept = len(top_layers(range(probe.layers), config.selected_share))
+    size = per_layer * kept * getattr(torch, config.weights_dtype).itemsize
     return costs | {"save": Cost(0.0, probe.host, size)}
 
 
@@ -430,7 +432,7 @@ def _difference(probe: Probe, config: ExtractionConfig, rank: int, by_adapters: 
 
         seconds, memory = probe.measure(known, on_host=True).at(probe.layers)
         return Cost(seconds, probe.host + memory)
-    with tempfile.TemporaryDirectory(dir=_nearest(config.output_dir)) as place:
+    with tempfile.TemporaryDirectory(dir=_place(config.output_dir)) as place:
         stored, others = (probe.stored(Path(place) / name) for name in ("aligned", "degraded"))
 
         def read(index: int) -> None:
@@ -464,17 +466,15 @@ def _distillation(
 
     reference = probe.measure(references)
     students = [with_factors(copy.deepcopy(model), own) for model, own in zip(probe.models, deltas, strict=True)]
-    settings = DistillationSettings(1, 0.0, 1.0)
-    blocks = config.linearized_blocks if config.method == "linearized" else settings.linearized_blocks
 
     def steps(index: int) -> None:
         trained = [parameter for parameter in students[index].parameters() if parameter.requires_grad]
-        with expansion(students[index], blocks):  # type: ignore[arg-type]
+        with expansion(students[index], config.expanded_blocks):
             for item in items[index]:
                 torch.autograd.grad(divergence(students[index], item), trained)
 
     def losses(index: int) -> None:
-        with torch.no_grad(), expansion(students[index], blocks):  # type: ignore[arg-type]
+        with torch.no_grad(), expansion(students[index], config.expanded_blocks):
             for item in items[index]:
                 divergence(students[index], item)
 
@@ -501,9 +501,6 @@ def _turn(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _nearest(output_dir: str | None) -> str | None:
-    """The first folder at or above the output's place that exists: where the disk is that will be written to."""
-    if output_dir is None:
-        return None
-    path = Path(output_dir).absolute()
-    return str(next(folder for folder in (path, *path.parents) if folder.is_dir()))
+def _place(output_dir: str | None) -> Path | None:
+    """A folder on the disk that will be written to."""
+    return None if output_dir is None else nearest_folder(Path(output_dir))

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .errors import UnsupportedModelError
+from .sharding import Sharding, place
 from .weights import changes_base
 
 
@@ -51,6 +52,20 @@ def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"The model {base or name_or_path} cannot be loaded: {error}") from error
     return str(config.dtype or torch.float32).removeprefix("torch.")
+
+
+def resolve_dtype(dtype: str | None, name_or_path: str, revision: str | None = None) -> str:
+    """`dtype` itself; where it is None or `auto`, the one that the checkpoint was saved in."""
+    return checkpoint_dtype(name_or_path, revision) if dtype in (None, "auto") else str(dtype)
+
+
+def load_placed(
+    name_or_path: str, revision: str | None, dtype: str | None, job: Sharding
+) -> tuple[nn.Module, Sharding]:
+    """Collective: a finished checkpoint, whole or sharded as this job was launched (see `sharding.place`)."""
+    with job.agreed():
+        found = resolve_dtype(dtype, name_or_path, revision)
+    return place(lambda: load_model(name_or_path, revision, found), getattr(torch, found), job)
 
 
 def load_model(name_or_path: str, revision: str | None = None, dtype: str = "auto") -> nn.Module:

@@ -61,11 +61,9 @@ def task_terms(factors: Sequence[TaskFactors], transposed: bool) -> list[Term]:
 
 def vector_terms(delta: LowRankDelta | None, coefficient: Coefficient, transposed: bool) -> list[Term]:
     """What the safety vector adds to a module's weight: `λ·B·A`, nothing where λ is 0."""
-    return (
-        []
-        if delta is None or not torch.as_tensor(coefficient).any()
-        else [_term(*_scaled(delta, coefficient), transposed)]
-    )
+    if delta is None or not torch.as_tensor(coefficient).any():
+        return []
+    return [_term(*_scaled(delta, coefficient), transposed)]
 
 
 def _term(a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.Tensor | None = None) -> Term:
@@ -84,8 +82,7 @@ def save_merged(
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a full checkpoint.
 
     Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that one is in rank 0's
-    memory; the live weights are only read. `coefficients` are by module name: one, or
-    one of each of its r rank-one parts.
+    memory; the live weights are only read. `coefficients` are by module name: one, or one of each of its r rank-one parts.
     """
     parameters = list(canonical_parameters(model))
     parts = {

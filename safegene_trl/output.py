@@ -28,7 +28,7 @@ def check_output(target: Path, needed_bytes: int = 0, marker: str = MARKER) -> N
         raise OutputError(
             f"{target} holds files that SafeGene did not write: choose another `output_dir` or empty it."
         )
-    parent = next(folder for folder in (target, *target.absolute().parents) if folder.is_dir())
+    parent = nearest_folder(target)
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{parent} is not writable: choose another `output_dir`.")
     free = shutil.disk_usage(parent).free
@@ -37,6 +37,12 @@ def check_output(target: Path, needed_bytes: int = 0, marker: str = MARKER) -> N
             f"{parent} has {free / 2**30:.1f} GiB free and the checkpoint needs {needed_bytes / 2**30:.1f} GiB: free some "
             "space or choose another `output_dir`."
         )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The first folder at or above `path` that exists: on its disk the path would be written."""
+    absolute = path.absolute()
+    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
 
 
 @contextmanager

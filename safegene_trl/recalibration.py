@@ -127,14 +127,7 @@ class Side:
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Losses:
         """The losses of the model as it is."""
-        sums = torch.zeros(len(self.jobs), dtype=torch.float64)
-        with self.sharding.forward_passes():
-            for index in self.sharding.share(len(self.jobs)):
-                loss = self.loss(model, self._idle_job if index is None else index)
-                self.sharding.release()
-                if index is not None:
-                    sums[index] = float(loss.detach())
-        return self._means(self.sharding.sum(sums))
+        return self._means(self.sharding.values(len(self.jobs), partial(self.loss, model), self._idle_job))
 
     def gradients(
         self, model: nn.Module, attach: Attach, point: np.ndarray
@@ -217,7 +210,10 @@ def recalibrate(
     """
     names = list(dict.fromkeys(name for module in deltas for name in coefficient_names[module]))
     position = {name: index for index, name in enumerate(names)}
-    index = {module: torch.tensor([position[name] for name in coefficient_names[module]]) for module in deltas}
+    index = {
+        module: torch.tensor([position[name] for name in coefficient_names[module]], device=sharding.device)
+        for module in deltas
+    }
     attach = partial(attached, model, deltas, index)
     with frozen_for_calibration(model):
         fit = Side(model, data, "fit", config, pad_id, sharding)

@@ -69,6 +69,20 @@ class Sharding:
         """Which of `count` items this rank works on; as many on every rank, None where one has to mark time."""
         return [i if i < count else None for i in range(self.rank, self._padded(count), self.world_size)]
 
+    def values(self, count: int, value: Callable[[int], torch.Tensor], idle: int = 0) -> torch.Tensor:
+        """Collective: `value(i)`, a scalar from forward passes, for every i below `count`: float64, on the CPU.
+
+        Each is worked out by one rank; a rank without one marks time with item `idle`.
+        """
+        found = torch.zeros(count, dtype=torch.float64)
+        with self.forward_passes():
+            for index in self.share(count):
+                current = value(idle if index is None else index)
+                self.release()
+                if index is not None:
+                    found[index] = float(current.detach())
+        return self.sum(found)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Collective: the sum over ranks, on the CPU."""
         if self.world_size == 1:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safegene_trl.commands.main import main
@@ -71,7 +70,7 @@ def vector_for(model, tokenizer, settings, layers):
 
 def estimated(model, tokenizer, settings, vector, launch=ONE):
     shots = gather_shots(settings, vector, tokenizer, None, None)
-    return estimate_safeguard(Probe(model, torch.float32), settings, vector, tokenizer, shots, launch)
+    return estimate_safeguard(Probe(model, "float32"), settings, vector, tokenizer, shots, launch)
 
 
 @pytest.mark.timeout(1200)
@@ -101,7 +100,7 @@ def test_bytes_of_the_search(layers, model, tokenizer, settings):
     """What tensors hold at most while the coefficients are searched, beyond what was there before."""
     vector = vector_for(model, tokenizer, settings, layers)
     plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
-    probe = Probe(model, torch.float32)
+    probe = Probe(model, "float32")
     cost = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)["recalibrate"]
     factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
     with _Allocations() as allocations:
@@ -233,7 +232,7 @@ def test_training_recipe(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_has_a_small_likeness(kind):
     model = make_model(kind)
-    probe = Probe(with_lora(model), torch.float32, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    probe = Probe(with_lora(model), "float32")
     few, more = probe.deltas(["model.layers.2.mlp.down_proj", "model.layers.2.self_attn.q_proj"], rank=2)
     assert len(few) == 2 and len(more) == 6 and probe.layers == 3
     name = "model.layers.0.mlp.down_proj"

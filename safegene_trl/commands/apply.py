@@ -5,14 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config import SafeGeneConfig
 from ..errors import ConfigError
-from ..loading import adapter_base, checkpoint_dtype, load_model, load_tokenizer
+from ..loading import adapter_base, load_placed, load_tokenizer
 from ..offline import safeguard_stored
 from ..safeguard import dry_run_message, prepare, safeguard
-from ..sharding import join_processes, leave_processes, place, this_job
+from ..sharding import join_processes, leave_processes, this_job
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
 
@@ -71,8 +69,7 @@ def main(argv: Sequence[str]) -> int:
     revision, job = arguments.model_revision, this_job()
     with job.agreed():
         tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
-        dtype = checkpoint_dtype(name, revision) if arguments.dtype == "auto" else arguments.dtype
-    model, sharding = place(lambda: load_model(name, revision, dtype), getattr(torch, dtype), job)
+    model, sharding = load_placed(name, revision, arguments.dtype, job)
     with sharding.named():
         plan = prepare(config, model, tokenizer, target, sharding, base)
         if config.dry_run:

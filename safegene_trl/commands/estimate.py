@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from peft import PeftConfig, PeftModel
-from torch import nn
 from trl import get_peft_config
 
 from ..config import SafeGeneConfig
@@ -17,7 +14,7 @@ from ..errors import ConfigError
 from ..estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
-from ..loading import adapter_base, checkpoint_dtype, load_skeleton, load_tokenizer
+from ..loading import load_skeleton, load_tokenizer, resolve_dtype
 from ..safeguard import fitting_vector
 from ..shots import gather_shots
 from ..streaming import StoredModel
@@ -76,11 +73,9 @@ def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     config, name, revision = safegene.config, model.model_name_or_path, model.model_revision
     if not name or config is None:
         raise ConfigError("The recipe names no model or has no `safegene` block: there is no safety step to estimate.")
-    dtype = model.dtype if model.dtype not in (None, "auto") else checkpoint_dtype(name, revision)
+    dtype = resolve_dtype(model.dtype, name, revision)
     rows = None if config.task_data else sft.training_data(script, mixture)[script.dataset_train_split]
-    probe = Probe(
-        load_skeleton(name, revision), getattr(torch, dtype), get_peft_config(model), training.gradient_checkpointing
-    )
+    probe = Probe(load_skeleton(name, revision), dtype, get_peft_config(model), training.gradient_checkpointing)
     return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
 
 
@@ -89,9 +84,7 @@ def _estimate_apply(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     config, name, revision = block.config, arguments.model_name_or_path, arguments.model_revision
     if not name or config is None:
         raise ConfigError("No model or no safety vector is named: set `model_name_or_path` and `safegene`.")
-    dtype = arguments.dtype if arguments.dtype != "auto" else checkpoint_dtype(name, revision)
-    adapter = PeftConfig.from_pretrained(name, revision=revision) if adapter_base(name, revision) else None
-    probe = Probe(load_skeleton(name, revision), getattr(torch, dtype), adapter)
+    probe = Probe(load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision))
     tokenizer = load_tokenizer(name, revision)
     if arguments.coefficients is not None:
         return estimate_stored_merge(probe, config, fitting_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
@@ -115,27 +108,22 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
         StoredModel.open(name, revision),
     )
     by_adapters = differ_by_adapters(config, aligned, degraded, name, revision)
+    layers, others = canonical_modules(degraded.model), canonical_modules(aligned.model)
     factors = {
-        module: [factor.a.shape[0] for model in (aligned.model, degraded.model) for factor in _factors(model, module)]
-        for module in canonical_modules(degraded.model)
+        name: [factor.a.shape[0] for own in (others.get(name), layer) for factor in task_factors(own)]
+        for name, layer in layers.items()
     }
     ranks = [sum(own) for own in factors.values() if own]
     rank = config.rank or (max(ranks) if by_adapters and ranks else 8)
     modules = [
         module
-        for module, layer in canonical_modules(degraded.model).items()
+        for module, layer in layers.items()
         if layer_index(module) is not None and linear_shape(layer) is not None and (factors[module] or not by_adapters)
     ]
-    dtype = config.dtype if config.dtype != "auto" else checkpoint_dtype(name, revision)
-    adapter = PeftConfig.from_pretrained(name, revision=revision) if isinstance(degraded.model, PeftModel) else None
-    probe = Probe(degraded.model, getattr(torch, dtype), adapter)
+    probe = Probe(degraded.model, resolve_dtype(config.dtype, name, revision))
     harmful, benign = (read_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
     return estimate_extraction(probe, config, tokenizer, harmful, benign, modules, rank, by_adapters, launch)
-
-
-def _factors(model: nn.Module, module: str) -> list:
-    return task_factors(canonical_modules(model).get(module))
 
 
 _ESTIMATES = {"sft": _estimate_sft, "apply": _estimate_apply, "extract": _estimate_extract}

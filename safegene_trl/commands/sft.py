@@ -71,6 +71,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
+    """The splits that the recipe's `datasets`, or its `dataset_name`, stand for.
+
+    Raises:
+        ConfigError: The recipe names no data.
+        CalibrationDataError: The data cannot be read.
+    """
     if mixture.datasets:
         return get_dataset(mixture)
     if not script.dataset_name:

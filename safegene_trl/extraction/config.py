@@ -1,9 +1,11 @@
 """`ExtractionConfig`: everything that can be set about making a safety vector."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from ..errors import ConfigError
 from ..selection import METHODS, top_layers
+from .linearization import Blocks
 
 
 @dataclass
@@ -76,6 +78,16 @@ class ExtractionConfig:
     dtype: str = field(default="auto", metadata={"help": "Data type to load the models in."})
     weights_dtype: str = field(default="float16", metadata={"help": "Data type to store the vector in."})
     seed: int = field(default=0, metadata={"help": "Seed for drawing prompts."})
+
+    @property
+    def expanded_blocks(self) -> Blocks | None:
+        """The blocks that are replaced by their first-order expansion; None unless the method is `linearized`."""
+        return cast(Blocks, self.linearized_blocks) if self.method == "linearized" else None
+
+    @property
+    def selected_share(self) -> float:
+        """Share (0–1] of the layers that are kept: all of them, whatever `layer_share`, where `selection` says so."""
+        return 1.0 if self.selection == "all" else self.layer_share
 
     def check(self) -> None:
         """Raises `ConfigError` for a missing or impossible value."""

@@ -202,18 +202,12 @@ def _sharding(args: TrainingArguments, kwargs: Mapping[str, Any]) -> Sharding:
 def _losses(model: nn.Module, data: Sequence[ReferenceBatch], sharding: Sharding) -> dict[str, float]:
     """Mean divergences over the tokens of all batches of a kind; collective."""
     model.eval()
-    sums = torch.zeros(len(data), dtype=torch.float64)
-    with sharding.forward_passes():
-        for index in sharding.share(len(data)):
-            loss = divergence(model, data[index or 0])
-            sharding.release()
-            if index is not None:
-                sums[index] = float(loss) * len(data[index].log_probs)
-    sums = sharding.sum(sums)
+    means = sharding.values(len(data), lambda index: divergence(model, data[index]))
+    tokens = torch.tensor([len(item.log_probs) for item in data], dtype=torch.float64)
     found = {}
     for name, is_anchor in (("harmful", False), ("benign", True)):
         own = [index for index, item in enumerate(data) if item.is_anchor == is_anchor]
-        found[name] = float(sums[own].sum()) / max(1, sum(len(data[index].log_probs) for index in own))
+        found[name] = float((means[own] * tokens[own]).sum()) / max(1, sum(tokens[own].tolist()))
     return found
 
 
@@ -244,6 +238,11 @@ def _factors(module: Any) -> list[torch.Tensor]:
 
 
 def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManager:
+    """Around forward and backward passes of the student: its blocks are linear in the vector, where there are any.
+
+    Raises:
+        ConfigError: Its weights are shared out by ZeRO-3.
+    """
     if blocks is None:
         return nullcontext()
     if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):

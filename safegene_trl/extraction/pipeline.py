@@ -17,7 +17,7 @@ from ..attach import LowRankDelta
 from ..calibration import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
 from ..errors import CalibrationDataError
 from ..family import Family
-from ..loading import adapter_base, checkpoint_dtype, load_model, load_tokenizer
+from ..loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..selection import (
     LayerScores,
@@ -30,7 +30,7 @@ from ..selection import (
     num_layers,
     top_layers,
 )
-from ..sharding import Sharding, place
+from ..sharding import Sharding
 from ..streaming import StoredModel
 from ..vector import SafetyVector
 from ..weights import layer_index
@@ -85,7 +85,7 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
     scores = _scores(config, tokenizer, deltas, aligned, harmful, benign, job)
     if not job.is_main:
         return None
-    share = 1.0 if config.selection == "all" else config.layer_share
+    share = config.selected_share
     layers = top_layers(scores.mean().tolist(), share)
     selected = {name: truncation for name, truncation in truncations.items() if layer_index(name) in layers}
     kept = getattr(torch, config.weights_dtype)
@@ -126,7 +126,7 @@ def _aligned_side(
     benign: Sequence[str],
     job: Sharding,
 ) -> _AlignedSide:
-    model, sharding = _placed(config, config.aligned_model, config.aligned_revision, job)
+    model, sharding = load_placed(config.aligned_model, config.aligned_revision, config.dtype, job)
     rows = own_answers(
         model,
         tokenizer,
@@ -153,17 +153,17 @@ def _distilled(
     show_progress: bool,
 ) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
     name, revision = config.degraded_model, config.degraded_revision
-    degraded, sharding = _placed(config, name, revision, job)
+    degraded, sharding = load_placed(name, revision, config.dtype, job)
     data = [*aligned.references, *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding)]
     del degraded, sharding
-    dtype = _dtype(config, name, revision)
+    dtype = resolve_dtype(config.dtype, name, revision)
     settings = DistillationSettings(
         config.distill_steps,
         config.distill_learning_rate,
         config.anchor_weight,
         config.seed,
         getattr(torch, dtype),
-        config.linearized_blocks if config.method == "linearized" else None,  # type: ignore[arg-type]
+        config.expanded_blocks,
     )
     found, losses = distilled(lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress)
     kept = ("steps", "learning_rate", "anchor_weight", "linearized_blocks")
@@ -190,17 +190,6 @@ def read_prompts(source: str, split: str) -> list[str]:
             raise CalibrationDataError(f"A prompt of {source} is not a single user turn: give single-turn prompts.")
         prompts.append(messages[0]["content"])
     return prompts
-
-
-def _placed(config: ExtractionConfig, name: str, revision: str | None, job: Sharding) -> tuple[Any, Sharding]:
-    """A model, loaded as this job was launched."""
-    with job.agreed():
-        dtype = _dtype(config, name, revision)
-    return place(lambda: load_model(name, revision, dtype), getattr(torch, dtype), job)
-
-
-def _dtype(config: ExtractionConfig, name: str, revision: str | None) -> str:
-    return checkpoint_dtype(name, revision) if config.dtype == "auto" else config.dtype
 
 
 def _difference(
@@ -259,7 +248,7 @@ def _scores(
         return magnitude(deltas)
     if config.selection in ("random", "all"):
         return at_random(num_layers(deltas), config.seed)
-    degraded, sharding = _placed(config, config.degraded_model, config.degraded_revision, job)
+    degraded, sharding = load_placed(config.degraded_model, config.degraded_revision, config.dtype, job)
     if config.selection == "activation_contrast":
         states = _states(config, degraded, tokenizer, harmful, benign, sharding)
         return activation_contrast(aligned.states, states)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]
+BIN = os.path.dirname(sys.executable)
+MODULE = ["-m", "safegene_trl"]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -37,3 +39,24 @@ def run_plans(folder: Path, plans: list[dict], timeout: int) -> None:
     file.write_text(json.dumps(plans))
     done = torchrun(["-m", "tests.distributed.worker", str(file)], timeout)
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def run_together(commands, timeout=240):
+    """Starts all commands at once and waits for all; returns their exit codes and what they printed."""
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], "\n".join(printed)

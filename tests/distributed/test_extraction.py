@@ -12,7 +12,7 @@ from safegene_trl.recalibration import cross_entropy
 from safegene_trl.vector import SafetyVector
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, with_lora
-from .test_launchers import MODULE, run_together
+from .launching import MODULE, run_together
 
 
 pytestmark = pytest.mark.timeout(500)

@@ -1,9 +1,7 @@
 """The commands under every launcher that users have, on two CPU ranks."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -16,12 +14,10 @@ from safegene_trl.commands.main import main
 
 from ..conftest import make_model, make_tokenizer, make_vector, task_dataset
 from .backends import deepspeed_config
-from .launching import ENVIRONMENT, ROOT
+from .launching import BIN, MODULE, ROOT, run_together
 
 
 pytestmark = pytest.mark.timeout(400)
-BIN = os.path.dirname(sys.executable)
-MODULE = ["-m", "safegene_trl"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 CONFIGS = ROOT / "safegene_trl" / "accelerate_configs"
@@ -68,27 +64,6 @@ def block(root):
         "max_utility_loss": 100.0,
         "max_new_tokens": 4,
     }
-
-
-def run_together(commands, timeout=240):
-    """Starts all commands at once and waits for all; returns their exit codes and what they printed."""
-    started = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for command in commands
-    ]
-    try:
-        printed = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [process.returncode for process in started], "\n".join(printed)
 
 
 def node(rank, port):
