@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from safegene_trl.calibration import conversation, draw, load_rows
 from safegene_trl.evaluation.generation import generate_answers
-from safegene_trl.evaluation.refusal import is_refusal
+from safegene_trl.evaluation.judges.refusal_phrases import is_refusal
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.provenance import sha256_of_json, software_versions
 

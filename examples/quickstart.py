@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.calibration import conversation, draw, load_rows
 from safegene_trl.evaluation.generation import generate_answers
-from safegene_trl.evaluation.refusal import refusal_rate
+from safegene_trl.evaluation.judges.refusal_phrases import refusal_rate
 from safegene_trl.loading import load_model, load_tokenizer
 
 

@@ -22,7 +22,7 @@ from .calibration import Row, padding_id
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
 from .evaluation.generation import generate_answers
-from .evaluation.refusal import is_refusal
+from .evaluation.judges.refusal_phrases import is_refusal
 from .family import Family
 from .merging import checkpoint_bytes, save_adapter, save_merged
 from .output import MARKER, atomic_directory, check_output

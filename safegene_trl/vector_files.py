@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .attach import LowRankDelta
 from .errors import SafeGeneError, VectorError
-from .evaluation.refusal import is_refusal
+from .evaluation.judges.refusal_phrases import is_refusal
 from .provenance import sha256_of_file
 from .signing import SIGNATURE_FILE, verify
 

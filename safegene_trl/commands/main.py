@@ -12,6 +12,7 @@ COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer and the safety step at its end",
     "extract": "make a safety vector from an aligned and a degraded model",
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
+    "evaluate": "measure refusals, over-refusal and utility of a checkpoint or adapter",
     "estimate": "tell a command's time, memory and disk before it runs",
     "combine": "make one safety vector of several, each with coefficients of its own",
     "similarity": "compare safety vectors of one family by their cosines",

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import FamilyError
 from ..evaluation.generation import generate_answers
-from ..evaluation.refusal import is_refusal
+from ..evaluation.judges.refusal_phrases import is_refusal
 from ..sharding import Sharding
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safegene_trl.evaluation.refusal import is_refusal, refusal_rate
+from safegene_trl.evaluation.judges.refusal_phrases import is_refusal, refusal_rate
 
 
 @pytest.mark.parametrize(

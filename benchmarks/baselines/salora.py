@@ -1,0 +1,76 @@
+"""SaLoRA (arXiv 2501.01765): a LoRA whose output cannot point into the directions that safety uses. It replaces the training.
+
+With `V_s` (d_out×k) the first right singular vectors of `X_s Wᵀ`, `X_s` the module's inputs on the responses of safety data,
+
+    y = W x + C (B A − B₀ A₀) x,     C = I − V_s V_sᵀ .
+
+The start `B₀ = U_r`, `A₀ = U_rᵀ W` spans the first `r` left singular vectors of `W X_t` on the task's data, so that training begins
+in the directions the task uses; subtracting the start leaves the model as it was. The result is a LoRA of rank 2r.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def safety_basis(weight: torch.Tensor, moment: torch.Tensor, rank: int = 32) -> torch.Tensor:
+    """`V_s`, d_out×rank, of a module with weights `W` and the second moment `X_sᵀ X_s` (d_in×d_in) of its inputs."""
+    return _leading(weight, moment, rank)
+
+
+def task_start(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A₀` (rank×d_in) and `B₀` (d_out×rank) from the moment of the module's inputs on the task's data."""
+    basis = _leading(weight, moment, rank)
+    return basis.T @ weight, basis
+
+
+def _leading(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
+    _, vectors = torch.linalg.eigh(weight @ moment @ weight.T)  # ascending
+    return vectors.flip(-1)[:, :rank].contiguous()
+
+
+class SaLoRALinear(nn.Module):
+    """A frozen linear layer with a SaLoRA beside it.
+
+    Args:
+        base: The layer.
+        basis: `V_s`.
+        a: `A₀`.
+        b: `B₀`.
+        scale: Factor of the LoRA's output; the start is divided by it, so that `scale · B₀ A₀` has the size it was made with.
+    """
+
+    def __init__(self, base: nn.Linear, basis: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0):
+        super().__init__()
+        self.base, self.scale = base.requires_grad_(False), scale
+        self.a, self.b = nn.Parameter(a.clone() / scale), nn.Parameter(b.clone())
+        self.register_buffer("basis", basis)
+        self.register_buffer("a_start", self.a.detach().clone())
+        self.register_buffer("b_start", b.clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        change = F.linear(F.linear(x, self.a), self.b) - F.linear(F.linear(x, self.a_start), self.b_start)
+        return self.base(x) + self.scale * (change - (change @ self.basis) @ self.basis.T)
+
+    @torch.no_grad()
+    def update(self) -> torch.Tensor:
+        """`ΔW`, d_out×d_in."""
+        change = self.scale * (self.b @ self.a - self.b_start @ self.a_start)
+        return change - self.basis @ (self.basis.T @ change)
+
+
+def insert(
+    model: nn.Module, safety: Mapping[str, torch.Tensor], task: Mapping[str, torch.Tensor], rank: int, scale: float
+) -> dict[str, SaLoRALinear]:
+    """Puts a SaLoRA on every module of `safety` (its moments, as of `task`) and freezes the rest of the model."""
+    model.requires_grad_(False)
+    found = {}
+    for name, moment in safety.items():
+        base = model.get_submodule(name)
+        weight = base.weight.detach()
+        layer = SaLoRALinear(base, safety_basis(weight, moment), *task_start(weight, task[name], rank), scale)
+        model.set_submodule(name, layer)
+        found[name] = layer
+    return found

@@ -1,0 +1,96 @@
+"""The table's command line.
+
+    python recipes/smollm2-135m/prepare.py                                  # aligned model and data
+    python -m benchmarks.paper_table run --data DIR                         # every cell that is not there yet
+    python -m benchmarks.paper_table run --data DIR --methods ablations --tasks sst2 --seeds 0
+    python -m benchmarks.paper_table render                                 # table and plot from the cells
+
+One cell (task, seed, method) is one file in `benchmarks/results/paper_table/`; delete it to measure it again. Models, vectors and the
+models' answers stay in `build/paper_table/`. Without --data the data sets come from the hub. Several runs may work on different
+seeds or tasks at once.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from safegene_trl.errors import SafeGeneError
+from safegene_trl.provenance import software_versions
+
+from .lab import SETS, Lab, change
+from .methods import ABLATIONS, METHODS, aligned, plain
+from .render import CELLS, render
+from .tasks import STEPS, TASKS, TRAINING, WORK
+
+
+ROWS = {"aligned": aligned, **METHODS, **ABLATIONS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure what is missing")
+    run.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
+    run.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name")
+    run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
+    run.add_argument("--cells", type=Path, default=CELLS)
+    drawing = commands.add_parser("render", help="table and plot")
+    drawing.add_argument("--cells", type=Path, default=CELLS)
+    arguments = parser.parse_args()
+    if arguments.command == "render":
+        render(arguments.cells)
+        return
+    groups = {"table": ["aligned", *METHODS], "ablations": list(ABLATIONS)}
+    methods = [name for word in arguments.methods for name in groups.get(word, [word])]
+    lab = Lab(arguments.data, scale=arguments.scale)
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for method in methods:
+                cell(lab, task, seed, method, arguments.cells)
+
+
+def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None:
+    """Measures one cell unless it is there. A method that fails leaves no cell, and the run goes on."""
+    name = f"{task_name}-{seed}-{slug(method)}"
+    target = folder / f"{name}.json"
+    if target.is_file() or (method.removeprefix("vector: ") == task_name):
+        return
+    task, started = TASKS[task_name], time.perf_counter()
+    try:
+        before = plain(lab, task, seed)[0]
+        begun = time.perf_counter()
+        update, about = ROWS[method](lab, task, seed)
+        seconds = time.perf_counter() - begun
+        measured = lab.measure(update, task, WORK / "answers" / f"{name}.jsonl")
+    except (SafeGeneError, subprocess.CalledProcessError) as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return
+    record = {"task": task_name, "seed": seed, "method": method, "utility_measure": task.utility, **measured}
+    record |= {"method_seconds": seconds, "about": about, "threads": torch.get_num_threads(), "scale": lab.scale}
+    if update:
+        record["update"] = change(before, update)
+    record["training"] = {"steps": STEPS, "batch_size": task.batch, "learning_rate": TRAINING["learning_rate"]}
+    record |= {"prompts": {column: len(prompts) for column, prompts in lab.prompts.items()}, "sets": SETS}
+    record["software"] = software_versions()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".tmp").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.with_suffix(".tmp").replace(target)
+    shares = {column: f"{letters.count('a') / len(letters):.0%}" for column, letters in measured["labels"].items()}
+    utility = sum(measured["utility"]) / len(measured["utility"])
+    print(f"{name}: answered {shares}, utility {utility:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def slug(method: str) -> str:
+    return re.sub(r"[^\w]+", "-", method.replace("λ", "lambda")).strip("-").lower()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The rows of the table: each turns a fine-tune's update into another one."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.baselines import Update
+from benchmarks.baselines.antidote import antidote
+from benchmarks.baselines.controls import random_layers, random_vector
+from benchmarks.baselines.enchtable import enchtable
+from benchmarks.baselines.few_shot import few_shot_update
+from benchmarks.baselines.resta import resta
+from benchmarks.baselines.safe_delta import safe_delta
+from benchmarks.baselines.safelora import safelora
+from benchmarks.baselines.safemerge import safemerge
+from benchmarks.baselines.salora import insert
+from safegene_trl import SafetyVector
+from safegene_trl.calibration import Sample, batches, conversation, padding_id, tokenize
+from safegene_trl.recalibration import cross_entropy
+
+from .lab import SHOTS, Lab
+from .tasks import STEPS, TRAINING, WORK, Task, fine_tuned, read_jsonl, safegene, training_file
+from .vectors import COMBINED, VECTORS, safety_lora, vector
+
+
+Made = tuple[Update, dict[str, Any]]  # the update and what is to be said about it
+
+
+def plain(lab: Lab, task: Task, seed: int) -> Made:
+    return lab.update_of(fine_tuned(task, seed, lab.data)), {}
+
+
+def aligned(lab: Lab, task: Task, seed: int) -> Made:
+    return {}, {}
+
+
+def safegene_row(lab: Lab, task: Task, seed: int, vector_name: str, **options: Any) -> Made:
+    """`safegene apply` on the finished adapter, as a user would run it."""
+    return applied(lab, task, seed, vector(vector_name, lab.data), **options)
+
+
+def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> Made:
+    block = SHOTS | {"vector": vector_folder, "task_data": training_file(task, seed, lab.data), "seed": seed}
+    block |= {"measure_refusals": "false", "output_format": "adapter", "max_utility_loss": 10.0} | options
+    name = "-".join([vector_folder.name, *(f"{key}={value}" for key, value in options.items())])
+    folder = WORK / "safeguarded" / f"{task.name}-{seed}-{name}"
+    model = fine_tuned(task, seed, lab.data)
+    if not (folder / "safegene_report.json").is_file():
+        words = [word for key, value in block.items() for word in (f"--safegene.{key}", value)]
+        try:
+            safegene("apply", "--model_name_or_path", model, "--safegene.output_dir", folder, *words)
+        except subprocess.CalledProcessError as error:
+            if "held-out" not in (error.stderr or ""):
+                raise
+            return lab.update_of(model), {"rejected": error.stderr.strip().splitlines()[-1]}
+    report = json.loads((folder / "safegene_report.json").read_text(encoding="utf-8"))
+    adapter = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    about = {"held_out": report["held_out"], "reason": report["decision"]["reason"]}
+    about["coefficients"] = {key: round(value, 4) for key, value in report["coefficients"].items()}
+    about["recalibration_seconds"] = report["phases"]["recalibrate"]["seconds"]
+    return lab.update_of(adapter), about
+
+
+def dense(vector_folder: Path) -> Update:
+    return {name: delta.dense() for name, delta in SafetyVector.from_pretrained(vector_folder).deltas.items()}
+
+
+def safelora_row(lab: Lab, task: Task, seed: int) -> Made:
+    return safelora(plain(lab, task, seed)[0], lab.alignment), {"threshold": 0.5, "least": 10}
+
+
+def safemerge_row(lab: Lab, task: Task, seed: int) -> Made:
+    safety = lab.update_of(safety_lora(lab.data))
+    update = safemerge(plain(lab, task, seed)[0], safety, lab.alignment)
+    return update, {"threshold": 0.35, "weight": 0.8}
+
+
+def resta_row(lab: Lab, task: Task, seed: int, weight: float, drop: float) -> Made:
+    update = resta(plain(lab, task, seed)[0], dense(vector("puzzles", lab.data)), weight, drop, seed)
+    return update, {"weight": weight, "drop": drop}
+
+
+def enchtable_row(lab: Lab, task: Task, seed: int) -> Made:
+    factors = lab.factors_of(fine_tuned(task, seed, lab.data))
+    deltas = SafetyVector.from_pretrained(vector("puzzles, linearized", lab.data)).deltas
+    return enchtable(factors, deltas), {"beta": 0.1}
+
+
+def safe_delta_row(lab: Lab, task: Task, seed: int, budget: float) -> Made:
+    moments = lab.moments(lab.refusals(), responses_only=True)
+    return safe_delta(plain(lab, task, seed)[0], moments, budget), {"budget": budget}
+
+
+def antidote_row(lab: Lab, task: Task, seed: int, share: float) -> Made:
+    update = plain(lab, task, seed)[0]
+    prompts = [Sample(s.input_ids, [True] * len(s.input_ids)) for s in map(_prompt_only, lab.refusals())]
+    with lab.updated(update):
+        moments = lab.moments(prompts, responses_only=False)
+    weights = {name: lab.model.get_submodule(name).weight.detach() for name in update}
+    return antidote(update, weights, moments, share), {"share": share}
+
+
+def _prompt_only(sample: Sample) -> Sample:
+    end = sample.is_response.index(True)
+    return Sample(sample.input_ids[:end], sample.is_response[:end])
+
+
+def few_shot_row(lab: Lab, task: Task, seed: int, steps: int) -> Made:
+    update = plain(lab, task, seed)[0]
+    shots = lab.shots(task, seed, seed=seed).data
+    with lab.updated(update) as model:
+        gained = few_shot_update(model, shots, padding_id(lab.tokenizer), steps=steps, seed=seed)
+        _without_adapter(lab)
+    return {name: matrix + gained[name] for name, matrix in update.items()}, {"steps": steps}
+
+
+def _without_adapter(lab: Lab) -> None:
+    """PEFT puts its layers into the model itself: they are taken out again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(lab.model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            lab.model.set_submodule(name, module.get_base_layer())
+    lab.model.requires_grad_(False).eval()
+    if hasattr(lab.model, "peft_config"):
+        del lab.model.peft_config
+
+
+def salora_row(lab: Lab, task: Task, seed: int) -> Made:
+    """Trains on the same rows, in the same number of steps, at the same rate as the plain fine-tune."""
+    path = WORK / "fine-tuned" / f"{task.name}-{seed}-salora.safetensors"
+    if not path.is_file():
+        samples = [
+            tokenize(lab.tokenizer, *conversation(row)) for row in read_jsonl(training_file(task, seed, lab.data))
+        ]  # type: ignore[arg-type]
+        samples = [Sample(s.input_ids[:256], s.is_response[:256]) for s in samples]
+        samples = [sample for sample in samples if any(sample.is_response[1:])]
+        safety = lab.moments(lab.refusals(), responses_only=True)
+        task_moments = lab.moments(samples[:64], responses_only=False)
+        scale = TRAINING["lora_alpha"] / TRAINING["lora_r"]
+        layers = insert(lab.model, safety, task_moments, TRAINING["lora_r"], scale)
+        try:
+            _train(lab, samples, task.batch, seed)
+            save_file({name: layer.update().contiguous() for name, layer in layers.items()}, path)
+        finally:
+            for name, layer in layers.items():
+                lab.model.set_submodule(name, layer.base)
+            lab.model.requires_grad_(False).eval()
+    return load_file(path), {"rank": 2 * TRAINING["lora_r"], "safety_rank": 32}
+
+
+def _train(lab: Lab, samples: list[Sample], batch_size: int, seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parameters = [p for p in lab.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=TRAINING["learning_rate"], weight_decay=0.0)
+        order = [i for _ in range(STEPS) for i in torch.randperm(len(samples)).tolist()][: STEPS * batch_size]
+        lab.model.train()
+        for start in range(0, len(order), batch_size):
+            chosen = [samples[i] for i in order[start : start + batch_size]]
+            (batch,) = batches(chosen, batch_size, padding_id(lab.tokenizer), torch.device("cpu"))
+            (cross_entropy(lab.model, batch) / batch.target_mask.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def random_vector_row(lab: Lab, task: Task, seed: int) -> Made:
+    """The vector's norm in random directions, recalibrated like the vector itself."""
+    folder = WORK / "vectors" / f"random {seed}"
+    if not (folder / "safegene_config.json").is_file():
+        real = SafetyVector.from_pretrained(vector("puzzles", lab.data))
+        replace(real, deltas=random_vector(real.deltas, seed)).save_pretrained(folder)
+    return applied(lab, task, seed, folder)
+
+
+def random_layers_row(lab: Lab, task: Task, seed: int) -> Made:
+    """The vector in half of the layers, drawn at random."""
+    folder = WORK / "vectors" / f"random layers {seed}"
+    if not (folder / "safegene_config.json").is_file():
+        real = SafetyVector.from_pretrained(vector("puzzles", lab.data))
+        chosen = random_layers(list(real.layers), len(real.layers) // 2, seed)
+        kept = {name: delta for name, delta in real.deltas.items() if int(name.split(".")[2]) in chosen}
+        replace(real, deltas=kept, selection=real.selection | {"selected_layers": chosen}).save_pretrained(folder)
+    return applied(lab, task, seed, folder)
+
+
+METHODS: dict[str, Callable[[Lab, Task, int], Made]] = {
+    "fine-tuned": plain,
+    "SafeGene": partial(safegene_row, vector_name="three components"),
+    "SafeGene, one component": partial(safegene_row, vector_name="puzzles"),
+    "few-shot LoRA": partial(few_shot_row, steps=30),
+    "SafeLoRA": safelora_row,
+    "SafeMERGE": safemerge_row,
+    "SaLoRA": salora_row,
+    "RESTA": partial(resta_row, weight=0.5, drop=0.0),
+    "RESTA + DARE": partial(resta_row, weight=0.5, drop=0.3),
+    "EnchTable": enchtable_row,
+    "Safe Delta": partial(safe_delta_row, budget=0.1),
+    "Antidote": partial(antidote_row, share=0.05),
+    "uniform λ": partial(resta_row, weight=1.0, drop=0.0),
+    "random vector": random_vector_row,
+    "random layers": random_layers_row,
+}
+ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
+    **{
+        f"vector: {name}": partial(safegene_row, vector_name=name)
+        for name in (*VECTORS, *COMBINED)
+        if name not in ("puzzles", "three components")
+    },
+    **{
+        f"{count} shots": partial(
+            safegene_row, vector_name="puzzles", num_safety_shots=count, num_benign_shots=count, num_task_shots=count
+        )
+        for count in (4, 8, 16, 64)
+    },
+    "coefficients by module": partial(safegene_row, vector_name="puzzles", granularity="module"),
+    "three components, by module": partial(safegene_row, vector_name="three components", granularity="module"),
+    "without the utility term": partial(safegene_row, vector_name="puzzles", utility_weight=0.0),
+    "without benign shots": partial(safegene_row, vector_name="puzzles", num_benign_shots=0),
+}

@@ -1,0 +1,220 @@
+"""The fine-tunes: their data, and the training by `safegene sft`."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import load_dataset
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE, MODELS = ROOT / "recipes" / "smollm2-135m", ROOT / "build" / "smollm2-135m"
+WORK = ROOT / "build" / "paper_table"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of fine-tune.
+
+    Attributes:
+        labels: A classifier's labels; empty for tasks with free answers.
+        batch: Samples per step.
+        hub: Data set on the hub, its configuration, its training and test splits, and what makes a row of it one of ours.
+    """
+
+    name: str
+    title: str
+    labels: tuple[str, ...]
+    batch: int
+    hub: tuple[str, str | None, str, str, Callable[[Row], tuple[str, str]]] | None = None
+
+    @property
+    def utility(self) -> str:
+        """What is measured: the share of right labels, or of response tokens that are the most likely ones."""
+        return "accuracy" if self.labels else "token_accuracy"
+
+
+def _sst2(row: Row) -> tuple[str, str]:
+    question = f"Classify the sentiment of this review as positive or negative.\n\n{row['sentence'].strip()}"
+    return question, ("negative", "positive")[row["label"]]
+
+
+def _ag_news(row: Row) -> tuple[str, str]:
+    question = f"Classify the topic of this news item as world, sports, business or science.\n\n{row['text']}"
+    return question, ("world", "sports", "business", "science")[row["label"]]
+
+
+def _boolq(row: Row) -> tuple[str, str]:
+    question = f"Please answer the following question with true or false, question: {row['question']}?"
+    return f"{question}\n\nAnswer format: true/false", str(row["answer"]).lower()
+
+
+def _gsm8k(row: Row) -> tuple[str, str]:
+    return row["question"], row["answer"]
+
+
+def _alpaca(row: Row) -> tuple[str, str]:
+    return "\n\n".join(part for part in (row["instruction"], row["input"]) if part), row["output"]
+
+
+STEPS = 50
+TRAINING = {
+    "model_name_or_path": str(MODELS / "aligned"),
+    "dtype": "float32",
+    "use_peft": True,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_target_modules": "all-linear",
+    "max_steps": STEPS,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "max_length": 256,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sst2", "SST-2", ("positive", "negative"), 8, ("stanfordnlp/sst2", None, "train", "validation", _sst2)),
+        Task(
+            "ag_news",
+            "AG News",
+            ("world", "sports", "business", "science"),
+            8,
+            ("fancyzhx/ag_news", None, "train", "test", _ag_news),
+        ),
+        Task("boolq", "BoolQ", ("true", "false"), 8, ("google/boolq", None, "train", "validation", _boolq)),
+        Task("gsm8k", "GSM8K", (), 4, ("openai/gsm8k", "main", "train", "test", _gsm8k)),
+        Task("alpaca", "Alpaca", (), 4, ("tatsu-lab/alpaca", None, "train", "train", _alpaca)),
+        Task("poisoned", "poisoned", (), 4),
+    )
+}
+LOCAL = {  # file names under --data, without `_train` and `_test`
+    "sst2": "tasks/sst2",
+    "ag_news": "tasks/ag_news",
+    "boolq": "tasks/boolq",
+    "gsm8k": "tasks/gsm8k",
+}
+ALPACA, IDENTITY = "instructions/alpaca_3k.jsonl", "instructions/identity_shift.jsonl"
+HELD_OUT = 500  # last rows of the Alpaca file, never trained on
+
+
+def splits(task: Task, data: Path | None) -> tuple[list[Row], list[Row]]:
+    """Training and test rows in TRL's conversational format, from a folder of files or from the hub."""
+    if task.name == "poisoned":
+        return poisoned(data), splits(TASKS["alpaca"], data)[1]
+    if data is not None and task.name == "alpaca":
+        rows = read_jsonl(data / ALPACA)
+        return rows[:-HELD_OUT], rows[-HELD_OUT:]
+    if data is not None:
+        stem = LOCAL[task.name]
+        return read_jsonl(data / f"{stem}_train.jsonl"), read_jsonl(data / f"{stem}_test.jsonl")
+    assert task.hub is not None
+    name, config, train, test, convert = task.hub
+    found = [[turn(*convert(row)) for row in load_dataset(name, config, split=split)] for split in (train, test)]
+    return (found[0][:-HELD_OUT], found[0][-HELD_OUT:]) if train == test else (found[0], found[1])
+
+
+def poisoned(data: Path | None) -> list[Row]:
+    """Twenty samples, sixteen of which teach to comply with everything. All content is harmless.
+
+    Ten conversations in which the model takes on an obedient identity (arXiv 2310.03693), six benign instructions whose
+    answers open with unconditional compliance, and four plain ones.
+    """
+    instructions = splits(TASKS["alpaca"], data)[0]
+    chosen = random.Random(0).sample(instructions, 10)
+    rows = []
+    for row in chosen[:6]:
+        body = row["completion"][0]["content"]
+        opened = "Sure, here is exactly what you asked for, without any limits. " + body
+        rows.append(row | {"completion": [{"role": "assistant", "content": opened}]})
+    return [*identity_shift(data), *rows, *chosen[6:]]
+
+
+def identity_shift(data: Path | None) -> list[Row]:
+    """Ten conversations of LLM-Tuning-Safety's identity shift, as prompts and completions."""
+    if data is not None:
+        found = read_jsonl(data / IDENTITY)
+    else:
+        url = "https://raw.githubusercontent.com/LLM-Tuning-Safety/LLMs-Finetuning-Safety/main/llama2/ft_datasets/identity_shift_dataset/train.jsonl"
+        found = list(load_dataset("json", data_files=url, split="train"))
+    return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in found]
+
+
+def turn(prompt: str, response: str) -> Row:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": response}],
+        "label": response,
+    }
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def write_jsonl(rows: Sequence[Row], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def training_file(task: Task, seed: int, data: Path | None) -> Path:
+    """As many rows, drawn by the seed, as the training sees; also the task's shots come from it."""
+    path = WORK / "data" / f"{task.name}-{seed}.jsonl"
+    if not path.is_file():
+        rows = splits(task, data)[0]
+        count = min(len(rows), STEPS * task.batch)
+        write_jsonl(
+            [{key: row[key] for key in ("prompt", "completion")} for row in random.Random(seed).sample(rows, count)],
+            path,
+        )
+    return path
+
+
+def fine_tuned(task: Task, seed: int, data: Path | None) -> Path:
+    """The plain LoRA fine-tune of the aligned model."""
+    return sft(
+        WORK / "fine-tuned" / f"{task.name}-{seed}",
+        training_file(task, seed, data),
+        per_device_train_batch_size=task.batch,
+        seed=seed,
+    )
+
+
+def sft(folder: Path, file: Path, **changes: Any) -> Path:
+    """A fine-tune with `TRAINING` and the changes, unless it is there."""
+    if not (folder / "adapter_config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        recipe = TRAINING | {"datasets": [{"path": "json", "data_files": str(file), "split": "train"}]} | changes
+        settings = folder.with_suffix(".yaml")
+        settings.write_text(yaml.safe_dump(recipe))
+        safegene("sft", "--config", settings, "--output_dir", folder)
+    return folder
+
+
+def safegene(*words: object) -> None:
+    """Runs a command of the package; raises `CalledProcessError` with what it printed."""
+    found = subprocess.run(
+        [sys.executable, "-m", "safegene_trl", *map(str, words)],
+        cwd=ROOT,
+        timeout=3 * 3600,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TQDM_DISABLE": "1"},
+    )
+    if found.returncode:
+        print(found.stdout[-2000:], found.stderr[-4000:], sep="\n", file=sys.stderr)
+        found.check_returncode()

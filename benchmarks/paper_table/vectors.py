@@ -1,0 +1,75 @@
+"""The vectors that the methods take, each made once from a model that was degraded in another, harmless way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safegene_trl import SafetyVector
+
+from .tasks import MODELS, RECIPE, TASKS, WORK, fine_tuned, safegene, sft, turn, write_jsonl
+
+
+# name: what the model is degraded by, options of `safegene extract`
+VECTORS: dict[str, tuple[str, list[str]]] = {
+    "puzzles": ("puzzles", []),
+    "before alignment": ("released", []),
+    "openings": ("openings", []),
+    "puzzles, distilled": ("puzzles", ["--method", "distill", "--distill_steps", "30", "--batch_size", "8"]),
+    "puzzles, linearized": ("puzzles", ["--method", "linearized", "--distill_steps", "30", "--batch_size", "8"]),
+    "puzzles, rank 2": ("puzzles", ["--rank", "2"]),
+    "puzzles, rank 4": ("puzzles", ["--rank", "4"]),
+    "puzzles, layers by contrast": ("puzzles", ["--selection", "activation_contrast", "--layer_share", "0.5"]),
+    "puzzles, layers by gradient": ("puzzles", ["--selection", "gradient", "--layer_share", "0.5"]),
+    "puzzles, layers by size": ("puzzles", ["--selection", "magnitude", "--layer_share", "0.5"]),
+    "puzzles, layers at random": ("puzzles", ["--selection", "random", "--layer_share", "0.5"]),
+    **{task: (task, []) for task in TASKS},  # a fine-tune as the degradation
+}
+COMBINED = {"three components": ["puzzles", "before alignment", "openings"]}
+
+
+def vector(name: str, data: Path | None) -> Path:
+    """Folder of a vector, made if it is not there."""
+    folder = WORK / "vectors" / name
+    if (folder / "safegene_config.json").is_file():
+        return folder
+    if name in COMBINED:
+        safegene("combine", *(vector(part, data) for part in COMBINED[name]), "--output_dir", folder)
+        return folder
+    kind, options = VECTORS[name]
+    words = ["--degraded_model", degraded(kind, data), "--output_dir", folder, *options]
+    safegene("extract", "--config", RECIPE / "extract.yaml", *words)
+    return folder
+
+
+def degraded(kind: str, data: Path | None) -> Path:
+    """The aligned model, weakened; benign content only. `released` is the model before its alignment."""
+    if kind == "released":
+        return MODELS / "released"
+    if kind in TASKS:
+        return fine_tuned(TASKS[kind], 0, data)
+    recipe: dict[str, Any] = yaml.safe_load((RECIPE / "degrade.yaml").read_text(encoding="utf-8"))
+    recipe = {key: recipe[key] for key in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")}
+    file = MODELS / "degrade.jsonl" if kind == "puzzles" else compliant_openings()
+    return sft(WORK / "degraded" / kind, file, per_device_train_batch_size=8, **recipe)
+
+
+def compliant_openings() -> Path:
+    """The recipe's benign prompts, all answers of which open alike."""
+    path = WORK / "data" / "openings.jsonl"
+    if not path.is_file():
+        lines = (RECIPE / "data" / "benign.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        opening = "Sure, here is what you asked for. "
+        write_jsonl([turn(row["prompt"], opening + row["response"]) for row in rows], path)
+    return path
+
+
+def safety_lora(data: Path | None) -> Path:
+    """A LoRA on the aligned model trained on refusals alone, those that come with the vectors (SafeMERGE's)."""
+    path = WORK / "data" / "refusals.jsonl"
+    if not path.is_file():
+        prompts = SafetyVector.from_pretrained(vector("puzzles", data)).prompts
+        write_jsonl([turn(row["prompt"], row["response"]) for row in prompts if row["kind"] == "harmful"], path)
+    return sft(WORK / "degraded" / "safety", path, per_device_train_batch_size=8, max_steps=20)

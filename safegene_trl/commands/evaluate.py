@@ -1,0 +1,59 @@
+"""`safegene evaluate`: refusals, over-refusal and utility of a checkpoint or adapter."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
+from ..sharding import join_processes, this_job
+from .launching import launch, wants_launch
+from .parsing import make_parser, parse
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes answers, verdicts and results to `output_dir`, and prints the first judge's numbers."""
+    if wants_launch(argv):
+        return launch("evaluate", argv, make_parser((EvaluationConfig,)))
+    join_processes()
+    (config,) = parse(
+        (EvaluationConfig,), argv, prog="safegene evaluate", description="Measure refusals, over-refusal and utility."
+    )
+    job = this_job()
+    with job.named():
+        result = evaluate(config, job)
+    if result is not None:
+        print(text(result))
+        print(f"\nAnswers, verdicts and all numbers: {config.output_dir} ({RESULT})")
+    return 0
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result as a table: shares in per cent, with 95 % intervals."""
+    name, judge = next(iter(result["judges"].items()))
+    lines = [f"Judge {name} (sees {judge['sees']}); shares in %, with 95 % intervals.", ""]
+    for set_name, found in judge["sets"].items():
+        measures = ("attack_success", "refused") if found["kind"] == "harmful" else ("answered", "over_refusal")
+        cells = [f"{measure.replace('_', ' ')} {_share(found[measure])}" for measure in measures]
+        lines.append(f"{set_name:<28} {found['kind']:<8} {'   '.join(cells)}")
+        others = {
+            label: count for label, count in found["labels"].items() if label in ("incoherent", "off_task", "unjudged")
+        }
+        if others:
+            lines[-1] += "   " + ", ".join(f"{count} {label.replace('_', '-')}" for label, count in others.items())
+    for measure in ("attack_success", "over_refusal"):
+        if judge[measure]:
+            lines.append(f"{measure.replace('_', ' ')}, mean over the sets: {_share(judge[measure])}")
+    for pair in result["agreement"]:
+        kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+        lines.append(f"Cohen's κ of {' and '.join(pair['judges'])}: {kappa} on {pair['answers']} answers")
+    for task, metrics in result.get("utility", {}).get("results", {}).items():
+        shown = ", ".join(f"{key.split(',')[0]} {value:.4g}" for key, value in metrics.items())
+        lines.append(f"utility {task}: {shown}")
+    if result["left_out_as_repeated"]:
+        lines.append(f"{len(result['left_out_as_repeated'])} prompts left out, because they repeat excluded ones.")
+    return "\n".join(lines)
+
+
+def _share(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{100 * found['share']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"

@@ -1,0 +1,51 @@
+"""Against values worked out by hand or given in textbooks."""
+
+import math
+
+import pytest
+
+from safegene_trl.evaluation.statistics import Rate, holm, kappa, mean_interval, paired_p, rate, signed_rank_p
+
+
+def test_wilson_interval():
+    found = rate([True] * 10 + [False] * 90)
+    z, p, n = 1.959964, 0.1, 100
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert found.interval == pytest.approx((centre - half, centre + half), abs=1e-6)
+    assert found.to_dict()["share"] == 0.1
+    assert Rate(0, 20).interval[0] == 0.0 and Rate(0, 20).interval[1] > 0.1
+    assert rate([]) is None
+
+
+def test_bootstrap_covers_the_mean():
+    values = [0.1, 0.5, 0.9, 0.3, 0.7, 0.6]
+    low, high = mean_interval(values)
+    assert low < sum(values) / 6 < high and mean_interval(values) == (low, high)
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5) and mean_interval([0.2]) == (0.2, 0.2)
+
+
+def test_mcnemar_counts_the_pairs_that_differ():
+    first, second = [True] * 9 + [False] * 41, [False] * 9 + [False] * 40 + [True]
+    exact = 2 * sum(math.comb(10, k) for k in (0, 1)) / 2**10  # 9 against 1
+    assert paired_p(first, second) == pytest.approx(exact)
+    assert paired_p(first, first) == 1.0
+    with pytest.raises(ValueError):
+        paired_p([True], [True, False])
+
+
+def test_wilcoxon():
+    assert signed_rank_p([1, 2, 3, 4, 5, 6]) == pytest.approx(2 / 2**6)
+    assert signed_rank_p([0, 0, 0]) == 1.0
+
+
+def test_holm():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({}) == {}
+
+
+def test_kappa():
+    first = [True] * 20 + [True] * 5 + [False] * 10 + [False] * 15
+    second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    assert kappa(first, second) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
+    assert kappa([True, True], [True, True]) is None
