@@ -1,7 +1,240 @@
+"""From cells to the table, its statistics and the plot."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safegene_trl.evaluation.statistics import holm, mean_interval, paired_p, signed_rank_p
+
+from .methods import ABLATIONS, METHODS
+from .tasks import TASKS
 
 
-CELLS = Path(__file__).resolve().parents[1] / "results" / "paper_table"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+CELLS = RESULTS / "paper_table"
+HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
+OURS = "SafeGene"
+Cell = dict[str, Any]
 
 
-def render(cells: Path) -> None: ...
+@dataclass(frozen=True)
+class Row:
+    """One method on one task, over the seeds there are. Shares are 0–1.
+
+    Attributes:
+        attack: Per seed and column, which prompts were attacked with success.
+        refused_benign: Per seed, which benign prompts were refused.
+    """
+
+    method: str
+    cells: list[Cell]
+
+    def share(self, columns: Sequence[str], letter: str) -> float:
+        """Mean over seeds and columns of the share of answers with a letter."""
+        return float(
+            np.mean([cell["labels"][c].count(letter) / len(cell["labels"][c]) for cell in self.cells for c in columns])
+        )
+
+    @property
+    def attack_success(self) -> float:
+        """ASR: the mean of BT and DR."""
+        return self.share(HARMFUL, "a")
+
+    @property
+    def over_refusal(self) -> float:
+        return self.share(BENIGN, "r")
+
+    @property
+    def utility(self) -> float:
+        return float(np.mean([np.mean(cell["utility"]) for cell in self.cells]))
+
+    def outcomes(self, columns: Sequence[str], letter: str) -> list[bool]:
+        """Over seeds and prompts, in one order."""
+        return [
+            mark == letter
+            for cell in sorted(self.cells, key=lambda cell: cell["seed"])
+            for c in columns
+            for mark in cell["labels"][c]
+        ]
+
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the attack success over prompts and seeds."""
+        return mean_interval([float(value) for value in self.outcomes(HARMFUL, "a")])
+
+    @property
+    def utilities(self) -> list[float]:
+        return [value for cell in sorted(self.cells, key=lambda cell: cell["seed"]) for value in cell["utility"]]
+
+
+def load(folder: Path) -> dict[str, dict[str, Row]]:
+    """Rows by task and method."""
+    found: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        found[cell["task"]][cell["method"]].append(cell)
+    return {
+        task: {
+            method: Row(method, found[task][method])
+            for method in ("aligned", *METHODS, *ABLATIONS)
+            if method in found[task]
+        }
+        for task in TASKS
+        if task in found
+    }
+
+
+def removed(row: Row, rows: Mapping[str, Row]) -> float | None:
+    """Share of the attack success that the fine-tune added which the method removes; None where it added none."""
+    added = rows["fine-tuned"].attack_success - rows["aligned"].attack_success
+    return (rows["fine-tuned"].attack_success - row.attack_success) / added if added > 0 else None
+
+
+def p_values(rows: Mapping[str, Row]) -> dict[str, float]:
+    """McNemar of every other method against ours over the same prompts and seeds, Holm-corrected."""
+    if OURS not in rows:
+        return {}
+    seeds = {cell["seed"] for cell in rows[OURS].cells}
+    found = {}
+    for method, row in rows.items():
+        common = seeds & {cell["seed"] for cell in row.cells}
+        if method in (OURS, "aligned") or not common:
+            continue
+        pair = [Row(m, [cell for cell in rows[m].cells if cell["seed"] in common]) for m in (OURS, method)]
+        found[method] = paired_p(*(one.outcomes(HARMFUL, "a") for one in pair))
+    return holm(found)
+
+
+def table(rows: Mapping[str, Row]) -> list[str]:
+    """One task's table in Markdown; shares in %."""
+    lines = [
+        "| method | seeds | utility | BT | DR | ASR [95 %] | removed | over-refusal | incoherent | off-task | ‖ΔW'‖/‖ΔW‖ | p | s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    p = p_values(rows)
+    for method, row in rows.items():
+        low, high = row.interval()
+        gone = removed(row, rows) if method not in ("aligned", "fine-tuned") and "fine-tuned" in rows else None
+        ratios = [cell["update"]["norm_ratio"] for cell in row.cells if "update" in cell]
+        marks = {cell["update"]["mark"] for cell in row.cells if cell.get("update", {}).get("mark")}
+        marks |= {"rejected" for cell in row.cells if "rejected" in cell["about"]}
+        everything = (*HARMFUL, *BENIGN)
+        cells = [
+            method + "".join(f" ({mark})" for mark in sorted(marks)),
+            str(len(row.cells)),
+            f"{100 * row.utility:.1f}",
+            f"{100 * row.share(('BT',), 'a'):.1f}",
+            f"{100 * row.share(('DR',), 'a'):.1f}",
+            f"{100 * row.attack_success:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+            "" if gone is None else f"{100 * gone:.0f}",
+            f"{100 * row.over_refusal:.1f}",
+            f"{100 * row.share(everything, 'i'):.1f}",
+            f"{100 * row.share(everything, 'o'):.1f}",
+            f"{np.mean(ratios):.3f}" if ratios else "",
+            f"{p[method]:.2g}" if method in p else "",
+            f"{np.mean([cell['method_seconds'] for cell in row.cells]):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def overall(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """Means over tasks, with Wilcoxon's test over tasks and seeds against ours."""
+    methods = [m for m in ("aligned", *METHODS) if all(m in rows for rows in tasks.values())]
+    if OURS not in methods or "fine-tuned" not in methods:
+        return []
+    lines = [
+        "| method | utility lost | ASR | removed | over-refusal | incoherent | p (Wilcoxon over tasks and seeds, Holm) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    raw = {}
+    for method in methods:
+        differences = []
+        for rows in tasks.values():
+            ours = {cell["seed"]: Row(OURS, [cell]).attack_success for cell in rows[OURS].cells}
+            theirs = {cell["seed"]: Row(method, [cell]).attack_success for cell in rows[method].cells}
+            differences += [theirs[seed] - ours[seed] for seed in ours.keys() & theirs.keys()]
+        if method not in (OURS, "aligned"):
+            raw[method] = signed_rank_p(differences)
+    p = holm(raw)
+    for method in methods:
+        lost = np.mean([rows["fine-tuned"].utility - rows[method].utility for rows in tasks.values()])
+        asr = np.mean([rows[method].attack_success for rows in tasks.values()])
+        reference = [np.mean([rows[m].attack_success for rows in tasks.values()]) for m in ("fine-tuned", "aligned")]
+        gone = (reference[0] - asr) / (reference[0] - reference[1]) if reference[0] > reference[1] else float("nan")
+        incoherent = np.mean([rows[method].share((*HARMFUL, *BENIGN), "i") for rows in tasks.values()])
+        over = np.mean([rows[method].over_refusal for rows in tasks.values()])
+        lines.append(
+            f"| {method} | {100 * lost:.2f} | {100 * asr:.1f} | {100 * gone:.0f} | {100 * over:.1f} | {100 * incoherent:.1f} | "
+            f"{f'{p[method]:.2g}' if method in p else ''} |"
+        )
+    return lines
+
+
+def render(cells: Path) -> None:
+    """Writes `paper_table.md` and `paper_table.png` beside the folder of cells."""
+    tasks = load(cells)
+    main = {
+        task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
+        for task, rows in tasks.items()
+    }
+    ablations = {
+        task: {method: row for method, row in rows.items() if method in ABLATIONS or method in REFERENCES}
+        for task, rows in tasks.items()
+        if any(method in ABLATIONS for method in rows)
+    }
+    lines = [
+        "# Attack success, over-refusal and utility of every method",
+        "",
+        "Made by `python -m benchmarks.paper_table render` from the cells in `paper_table/`. All shares in %. Utility: accuracy of "
+        "classifiers, else the share of response tokens that are the most likely ones. ASR: mean of BT and DR, with a bootstrap interval over "
+        "prompts and seeds. Removed: share of the attack success added by the fine-tune. p: McNemar against SafeGene over the same prompts, "
+        "Holm-corrected over the methods of the task. s: seconds that the method took, on two CPU cores with other work.",
+        "",
+    ]
+    complete = {task: rows for task, rows in main.items() if OURS in rows and task != "poisoned"}
+    if complete:
+        lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(complete), ""]
+    for task, rows in main.items():
+        lines += [f"## {TASKS[task].title}", "", *table(rows), ""]
+    for task, rows in ablations.items():
+        lines += [f"## Ablations on {TASKS[task].title}", "", *table(rows), ""]
+    cells.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    if complete:
+        plot(complete, cells.with_suffix(".png"))
+    print("\n".join(lines))
+
+
+REFERENCES = ("aligned", "fine-tuned", "SafeGene", "SafeGene, one component")
+
+
+def plot(tasks: Mapping[str, Mapping[str, Row]], target: Path) -> None:
+    """Attack success against utility and against over-refusal, a panel pair per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = list(dict.fromkeys(method for rows in tasks.values() for method in rows))
+    colours = dict(zip(methods, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    figure, axes = pyplot.subplots(2, len(tasks), figsize=(3.4 * len(tasks) + 2, 6.4), squeeze=False, sharey="row")
+    for column, (task, rows) in enumerate(tasks.items()):
+        for method, row in rows.items():
+            marker = "*" if method == OURS else "s" if method in ("aligned", "fine-tuned") else "o"
+            style = {"color": colours[method], "marker": marker, "s": 110 if method == OURS else 45, "label": method}
+            if method != "aligned":  # it has not learned the task
+                axes[0][column].scatter(100 * row.utility, 100 * row.attack_success, **style)
+            axes[1][column].scatter(100 * row.over_refusal, 100 * row.attack_success, **style)
+        axes[0][column].set(title=TASKS[task].title, xlabel="utility (%)", ylim=(-3, 103))
+        axes[1][column].set(xlabel="over-refusal (%)", ylim=(-3, 103))
+    for line in axes:
+        line[0].set_ylabel("attack success (%)")
+    handles, labels = axes[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center right", fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1 - 1.6 / figure.get_figwidth(), 1))
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
