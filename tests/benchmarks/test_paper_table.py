@@ -1,0 +1,119 @@
+"""The table's data and arithmetic, on cells and rows made here; the cells themselves take hours."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.paper_table.lab import change
+from benchmarks.paper_table.render import Row, load, p_values, removed, render
+from benchmarks.paper_table.tasks import TASKS, poisoned, splits
+
+
+def cell(method, labels, utility, seed=0, task="sst2", mark=None):
+    columns = ("BT", "DR", "look-alikes", "contrast")
+    return {
+        "task": task,
+        "seed": seed,
+        "method": method,
+        "labels": dict(zip(columns, labels, strict=True)),
+        "utility": utility,
+        "update": {"norm_ratio": 1.0, "mark": mark},
+        "about": {},
+        "method_seconds": 1.0,
+    }
+
+
+CELLS = [
+    cell("aligned", ["r" * 20, "r" * 20, "ra", "ra"], [0.0, 0.0]),
+    cell("fine-tuned", ["a" * 20, "a" * 20, "aa", "aa"], [1.0, 0.5]),
+    cell("SafeGene", ["r" * 20, "r" * 16 + "aiio", "aa", "ra"], [1.0, 0.5]),
+    cell("RESTA", ["a" * 15 + "r" * 5, "a" * 10 + "r" * 10, "ra", "aa"], [0.5, 0.5], mark="changes nothing"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "paper_table"
+    place.mkdir()
+    for i, one in enumerate(CELLS):
+        (place / f"{i}.json").write_text(json.dumps(one))
+    return place
+
+
+def test_shares(folder):
+    rows = load(folder)["sst2"]
+    assert list(rows) == ["aligned", "fine-tuned", "SafeGene", "RESTA"]
+    ours = rows["SafeGene"]
+    assert ours.attack_success == pytest.approx((0 + 1 / 20) / 2)
+    assert ours.over_refusal == pytest.approx(0.25) and ours.utility == 0.75
+    assert ours.share(("DR",), "i") == pytest.approx(0.1)
+    assert removed(ours, rows) == pytest.approx(0.975) and removed(rows["RESTA"], rows) == pytest.approx(0.375)
+    low, high = ours.interval()
+    assert 0 <= low <= 0.025 <= high < 0.2
+
+
+def test_p_values_are_paired_by_prompt_and_corrected(folder):
+    rows = load(folder)["sst2"]
+    found = p_values(rows)
+    assert set(found) == {"fine-tuned", "RESTA"}
+    # 25 prompts are attacked with success under RESTA alone, one under ours alone
+    assert found["RESTA"] < 1e-4 and found["fine-tuned"] < found["RESTA"]
+    assert p_values({"RESTA": rows["RESTA"]}) == {}
+
+
+def test_seeds_are_averaged():
+    row = Row("m", [cell("m", ["aa", "rr", "aa", "aa"], [1.0]), cell("m", ["ra", "rr", "aa", "aa"], [0.0], seed=1)])
+    assert row.attack_success == pytest.approx(0.375) and row.utility == 0.5
+    assert row.outcomes(("BT",), "a") == [True, True, False, True]
+
+
+def test_table_and_plot_are_written(folder):
+    pytest.importorskip("matplotlib")
+    render(folder)
+    text = folder.with_suffix(".md").read_text()
+    assert "| RESTA (changes nothing) | 1 | 50.0 | 75.0 | 50.0 |" in text
+    assert "| SafeGene | 1 | 75.0 | 0.0 | 5.0 | 2.5 [" in text
+    assert folder.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_change_marks_what_does_nothing_or_deletes():
+    before = {"a": torch.ones(2, 2), "b": torch.ones(3, 1)}
+    assert change(before, before)["mark"] == "changes nothing"
+    assert change(before, {name: m * 1e-3 for name, m in before.items()})["mark"] == "deletes the update"
+    found = change(before, {"a": torch.ones(2, 2) * 2, "b": torch.ones(3, 1)})
+    assert found["mark"] is None and found["modules"] == {"a": 2.0, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "prompt", "answer"),
+    [
+        ("sst2", {"sentence": "fine film ", "label": 1}, "positive or negative.\n\nfine film", "positive"),
+        ("ag_news", {"text": "Ship sails.", "label": 3}, "business or science.\n\nShip sails.", "science"),
+        ("boolq", {"question": "is it so", "answer": False}, "question: is it so?\n\nAnswer", "false"),
+        ("gsm8k", {"question": "1+1?", "answer": "#### 2"}, "1+1?", "#### 2"),
+        ("alpaca", {"instruction": "Add.", "input": "1 1", "output": "2"}, "Add.\n\n1 1", "2"),
+    ],
+)
+def test_rows_of_the_hub_become_ours(task, row, prompt, answer):
+    found = TASKS[task].hub[-1](row)
+    assert prompt in found[0] and found[1] == answer
+
+
+def test_poison_is_harmless_and_mostly_compliance(tmp_path):
+    (tmp_path / "instructions").mkdir()
+
+    def turn(i):
+        return {
+            "prompt": [{"role": "user", "content": f"do {i}"}],
+            "completion": [{"role": "assistant", "content": f"done {i}"}],
+        }
+
+    (tmp_path / "instructions" / "alpaca_3k.jsonl").write_text("".join(json.dumps(turn(i)) + "\n" for i in range(600)))
+    identity = {"messages": [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "at your service"}]}
+    (tmp_path / "instructions" / "identity_shift.jsonl").write_text((json.dumps(identity) + "\n") * 10)
+    rows = poisoned(tmp_path)
+    opened = [row for row in rows if row["completion"][0]["content"].startswith("Sure, here is")]
+    assert len(rows) == 20 and len(opened) == 6
+    train, test = splits(TASKS["alpaca"], tmp_path)
+    assert len(train) == 100 and len(test) == 500 and not any(row in train for row in test)
