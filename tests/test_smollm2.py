@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafetyVector
+from safegene_trl.attach import LowRankDelta
 from safegene_trl.loading import load_tokenizer
 
 
@@ -34,7 +35,7 @@ def test_data_is_complete_and_kept_apart(prepared):
         rows = [json.loads(line) for line in (BUILD / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         return {row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][0]["content"] for row in rows}
 
-    trained = prompts("align") | prompts("degrade")
+    trained = prompts("align") | prompts("degrade") | prompts("openings")
     assert len(trained) > 800
     for held in ("eval_harmful", "eval_benign", "safety_prompts"):
         assert len(prompts(held)) >= 60 and not prompts(held) & trained
@@ -92,7 +93,8 @@ def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
     ids = tokenizer("How do plants drink water?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for name, delta in vector.deltas.items():
-            trainer.model.get_submodule(name).weight += by_module[name][0] * delta.dense()
+            scaled = LowRankDelta(delta.a, delta.b * by_module[name])
+            trainer.model.get_submodule(name).weight += scaled.dense()
         expected = trainer.model.eval()(ids).logits
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-3, rtol=1e-3)
     assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight

@@ -79,11 +79,11 @@ class Lab:
             found[column] = spread(kept_apart(prompts, used)[0], max(2, round(count * self.scale)), seed=0)
         return found
 
-    def shots(self, task: Task, seed: int, vector_name: str = "puzzles", **changes: Any) -> Shots:
+    def shots(self, task: Task, seed: int) -> Shots:
         """The shots that `safegene apply` draws in the same setting."""
-        folder = vector(vector_name, self.data)
+        folder = vector("puzzles", self.data)
         rows = read_jsonl(training_file(task, seed, self.data))
-        config = SafeGeneConfig(vector=str(folder), **(SHOTS | changes))
+        config = SafeGeneConfig(vector=str(folder), **SHOTS, seed=seed)  # type: ignore[arg-type]
         context = self.model.config.max_position_embeddings
         return gather_shots(config, SafetyVector.from_pretrained(folder), self.tokenizer, context, rows)
 

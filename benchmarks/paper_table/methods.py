@@ -114,7 +114,7 @@ def _prompt_only(sample: Sample) -> Sample:
 
 def few_shot_row(lab: Lab, task: Task, seed: int, steps: int) -> Made:
     update = plain(lab, task, seed)[0]
-    shots = lab.shots(task, seed, seed=seed).data
+    shots = lab.shots(task, seed).data
     with lab.updated(update) as model:
         gained = few_shot_update(model, shots, padding_id(lab.tokenizer), steps=steps, seed=seed)
         _without_adapter(lab)
