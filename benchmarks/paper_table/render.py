@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from safegene_trl.evaluation.statistics import holm, mean_interval, paired_p, signed_rank_p
+from safegene_trl.evaluation.statistics import holm, mean_of_sets_interval, paired_p, signed_rank_p
 
 from .methods import ABLATIONS, METHODS
 from .tasks import TASKS
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CELLS = RESULTS / "paper_table"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
 OURS = "SafeGene"
+LEAST_PAIRS = 6  # of task and seed: with fewer, Wilcoxon's p cannot fall below 0.05
 Cell = dict[str, Any]
 
 
@@ -63,8 +64,8 @@ class Row:
         ]
 
     def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of the attack success over prompts and seeds."""
-        return mean_interval([float(value) for value in self.outcomes(HARMFUL, "a")])
+        """95 % bootstrap interval of the attack success, over the prompts of each set and the seeds."""
+        return mean_of_sets_interval([self.outcomes((column,), "a") for column in HARMFUL])
 
     @property
     def utilities(self) -> list[float]:
@@ -121,6 +122,7 @@ def table(rows: Mapping[str, Row]) -> list[str]:
         gone = removed(row, rows) if method not in ("aligned", "fine-tuned") and "fine-tuned" in rows else None
         ratios = [cell["update"]["norm_ratio"] for cell in row.cells if "update" in cell]
         marks = {cell["update"]["mark"] for cell in row.cells if cell.get("update", {}).get("mark")}
+        marks -= {"changes nothing"} if method == "fine-tuned" else set()
         marks |= {"rejected" for cell in row.cells if "rejected" in cell["about"]}
         everything = (*HARMFUL, *BENIGN)
         cells = [
@@ -158,7 +160,7 @@ def overall(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
             ours = {cell["seed"]: Row(OURS, [cell]).attack_success for cell in rows[OURS].cells}
             theirs = {cell["seed"]: Row(method, [cell]).attack_success for cell in rows[method].cells}
             differences += [theirs[seed] - ours[seed] for seed in ours.keys() & theirs.keys()]
-        if method not in (OURS, "aligned"):
+        if method not in (OURS, "aligned") and len(differences) >= LEAST_PAIRS:
             raw[method] = signed_rank_p(differences)
     p = holm(raw)
     for method in methods:

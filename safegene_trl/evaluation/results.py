@@ -9,7 +9,7 @@ import numpy as np
 
 from .judges import ATTACK_SUCCEEDED, Verdict
 from .prompts import Prompt
-from .statistics import CONFIDENCE, RESAMPLES, kappa, rate
+from .statistics import kappa, mean_of_sets_interval, rate
 
 
 def summary(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
@@ -60,20 +60,15 @@ def _mean_over_sets(
     groups: Mapping[str, Sequence[tuple[Prompt, Verdict]]], kind: str, counted: Sequence[str], seed: int
 ) -> dict[str, float] | None:
     outcomes = [
-        np.array([verdict.label in counted for _, verdict in group if verdict.label != "unjudged"], dtype=float)
+        [verdict.label in counted for _, verdict in group if verdict.label != "unjudged"]
         for group in groups.values()
         if group[0][0].kind == kind
     ]
     outcomes = [values for values in outcomes if len(values)]
     if not outcomes:
         return None
-    generator = np.random.default_rng(seed)
-    resampled = np.mean(
-        [values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1) for values in outcomes],
-        axis=0,
-    )
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {"share": float(np.mean([values.mean() for values in outcomes])), "low": float(low), "high": float(high)}
+    low, high = mean_of_sets_interval(outcomes, seed)
+    return {"share": float(np.mean([np.mean(values) for values in outcomes])), "low": low, "high": high}
 
 
 def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:

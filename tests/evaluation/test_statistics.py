@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from safegene_trl.evaluation.statistics import Rate, holm, kappa, mean_interval, paired_p, rate, signed_rank_p
+from safegene_trl.evaluation.statistics import (
+    Rate,
+    holm,
+    kappa,
+    mean_interval,
+    mean_of_sets_interval,
+    paired_p,
+    rate,
+    signed_rank_p,
+)
 
 
 def test_wilson_interval():
@@ -23,6 +32,13 @@ def test_bootstrap_covers_the_mean():
     low, high = mean_interval(values)
     assert low < sum(values) / 6 < high and mean_interval(values) == (low, high)
     assert mean_interval([0.5, 0.5]) == (0.5, 0.5) and mean_interval([0.2]) == (0.2, 0.2)
+
+
+def test_interval_of_a_mean_of_sets_draws_every_set_by_itself():
+    small, large = [True, False] * 5, [True] * 1000
+    low, high = mean_of_sets_interval([small, large])
+    assert low == pytest.approx((0.2 + 1) / 2, abs=0.06) and high == pytest.approx((0.8 + 1) / 2, abs=0.06)
+    assert mean_of_sets_interval([[True], [False]]) == (0.5, 0.5)
 
 
 def test_mcnemar_counts_the_pairs_that_differ():
