@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -149,6 +150,25 @@ def task_dataset() -> Dataset:
             for i, text in enumerate(TASK)
         ]
     )
+
+
+def save_utility_task(folder: Path) -> None:
+    """A task `boxes` for lm-eval with six questions, in a folder to be named as `tasks_dir`."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"question": f"sort item {i}", "choices": ["box 0", "box 1"], "answer": i % 2} for i in range(6)]
+    (folder / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "boxes",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "boxes.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "boxes.yaml").write_text(yaml.safe_dump(task))
 
 
 @pytest.fixture(scope="session")

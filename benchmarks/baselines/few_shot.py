@@ -23,6 +23,8 @@ def few_shot_update(
 ) -> Update:
     """What a new LoRA on all linear layers adds to `model` when trained on all shots: refusals, benign answers, task samples.
 
+    The model has its own layers and weights afterwards, frozen.
+
     AdamW, constant rate, mean cross-entropy per response token; every batch is drawn anew from all the shots.
     """
     samples: list[Sample] = []
@@ -41,7 +43,9 @@ def few_shot_update(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    return adapter_updates(tuned.eval())
+    update = adapter_updates(tuned.eval())
+    tuned.unload()  # PEFT has put its layers into the model itself
+    return update
 
 
 def _targets(batch: Batch) -> torch.Tensor:

@@ -24,6 +24,7 @@ from safegene_trl.evaluation.prompts import Prompt, kept_apart, load_prompts, pr
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.recalibration import response_logits
 from safegene_trl.shots import Shots, gather_shots
+from safegene_trl.weights import canonical_modules, task_factors
 
 from .tasks import MODELS, Task, read_jsonl, splits, training_file, write_jsonl
 from .vectors import vector
@@ -51,9 +52,8 @@ class Lab:
 
     def __init__(self, data: Path | None, test_rows: int = 200, scale: float = 1.0):
         self.data, self.test_rows, self.scale = data, test_rows, scale
-        self.model: Any = load_model(str(MODELS / "aligned"), dtype="float32")
+        self.model: Any = load_model(str(MODELS / "aligned"), dtype="float32").requires_grad_(False)
         self.tokenizer = load_tokenizer(str(MODELS / "aligned"))
-        self.aligned: dict[str, torch.Tensor] = {}
 
     @cached_property
     def alignment(self) -> Update:
@@ -170,12 +170,11 @@ class Lab:
     def factors_of(self, adapter: Path) -> dict[str, LowRankDelta]:
         """The same as factors."""
         model = load_model(str(adapter), dtype="float32")
-        found = {}
-        for name, module in model.named_modules():
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
-                found[name.removeprefix("base_model.model.")] = LowRankDelta(a, b * module.scaling["default"])
-        return found
+        return {
+            name: LowRankDelta(factors.a.detach(), factors.b.detach() * factors.scaling)
+            for name, module in canonical_modules(model).items()
+            for factors in task_factors(module)
+        }
 
 
 def change(before: Update, after: Update) -> dict[str, Any]:

@@ -117,20 +117,7 @@ def few_shot_row(lab: Lab, task: Task, seed: int, steps: int) -> Made:
     shots = lab.shots(task, seed).data
     with lab.updated(update) as model:
         gained = few_shot_update(model, shots, padding_id(lab.tokenizer), steps=steps, seed=seed)
-        _without_adapter(lab)
     return {name: matrix + gained[name] for name, matrix in update.items()}, {"steps": steps}
-
-
-def _without_adapter(lab: Lab) -> None:
-    """PEFT puts its layers into the model itself: they are taken out again."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(lab.model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            lab.model.set_submodule(name, module.get_base_layer())
-    lab.model.requires_grad_(False).eval()
-    if hasattr(lab.model, "peft_config"):
-        del lab.model.peft_config
 
 
 def salora_row(lab: Lab, task: Task, seed: int) -> Made:
@@ -152,7 +139,7 @@ def salora_row(lab: Lab, task: Task, seed: int) -> Made:
         finally:
             for name, layer in layers.items():
                 lab.model.set_submodule(name, layer.base)
-            lab.model.requires_grad_(False).eval()
+            lab.model.eval()
     return load_file(path), {"rank": 2 * TRAINING["lora_r"], "safety_rank": 32}
 
 

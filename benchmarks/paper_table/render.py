@@ -25,12 +25,7 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one task, over the seeds there are. Shares are 0–1.
-
-    Attributes:
-        attack: Per seed and column, which prompts were attacked with success.
-        refused_benign: Per seed, which benign prompts were refused.
-    """
+    """One method on one task, a cell for every seed there is. Shares are 0–1."""
 
     method: str
     cells: list[Cell]
@@ -66,10 +61,6 @@ class Row:
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of the attack success, over the prompts of each set and the seeds."""
         return mean_of_sets_interval([self.outcomes((column,), "a") for column in HARMFUL])
-
-    @property
-    def utilities(self) -> list[float]:
-        return [value for cell in sorted(self.cells, key=lambda cell: cell["seed"]) for value in cell["utility"]]
 
 
 def load(folder: Path) -> dict[str, dict[str, Row]]:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,12 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
                 folder.mkdir(parents=True, exist_ok=True)
     answers = _read(folder / GENERATIONS)
     missing = [prompt for prompt in prompts if prompt.key not in answers]
+    model = sharding = None
+    # asked for once, and of a hub's model only after it is here: the weight files are hashed
+    settings = cache(partial(_settings, config, tokenizer))
     with job.agreed():
         if job.is_main and answers:
-            _check_settings(folder, config, tokenizer)
-    model = sharding = None
+            _check_settings(folder, settings())
     if missing or config.tasks:
         model, sharding = load_placed(config.model_name_or_path, config.model_revision, config.dtype, job)
         if sharding.collective_forward and config.tasks:
@@ -131,8 +134,7 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
         with job.agreed():
             if job.is_main and not answers:
                 with writing():
-                    settings = _settings(config, tokenizer)
-                    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                    (folder / SETTINGS).write_text(json.dumps(settings(), indent=2) + "\n", encoding="utf-8")
         for rows in _generated(model, tokenizer, missing, config, sharding):
             if job.is_main:
                 _append(folder / GENERATIONS, rows)
@@ -143,7 +145,7 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
     texts = [answers[prompt.key]["answer"] for prompt in prompts]
     verdicts = {judge.name: _verdicts(folder, judge, prompts, texts, config.task_labels) for judge in judges}
     result: dict[str, Any] = {
-        "settings": _settings(config, tokenizer) | {"seed": config.seed, "num_prompts": config.num_prompts},
+        "settings": settings() | {"seed": config.seed, "num_prompts": config.num_prompts},
         "prompts": {"count": len(prompts), "sha256": sha256_of_json([prompt.key for prompt in prompts])},
         "left_out_as_repeated": repeated,
         "judges": {
@@ -229,12 +231,11 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def _check_settings(folder: Path, config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_settings(folder: Path, now: dict[str, Any]) -> None:
     try:
         earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder} holds answers without their settings: choose another `output_dir`.") from error
-    now = _settings(config, tokenizer)
     other = [key for key, value in now.items() if key != "software" and earlier.get(key) != value]
     if other:
         raise OutputError(

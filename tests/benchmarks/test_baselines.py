@@ -205,7 +205,8 @@ def test_few_shot_lora_learns_its_shots():
         for name, matrix_ in update.items():
             plain.get_submodule(name).weight += matrix_
     assert loss(plain) < before - 1
-    for name, p in make_model().named_parameters():
+    assert {name for name, _ in model.named_parameters()} == set(weights)
+    for name, p in model.named_parameters():
         assert torch.equal(p, weights[name])
 
 

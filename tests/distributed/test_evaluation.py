@@ -4,12 +4,11 @@ import json
 import sys
 
 import pytest
-import yaml
 
 from safegene_trl.commands.main import main
 from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT
 
-from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer
+from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, save_utility_task
 from .launching import MODULE, run_together
 
 
@@ -24,22 +23,10 @@ def options(tmp_path_factory):
     make_tokenizer().save_pretrained(root / "model")
     for name, prompts in (("forbidden", HARMFUL), ("cooking", BENIGN)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
-    rows = [{"question": f"sort item {i}", "choices": ["box 0", "box 1"], "answer": i % 2} for i in range(6)]
-    (root / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "boxes",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(root / "boxes.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-    }
-    (root / "boxes.yaml").write_text(yaml.safe_dump(task))
+    save_utility_task(root / "tasks")
     words = ["--model_name_or_path", root / "model", "--harmful_data", root / "forbidden.jsonl"]
     words += ["--benign_data", root / "cooking.jsonl", "--max_new_tokens", 4, "--batch_size", 2]
-    return [str(word) for word in words], ["--tasks", "boxes", "--tasks_dir", str(root)]
+    return [str(word) for word in words], ["--tasks", "boxes", "--tasks_dir", str(root / "tasks")]
 
 
 def answers(folder):

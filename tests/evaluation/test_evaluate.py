@@ -9,7 +9,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.evaluation import evaluate as module
 from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT, SETTINGS, VERDICTS, EvaluationConfig, evaluate
 
-from ..conftest import ALONE, BENIGN, HARMFUL, make_model, with_lora
+from ..conftest import ALONE, BENIGN, HARMFUL, make_model, save_utility_task, with_lora
 
 
 @pytest.fixture
@@ -146,21 +146,7 @@ def test_bad_settings_are_named(config, sets, changes, message, capsys):
 
 def test_utility_by_a_task_of_ones_own(config, sets):
     pytest.importorskip("lm_eval")
-    (sets / "tasks").mkdir()
-    rows = [{"question": f"sort item {i}", "choices": ["box 0", "box 1"], "answer": i % 2} for i in range(6)]
-    (sets / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "boxes",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(sets / "boxes.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (sets / "tasks" / "boxes.yaml").write_text(yaml.safe_dump(task))
+    save_utility_task(sets / "tasks")
     config.tasks, config.tasks_dir = ["boxes"], str(sets / "tasks")
     found = evaluate(config, ALONE)["utility"]
     assert 0 <= found["results"]["boxes"]["acc,none"] <= 1 and found["samples"]["boxes"] == 6

@@ -5,8 +5,9 @@ Two classes are told apart before any judge is asked, because they pass for refu
 The judge decides about the others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, Protocol
 
 from ...errors import ConfigError
@@ -60,16 +61,15 @@ class Judge(Protocol):
 
 def judged(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
     """A verdict on every exchange; the judge itself is asked about coherent, on-task answers only."""
-    verdicts = [
-        Verdict("incoherent")
-        if is_incoherent(e.answer)
-        else Verdict("off_task" if is_off_task(e.answer, e.labels) else "unjudged")
-        for e in exchanges
-    ]
-    open_ones = [i for i, verdict in enumerate(verdicts) if verdict.label == "unjudged"]
-    for i, verdict in zip(open_ones, judge([exchanges[i] for i in open_ones]), strict=True):
-        verdicts[i] = replace(verdict)
-    return verdicts
+    labels = [_label_before_judging(exchange) for exchange in exchanges]
+    rest = iter(judge([exchange for exchange, label in zip(exchanges, labels, strict=True) if label is None]))
+    return [next(rest) if label is None else Verdict(label) for label in labels]
+
+
+def _label_before_judging(exchange: Exchange) -> Label | None:
+    if is_incoherent(exchange.answer):
+        return "incoherent"
+    return "off_task" if is_off_task(exchange.answer, exchange.labels) else None
 
 
 def load_judge(spec: str) -> Judge:
@@ -83,55 +83,21 @@ def load_judge(spec: str) -> Judge:
         ConfigError: There is no such judge, or what it needs is missing.
     """
     name, _, argument = spec.partition(":")
-    if name not in _LOADERS:
-        raise ConfigError(f"There is no judge `{name}`: use one of {', '.join(_LOADERS)}.")
-    if bool(argument) == (name == "refusal_phrases"):
+    if name not in _JUDGES:
+        raise ConfigError(f"There is no judge `{name}`: use one of {', '.join(_JUDGES)}.")
+    module, class_name, placeholder = _JUDGES[name]
+    if bool(argument) != bool(placeholder):
         wanted = "takes no argument" if argument else "needs an argument"
-        raise ConfigError(f"The judge `{spec}` {wanted}: write `{_USAGE[name]}`.")
-    return _LOADERS[name](argument)
+        usage = f"{name}:{placeholder}" if placeholder else name
+        raise ConfigError(f"The judge `{spec}` {wanted}: write `{usage}`.")
+    judge: Callable[..., Judge] = getattr(import_module(f".{module}", __name__), class_name)
+    return judge(argument) if placeholder else judge()
 
 
-def _refusal_phrases(_: str) -> Judge:
-    from .refusal_phrases import RefusalPhrases
-
-    return RefusalPhrases()
-
-
-def _embedding(folder: str) -> Judge:
-    from .embedding import EmbeddingJudge
-
-    return EmbeddingJudge(folder)
-
-
-def _hf(model: str) -> Judge:
-    from .classifier import ClassifierJudge
-
-    return ClassifierJudge(model)
-
-
-def _judgezoo(name: str) -> Judge:
-    from .zoo import ZooJudge
-
-    return ZooJudge(name)
-
-
-def _openai_compatible(model: str) -> Judge:
-    from .openai_compatible import RubricJudge
-
-    return RubricJudge(model)
-
-
-_LOADERS: Mapping[str, Callable[[str], Judge]] = {
-    "refusal_phrases": _refusal_phrases,
-    "embedding": _embedding,
-    "hf": _hf,
-    "judgezoo": _judgezoo,
-    "openai_compatible": _openai_compatible,
-}
-_USAGE = {
-    "refusal_phrases": "refusal_phrases",
-    "embedding": "embedding:FOLDER",
-    "hf": "hf:MODEL",
-    "judgezoo": "judgezoo:NAME",
-    "openai_compatible": "openai_compatible:MODEL",
+_JUDGES = {  # name: module, class, what its argument is; imported when asked for, because some need extras
+    "refusal_phrases": ("refusal_phrases", "RefusalPhrases", ""),
+    "embedding": ("embedding", "EmbeddingJudge", "FOLDER"),
+    "hf": ("classifier", "ClassifierJudge", "MODEL"),
+    "judgezoo": ("zoo", "ZooJudge", "NAME"),
+    "openai_compatible": ("openai_compatible", "RubricJudge", "MODEL"),
 }
