@@ -102,7 +102,7 @@ def safeguarded(name: str, vector: Path, model: Path, *options: str) -> Path:
     folder = WORK / f"safeguarded {name}"
     if not (folder / "safegene_report.json").is_file():
         block = STEP | {"vector": vector, "task_data": BUILD / "reviews_train.jsonl", "output_dir": folder}
-        block |= {"measure_refusals": "false", "allow_other_base": "true", "max_utility_loss": 10.0}
+        block |= {"num_test_prompts": 0, "allow_other_base": "true", "max_utility_loss": 10.0}
         words = (word for key, value in block.items() for word in (f"--safegene.{key}", value))
         safegene("apply", "--model_name_or_path", model, *options, *words)
     return folder

@@ -128,7 +128,7 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
         disable_tqdm=True,
         **arguments,
     )
-    config = SafeGeneConfig(vector=str(folder / "vector"), max_evaluations=3, measure_refusals=False, **SHOTS)
+    config = SafeGeneConfig(vector=str(folder / "vector"), max_evaluations=3, num_test_prompts=0, **SHOTS)
     trainer = Trainer(
         model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if ON_GPU else torch.float32),
         args=args,

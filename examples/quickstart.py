@@ -41,7 +41,7 @@ def step_settings(short: bool) -> dict:
         "num_task_shots": shots[2],
         "max_evaluations": 1 if short else 8,
         "max_utility_loss": 10.0 if short else 0.1,
-        "measure_refusals": False,
+        "num_test_prompts": 0,
         "allow_other_base": True,  # put together on this machine: the last bits of a sum depend on the processor
     }
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from .config import SafeGeneConfig
 from .errors import FamilyError, SafeGeneError
-from .safeguard import Preparation, dry_run_message, failure_path, prepare, safeguard, write_failure
+from .safeguard import Preparation, dry_run_message, failure_path, prepare, safeguard
 from .sharding import check_launch, sharding_of
 from .weights import base_model
 
@@ -104,14 +104,15 @@ class SafeGeneCallback(TrainerCallback):
         try:
             with plan.sharding.named():
                 base = _adapter_base(kwargs["model"], args)
-                self.report = safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
+            safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
         except SafeGeneError as error:
-            self.report = write_failure(plan, error)
             if self.config.on_failure == "raise":
                 raise
             logger.warning("SafeGene did not safeguard this fine-tune: %s (%s)", error, failure_path(plan.target))
         else:
             logger.info("Safeguarded checkpoint: %s", plan.target)
+        finally:
+            self.report = plan.report
 
     def _target(self, args: TrainingArguments) -> Path:
         if self.config.output_dir is not None:

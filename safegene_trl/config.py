@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
+from .gate import GateConfig
 
 
 Granularity = Literal["layer", "module"]
@@ -47,8 +48,13 @@ class SafeGeneConfig:
             refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
         batch_size: Samples per forward pass.
-        measure_refusals: Generate answers to the safety and benign shots before and after, for the report.
-        max_new_tokens: Tokens generated for each answer when `measure_refusals` is on.
+        num_test_prompts: How many harmful prompts, benign prompts and task samples, of each and at most, the model is measured on
+            before and after: none of those that the coefficients were fitted on. 0 leaves measuring out.
+        max_new_tokens: Tokens generated for each answer.
+        gate: Limits on what is measured, and data of its own to measure on (see `GateConfig`).
+        warm_start: An earlier release's report, or its folder: the search starts at its coefficients. Default: the last accepted
+            release in `history` that used this vector.
+        history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
         output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's output directory.
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in, or `both` (the
             adapter in the subfolder `adapter`).
@@ -83,8 +89,11 @@ class SafeGeneConfig:
     max_refusal_tokens: int = 8
     max_response_tokens: int = 64
     batch_size: int = 8
-    measure_refusals: bool = True
+    num_test_prompts: int = 64
     max_new_tokens: int = 32
+    gate: GateConfig | None = None
+    warm_start: str | None = None
+    history: str | None = None
     output_dir: str | None = None
     output_format: OutputFormat = "merged"
     max_shard_size: str = "5GB"
@@ -96,6 +105,12 @@ class SafeGeneConfig:
     def from_dict(cls, values: dict[str, Any]) -> "SafeGeneConfig":
         """Builds a config from a recipe's block; an unknown key is an error that names the nearest known one."""
         reject_unknown_keys(values, [f.name for f in fields(cls)], where="the safegene block")
+        gate = values.get("gate")
+        if isinstance(gate, dict):
+            reject_unknown_keys(gate, [f.name for f in fields(GateConfig)], where="the gate block")
+            values = values | {"gate": GateConfig(**gate)}
+        elif not isinstance(gate, GateConfig | None):
+            raise ConfigError("`gate` must be a block of keys and values.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,12 +138,17 @@ class SafeGeneConfig:
             )
         self._check_numbers()
         self._check_bounds()
+        if self.gate and self.gate.limits and not self.num_test_prompts:
+            raise ConfigError(
+                "The gate has limits and `num_test_prompts` is 0: there would be nothing to hold them against."
+            )
 
     def _check_numbers(self):
         positive = ("num_safety_shots", "num_task_shots", "max_evaluations", "max_length")
         for name in (*positive, "max_refusal_tokens", "max_response_tokens", "batch_size", "max_new_tokens"):
             _require(name, getattr(self, name), int, at_least=1)
-        _require("num_benign_shots", self.num_benign_shots, int, at_least=0)
+        for name in ("num_benign_shots", "num_test_prompts"):
+            _require(name, getattr(self, name), int, at_least=0)
         for name in ("utility_weight", "sparsity_weight", "max_utility_loss"):
             _require(name, getattr(self, name), float, at_least=0.0)
         _require("holdout_share", self.holdout_share, float, at_least=0.0)

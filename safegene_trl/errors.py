@@ -37,6 +37,10 @@ class RecalibrationError(SafeGeneError):
     """No coefficients improve held-out safety within the utility budget."""
 
 
+class RejectedError(RecalibrationError):
+    """The safeguarded model does not keep the gate's limits, or no coefficients are acceptable."""
+
+
 class SignatureError(SafeGeneError):
     """A signature is missing, invalid, or cannot be made."""
 

@@ -232,11 +232,11 @@ def estimate_safeguard(
     stored = sum(t.numel() * t.element_size() for delta in vector.deltas.values() for t in (delta.a, delta.b))
     held = probe.process + launch.held(probe.weights, probe.dtype.itemsize) + stored
     costs = {"recalibrate": _recalibration(probe, config, vector, tokenizer, shots, launch, deltas, held)}
-    if config.measure_refusals:
+    prompts = [[list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind]
+    if prompts:
         answers = [
-            _generation(probe, tokenizer, prompts, config.max_new_tokens, config.batch_size, launch, deltas)
-            for prompts in shots.prompts.values()
-            if prompts
+            _generation(probe, tokenizer, messages, config.max_new_tokens, config.batch_size, launch, deltas)
+            for messages in prompts
         ]
         costs["measure"] = Cost(2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))
     return costs | {"save": _saving(probe, config, deltas, tokenizer, held)}
@@ -359,7 +359,8 @@ def estimate_stored_merge(
 
         def run(index: int, folder: Path) -> None:
             own = deltas[index]
-            write_merged(stored[index], own, dict.fromkeys(own, 0.1), tokenizer, folder, config.max_shard_size, False)
+            added, size = dict.fromkeys(own, 0.1), config.max_shard_size
+            write_merged(stored[index], own, added, tokenizer, folder, size, show_progress=False)
 
         seconds, memory, disk = _written(probe, run, config.output_dir, on_host=True)
     return {"save": Cost(seconds, probe.host + memory, disk)}

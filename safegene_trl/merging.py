@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,13 @@ def save_merged(
     folder: Path,
     max_shard_size: str,
     sharding: Sharding,
+    mark: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a full checkpoint.
 
     Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that one is in rank 0's
-    memory; the live weights are only read. `coefficients` are by module name: one, or one of each of its r rank-one parts.
+    memory; the live weights are only read. `coefficients` are by module name: one, or one of each of its r rank-one parts. `mark` goes
+    into its `config.json` (see `lineage.py`).
     """
     parameters = list(canonical_parameters(model))
     parts = {
@@ -96,7 +99,7 @@ def save_merged(
         with sharding.agreed(), writing():
             if sharding.is_main:
                 place = _Files(folder, contents, max_shard_size, files)
-                save_record(model, tokenizer, folder)
+                save_record(model, tokenizer, folder, mark)
         for parameter in parameters:
             tensor = merged_tensor(parameter, deltas, coefficients, sharding)
             with sharding.agreed(), writing():
@@ -135,10 +138,15 @@ def write_index(index: Mapping[str, Any], folder: Path) -> None:
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_record(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_record(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, mark: Mapping[str, Any] | None
+) -> None:
     """Writes all of a checkpoint but the weights: configs, tokenizer, chat template."""
     base = base_model(model)
-    base.config.save_pretrained(folder)
+    config = deepcopy(base.config)  # the live model stays the plain fine-tune
+    for key, value in (mark or {}).items():
+        setattr(config, key, value)
+    config.save_pretrained(folder)
     if base.generation_config is not None:
         base.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

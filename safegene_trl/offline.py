@@ -1,18 +1,27 @@
 """The safety step on a finished model with coefficients that are known already: nothing is loaded or measured."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel
 
 from .attach import LowRankDelta
-from .config import SafeGeneConfig
+from .config import Granularity, SafeGeneConfig
 from .errors import ConfigError
 from .extraction.delta import adapter_delta, stored_delta
+from .gate import Decision
 from .interference import interference_coefficients
+from .lineage import (
+    Coefficients,
+    carried_coefficients,
+    carries_vector,
+    check_not_safeguarded,
+    coefficient_names,
+    mark,
+    reported_coefficients,
+)
 from .loading import adapter_base, load_tokenizer
 from .merging import save_adapter
 from .output import MARKER, atomic_directory, check_output
@@ -53,22 +62,32 @@ def safeguard_stored(
     """
     clock, alone = PhaseClock(), Sharding(torch.device("cpu"))
     with clock.phase("prepare"):
+        check_not_safeguarded(name_or_path, revision)
         stored = StoredModel.open(name_or_path, revision)
         if config.output_format != "merged":
             check_adapter_output(stored.model)
         tokenizer = load_tokenizer(name_or_path, revision)
         vector, family, warnings = fitting_vector(config, stored.model, tokenizer)
         if given == INTERFERENCE:
-            coefficients = interference_coefficients(_task_deltas(stored, base_model), vector.deltas)
-            by_module = {module: torch.tensor(coefficient) for module, coefficient in coefficients.items()}
+            coefficients, granularity = _interference(stored, base_model, vector), "module"
         else:
-            coefficients, by_module = _given_coefficients(given, vector, config.granularity)
+            coefficients, granularity = _given_coefficients(given, vector, config.granularity)
+        carried = carried_coefficients(stored.model, vector, granularity)
+        change = {name: value - carried[name] for name, value in coefficients.items()}
+        by_module = vector.by_module(change, granularity)
         started_from = adapter_base(name_or_path, revision)
-        base = check_base(base_model or started_from, None, vector.aligned_model, config.allow_other_base)
+        base = check_base(
+            base_model or started_from,
+            None,
+            vector.aligned_model,
+            config.allow_other_base,
+            carries_vector=carries_vector(stored.model),
+        )
         needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
         check_output(target, needed)
+    decision = Decision("accepted", "The coefficients were given: nothing was measured.")
     report = first_report(config, vector, family, warnings, base, isinstance(stored.model, PeftModel), alone) | {
-        "decision": {"accepted": True, "reason": "The coefficients were given: nothing was measured.", "scale": 1.0},
+        "decision": {**decision.to_dict(), "scale": 1.0},
         "coefficients": coefficients,
     }
     if config.dry_run:
@@ -76,7 +95,8 @@ def safeguard_stored(
     with atomic_directory(target) as folder:
         with clock.phase("save"):
             if config.output_format in ("merged", "both"):
-                write_merged(stored, vector.deltas, by_module, tokenizer, folder, config.max_shard_size)
+                entry = mark(vector, coefficients)
+                write_merged(stored, vector.deltas, by_module, tokenizer, folder, config.max_shard_size, entry)
             if config.output_format in ("adapter", "both"):
                 place = folder / "adapter" if config.output_format == "both" else folder
                 relative_to = started_from or name_or_path
@@ -84,6 +104,11 @@ def safeguard_stored(
         report |= {"status": "safeguarded", "phases": clock.phases}
         write_report(report, folder / MARKER)
     return report
+
+
+def _interference(stored: StoredModel, base_model: str | None, vector: SafetyVector) -> Coefficients:
+    by_module = interference_coefficients(_task_deltas(stored, base_model), vector.deltas)
+    return {name: by_module[module] for module, own in vector.coefficient_names("module").items() for name in own}
 
 
 def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRankDelta]:
@@ -98,39 +123,23 @@ def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRa
 
 
 def _given_coefficients(
-    given: str, vector: SafetyVector, granularity: str
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The coefficients by name and by module."""
+    given: str, vector: SafetyVector, granularity: Granularity
+) -> tuple[Coefficients, Granularity]:
+    """The coefficients by name, and their granularity."""
     try:
         value = float(given)
     except ValueError:
-        coefficients = _reported_coefficients(Path(given), vector)
+        coefficients = reported_coefficients(given, vector)
     else:
-        names = vector.coefficient_names(granularity).values()
-        coefficients = {name: value for own in names for name in own}
+        coefficients = dict.fromkeys(coefficient_names(vector, granularity), value)
     for name, coefficient in coefficients.items():
         if not (math.isfinite(coefficient) and coefficient >= 0):
             raise ConfigError(
                 f"The coefficient of `{name}` is {coefficient}: it must be 0 or more, −V removes refusals."
             )
-    for kind in ("layer", "module"):
-        if {name for own in vector.coefficient_names(kind).values() for name in own} == set(coefficients):
-            return coefficients, vector.by_module(coefficients, kind)
+    for kind in get_args(Granularity):
+        if set(coefficient_names(vector, kind)) == set(coefficients):
+            return coefficients, kind
     raise ConfigError(
         f"The coefficients in {given} are not those of this vector's layers or modules: name another report."
     )
-
-
-def _reported_coefficients(path: Path, vector: SafetyVector) -> dict[str, float]:
-    path = path / MARKER if path.is_dir() else path
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        coefficients = {name: float(value) for name, value in report["coefficients"].items()}
-        files = report["vector"]["files"]
-    except OSError as error:
-        raise ConfigError(f"`coefficients` is neither a number nor a readable report: {path}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no report of a safety step: name a number or a {MARKER}.") from error
-    if files != vector.files:
-        raise ConfigError(f"{path} is about another safety vector: coefficients mean nothing beside another vector.")
-    return coefficients

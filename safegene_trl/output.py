@@ -39,6 +39,12 @@ def check_output(target: Path, needed_bytes: int = 0, marker: str = MARKER) -> N
         )
 
 
+def check_writable(path: Path) -> None:
+    """Raises `OutputError` unless the file can be made or written to."""
+    if not os.access(path if path.exists() else nearest_folder(path.parent), os.W_OK) or path.is_dir():
+        raise OutputError(f"{path} cannot be written: choose another place.")
+
+
 def nearest_folder(path: Path) -> Path:
     """The first folder at or above `path` that exists: on its disk the path would be written."""
     absolute = path.absolute()

@@ -64,7 +64,12 @@ def _known_hash(file: Path) -> str:
 
 
 def check_base(
-    name: str | None, revision: str | None, aligned: dict[str, Any], allow_other: bool, hash_files: bool = True
+    name: str | None,
+    revision: str | None,
+    aligned: dict[str, Any],
+    allow_other: bool,
+    hash_files: bool = True,
+    carries_vector: bool = False,
 ) -> dict[str, Any]:
     """Whether a fine-tune started from the weights that a vector's aligned model has.
 
@@ -74,10 +79,12 @@ def check_base(
         aligned: The vector's record of its aligned model, as from `model_reference`.
         allow_other: Whether other weights are an entry in the record and no error.
         hash_files: False for a rank that leaves reading the files to another.
+        carries_vector: Whether the fine-tune says that it started from a checkpoint of this family safeguarded before, whose weights
+            are others by that alone.
 
     Returns:
-        For the report: the reference of the checkpoint, `is_aligned_model` (None where it cannot be told) and
-        `other_base_allowed`.
+        For the report: the reference of the checkpoint, `is_aligned_model` (None where it cannot be told), `other_base_allowed` and
+        `carries_vector`.
 
     Raises:
         FamilyError: The weights are others.
@@ -88,18 +95,24 @@ def check_base(
             reference = model_reference(name, revision)
         except (OSError, HFValidationError):  # trained from an object in memory, or its files are gone
             logger.warning("The files of %s cannot be read, so the report cannot say which weights they hold.", name)
-    ours, theirs = (_weight_hashes(record) for record in (reference, aligned))
+    ours, theirs = (weight_hashes(record) for record in (reference, aligned))
     both = ours.keys() & theirs.keys()  # one of the two may lie beside further files
     same = bool(both) and all(ours[file] == theirs[file] for file in both) if ours and theirs else None
-    if same is False and not allow_other:
+    if same is False and not (allow_other or carries_vector):
         raise FamilyError(
             f"The fine-tune started from {_named(reference)}, and the safety vector was made from {_named(aligned)}, whose weights "
             "are others: use a vector of these weights, or set `allow_other_base: true`."
         )
-    return {**reference, "is_aligned_model": same, "other_base_allowed": allow_other}
+    return {
+        **reference,
+        "is_aligned_model": same,
+        "other_base_allowed": allow_other,
+        "carries_vector": carries_vector,
+    }
 
 
-def _weight_hashes(reference: dict[str, Any]) -> dict[str, str]:
+def weight_hashes(reference: dict[str, Any]) -> dict[str, str]:
+    """The hashes of the weight files in a reference."""
     return {file: value for file, value in reference.get("files", {}).items() if file.endswith(".safetensors")}
 
 

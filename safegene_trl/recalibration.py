@@ -53,7 +53,7 @@ class Recalibration:
     """The outcome of one recalibration.
 
     Attributes:
-        coefficients: λ by coefficient name; 0 where the search left a layer out.
+        coefficients: λ by coefficient name; 0 where the search left a layer out, and those carried where none are accepted.
         accepted: Whether held-out safety improved within the utility budget.
         reason: Why it was accepted, shrunk or rejected, in one sentence.
         scale: The share of the found λ that was kept (1 unless shrunk towards the lower bound).
@@ -189,8 +189,13 @@ def recalibrate(
     pad_id: int,
     sharding: Sharding,
     on_evaluation: Callable[[dict], None] = lambda entry: None,
+    carried: Mapping[str, float] | None = None,
+    start: Mapping[str, float] | None = None,
 ) -> Recalibration:
     """Finds the coefficients of one fine-tune. The model is left exactly as it was.
+
+    Where the model's weights hold `Σ carried·V` already, the coefficients and their bounds are still those of the whole vector, and
+    the KL term's reference is the model as it is, λ = `carried`.
 
     Collective: every rank calls it with the same arguments and gets the same outcome, bit by bit; each works on its
     share of the batches.
@@ -204,6 +209,8 @@ def recalibrate(
         pad_id: Token id to pad with.
         sharding: How the model is spread over ranks.
         on_evaluation: Called with each history entry, e.g. to move a progress bar.
+        carried: By name, the coefficients with which the weights hold the vector. Default: 0.
+        start: By name, where the search starts. Default: `carried`, else `config.start`.
 
     Raises:
         RecalibrationError: A loss is not finite.
@@ -214,13 +221,20 @@ def recalibrate(
         module: torch.tensor([position[name] for name in coefficient_names[module]], device=sharding.device)
         for module in deltas
     }
-    attach = partial(attached, model, deltas, index)
+    held = np.array([(carried or {}).get(name, 0.0) for name in names])
+    first = start or (carried if held.any() else dict.fromkeys(names, config.start)) or {}
+    already = torch.tensor(held, dtype=torch.float32, device=sharding.device)
+
+    def attach(coefficients: torch.Tensor) -> AbstractContextManager[None]:
+        return attached(model, deltas, index, coefficients - already)
+
     with frozen_for_calibration(model):
         fit = Side(model, data, "fit", config, pad_id, sharding)
         held_out = Side(model, data, "held_out", config, pad_id, sharding)
         before = held_out.losses(model)
-        best, history = _search(model, fit, attach, config, names, on_evaluation)
-        return _accept(model, held_out, attach, best, before, config, names, history)
+        point = np.array([first[name] for name in names]).clip(config.min_coefficient, config.max_coefficient)
+        best, history = _search(model, fit, attach, config, names, point, on_evaluation)
+        return _accept(model, held_out, attach, best, before, config, names, held, history)
 
 
 def _search(
@@ -229,6 +243,7 @@ def _search(
     attach: Attach,
     config: SafeGeneConfig,
     names: Sequence[str],
+    start: np.ndarray,
     on_evaluation: Callable[[dict], None],
 ) -> tuple[np.ndarray, list[dict]]:
     """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
@@ -255,7 +270,7 @@ def _search(
     if sharding.is_main:
         minimize_in_box(
             lambda point: objective(tell(point)),
-            np.full(len(names), config.start),
+            start,
             config.min_coefficient,
             config.max_coefficient,
             config.max_evaluations,
@@ -296,12 +311,13 @@ def _accept(
     before: Losses,
     config: SafeGeneConfig,
     names: Sequence[str],
+    carried: np.ndarray,
     history: list[dict],
 ) -> Recalibration:
-    """Takes λ if held-out safety improves within the budgets, else the largest share of it that does."""
-    floor, failure, after = config.min_coefficient, "", before
+    """Takes λ if held-out safety improves within the budgets, else the largest share of the way to it that does."""
+    origin, failure, after = carried.clip(config.min_coefficient, config.max_coefficient), "", before
     for scale in SHRINK_STEPS:
-        point = floor + scale * (best - floor)
+        point = origin + scale * (best - origin)
         with attach(torch.tensor(point, dtype=torch.float32, device=held_out.sharding.device)):
             after = held_out.losses(model)
         objection = _objection(before, after, config.max_utility_loss)
@@ -312,9 +328,9 @@ def _accept(
             found = dict(zip(names, point.tolist(), strict=True))
             return Recalibration(found, True, reason, scale, before, after, history)
         failure = failure or objection
-    zero = dict.fromkeys(names, 0.0)
+    unchanged = dict(zip(names, carried.tolist(), strict=True))
     return Recalibration(
-        zero, False, f"No share of the found coefficients is acceptable: {failure}.", 0.0, before, after, history
+        unchanged, False, f"No share of the found coefficients is acceptable: {failure}.", 0.0, before, after, history
     )
 
 

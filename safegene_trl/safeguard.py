@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,25 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .attach import attached, frozen_for_calibration
+from .attach import attached
 from .calibration import Row, padding_id
 from .config import SafeGeneConfig
-from .errors import RecalibrationError
-from .evaluation.generation import generate_answers
-from .evaluation.judges.refusal_phrases import is_refusal
+from .errors import ConfigError, RejectedError, SafeGeneError
 from .family import Family
+from .gate import Decision, check_measurable, decide
+from .history import append_release, base_warnings, last_accepted, read_history, release_of
+from .lineage import (
+    Coefficients,
+    carried_coefficients,
+    carries_vector,
+    coefficient_names,
+    mark,
+    reported_coefficients,
+    vector_id,
+)
+from .measurement import measure
 from .merging import checkpoint_bytes, save_adapter, save_merged
-from .output import MARKER, atomic_directory, check_output
+from .output import MARKER, atomic_directory, check_output, check_writable
 from .provenance import check_base, sha256_of_file, software_versions
 from .recalibration import Recalibration, recalibrate
 from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
@@ -40,7 +51,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Preparation:
-    """All that the safety step needs, read and checked before the first training step."""
+    """All that the safety step needs, read and checked before the first training step.
+
+    Attributes:
+        carried: Coefficients with which the model's weights hold the vector already, by name.
+        start: Where the search starts, None for its default.
+        report: What is known so far; the whole report in the end, also after a failure.
+    """
 
     config: SafeGeneConfig
     vector: SafetyVector
@@ -48,6 +65,8 @@ class Preparation:
     target: Path
     shots: Shots
     sharding: Sharding
+    carried: Coefficients
+    start: Coefficients | None
     report: dict[str, Any]
     clock: PhaseClock = field(default_factory=PhaseClock)
 
@@ -89,16 +108,46 @@ def prepare(
         vector, family, warnings = fitting_vector(config, model, tokenizer)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         shots = gather_shots(config, vector, tokenizer, context, task_rows)
-        base = check_base(base_name, base_revision, vector.aligned_model, config.allow_other_base, sharding.is_main)
+        if config.gate:
+            check_measurable(config.gate, shots.unseen.counts)
+        carried = carried_coefficients(model, vector, config.granularity)
+        base = check_base(
+            base_name,
+            base_revision,
+            vector.aligned_model,
+            config.allow_other_base,
+            sharding.is_main,
+            carries_vector(model),
+        )
+        start = _first_coefficients(config, vector)
+        if sharding.is_main and config.history:
+            check_writable(Path(config.history))
+            warnings += base_warnings(read_history(Path(config.history)), base)
     for what, record in (
         ("SafeGene settings", config.to_dict()),
         ("a safety vector", vector.files),
         ("samples", shots.record),
+        ("coefficients to start from", start),
     ):
         sharding.check_same(what, json.dumps(record, sort_keys=True))
     report = first_report(config, vector, family, warnings, base, isinstance(model, PeftModel), sharding)
     report["data"] = shots.record
-    return Preparation(config, vector, tokenizer, target, shots, sharding, report, clock)
+    return Preparation(config, vector, tokenizer, target, shots, sharding, carried, start, report, clock)
+
+
+def _first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coefficients | None:
+    """Those of the release that the search is to start from, None where there is none."""
+    names = set(coefficient_names(vector, config.granularity))
+    if config.warm_start is not None:
+        found = reported_coefficients(config.warm_start, vector)
+        if set(found) != names:
+            raise ConfigError(
+                f"The coefficients in {config.warm_start} are not one per {config.granularity}: set `granularity` as it was there."
+            )
+        return found
+    last = last_accepted(read_history(Path(config.history))) if config.history else None
+    usable = last is not None and last["vector"]["sha256"] == vector_id(vector) and set(last["coefficients"]) == names
+    return last["coefficients"] if last and usable else None
 
 
 def fitting_vector(
@@ -147,7 +196,9 @@ def first_report(
 
 
 def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True) -> dict[str, Any]:
-    """Recalibrates, measures, merges and saves; returns the report that lies beside the checkpoint.
+    """Recalibrates, measures, decides, merges and saves; returns the report that lies beside the checkpoint.
+
+    After a failure the report goes to `failure_path`. The outcome is added to `config.history`.
 
     Args:
         plan: From `prepare`.
@@ -156,12 +207,57 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
         show_progress: Whether to show a progress bar.
 
     Raises:
-        RecalibrationError: No coefficients are acceptable. Nothing is written.
+        RejectedError: No coefficients are acceptable, or the gate's limits are not kept. No checkpoint is written.
+        RecalibrationError: The recalibration loss is not finite.
         OutputError: The checkpoint cannot be written. Nothing of it is left.
     """
+    try:
+        with plan.sharding.named():
+            _safeguard(plan, model, adapter_base, show_progress)
+    except SafeGeneError as error:
+        _write_failure(plan, error)
+        raise
+    return plan.report
+
+
+def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progress: bool) -> None:
     config, vector, sharding = plan.config, plan.vector, plan.sharding
-    names = vector.coefficient_names(config.granularity)
     sharding.release()
+    result = _recalibrate(plan, model, show_progress)
+    plan.report |= _found(result)
+    change = {name: value - plan.carried[name] for name, value in result.coefficients.items()}
+    by_module = vector.by_module(change, config.granularity)
+    measured = None
+    if any(plan.shots.unseen.counts.values()) and (result.accepted or config.gate):
+        with plan.clock.phase("measure"):
+            measured = plan.report["measured"] = _measure(plan, model, by_module)
+    decision = decide(config.gate, result.accepted, result.scale, result.reason, measured)
+    plan.report["decision"] = {**decision.to_dict(), "scale": result.scale}
+    if decision.outcome == "rejected" and not (config.gate and config.gate.write_rejected):
+        _add_to_history(plan)
+        raise RejectedError(_rejection(decision))
+    with atomic_directory(plan.target, sharding=sharding) as folder:
+        with plan.clock.phase("save"):
+            _save(plan, model, by_module, result.coefficients, adapter_base, folder)
+        plan.report |= {"status": "safeguarded", "phases": plan.clock.phases}
+        if sharding.is_main:
+            write_report(plan.report, folder / MARKER)
+    if sharding.is_main:
+        failure_path(plan.target).unlink(missing_ok=True)
+    _add_to_history(plan)
+
+
+def _rejection(decision: Decision) -> str:
+    if decision.checks:
+        return f"{decision.reason} No checkpoint was written: give more safety data, use a stronger vector, or set `gate.write_rejected`."
+    return (
+        f"{decision.reason} No checkpoint was written: give other or more safety data, allow a larger `max_utility_loss`, or use a "
+        "stronger vector; a fine-tune that needs no repair passes where a `gate` says what it must keep."
+    )
+
+
+def _recalibrate(plan: Preparation, model: nn.Module, show_progress: bool) -> Recalibration:
+    config, vector, sharding = plan.config, plan.vector, plan.sharding
     hidden = not (show_progress and sharding.is_main)
     with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
 
@@ -170,29 +266,24 @@ def safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_progr
             bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("safety", "utility")})
 
         with plan.clock.phase("recalibrate"):
-            result = recalibrate(
-                model, vector.deltas, names, plan.shots.data, config, padding_id(plan.tokenizer), sharding, advance
+            return recalibrate(
+                model,
+                vector.deltas,
+                vector.coefficient_names(config.granularity),
+                plan.shots.data,
+                config,
+                padding_id(plan.tokenizer),
+                sharding,
+                advance,
+                plan.carried,
+                plan.start,
             )
-    report = plan.report
-    report |= _outcome(result)
-    if not result.accepted:
-        raise RecalibrationError(
-            f"{result.reason} Nothing was saved: give other or more safety data, allow a larger `max_utility_loss`, or "
-            "use a stronger vector."
-        )
-    by_module = vector.by_module(result.coefficients, config.granularity)
-    if config.measure_refusals:
-        with plan.clock.phase("measure"):
-            report["answers"] = _measure(plan, model, by_module)
-    with atomic_directory(plan.target, sharding=sharding) as folder:
-        with plan.clock.phase("save"):
-            _save(plan, model, by_module, adapter_base, folder)
-        report |= {"status": "safeguarded", "phases": plan.clock.phases}
-        if sharding.is_main:
-            write_report(report, folder / MARKER)
-    if sharding.is_main:
-        failure_path(plan.target).unlink(missing_ok=True)
-    return report
+
+
+def _add_to_history(plan: Preparation) -> None:
+    with plan.sharding.agreed():
+        if plan.sharding.is_main and plan.config.history:
+            append_release(Path(plan.config.history), release_of(plan.report, plan.target))
 
 
 def dry_run_message(target: Path) -> str:
@@ -205,21 +296,19 @@ def failure_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.failed.json")
 
 
-def write_failure(plan: Preparation, error: Exception) -> dict[str, Any]:
-    """Writes what was known and what failed to `failure_path`, on rank 0; returns it."""
+def _write_failure(plan: Preparation, error: Exception) -> None:
+    """Writes what was known and what failed to `failure_path`, on rank 0."""
     failure = {"kind": type(error).__name__, "message": str(error)}
-    report = plan.report | {"status": "failed", "error": failure, "phases": plan.clock.phases}
+    plan.report |= {"status": "failed", "error": failure, "phases": plan.clock.phases}
     if plan.sharding.is_main:
         try:
-            write_report(report, failure_path(plan.target))
+            write_report(plan.report, failure_path(plan.target))
         except OSError as unwritten:  # a full disk may be what failed
             logger.warning("%s cannot be written: %s", failure_path(plan.target), unwritten)
-    return report
 
 
-def _outcome(result: Recalibration) -> dict[str, Any]:
+def _found(result: Recalibration) -> dict[str, Any]:
     return {
-        "decision": {"accepted": result.accepted, "reason": result.reason, "scale": result.scale},
         "coefficients": result.coefficients,
         "held_out": {"before": result.held_out_before.to_dict(), "after": result.held_out_after.to_dict()},
         "history": result.history,
@@ -227,39 +316,25 @@ def _outcome(result: Recalibration) -> dict[str, Any]:
 
 
 def _measure(plan: Preparation, model: nn.Module, by_module: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Refusal rate on the harmful and answered rate on the benign shots, before and after."""
     config, deltas, sharding = plan.config, plan.vector.deltas, plan.sharding
     coefficients = torch.cat([by_module[module] for module in deltas]).to(sharding.device)
     index = dict(zip(deltas, torch.arange(len(coefficients)).split(plan.vector.rank), strict=True))
-
-    def refused_share(prompts: list) -> float:
-        answers = generate_answers(model, plan.tokenizer, prompts, config.max_new_tokens, config.batch_size, sharding)
-        return float(sharding.sum(torch.tensor(sum(map(is_refusal, answers))))) / len(prompts)
-
-    def rates() -> dict[str, float]:
-        return {kind: refused_share(prompts) for kind, prompts in plan.shots.prompts.items() if prompts}
-
-    with frozen_for_calibration(model):
-        before = rates()
-        with attached(model, deltas, index, coefficients):
-            after = rates()
-    record: dict[str, Any] = {
-        "judge": "refusal_phrases",
-        "decoding": "greedy",
-        "max_new_tokens": config.max_new_tokens,
-    }
-    for kind, prompts in plan.shots.prompts.items():
-        if prompts:
-            record[kind] = {"prompts": len(prompts), "refused_before": before[kind], "refused_after": after[kind]}
-    return record
+    with_vector = partial(attached, model, deltas, index, coefficients)
+    return measure(model, with_vector, plan.shots.unseen, plan.tokenizer, config, sharding)
 
 
 def _save(
-    plan: Preparation, model: nn.Module, by_module: dict[str, torch.Tensor], adapter_base: str, folder: Path
+    plan: Preparation,
+    model: nn.Module,
+    by_module: dict[str, torch.Tensor],
+    coefficients: Coefficients,
+    adapter_base: str,
+    folder: Path,
 ) -> None:
     config, deltas, tokenizer, sharding = plan.config, plan.vector.deltas, plan.tokenizer, plan.sharding
     if config.output_format in ("merged", "both"):
-        save_merged(model, deltas, by_module, tokenizer, folder, config.max_shard_size, sharding)
+        entry = mark(plan.vector, coefficients)
+        save_merged(model, deltas, by_module, tokenizer, folder, config.max_shard_size, sharding, entry)
     if config.output_format in ("adapter", "both"):
         place = folder / "adapter" if config.output_format == "both" else folder
         save_adapter(model, deltas, by_module, adapter_base, tokenizer, place, sharding)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -128,12 +128,13 @@ def write_merged(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     max_shard_size: str,
+    mark: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> None:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the files' own data types.
 
     Every byte is read once and written once, by as many threads as this process has cores. What no delta and no adapter
-    touches is copied as it is. `coefficients` are by module name.
+    touches is copied as it is. `coefficients` are by module name; `mark` goes into `config.json` (see `lineage.py`).
 
     Raises:
         UnsupportedModelError: The files hold a module of the vector in another form than the model.
@@ -162,7 +163,7 @@ def write_merged(
                     bar.update(written)
     if index:
         write_index(index, folder)
-    save_record(stored.model, tokenizer, folder)
+    save_record(stored.model, tokenizer, folder, mark)
 
 
 def _merge_block(

@@ -269,7 +269,7 @@ def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, mo
     validate(report, SCHEMA)
     assert report["status"] == "failed" and "nothing helps" in report["error"]["message"]
     assert report == json.loads(json.dumps(callback.report))
-    assert report["decision"]["accepted"] is False
+    assert report["decision"]["outcome"] == "rejected"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["safeguarded.failed.json"]
     trainer.save_model()
     monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")

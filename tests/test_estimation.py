@@ -147,7 +147,7 @@ def test_commands(model, tokenizer, settings, tmp_path):
     options = ["--model_name_or_path", tmp_path / "model"]
     for key in ("vector", "task_data", "output_dir", "num_safety_shots", "num_task_shots", "max_evaluations"):
         options += [f"--safegene.{key}", getattr(settings, key)]
-    options += ["--safegene.measure_refusals", "false", "--safegene.allow_other_base", "true"]
+    options += ["--safegene.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
     printed = run("estimate", "apply", *options, "--json", tmp_path / "costs.json")
     assert "recalibrate" in printed and "together" in printed and "measure" not in printed
     costs = json.loads((tmp_path / "costs.json").read_text())

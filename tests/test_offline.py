@@ -81,7 +81,7 @@ def test_an_earlier_report_gives_the_same_weights(output_format, apply, model_di
     [
         ("-0.5", "must be 0 or more"),
         ("nan", "must be 0 or more"),
-        ("no-such-file", "neither a number nor a readable report"),
+        ("no-such-file", "no readable report"),
         ('{"coefficients": {"layers.9": 1.0}}', "no report of a safety step"),
         ('{"coefficients": {"layers.9": 1.0}, "vector": {"files": {}}}', "another safety vector"),
         ("same vector, other layers", "not those of this vector"),

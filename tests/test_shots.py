@@ -6,9 +6,10 @@ import pytest
 
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import CalibrationDataError
+from safegene_trl.gate import GateConfig
 from safegene_trl.shots import gather_shots
 
-from .conftest import make_model, make_vector, task_dataset
+from .conftest import HARMFUL, make_model, make_vector, task_dataset
 
 
 @pytest.fixture
@@ -24,14 +25,32 @@ def gather(tokenizer):
 
 def test_defaults_come_from_the_vector_and_the_training_set(gather):
     shots = gather()
-    assert [len(prompts) for prompts in shots.prompts.values()] == [12, 8]
     assert [shots.record[kind]["source"] for kind in ("safety", "benign", "task")] == [
         "vector",
         "vector",
         "training set",
     ]
     assert (shots.record["safety"]["fit"], shots.record["safety"]["held_out"]) == (9, 3)
-    assert all(len(record["sha256"]) == 64 for record in shots.record.values())
+    assert all(len(shots.record[kind]["sha256"]) == 64 for kind in ("safety", "benign", "task"))
+
+
+def test_what_nothing_is_fitted_on_is_left_to_measure_on(gather, tokenizer):
+    shots = gather(num_safety_shots=4, num_benign_shots=4, num_task_shots=8, num_test_prompts=6)
+    assert shots.unseen.counts == {"harmful": 6, "benign": 5, "task": 6}  # of eight benign prompts three are fitted on
+    fitted = {tokenizer.decode(sample.input_ids) for sample in (*shots.data.harmful.fit, *shots.data.benign.fit)}
+    for prompts in shots.unseen.prompts.values():
+        assert not any(prompt.text in text for prompt in prompts for text in fitted)
+    task = {tuple(sample.input_ids) for sample in shots.data.task.fit}
+    assert not any(tuple(sample.input_ids) in task for sample in shots.unseen.task)
+    assert gather(num_test_prompts=0).unseen.counts == {"harmful": 0, "benign": 0, "task": 0}
+
+
+def test_the_gates_own_prompts_do_not_repeat_a_shot(gather, tmp_path):
+    rows = [{"prompt": HARMFUL[0], "category": "a"}, {"prompt": "why do birds sing", "category": "b"}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shots = gather(gate=GateConfig(harmful_data=str(tmp_path / "own.jsonl")))
+    assert [(p.text, p.category) for p in shots.unseen.prompts["harmful"]] == [("why do birds sing", "b")]
+    assert shots.record["unseen"]["harmful"] == {"source": str(tmp_path / "own.jsonl"), "count": 1}
 
 
 def test_counts_and_cuts(gather):

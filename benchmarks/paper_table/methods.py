@@ -48,7 +48,7 @@ def safegene_row(lab: Lab, task: Task, seed: int, vector_name: str, **options: A
 
 def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> Made:
     block = SHOTS | {"vector": vector_folder, "task_data": training_file(task, seed, lab.data), "seed": seed}
-    block |= {"measure_refusals": "false", "output_format": "adapter", "max_utility_loss": 10.0} | options
+    block |= {"num_test_prompts": 0, "output_format": "adapter", "max_utility_loss": 10.0} | options
     name = "-".join([vector_folder.name, *(f"{key}={value}" for key, value in options.items())])
     folder = WORK / "safeguarded" / f"{task.name}-{seed}-{name}"
     model = fine_tuned(task, seed, lab.data)
@@ -210,6 +210,10 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
     },
     "coefficients by module": partial(safegene_row, vector_name="puzzles", granularity="module"),
     "three components, by module": partial(safegene_row, vector_name="three components", granularity="module"),
+    "three components, utility weight 4": partial(safegene_row, vector_name="three components", utility_weight=4.0),
+    "three components, by module, utility weight 4": partial(
+        safegene_row, vector_name="three components", granularity="module", utility_weight=4.0
+    ),
     "without the utility term": partial(safegene_row, vector_name="puzzles", utility_weight=0.0),
     "without benign shots": partial(safegene_row, vector_name="puzzles", num_benign_shots=0),
 }

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from safegene_trl.evaluation.statistics import holm, mean_of_sets_interval, paired_p, signed_rank_p
+from safegene_trl.evaluation.intervals import mean_of_sets_interval
+from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
 
 from .methods import ABLATIONS, METHODS
 from .tasks import TASKS

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..config import SafeGeneConfig
 from ..errors import ConfigError
+from ..gate import EXIT_CODES
+from ..lineage import check_not_safeguarded
 from ..loading import adapter_base, load_placed, load_tokenizer
 from ..offline import safeguard_stored
 from ..safeguard import dry_run_message, prepare, safeguard
@@ -46,7 +48,7 @@ ARGUMENTS = (ApplyArguments, SafeGeneArguments)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the safeguarded checkpoint to `safegene.output_dir` (default: `<model>-safeguarded`)."""
+    """Writes the safeguarded checkpoint to `safegene.output_dir` (default: `<model>-safeguarded`); see `gate.EXIT_CODES`."""
     if wants_launch(argv):
         return launch("apply", argv, make_parser(ARGUMENTS))
     join_processes()
@@ -66,8 +68,9 @@ def main(argv: Sequence[str]) -> int:
         return _merge_stored(config, arguments, target)
     if config.task_data is None:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
-    revision, job = arguments.model_revision, this_job()
+    revision, job, code = arguments.model_revision, this_job(), 0
     with job.agreed():
+        check_not_safeguarded(name, revision)
         tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
     model, sharding = load_placed(name, revision, arguments.dtype, job)
     with sharding.named():
@@ -76,11 +79,11 @@ def main(argv: Sequence[str]) -> int:
             message = dry_run_message(target)
         else:
             report = safeguard(plan, model, adapter_base=base or name)
-            message = _message(report, target)
+            message, code = _message(report, target), EXIT_CODES[report["decision"]["outcome"]]
     if sharding.is_main:
         print(message)
     leave_processes()
-    return 0
+    return code
 
 
 def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Path) -> int:

@@ -52,7 +52,7 @@ def _describe_vector(vector: SafetyVector) -> str:
 
 def _describe_report(report: dict) -> str:
     lines = [
-        f"{report['status']}: {report['decision']['reason']}",
+        f"{report['decision']['outcome'].replace('_', ' ')}: {report['decision']['reason']}",
         f"vector {report['vector']['name']}, model {report['model']['architecture']} ({report['model']['kind']} fine-tune)",
     ]
     if held_out := report.get("held_out"):
@@ -61,10 +61,13 @@ def _describe_report(report: dict) -> str:
             f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
             f"task divergence {after['utility']:.4f} nats"
         )
-    for kind in ("harmful", "benign"):
-        if answers := report.get("answers", {}).get(kind):
+    measured = report.get("measured", {"after": {}})
+    for name in ("refusal_rate", "over_refusal", "incoherent"):
+        if after := measured["after"].get(name):
+            before = measured["before"][name]
             lines.append(
-                f"{kind} shots refused {answers['refused_before']:.0%} → {answers['refused_after']:.0%} of {answers['prompts']}"
+                f"{name.replace('_', ' ')} {before['share']:.0%} → {after['share']:.0%} "
+                f"[{after['low']:.0%}, {after['high']:.0%}] of {after['count']} unseen prompts"
             )
     lines += [f"  {name:<12} λ = {value:.3f}" for name, value in report["coefficients"].items()]
     return "\n".join(lines)

@@ -5,7 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import SafeGeneError
+from ..errors import RejectedError, SafeGeneError
+from ..gate import EXIT_CODES
 
 
 COMMANDS = {
@@ -18,12 +19,16 @@ COMMANDS = {
     "similarity": "compare safety vectors of one family by their cosines",
     "sign": "sign a safety vector with an elliptic-curve key",
     "verify": "check a safety vector's signature",
+    "history": "list a model line's releases and warn where refusals drift",
     "inspect": "say what a safety vector or a safeguarded checkpoint holds",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit code: 0, or 2 for a `SafeGeneError` or wrong usage."""
+    """Runs a subcommand; returns the exit code.
+
+    0, 3 for a checkpoint that was accepted as best effort, 4 for one that was rejected, 2 for any other `SafeGeneError` or wrong usage.
+    """
     words = sys.argv[1:] if argv is None else argv
     argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
     if not argv or argv[0] not in COMMANDS:
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SafeGeneError as error:
         if os.environ.get("RANK", "0") == "0":  # it knows what happened on the others
             print(f"safegene {argv[0]}: {error}", file=sys.stderr)
-        return 2
+        return EXIT_CODES["rejected"] if isinstance(error, RejectedError) else 2
 
 
 if __name__ == "__main__":

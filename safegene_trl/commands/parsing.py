@@ -48,7 +48,7 @@ def make_parser(dataclasses: Sequence[Any], prog: str | None = None, description
 def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
-    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block.
+    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.gate.KEY VALUE` one of its `gate` block.
 
     Raises:
         ConfigError: The recipe cannot be read, or a key or option is unknown.
@@ -65,7 +65,7 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
         raise ConfigError(f"`{unknown[0]}` on the command line belongs to no option: write `--option value`.")
     for arguments in parsed:
         if isinstance(arguments, SafeGeneArguments) and overrides:
-            arguments.safegene = arguments.block() | overrides
+            arguments.safegene = _merged(arguments.block(), overrides)
     return tuple(parsed)
 
 
@@ -76,12 +76,28 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     for item in items:
         if item.startswith(_OVERRIDE):
             key, equals, value = item.removeprefix(_OVERRIDE).partition("=")
-            overrides[key] = yaml.safe_load(value if equals else next(items, ""))
+            _set(overrides, key.split("."), yaml.safe_load(value if equals else next(items, "")))
         elif item.startswith("--config="):  # TRL's parser knows the two-word form only
             rest += item.split("=", 1)
         else:
             rest.append(item)
     return rest, overrides
+
+
+def _set(block: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        block = block.setdefault(key, {})
+    block[path[-1]] = value
+
+
+def _merged(block: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`block` with changes, blocks in it merged with theirs."""
+    both = {key: _merged(block[key], value) for key, value in changes.items() if _are_blocks(block.get(key), value)}
+    return block | changes | both
+
+
+def _are_blocks(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _recipe_path(argv: Sequence[str]) -> Path:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from datasets import DatasetDict, load_dataset
-from transformers import TrainerCallback
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -16,7 +15,8 @@ from trl import (
 )
 
 from ..callback import DryRunComplete, SafeGeneCallback
-from ..errors import CalibrationDataError, ConfigError
+from ..errors import CalibrationDataError, ConfigError, SafeGeneError
+from ..gate import EXIT_CODES
 from ..sharding import join_processes, leave_processes
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if not model.model_name_or_path:
         raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
     config = safegene.config
-    callbacks: list[TrainerCallback] = [SafeGeneCallback(config)] if config else []
+    callbacks = [SafeGeneCallback(config)] if config else []
     dataset = training_data(script, mixture)
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -54,20 +54,28 @@ def main(argv: Sequence[str]) -> int:
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
+    failure = None
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     except DryRunComplete:
         leave_processes()
         raise
+    except SafeGeneError as error:
+        if not (callbacks and callbacks[0].report):  # before the training: there is nothing to save
+            raise
+        failure = error
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
+    if failure:
+        raise failure
     leave_processes()
     trainer.end()
-    return 0
+    report = callbacks[0].report if callbacks else None
+    return EXIT_CODES[report["decision"]["outcome"]] if report and report["status"] == "safeguarded" else 0
 
 
 def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:

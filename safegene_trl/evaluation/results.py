@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from .intervals import mean_of_sets_interval, rate
 from .judges import ATTACK_SUCCEEDED, Verdict
 from .prompts import Prompt
-from .statistics import kappa, mean_of_sets_interval, rate
+from .statistics import kappa
 
 
 def summary(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:

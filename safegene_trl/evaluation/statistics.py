@@ -1,65 +1,12 @@
-"""Intervals, paired tests and agreement, by scipy and statsmodels. All shares and probabilities are 0–1."""
+"""Paired tests and agreement, by scipy and statsmodels. All probabilities are 0–1."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, wilcoxon
+from scipy.stats import wilcoxon
 from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-
-
-CONFIDENCE = 0.95
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of successes and Wilson's 95 % interval."""
-
-    successes: int
-    count: int
-
-    @property
-    def share(self) -> float:
-        return self.successes / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        found = binomtest(self.successes, self.count).proportion_ci(CONFIDENCE, method="wilson")
-        return float(found.low), float(found.high)
-
-    def to_dict(self) -> dict[str, float | int]:
-        low, high = self.interval
-        return {"share": self.share, "low": low, "high": high, "successes": self.successes, "count": self.count}
-
-
-def rate(outcomes: Sequence[bool]) -> Rate | None:
-    """The rate of True among `outcomes`; None of none."""
-    return Rate(sum(map(bool, outcomes)), len(outcomes)) if len(outcomes) else None
-
-
-def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (BCa) of the mean; the value itself where all are the same."""
-    sample = np.asarray(values, dtype=float)
-    if len(sample) < 2 or np.all(sample == sample[0]):
-        return float(sample.mean()), float(sample.mean())
-    generator = np.random.default_rng(seed)
-    found = bootstrap((sample,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator)
-    low, high = found.confidence_interval
-    return float(low), float(high)
-
-
-def mean_of_sets_interval(sets: Sequence[Sequence[bool]], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (percentiles) of the mean of several sets' shares, each set drawn again by itself."""
-    generator = np.random.default_rng(seed)
-    shares = []
-    for outcomes in sets:
-        values = np.asarray(outcomes, dtype=float)
-        shares.append(values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1))
-    low, high = np.quantile(np.mean(shares, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def paired_p(first: Sequence[bool], second: Sequence[bool]) -> float:

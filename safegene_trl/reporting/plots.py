@@ -35,6 +35,31 @@ def selection_plot(selection: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def history_plot(releases: Sequence[dict[str, Any]], path: Path) -> None:
+    """Shares of every release after the safety step, with their 95 % intervals; rejected ones hollow."""
+    figure, axes = _figure(1, 1, width=8, height=4)
+    for name, colour in (("refusal_rate", "tab:blue"), ("over_refusal", "tab:orange"), ("incoherent", "tab:grey")):
+        points = [
+            (number, share, release["outcome"] == "rejected")
+            for number, release in enumerate(releases, start=1)
+            if (share := (release.get("after") or {}).get(name))
+        ]
+        for number, share, rejected in points:
+            ends = [[share["share"] - share["low"]], [share["high"] - share["share"]]]
+            face = "white" if rejected else colour
+            axes.errorbar(
+                [number], [share["share"]], yerr=ends, fmt="o", color=colour, markerfacecolor=face, capsize=3
+            )
+        kept = [(number, share["share"]) for number, share, rejected in points if not rejected]
+        axes.plot(
+            [number for number, _ in kept], [value for _, value in kept], color=colour, label=name.replace("_", " ")
+        )
+    axes.set(xlabel="release (hollow: rejected)", ylabel="share of prompts", ylim=(-0.03, 1.03))
+    axes.set_xticks(range(1, len(releases) + 1))
+    axes.legend()
+    _save(figure, path)
+
+
 def _figure(rows: int, columns: int, width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from jsonschema import validate
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
+from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.selection import LayerScores
 from safegene_trl.similarity import cosine
 
@@ -193,7 +195,7 @@ safegene:
     capsys.readouterr()
     assert main(["inspect", str(first)]) == 0
     printed = capsys.readouterr().out
-    assert "safeguarded:" in printed and "λ =" in printed and "harmful shots refused" in printed
+    assert "accepted:" in printed and "λ =" in printed and "refusal rate" in printed
 
 
 def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_file, monkeypatch):
@@ -246,3 +248,52 @@ def test_extract_by_distillation(method, extraction, tmp_path):
     assert 0.2 < cosine(plain.deltas, vector.deltas) < 0.9999  # it started there, and went on
     PeftModel.from_pretrained(make_model(), tmp_path / "vector")
     assert main(argv("extract", extraction | {"anchor_weight": -1})) == 2
+
+
+@pytest.mark.parametrize(
+    ("gate", "code", "written"),
+    [
+        ({"max_over_refusal": 0.9}, 0, True),
+        ({"max_over_refusal": 0.3}, 3, True),  # none of five is refused: Wilson's interval reaches to 0.43
+        ({"min_refusal_rate": 0.9}, 4, False),
+        ({"min_refusal_rate": 0.9, "write_rejected": True}, 4, True),
+    ],
+)
+def test_the_gate_decides_and_the_exit_code_says_what(
+    gate, code, written, model_dir, vector_dir, task_file, tmp_path, capsys
+):
+    target, history = tmp_path / "out", tmp_path / "history.jsonl"
+    options = [f"--safegene.{key}={value}" for key, value in (("vector", vector_dir), ("task_data", task_file))]
+    options += [f"--safegene.gate.{key}={json.dumps(value)}" for key, value in gate.items()]
+    options += [f"--safegene.output_dir={target}", f"--safegene.history={history}", "--safegene.num_benign_shots=4"]
+    assert main(["apply", "--model_name_or_path", str(model_dir), *options, *LENIENT]) == code
+    assert (target / "config.json").is_file() == written and target.exists() == written
+    outcome = {0: "accepted", 3: "accepted_best_effort", 4: "rejected"}[code]
+    report = json.loads(
+        (target / "safegene_report.json" if written else tmp_path / "out.failed.json").read_text(encoding="utf-8")
+    )
+    validate(report, SCHEMA)
+    assert report["decision"]["outcome"] == outcome and len(report["decision"]["checks"]) == 1
+    assert report["status"] == ("safeguarded" if written else "failed")
+    (line,) = history.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["outcome"] == outcome
+    printed = capsys.readouterr()
+    assert ("limits are not kept" in printed.out + printed.err) == (code == 4)
+
+
+def test_a_rejected_fine_tune_is_saved_all_the_same(model_dir, vector_dir, task_file, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"datasets: [{{path: json, data_files: {task_file}, split: train}}]\n")
+    words = ["--config", str(recipe), "--model_name_or_path", str(model_dir), "--dtype=float32"]
+    words += [
+        f"--output_dir={tmp_path / 'out'}",
+        "--max_steps=1",
+        "--use_cpu=true",
+        "--bf16=false",
+        "--save_strategy=no",
+    ]
+    words += ["--report_to=none", "--disable_tqdm=true", "--gradient_checkpointing=false"]
+    words += [f"--safegene.vector={vector_dir}", "--safegene.gate.min_refusal_rate=0.9", *LENIENT]
+    assert main(["sft", *words]) == 4
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "safeguarded").exists()
+    assert "limits are not kept" in capsys.readouterr().err

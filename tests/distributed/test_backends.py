@@ -97,7 +97,7 @@ def launched(family, tmp_path_factory, request):
 
 
 def plan_of(family, root, backend, lora, tied, dtype, extra):
-    config = {"measure_refusals": extra and backend in ("ddp", "fsdp2", "zero3")}
+    config = {"num_test_prompts": 8 if extra and backend in ("ddp", "fsdp2", "zero3") else 0}
     plan = {
         "backend": backend,
         "lora": lora,

@@ -70,7 +70,7 @@ def plan_of(family, root, backend, fault, alone=False):
         "model": str(family / "model"),
         "out": str(out),
         "arguments": {"save_strategy": "steps", "save_steps": 2},
-        "config": {"measure_refusals": False} | ({"safety_data": "safety.jsonl"} if fault == "other data" else {}),
+        "config": {"num_test_prompts": 0} | ({"safety_data": "safety.jsonl"} if fault == "other data" else {}),
         "configs": [{}, {"seed": 1} if fault == "other settings" else {}],
         "vectors": [str(family / "vector"), str(family / ("corrupt" if fault == "corrupt vector" else "vector"))],
         "folders": [str(family / "rank-0"), str(family / "rank-1")],

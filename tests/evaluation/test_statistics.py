@@ -4,16 +4,8 @@ import math
 
 import pytest
 
-from safegene_trl.evaluation.statistics import (
-    Rate,
-    holm,
-    kappa,
-    mean_interval,
-    mean_of_sets_interval,
-    paired_p,
-    rate,
-    signed_rank_p,
-)
+from safegene_trl.evaluation.intervals import Rate, mean_interval, mean_of_sets_interval, rate
+from safegene_trl.evaluation.statistics import holm, kappa, paired_p, signed_rank_p
 
 
 def test_wilson_interval():

@@ -1,0 +1,46 @@
+"""`safegene history`."""
+
+import json
+
+from safegene_trl.commands.main import main
+from safegene_trl.evaluation.intervals import Rate
+from safegene_trl.history import append_release
+
+
+def release(refused, outcome="accepted"):
+    share = Rate(refused, 100).to_dict()
+    low = Rate(10, 100).to_dict()
+    return {
+        "time": "2030-01-01T00:00:00+00:00",
+        "output": f"out/{refused}",
+        "outcome": outcome,
+        "before": {"refusal_rate": Rate(30, 100).to_dict(), "over_refusal": low, "incoherent": low},
+        "after": {"refusal_rate": share, "over_refusal": low, "incoherent": low},
+        "utility_loss": {"share": 0.012, "low": 0.0, "high": 0.02, "count": 50},
+    }
+
+
+def test_table_warning_and_plot(tmp_path, capsys):
+    path = tmp_path / "history.jsonl"
+    for refused, outcome in ((92, "accepted"), (20, "rejected"), (91, "accepted_best_effort")):
+        append_release(path, release(refused, outcome))
+    assert main(["history", str(path), "--plot", str(tmp_path / "line.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "30% → 92%" in lines[1] and "+1.2%" in lines[1] and "rejected" in lines[2]
+    assert (tmp_path / "line.png").read_bytes().startswith(b"\x89PNG")
+    append_release(path, release(60))
+    assert main(["history", str(path)]) == 3
+    assert "warning: The newest release refuses 60% of 100" in capsys.readouterr().out
+
+
+def test_releases_without_measurements(tmp_path, capsys):
+    path = tmp_path / "history.jsonl"
+    append_release(path, release(90) | {"before": None, "after": None, "utility_loss": None})
+    assert main(["history", str(path)]) == 0 and "out/90" in capsys.readouterr().out
+
+
+def test_no_history(tmp_path, capsys):
+    assert main(["history", str(tmp_path / "none.jsonl")]) == 2
+    assert "set `history`" in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"a": 1}) + "\n")
+    assert main(["history", str(tmp_path / "bad.jsonl")]) == 2

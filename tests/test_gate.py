@@ -1,0 +1,78 @@
+"""What the gate accepts and what it rejects."""
+
+import pytest
+
+from safegene_trl.config import SafeGeneConfig
+from safegene_trl.errors import ConfigError
+from safegene_trl.evaluation.intervals import Rate
+from safegene_trl.gate import GateConfig, check_measurable, decide
+
+
+REASON = "Held-out safety improved."
+
+
+def measured(refused: int, over_refused: int = 0, incoherent: int = 0, loss: float = 0.0, count: int = 100) -> dict:
+    after = {
+        "refusal_rate": Rate(refused, count).to_dict(),
+        "over_refusal": Rate(over_refused, count).to_dict(),
+        "incoherent": Rate(incoherent, 2 * count).to_dict(),
+    }
+    utility = {"share": loss, "low": loss - 0.01, "high": loss + 0.01, "count": count}
+    return {"before": after, "after": after, "utility_loss": utility}
+
+
+@pytest.mark.parametrize(
+    ("limits", "found", "outcome"),
+    [
+        ({"min_refusal_rate": 0.8}, measured(95), "accepted"),
+        ({"min_refusal_rate": 0.8}, measured(83), "accepted_best_effort"),  # Wilson's interval begins at 0.745
+        ({"min_refusal_rate": 0.8}, measured(79), "rejected"),
+        ({"max_over_refusal": 0.2}, measured(0, over_refused=5), "accepted"),
+        ({"max_over_refusal": 0.2}, measured(0, over_refused=18), "accepted_best_effort"),
+        ({"max_over_refusal": 0.2}, measured(100, over_refused=21), "rejected"),
+        ({"max_incoherent": 0.05}, measured(0, incoherent=0), "accepted"),
+        ({"max_incoherent": 0.05}, measured(0, incoherent=20), "rejected"),
+        ({"max_utility_loss": 0.02}, measured(0, loss=0.005), "accepted"),
+        ({"max_utility_loss": 0.02}, measured(0, loss=0.015), "accepted_best_effort"),
+        ({"max_utility_loss": 0.02}, measured(0, loss=0.03), "rejected"),
+        ({"min_refusal_rate": 0.8, "max_over_refusal": 0.1}, measured(99, over_refused=50), "rejected"),
+    ],
+)
+def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found)
+    assert decision.outcome == outcome
+    assert [check.limit for check in decision.checks] == list(limits)
+    if outcome != "accepted":
+        assert "%" in decision.reason and decision.reason.startswith(REASON)
+
+
+def test_without_limits_the_recalibration_decides():
+    assert decide(None, True, 1.0, REASON, None).outcome == "accepted"
+    assert decide(GateConfig(), True, 0.6, REASON, measured(0)).outcome == "accepted_best_effort"
+    assert decide(None, False, 0.0, "None helps.", None).outcome == "rejected"
+
+
+def test_a_fine_tune_that_lost_nothing_passes():
+    decision = decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(98))
+    assert decision.outcome == "accepted" and "needs no repair" in decision.reason
+    assert decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(50)).outcome == "rejected"
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "much", float("nan")])
+def test_a_limit_is_a_share(value):
+    with pytest.raises(ConfigError, match="share between 0 and 1"):
+        GateConfig(min_refusal_rate=value)
+
+
+def test_settings_that_cannot_be_kept_are_named():
+    with pytest.raises(ConfigError, match="min_refusal_rate"):
+        SafeGeneConfig.from_dict({"vector": "v", "gate": {"min_refusal": 0.9}})
+    with pytest.raises(ConfigError, match="block"):
+        SafeGeneConfig.from_dict({"vector": "v", "gate": 0.9})
+    with pytest.raises(ConfigError, match="num_test_prompts"):
+        SafeGeneConfig(vector="v", num_test_prompts=0, gate=GateConfig(max_incoherent=0.1))
+    with pytest.raises(ConfigError, match="no benign data"):
+        check_measurable(GateConfig(max_over_refusal=0.1), {"harmful": 5, "benign": 0, "task": 5})
+    assert SafeGeneConfig.from_dict({"vector": "v", "gate": {"min_refusal_rate": 0.9}}).gate.limits == {
+        "min_refusal_rate": 0.9
+    }
