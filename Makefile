@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short test test-distributed fuzz lint format clean
+.PHONY: environment quickstart quickstart-short test test-distributed fuzz faults lint format clean
 
 environment: $(VENV)/ready
 
@@ -36,6 +36,10 @@ test-distributed: environment
 # Ten thousand mutated safety vectors, about 5 minutes; the outcome is recorded.
 fuzz: environment
 	FUZZ_EXAMPLES=10000 FUZZ_RECORD=benchmarks/results/fuzz.json $(BIN)/python -m pytest tests/test_fuzz.py
+
+# A thousand runs of the safety step, each broken somewhere: about an hour on 1 idle core; the outcome is recorded.
+faults: environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --count 1000 --record benchmarks/results/faults.json
 
 lint: environment
 	$(BIN)/python -m ruff check .

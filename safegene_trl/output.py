@@ -1,10 +1,11 @@
 """Where results go: folders that appear whole or not at all."""
 
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -56,37 +57,84 @@ def atomic_directory(target: Path, marker: str = MARKER, sharding: Sharding | No
     """Gives a temporary sibling of `target` to write in, and renames it to `target` when the block ends well.
 
     An earlier folder of ours at `target` is kept until its successor is complete. After a failure nothing of the new
-    one is left; a failure to write, e.g. a full disk, becomes an `OutputError`. Collective where a `sharding` is given:
+    one is left; a failure to write, e.g. a full disk, becomes an `OutputError`. What a run that was killed has left beside
+    `target` is cleared away, and an earlier folder that it had moved aside is put back. Collective where a `sharding` is given:
     the folder exists on rank 0 only, and is renamed only after all ranks have come to the end.
     """
     sharding = sharding or Sharding(torch.device("cpu"))
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with sharding.agreed(), writing():
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    with ExitStack() as held:
+        try:
+            with sharding.agreed(), writing():
+                if sharding.is_main:
+                    with suppress(FileNotFoundError):
+                        _clear_leftovers(target)
+                    check_output(target, marker=marker)
+                    folder.mkdir(parents=True)
+                    held.enter_context(_locked(folder))
+            with writing():
+                yield folder
+            with sharding.agreed(), writing():
+                for path in (*folder.rglob("*"), folder) if sharding.is_main else ():
+                    _sync(path)
+            with sharding.agreed(), writing():
+                if sharding.is_main:
+                    _rename(folder, target)
+        finally:
             if sharding.is_main:
-                check_output(target, marker=marker)
-                folder.mkdir(parents=True)
-        with writing():
-            yield folder
-        with sharding.agreed(), writing():
-            for path in (*folder.rglob("*"), folder) if sharding.is_main else ():
-                _sync(path)
-        with sharding.agreed(), writing():
-            if sharding.is_main:
-                _rename(folder, target)
-    finally:
-        if sharding.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+# A folder that is being written is locked by the process that writes it, so that it can be told from one whose process was killed.
+_UNFINISHED, _MOVED_ASIDE = ".tmp", ".old"
 
 
 def _rename(folder: Path, target: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    replaced = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    target.rename(replaced)
-    folder.rename(target)
-    shutil.rmtree(replaced)
+    with _locked(target.parent, wait=True):
+        if target.exists():
+            aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_MOVED_ASIDE}")
+            target.rename(aside)
+            folder.rename(target)
+            _remove(aside)
+        else:
+            folder.rename(target)
+        _sync(target.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: what is half removed must never be taken for a folder that was moved aside."""
+    doomed = folder.with_suffix(_UNFINISHED)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _clear_leftovers(target: Path) -> None:
+    with _locked(target.parent, wait=True):
+        siblings = [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}.")]
+        for path in siblings:
+            if path.suffix == _MOVED_ASIDE and not target.exists():
+                path.rename(target)
+            elif path.suffix == _MOVED_ASIDE:
+                _remove(path)
+            elif path.suffix == _UNFINISHED:
+                with _locked(path) as free:
+                    if free:
+                        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock on a folder that ends with the process; gives False where another has it, or the file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

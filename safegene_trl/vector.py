@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from . import vector_files
 from .attach import LowRankDelta
-from .errors import FamilyError
+from .errors import FamilyError, VectorError
 from .family import Family
 from .vector_files import CONFIG_FILE, FORMAT_VERSION, HASHED_FILES, PREFIX, PROMPTS_FILE, WEIGHTS_FILE
 from .weights import layer_index, linear_shape
@@ -38,6 +38,7 @@ class SafetyVector(
             model's own. Harmful rows carry refusals only.
         software: Versions it was made with.
         files: Size and SHA-256 of every other file of a saved vector.
+        folder: Where it was loaded from, None for one that was made in memory.
     """
 
     deltas: dict[str, LowRankDelta]
@@ -49,6 +50,7 @@ class SafetyVector(
     prompts: list[dict[str, str]]
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folder: Path | None = None
 
     def __post_init__(self):
         self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
@@ -95,6 +97,13 @@ class SafetyVector(
                     f"`{name}` is {shape[0]}×{shape[1]} in the model and {delta.b.shape[0]}×{delta.a.shape[1]} in the "
                     "safety vector: use a vector of the model's own family."
                 )
+
+    def check_unchanged(self) -> None:
+        """Raises `VectorError` if its files are others than when it was loaded: its factors are read from there as they are used."""
+        if self.folder is not None and (changed := vector_files.changed_file(self.folder, self.files)):
+            raise VectorError(
+                f"{changed} of the safety vector {self.folder} was changed while it was in use: run it again."
+            )
 
     # Saving and loading go through huggingface_hub's mixin: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
@@ -159,6 +168,7 @@ class SafetyVector(
         vector = cls(
             deltas=vector_files.read_deltas(folder / WEIGHTS_FILE, model_id),
             prompts=vector_files.read_prompts(folder / PROMPTS_FILE, model_id),
+            folder=folder,
             **{key: config[key] for key in vector_files.SECTIONS} | {"family": Family.from_dict(config["family"])},
         )
         vector_files.check_consistent(config, vector.deltas, vector.layers, model_id)

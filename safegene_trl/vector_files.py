@@ -93,13 +93,21 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 def check_files(folder: Path, name: str, records: dict[str, Any]) -> None:
     """Raises `VectorError` unless every file has the size and hash that the config says."""
+    if changed := changed_file(folder, records):
+        raise VectorError(
+            f"{changed} of the safety vector {name} is truncated or was changed after it was made: download or make it again."
+        )
+
+
+def changed_file(folder: Path, records: dict[str, Any]) -> str | None:
+    """The first file that has not the size and hash that the config says, None where all have."""
     for file, record in records.items():
-        path = folder / file
-        if path.stat().st_size != record["bytes"] or sha256_of_file(path) != record["sha256"]:
-            raise VectorError(
-                f"{file} of the safety vector {name} is truncated or was changed after it was made: download or make it "
-                "again."
-            )
+        try:
+            if (folder / file).stat().st_size != record["bytes"] or sha256_of_file(folder / file) != record["sha256"]:
+                return file
+        except OSError:
+            return file
+    return None
 
 
 def read_deltas(path: Path, name: str) -> dict[str, LowRankDelta]:
