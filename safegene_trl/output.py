@@ -137,6 +137,15 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file that is, whenever it is read, the old one or the new one."""
+    with writing():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+
+
 @contextmanager
 def writing() -> Iterator[None]:
     """Turns a failure to write into an `OutputError`."""

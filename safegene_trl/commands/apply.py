@@ -13,6 +13,7 @@ from ..loading import adapter_base, load_placed, load_tokenizer
 from ..offline import safeguard_stored
 from ..safeguard import dry_run_message, prepare, safeguard
 from ..sharding import join_processes, leave_processes, this_job
+from .fleet import run_fleet
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
 
@@ -29,6 +30,7 @@ class ApplyArguments:
             earlier safety step with the same vector, or `interference` (EnchTable's rule). The weights are then merged
             from file to file.
         base_model: The aligned model; only for `interference` on a full fine-tune.
+        fleet: A YAML file of many fine-tunes, done in parallel (see `commands/fleet.py`); no other option goes with it.
     """
 
     model_name_or_path: str = field(
@@ -42,6 +44,7 @@ class ApplyArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
     )
+    fleet: str | None = field(default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."})
 
 
 ARGUMENTS = (ApplyArguments, SafeGeneArguments)
@@ -58,6 +61,10 @@ def main(argv: Sequence[str]) -> int:
         prog="safegene apply",
         description="Recalibrate and merge a safety vector into a finished checkpoint or adapter.",
     )
+    if arguments.fleet is not None:
+        if arguments.model_name_or_path or block.safegene is not None or this_job().world_size > 1:
+            raise ConfigError("`fleet` goes alone: the file names the models, their settings and the processes.")
+        return run_fleet(Path(arguments.fleet))
     name, config = arguments.model_name_or_path, block.config
     if not name:
         raise ConfigError("No model is named: set `model_name_or_path` to a finished checkpoint or adapter.")

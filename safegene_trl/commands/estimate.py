@@ -79,7 +79,8 @@ def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
 
 
-def _estimate_apply(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
+def estimate_apply(argv: Sequence[str], launch: Launch = Launch()) -> dict[str, Cost]:  # noqa: B008  (frozen)
+    """Costs of `safegene apply` with these options."""
     arguments, block = parse(apply.ARGUMENTS, argv, "safegene estimate apply", "")
     config, name, revision = block.config, arguments.model_name_or_path, arguments.model_revision
     if not name or config is None:
@@ -126,4 +127,4 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     return estimate_extraction(probe, config, tokenizer, harmful, benign, modules, rank, by_adapters, launch)
 
 
-_ESTIMATES = {"sft": _estimate_sft, "apply": _estimate_apply, "extract": _estimate_extract}
+_ESTIMATES = {"sft": _estimate_sft, "apply": estimate_apply, "extract": _estimate_extract}

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import SafeGeneError
 from ..history import Release, drift_warnings, read_history
 from ..reporting.plots import history_plot
+from .tables import HEADINGS, aligned, measured_cells
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,18 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(releases: Sequence[Release]) -> str:
     """A table of all releases: shares before → after the safety step."""
-    rows = [("", "time", "outcome", "refuses harmful", "refuses benign", "incoherent", "utility lost", "output")]
+    rows = [["", "time", "outcome", *HEADINGS, "output"]]
     for number, release in enumerate(releases, start=1):
-        shares = [_change(release, name) for name in ("refusal_rate", "over_refusal", "incoherent")]
-        loss = release.get("utility_loss")
-        lost = f"{loss['share']:+.1%}" if loss else ""
-        rows.append((str(number), release["time"], release["outcome"], *shares, lost, release["output"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _change(release: Release, name: str) -> str:
-    before, after = ((release.get(side) or {}).get(name) for side in ("before", "after"))
-    return f"{before['share']:.0%} → {after['share']:.0%}" if before and after else ""
+        rows.append([str(number), release["time"], release["outcome"], *measured_cells(release), release["output"]])
+    return aligned(rows)
