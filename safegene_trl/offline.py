@@ -12,6 +12,7 @@ from .config import Granularity, SafeGeneConfig
 from .errors import ConfigError
 from .extraction.delta import adapter_delta, stored_delta
 from .gate import Decision
+from .history import append_release, release_of
 from .interference import interference_coefficients
 from .lineage import (
     Coefficients,
@@ -104,6 +105,8 @@ def safeguard_stored(
             vector.check_unchanged()
         report |= {"status": "safeguarded", "phases": clock.phases}
         write_report(report, folder / MARKER)
+    if config.history:
+        append_release(Path(config.history), release_of(report, target))
     return report
 
 

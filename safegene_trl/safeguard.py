@@ -24,7 +24,7 @@ from .config import SafeGeneConfig
 from .errors import ConfigError, RejectedError, SafeGeneError
 from .family import Family
 from .gate import Decision, check_measurable, decide
-from .history import append_release, base_warnings, last_accepted, read_history, release_of
+from .history import Release, append_release, base_warnings, last_accepted, read_history, release_of
 from .lineage import (
     Coefficients,
     carried_coefficients,
@@ -244,9 +244,10 @@ def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_prog
                     vector.check_unchanged()
         plan.report |= {"status": "safeguarded", "phases": plan.clock.phases}
         if sharding.is_main:
-            write_report(plan.report, folder / MARKER)
+            write_report(plan.report, folder / MARKER, _releases(plan))
     if sharding.is_main:
-        failure_path(plan.target).unlink(missing_ok=True)
+        for suffix in (".json", ".html", ".coefficients.png", ".history.png"):
+            failure_path(plan.target).with_suffix(suffix).unlink(missing_ok=True)
     _add_to_history(plan)
 
 
@@ -283,6 +284,14 @@ def _recalibrate(plan: Preparation, model: nn.Module, show_progress: bool) -> Re
             )
 
 
+def _releases(plan: Preparation) -> list[Release]:
+    """The model line as it will be with this release; empty where none is kept."""
+    if not plan.config.history:
+        return []
+    earlier = read_history(Path(plan.config.history))
+    return [*earlier, release_of(plan.report, plan.target)] if "decision" in plan.report else earlier
+
+
 def _add_to_history(plan: Preparation) -> None:
     with plan.sharding.agreed():
         if plan.sharding.is_main and plan.config.history:
@@ -305,8 +314,8 @@ def _write_failure(plan: Preparation, error: Exception) -> None:
     plan.report |= {"status": "failed", "error": failure, "phases": plan.clock.phases}
     if plan.sharding.is_main:
         try:
-            write_report(plan.report, failure_path(plan.target))
-        except OSError as unwritten:  # a full disk may be what failed
+            write_report(plan.report, failure_path(plan.target), _releases(plan))
+        except (OSError, SafeGeneError) as unwritten:  # a full disk may be what failed
             logger.warning("%s cannot be written: %s", failure_path(plan.target), unwritten)
 
 

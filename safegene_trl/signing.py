@@ -82,7 +82,7 @@ def _model_signing() -> tuple[Any, Any, Any]:
     try:
         from model_signing import hashing, signing, verifying
     except ImportError as error:
-        raise SafeGeneError("Signatures need `pip install safegene-trl[signing]`.") from error
+        raise SafeGeneError("Signatures need `pip install safegene-trl[sign]`.") from error
     return signing, verifying, hashing
 
 

@@ -270,11 +270,11 @@ def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, mo
     assert report["status"] == "failed" and "nothing helps" in report["error"]["message"]
     assert report == json.loads(json.dumps(callback.report))
     assert report["decision"]["outcome"] == "rejected"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["safeguarded.failed.json"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".html", ".png"}
     trainer.save_model()
     monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
     sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
-    assert not (tmp_path / "safeguarded.failed.json").exists()
+    assert not list(tmp_path.glob("safeguarded.failed*"))
 
 
 def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp
     monkeypatch.setattr("safegene_trl.merging.TensorFile.write", full_disk)
     with pytest.raises(SafeGeneError, match="No space left"):
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
-    assert [path.name for path in tmp_path.iterdir()] == ["safeguarded.failed.json"]
+    assert all(path.name.startswith("safeguarded.failed.") for path in tmp_path.iterdir())
 
 
 def test_unexpected_error_leaves_the_model_as_it_was(config, tokenizer, tmp_path, monkeypatch):

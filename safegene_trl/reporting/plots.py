@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import SafeGeneError
 
 
@@ -32,6 +34,19 @@ def selection_plot(selection: dict[str, Any], path: Path) -> None:
     lower.set_ylabel("share of resamples\nthat select the layer")
     lower.set_xlabel("layer (selected ones in blue)")
     figure.suptitle(f"mean Jaccard index over resampled prompts: {selection['stability']['mean_jaccard']:.2f}")
+    _save(figure, path)
+
+
+def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
+    """One bar per coefficient; those of a vector's components above each other."""
+    components: dict[str, list[float]] = {}
+    for name, value in coefficients.items():
+        components.setdefault(name.partition("/")[2], []).append(value)
+    figure, axes = _figure(len(components), 1, width=9, height=1.5 + 1.5 * len(components))
+    for row, (component, values) in zip(np.atleast_1d(axes), components.items(), strict=True):
+        row.bar(range(len(values)), values)
+        row.set_ylabel(f"λ, component {component}" if component else "λ")
+    row.set_xlabel("layer or module, in order")
     _save(figure, path)
 
 
@@ -65,7 +80,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SafeGeneError("Plots need `pip install safegene-trl[plots]`.") from error
+        raise SafeGeneError("Plots need `pip install safegene-trl[report]`.") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns)

@@ -4,13 +4,17 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .html import render
+from .plots import coefficients_plot, history_plot
 
 
 SCHEMA_VERSION = 1
@@ -46,10 +50,22 @@ class PhaseClock:
             }
 
 
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes a report as JSON."""
+def write_report(report: dict[str, Any], path: Path, releases: Sequence[dict[str, Any]] = ()) -> None:
+    """Writes a report as JSON at `path`, as a page beside it, and as PNG plots where matplotlib is installed.
+
+    Args:
+        report: The report.
+        path: A JSON file.
+        releases: The model line that it is the newest release of.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.with_suffix(".html").write_text(render(report, releases), encoding="utf-8")
+    if find_spec("matplotlib"):
+        if report.get("coefficients"):
+            coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
+        if len(releases) > 1:
+            history_plot(releases, path.with_suffix(".history.png"))
 
 
 def _peak_resident_bytes() -> int:

@@ -1,0 +1,206 @@
+"""The page that a person looks at: whole, readable, and saying what the JSON says; in headless Chromium where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from safegene_trl.evaluation.intervals import Rate
+from safegene_trl.reporting.html import render
+from safegene_trl.reporting.report import write_report
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def report_of(outcome="accepted", **changes):
+    def side(refused):
+        return {
+            "refusal_rate": Rate(refused, 40).to_dict(),
+            "over_refusal": Rate(4, 30).to_dict(),
+            "incoherent": Rate(0, 70).to_dict(),
+            "categories": {
+                "weapons/explosives": Rate(refused // 2, 20).to_dict(),
+                "fraud ~ <b>": Rate(1, 20).to_dict(),
+            },
+        }
+
+    losses = {"safety": 1.2345678, "benign": 0.5, "utility": 0.0}
+    return {
+        "schema_version": 1,
+        "status": "safeguarded",
+        "warnings": ["The chat template differs <script>alert(1)</script>."],
+        "decision": {
+            "outcome": outcome,
+            "reason": "Held-out safety improved within the utility budget.",
+            "scale": 1.0,
+            "checks": [
+                {
+                    "limit": "min_refusal_rate",
+                    "value": 0.8,
+                    "measured": 0.9,
+                    "low": 0.77,
+                    "high": 0.96,
+                    "verdict": "unsure",
+                }
+            ],
+        },
+        "coefficients": {f"layers.{layer}/{part}": layer / 10 + part for layer in range(6) for part in range(2)},
+        "held_out": {"before": losses, "after": losses | {"safety": 0.4}},
+        "history": [],
+        "measured": {
+            "judge": "refusal_phrases",
+            "decoding": "greedy",
+            "max_new_tokens": 32,
+            "before": side(12),
+            "after": side(36),
+            "token_accuracy": {"before": 0.8123, "after": 0.8},
+            "utility_loss": {"share": 0.0123, "low": -0.01, "high": 0.03, "count": 64},
+        },
+        "vector": {"name": "family/vector", "revision": None, "aligned_model": {"name": "aligned"}, "signed_by": None},
+        "base": {"name": "aligned", "revision": "abc", "carries_vector": False, "is_aligned_model": True},
+        "model": {"kind": "lora", "architecture": "LlamaForCausalLM"},
+        "phases": {"recalibrate": {"seconds": 12.345, "peak_memory_mib": 512.5}},
+        "software": {"torch": "2.13.0"},
+        **changes,
+    }
+
+
+def line_of(report):
+    releases = []
+    for number, refused in enumerate((38, 20, 36)):
+        after = {"refusal_rate": Rate(refused, 40).to_dict()}
+        outcome = "rejected" if refused == 20 else "accepted"
+        releases.append({"time": f"2030-01-0{number + 1}T00:00:00+00:00", "outcome": outcome, "after": after})
+    return releases
+
+
+class Page(HTMLParser):
+    """Headings, numbers with where they come from, and the elements that could load something."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.numbers, self.loads, self.images = [], [], [], []
+        self._open = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "data":
+            self.numbers.append([found["data-from"], float(found["value"]), ""])
+        if tag in ("script", "link", "img", "iframe", "object") or "src" in found or "href" in found:
+            self.loads.append(tag)
+        if tag == "svg":
+            self.images.append(found.get("aria-label"))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, text):
+        if self._open and self._open[-1] in ("h1", "h2"):
+            self.headings.append((self._open[-1], text))
+        if self._open and self._open[-1] == "data":
+            self.numbers[-1][2] += text
+
+
+def at(report, pointer):
+    value = report
+    for part in pointer.split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
+def check_numbers(page, report):
+    assert len(page.numbers) > 30
+    for pointer, value, text in page.numbers:
+        assert value == at(report, pointer), pointer
+        shown = float(text.rstrip("%"))
+        assert shown == pytest.approx(100 * value if text.endswith("%") else value, abs=0.051, rel=1e-3), pointer
+
+
+def test_numbers_are_the_reports_and_nothing_is_loaded():
+    report = report_of()
+    text = render(report, line_of(report))
+    page = Page(text)
+    check_numbers(page, report)
+    assert page.loads == [] and "://" not in text and "<script>" not in text
+    assert page.headings[0] == ("h1", "Accepted")
+    assert [words for _, words in page.headings[1:]] == [
+        "Before and after",
+        "The gate",
+        "Held-out losses",
+        "Refusals by category",
+        "Coefficients",
+        "The model line",
+        "Provenance",
+    ]
+    assert len(page.images) == 3 and all(page.images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"outcome": "accepted_best_effort"}, "Accepted as best effort"),
+        ({"outcome": "rejected", "error": {"kind": "RejectedError", "message": "limits"}}, "Rejected"),
+        ({"error": {"kind": "OutputError", "message": "disk"}}, "Failed"),
+    ],
+)
+def test_verdict_comes_first(changes, verdict):
+    assert Page(render(report_of(**changes))).headings[0] == ("h1", verdict)
+
+
+def test_a_report_with_little_in_it():
+    text = render(
+        {"schema_version": 1, "status": "failed", "phases": {}, "error": {"kind": "OutputError", "message": "x"}}
+    )
+    assert Page(text).headings == [("h1", "Failed"), ("h2", "Provenance")]
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_contrast_of_text_is_enough(mode):
+    """WCAG 2.2: at least 4.5 to 1, in light and in dark mode."""
+    block = re.findall(r":root \{(.*?)\}", render(report_of()), re.DOTALL)[mode]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
+    paper = luminance(colours.pop("paper"))
+    for name in ("ink", "soft", "good", "fair", "bad"):
+        lighter, darker = sorted((luminance(colours[name]), paper), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, name
+
+
+def chromium(page, *options):
+    return subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options, page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(tmp_path):
+    report = report_of()
+    write_report(report, tmp_path / "safegene_report.json", line_of(report))
+    assert json.loads((tmp_path / "safegene_report.json").read_text()) == report
+    for plot in ("coefficients", "history"):
+        assert (tmp_path / f"safegene_report.{plot}.png").read_bytes().startswith(b"\x89PNG")
+    page = tmp_path / "safegene_report.html"
+    shown = chromium(page, "--dump-dom")
+    assert shown.returncode == 0 and "CONSOLE" not in shown.stderr
+    check_numbers(Page(shown.stdout), report)
+    for name, size in (("wide", "1000,1400"), ("phone", "390,1400")):
+        picture = tmp_path / f"{name}.png"
+        taken = chromium(page, f"--screenshot={picture}", f"--window-size={size}", "--hide-scrollbars")
+        assert taken.returncode == 0 and "CONSOLE" not in taken.stderr
+        assert picture.stat().st_size > 10_000
