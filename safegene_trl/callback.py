@@ -10,6 +10,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -18,6 +19,7 @@ from transformers import (
 
 from .config import SafeGeneConfig
 from .errors import FamilyError, SafeGeneError
+from .reporting.report import scalars
 from .safeguard import Preparation, dry_run_message, failure_path, prepare, safeguard
 from .sharding import check_launch, sharding_of
 from .weights import base_model
@@ -62,6 +64,23 @@ class SafeGeneCallback(TrainerCallback):
         self.config = config
         self.report: dict[str, Any] | None = None
         self._plan: Preparation | None = None
+        self._trainer: Trainer | None = None
+
+    def attach(self, trainer: Trainer) -> "SafeGeneCallback":
+        """Adds the callback to a trainer so that its metrics, under `safegene/`, reach the trackers in the run of the fine-tune.
+
+        As one of the trainer's `callbacks` it comes after the trackers, which close their runs when the training ends. Attached it comes
+        before them. Transformers gives the names to TensorBoard, wandb and Trackio with its prefix `train/`.
+
+        Args:
+            trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this callback already.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._trainer = trainer
+        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,6 +132,8 @@ class SafeGeneCallback(TrainerCallback):
             logger.info("Safeguarded checkpoint: %s", plan.target)
         finally:
             self.report = plan.report
+            if self._trainer is not None:
+                self._trainer.log(scalars(plan.report))
 
     def _target(self, args: TrainingArguments) -> Path:
         if self.config.output_dir is not None:

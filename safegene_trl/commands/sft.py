@@ -54,8 +54,9 @@ def main(argv: Sequence[str]) -> int:
         eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        callbacks=list(callbacks),
     )
+    for callback in callbacks:
+        callback.attach(trainer)
     failure = None
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

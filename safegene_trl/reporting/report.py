@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from importlib.util import find_spec
@@ -66,6 +66,24 @@ def write_report(report: dict[str, Any], path: Path, releases: Sequence[dict[str
             coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
         if len(releases) > 1:
             history_plot(releases, path.with_suffix(".history.png"))
+
+
+def scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """The report's main numbers under names for trackers. `safegene/outcome`: 2 accepted, 1 best effort, 0 rejected, −1 failed."""
+    outcome = (report.get("decision") or {}).get("outcome", "failed")
+    found = {"outcome": float(("failed", "rejected", "accepted_best_effort", "accepted").index(outcome) - 1)}
+    for side in ("before", "after"):
+        for name, share in report.get("measured", {}).get(side, {}).items():
+            if name != "categories":
+                found[f"{name}_{side}"] = share["share"]
+        for name, loss in report.get("held_out", {}).get(side, {}).items():
+            found[f"held_out_{name}_{side}"] = loss
+    if "utility_loss" in report.get("measured", {}):
+        found["utility_loss"] = report["measured"]["utility_loss"]["share"]
+    if coefficients := list(report.get("coefficients", {}).values()):
+        found |= {"mean_coefficient": sum(coefficients) / len(coefficients), "largest_coefficient": max(coefficients)}
+    found |= {f"{name}_seconds": phase["seconds"] for name, phase in report.get("phases", {}).items()}
+    return {f"safegene/{name}": float(value) for name, value in found.items()}
 
 
 def _peak_resident_bytes() -> int:
