@@ -59,6 +59,9 @@ class SafeGeneConfig:
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in, or `both` (the
             adapter in the subfolder `adapter`).
         max_shard_size: Largest weight file, as `save_pretrained` takes it.
+        hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it is rejected. `Trainer`'s own
+            `push_to_hub` uploads the plain fine-tune.
+        hub_private: Whether a repository made for it is private.
         dry_run: Check everything before the first training step, then stop the training.
         on_failure: `raise` stops the script; `warn` ends the fine-tune normally, the report says what failed.
         seed: Seed for drawing shots.
@@ -97,6 +100,8 @@ class SafeGeneConfig:
     output_dir: str | None = None
     output_format: OutputFormat = "merged"
     max_shard_size: str = "5GB"
+    hub_model_id: str | None = None
+    hub_private: bool = True
     dry_run: bool = False
     on_failure: OnFailure = "raise"
     seed: int = 0

@@ -14,6 +14,7 @@ from scipy.stats import fisher_exact, kendalltau
 from .errors import SafeGeneError
 from .output import writing
 from .provenance import sha256_of_json, weight_hashes
+from .vector_files import WEIGHTS_FILE
 
 
 Release = dict[str, Any]
@@ -31,7 +32,10 @@ def release_of(report: dict[str, Any], output: Path) -> Release:
         "output": str(output),
         "outcome": report["decision"]["outcome"],
         "reason": report["decision"]["reason"],
-        "vector": {"name": report["vector"]["name"], "sha256": sha256_of_json(report["vector"]["files"])},
+        "vector": {
+            "name": report["vector"]["name"],
+            "sha256": report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256"),
+        },
         "base": {
             "name": base["name"],
             "revision": base["revision"],

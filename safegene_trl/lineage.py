@@ -16,8 +16,8 @@ from torch import nn
 
 from .errors import ConfigError, FamilyError
 from .output import MARKER
-from .provenance import sha256_of_json
 from .vector import SafetyVector
+from .vector_files import WEIGHTS_FILE
 from .weights import base_model
 
 
@@ -30,9 +30,9 @@ def mark(vector: SafetyVector, coefficients: Mapping[str, float]) -> dict[str, A
     return {CONFIG_KEY: {"vector": vector_id(vector), "coefficients": dict(coefficients)}}
 
 
-def vector_id(vector: SafetyVector) -> str:
-    """SHA-256 over the sizes and hashes of the vector's files."""
-    return sha256_of_json(vector.files)
+def vector_id(vector: SafetyVector) -> str | None:
+    """SHA-256 of the vector's weights: what coefficients belong to. None for one that was never saved."""
+    return vector.files.get(WEIGHTS_FILE, {}).get("sha256")
 
 
 def carried_coefficients(model: nn.Module, vector: SafetyVector, granularity: str) -> Coefficients:
@@ -101,11 +101,11 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         found = {str(name): float(value) for name, value in report["coefficients"].items()}
-        files = report["vector"]["files"]
+        weights = report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256")
     except OSError as error:
         raise ConfigError(f"{path} is no readable report of a safety step: name a {MARKER} or its folder.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no report of a safety step: name a {MARKER} or its folder.") from error
-    if files != vector.files:
+    if weights != vector_id(vector):
         raise ConfigError(f"{path} is about another safety vector: coefficients mean nothing beside another vector.")
     return found

@@ -25,9 +25,9 @@ from .lineage import (
 )
 from .loading import adapter_base, load_tokenizer
 from .merging import save_adapter
-from .output import MARKER, atomic_directory, check_output
+from .output import atomic_directory, check_output, upload
 from .provenance import check_base
-from .reporting.report import PhaseClock, write_report
+from .reporting.report import PhaseClock, write_evidence
 from .safeguard import first_report, fitting_vector
 from .sharding import Sharding
 from .streaming import StoredModel, write_merged
@@ -104,9 +104,11 @@ def safeguard_stored(
                 save_adapter(stored.model, vector.deltas, by_module, relative_to, tokenizer, place, alone)
             vector.check_unchanged()
         report |= {"status": "safeguarded", "phases": clock.phases}
-        write_report(report, folder / MARKER)
+        write_evidence(report, folder, target.name)
     if config.history:
         append_release(Path(config.history), release_of(report, target))
+    if config.hub_model_id:
+        upload(target, config.hub_model_id, config.hub_private)
     return report
 
 

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 from .errors import OutputError
@@ -144,6 +146,22 @@ def replace_file(path: Path, text: str) -> None:
         unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
+
+
+def upload(folder: Path, repository: str, private: bool) -> None:
+    """Puts a finished checkpoint on the hub, in one commit; the repository is made if it is not there.
+
+    Raises:
+        OutputError: It cannot be uploaded. The folder stays.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Safeguarded checkpoint")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise OutputError(
+            f"{folder} is finished, but uploading it to {repository} failed ({error}): check your access, then `hf upload` it."
+        ) from error
 
 
 @contextmanager

@@ -36,10 +36,10 @@ from .lineage import (
 )
 from .measurement import measure
 from .merging import checkpoint_bytes, save_adapter, save_merged
-from .output import MARKER, atomic_directory, check_output, check_writable
+from .output import atomic_directory, check_output, check_writable, upload
 from .provenance import check_base, sha256_of_file, software_versions
 from .recalibration import Recalibration, recalibrate
-from .reporting.report import SCHEMA_VERSION, PhaseClock, write_report
+from .reporting.report import SCHEMA_VERSION, PhaseClock, write_evidence, write_report
 from .sharding import Sharding
 from .shots import Shots, gather_shots
 from .vector import SafetyVector
@@ -244,11 +244,14 @@ def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_prog
                     vector.check_unchanged()
         plan.report |= {"status": "safeguarded", "phases": plan.clock.phases}
         if sharding.is_main:
-            write_report(plan.report, folder / MARKER, _releases(plan))
+            write_evidence(plan.report, folder, plan.target.name, _releases(plan))
     if sharding.is_main:
         for suffix in (".json", ".html", ".coefficients.png", ".history.png"):
             failure_path(plan.target).with_suffix(suffix).unlink(missing_ok=True)
     _add_to_history(plan)
+    with sharding.agreed():
+        if sharding.is_main and config.hub_model_id and decision.outcome != "rejected":
+            upload(plan.target, config.hub_model_id, config.hub_private)
 
 
 def _rejection(decision: Decision) -> str:

@@ -15,7 +15,15 @@ from . import vector_files
 from .attach import LowRankDelta
 from .errors import FamilyError, VectorError
 from .family import Family
-from .vector_files import CONFIG_FILE, FORMAT_VERSION, HASHED_FILES, PREFIX, PROMPTS_FILE, WEIGHTS_FILE
+from .vector_files import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    HASHED_FILES,
+    PREFIX,
+    PROMPTS_FILE,
+    WEIGHTS_FILE,
+)
 from .weights import layer_index, linear_shape
 
 
@@ -122,6 +130,7 @@ class SafetyVector(
             inference_mode=True,
             base_model_name_or_path=self.aligned_model["name"],
         ).save_pretrained(str(save_directory))
+        vector_files.sort_modules(save_directory / ADAPTER_CONFIG_FILE)
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts)
         (save_directory / PROMPTS_FILE).write_text(rows, encoding="utf-8")
         self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
@@ -129,6 +138,8 @@ class SafetyVector(
         # What cannot be loaded again is not to be saved.
         config = vector_files.read_config(save_directory, str(save_directory))
         vector_files.check_consistent(config, self.deltas, self.layers, str(save_directory))
+        if self.folder is not None:
+            vector_files.copy_signature(self.folder, save_directory)
 
     def describe(self) -> dict[str, Any]:
         """The content of `safegene_config.json`."""

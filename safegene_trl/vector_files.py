@@ -71,6 +71,21 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
+def sort_modules(adapter_config: Path) -> None:
+    """PEFT writes a set in whatever order it has in this process: sorted, one vector is one file whoever saves it."""
+    content = json.loads(adapter_config.read_text(encoding="utf-8"))
+    content["target_modules"] = sorted(content["target_modules"])
+    adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_signature(source: Path, target: Path) -> None:
+    """Takes a vector's signature along to another folder, if the files there are the ones that were signed."""
+    signature = source / SIGNATURE_FILE
+    both = ((source / file, target / file) for file in SIGNED_FILES)
+    if signature.is_file() and all(sha256_of_file(one) == sha256_of_file(other) for one, other in both):
+        (target / SIGNATURE_FILE).write_bytes(signature.read_bytes())
+
+
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The content of `safegene_config.json`, every field of the type it must have."""
     config = _json(_text(folder / CONFIG_FILE, name), f"{CONFIG_FILE} of {name}")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from safegene_trl import SafeGeneError, SafetyVector
 from safegene_trl.errors import VectorError
-from safegene_trl.vector_files import file_record
+from safegene_trl.signing import SIGNATURE_FILE
+from safegene_trl.vector_files import SIGNED_FILES, file_record
 
 from .conftest import make_model, make_tokenizer, make_vector
 
@@ -281,6 +282,18 @@ def test_push_to_hub_uploads_the_vector_once(vector_dir, monkeypatch):
             "safety_prompts.jsonl",
         ]
     ]
+
+
+def test_saving_again_writes_the_same_files_and_keeps_the_signature(vector_dir, tmp_path):
+    signed = shutil.copytree(vector_dir, tmp_path / "signed")
+    (signed / SIGNATURE_FILE).write_text("signature")
+    vector = SafetyVector.from_pretrained(signed)
+    vector.save_pretrained(tmp_path / "again")
+    for file in (*SIGNED_FILES, SIGNATURE_FILE):
+        assert (tmp_path / "again" / file).read_bytes() == (signed / file).read_bytes(), file
+    vector.prompts.pop()
+    vector.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / SIGNATURE_FILE).exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..output import MARKER
+from .cards import checkpoint_card
 from .html import render
 from .plots import coefficients_plot, history_plot
 
@@ -66,6 +68,19 @@ def write_report(report: dict[str, Any], path: Path, releases: Sequence[dict[str
             coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
         if len(releases) > 1:
             history_plot(releases, path.with_suffix(".history.png"))
+
+
+def write_evidence(report: dict[str, Any], folder: Path, name: str, releases: Sequence[dict[str, Any]] = ()) -> None:
+    """Writes the report and the model card into a safeguarded checkpoint's folder.
+
+    Args:
+        report: The report.
+        folder: Where the checkpoint is being written.
+        name: The checkpoint's name.
+        releases: The model line that it is the newest release of.
+    """
+    write_report(report, folder / MARKER, releases)
+    checkpoint_card(report, name).save(folder / "README.md")
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,63 @@
+"""Uploading, to a local stand-in of the hub's API; in processes of their own, because the hub's address is read at import."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from .hub import Hub
+
+
+@pytest.fixture
+def hub():
+    with Hub() as server:
+        yield server
+
+
+def python(hub, *words):
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_made_up"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def test_a_vector_is_uploaded_whole(hub, vector_dir):
+    script = f"from safegene_trl import SafetyVector; SafetyVector.from_pretrained({str(vector_dir)!r}).push_to_hub('me/vector')"
+    done = python(hub, "-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = hub.repositories["me/vector"]["files"]
+    for file in vector_dir.iterdir():
+        if file.name != "README.md":
+            assert files[file.name] == file.read_bytes(), file.name
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model_relation == "adapter" and "Subtracting it would remove refusals" in card.text
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
+    hub, denied, model_dir, vector_dir, task_file, tmp_path
+):
+    hub.denied = denied
+    target = tmp_path / "release"
+    settings = {"vector": vector_dir, "task_data": task_file, "output_dir": target, "hub_model_id": "me/release"}
+    settings |= {
+        "gate.max_over_refusal": 1.0,
+        "gate.write_rejected": "true",
+        "max_evaluations": 1,
+        "num_benign_shots": 4,
+    }
+    words = [f"--safegene.{key}={value}" for key, value in settings.items()]
+    done = python(hub, "-m", "safegene_trl", "apply", "--model_name_or_path", model_dir, *words)
+    assert done.returncode == (2 if denied else 0), done.stderr[-2000:]
+    assert (target / "model.safetensors").is_file()
+    if denied:
+        assert "is finished, but uploading it to me/release failed" in done.stderr and not hub.commits
+        return
+    repository = hub.repositories["me/release"]
+    assert repository["private"] and hub.commits == 1
+    assert repository["files"] == {file.name: file.read_bytes() for file in target.iterdir()}
+    card = ModelCard(repository["files"]["README.md"].decode())
+    assert card.data.base_model_relation == "merge" and "accepted" in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {"refusal_rate", "over_refusal", "incoherent"}
