@@ -16,7 +16,8 @@ from .errors import CalibrationDataError
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
-_PROMPT_COLUMNS = "`prompt`, `messages`, or `prompt` with `response` or `completion`"
+_RESPONSE_COLUMNS = ("response", "completion", "chosen")
+_PROMPT_COLUMNS = "`prompt`, `messages`, or `prompt` with `response`, `completion` or `chosen`"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def load_rows(source: str, split: str) -> Dataset:
 
 def conversation(row: Row) -> tuple[list[dict[str, str]], str | None]:
     """Prompt messages and response text (None if there is none) of a row in any of the accepted formats."""
-    prompt, completion = row.get("prompt"), row.get("response", row.get("completion"))
+    prompt = row.get("prompt")
+    completion = next((row[name] for name in _RESPONSE_COLUMNS if row.get(name) is not None), None)
+    if prompt is None and isinstance(row.get("chosen"), list):  # a preference with its prompt inside
+        return list(row["chosen"][:-1]), row["chosen"][-1]["content"]
     if prompt is None and isinstance(row.get("messages"), Sequence) and row["messages"]:
         messages = list(row["messages"])
         if messages[-1]["role"] == "assistant":
@@ -124,6 +128,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
 
 def tokenized_sample(row: Row) -> Sample | None:
     """A row that a trainer has tokenised already (`input_ids` with `labels` or a mask), None if it is not one."""
+    if "prompt_ids" in row and "chosen_ids" in row:  # as TRL's DPOTrainer keeps preferences
+        ids = [*row["prompt_ids"], *row["chosen_ids"]]
+        return Sample(ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))])
     if "input_ids" not in row:
         return None
     ids = list(row["input_ids"])

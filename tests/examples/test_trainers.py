@@ -1,0 +1,41 @@
+"""The four trainers of the example, on a tiny model."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from ..conftest import task_dataset
+
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "trainers.py"
+
+
+@pytest.mark.parametrize("trainer", ["plain", "sft", "dpo", "grpo"])
+def test_callback_with_trainer(trainer, model_dir, vector_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+    rows = [
+        row | {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "no box"}]}
+        for row in task_dataset()
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "max_evaluations": 2,
+        "num_test_prompts": 2,
+        "max_new_tokens": 2,
+        "num_benign_shots": 2,
+        "utility_weight": 0.0,
+    }
+    words = [trainer, "--model", str(model_dir), "--vector", str(vector_dir), "--data", str(data), "--use_cpu"]
+    words += ["--output", str(tmp_path / "out"), "--max_steps", "1", "--settings", json.dumps(settings)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())
+    assert report["decision"]["outcome"] == "accepted"
+    assert report["data"]["task"]["fit"] == 18 and report["measured"]["utility_loss"]["count"] == 2
+    assert report["model"]["kind"] == ("full" if trainer == "plain" else "lora")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "safeguarded")
