@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short test test-distributed fuzz faults lint format clean
+.PHONY: environment quickstart quickstart-short test test-distributed fuzz faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -49,6 +49,10 @@ lint: environment
 format: environment
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
+
+# The site, in build/site; a broken link is an error.
+docs: environment
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf build out dist .pytest_cache .ruff_cache .mypy_cache

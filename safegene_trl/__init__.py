@@ -3,7 +3,8 @@
 from .callback import SafeGeneCallback
 from .config import SafeGeneConfig
 from .errors import SafeGeneError
+from .gate import GateConfig
 from .vector import SafetyVector
 
 
-__all__ = ["SafeGeneCallback", "SafeGeneConfig", "SafeGeneError", "SafetyVector"]
+__all__ = ["GateConfig", "SafeGeneCallback", "SafeGeneConfig", "SafeGeneError", "SafetyVector"]

@@ -94,7 +94,7 @@ class SafeGeneConfig:
     batch_size: int = 8
     num_test_prompts: int = 64
     max_new_tokens: int = 32
-    gate: GateConfig | None = None
+    gate: GateConfig | None = None  # a mapping, as a recipe has it, becomes one
     warm_start: str | None = None
     history: str | None = None
     output_dir: str | None = None
@@ -110,12 +110,6 @@ class SafeGeneConfig:
     def from_dict(cls, values: dict[str, Any]) -> "SafeGeneConfig":
         """Builds a config from a recipe's block; an unknown key is an error that names the nearest known one."""
         reject_unknown_keys(values, [f.name for f in fields(cls)], where="the safegene block")
-        gate = values.get("gate")
-        if isinstance(gate, dict):
-            reject_unknown_keys(gate, [f.name for f in fields(GateConfig)], where="the gate block")
-            values = values | {"gate": GateConfig(**gate)}
-        elif not isinstance(gate, GateConfig | None):
-            raise ConfigError("`gate` must be a block of keys and values.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +122,11 @@ class SafeGeneConfig:
         return min(max(wanted, self.min_coefficient), self.max_coefficient)
 
     def __post_init__(self):
+        if isinstance(self.gate, dict):
+            reject_unknown_keys(self.gate, [f.name for f in fields(GateConfig)], where="the gate block")
+            self.gate = GateConfig(**self.gate)
+        if not isinstance(self.gate, GateConfig | None):
+            raise ConfigError("`gate` must be a block of keys and values.")
         if not self.vector:
             raise ConfigError("No safety vector is named: set `vector` to a directory or hub id.")
         for name, allowed in (

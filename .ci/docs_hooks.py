@@ -1,0 +1,52 @@
+"""What mkdocs does to the pages: tables of settings from the code's own docstrings, and links to files of the repository.
+
+A page says `<!-- settings: package.module.Class -->` where the table of a dataclass is to stand. Links to files outside of docs/ are for people
+who read in the repository; on the site their paths are shown instead.
+"""
+
+import importlib
+import re
+from dataclasses import MISSING, fields
+from inspect import getdoc
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    markdown = re.sub(r"<!-- settings: ([\w.]+) -->", lambda found: table(found[1]), markdown)
+    return re.sub(r"\[([^\]]*)\]\(\.\./([^)]+)\)", _path, markdown)
+
+
+def _path(found: re.Match) -> str:
+    words, path = found[1], found[2]
+    return words if path.rsplit("/", 1)[-1] in words else f"{words} (`{path}`)"
+
+
+def table(name: str) -> str:
+    """Key, default and meaning of every field; one that neither docstring nor help text tells about is an error."""
+    module, _, class_name = name.rpartition(".")
+    owner = getattr(importlib.import_module(module), class_name)
+    meanings = documented(getdoc(owner) or "")
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for field in fields(owner):
+        default = field.default if field.default is not MISSING else None
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        shown = "" if default is None or default == "" else f"`{default}`"
+        meaning = meanings.get(field.name) or field.metadata["help"]
+        rows.append(f"| `{field.name}` | {shown} | {meaning} |")
+    return "\n".join(rows)
+
+
+def documented(docstring: str) -> dict[str, str]:
+    """The arguments of a Google-style docstring."""
+    section = docstring.partition("Args:\n")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if entry := re.match(r" {4}(\w+): (.*)", line):
+            name = entry[1]
+            found[name] = entry[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return {name: text.replace("|", "\\|") for name, text in found.items()}
