@@ -42,8 +42,8 @@ class SafetyVector(
         degraded_model: The same of the degraded model.
         extraction: How the deltas were made: method, rank, energy kept per module.
         selection: How the layers were selected: method, scores per layer, selected layers.
-        prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`; the responses are the aligned
-            model's own. Harmful rows carry refusals only.
+        prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with `category`; the responses are the
+            aligned model's own. Harmful rows carry refusals only.
         software: Versions it was made with.
         files: Size and SHA-256 of every other file of a saved vector.
         folder: Where it was loaded from, None for one that was made in memory.

@@ -161,7 +161,7 @@ def read_prompts(path: Path, name: str) -> list[dict[str, str]]:
     """The prompts with the aligned model's own answers; a harmful prompt must have a refusal."""
     rows = [_json(line, f"{path.name} of {name}") for line in _text(path, name).split("\n") if line.strip()]
     for row in rows:
-        if not (_is_mapping(row, str) and set(row) == {"prompt", "response", "kind"}):
+        if not (_is_mapping(row, str) and set(row) - {"category"} == {"prompt", "response", "kind"}):
             raise VectorError(f"A row of {path.name} lacks `prompt`, `response` or `kind`: make the vector again.")
         if row["kind"] not in ("harmful", "benign"):
             raise VectorError(f"A row of {path.name} is of kind {row['kind'][:20]!r}: make the vector again.")

@@ -72,6 +72,7 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
         harmful, benign = (
             read_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data)
         )
+        categories = read_categories(config.harmful_data, config.data_split)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         if job.is_main:
             stored = StoredModel.open(config.aligned_model, config.aligned_revision)
@@ -113,8 +114,12 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
             "seed": config.seed,
             "harmful_data": sha256_of_json(harmful),
             "benign_data": sha256_of_json(benign),
+            "categories": _refused_by_category(config, harmful, aligned.rows, categories),
         },
-        prompts=aligned.rows,
+        prompts=[
+            row | {"category": categories[row["prompt"]]} if row["prompt"] in categories else row
+            for row in aligned.rows
+        ],
         software=software_versions(),
     )
 
@@ -190,6 +195,29 @@ def read_prompts(source: str, split: str) -> list[str]:
             raise CalibrationDataError(f"A prompt of {source} is not a single user turn: give single-turn prompts.")
         prompts.append(messages[0]["content"])
     return prompts
+
+
+def read_categories(source: str, split: str) -> dict[str, str]:
+    """The category of every prompt of a data set that has a column `category`."""
+    rows = load_rows(source, split)
+    if "category" not in rows.column_names:
+        return {}
+    return {conversation(row)[0][0]["content"]: str(row["category"]) for row in rows if row["category"] is not None}
+
+
+def _refused_by_category(
+    config: ExtractionConfig, harmful: Sequence[str], rows: Sequence[Mapping[str, str]], categories: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """How many prompts of each category the aligned model was asked, and how many it refused: where few, the vector is weak."""
+    refused = {row["prompt"] for row in rows}
+    found: dict[str, dict[str, int]] = {}
+    asked: list[str] = draw(harmful, config.num_safety_prompts, config.seed)
+    for prompt in asked:
+        if prompt in categories:
+            count = found.setdefault(categories[prompt], {"asked": 0, "refused": 0})
+            count["asked"] += 1
+            count["refused"] += prompt in refused
+    return dict(sorted(found.items()))
 
 
 def _difference(

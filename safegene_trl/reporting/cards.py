@@ -39,7 +39,7 @@ callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTT
 - Made by: `{vector.extraction["method"]}`; layers selected by `{vector.selection["method"]}`.
 - Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
   prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
-- Files, hashes and scores: `safegene_config.json`.
+{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
 
 ## Limits
 
@@ -47,6 +47,23 @@ It restores refusals that a fine-tune of *this* family has weakened, as far as t
 does not make a model safe against determined attacks. Subtracting it would remove refusals: coefficients are never
 negative in `safegene-trl`, and it must not be used that way elsewhere.
 """
+    )
+
+
+def _categories(vector: "SafetyVector") -> str:
+    """A line about the harm categories that it was made from, where they are known."""
+    records = [record["selection"] for record in vector.extraction.get("vectors", [])] or [vector.selection]
+    found: dict[str, list[int]] = {}
+    for counts in (record.get("categories", {}) for record in records):
+        for name, count in counts.items():
+            asked, refused = found.setdefault(name, [0, 0])
+            found[name] = [asked + count["asked"], refused + count["refused"]]
+    if not found:
+        return ""
+    listed = ", ".join(f"{name} ({refused} of {asked})" for name, (asked, refused) in sorted(found.items()))
+    return (
+        f"- Harm categories of its prompts, with how many the aligned model refused: {listed}. It is weak in those that the aligned model "
+        "refuses less, and in those that are not among them.\n"
     )
 
 

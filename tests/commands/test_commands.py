@@ -111,6 +111,16 @@ def test_other_selections(selection, extraction, tmp_path):
     assert stability["mean_jaccard"] == 1 if selection != "gradient" else 0 < stability["mean_jaccard"] <= 1
 
 
+def test_categories_of_the_prompts_are_kept(extraction, prompt_files, tmp_path):
+    rows = [{"prompt": prompt, "category": "fraud" if i < 4 else None} for i, prompt in enumerate(HARMFUL)]
+    prompt_files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(argv("extract", extraction)) == 0
+    vector = SafetyVector.from_pretrained(tmp_path / "vector")
+    assert sorted(row["prompt"] for row in vector.prompts if row.get("category") == "fraud") == sorted(HARMFUL[:4])
+    assert vector.selection["categories"] == {"fraud": {"asked": 4, "refused": 4}}
+    assert "fraud (4 of 4)" in (tmp_path / "vector" / "README.md").read_text()
+
+
 def test_extract_from_two_checkpoints(extraction, tmp_path):
     full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
     full.save_pretrained(tmp_path / "full")

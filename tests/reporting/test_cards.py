@@ -1,0 +1,40 @@
+"""What the cards say."""
+
+from safegene_trl.reporting.cards import checkpoint_card, vector_card
+
+from ..conftest import make_model, make_vector
+from .test_html import report_of
+
+
+def report(**changes):
+    return report_of(**{"config": {"output_format": "merged", "granularity": "layer"}} | changes)
+
+
+def test_card_of_a_checkpoint():
+    card = checkpoint_card(report(), "nightly")
+    assert (card.data.base_model, card.data.base_model_relation) == ("aligned", "merge")
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "refusal_rate": 0.9,
+        "over_refusal": 0.1333,
+        "incoherent": 0.0,
+    }
+    assert "Outcome: **accepted**" in card.text and "| 30.0% [18.1%, 45.4%] | 90.0% [76.9%, 96.0%] |" in card.text
+    assert "no proof of safety" in card.text
+    adapter = checkpoint_card(report(config={"output_format": "adapter", "granularity": "module"}), "nightly")
+    assert (adapter.data.base_model_relation, adapter.data.library_name) == ("adapter", "peft")
+
+
+def test_card_without_measurements():
+    plain = {key: value for key, value in report().items() if key != "measured"}
+    card = checkpoint_card(plain, "nightly")
+    assert card.data.eval_results is None and "95 % intervals" not in card.text
+
+
+def test_card_of_a_vector_names_what_it_is_weak_in(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+    assert "Harm categories" not in vector_card(vector).text
+    vector.selection["categories"] = {"fraud": {"asked": 8, "refused": 3}, "violence": {"asked": 9, "refused": 9}}
+    text = vector_card(vector).text
+    assert "fraud (3 of 8), violence (9 of 9)" in text and "weak in those" in text
+    vector.extraction["vectors"] = [{"selection": vector.selection}, {"selection": vector.selection}]
+    assert "fraud (6 of 16), violence (18 of 18)" in vector_card(vector).text
