@@ -233,6 +233,8 @@ def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_prog
             measured = plan.report["measured"] = _measure(plan, model, by_module)
     decision = decide(config.gate, result.accepted, result.scale, result.reason, measured)
     plan.report["decision"] = {**decision.to_dict(), "scale": result.scale}
+    if not result.accepted and decision.outcome != "rejected":  # nothing was changed
+        plan.report["held_out"]["after"] = plan.report["held_out"]["before"]
     if decision.outcome == "rejected" and not (config.gate and config.gate.write_rejected):
         _add_to_history(plan)
         raise RejectedError(_rejection(decision))

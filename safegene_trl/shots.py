@@ -88,15 +88,20 @@ def gather_shots(
     task, task_source = _task_samples(config, tokenizer, task_rows, config.num_task_shots + extra)
     check_context([sample for sample in task if sample], context, "task data")
     task_split, task_left = _divided(task, task, config.num_task_shots, config, "task data")
-    gate = config.gate or GateConfig()
+    gate, made_with = config.gate or GateConfig(), list(vector.prompts)
     data = CalibrationSet(harmful_split, task_split, benign_split)
     unseen = Unseen(
         prompts={
             "harmful": _unseen_prompts(
-                gate.harmful_data, gate.harmful_data_split, "harmful", harmful_rows, harmful_left, config
+                gate.harmful_data,
+                gate.harmful_data_split,
+                "harmful",
+                [*harmful_rows, *made_with],
+                harmful_left,
+                config,
             ),
             "benign": _unseen_prompts(
-                gate.benign_data, gate.benign_data_split, "benign", benign_rows, benign_left, config
+                gate.benign_data, gate.benign_data_split, "benign", made_with, benign_left, config
             ),
         },
         task=[sample for sample in task_left if sample][:extra],
@@ -130,14 +135,14 @@ def _divided(
 
 
 def _unseen_prompts(
-    source: str | None, data_split: str, kind: Kind, drawn: Sequence[Row], left: Sequence[Row], config: SafeGeneConfig
+    source: str | None, data_split: str, kind: Kind, used: Sequence[Row], left: Sequence[Row], config: SafeGeneConfig
 ) -> list[Prompt]:
-    """Prompts of the data that the gate names, those near a shot left out; else what the shots' own data has left."""
+    """Prompts of the data that the gate names, those near a used one left out; else what the shots' own data has left."""
     limit = config.num_test_prompts
     if source is None or not limit:
         return [_prompt(row, kind) for row in left[:limit]]
     prompts = load_prompts(source, kind, data_split, 2 * limit, config.seed)
-    return kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in drawn])[0][:limit]
+    return kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in used])[0][:limit]
 
 
 def _prompt(row: Row, kind: Kind) -> Prompt:

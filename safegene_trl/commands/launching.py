@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 import yaml
@@ -48,6 +49,8 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
     except ChildFailedError as failure:  # the failing process has said why
         _, first = failure.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1
+    except CalledProcessError as failure:  # a launcher of one process
+        return failure.returncode if failure.returncode > 0 else 1
     return 0
 
 

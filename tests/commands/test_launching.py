@@ -1,5 +1,7 @@
 """Which words go to the launcher, and which to the command."""
 
+import subprocess
+
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -57,6 +59,16 @@ def test_unknown_config_is_an_error_that_lists_the_shipped_ones(words, launched)
         ConfigError, match="neither a file nor one of cpu, ddp, fsdp2, single_gpu, zero1, zero2, zero3"
     ):
         launched(*words)
+
+
+@pytest.mark.parametrize("code", [3, 4])
+def test_exit_code_of_one_process_is_passed_on(code, monkeypatch):
+    def fails(arguments):
+        raise subprocess.CalledProcessError(code, ["python"])
+
+    monkeypatch.setattr(launching, "launch_command", fails)
+    words = ["--accelerate_config=cpu", "--num_processes=1"]
+    assert launching.launch("sft", words, make_parser(sft.ARGUMENTS)) == code
 
 
 def test_command_without_the_option_is_not_launched():

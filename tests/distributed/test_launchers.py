@@ -11,6 +11,7 @@ from accelerate.utils.other import get_free_port
 from safetensors.torch import load_file
 
 from safegene_trl.commands.main import main
+from safegene_trl.history import read_history
 
 from ..conftest import make_model, make_tokenizer, make_vector, task_dataset
 from .backends import deepspeed_config
@@ -141,9 +142,23 @@ def test_finished_checkpoint_is_safeguarded_in_many_processes(config, recipe, tm
     reports = [json.loads((tmp_path / name / "safegene_report.json").read_text()) for name in ("sharded", "alone")]
     assert reports[0]["launch"] == {"sharding": "zero3" if config == "zero3" else "whole", "processes": 2}
     assert reports[0]["coefficients"] == pytest.approx(reports[1]["coefficients"], abs=2e-6)
+    for side in ("before", "after"):
+        assert reports[0]["measured"][side] == reports[1]["measured"][side]
     sharded, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "alone"))
     assert sharded.keys() == alone.keys()
     assert all(torch.allclose(sharded[key], alone[key], rtol=0, atol=1e-6) for key in alone)
+
+
+@pytest.mark.exhaustive
+def test_the_gate_rejects_in_many_processes(recipe, tmp_path):
+    launch = [sys.executable, *MODULE, "apply", "--accelerate_config", "ddp", "--num_processes", "2"]
+    source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
+    gate = ["--safegene.gate.min_refusal_rate", "0.9", "--safegene.history", str(tmp_path / "history.jsonl")]
+    codes, printed = run_together([[*launch, *source, *gate, "--safegene.output_dir", str(tmp_path / "out")]])
+    assert codes == [4], printed[-6000:]
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.failed.html").is_file()
+    (release,) = read_history(tmp_path / "history.jsonl")
+    assert release["outcome"] == "rejected"
 
 
 def test_bad_recipe_ends_the_launch_with_one_sentence(recipe, tmp_path):
