@@ -179,6 +179,12 @@ def test_diverged_model_is_an_error():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def recompute(model, reentrant):
+    """Transformers has renamed it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
 def test_layers_are_recomputed_where_the_training_did_so(lora, reentrant):
@@ -186,7 +192,7 @@ def test_layers_are_recomputed_where_the_training_did_so(lora, reentrant):
         """Coefficients, evaluations, and forward passes of a layer's part."""
         model = with_lora(make_model()) if lora else make_model()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            recompute(model, reentrant)
         model.train()
         layer = base_model(model).model.layers[1]
         passes = []
@@ -206,7 +212,7 @@ def test_layers_are_recomputed_where_the_training_did_so(lora, reentrant):
 
 def test_layers_with_dropout_of_their_own_are_not_put_in_training_mode():
     model = make_model()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(model, False)
     model.model.layers[1].dropout = 0.1  # as OPT's decoder layer has it
     model.eval()
     with recomputing(model):
