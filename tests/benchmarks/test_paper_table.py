@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.paper_table.lab import change
-from benchmarks.paper_table.render import Row, load, p_values, removed, render
+from benchmarks.paper_table.render import Row, kept, load, p_values, removed, render
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
 
 
@@ -49,7 +49,7 @@ def test_shares(folder):
     assert ours.over_refusal == pytest.approx(0.25) and ours.utility == 0.75
     assert ours.share(("DR",), "i") == pytest.approx(0.1)
     assert removed(ours, rows) == pytest.approx(0.975) and removed(rows["RESTA"], rows) == pytest.approx(0.375)
-    low, high = ours.interval()
+    low, high = ours.interval(("BT", "DR"), "a")
     assert 0 <= low <= 0.025 <= high < 0.2
 
 
@@ -62,6 +62,13 @@ def test_p_values_are_paired_by_prompt_and_corrected(folder):
     assert p_values({"RESTA": rows["RESTA"]}) == {}
 
 
+def test_limits_that_are_kept(folder):
+    rows = load(folder)["sst2"]
+    assert kept(rows["SafeGene"], rows) == "O U C" and kept(rows["RESTA"], rows) == "O C"
+    off_task = Row("x", [cell("x", ["o" * 20, "a" * 20, "rr", "ra"], [1.0, 0.5])])
+    assert kept(off_task, rows) == "U"
+
+
 def test_seeds_are_averaged():
     row = Row("m", [cell("m", ["aa", "rr", "aa", "aa"], [1.0]), cell("m", ["ra", "rr", "aa", "aa"], [0.0], seed=1)])
     assert row.attack_success == pytest.approx(0.375) and row.utility == 0.5
@@ -72,8 +79,8 @@ def test_table_and_plot_are_written(folder):
     pytest.importorskip("matplotlib")
     render(folder)
     text = folder.with_suffix(".md").read_text()
-    assert "| RESTA (changes nothing) | 1 | 50.0 | 75.0 | 50.0 |" in text
-    assert "| SafeGene | 1 | 75.0 | 0.0 | 5.0 | 2.5 [" in text
+    assert "| RESTA (changes nothing) | 1 | 50.0 [50.0, 50.0] | 75.0 | 50.0 |" in text
+    assert "| SafeGene | 1 | 75.0 [" in text and "] | 0.0 | 5.0 | 2.5 [" in text
     assert folder.with_suffix(".png").stat().st_size > 10_000
 
 
