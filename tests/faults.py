@@ -75,11 +75,11 @@ class World:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes of all that decides what a checkpoint is; its report holds times."""
+    """Hashes of all that decides what a checkpoint is; its reports hold times."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MARKER
+        if path.is_file() and not path.name.startswith(Path(MARKER).stem)
     }
 
 

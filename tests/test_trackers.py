@@ -1,20 +1,52 @@
 """The metrics in TensorBoard, MLflow, wandb and Trackio: in the run of the fine-tune, read back from what each has written."""
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback, SafeGeneConfig, recalibration
 from safegene_trl.reporting.report import scalars
 
-from .conftest import make_model, task_dataset
+from .conftest import make_model, make_tokenizer, task_dataset
+
+
+def train(folder, vector):
+    """One fine-tune with four trackers, in a process of its own: they read their settings at import. Writes the metrics to a file."""
+    recalibration._objection = lambda before, after, budget: ""
+    settings = SafeGeneConfig(
+        vector=vector, max_utility_loss=100.0, utility_weight=0.0, max_evaluations=2, num_test_prompts=4
+    )
+    trainer = SFTTrainer(
+        model=make_model(),
+        args=SFTConfig(
+            output_dir=f"{folder}/out",
+            max_steps=2,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            report_to=["tensorboard", "mlflow", "wandb", "trackio"],
+        ),
+        train_dataset=task_dataset(),
+        processing_class=make_tokenizer(),
+    )
+    callback = SafeGeneCallback(settings).attach(trainer)
+    assert trainer.callback_handler.callbacks.count(callback.attach(trainer)) == 1
+    trainer.train()
+    Path(folder, "metrics.json").write_text(json.dumps(scalars(callback.report)))
 
 
 @pytest.fixture
-def environment(tmp_path, monkeypatch):
-    for name, value in {
+def trained(tmp_path, vector_dir):
+    environment = {
         "MLFLOW_TRACKING_URI": (tmp_path / "mlflow").as_uri(),
         "MLFLOW_ALLOW_FILE_STORE": "true",
         "MLFLOW_EXPERIMENT_NAME": "line",
@@ -22,11 +54,20 @@ def environment(tmp_path, monkeypatch):
         "WANDB_DIR": str(tmp_path),
         "WANDB_SILENT": "true",
         "TRACKIO_DIR": str(tmp_path / "trackio"),
-        "TRACKIO_PROJECT": "line",
         "TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+        "OMP_NUM_THREADS": "1",
+    }
+    script = f"from tests.test_trackers import train; train({str(tmp_path)!r}, {str(vector_dir)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tmp_path, json.loads((tmp_path / "metrics.json").read_text())
 
 
 def tensorboard(folder):
@@ -38,6 +79,7 @@ def tensorboard(folder):
 
 
 def mlflow(folder):
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(folder.as_uri())
@@ -84,33 +126,8 @@ def trackio(folder):
     return found, len(runs)
 
 
-def test_metrics_are_in_the_run_of_the_fine_tune(environment, vector_dir, tokenizer, tmp_path):
-    settings = SafeGeneConfig(
-        vector=str(vector_dir), max_utility_loss=100.0, utility_weight=0.0, max_evaluations=2, num_test_prompts=4
-    )
-    trainer = SFTTrainer(
-        model=make_model(),
-        args=SFTConfig(
-            output_dir=str(tmp_path / "out"),
-            max_steps=2,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            report_to=["tensorboard", "mlflow", "wandb", "trackio"],
-        ),
-        train_dataset=task_dataset(),
-        processing_class=tokenizer,
-    )
-    callback = SafeGeneCallback(settings).attach(trainer)
-    assert trainer.callback_handler.callbacks.count(callback.attach(trainer)) == 1
-    trainer.train()
-    import wandb as wandb_module
-
-    wandb_module.finish()
-    expected = scalars(callback.report)
+def test_metrics_are_in_the_run_of_the_fine_tune(trained):
+    folder, expected = trained
     assert expected["safegene/outcome"] == 2 and "safegene/refusal_rate_after" in expected
     for read, place, prefix in (
         (tensorboard, "tensorboard", "train/"),
@@ -118,7 +135,7 @@ def test_metrics_are_in_the_run_of_the_fine_tune(environment, vector_dir, tokeni
         (wandb, "wandb", "train/"),
         (trackio, "trackio", "train/"),
     ):
-        found, runs = read(tmp_path / place)
+        found, runs = read(folder / place)
         assert runs == 1, place
         assert f"{prefix}loss" in found, place  # the training's own
         for name, value in expected.items():
