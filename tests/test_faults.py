@@ -16,7 +16,7 @@ def test_faults_leave_a_finished_checkpoint_or_none(tmp_path):
     command = [sys.executable, "-m", "tests.faults", "--count", "18", "--seed", "1", "--record", str(record)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        command, cwd=root, timeout=280, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, cwd=root, timeout=500, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     found = json.loads(record.read_text())
