@@ -1,0 +1,91 @@
+"""What `safegene estimate` tells against what the command then takes, on a real fine-tune of SmolLM2-135M.
+
+    python recipes/smollm2-135m/prepare.py
+    python -m benchmarks.estimation --output benchmarks/results/estimation.json
+
+Fine-tunes on drug reviews by the recipe (or takes `--model`), then estimates and applies the safety step in turn. A ratio is the estimate
+over what the report then says; above 1 the estimate was too high. The search may end early, and answers do: both are not known
+beforehand. The tests compare operations, which no other work on the machine disturbs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safegene_trl.provenance import software_versions
+
+from .recalibration import BUILD, RECIPE, ROOT, fine_tuned
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
+    parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
+    parser.add_argument("--task_data", type=Path, default=BUILD / "reviews_train.jsonl")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    model = arguments.model
+    if model is None:
+        model = ROOT / "build" / "recalibration" / "fine-tuned"
+        fine_tuned(model)
+    settings = {"num_safety_shots": 16, "num_benign_shots": 8, "num_task_shots": 16, "num_test_prompts": 16}
+    settings |= {"vector": arguments.vector, "task_data": arguments.task_data, "max_utility_loss": 10}
+    words = ["apply", "--model_name_or_path", model]
+    words += [word for key, value in settings.items() for word in (f"--safegene.{key}", value)]
+    runs = [run(words) for _ in range(arguments.repetitions)]
+    record = {
+        "runs": runs,
+        "median_ratio": {
+            step: {key: statistics.median(each[step]["ratio"][key] for each in runs) for key in runs[0][step]["ratio"]}
+            for step in runs[0]
+        },
+        "aim": "between 0.75 and 1.25",
+        "settings": {key: str(value) for key, value in settings.items()},
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "software": software_versions(),
+    }
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record["median_ratio"]))
+
+
+def run(words: list[Any]) -> dict[str, Any]:
+    """Per step: what was estimated, what was taken and the ratios of the two."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "out"
+        words = [*words, "--safegene.output_dir", out]
+        safegene("estimate", *words, "--json", Path(place) / "costs.json")
+        costs = json.loads((Path(place) / "costs.json").read_text(encoding="utf-8"))
+        safegene(*words)
+        report = json.loads((out / "safegene_report.json").read_text(encoding="utf-8"))
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    found = {}
+    for step, cost in costs.items():
+        taken = {
+            "seconds": report["phases"][step]["seconds"],
+            "memory": report["phases"][step]["peak_memory_mib"] * 2**20,
+        }
+        taken |= {"disk": size} if step == "save" else {}
+        ratios = {key: round(cost[key] / value, 3) for key, value in taken.items()}
+        found[step] = {"estimated": {key: cost[key] for key in taken}, "taken": taken, "ratio": ratios}
+    return found
+
+
+def safegene(*words: Any) -> None:
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # the C library gives back at once what tensors no longer need
+    command = [sys.executable, "-m", "safegene_trl", *map(str, words)]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=7200, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
