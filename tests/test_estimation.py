@@ -31,8 +31,8 @@ def model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2000,
-        hidden_size=256,
-        intermediate_size=768,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -198,7 +198,7 @@ def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
         {"distillation"} if method != "delta" else set()
     )
     # half of the layers, rank 4, float16; key and value projections are half as wide
-    per_layer = 2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 768)
+    per_layer = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)
     assert costs["save"]["disk"] == LAYERS // 2 * per_layer * 4 * 2
     assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
     assert "GiB" in capsys.readouterr().out and not Path("vector").exists()

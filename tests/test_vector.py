@@ -51,6 +51,11 @@ def test_round_trip(vector_dir, tokenizer):
     assert loaded.layers == [1, 2] and loaded.rank == 2
 
 
+@pytest.mark.parametrize(("layers", "text"), [([0, 1, 2], "0–2"), ([1], "1"), ([0, 2], "0, 2")])
+def test_layers_for_people(layers, text, tokenizer):
+    assert make_vector(make_model(), tokenizer, layers=layers).layer_ranges == text
+
+
 def test_peft_opens_it_and_applies_it_unscaled(vector_dir):
     model, vector = make_model(), SafetyVector.from_pretrained(vector_dir)
     adapted = PeftModel.from_pretrained(make_model(), vector_dir)

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if vector is not None:
         for warning in selection_warnings(vector):
             logger.warning(warning)
-        print(f"Safety vector (rank {vector.rank}, layers {', '.join(map(str, vector.layers))}): {config.output_dir}")
+        print(f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}")
     leave_processes()
     return 0
 

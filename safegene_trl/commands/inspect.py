@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             print(_describe_report(json.loads(report.read_text(encoding="utf-8"))))
         except (ValueError, KeyError) as error:
-            raise SafeGeneError(f"{report} is damaged: run the safety step again.") from error
+            raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error
     else:
         vector = SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)
         print(_describe_vector(vector))
@@ -39,7 +39,7 @@ def _describe_vector(vector: SafetyVector) -> str:
     scores = vector.selection.get("scores", [])
     lines = [
         f"safety vector for {vector.family.architecture}, aligned model {vector.aligned_model['name']}",
-        f"rank {vector.rank}, {len(vector.deltas)} modules in layers {', '.join(map(str, vector.layers))}",
+        f"rank {vector.rank}, {len(vector.deltas)} modules in layers {vector.layer_ranges}",
         f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
         f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers",
     ]

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from ..errors import RejectedError, SafeGeneError
 from ..gate import EXIT_CODES
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
+    if argv[:1] == ["--version"]:
+        print(f"safegene-trl {version('safegene-trl')}")
+        return 0
     if not argv or argv[0] not in COMMANDS:
         listing = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
         print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")

@@ -26,7 +26,7 @@ def vector_card(vector: "SafetyVector") -> ModelCard:
 
 # Safety vector for {vector.aligned_model["name"]}
 
-Low-rank weight deltas (rank {vector.rank}) in layers {", ".join(map(str, vector.layers))} of `{vector.family.architecture}`,
+Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of `{vector.family.architecture}`,
 pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with a few learned
 coefficients, one per layer:
 

@@ -8,6 +8,7 @@ from jsonschema import validate
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import safegene_trl
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
 from safegene_trl.reporting.report import SCHEMA
@@ -220,6 +221,11 @@ def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_fi
     dry = [f"--safegene.vector={vector_dir}", f"--safegene.task_data={task_file}", "--safegene.dry_run=true"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *dry]) == 0
     assert not (tmp_path / "model-safeguarded").exists()
+
+
+def test_version_is_the_package_s(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"safegene-trl {safegene_trl.__version__}\n"
 
 
 def test_inspect_a_vector(vector_dir, capsys, tmp_path):
