@@ -1,6 +1,7 @@
 """The callback with four trainers: `Trainer`, `SFTTrainer` with LoRA, `DPOTrainer`, `GRPOTrainer`.
 
     python examples/trainers.py sft --model ALIGNED --vector VECTOR --data data.jsonl --output out
+    accelerate launch --config_file safegene_trl/accelerate_configs/zero3.yaml --num_processes 8 examples/trainers.py sft …
 
 `data.jsonl` holds `prompt` and `completion` (conversational or not); for `dpo` also `chosen` and `rejected`; `grpo` reads `prompt` alone and measures
 utility on the completions.
@@ -19,6 +20,7 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 
 def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
     """`transformers.Trainer` on all weights; the callback needs the tokenizer, as `processing_class`."""
+    settings = TrainingArguments(**arguments)  # before the model, which is sharded while it is loaded under ZeRO-3
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def tokenized(row: dict) -> dict:
@@ -29,7 +31,7 @@ def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
 
     return Trainer(
         AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
-        TrainingArguments(**arguments),
+        settings,
         train_dataset=data.map(tokenized, remove_columns=data.column_names),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,

@@ -131,6 +131,20 @@ def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkey
 
 
 @pytest.mark.exhaustive
+def test_a_script_with_the_callback_under_zero3(recipe, tmp_path):
+    launch = [*ACCELERATE, "--config_file", str(CONFIGS / "zero3.yaml"), "--num_processes", "2"]
+    script = [str(ROOT / "examples" / "trainers.py"), "sft", "--use_cpu", "--max_steps", "1"]
+    files = ["--model", recipe / "model", "--vector", recipe / "vector", "--data", recipe / "task.jsonl"]
+    settings = {key: value for key, value in block(recipe).items() if key != "vector"}
+    words = [*files, "--output", tmp_path / "out", "--settings", json.dumps(settings)]
+    codes, printed = run_together([[*launch, *script, *map(str, words)]])
+    assert codes == [0], printed[-6000:]
+    report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())
+    assert report["launch"] == {"sharding": "zero3", "processes": 2}
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", ["zero3", "ddp"])
 def test_finished_checkpoint_is_safeguarded_in_many_processes(config, recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
