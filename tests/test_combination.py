@@ -26,10 +26,12 @@ def two(tokenizer):
     return first, second
 
 
-def test_components_add_up(two, tmp_path):
+def test_components_add_up(two, tmp_path, capsys):
     first, _ = two
     vector = combined(two)
     vector.save_pretrained(tmp_path / "vector")
+    assert main(["inspect", str(tmp_path / "vector")]) == 0
+    assert "2 components with coefficients of their own, of rank 2 + 3" in capsys.readouterr().out
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     assert vector.components == [2, 3] and vector.rank == 5 and vector.layers == [0, 1, 2]
     assert len(vector.prompts) == len(first.prompts) + 1

@@ -26,7 +26,7 @@ from safegene_trl.calibration import Sample, batches, conversation, padding_id, 
 from safegene_trl.recalibration import cross_entropy
 
 from .lab import SHOTS, Lab
-from .tasks import STEPS, TRAINING, WORK, Task, fine_tuned, read_jsonl, safegene, training_file
+from .tasks import STEPS, TASKS, TRAINING, WORK, Task, fine_tuned, read_jsonl, safegene, training_file
 from .vectors import COMBINED, VECTORS, safety_lora, vector
 
 
@@ -49,7 +49,7 @@ def safegene_row(lab: Lab, task: Task, seed: int, vector_name: str, **options: A
 def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> Made:
     block = SHOTS | {"vector": vector_folder, "task_data": training_file(task, seed, lab.data), "seed": seed}
     block |= {"num_test_prompts": 0, "output_format": "adapter", "max_utility_loss": 10.0} | options
-    name = "-".join([vector_folder.name, *(f"{key}={value}" for key, value in options.items())])
+    name = "-".join([vector_folder.name, *(f"{key}={Path(str(value)).name}" for key, value in options.items())])
     folder = WORK / "safeguarded" / f"{task.name}-{seed}-{name}"
     model = fine_tuned(task, seed, lab.data)
     if not (folder / "safegene_report.json").is_file():
@@ -64,8 +64,19 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     adapter = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
     about = {"held_out": report["held_out"], "reason": report["decision"]["reason"]}
     about["coefficients"] = {key: round(value, 4) for key, value in report["coefficients"].items()}
+    # one per pass over the shots
+    about["objective"] = [round(entry["objective"], 5) for entry in report["history"]]
     about["recalibration_seconds"] = report["phases"]["recalibrate"]["seconds"]
     return lab.update_of(adapter), about
+
+
+def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
+    """The search starts where that on another task ended, as release after release does."""
+    other = TASKS["ag_news" if task.name == "sst2" else "sst2"]
+    folder = vector("three components", lab.data)
+    applied(lab, other, seed, folder)
+    report = WORK / "safeguarded" / f"{other.name}-{seed}-{folder.name}" / "safegene_report.json"
+    return applied(lab, task, seed, folder, warm_start=report)
 
 
 def dense(vector_folder: Path) -> Update:
@@ -217,6 +228,7 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
     "three components, by module, utility weight 4": partial(
         safegene_row, vector_name="three components", granularity="module", utility_weight=4.0
     ),
+    "three components, warm start": warm_start_row,
     "without the utility term": partial(safegene_row, vector_name="puzzles", utility_weight=0.0),
     "without benign shots": partial(safegene_row, vector_name="puzzles", num_benign_shots=0),
 }

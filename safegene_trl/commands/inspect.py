@@ -43,6 +43,11 @@ def _describe_vector(vector: SafetyVector) -> str:
         f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
         f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers",
     ]
+    if len(vector.components) > 1:
+        lines.insert(
+            2,
+            f"{len(vector.components)} components with coefficients of their own, of rank {' + '.join(map(str, vector.components))}",
+        )
     if stability := vector.selection.get("stability"):
         lines.append(f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}")
     for layer, score in enumerate(scores):
