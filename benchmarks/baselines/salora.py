@@ -4,8 +4,12 @@ With `V_s` (d_out×k) the first right singular vectors of `X_s Wᵀ`, `X_s` the 
 
     y = W x + C (B A − B₀ A₀) x,     C = I − V_s V_sᵀ .
 
-The start `B₀ = U_r`, `A₀ = U_rᵀ W` spans the first `r` left singular vectors of `W X_t` on the task's data, so that training begins
-in the directions the task uses; subtracting the start leaves the model as it was. The result is a LoRA of rank 2r.
+The start is the weight's own singular vectors, `W ≈ U_r S_r Z_rᵀ`, their outputs within the directions that the task uses,
+
+    A₀ = S_r^½ Z_rᵀ,     B₀ = V_t V_tᵀ U_r S_r^½,
+
+`V_t` as `V_s` on responses of the task's data; subtracting it leaves the model as it was. The result is a LoRA of rank 2r. Start, scale 1
+and modules are those of the authors' code (github.com/homles11/SaLoRA).
 """
 
 from collections.abc import Mapping
@@ -20,10 +24,14 @@ def safety_basis(weight: torch.Tensor, moment: torch.Tensor, rank: int = 32) -> 
     return _leading(weight, moment, rank)
 
 
-def task_start(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def task_start(
+    weight: torch.Tensor, moment: torch.Tensor, rank: int, directions: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`A₀` (rank×d_in) and `B₀` (d_out×rank) from the moment of the module's inputs on the task's data."""
-    basis = _leading(weight, moment, rank)
-    return basis.T @ weight, basis
+    basis = _leading(weight, moment, directions)
+    u, s, zh = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * zh[:rank], basis @ (basis.T @ (u[:, :rank] * root))
 
 
 def _leading(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
@@ -39,38 +47,37 @@ class SaLoRALinear(nn.Module):
         basis: `V_s`.
         a: `A₀`.
         b: `B₀`.
-        scale: Factor of the LoRA's output; the start is divided by it, so that `scale · B₀ A₀` has the size it was made with.
     """
 
-    def __init__(self, base: nn.Linear, basis: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0):
+    def __init__(self, base: nn.Linear, basis: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
         super().__init__()
-        self.base, self.scale = base.requires_grad_(False), scale
-        self.a, self.b = nn.Parameter(a.clone() / scale), nn.Parameter(b.clone())
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
         self.register_buffer("basis", basis)
-        self.register_buffer("a_start", self.a.detach().clone())
+        self.register_buffer("a_start", a.clone())
         self.register_buffer("b_start", b.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         change = F.linear(F.linear(x, self.a), self.b) - F.linear(F.linear(x, self.a_start), self.b_start)
-        return self.base(x) + self.scale * (change - (change @ self.basis) @ self.basis.T)
+        return self.base(x) + change - (change @ self.basis) @ self.basis.T
 
     @torch.no_grad()
     def update(self) -> torch.Tensor:
         """`ΔW`, d_out×d_in."""
-        change = self.scale * (self.b @ self.a - self.b_start @ self.a_start)
+        change = self.b @ self.a - self.b_start @ self.a_start
         return change - self.basis @ (self.basis.T @ change)
 
 
 def insert(
-    model: nn.Module, safety: Mapping[str, torch.Tensor], task: Mapping[str, torch.Tensor], rank: int, scale: float
+    model: nn.Module, safety: Mapping[str, torch.Tensor], task: Mapping[str, torch.Tensor], rank: int
 ) -> dict[str, SaLoRALinear]:
-    """Puts a SaLoRA on every module of `safety` (its moments, as of `task`) and freezes the rest of the model."""
+    """Puts a SaLoRA on every module of `safety` (its moments, as `task` has them) and freezes the rest of the model."""
     model.requires_grad_(False)
     found = {}
     for name, moment in safety.items():
         base = model.get_submodule(name)
         weight = base.weight.detach()
-        layer = SaLoRALinear(base, safety_basis(weight, moment), *task_start(weight, task[name], rank), scale)
+        layer = SaLoRALinear(base, safety_basis(weight, moment), *task_start(weight, task[name], rank))
         model.set_submodule(name, layer)
         found[name] = layer
     return found

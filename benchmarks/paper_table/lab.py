@@ -182,6 +182,7 @@ def change(before: Update, after: Update) -> dict[str, Any]:
 
     `mark` is `changes nothing` where `‖ΔW' − ΔW‖ < 0.001 ‖ΔW‖`, and `deletes the update` where most modules keep less than 5 % of it.
     """
+    after = {name: after.get(name, torch.zeros_like(matrix)) for name, matrix in before.items()}
     ratios = {name: float(after[name].norm() / matrix.norm()) for name, matrix in before.items() if matrix.norm() > 0}
     difference = {name: after[name] - matrix for name, matrix in before.items()}
     moved = norm(difference) / norm(before)

@@ -31,6 +31,7 @@ from .vectors import COMBINED, VECTORS, safety_lora, vector
 
 
 Made = tuple[Update, dict[str, Any]]  # the update and what is to be said about it
+SALORA_MODULES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # of its authors' code
 
 
 def plain(lab: Lab, task: Task, seed: int) -> Made:
@@ -141,9 +142,9 @@ def salora_row(lab: Lab, task: Task, seed: int) -> Made:
         samples = [Sample(s.input_ids[:256], s.is_response[:256]) for s in samples]
         samples = [sample for sample in samples if any(sample.is_response[1:])]
         safety = lab.moments(lab.refusals(), responses_only=True)
-        task_moments = lab.moments(samples[:64], responses_only=False)
-        scale = TRAINING["lora_alpha"] / TRAINING["lora_r"]
-        layers = insert(lab.model, safety, task_moments, TRAINING["lora_r"], scale)
+        safety = {name: moment for name, moment in safety.items() if name.endswith(SALORA_MODULES)}
+        task_moments = lab.moments(samples[:128], responses_only=True)
+        layers = insert(lab.model, safety, task_moments, TRAINING["lora_r"])
         try:
             _train(lab, samples, task.batch, seed)
             save_file({name: layer.update().contiguous() for name, layer in layers.items()}, path)
@@ -151,7 +152,7 @@ def salora_row(lab: Lab, task: Task, seed: int) -> Made:
             for name, layer in layers.items():
                 lab.model.set_submodule(name, layer.base)
             lab.model.eval()
-    return load_file(path), {"rank": 2 * TRAINING["lora_r"], "safety_rank": 32}
+    return load_file(path), {"rank": 2 * TRAINING["lora_r"], "safety_rank": 32, "modules": SALORA_MODULES}
 
 
 def _train(lab: Lab, samples: list[Sample], batch_size: int, seed: int) -> None:

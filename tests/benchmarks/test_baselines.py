@@ -136,8 +136,13 @@ def test_salora_output_keeps_out_of_the_safety_directions():
     basis = safety_basis(base.weight.detach(), x_safe.T @ x_safe, rank=2)
     _, _, vh = torch.linalg.svd(x_safe @ base.weight.detach().T)
     torch.testing.assert_close(basis @ basis.T, vh[:2].T @ vh[:2], atol=1e-4, rtol=1e-4)
-    a, b = task_start(base.weight.detach(), x_task.T @ x_task, rank=3)
-    layer = SaLoRALinear(base, basis, a, b, scale=2.0)
+    weight = base.weight.detach()
+    a, b = task_start(weight, x_task.T @ x_task, rank=3, directions=4)
+    u, s, zh = torch.linalg.svd(weight)
+    _, _, vh = torch.linalg.svd(x_task @ weight.T)
+    torch.testing.assert_close(b @ a, vh[:4].T @ vh[:4] @ (u[:, :3] * s[:3]) @ zh[:3], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(a @ a.T, torch.diag(s[:3]), atol=1e-4, rtol=1e-4)
+    layer = SaLoRALinear(base, basis, a, b)
     x = matrix(7, 5, seed=2)
     torch.testing.assert_close(layer(x), base(x))  # as it was at the start
     with torch.no_grad():
@@ -155,7 +160,7 @@ def test_salora_goes_into_a_model_and_leaves_it_as_it_was():
     ids = torch.arange(8)[None]
     before = model(ids).logits
     moments = {name: torch.eye(48)}
-    layers = insert(model, moments, moments, rank=2, scale=2.0)
+    layers = insert(model, moments, moments, rank=2)
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)
     assert sum(p.requires_grad for p in model.parameters()) == 2 and list(layers) == [name]
 
