@@ -19,7 +19,7 @@ from transformers import (
 
 from .config import SafeGeneConfig
 from .errors import FamilyError, SafeGeneError
-from .reporting.report import scalars
+from .reporting.report import scalars, summary
 from .safeguard import Preparation, dry_run_message, failure_path, prepare, safeguard
 from .sharding import check_launch, sharding_of
 from .weights import base_model
@@ -129,7 +129,8 @@ class SafeGeneCallback(TrainerCallback):
                 raise
             logger.warning("SafeGene did not safeguard this fine-tune: %s (%s)", error, failure_path(plan.target))
         else:
-            logger.info("Safeguarded checkpoint: %s", plan.target)
+            if plan.sharding.is_main:
+                print(f"{summary(plan.report)}\nSafeguarded checkpoint: {plan.target}", flush=True)
         finally:
             self.report = plan.report
             if self._trainer is not None:

@@ -187,10 +187,12 @@ def test_dry_run_ends_before_the_first_step(config, tokenizer, tmp_path, capsys)
     assert not (tmp_path / "safeguarded").exists()
 
 
-def test_second_on_train_end_does_nothing(config, tokenizer, tmp_path):
+def test_second_on_train_end_does_nothing(config, tokenizer, tmp_path, capsys):
     callback = SafeGeneCallback(config())
     trainer = sft(tmp_path, [callback], tokenizer)
     trainer.train()
+    printed = capsys.readouterr().out
+    assert "accepted: " in printed and f"Safeguarded checkpoint: {tmp_path / 'safeguarded'}" in printed
     report = tmp_path / "safeguarded" / "safegene_report.json"
     written = report.stat().st_mtime_ns
     callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)

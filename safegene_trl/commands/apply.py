@@ -11,6 +11,7 @@ from ..gate import EXIT_CODES
 from ..lineage import check_not_safeguarded
 from ..loading import adapter_base, load_placed, load_tokenizer
 from ..offline import safeguard_stored
+from ..reporting.report import summary
 from ..safeguard import dry_run_message, prepare, safeguard
 from ..sharding import join_processes, leave_processes, this_job
 from .fleet import run_fleet
@@ -111,4 +112,4 @@ def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Pat
 
 
 def _message(report: dict[str, Any], target: Path) -> str:
-    return f"{report['decision']['reason']}\nSafeguarded checkpoint: {target}"
+    return f"{summary(report)}\nSafeguarded checkpoint: {target}"

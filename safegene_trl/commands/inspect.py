@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import SafeGeneError
 from ..output import MARKER
 from ..reporting.plots import selection_plot
+from ..reporting.report import summary
 from ..vector import SafetyVector
 
 
@@ -21,7 +22,9 @@ def main(argv: Sequence[str]) -> int:
     report = Path(arguments.directory) / MARKER
     if report.is_file():
         try:
-            print(_describe_report(json.loads(report.read_text(encoding="utf-8"))))
+            found = json.loads(report.read_text(encoding="utf-8"))
+            coefficients = [f"  {name:<12} λ = {value:.3f}" for name, value in found["coefficients"].items()]
+            print("\n".join([summary(found), *coefficients]))
         except (ValueError, KeyError) as error:
             raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error
     else:
@@ -52,27 +55,4 @@ def _describe_vector(vector: SafetyVector) -> str:
         lines.append(f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}")
     for layer, score in enumerate(scores):
         lines.append(f"  layer {layer:>3}  score {score:+.4f}{'  selected' if layer in vector.layers else ''}")
-    return "\n".join(lines)
-
-
-def _describe_report(report: dict) -> str:
-    lines = [
-        f"{report['decision']['outcome'].replace('_', ' ')}: {report['decision']['reason']}",
-        f"vector {report['vector']['name']}, model {report['model']['architecture']} ({report['model']['kind']} fine-tune)",
-    ]
-    if held_out := report.get("held_out"):
-        before, after = held_out["before"], held_out["after"]
-        lines.append(
-            f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
-            f"task divergence {after['utility']:.4f} nats"
-        )
-    measured = report.get("measured", {"after": {}})
-    for name in ("refusal_rate", "over_refusal", "incoherent"):
-        if after := measured["after"].get(name):
-            before = measured["before"][name]
-            lines.append(
-                f"{name.replace('_', ' ')} {before['share']:.0%} → {after['share']:.0%} "
-                f"[{after['low']:.0%}, {after['high']:.0%}] of {after['count']} unseen prompts"
-            )
-    lines += [f"  {name:<12} λ = {value:.3f}" for name, value in report["coefficients"].items()]
     return "\n".join(lines)

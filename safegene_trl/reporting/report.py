@@ -83,6 +83,35 @@ def write_evidence(report: dict[str, Any], folder: Path, name: str, releases: Se
     checkpoint_card(report, name).save(folder / "README.md")
 
 
+def summary(report: Mapping[str, Any]) -> str:
+    """The outcome in a few lines for a terminal: reason, vector, and what was measured before and after with 95 % intervals."""
+    decision, model = report["decision"], report["model"]
+    lines = [
+        f"{decision['outcome'].replace('_', ' ')}: {decision['reason']}",
+        f"vector {report['vector']['name']}, model {model['architecture']} ({model['kind']} fine-tune)",
+    ]
+    if held_out := report.get("held_out"):
+        before, after = held_out["before"], held_out["after"]
+        lines.append(
+            f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
+            f"task divergence {after['utility']:.4f} nats"
+        )
+    measured = report.get("measured", {"after": {}})
+    for name in ("refusal_rate", "over_refusal", "incoherent"):
+        if after := measured["after"].get(name):
+            before = measured["before"][name]
+            lines.append(
+                f"{name.replace('_', ' ')} {before['share']:.0%} → {after['share']:.0%} "
+                f"[{after['low']:.0%}, {after['high']:.0%}] of {after['count']} unseen prompts"
+            )
+    if loss := measured.get("utility_loss"):
+        lines.append(
+            f"task token accuracy lost {loss['share']:.1%} [{loss['low']:.1%}, {loss['high']:.1%}] "
+            f"on {loss['count']} unseen samples"
+        )
+    return "\n".join(lines)
+
+
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     """The report's main numbers under names for trackers. `safegene/outcome`: 2 accepted, 1 best effort, 0 rejected, −1 failed."""
     outcome = (report.get("decision") or {}).get("outcome", "failed")

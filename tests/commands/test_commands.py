@@ -294,6 +294,12 @@ def test_the_gate_decides_and_the_exit_code_says_what(
     (line,) = history.read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["outcome"] == outcome
     printed = capsys.readouterr()
+    if written:
+        share = report["measured"]["after"]["refusal_rate"]["share"]
+        assert (
+            f"refusal rate {report['measured']['before']['refusal_rate']['share']:.0%} → {share:.0%} [" in printed.out
+        )
+        assert f"Safeguarded checkpoint: {target}" in printed.out
     assert ("limits are not kept" in printed.out + printed.err) == (code == 4)
 
 
