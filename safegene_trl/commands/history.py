@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(releases: Sequence[Release]) -> str:
     """A table of all releases: shares before → after the safety step."""
-    rows = [["", "time", "outcome", *HEADINGS, "output"]]
+    rows = [["", "time (UTC)", "outcome", *HEADINGS, "output"]]
     for number, release in enumerate(releases, start=1):
-        rows.append([str(number), release["time"], release["outcome"], *measured_cells(release), release["output"]])
+        time = release["time"][:16].replace("T", " ")
+        rows.append([str(number), time, release["outcome"], *measured_cells(release), release["output"]])
     return aligned(rows)
