@@ -225,7 +225,12 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
     "three components, 128 task shots, utility weight 2": partial(
         safegene_row, vector_name="three components", num_task_shots=128, utility_weight=2.0
     ),
-    "three components, utility weight 4": partial(safegene_row, vector_name="three components", utility_weight=4.0),
+    **{
+        f"three components, utility weight {weight}": partial(
+            safegene_row, vector_name="three components", utility_weight=float(weight)
+        )
+        for weight in (4, 16)
+    },
     "three components, by module, utility weight 4": partial(
         safegene_row, vector_name="three components", granularity="module", utility_weight=4.0
     ),
