@@ -142,4 +142,6 @@ def decide(
         reason = "The fine-tune needs no repair: it keeps the gate's limits without the vector."
     if unsure := [check for check in checks if check.verdict == "unsure"]:
         reason += f" Too few prompts to be sure of every limit: {'; '.join(map(str, unsure))}."
+    elif found:
+        reason += " All limits of the gate are kept."
     return Decision("accepted_best_effort" if unsure else "accepted", reason, checks)

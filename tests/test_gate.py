@@ -44,6 +44,8 @@ def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
     assert [check.limit for check in decision.checks] == list(limits)
     if outcome != "accepted":
         assert "%" in decision.reason and decision.reason.startswith(REASON)
+    else:
+        assert decision.reason == f"{REASON} All limits of the gate are kept."
 
 
 def test_without_limits_the_recalibration_decides():
