@@ -110,15 +110,21 @@ class Probe:
         dtype: Name of the data type that the weights will have.
         adapter: The LoRA that the training will put on. A skeleton with a LoRA brings its own.
         checkpointing: Whether layers are recomputed in the backward pass.
+        timed: Whether steps are run again for their seconds, which are 0 otherwise.
     """
 
     def __init__(
-        self, skeleton: nn.Module, dtype: str, adapter: PeftConfig | None = None, checkpointing: bool = False
+        self,
+        skeleton: nn.Module,
+        dtype: str,
+        adapter: PeftConfig | None = None,
+        checkpointing: bool = False,
+        timed: bool = True,
     ):
         if isinstance(skeleton, PeftModel):
             adapter = skeleton.active_peft_config
         base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
-        self.skeleton, self.dtype = skeleton, getattr(torch, dtype)
+        self.skeleton, self.dtype, self._timed = skeleton, getattr(torch, dtype), timed
         self._config = base.config
         self.layers = int(base.config.num_hidden_layers)
         self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
@@ -164,6 +170,8 @@ class Probe:
     def measure(self, run: Callable[[int], Any], on_host: bool = False) -> _Pair:
         """Runs a step on both models (0 and 1), once to see its memory and then, in turn, for the time."""
         memory = [self._bytes(partial(run, index), on_host) for index in (0, 1)]
+        if not self._timed:
+            return _Pair((0.0, 0.0), (memory[0], memory[1]))
         times = [[self._seconds(partial(run, index)) for index in (0, 1)] for _ in range(REPETITIONS)]
         fast, slow = (min(pair[index] for pair in times) for index in (0, 1))
         return _Pair((fast, slow), (memory[0], memory[1]))

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,6 +29,12 @@ from .weights import changes_base
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+)  # what the libraries raise on damaged or foreign files
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 
 
@@ -41,7 +48,15 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
             return None
     else:
         file = path / ADAPTER_CONFIG
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(f"{file} is damaged: save the adapter again.") from error
+    if not isinstance(base, str):
+        raise UnsupportedModelError(f"{file} names no base model: set `base_model_name_or_path` in it.")
+    return base
 
 
 def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
@@ -85,7 +100,7 @@ def load_model(name_or_path: str, revision: str | None = None, dtype: str = "aut
             return AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, **kwargs).eval()
         model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         return PeftModel.from_pretrained(model, name_or_path, revision=revision).eval()
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         named = name_or_path if base is None else f"{name_or_path} (on {base})"
         raise UnsupportedModelError(f"The model {named} cannot be loaded: {error}") from error
 
@@ -117,8 +132,8 @@ def load_skeleton(name_or_path: str, revision: str | None = None) -> nn.Module:
                 )
             model = PeftModel.from_pretrained(model, name_or_path, revision=revision, low_cpu_mem_usage=True)
         return model.eval()
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"The model {named} cannot be loaded: {error}") from error
+    except UNREADABLE as error:
+        raise UnsupportedModelError(f"The model {name_or_path} cannot be loaded: {error}") from error
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:

@@ -104,8 +104,9 @@ def test_bytes_of_the_search(layers, model, tokenizer, settings):
     """What tensors hold at most while the coefficients are searched, beyond what was there before."""
     vector = vector_for(model, tokenizer, settings, layers)
     plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
-    probe = Probe(model, "float32")
+    probe = Probe(model, "float32", timed=False)
     cost = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)["recalibrate"]
+    assert cost.seconds == 0
     factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
     with _Allocations() as allocations:
         recalibrate(model, vector.deltas, vector.coefficient_names("layer"), plan.shots.data, settings, 0, ALONE)

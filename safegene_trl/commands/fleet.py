@@ -156,9 +156,13 @@ def _estimate(members: Sequence[Member]) -> None:
 
     for member in members:
         try:
-            member.memory = max(cost.memory for cost in estimate_apply(["--config", str(member.recipe)]).values())
+            costs = estimate_apply(["--config", str(member.recipe)], timed=False)
+            member.memory = max(cost.memory for cost in costs.values())
         except SafeGeneError as error:
             member.finish(FAILED, str(error))
+        except Exception as error:  # whatever is wrong with one model, the others are done
+            logger.exception("%s: the estimate failed", member.name)
+            member.finish(FAILED, f"Its estimate failed: {type(error).__name__}: {error}")
 
 
 class _Pool:

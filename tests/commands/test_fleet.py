@@ -9,6 +9,7 @@ import yaml
 
 from safegene_trl.commands import fleet as module
 from safegene_trl.commands.main import main
+from safegene_trl.estimation import Cost
 
 from ..conftest import make_model, make_tokenizer
 
@@ -71,6 +72,19 @@ def test_five_with_two_broken(fleet, tmp_path, capsys):
     assert main(fleet()) == 4
     assert outcomes(releases) == expected | {"damaged": "accepted", "nowhere": "accepted"}
     assert (releases / "a" / "safegene_report.json").stat().st_mtime_ns == stamp
+
+
+def test_an_estimate_that_breaks_is_that_model_s_own_failure(monkeypatch, tmp_path):
+    def estimate(argv, timed):
+        if "bad" in argv[1]:
+            raise KeyError("unforeseen")
+        return {"save": Cost(0.0, 5)}
+
+    monkeypatch.setattr("safegene_trl.commands.estimate.estimate_apply", estimate)
+    members = [module.Member(name, tmp_path / f"{name}.yaml", tmp_path / name, "key") for name in ("bad", "good")]
+    module._estimate(members)
+    assert [member.outcome for member in members] == ["failed", ""]
+    assert "KeyError: 'unforeseen'" in members[0].message and members[1].memory == 5
 
 
 @pytest.fixture
