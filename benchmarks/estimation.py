@@ -37,10 +37,17 @@ def main() -> None:
         model = ROOT / "build" / "recalibration" / "fine-tuned"
         fine_tuned(model)
     settings = {"num_safety_shots": 16, "num_benign_shots": 8, "num_task_shots": 16, "num_test_prompts": 16}
-    settings |= {"vector": arguments.vector, "task_data": arguments.task_data, "max_utility_loss": 10}
+    settings |= {"max_utility_loss": 10, "allow_other_base": True}
+    files = {"vector": arguments.vector, "task_data": arguments.task_data}
     words = ["apply", "--model_name_or_path", model]
-    words += [word for key, value in settings.items() for word in (f"--safegene.{key}", value)]
-    runs = [run(words) for _ in range(arguments.repetitions)]
+    words += [word for key, value in (files | settings).items() for word in (f"--safegene.{key}", value)]
+    runs: list[dict[str, Any]] = []
+    for _ in range(arguments.repetitions):
+        runs.append(run(words))
+        write(arguments.output, runs, settings)
+
+
+def write(output: Path, runs: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     record = {
         "runs": runs,
         "median_ratio": {
@@ -48,12 +55,12 @@ def main() -> None:
             for step in runs[0]
         },
         "aim": "between 0.75 and 1.25",
-        "settings": {key: str(value) for key, value in settings.items()},
+        "settings": settings,
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "software": software_versions(),
     }
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["median_ratio"]))
 
 
