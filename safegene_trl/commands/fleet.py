@@ -208,6 +208,8 @@ class _Pool:
         environment = dict(os.environ)
         if device == "cpu":
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
+            # glibc would keep as much again of what tensors no longer need, beyond what was estimated
+            environment.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
         else:
             environment["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "safegene_trl", "apply", "--config", str(member.recipe)]

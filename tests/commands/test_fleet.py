@@ -93,7 +93,8 @@ def pool(monkeypatch, tmp_path):
     most = []
 
     class Process:
-        def __init__(self, command, **options):
+        def __init__(self, command, env, **options):
+            assert int(env["OMP_NUM_THREADS"]) >= 1 and env["MALLOC_MMAP_THRESHOLD_"] == "65536"
             self.ends, self.returncode = time.monotonic() + 0.3, 0
 
         def poll(self):
