@@ -58,8 +58,16 @@ def test_p_values_are_paired_by_prompt_and_corrected(folder):
     found = p_values(rows)
     assert set(found) == {"fine-tuned", "RESTA"}
     # 25 prompts are attacked with success under RESTA alone, one under ours alone
-    assert found["RESTA"] < 1e-4 and found["fine-tuned"] < found["RESTA"]
+    assert found["RESTA"][0] < 1e-4 and found["fine-tuned"][0] < found["RESTA"][0]
+    # one benign prompt is refused under ours alone, one under RESTA alone; one of two samples is answered worse
+    assert found["RESTA"][1:] == (1.0, 1.0)
     assert p_values({"RESTA": rows["RESTA"]}) == {}
+    unlike = {
+        "SafeGene": Row("SafeGene", [cell("SafeGene", ["rr", "rr", "a" * 10, "a" * 10], [1.0] * 20)]),
+        "RESTA": Row("RESTA", [cell("RESTA", ["rr", "rr", "r" * 10, "r" * 10], [0.5] * 20)]),
+    }
+    attacked, refused, useful = p_values(unlike)["RESTA"]
+    assert attacked == 1.0 and refused < 1e-4 and useful < 1e-4
 
 
 def test_limits_that_are_kept(folder):
