@@ -27,7 +27,7 @@ from safegene_trl.shots import Shots, gather_shots
 from safegene_trl.weights import canonical_modules, task_factors
 
 from .tasks import MODELS, Task, read_jsonl, splits, training_file, write_jsonl
-from .vectors import vector
+from .vectors import SHIPPED
 
 
 LETTERS = {"refused": "r", "answered": "a", "off_task": "o", "incoherent": "i"}
@@ -81,7 +81,7 @@ class Lab:
 
     def shots(self, task: Task, seed: int) -> Shots:
         """The shots that `safegene apply` draws in the same setting."""
-        folder = vector("puzzles", self.data)
+        folder = SHIPPED
         rows = read_jsonl(training_file(task, seed, self.data))
         config = SafeGeneConfig(vector=str(folder), **SHOTS, seed=seed)  # type: ignore[arg-type]
         context = self.model.config.max_position_embeddings
@@ -89,7 +89,7 @@ class Lab:
 
     def refusals(self) -> list[Sample]:
         """All harmful prompts that come with the vectors, with the aligned model's refusals."""
-        rows = SafetyVector.from_pretrained(vector("puzzles", self.data)).prompts
+        rows = SafetyVector.from_pretrained(SHIPPED).prompts
         return [
             tokenize(self.tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
             for row in rows

@@ -27,7 +27,7 @@ from safegene_trl.recalibration import cross_entropy
 
 from .lab import SHOTS, Lab
 from .tasks import STEPS, TASKS, TRAINING, WORK, Task, fine_tuned, read_jsonl, safegene, training_file
-from .vectors import COMBINED, VECTORS, safety_lora, vector
+from .vectors import VECTORS, safety_lora, vector
 
 
 Made = tuple[Update, dict[str, Any]]  # the update and what is to be said about it
@@ -211,8 +211,8 @@ METHODS: dict[str, Callable[[Lab, Task, int], Made]] = {
 ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
     **{
         f"vector: {name}": partial(safegene_row, vector_name=name)
-        for name in (*VECTORS, *COMBINED)
-        if name not in ("puzzles", "three components")
+        for name in VECTORS
+        if name != "puzzles"
     },
     **{
         f"{count} shots": partial(

@@ -1,4 +1,4 @@
-"""The vectors that the methods take, each made once from a model that was degraded in another, harmless way."""
+"""The vectors that the methods take: the recipe's, and others, each made once from a model that was degraded in a harmless way."""
 
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,13 @@ VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles, layers at random": ("puzzles", ["--selection", "random", "--layer_share", "0.5"]),
     **{task: (task, []) for task in TASKS},  # a fine-tune as the degradation
 }
-COMBINED = {"three components": ["puzzles", "before alignment", "openings"]}
+SHIPPED = RECIPE / "safety-vector"  # three components: puzzles, before alignment and openings
 
 
 def vector(name: str, data: Path | None) -> Path:
     """Folder of a vector, made if it is not there."""
-    folder = WORK / "vectors" / name
+    folder = SHIPPED if name == "three components" else WORK / "vectors" / name
     if (folder / "safegene_config.json").is_file():
-        return folder
-    if name in COMBINED:
-        safegene("combine", *(vector(part, data) for part in COMBINED[name]), "--output_dir", folder)
         return folder
     kind, options = VECTORS[name]
     words = ["--degraded_model", degraded(kind, data), "--output_dir", folder, *options]
@@ -58,6 +55,6 @@ def safety_lora(data: Path | None) -> Path:
     """A LoRA on the aligned model trained on refusals alone, those that come with the vectors (SafeMERGE's)."""
     path = WORK / "data" / "refusals.jsonl"
     if not path.is_file():
-        prompts = SafetyVector.from_pretrained(vector("puzzles", data)).prompts
+        prompts = SafetyVector.from_pretrained(SHIPPED).prompts
         write_jsonl([turn(row["prompt"], row["response"]) for row in prompts if row["kind"] == "harmful"], path)
     return sft(WORK / "degraded" / "safety", path, per_device_train_batch_size=8, max_steps=20)
