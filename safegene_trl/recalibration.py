@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from .weights import base_model
 
 
 SHRINK_STEPS = (1.0, 0.8, 0.6, 0.4, 0.2)
+LEAST_DIVERGENCE = 1e-5  # nats of a sample: below, float32 tells it from 0 no more
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,21 @@ class _Job:
     weight: float
 
 
+@dataclass(frozen=True)
+class SampleGradients:
+    """What the samples add to one term.
+
+    Attributes:
+        weight: Of a sample in the term: the term's gradient is the weight times the sum of the samples'.
+        losses: The samples' summed losses, in nats, shape (samples,), float64.
+        gradients: Their gradients, samples×n, float64.
+    """
+
+    weight: float
+    losses: np.ndarray
+    gradients: np.ndarray
+
+
 class Side:
     """One side (fit or held-out) of a calibration set, its batches shared out over the ranks.
 
@@ -118,7 +133,7 @@ class Side:
                 sharding.release()
 
     def loss(self, model: nn.Module, index: int) -> torch.Tensor:
-        """Summed loss of one of this rank's jobs."""
+        """Every sample's summed loss in one of this rank's jobs."""
         job = self.jobs[index]
         if index in self.reference:
             return kl_divergence(model, job.batch, self.reference[index])
@@ -127,12 +142,14 @@ class Side:
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Losses:
         """The losses of the model as it is."""
-        return self._means(self.sharding.values(len(self.jobs), partial(self.loss, model), self._idle_job))
+        return self._means(
+            self.sharding.values(len(self.jobs), lambda index: self.loss(model, index).sum(), self._idle_job)
+        )
 
     def gradients(
         self, model: nn.Module, attach: Attach, point: np.ndarray
-    ) -> tuple[Losses, dict[str, tuple[float, np.ndarray]]]:
-        """Losses with the vector on at `point`, and of each term its weight and every sample's gradient.
+    ) -> tuple[Losses, dict[str, "SampleGradients"]]:
+        """Losses with the vector on at `point`, and by term what every sample adds to its gradient.
 
         Args:
             model: The fine-tuned model.
@@ -140,13 +157,10 @@ class Side:
             point: The coefficients, shape `(n,)`.
 
         Returns:
-            The losses; by term, the weight of a sample in it and the gradients of the samples' summed losses
-            (samples×n, float64): the term's gradient is the weight times their sum.
+            The losses, and the samples' gradients by term.
         """
         ends = list(itertools.accumulate((len(job.batch.input_ids) for job in self.jobs), initial=0))
-        sums, rows = (
-            torch.zeros(*shape, dtype=torch.float64) for shape in ((len(self.jobs),), (ends[-1], len(point)))
-        )
+        sums, rows = torch.zeros(ends[-1], dtype=torch.float64), torch.zeros(ends[-1], len(point), dtype=torch.float64)
         with self.sharding.forward_passes(), recomputing(model):
             for index in self.sharding.share(len(self.jobs)):
                 current = self._idle_job if index is None else index
@@ -155,18 +169,19 @@ class Side:
                 coefficients = coefficients.repeat(count, 1).requires_grad_()
                 with attach(coefficients):
                     loss = self.loss(model, current)
-                    (gradient,) = torch.autograd.grad(loss, coefficients)
+                    (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
                 self.sharding.release()
                 if index is not None:
-                    sums[index] = float(loss.detach())
-                    rows[ends[index] : ends[index + 1]] = gradient.double().cpu()
+                    own = slice(ends[index], ends[index + 1])
+                    sums[own], rows[own] = loss.detach().double().cpu(), gradient.double().cpu()
         sums, rows = self.sharding.sum(sums), self.sharding.sum(rows)
         found = {}
         for term in TERMS:
-            own = [index for index, job in enumerate(self.jobs) if job.term == term]
-            parts = [rows[ends[index] : ends[index + 1]] for index in own]
-            found[term] = (self.jobs[own[0]].weight, torch.cat(parts).numpy()) if own else (0.0, rows[:0].numpy())
-        return self._means(sums), found
+            jobs = [index for index, job in enumerate(self.jobs) if job.term == term]
+            own = [place for index in jobs for place in range(ends[index], ends[index + 1])]
+            weight = self.jobs[jobs[0]].weight if jobs else 0.0
+            found[term] = SampleGradients(weight, sums[own].numpy(), rows[own].numpy())
+        return self._means(torch.stack([sums[a:b].sum() for a, b in itertools.pairwise(ends)])), found
 
     def _means(self, sums: torch.Tensor) -> Losses:
         totals = dict.fromkeys(TERMS, 0.0)
@@ -292,13 +307,18 @@ def _loss_and_gradient(
 ) -> tuple[Losses, np.ndarray, np.ndarray]:
     """Losses at `point`, the objective's gradient `(n,)` and its Gauss–Newton matrix n×n; one batch's graph lives at a time.
 
-    With `g_i` the gradient of sample i's negative log-likelihood the matrix is `Σ w_i g_i g_iᵀ`, an estimate of Fisher's.
+    With `g_i` the gradient of sample i's negative log-likelihood the matrix is `Σ w_i g_i g_iᵀ`, an estimate of Fisher's. A divergence
+    `k_i` has its minimum, 0, where nothing is added: it is half the square of a residual `√(2 k_i)`, whose matrix is
+    `Σ w_i g_i g_iᵀ / 2 k_i`, exact along the line to that minimum while `k_i` is quadratic.
     """
     losses, terms = fit.gradients(model, attach, point)
     gradient, curvature = np.full(len(point), config.sparsity_weight), np.zeros((len(point), len(point)))
-    for term, (weight, rows) in terms.items():
+    for term, samples in terms.items():
+        weight, rows = samples.weight, samples.gradients
         weight *= config.utility_weight if term == "utility" else 1.0
         gradient += weight * rows.sum(axis=0)
+        if term == "utility":
+            rows = rows / np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))[:, None]
         curvature += weight * rows.T @ rows
     return losses, gradient, curvature
 
@@ -345,15 +365,25 @@ def _objection(before: Losses, after: Losses, budget: float) -> str:
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Summed cross-entropy of the response tokens, in nats, float32 scalar."""
+    """Every sample's summed cross-entropy of its response tokens, in nats, float32 of shape (batch,)."""
     logits, next_ids = response_logits(model, batch)
-    return F.cross_entropy(logits, next_ids, reduction="sum")
+    return _by_sample(F.cross_entropy(logits, next_ids, reduction="none"), batch)
 
 
 def kl_divergence(model: nn.Module, batch: Batch, reference: torch.Tensor) -> torch.Tensor:
-    """Summed `KL(reference ‖ model)` over response tokens, in nats. `reference`: log-probabilities, tokens×vocabulary."""
+    """Every sample's summed `KL(reference ‖ model)` over its response tokens, in nats, float32 of shape (batch,).
+
+    `reference`: log-probabilities, tokens×vocabulary.
+    """
     log_probs = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-    return F.kl_div(log_probs, reference.to(log_probs.device), reduction="sum", log_target=True)
+    terms = F.kl_div(log_probs, reference.to(log_probs.device), reduction="none", log_target=True)
+    return _by_sample(terms.sum(dim=-1), batch)
+
+
+def _by_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sums over each sample's response tokens of what there is for all of them, in `response_logits`' order."""
+    rows = batch.target_mask[:, -batch.kept :].nonzero()[:, 0]
+    return values.new_zeros(len(batch.input_ids)).index_add(0, rows, values)
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

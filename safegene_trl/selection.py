@@ -112,7 +112,7 @@ def gradient(
     ):
         for sample in refusals:
             (batch,) = batches([sample], 1, pad_id, device)
-            loss = cross_entropy(degraded, batch) / sum(sample.is_response)
+            loss = cross_entropy(degraded, batch).sum() / sum(sample.is_response)
             rows.append(-torch.autograd.grad(loss, coefficients)[0].cpu())
             sharding.release()
     return LayerScores([(1.0, torch.stack(rows))])

@@ -51,7 +51,7 @@ def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
     weights = [model.get_submodule(name).weight for name in names]
     loss = sum(
-        recalibration.cross_entropy(model, b)
+        recalibration.cross_entropy(model, b).sum()
         for b in batches(data.harmful.fit + data.harmful.held_out, 4, 0, model.device)
     )
     deltas = {}
@@ -64,14 +64,14 @@ def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):
 def test_padding_and_kept_logits_do_not_change_the_loss():
     model = make_model()
     group = samples(5, 1)
-    total = 0.0
+    expected = []
     for sample in group:
         ids = torch.tensor([sample.input_ids])
         start = sample.is_response.index(True)
-        total += F.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum").item()
+        expected.append(F.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum").item())
     (batch,) = batches(group, 8, 0, model.device)
     assert batch.kept < batch.input_ids.shape[1]
-    assert recalibration.cross_entropy(model, batch).item() == pytest.approx(total, rel=1e-5)
+    assert recalibration.cross_entropy(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_kl_is_zero_for_the_same_model_and_positive_for_another():
@@ -79,8 +79,12 @@ def test_kl_is_zero_for_the_same_model_and_positive_for_another():
     (batch,) = batches(samples(3, 1), 8, 0, model.device)
     with torch.no_grad():
         reference = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-        assert kl_divergence(model, batch, reference).item() == pytest.approx(0.0, abs=1e-4)
-        assert kl_divergence(other, batch, reference).item() > 1.0
+        assert kl_divergence(model, batch, reference).tolist() == pytest.approx([0.0] * 3, abs=1e-4)
+        found = kl_divergence(other, batch, reference)
+        assert (found > 0.3).all()
+        (alone,) = batches(samples(3, 1)[1:2], 8, 0, model.device)
+        reference = F.log_softmax(response_logits(model, alone)[0], dim=-1)
+        assert kl_divergence(other, alone, reference).item() == pytest.approx(found[1].item(), rel=1e-4)
 
 
 def test_gradient_matches_finite_differences():
@@ -102,6 +106,23 @@ def test_gradient_matches_finite_differences():
             step = np.eye(2)[i] * 0.02
             slope = (evaluate(point + step)[0] - evaluate(point - step)[0]) / 0.04
             assert slope == pytest.approx(gradient[i], rel=2e-2, abs=2e-3)
+
+
+def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
+    """`½ λᵀBλ` with the first matrix `B`, against the divergence itself; outer products of its gradients would be far off."""
+    model = make_model()
+    deltas = make_deltas(model)
+    index = {name: int("layers.2" in name) for name in deltas}
+    attach = partial(attached, model, deltas, index)
+    config = SafeGeneConfig(vector="v", utility_weight=2.0, batch_size=3)
+    data = replace(calibration_set(), benign=None)
+    with frozen_for_calibration(model):
+        fit = recalibration.Side(model, data, "fit", config, 0, ALONE)
+        for point in (np.array([0.01, 0.02]), np.array([0.03, 0.0])):
+            losses, _, curvature = recalibration._loss_and_gradient(model, fit, attach, point, config)
+            harmful = fit.gradients(model, attach, point)[1]["safety"]
+            curvature -= harmful.weight * harmful.gradients.T @ harmful.gradients
+            assert point @ curvature @ point / 2 == pytest.approx(2.0 * losses.utility, rel=0.1)
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -40,7 +40,7 @@ def test_gradient_is_the_fall_of_the_loss_per_coefficient(tokenizer):
     def loss(sample, layer, size):
         (batch,) = batches([sample], 1, 0, torch.device("cpu"))
         with torch.no_grad(), attached(model, deltas, {n: layer_index(n) for n in deltas}, torch.eye(3)[layer] * size):
-            return float(cross_entropy(model, batch)) / sum(sample.is_response)
+            return float(cross_entropy(model, batch).sum()) / sum(sample.is_response)
 
     for row, sample in enumerate(samples):
         for layer in (1, 2):

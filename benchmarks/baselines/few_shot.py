@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from safegene_trl.calibration import Batch, CalibrationSet, Sample, batches
+from safegene_trl.calibration import CalibrationSet, Sample, batches
 from safegene_trl.recalibration import cross_entropy
 
 from . import Update
@@ -39,17 +39,13 @@ def few_shot_update(
         for _ in range(steps):
             chosen = [samples[i] for i in torch.randperm(len(samples))[:batch_size].tolist()]
             (batch,) = batches(chosen, batch_size, pad_id, next(model.parameters()).device)
-            loss = cross_entropy(tuned, batch) / _targets(batch)
+            loss = cross_entropy(tuned, batch).sum() / batch.target_mask.sum()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     update = adapter_updates(tuned.eval())
     tuned.unload()  # PEFT has put its layers into the model itself
     return update
-
-
-def _targets(batch: Batch) -> torch.Tensor:
-    return batch.target_mask.sum()
 
 
 def adapter_updates(model: nn.Module) -> Update:

@@ -165,7 +165,7 @@ def _train(lab: Lab, samples: list[Sample], batch_size: int, seed: int) -> None:
         for start in range(0, len(order), batch_size):
             chosen = [samples[i] for i in order[start : start + batch_size]]
             (batch,) = batches(chosen, batch_size, padding_id(lab.tokenizer), torch.device("cpu"))
-            (cross_entropy(lab.model, batch) / batch.target_mask.sum()).backward()
+            (cross_entropy(lab.model, batch).sum() / batch.target_mask.sum()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -31,7 +31,7 @@ def extraction(tmp_path_factory):
     (batch,) = batches(samples, len(samples), 0, torch.device("cpu"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = cross_entropy(model, batch) / batch.target_mask.sum()
+        loss = cross_entropy(model, batch).sum() / batch.target_mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
