@@ -248,12 +248,21 @@ def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_prog
         if sharding.is_main:
             write_evidence(plan.report, folder, plan.target.name, _releases(plan))
     if sharding.is_main:
-        for suffix in (".json", ".html", ".coefficients.png", ".history.png"):
-            failure_path(plan.target).with_suffix(suffix).unlink(missing_ok=True)
+        _remove_failure(plan.target)
     _add_to_history(plan)
     with sharding.agreed():
         if sharding.is_main and config.hub_model_id and decision.outcome != "rejected":
             upload(plan.target, config.hub_model_id, config.hub_private)
+
+
+def _remove_failure(target: Path) -> None:
+    """Removes what an earlier failed run has left beside the checkpoint, which is finished whether that can be removed or not."""
+    for suffix in (".json", ".html", ".coefficients.png", ".history.png"):
+        path = failure_path(target).with_suffix(suffix)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is of an earlier run and cannot be removed: %s", path, error)
 
 
 def _rejection(decision: Decision) -> str:

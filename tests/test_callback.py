@@ -259,6 +259,10 @@ def test_earlier_result_is_replaced_and_foreign_files_are_not(config, tokenizer,
     assert (tmp_path / "safeguarded" / "model.safetensors").read_text() == "mine"
 
 
+def read_only(path, missing_ok=False):
+    raise OSError(30, "Read-only file system", str(path))
+
+
 def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "nothing helps")
     with pytest.raises(RecalibrationError, match="nothing helps"):
@@ -275,6 +279,11 @@ def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, mo
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".html", ".png"}
     trainer.save_model()
     monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.unlink", read_only)
+        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    assert "safeguarded.failed.json is of an earlier run and cannot be removed" in caplog.text
+    assert json.loads((tmp_path / "safeguarded" / "safegene_report.json").read_text())["status"] == "safeguarded"
     sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert not list(tmp_path.glob("safeguarded.failed*"))
 
