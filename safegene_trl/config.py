@@ -39,8 +39,8 @@ class SafeGeneConfig:
         max_coefficient: Upper bound of every coefficient.
         initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.
         max_evaluations: Upper limit of loss-and-gradient evaluations of the search.
-        utility_weight: β, weight of the KL term in the objective. The divergence from the fine-tune is small in nats (0.01 cost points of
-            accuracy), so that weights near 1 hardly hold it.
+        utility_weight: β, weight of the KL term in the objective. More of it keeps the fine-tune more closely, the harm that poisoned
+            data has done to it included.
         sparsity_weight: γ, weight of Σλ in the objective.
         max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task samples, in nats
             per response token.
@@ -86,7 +86,7 @@ class SafeGeneConfig:
     max_coefficient: float = 2.0
     initial_coefficient: float | None = None
     max_evaluations: int = 8
-    utility_weight: float = 16.0
+    utility_weight: float = 1.0
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1
     max_length: int = 512

@@ -229,15 +229,14 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
         f"three components, utility weight {weight}": partial(
             safegene_row, vector_name="three components", utility_weight=float(weight)
         )
-        for weight in (1, 4, 64)
+        for weight in (4, 16)
     },
     **{
         f"three components, by module, utility weight {weight}": partial(
             safegene_row, vector_name="three components", granularity="module", utility_weight=float(weight)
         )
-        for weight in (1, 4)
+        for weight in (4, 16)
     },
-    "one component, utility weight 1": partial(safegene_row, vector_name="puzzles", utility_weight=1.0),
     "three components, warm start": warm_start_row,
     "without the utility term": partial(safegene_row, vector_name="puzzles", utility_weight=0.0),
     "without benign shots": partial(safegene_row, vector_name="puzzles", num_benign_shots=0),
