@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from safegene_trl import checkpoint
 from safegene_trl.commands.main import main as safegene
@@ -311,6 +313,8 @@ def main() -> int:
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    # tqdm's own lock is a semaphore that all forked processes share: a child killed while it holds it would block the others
+    tqdm.set_lock(threading.RLock())
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         os.environ["HF_DATASETS_CACHE"] = str(Path(place) / "cache")
