@@ -209,11 +209,7 @@ METHODS: dict[str, Callable[[Lab, Task, int], Made]] = {
     "random layers": random_layers_row,
 }
 ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
-    **{
-        f"vector: {name}": partial(safegene_row, vector_name=name)
-        for name in VECTORS
-        if name != "puzzles"
-    },
+    **{f"vector: {name}": partial(safegene_row, vector_name=name) for name in VECTORS if name != "puzzles"},
     **{
         f"{count} shots": partial(
             safegene_row, vector_name="puzzles", num_safety_shots=count, num_benign_shots=count, num_task_shots=count
