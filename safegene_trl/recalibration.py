@@ -148,7 +148,7 @@ class Side:
 
     def gradients(
         self, model: nn.Module, attach: Attach, point: np.ndarray
-    ) -> tuple[Losses, dict[str, "SampleGradients"]]:
+    ) -> tuple[Losses, dict[str, SampleGradients]]:
         """Losses with the vector on at `point`, and by term what every sample adds to its gradient.
 
         Args:
@@ -178,9 +178,9 @@ class Side:
         found = {}
         for term in TERMS:
             jobs = [index for index, job in enumerate(self.jobs) if job.term == term]
-            own = [place for index in jobs for place in range(ends[index], ends[index + 1])]
+            samples = [place for index in jobs for place in range(ends[index], ends[index + 1])]
             weight = self.jobs[jobs[0]].weight if jobs else 0.0
-            found[term] = SampleGradients(weight, sums[own].numpy(), rows[own].numpy())
+            found[term] = SampleGradients(weight, sums[samples].numpy(), rows[samples].numpy())
         return self._means(torch.stack([sums[a:b].sum() for a, b in itertools.pairwise(ends)])), found
 
     def _means(self, sums: torch.Tensor) -> Losses:
