@@ -79,9 +79,9 @@ def test_kl_is_zero_for_the_same_model_and_positive_for_another():
     (batch,) = batches(samples(3, 1), 8, 0, model.device)
     with torch.no_grad():
         reference = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-        assert kl_divergence(model, batch, reference).tolist() == pytest.approx([0.0] * 3, abs=1e-4)
+        assert kl_divergence(model, batch, reference).abs().sum().item() == pytest.approx(0.0, abs=1e-4)
         found = kl_divergence(other, batch, reference)
-        assert (found > 0.3).all()
+        assert found.shape == (3,) and found.sum().item() > 1.0
         (alone,) = batches(samples(3, 1)[1:2], 8, 0, model.device)
         reference = F.log_softmax(response_logits(model, alone)[0], dim=-1)
         assert kl_divergence(other, alone, reference).item() == pytest.approx(found[1].item(), rel=1e-4)

@@ -81,11 +81,10 @@ class Lab:
 
     def shots(self, task: Task, seed: int) -> Shots:
         """The shots that `safegene apply` draws in the same setting."""
-        folder = SHIPPED
         rows = read_jsonl(training_file(task, seed, self.data))
-        config = SafeGeneConfig(vector=str(folder), **SHOTS, seed=seed)  # type: ignore[arg-type]
+        config = SafeGeneConfig(vector=str(SHIPPED), **SHOTS, seed=seed)  # type: ignore[arg-type]
         context = self.model.config.max_position_embeddings
-        return gather_shots(config, SafetyVector.from_pretrained(folder), self.tokenizer, context, rows)
+        return gather_shots(config, SafetyVector.from_pretrained(SHIPPED), self.tokenizer, context, rows)
 
     def refusals(self) -> list[Sample]:
         """All harmful prompts that come with the vectors, with the aligned model's refusals."""

@@ -222,15 +222,10 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
         safegene_row, vector_name="three components", num_task_shots=128, utility_weight=2.0
     ),
     **{
-        f"three components, utility weight {weight}": partial(
-            safegene_row, vector_name="three components", utility_weight=float(weight)
+        f"three components{words}, utility weight {weight}": partial(
+            safegene_row, vector_name="three components", **options, utility_weight=float(weight)
         )
-        for weight in (4, 16)
-    },
-    **{
-        f"three components, by module, utility weight {weight}": partial(
-            safegene_row, vector_name="three components", granularity="module", utility_weight=float(weight)
-        )
+        for words, options in (("", {}), (", by module", {"granularity": "module"}))
         for weight in (4, 16)
     },
     "three components, warm start": warm_start_row,
