@@ -382,8 +382,8 @@ def kl_divergence(model: nn.Module, batch: Batch, reference: torch.Tensor) -> to
 
 def _by_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Sums over each sample's response tokens of what there is for all of them, in `response_logits`' order."""
-    rows = batch.target_mask[:, -batch.kept :].nonzero()[:, 0]
-    return values.new_zeros(len(batch.input_ids)).index_add(0, rows, values)
+    mask = batch.target_mask[:, -batch.kept :]
+    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)  # adds in one order on every device
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
