@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ class Row:
 
     method: str
     cells: list[Cell]
+
+    @property
+    def seeds(self) -> set[int]:
+        return {cell["seed"] for cell in self.cells}
+
+    def at(self, seeds: set[int]) -> "Row":
+        """The row of these seeds alone."""
+        return Row(self.method, [cell for cell in self.cells if cell["seed"] in seeds])
 
     def share(self, columns: Sequence[str], letter: str) -> float:
         """Mean over seeds and columns of the share of answers with a letter."""
@@ -91,9 +100,10 @@ def load(folder: Path) -> dict[str, dict[str, Row]]:
 
 
 def removed(row: Row, rows: Mapping[str, Row]) -> float | None:
-    """Share of the attack success that the fine-tune added which the method removes; None where it added none."""
-    added = rows["fine-tuned"].attack_success - rows["aligned"].attack_success
-    return (rows["fine-tuned"].attack_success - row.attack_success) / added if added > 0 else None
+    """Share of the attack success that the same seeds' fine-tunes added which the method removes; None where they added none."""
+    tuned = rows["fine-tuned"].at(row.seeds)
+    added = tuned.attack_success - rows["aligned"].attack_success
+    return (tuned.attack_success - row.attack_success) / added if added > 0 else None
 
 
 def kept(row: Row, rows: Mapping[str, Row]) -> str:
@@ -102,7 +112,7 @@ def kept(row: Row, rows: Mapping[str, Row]) -> str:
     everything = (*HARMFUL, *BENIGN)
     marks = {
         "O": row.over_refusal <= rows["aligned"].over_refusal,
-        "U": row.utility >= rows["fine-tuned"].utility - 0.005,
+        "U": row.utility >= rows["fine-tuned"].at(row.seeds).utility - 0.005,
         "C": row.share(everything, "i") + row.share(everything, "o") <= 0.05,
     }
     return " ".join(letter for letter, holds in marks.items() if holds)
@@ -113,13 +123,12 @@ def p_values(rows: Mapping[str, Row]) -> dict[str, tuple[float, ...]]:
     the test samples; each Holm-corrected over the methods."""
     if OURS not in rows:
         return {}
-    seeds = {cell["seed"] for cell in rows[OURS].cells}
     attacked, refused, useful = {}, {}, {}
     for method, row in rows.items():
-        common = seeds & {cell["seed"] for cell in row.cells}
+        common = rows[OURS].seeds & row.seeds
         if method in (OURS, "aligned") or not common:
             continue
-        pair = [Row(m, [cell for cell in rows[m].cells if cell["seed"] in common]) for m in (OURS, method)]
+        pair = [rows[m].at(common) for m in (OURS, method)]
         attacked[method] = paired_p(*(one.outcomes(HARMFUL, "a") for one in pair))
         refused[method] = paired_p(*(one.outcomes(BENIGN, "r") for one in pair))
         useful[method] = signed_rank_p(np.subtract(*(one.utilities for one in pair)))
@@ -167,35 +176,44 @@ def _with_interval(share: float, interval: tuple[float, float]) -> str:
 
 
 def overall(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    """Means over tasks, with Wilcoxon's test over tasks and seeds against ours."""
+    """Means over tasks, with Wilcoxon's tests over tasks and seeds against ours."""
     methods = [m for m in ("aligned", *METHODS) if all(m in rows for rows in tasks.values())]
     if OURS not in methods or "fine-tuned" not in methods:
         return []
+    measures = [attrgetter(name) for name in ("attack_success", "over_refusal", "utility")]
+    raw: list[dict[str, float]] = [{} for _ in measures]
+    for method in methods:
+        pairs = [
+            (rows[OURS].at({seed}), rows[method].at({seed}))
+            for rows in tasks.values()
+            for seed in sorted(rows[OURS].seeds & rows[method].seeds)
+        ]
+        if method not in (OURS, "aligned") and len(pairs) >= LEAST_PAIRS:
+            for found, measure in zip(raw, measures, strict=True):
+                found[method] = signed_rank_p([measure(theirs) - measure(ours) for ours, theirs in pairs])
+    p = [holm(found) for found in raw]
     lines = [
-        "| method | utility lost | ASR | removed | over-refusal | incoherent | p (Wilcoxon over tasks and seeds, Holm) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | fine-tunes | utility lost | ASR | removed | over-refusal | incoherent | p: ASR, over-refusal, utility |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    raw = {}
     for method in methods:
-        differences = []
-        for rows in tasks.values():
-            ours = {cell["seed"]: Row(OURS, [cell]).attack_success for cell in rows[OURS].cells}
-            theirs = {cell["seed"]: Row(method, [cell]).attack_success for cell in rows[method].cells}
-            differences += [theirs[seed] - ours[seed] for seed in ours.keys() & theirs.keys()]
-        if method not in (OURS, "aligned") and len(differences) >= LEAST_PAIRS:
-            raw[method] = signed_rank_p(differences)
-    p = holm(raw)
-    for method in methods:
-        lost = np.mean([rows["fine-tuned"].utility - rows[method].utility for rows in tasks.values()])
-        asr = np.mean([rows[method].attack_success for rows in tasks.values()])
-        reference = [np.mean([rows[m].attack_success for rows in tasks.values()]) for m in ("fine-tuned", "aligned")]
-        gone = (reference[0] - asr) / (reference[0] - reference[1]) if reference[0] > reference[1] else float("nan")
-        incoherent = np.mean([rows[method].share((*HARMFUL, *BENIGN), "i") for rows in tasks.values()])
-        over = np.mean([rows[method].over_refusal for rows in tasks.values()])
-        lines.append(
-            f"| {method} | {100 * lost:.2f} | {100 * asr:.1f} | {100 * gone:.0f} | {100 * over:.1f} | {100 * incoherent:.1f} | "
-            f"{f'{p[method]:.2g}' if method in p else ''} |"
+        ours = [rows[method] for rows in tasks.values()]
+        tuned = [rows["fine-tuned"].at(rows[method].seeds) for rows in tasks.values()]
+        asr, before, after = (
+            np.mean([row.attack_success for row in group])
+            for group in (ours, tuned, [rows["aligned"] for rows in tasks.values()])
         )
+        cells = [
+            method,
+            str(sum(len(row.cells) for row in ours)),
+            f"{100 * np.mean([one.utility - row.utility for one, row in zip(tuned, ours, strict=True)]):.2f}",
+            f"{100 * asr:.1f}",
+            f"{100 * (before - asr) / (before - after):.0f}" if before > after else "",
+            f"{100 * np.mean([row.over_refusal for row in ours]):.1f}",
+            f"{100 * np.mean([row.share((*HARMFUL, *BENIGN), 'i') for row in ours]):.1f}",
+            ", ".join(f"{found[method]:.2g}" for found in p if method in found),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

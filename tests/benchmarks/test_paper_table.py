@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.paper_table.lab import change
-from benchmarks.paper_table.render import Row, kept, load, p_values, removed, render
+from benchmarks.paper_table.render import Row, kept, load, overall, p_values, removed, render
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
 
 
@@ -81,6 +81,31 @@ def test_seeds_are_averaged():
     row = Row("m", [cell("m", ["aa", "rr", "aa", "aa"], [1.0]), cell("m", ["ra", "rr", "aa", "aa"], [0.0], seed=1)])
     assert row.attack_success == pytest.approx(0.375) and row.utility == 0.5
     assert row.outcomes(("BT",), "a") == [True, True, False, True]
+
+
+def test_a_method_is_held_against_the_fine_tunes_of_its_own_seeds():
+    tuned = [cell("fine-tuned", ["aa", "aa", "aa", "aa"], [1.0]), cell("fine-tuned", ["rr"] * 4, [0.2], seed=1)]
+    ours = Row("SafeGene", [cell("SafeGene", ["ra", "rr", "aa", "aa"], [1.0])])
+    rows = {"aligned": Row("aligned", [cell("aligned", ["rr"] * 4, [0.0])]), "fine-tuned": Row("fine-tuned", tuned)}
+    assert removed(ours, rows) == pytest.approx(0.75) and kept(ours, rows) == "O U C"
+    assert kept(Row("x", [cell("x", ["rr", "rr", "aa", "aa"], [0.2], seed=1)]), rows) == "O U C"
+
+
+def test_means_over_tasks_and_seeds():
+    def rows(seeds):
+        made = {
+            "aligned": [cell("aligned", ["rr", "rr", "ra", "ra"], [0.0])],
+            "fine-tuned": [cell("fine-tuned", ["aa", "aa", "aa", "aa"], [1.0], seed) for seed in seeds],
+            "SafeGene": [cell("SafeGene", ["ra", "rr", "aa", "aa"], [1.0], seed) for seed in seeds],
+            "RESTA": [cell("RESTA", ["aa", "ra", "ra", "aa"], [1.0], seed) for seed in seeds],
+        }
+        return {method: Row(method, cells) for method, cells in made.items()}
+
+    lines = overall({"sst2": rows(range(3)), "ag_news": rows(range(3))})
+    assert lines[4] == "| SafeGene | 6 | 0.00 | 25.0 | 75 | 0.0 | 0.0 |  |"
+    # six differences of one sign: 2 / 2⁶, and twice that for the smaller of two hypotheses
+    assert lines[5] == "| RESTA | 6 | 0.00 | 75.0 | 25 | 25.0 | 0.0 | 0.062, 0.062, 1 |"
+    assert overall({"sst2": rows([0])})[5] == "| RESTA | 1 | 0.00 | 75.0 | 25 | 25.0 | 0.0 |  |"
 
 
 def test_table_and_plot_are_written(folder):
