@@ -1,17 +1,33 @@
 """What mkdocs does to the pages: tables of settings from the code's own docstrings, and links to files of the repository.
 
 A page says `<!-- settings: package.module.Class -->` where the table of a dataclass is to stand. Links to files outside of docs/ are for people
-who read in the repository; on the site their paths are shown instead.
+who read in the repository; on the site their paths are shown instead. Pictures from there become part of the site.
 """
 
 import importlib
 import re
 from dataclasses import MISSING, fields
 from inspect import getdoc
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = re.compile(r"(!\[[^\]]*\])\(\.\./([^)]+/)?([^/)]+)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for page in list(files.documentation_pages()):
+        for _, folder, name in PICTURE.findall(page.content_string):
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / folder / name)))
+    return files
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = re.sub(r"<!-- settings: ([\w.]+) -->", lambda found: table(found[1]), markdown)
+    markdown = PICTURE.sub(r"\1(\3)", markdown)
     return re.sub(r"\[([^\]]*)\]\(\.\./([^)]+)\)", _path, markdown)
 
 

@@ -21,6 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CELLS = RESULTS / "paper_table"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
 OURS = "SafeGene"
+LEAST_SPAN = 20  # points of utility in a panel, so that chance does not look large
 LEAST_PAIRS = 6  # of task and seed: with fewer, Wilcoxon's p cannot fall below 0.05
 Cell = dict[str, Any]
 
@@ -239,7 +240,8 @@ def render(cells: Path) -> None:
         "and test samples (Wilcoxon), each Holm-corrected over the methods of the task; it does not say which of the two is better. s: seconds that the method took, on two CPU cores with other work.",
         "",
     ]
-    complete = {task: rows for task, rows in main.items() if OURS in rows and task != "poisoned"}
+    drawn = {task: rows for task, rows in main.items() if OURS in rows}
+    complete = {task: rows for task, rows in drawn.items() if task != "poisoned"}
     if complete:
         lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(complete), ""]
     for task, rows in main.items():
@@ -247,8 +249,8 @@ def render(cells: Path) -> None:
     for task, rows in ablations.items():
         lines += [f"## Ablations on {TASKS[task].title}", "", *table(rows), ""]
     cells.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    if complete:
-        plot(complete, cells.with_suffix(".png"))
+    if drawn:
+        plot(drawn, cells.with_suffix(".png"))
     print("\n".join(lines))
 
 
@@ -273,11 +275,14 @@ def plot(tasks: Mapping[str, Mapping[str, Row]], target: Path) -> None:
                 axes[0][column].scatter(100 * row.utility, 100 * row.attack_success, **style)
             axes[1][column].scatter(100 * row.over_refusal, 100 * row.attack_success, **style)
         axes[0][column].set(title=TASKS[task].title, xlabel="utility (%)", ylim=(-3, 103))
-        axes[1][column].set(xlabel="over-refusal (%)", ylim=(-3, 103))
+        low, high = axes[0][column].get_xlim()
+        missing = max(0.0, LEAST_SPAN - (high - low)) / 2
+        axes[0][column].set_xlim(low - missing, high + missing)
+        axes[1][column].set(xlabel="over-refusal (%)", xlim=(-3, 103), ylim=(-3, 103))
     for line in axes:
         line[0].set_ylabel("attack success (%)")
     handles, labels = axes[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", fontsize=7)
-    figure.tight_layout(rect=(0, 0, 1 - 1.6 / figure.get_figwidth(), 1))
+    figure.tight_layout(rect=(0, 0, 1 - 1.9 / figure.get_figwidth(), 1))
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
