@@ -77,8 +77,8 @@ def atomic_directory(target: Path, marker: str = MARKER, sharding: Sharding | No
             with writing():
                 yield folder
             with sharding.agreed(), writing():
-                for path in (*folder.rglob("*"), folder) if sharding.is_main else ():
-                    _sync(path)
+                if sharding.is_main:
+                    _finish(folder)
             with sharding.agreed(), writing():
                 if sharding.is_main:
                     _rename(folder, target)
@@ -173,6 +173,17 @@ def writing() -> Iterator[None]:
         raise OutputError(
             f"Writing the output failed ({error}): free space or choose another `output_dir`."
         ) from error
+
+
+def _finish(folder: Path) -> None:
+    """Flushes all files to disk, each as readable as the folder is: safetensors makes them for their owner alone."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(PermissionError):  # file systems without modes
+                path.chmod(readable)
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

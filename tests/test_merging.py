@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegene_trl import output
@@ -115,6 +117,19 @@ def test_a_full_disk_leaves_nothing(tmp_path):
         (folder / "half").write_text("x")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whoever_may_enter_the_folder_can_read_the_weights(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        with atomic_directory(tmp_path / "out") as folder:
+            save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").iterdir())
+    assert len(files) == 2 and {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_any_error_leaves_the_earlier_checkpoint(tmp_path):
