@@ -4,6 +4,7 @@
     python -m benchmarks.paper_table run --data DIR                         # every cell that is not there yet
     python -m benchmarks.paper_table run --data DIR --methods ablations --tasks sst2 --seeds 0
     python -m benchmarks.paper_table render                                 # table and plot from the cells
+    python -m benchmarks.paper_table cosines --data DIR --tasks sst2 ag_news --seeds 0 1    # how alike the fine-tunes are
 
 One cell (task, seed, method) is one file in `benchmarks/results/paper_table/`; delete it to measure it again. Models, vectors and the
 models' answers stay in `build/paper_table/`. Without --data the data sets come from the hub. Several runs may work on different
@@ -22,11 +23,12 @@ import torch
 
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.provenance import software_versions
+from safegene_trl.similarity import cosine
 
 from .lab import SETS, Lab, change
 from .methods import ABLATIONS, METHODS, aligned, plain
-from .render import CELLS, render
-from .tasks import STEPS, TASKS, TRAINING, WORK
+from .render import CELLS, RESULTS, render
+from .tasks import STEPS, TASKS, TRAINING, WORK, fine_tuned
 
 
 ROWS = {"aligned": aligned, **METHODS, **ABLATIONS}
@@ -36,9 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what is missing")
-    run.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
-    run.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    comparing = commands.add_parser("cosines", help="how alike the fine-tunes are")
+    for parser_of_fine_tunes in (run, comparing):
+        parser_of_fine_tunes.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
+        parser_of_fine_tunes.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+        parser_of_fine_tunes.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name")
     run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
     run.add_argument("--cells", type=Path, default=CELLS)
@@ -47,6 +51,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "render":
         render(arguments.cells)
+        return
+    if arguments.command == "cosines":
+        cosines(Lab(arguments.data), arguments.tasks, arguments.seeds)
         return
     groups = {"table": ["aligned", *METHODS], "ablations": list(ABLATIONS)}
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
@@ -86,6 +93,17 @@ def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None
     shares = {column: f"{letters.count('a') / len(letters):.0%}" for column, letters in measured["labels"].items()}
     utility = sum(measured["utility"]) / len(measured["utility"])
     print(f"{name}: answered {shares}, utility {utility:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def cosines(lab: Lab, tasks: list[str], seeds: list[int]) -> None:
+    """Pairwise cosines of the fine-tunes' updates; with the sign turned round each is a vector of one component."""
+    names = [f"{task}-{seed}" for seed in seeds for task in tasks]
+    updates = [lab.factors_of(fine_tuned(TASKS[task], seed, lab.data)) for seed in seeds for task in tasks]
+    table = [[round(cosine(one, two) or 0.0, 4) for two in updates] for one in updates]
+    record = {"fine_tunes": names, "cosines": table, "software": software_versions()}
+    (RESULTS / "cosines.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, row in zip(names, table, strict=True):
+        print(f"{name:12}" + "".join(f"{value:8.3f}" for value in row))
 
 
 def slug(method: str) -> str:
