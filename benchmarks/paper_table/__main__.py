@@ -3,6 +3,7 @@
     python recipes/smollm2-135m/prepare.py                                  # aligned model and data
     python -m benchmarks.paper_table run --data DIR                         # every cell that is not there yet
     python -m benchmarks.paper_table run --data DIR --methods ablations --tasks sst2 --seeds 0
+    python -m benchmarks.paper_table utility --data DIR --methods fine-tuned SafeGene       # the same on more test samples
     python -m benchmarks.paper_table render                                 # table and plot from the cells
     python -m benchmarks.paper_table cosines --data DIR --tasks sst2 ag_news --seeds 0 1    # how alike the fine-tunes are
 
@@ -22,15 +23,17 @@ from pathlib import Path
 import torch
 
 from safegene_trl.errors import SafeGeneError
+from safegene_trl.output import replace_file
 from safegene_trl.provenance import software_versions
 from safegene_trl.similarity import cosine
 
 from .lab import SETS, Lab, change
 from .methods import ABLATIONS, METHODS, aligned, plain
-from .render import CELLS, RESULTS, render
+from .render import CELLS, RESULTS, UTILITY, render
 from .tasks import STEPS, TASKS, TRAINING, WORK, fine_tuned
 
 
+MORE_TEST_ROWS = 1000
 ROWS = {"aligned": aligned, **METHODS, **ABLATIONS}
 
 
@@ -38,12 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what is missing")
+    counting = commands.add_parser("utility", help="utility alone, on more test samples")
     comparing = commands.add_parser("cosines", help="how alike the fine-tunes are")
-    for parser_of_fine_tunes in (run, comparing):
+    for parser_of_fine_tunes in (run, counting, comparing):
         parser_of_fine_tunes.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
         parser_of_fine_tunes.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
         parser_of_fine_tunes.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    run.add_argument("--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name")
+    for parser_of_methods in (run, counting):
+        parser_of_methods.add_argument(
+            "--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name"
+        )
     run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
     run.add_argument("--cells", type=Path, default=CELLS)
     drawing = commands.add_parser("render", help="table and plot")
@@ -57,11 +64,15 @@ def main() -> None:
         return
     groups = {"table": ["aligned", *METHODS], "ablations": list(ABLATIONS)}
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
+    cells = [(task, seed, method) for seed in arguments.seeds for task in arguments.tasks for method in methods]
+    if arguments.command == "utility":
+        lab = Lab(arguments.data, test_rows=MORE_TEST_ROWS)
+        for task, seed, method in cells:
+            utility_cell(lab, task, seed, method)
+        return
     lab = Lab(arguments.data, scale=arguments.scale)
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            for method in methods:
-                cell(lab, task, seed, method, arguments.cells)
+    for task, seed, method in cells:
+        cell(lab, task, seed, method, arguments.cells)
 
 
 def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None:
@@ -87,12 +98,23 @@ def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None
     record["training"] = {"steps": STEPS, "batch_size": task.batch, "learning_rate": TRAINING["learning_rate"]}
     record |= {"prompts": {column: len(prompts) for column, prompts in lab.prompts.items()}, "sets": SETS}
     record["software"] = software_versions()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".tmp").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    target.with_suffix(".tmp").replace(target)
+    replace_file(target, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     shares = {column: f"{letters.count('a') / len(letters):.0%}" for column, letters in measured["labels"].items()}
     utility = sum(measured["utility"]) / len(measured["utility"])
     print(f"{name}: answered {shares}, utility {utility:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def utility_cell(lab: Lab, task_name: str, seed: int, method: str) -> None:
+    """Measures a classifier's accuracy on as many test samples as the lab takes, unless that has been done."""
+    target = UTILITY / f"{task_name}-{seed}-{slug(method)}.json"
+    task = TASKS[task_name]
+    if target.is_file() or not task.labels:
+        return
+    with lab.updated(ROWS[method](lab, task, seed)[0]) as model:
+        right = "".join(str(int(value)) for value in lab.utility(model, task))
+    record = {"task": task_name, "seed": seed, "method": method, "right": right, "software": software_versions()}
+    replace_file(target, json.dumps(record, indent=1) + "\n")
+    print(f"{target.stem}: {right.count('1') / len(right):.4f} of {len(right)}", flush=True)
 
 
 def cosines(lab: Lab, tasks: list[str], seeds: list[int]) -> None:

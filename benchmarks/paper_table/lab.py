@@ -134,11 +134,12 @@ class Lab:
                 )
                 labels[column] = "".join(LETTERS[verdict.label] for verdict in verdicts)
                 kept += [asdict(prompt) | {"answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-            utility = self._utility(model, task)
+            utility = self.utility(model, task)
         write_jsonl(kept, answers_to)
         return {"labels": labels, "utility": utility, "seconds": time.perf_counter() - started}
 
-    def _utility(self, model: nn.Module, task: Task) -> list[float]:
+    def utility(self, model: nn.Module, task: Task) -> list[float]:
+        """Per test sample the share (0–1) of what is right: a label, or of the tokens of a free answer."""
         rows = draw(splits(task, self.data)[1], max(4, round(self.test_rows * self.scale)), seed=0)
         if task.labels:
             messages = [conversation(row)[0] for row in rows]

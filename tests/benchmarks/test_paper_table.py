@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.paper_table.lab import change
-from benchmarks.paper_table.render import Row, kept, load, overall, p_values, removed, render
+from benchmarks.paper_table.render import Row, kept, load, overall, p_values, removed, render, utility_lost
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
 
 
@@ -115,6 +115,22 @@ def test_table_and_plot_are_written(folder):
     assert "| RESTA (changes nothing) | 1 | 50.0 [50.0, 50.0] | 75.0 | 50.0 |" in text
     assert "| SafeGene | 1 | 75.0 [" in text and "] | 0.0 | 5.0 | 2.5 [" in text
     assert folder.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
+    for method, seed, right in [
+        ("fine-tuned", 0, "1110" * 5),
+        ("fine-tuned", 1, "1100" * 5),
+        ("SafeGene", 0, "1010" * 5),
+        ("SafeGene", 1, "1101" * 5),
+        ("RESTA", 2, "1111" * 5),  # there is nothing to hold it against
+    ]:
+        cell = {"task": "sst2", "method": method, "seed": seed, "right": right}
+        (tmp_path / f"{method}-{seed}.json").write_text(json.dumps(cell))
+    found = utility_lost(tmp_path)
+    assert found[2].startswith("| SafeGene | SST-2 | 2 | 40 | 62.5 | +0.00 [-") and found[2].endswith("| 1 |")
+    assert len([line for line in found if "RESTA" in line]) == 0
+    assert utility_lost(tmp_path / "nowhere") == []
 
 
 def test_change_marks_what_does_nothing_or_deletes():
