@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CELLS = RESULTS / "paper_table"
 UTILITY = RESULTS / "paper_table_utility"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
-OURS = "SafeGene"
+OURS, ONE = "SafeGene", "SafeGene, one component"
 LEAST_SPAN = 20  # points of utility in a panel, so that chance does not look large
 LEAST_PAIRS = 6  # of task and seed: with fewer, Wilcoxon's p cannot fall below 0.05
 Cell = dict[str, Any]
@@ -120,17 +120,17 @@ def kept(row: Row, rows: Mapping[str, Row]) -> str:
     return " ".join(letter for letter, holds in marks.items() if holds)
 
 
-def p_values(rows: Mapping[str, Row]) -> dict[str, tuple[float, ...]]:
-    """Every other method against ours over the same seeds: McNemar over the harmful prompts and over the benign ones, Wilcoxon over
+def p_values(rows: Mapping[str, Row], reference: str = OURS) -> dict[str, tuple[float, ...]]:
+    """Every other method against one over the same seeds: McNemar over the harmful prompts and over the benign ones, Wilcoxon over
     the test samples; each Holm-corrected over the methods."""
-    if OURS not in rows:
+    if reference not in rows:
         return {}
     attacked, refused, useful = {}, {}, {}
     for method, row in rows.items():
-        common = rows[OURS].seeds & row.seeds
-        if method in (OURS, "aligned") or not common:
+        common = rows[reference].seeds & row.seeds
+        if method in (reference, "aligned") or not common:
             continue
-        pair = [rows[m].at(common) for m in (OURS, method)]
+        pair = [rows[m].at(common) for m in (reference, method)]
         attacked[method] = paired_p(*(one.outcomes(HARMFUL, "a") for one in pair))
         refused[method] = paired_p(*(one.outcomes(BENIGN, "r") for one in pair))
         useful[method] = signed_rank_p(np.subtract(*(one.utilities for one in pair)))
@@ -138,13 +138,13 @@ def p_values(rows: Mapping[str, Row]) -> dict[str, tuple[float, ...]]:
     return {method: tuple(p[method] for p in corrected) for method in attacked}
 
 
-def table(rows: Mapping[str, Row]) -> list[str]:
-    """One task's table in Markdown; shares in %."""
+def table(rows: Mapping[str, Row], reference: str = OURS) -> list[str]:
+    """One task's table in Markdown, with p-values against one of its methods; shares in %."""
     lines = [
         "| method | seeds | utility [95 %] | BT | DR | ASR [95 %] | removed | over-refusal [95 %] | incoherent | off-task | keeps | ‖ΔW'‖/‖ΔW‖ | p: ASR, over-refusal, utility | s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    p = p_values(rows)
+    p = p_values(rows, reference)
     for method, row in rows.items():
         complete = method not in ("aligned", "fine-tuned") and {"aligned", "fine-tuned"} <= rows.keys()
         gone = removed(row, rows) if complete else None
@@ -259,18 +259,13 @@ def render(cells: Path) -> None:
         task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
         for task, rows in tasks.items()
     }
-    ablations = {
-        task: {method: row for method, row in rows.items() if method in ABLATIONS or method in REFERENCES}
-        for task, rows in tasks.items()
-        if any(method in ABLATIONS for method in rows)
-    }
     lines = [
         "# Attack success, over-refusal and utility of every method",
         "",
         "Made by `python -m benchmarks.paper_table render` from the cells in `paper_table/`. All shares in %. Utility: accuracy of "
         "classifiers, else the share of response tokens that are the most likely ones. ASR: mean of BT and DR, with a bootstrap interval over "
         "prompts and seeds, like the others'. Keeps: O, no more over-refusal than the aligned model; U, at most half a point of utility lost; "
-        "C, at most 5 % of the answers incoherent or off-task. Removed: share of the attack success added by the fine-tune. p: two-sided, against SafeGene over the same prompts (McNemar) "
+        "C, at most 5 % of the answers incoherent or off-task. Removed: share of the attack success added by the fine-tune. p: two-sided, against SafeGene or the row that the heading names, over the same prompts (McNemar) "
         "and test samples (Wilcoxon), each Holm-corrected over the methods of the task; it does not say which of the two is better. s: seconds that the method took, on two CPU cores with other work.",
         "",
     ]
@@ -287,15 +282,17 @@ def render(cells: Path) -> None:
         ]
     for task, rows in main.items():
         lines += [f"## {TASKS[task].title}", "", *table(rows), ""]
-    for task, rows in ablations.items():
-        lines += [f"## Ablations on {TASKS[task].title}", "", *table(rows), ""]
+    for task, rows in tasks.items():
+        for reference in (OURS, ONE):
+            changed = [m for m in rows if m in ABLATIONS and m.startswith("three components") == (reference == OURS)]
+            if changed:
+                named = {m: rows[m] for m in ("aligned", "fine-tuned", reference, *changed) if m in rows}
+                title = f"## Ablations on {TASKS[task].title}, p against “{reference}”"
+                lines += [title, "", *table(named, reference), ""]
     cells.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     if drawn:
         plot(drawn, cells.with_suffix(".png"))
     print("\n".join(lines))
-
-
-REFERENCES = ("aligned", "fine-tuned", "SafeGene", "SafeGene, one component")
 
 
 def plot(tasks: Mapping[str, Mapping[str, Row]], target: Path) -> None:
