@@ -5,7 +5,7 @@
     python -m benchmarks.paper_table run --data DIR --methods ablations --tasks sst2 --seeds 0
     python -m benchmarks.paper_table utility --data DIR --methods fine-tuned SafeGene       # the same on more test samples
     python -m benchmarks.paper_table render                                 # table and plot from the cells
-    python -m benchmarks.paper_table cosines --data DIR --tasks sst2 ag_news --seeds 0 1    # how alike the fine-tunes are
+    python -m benchmarks.paper_table cosines                                # how alike the fine-tunes are that have been made
 
 One cell (task, seed, method) is one file in `benchmarks/results/paper_table/`; delete it to measure it again. Models, vectors and the
 models' answers stay in `build/paper_table/`. Without --data the data sets come from the hub. Several runs may work on different
@@ -30,7 +30,7 @@ from safegene_trl.similarity import cosine
 from .lab import SETS, Lab, change
 from .methods import ABLATIONS, METHODS, aligned, plain
 from .render import CELLS, RESULTS, UTILITY, render
-from .tasks import STEPS, TASKS, TRAINING, WORK, fine_tuned
+from .tasks import STEPS, TASKS, TRAINING, WORK
 
 
 MORE_TEST_ROWS = 1000
@@ -42,15 +42,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what is missing")
     counting = commands.add_parser("utility", help="utility alone, on more test samples")
-    comparing = commands.add_parser("cosines", help="how alike the fine-tunes are")
-    for parser_of_fine_tunes in (run, counting, comparing):
-        parser_of_fine_tunes.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
-        parser_of_fine_tunes.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-        parser_of_fine_tunes.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    for parser_of_methods in (run, counting):
-        parser_of_methods.add_argument(
-            "--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name"
-        )
+    commands.add_parser("cosines", help="how alike the fine-tunes are")
+    for wanted in (run, counting):
+        wanted.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
+        wanted.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+        wanted.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        wanted.add_argument("--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name")
     run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
     run.add_argument("--cells", type=Path, default=CELLS)
     drawing = commands.add_parser("render", help="table and plot")
@@ -60,7 +57,7 @@ def main() -> None:
         render(arguments.cells)
         return
     if arguments.command == "cosines":
-        cosines(Lab(arguments.data), arguments.tasks, arguments.seeds)
+        cosines(Lab(None))
         return
     groups = {"table": ["aligned", *METHODS], "ablations": list(ABLATIONS)}
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
@@ -117,10 +114,10 @@ def utility_cell(lab: Lab, task_name: str, seed: int, method: str) -> None:
     print(f"{target.stem}: {right.count('1') / len(right):.4f} of {len(right)}", flush=True)
 
 
-def cosines(lab: Lab, tasks: list[str], seeds: list[int]) -> None:
+def cosines(lab: Lab) -> None:
     """Pairwise cosines of the fine-tunes' updates; with the sign turned round each is a vector of one component."""
-    names = [f"{task}-{seed}" for seed in seeds for task in tasks]
-    updates = [lab.factors_of(fine_tuned(TASKS[task], seed, lab.data)) for seed in seeds for task in tasks]
+    folders = sorted(path.parent for path in (WORK / "fine-tuned").glob("*/adapter_config.json"))
+    names, updates = [folder.name for folder in folders], [lab.factors_of(folder) for folder in folders]
     table = [[round(cosine(one, two) or 0.0, 4) for two in updates] for one in updates]
     record = {"fine_tunes": names, "cosines": table, "software": software_versions()}
     (RESULTS / "cosines.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
