@@ -21,8 +21,9 @@ from benchmarks.baselines.safe_delta import safe_delta
 from benchmarks.baselines.safelora import safelora
 from benchmarks.baselines.safemerge import safemerge
 from benchmarks.baselines.salora import insert
-from safegene_trl import SafetyVector
+from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.calibration import Sample, batches, conversation, padding_id, tokenize
+from safegene_trl.provenance import sha256_of_json
 from safegene_trl.recalibration import cross_entropy
 
 from .lab import SHOTS, Lab
@@ -48,10 +49,7 @@ def safegene_row(lab: Lab, task: Task, seed: int, vector_name: str, **options: A
 
 
 def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> Made:
-    block = SHOTS | {"vector": vector_folder, "task_data": training_file(task, seed, lab.data), "seed": seed}
-    block |= {"num_test_prompts": 0, "output_format": "adapter", "max_utility_loss": 10.0} | options
-    name = "-".join([vector_folder.name, *(f"{key}={Path(str(value)).name}" for key, value in options.items())])
-    folder = WORK / "safeguarded" / f"{task.name}-{seed}-{name}"
+    block, folder = settings(lab, task, seed, vector_folder, **options)
     model = fine_tuned(task, seed, lab.data)
     if not (folder / "safegene_report.json").is_file():
         words = [word for key, value in block.items() for word in (f"--safegene.{key}", value)]
@@ -71,13 +69,21 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     return lab.update_of(adapter), about
 
 
+def settings(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+    """The settings of a run of `safegene apply`, and its folder: one of its own for all settings, defaults included."""
+    block = SHOTS | {"vector": str(vector_folder), "task_data": str(training_file(task, seed, lab.data)), "seed": seed}
+    block |= {"num_test_prompts": 0, "output_format": "adapter", "max_utility_loss": 10.0} | options
+    every = sha256_of_json(SafeGeneConfig(**block).to_dict())[:8]
+    return block, WORK / "safeguarded" / f"{task.name}-{seed}-{vector_folder.name}-{every}"
+
+
 def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
     """The search starts where that on another task ended, as release after release does."""
     other = TASKS["ag_news" if task.name == "sst2" else "sst2"]
     folder = vector("three components", lab.data)
     applied(lab, other, seed, folder)
-    report = WORK / "safeguarded" / f"{other.name}-{seed}-{folder.name}" / "safegene_report.json"
-    return applied(lab, task, seed, folder, warm_start=report)
+    report = settings(lab, other, seed, folder)[1] / "safegene_report.json"
+    return applied(lab, task, seed, folder, warm_start=str(report))
 
 
 def dense(vector_folder: Path) -> Update:

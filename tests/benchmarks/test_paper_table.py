@@ -1,10 +1,13 @@
 """The table's data and arithmetic, on cells and rows made here; the cells themselves take hours."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.paper_table import methods
 from benchmarks.paper_table.lab import change
 from benchmarks.paper_table.render import Row, kept, load, overall, p_values, removed, render, utility_lost
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
@@ -139,6 +142,15 @@ def test_change_marks_what_does_nothing_or_deletes():
     assert change(before, {name: m * 1e-3 for name, m in before.items()})["mark"] == "deletes the update"
     found = change(before, {"a": torch.ones(2, 2) * 2, "b": torch.ones(3, 1)})
     assert found["mark"] is None and found["modules"] == {"a": 2.0, "b": 1.0}
+
+
+def test_a_run_is_found_again_by_all_its_settings(monkeypatch):
+    monkeypatch.setattr(methods, "training_file", lambda task, seed, data: Path("rows.jsonl"))
+    lab, task = SimpleNamespace(data=None), TASKS["sst2"]
+    block, folder = methods.settings(lab, task, 0, Path("family"))
+    assert block["seed"] == 0 and folder == methods.settings(lab, task, 0, Path("family"))[1]
+    changed = {methods.settings(lab, task, 0, Path("family"), utility_weight=weight)[1] for weight in (1.0, 16.0)}
+    assert len(changed) == 2 and folder in changed  # the default is a setting like any other
 
 
 @pytest.mark.parametrize(
