@@ -120,7 +120,7 @@ def cosines(lab: Lab) -> None:
     names, updates = [folder.name for folder in folders], [lab.factors_of(folder) for folder in folders]
     table = [[round(cosine(one, two) or 0.0, 4) for two in updates] for one in updates]
     record = {"fine_tunes": names, "cosines": table, "software": software_versions()}
-    (RESULTS / "cosines.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    replace_file(RESULTS / "cosines.json", json.dumps(record, indent=1) + "\n")
     for name, row in zip(names, table, strict=True):
         print(f"{name:12}" + "".join(f"{value:8.3f}" for value in row))
 
