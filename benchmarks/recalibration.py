@@ -29,7 +29,7 @@ from safegene_trl.config import SafeGeneConfig
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.optimization import minimize_in_box
 from safegene_trl.provenance import software_versions
-from safegene_trl.recalibration import Side, _loss_and_gradient
+from safegene_trl.recalibration import Side, _loss_and_gradient, _weights
 from safegene_trl.sharding import Sharding
 from safegene_trl.shots import gather_shots
 from safegene_trl.vector import SafetyVector
@@ -147,7 +147,7 @@ def main() -> None:
                 started = time.perf_counter()
                 losses, gradient, curvature = _loss_and_gradient(model, fit, attach, point, config)
                 seconds.append(time.perf_counter() - started)
-                values.append(losses.safety + losses.benign + config.utility_weight * losses.utility)
+                values.append(sum(weight * getattr(losses, term) for term, weight in _weights(config).items()))
                 return values[-1], gradient, curvature
 
             with suppress(Enough):

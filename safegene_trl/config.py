@@ -34,13 +34,16 @@ class SafeGeneConfig:
         num_task_shots: Task samples used in all, held-out ones included.
         num_benign_shots: Benign prompts of the vector used in all to keep the model from over-refusing.
         holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance decision.
-        granularity: One coefficient per `layer` (the method's) or per `module`.
+        granularity: One coefficient per `layer` (SafeGene's own) or per `module`.
         min_coefficient: Lower bound of every coefficient; never below 0, because −V removes refusals.
         max_coefficient: Upper bound of every coefficient.
         initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.
         max_evaluations: Upper limit of loss-and-gradient evaluations of the search.
-        utility_weight: β, weight of the KL term in the objective. More of it keeps the fine-tune more closely, the harm that poisoned
+        benign_weight: η, weight of the term on benign prompts in the objective.
+        utility_weight: β, weight of the divergence from the fine-tuned model in the objective. More of it keeps the fine-tune more closely, the harm that poisoned
             data has done to it included.
+        utility_temperature: T, at least 1, of that divergence's second, softened part, which also sees answers move that the fine-tune is
+            sure of (arXiv 1503.02531). 1 leaves that part out.
         sparsity_weight: γ, weight of Σλ in the objective.
         max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task samples, in nats
             per response token.
@@ -86,7 +89,9 @@ class SafeGeneConfig:
     max_coefficient: float = 2.0
     initial_coefficient: float | None = None
     max_evaluations: int = 8
+    benign_weight: float = 1.0
     utility_weight: float = 1.0
+    utility_temperature: float = 1.0
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1
     max_length: int = 512
@@ -154,8 +159,9 @@ class SafeGeneConfig:
             _require(name, getattr(self, name), int, at_least=1)
         for name in ("num_benign_shots", "num_test_prompts"):
             _require(name, getattr(self, name), int, at_least=0)
-        for name in ("utility_weight", "sparsity_weight", "max_utility_loss"):
+        for name in ("benign_weight", "utility_weight", "sparsity_weight", "max_utility_loss"):
             _require(name, getattr(self, name), float, at_least=0.0)
+        _require("utility_temperature", self.utility_temperature, float, at_least=1.0)
         _require("holdout_share", self.holdout_share, float, at_least=0.0)
         if not 0.0 < self.holdout_share < 1.0:
             raise ConfigError(f"`holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")

@@ -2,10 +2,14 @@
 
 SafeGene (arXiv 2606.06519) tunes only the scalar coefficients of the selected layers. The objective here is
 
-    min_λ  CE(refusal | harmful) + CE(answer | benign look-alike) + β·KL(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
+    min_λ  CE(refusal | harmful) + η·CE(answer | benign look-alike) + β·D(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
     λ_min ≤ λ ≤ λ_max,
 
-every term a mean over response tokens, in nats. It has as many unknowns as layers and is smooth and deterministic. The
+every term a mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it `T²·KL` of the two distributions at temperature
+`T` (Hinton et al., arXiv 1503.02531) over the likeliest tokens: a shift `b` of the log-odds of two answers is worth `p(1−p)b²/2` to the
+first, nothing where the fine-tune is sure, and enough shifts of that kind tip those samples of which it is not.
+
+It has as many unknowns as layers or modules and is smooth and deterministic. The
 gradients of the single samples, which come with one backward pass, give a Gauss–Newton matrix to start from, and `optimization.py` solves it in
 five to eight evaluations without a learning rate.
 """
@@ -33,12 +37,13 @@ from .weights import base_model
 
 
 SHRINK_STEPS = (1.0, 0.8, 0.6, 0.4, 0.2)
+LIKELY_TOKENS = 16  # softened over the whole vocabulary, what never is an answer would outweigh what is
 LEAST_DIVERGENCE = 1e-5  # nats of a sample: below, float32 tells it from 0 no more
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over response tokens, in nats: CE on refusals, CE on benign answers, KL on task responses."""
+    """Means over response tokens, in nats: CE on refusals, CE on benign answers, KL (in the search `D`) on task responses."""
 
     safety: float
     benign: float
@@ -117,7 +122,7 @@ class Side:
         sharding: Sharding,
     ):
         splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
-        self.sharding = sharding
+        self.sharding, self.temperature = sharding, config.utility_temperature
         self.jobs: list[_Job] = []
         for term in TERMS:
             split = splits[term]
@@ -132,11 +137,11 @@ class Side:
                     self.reference[index] = log_probs.cpu()
                 sharding.release()
 
-    def loss(self, model: nn.Module, index: int) -> torch.Tensor:
+    def loss(self, model: nn.Module, index: int, temperature: float = 1.0) -> torch.Tensor:
         """Every sample's summed loss in one of this rank's jobs."""
         job = self.jobs[index]
         if index in self.reference:
-            return kl_divergence(model, job.batch, self.reference[index])
+            return divergence(model, job.batch, self.reference[index], temperature)
         return cross_entropy(model, job.batch)
 
     @torch.no_grad()
@@ -149,7 +154,7 @@ class Side:
     def gradients(
         self, model: nn.Module, attach: Attach, point: np.ndarray
     ) -> tuple[Losses, dict[str, SampleGradients]]:
-        """Losses with the vector on at `point`, and by term what every sample adds to its gradient.
+        """The objective's losses with the vector on at `point`, and by term what every sample adds to its gradient.
 
         Args:
             model: The fine-tuned model.
@@ -168,7 +173,7 @@ class Side:
                 coefficients = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
                 coefficients = coefficients.repeat(count, 1).requires_grad_()
                 with attach(coefficients):
-                    loss = self.loss(model, current)
+                    loss = self.loss(model, current, self.temperature)
                     (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
                 self.sharding.release()
                 if index is not None:
@@ -267,7 +272,7 @@ def _search(
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         losses, gradient, curvature = _loss_and_gradient(model, fit, attach, point, config)
-        value = losses.safety + losses.benign + config.utility_weight * losses.utility
+        value = sum(weight * getattr(losses, term) for term, weight in _weights(config).items())
         value += config.sparsity_weight * float(point.sum())
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
             raise RecalibrationError("The recalibration loss is not finite: check whether the fine-tune has diverged.")
@@ -313,14 +318,18 @@ def _loss_and_gradient(
     """
     losses, terms = fit.gradients(model, attach, point)
     gradient, curvature = np.full(len(point), config.sparsity_weight), np.zeros((len(point), len(point)))
+    weights = _weights(config)
     for term, samples in terms.items():
-        weight, rows = samples.weight, samples.gradients
-        weight *= config.utility_weight if term == "utility" else 1.0
+        weight, rows = weights[term] * samples.weight, samples.gradients
         gradient += weight * rows.sum(axis=0)
         if term == "utility":
             rows = rows / np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))[:, None]
         curvature += weight * rows.T @ rows
     return losses, gradient, curvature
+
+
+def _weights(config: SafeGeneConfig) -> dict[str, float]:
+    return {"safety": 1.0, "benign": config.benign_weight, "utility": config.utility_weight}
 
 
 def _accept(
@@ -370,14 +379,28 @@ def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
     return _by_sample(F.cross_entropy(logits, next_ids, reduction="none"), batch)
 
 
-def kl_divergence(model: nn.Module, batch: Batch, reference: torch.Tensor) -> torch.Tensor:
+def divergence(model: nn.Module, batch: Batch, reference: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Every sample's summed `KL(reference ‖ model)` over its response tokens, in nats, float32 of shape (batch,).
+
+    Above 1 a `temperature` T adds `T²·KL` of both at T, over the reference's likeliest tokens (arXiv 1503.02531).
 
     `reference`: log-probabilities, tokens×vocabulary.
     """
     log_probs = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-    terms = F.kl_div(log_probs, reference.to(log_probs.device), reduction="none", log_target=True)
-    return _by_sample(terms.sum(dim=-1), batch)
+    reference = reference.to(log_probs.device)
+    terms = _kl(reference, log_probs)
+    if temperature > 1:
+        likely = reference.topk(min(LIKELY_TOKENS, reference.shape[-1])).indices
+        terms = terms + temperature**2 * _kl(*(_softened(p, likely, temperature) for p in (reference, log_probs)))
+    return _by_sample(terms, batch)
+
+
+def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(log_probs, reference, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _softened(log_probs: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    return F.log_softmax(log_probs.gather(-1, tokens) / temperature, dim=-1)
 
 
 def _by_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -24,6 +24,7 @@ from safegene_trl import SafeGeneConfig, SafeGeneError
         ({"batch_size": True}, "whole number"),
         ({"holdout_share": 1.0}, "strictly between"),
         ({"utility_weight": -1.0}, "at least 0"),
+        ({"utility_temperature": 0.5}, "at least 1"),
     ],
 )
 def test_impossible_values(values, message):

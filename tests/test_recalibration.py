@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration, 
 from safegene_trl.calibration import CalibrationSet, Sample, Split, batches
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
-from safegene_trl.recalibration import kl_divergence, recalibrate, response_logits
+from safegene_trl.recalibration import divergence, recalibrate, response_logits
 from safegene_trl.weights import base_model
 
 from .conftest import ALONE, make_deltas, make_model, with_lora
@@ -79,18 +80,47 @@ def test_kl_is_zero_for_the_same_model_and_positive_for_another():
     (batch,) = batches(samples(3, 1), 8, 0, model.device)
     with torch.no_grad():
         reference = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-        assert kl_divergence(model, batch, reference).abs().sum().item() == pytest.approx(0.0, abs=1e-4)
-        found = kl_divergence(other, batch, reference)
+        assert divergence(model, batch, reference).abs().sum().item() == pytest.approx(0.0, abs=1e-4)
+        found = divergence(other, batch, reference)
         assert found.shape == (3,) and found.sum().item() > 1.0
         (alone,) = batches(samples(3, 1)[1:2], 8, 0, model.device)
         reference = F.log_softmax(response_logits(model, alone)[0], dim=-1)
-        assert kl_divergence(other, alone, reference).item() == pytest.approx(found[1].item(), rel=1e-4)
+        assert divergence(other, alone, reference).item() == pytest.approx(found[1].item(), rel=1e-4)
 
 
-def test_gradient_matches_finite_differences():
+def test_softened_divergence_is_its_formula():
+    torch.manual_seed(0)
+    old, new = (3 * torch.randn(5, 40)).log_softmax(-1), (3 * torch.randn(5, 40)).log_softmax(-1)
+    (batch,) = batches([Sample([1, 2, 3, 4, 5, 6], [False] + [True] * 5)], 1, 0, torch.device("cpu"))
+    with patch.object(recalibration, "response_logits", return_value=(new, None)):
+        plain, found = divergence(make_model(), batch, old), divergence(make_model(), batch, old, temperature=3.0)
+    expected = 0.0
+    for p, q in zip(old, new, strict=True):
+        likely = p.argsort(descending=True)[:16]
+        p_soft, q_soft = (p[likely] / 3).softmax(-1), (q[likely] / 3).softmax(-1)
+        expected += 9 * float((p_soft * (p_soft / q_soft).log()).sum())
+    assert (found - plain).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_softened_divergence_sees_sure_answers_move():
+    """A shift of the log-odds by 1 where the fine-tune is sure: next to nothing to KL, more than thirty times as much with T = 2."""
+    sure = torch.full((1, 40), -30.0)
+    sure[0, :2] = torch.tensor([8.0, 0.0])
+    moved = sure.clone()
+    moved[0, 1] += 1.0
+    (batch,) = batches([Sample([1, 2], [False, True])], 1, 0, torch.device("cpu"))
+    with patch.object(recalibration, "response_logits", return_value=(moved, None)):
+        plain, soft = (divergence(make_model(), batch, sure.log_softmax(-1), t).item() for t in (1.0, 2.0))
+    assert plain < 3e-4 and soft > 30 * plain
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_gradient_matches_finite_differences(temperature):
     model = make_model()
     deltas = make_deltas(model)
-    config = SafeGeneConfig(vector="v", utility_weight=0.7, sparsity_weight=0.2, batch_size=3)
+    config = SafeGeneConfig(
+        vector="v", utility_weight=0.7, utility_temperature=temperature, sparsity_weight=0.2, batch_size=3
+    )
     index = {name: int("layers.2" in name) for name in deltas}
     attach = partial(attached, model, deltas, index)
     point = np.array([0.4, 0.6])

@@ -224,6 +224,9 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
     },
     "coefficients by module": partial(safegene_row, vector_name="puzzles", granularity="module"),
     "three components, by module": partial(safegene_row, vector_name="three components", granularity="module"),
+    "three components, by module, T = 2": partial(
+        safegene_row, vector_name="three components", granularity="module", utility_temperature=2.0
+    ),
     "three components, 128 task shots, utility weight 2": partial(
         safegene_row, vector_name="three components", num_task_shots=128, utility_weight=2.0
     ),
