@@ -29,7 +29,7 @@ from safegene_trl.config import SafeGeneConfig
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.optimization import minimize_in_box
 from safegene_trl.provenance import software_versions
-from safegene_trl.recalibration import Side, _loss_and_gradient, _weights
+from safegene_trl.recalibration import Side, objective
 from safegene_trl.sharding import Sharding
 from safegene_trl.shots import gather_shots
 from safegene_trl.vector import SafetyVector
@@ -145,10 +145,10 @@ def main() -> None:
                 if len(values) == arguments.passes:
                     raise Enough
                 started = time.perf_counter()
-                losses, gradient, curvature = _loss_and_gradient(model, fit, attach, point, config)
+                value, _, gradient, curvature = objective(model, fit, attach, point, config)
                 seconds.append(time.perf_counter() - started)
-                values.append(sum(weight * getattr(losses, term) for term, weight in _weights(config).items()))
-                return values[-1], gradient, curvature
+                values.append(value)
+                return value, gradient, curvature
 
             with suppress(Enough):
                 run(evaluate, start, arguments.passes)

@@ -270,10 +270,8 @@ def _search(
     history: list[dict] = []
     sharding = fit.sharding
 
-    def objective(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        losses, gradient, curvature = _loss_and_gradient(model, fit, attach, point, config)
-        value = sum(weight * getattr(losses, term) for term, weight in _weights(config).items())
-        value += config.sparsity_weight * float(point.sum())
+    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        value, losses, gradient, curvature = objective(model, fit, attach, point, config)
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
             raise RecalibrationError("The recalibration loss is not finite: check whether the fine-tune has diverged.")
         entry = {"objective": value, **losses.to_dict(), "coefficients": dict(zip(names, point.tolist(), strict=True))}
@@ -289,7 +287,7 @@ def _search(
 
     if sharding.is_main:
         minimize_in_box(
-            lambda point: objective(tell(point)),
+            lambda point: evaluate(tell(point)),
             start,
             config.min_coefficient,
             config.max_coefficient,
@@ -298,38 +296,36 @@ def _search(
         sharding.from_main(ended)
     else:
         while (told := sharding.from_main(ended))[0]:
-            objective(told[1:].numpy())
+            evaluate(told[1:].numpy())
     best = min(history, key=lambda entry: entry["objective"])
     return np.array(list(best["coefficients"].values())), history
 
 
-def _loss_and_gradient(
+def objective(
     model: nn.Module,
     fit: Side,
     attach: Attach,
     point: np.ndarray,
     config: SafeGeneConfig,
-) -> tuple[Losses, np.ndarray, np.ndarray]:
-    """Losses at `point`, the objective's gradient `(n,)` and its Gauss–Newton matrix n×n; one batch's graph lives at a time.
+) -> tuple[float, Losses, np.ndarray, np.ndarray]:
+    """The objective at `point`, its losses, its gradient `(n,)` and its Gauss–Newton matrix n×n; one batch's graph lives at a time.
 
     With `g_i` the gradient of sample i's negative log-likelihood the matrix is `Σ w_i g_i g_iᵀ`, an estimate of Fisher's. A divergence
     `k_i` has its minimum, 0, where nothing is added: it is half the square of a residual `√(2 k_i)`, whose matrix is
     `Σ w_i g_i g_iᵀ / 2 k_i`, exact along the line to that minimum while `k_i` is quadratic.
     """
     losses, terms = fit.gradients(model, attach, point)
+    weights = {"safety": 1.0, "benign": config.benign_weight, "utility": config.utility_weight}
+    value = sum(weights[term] * loss for term, loss in losses.to_dict().items())
+    value += config.sparsity_weight * float(point.sum())
     gradient, curvature = np.full(len(point), config.sparsity_weight), np.zeros((len(point), len(point)))
-    weights = _weights(config)
     for term, samples in terms.items():
         weight, rows = weights[term] * samples.weight, samples.gradients
         gradient += weight * rows.sum(axis=0)
         if term == "utility":
             rows = rows / np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))[:, None]
         curvature += weight * rows.T @ rows
-    return losses, gradient, curvature
-
-
-def _weights(config: SafeGeneConfig) -> dict[str, float]:
-    return {"safety": 1.0, "benign": config.benign_weight, "utility": config.utility_weight}
+    return value, losses, gradient, curvature
 
 
 def _accept(

@@ -126,8 +126,9 @@ def test_gradient_matches_finite_differences(temperature):
     point = np.array([0.4, 0.6])
 
     def evaluate(at):
-        losses, gradient, _ = recalibration._loss_and_gradient(model, fit, attach, at, config)
-        return losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum(), gradient
+        value, losses, gradient, _ = recalibration.objective(model, fit, attach, at, config)
+        assert value == pytest.approx(losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum())
+        return value, gradient
 
     with frozen_for_calibration(model):
         fit = recalibration.Side(model, calibration_set(), "fit", config, 0, ALONE)
@@ -149,7 +150,7 @@ def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
     with frozen_for_calibration(model):
         fit = recalibration.Side(model, data, "fit", config, 0, ALONE)
         for point in (np.array([0.01, 0.02]), np.array([0.03, 0.0])):
-            losses, _, curvature = recalibration._loss_and_gradient(model, fit, attach, point, config)
+            _, losses, _, curvature = recalibration.objective(model, fit, attach, point, config)
             harmful = fit.gradients(model, attach, point)[1]["safety"]
             curvature -= harmful.weight * harmful.gradients.T @ harmful.gradients
             assert point @ curvature @ point / 2 == pytest.approx(2.0 * losses.utility, rel=0.1)

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..attach import LowRankDelta
 from ..calibration import Batch, Sample, batches
 from ..errors import ConfigError
-from ..recalibration import response_logits
+from ..recalibration import divergence, response_logits
 from ..sharding import Sharding, sharding_of
 from ..weights import canonical_modules
 from .linearization import Blocks, blocks_of, linearized
@@ -93,11 +93,9 @@ def reference_batches(
     return found
 
 
-def divergence(model: nn.Module, item: ReferenceBatch) -> torch.Tensor:
+def mean_divergence(model: nn.Module, item: ReferenceBatch) -> torch.Tensor:
     """Mean `KL(reference ‖ model)` over the response tokens of a batch, in nats."""
-    log_probs = F.log_softmax(response_logits(model, item.batch)[0], dim=-1)
-    reference = item.log_probs.to(log_probs.device, torch.float32)
-    return F.kl_div(log_probs, reference, reduction="batchmean", log_target=True)
+    return divergence(model, item.batch, item.log_probs.float()).sum() / len(item.log_probs)
 
 
 def distilled(
@@ -164,7 +162,7 @@ class _DistillationTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         item: ReferenceBatch = inputs["item"]
         model.eval()  # dropout would move the student away from references made without it
-        return divergence(model, item) * (self._anchor_weight if item.is_anchor else 1.0)
+        return mean_divergence(model, item) * (self._anchor_weight if item.is_anchor else 1.0)
 
 
 class _Outcome(TrainerCallback):
@@ -202,7 +200,7 @@ def _sharding(args: TrainingArguments, kwargs: Mapping[str, Any]) -> Sharding:
 def _losses(model: nn.Module, data: Sequence[ReferenceBatch], sharding: Sharding) -> dict[str, float]:
     """Mean divergences over the tokens of all batches of a kind; collective."""
     model.eval()
-    means = sharding.values(len(data), lambda index: divergence(model, data[index]))
+    means = sharding.values(len(data), lambda index: mean_divergence(model, data[index]))
     tokens = torch.tensor([len(item.log_probs) for item in data], dtype=torch.float64)
     found = {}
     for name, is_anchor in (("harmful", False), ("benign", True)):

@@ -148,14 +148,14 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     assert report["data"] == shots.record | {"task": record}
     gradients = []
     monkeypatch.setattr(recalibration, "_objection", lambda before, after, budget: "")
-    original = recalibration._loss_and_gradient
+    original = recalibration.objective
 
     def recorded(*args):
-        losses, gradient, curvature = original(*args)
-        gradients.append(gradient)
-        return losses, gradient, curvature
+        evaluated = original(*args)
+        gradients.append(evaluated[2])
+        return evaluated
 
-    monkeypatch.setattr(recalibration, "_loss_and_gradient", recorded)
+    monkeypatch.setattr(recalibration, "objective", recorded)
     names = vector.coefficient_names(config.granularity)
     mixed = extra and EXTRA[backend]["arguments"].get("bf16", False)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):

@@ -156,15 +156,15 @@ def record_gradients() -> list:
     found: list = []
 
     def recorded(model, fit, attach, point, config):
-        losses, gradient, curvature = ORIGINAL(model, fit, attach, point, config)
+        value, losses, gradient, curvature = ORIGINAL(model, fit, attach, point, config)
         found.append({"point": list(map(float, point)), "gradient": gradient.tolist(), "losses": losses.to_dict()})
-        return losses, gradient, curvature
+        return value, losses, gradient, curvature
 
-    recalibration._loss_and_gradient = recorded
+    recalibration.objective = recorded
     return found
 
 
-ORIGINAL = recalibration._loss_and_gradient
+ORIGINAL = recalibration.objective
 
 
 def main() -> None:

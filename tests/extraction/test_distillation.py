@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safegene_trl.attach import LowRankDelta, attached
 from safegene_trl.calibration import tokenize
 from safegene_trl.extraction.delta import adapter_delta
-from safegene_trl.extraction.distillation import DistillationSettings, distilled, divergence, reference_batches
+from safegene_trl.extraction.distillation import DistillationSettings, distilled, mean_divergence, reference_batches
 from safegene_trl.recalibration import response_logits
 
 from ..conftest import ALONE, BENIGN, HARMFUL, make_model, with_lora
@@ -33,8 +33,8 @@ def test_divergence_formula(harmful):
     p = F.log_softmax(response_logits(teacher, item.batch)[0], dim=-1).detach()
     q = F.log_softmax(response_logits(student, item.batch)[0], dim=-1)
     expected = (p.exp() * (p - q)).sum(dim=-1).mean()
-    assert float(divergence(student, item)) == pytest.approx(float(expected), rel=2e-3)
-    assert abs(float(divergence(teacher, item))) < 1e-4
+    assert float(mean_divergence(student, item)) == pytest.approx(float(expected), rel=2e-3)
+    assert abs(float(mean_divergence(teacher, item))) < 1e-4
 
 
 def test_it_learns_the_refusals_and_keeps_the_anchor(harmful, benign):
@@ -54,7 +54,7 @@ def test_it_learns_the_refusals_and_keeps_the_anchor(harmful, benign):
     items = [item for item in data if not item.is_anchor]
     tokens = [len(item.log_probs) for item in items]
     with torch.no_grad(), attached(again, found, dict.fromkeys(found, 0), torch.ones(1)):
-        mean = sum(float(divergence(again, i)) * n for i, n in zip(items, tokens, strict=True)) / sum(tokens)
+        mean = sum(float(mean_divergence(again, i)) * n for i, n in zip(items, tokens, strict=True)) / sum(tokens)
     assert mean == pytest.approx(losses["after"]["harmful"], abs=1e-3)
 
 
