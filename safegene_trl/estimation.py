@@ -36,7 +36,7 @@ from .config import SafeGeneConfig
 from .evaluation.generation import generate_answers
 from .extraction.config import ExtractionConfig
 from .extraction.delta import adapter_delta, stored_delta
-from .extraction.distillation import mean_divergence, expansion, reference_batches, with_factors
+from .extraction.distillation import expansion, mean_divergence, reference_batches, with_factors
 from .merging import save_adapter, save_merged
 from .output import atomic_directory, nearest_folder
 from .recalibration import Attach, Side
@@ -461,7 +461,7 @@ def _distillation(
     launch: Launch,
     held: int,
 ) -> Cost:
-    """References of one batch of each kind, one step on each and its mean_divergence at both ends, times their number."""
+    """References of one batch of each kind, one step on each and its divergence at both ends, times their number."""
     counts = [math.ceil(len(kind) / config.batch_size) for kind in samples]
     firsts = [kind[: config.batch_size] for kind in samples]
     items: dict[int, list] = {}
