@@ -34,7 +34,7 @@ class SafeGeneConfig:
         num_task_shots: Task samples used in all, held-out ones included.
         num_benign_shots: Benign prompts of the vector used in all to keep the model from over-refusing.
         holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance decision.
-        granularity: One coefficient per `layer` (SafeGene's own) or per `module`.
+        granularity: One coefficient per `module` or per `layer` (SafeGene's own).
         min_coefficient: Lower bound of every coefficient; never below 0, because −V removes refusals.
         max_coefficient: Upper bound of every coefficient.
         initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.
@@ -84,14 +84,14 @@ class SafeGeneConfig:
     num_task_shots: int = 32
     num_benign_shots: int = 32
     holdout_share: float = 0.25
-    granularity: Granularity = "layer"
+    granularity: Granularity = "module"
     min_coefficient: float = 0.0
     max_coefficient: float = 2.0
     initial_coefficient: float | None = None
-    max_evaluations: int = 8
+    max_evaluations: int = 10
     benign_weight: float = 1.0
     utility_weight: float = 1.0
-    utility_temperature: float = 1.0
+    utility_temperature: float = 2.0
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1
     max_length: int = 512

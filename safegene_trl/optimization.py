@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 
-DAMPING = 0.1  # added to the Gauss–Newton matrix's diagonal, as a share of itself, and a tenth of that of its mean
+DAMPING = 0.5  # added to the Gauss–Newton matrix's diagonal, as a share of itself, and a tenth of that of its mean
 FIRST_RADIUS = 0.25  # of the trust region, as a share of the box
 TOLERANCE = 3e-4  # of the objective: less promised improvement than that ends the search
 

@@ -28,13 +28,13 @@ from safegene_trl.provenance import software_versions
 from safegene_trl.similarity import cosine
 
 from .lab import SETS, Lab, change
-from .methods import ABLATIONS, METHODS, aligned, plain
+from .methods import ABLATIONS, METHODS, VARIANTS, aligned, plain
 from .render import CELLS, RESULTS, UTILITY, render
 from .tasks import STEPS, TASKS, TRAINING, WORK
 
 
 MORE_TEST_ROWS = 1000
-ROWS = {"aligned": aligned, **METHODS, **ABLATIONS}
+ROWS = {"aligned": aligned, **METHODS, **VARIANTS, **ABLATIONS}
 
 
 def main() -> None:
@@ -47,7 +47,12 @@ def main() -> None:
         wanted.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
         wanted.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
         wanted.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-        wanted.add_argument("--methods", nargs="+", default=["table"], help="`table`, `ablations`, or rows by name")
+        wanted.add_argument(
+            "--methods",
+            nargs="+",
+            default=["table"],
+            help="`table`, `variants` (of SafeGene), `ablations` (of one component), or rows by name",
+        )
     run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
     run.add_argument("--cells", type=Path, default=CELLS)
     drawing = commands.add_parser("render", help="table and plot")
@@ -59,7 +64,7 @@ def main() -> None:
     if arguments.command == "cosines":
         cosines(Lab(None))
         return
-    groups = {"table": ["aligned", *METHODS], "ablations": list(ABLATIONS)}
+    groups = {"table": ["aligned", *METHODS], "variants": list(VARIANTS), "ablations": list(ABLATIONS)}
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
     cells = [(task, seed, method) for seed in arguments.seeds for task in arguments.tasks for method in methods]
     if arguments.command == "utility":

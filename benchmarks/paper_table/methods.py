@@ -32,6 +32,11 @@ from .vectors import VECTORS, safety_lora, vector
 
 
 Made = tuple[Update, dict[str, Any]]  # the update and what is to be said about it
+BY_LAYER: dict[str, Any] = {
+    "granularity": "layer",
+    "utility_temperature": 1.0,
+    "max_evaluations": 8,
+}  # the paper's coefficients
 SALORA_MODULES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # of its authors' code
 
 
@@ -178,29 +183,28 @@ def _train(lab: Lab, samples: list[Sample], batch_size: int, seed: int) -> None:
 
 
 def random_vector_row(lab: Lab, task: Task, seed: int) -> Made:
-    """The vector's norm in random directions, recalibrated like the vector itself."""
+    """One component's norm in random directions, recalibrated by layer like the component itself."""
     folder = WORK / "vectors" / f"random {seed}"
     if not (folder / "safegene_config.json").is_file():
         real = SafetyVector.from_pretrained(vector("puzzles", lab.data))
         replace(real, deltas=random_vector(real.deltas, seed)).save_pretrained(folder)
-    return applied(lab, task, seed, folder)
+    return applied(lab, task, seed, folder, **BY_LAYER)
 
 
 def random_layers_row(lab: Lab, task: Task, seed: int) -> Made:
-    """The vector in half of the layers, drawn at random."""
+    """One component in half of the layers, drawn at random."""
     folder = WORK / "vectors" / f"random layers {seed}"
     if not (folder / "safegene_config.json").is_file():
         real = SafetyVector.from_pretrained(vector("puzzles", lab.data))
         chosen = random_layers(list(real.layers), len(real.layers) // 2, seed)
         kept = {name: delta for name, delta in real.deltas.items() if int(name.split(".")[2]) in chosen}
         replace(real, deltas=kept, selection=real.selection | {"selected_layers": chosen}).save_pretrained(folder)
-    return applied(lab, task, seed, folder)
+    return applied(lab, task, seed, folder, **BY_LAYER)
 
 
 METHODS: dict[str, Callable[[Lab, Task, int], Made]] = {
     "fine-tuned": plain,
     "SafeGene": partial(safegene_row, vector_name="three components"),
-    "SafeGene, one component": partial(safegene_row, vector_name="puzzles"),
     "few-shot LoRA": partial(few_shot_row, steps=30),
     "SafeLoRA": safelora_row,
     "SafeMERGE": safemerge_row,
@@ -214,30 +218,29 @@ METHODS: dict[str, Callable[[Lab, Task, int], Made]] = {
     "random vector": random_vector_row,
     "random layers": random_layers_row,
 }
-ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {
-    **{f"vector: {name}": partial(safegene_row, vector_name=name) for name in VECTORS if name != "puzzles"},
+ONE_COMPONENT = partial(safegene_row, vector_name="puzzles", **BY_LAYER)
+THREE_COMPONENTS = partial(safegene_row, vector_name="three components", **BY_LAYER)
+UNSOFTENED = partial(THREE_COMPONENTS, granularity="module")
+VARIANTS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of SafeGene as it is
+    "utility weight 4": partial(safegene_row, vector_name="three components", utility_weight=4.0),
+    "warm start": warm_start_row,
+    "by layer": partial(safegene_row, vector_name="three components", granularity="layer"),
+    "by layer, T = 1": THREE_COMPONENTS,
+    "by layer, T = 1, 128 task shots, utility weight 2": partial(
+        THREE_COMPONENTS, num_task_shots=128, utility_weight=2.0
+    ),
+    **{f"by layer, T = 1, utility weight {w}": partial(THREE_COMPONENTS, utility_weight=float(w)) for w in (4, 16)},
+    "T = 1": UNSOFTENED,
+    **{f"T = 1, utility weight {w}": partial(UNSOFTENED, utility_weight=float(w)) for w in (4, 16)},
+}
+ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of the least: one component, λ by layer, T = 1
+    "one component": ONE_COMPONENT,
+    **{f"vector: {name}": partial(ONE_COMPONENT, vector_name=name) for name in VECTORS if name != "puzzles"},
     **{
-        f"{count} shots": partial(
-            safegene_row, vector_name="puzzles", num_safety_shots=count, num_benign_shots=count, num_task_shots=count
-        )
+        f"{count} shots": partial(ONE_COMPONENT, num_safety_shots=count, num_benign_shots=count, num_task_shots=count)
         for count in (4, 8, 16, 64)
     },
-    "coefficients by module": partial(safegene_row, vector_name="puzzles", granularity="module"),
-    "three components, by module": partial(safegene_row, vector_name="three components", granularity="module"),
-    "three components, by module, T = 2": partial(
-        safegene_row, vector_name="three components", granularity="module", utility_temperature=2.0
-    ),
-    "three components, 128 task shots, utility weight 2": partial(
-        safegene_row, vector_name="three components", num_task_shots=128, utility_weight=2.0
-    ),
-    **{
-        f"three components{words}, utility weight {weight}": partial(
-            safegene_row, vector_name="three components", **options, utility_weight=float(weight)
-        )
-        for words, options in (("", {}), (", by module", {"granularity": "module"}))
-        for weight in (4, 16)
-    },
-    "three components, warm start": warm_start_row,
-    "without the utility term": partial(safegene_row, vector_name="puzzles", utility_weight=0.0),
-    "without benign shots": partial(safegene_row, vector_name="puzzles", num_benign_shots=0),
+    "coefficients by module": partial(ONE_COMPONENT, granularity="module"),
+    "without the utility term": partial(ONE_COMPONENT, utility_weight=0.0),
+    "without benign shots": partial(ONE_COMPONENT, num_benign_shots=0),
 }

@@ -13,7 +13,7 @@ import numpy as np
 from safegene_trl.evaluation.intervals import mean_interval, mean_of_sets_interval
 from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
 
-from .methods import ABLATIONS, METHODS
+from .methods import ABLATIONS, METHODS, VARIANTS
 from .tasks import TASKS
 
 
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CELLS = RESULTS / "paper_table"
 UTILITY = RESULTS / "paper_table_utility"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
-OURS, ONE = "SafeGene", "SafeGene, one component"
+OURS, ONE = "SafeGene", "one component"
 LEAST_SPAN = 20  # points of utility in a panel, so that chance does not look large
 LEAST_PAIRS = 6  # of task and seed: with fewer, Wilcoxon's p cannot fall below 0.05
 Cell = dict[str, Any]
@@ -93,7 +93,7 @@ def load(folder: Path) -> dict[str, dict[str, Row]]:
     return {
         task: {
             method: Row(method, found[task][method])
-            for method in ("aligned", *METHODS, *ABLATIONS)
+            for method in ("aligned", *METHODS, *VARIANTS, *ABLATIONS)
             if method in found[task]
         }
         for task in TASKS
@@ -225,7 +225,9 @@ def utility_lost(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
         right[cell["task"], cell["method"]][cell["seed"]] = np.array([int(mark) for mark in cell["right"]])
-    methods = [m for m in (*METHODS, *ABLATIONS) if m != "fine-tuned" and any(method == m for _, method in right)]
+    methods = [
+        m for m in (*METHODS, *VARIANTS, *ABLATIONS) if m != "fine-tuned" and any(method == m for _, method in right)
+    ]
     lines = [
         "| method | task | seeds | samples | utility | lost [95 %] | p |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -283,8 +285,8 @@ def render(cells: Path) -> None:
     for task, rows in main.items():
         lines += [f"## {TASKS[task].title}", "", *table(rows), ""]
     for task, rows in tasks.items():
-        for reference in (OURS, ONE):
-            changed = [m for m in rows if m in ABLATIONS and m.startswith("three components") == (reference == OURS)]
+        for reference, variants in ((OURS, VARIANTS), (ONE, ABLATIONS)):
+            changed = [method for method in rows if method in variants and method != reference]
             if changed:
                 named = {m: rows[m] for m in ("aligned", "fine-tuned", reference, *changed) if m in rows}
                 title = f"## Ablations on {TASKS[task].title}, p against “{reference}”"
