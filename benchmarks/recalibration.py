@@ -26,6 +26,7 @@ from scipy.optimize import minimize
 from safegene_trl.attach import attached, frozen_for_calibration
 from safegene_trl.calibration import padding_id
 from safegene_trl.config import SafeGeneConfig
+from safegene_trl.lineage import coefficient_names
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.optimization import minimize_in_box
 from safegene_trl.provenance import software_versions
@@ -131,9 +132,9 @@ def main() -> None:
     model.to(sharding.device)
     vector = SafetyVector.from_pretrained(config.vector)
     shots = gather_shots(config, vector, tokenizer, None, None)
-    names = [own[0] for own in vector.coefficient_names("layer").values()]
-    unique = list(dict.fromkeys(names))
-    index = {module: unique.index(name) for module, name in zip(vector.deltas, names, strict=True)}
+    unique = coefficient_names(vector, config.granularity)
+    names = vector.coefficient_names(config.granularity)
+    index = {module: torch.tensor([unique.index(name) for name in own]) for module, own in names.items()}
     attach, start = partial(attached, model, vector.deltas, index), np.full(len(unique), config.start)
     runs = {}
     with frozen_for_calibration(model):
@@ -154,10 +155,10 @@ def main() -> None:
                 run(evaluate, start, arguments.passes)
             runs[name] = {"objective": values, "seconds": seconds}
             print(name, [round(value, 4) for value in values], flush=True)
-    write(arguments.output, runs, step_seconds, config)
+    write(arguments.output, runs, step_seconds, config, len(unique))
 
 
-def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig) -> None:
+def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig, unknowns: int) -> None:
     lowest = min(min(run["objective"]) for run in runs.values())
     for run in runs.values():
         first = run["objective"][0]
@@ -170,6 +171,7 @@ def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGene
     pass_seconds = float(np.median(own["seconds"]))
     record = {
         "lowest_objective": lowest,
+        "unknowns": unknowns,
         "shots": {
             "harmful": config.num_safety_shots,
             "benign": config.num_benign_shots,

@@ -58,12 +58,13 @@ def carried_coefficients(model: nn.Module, vector: SafetyVector, granularity: st
             "The fine-tune started from a checkpoint that holds another safety vector: fine-tune the plain checkpoint, or go on "
             "with the vector that is in it."
         )
-    if not sound or set(found) != set(names):
+    fitting = of_granularity(found, vector, granularity)
+    if not sound or fitting is None:
         raise FamilyError(
             "The fine-tune started from a checkpoint that holds this vector with other kinds of coefficients: set `granularity` to "
             "that of the earlier release."
         )
-    return found
+    return fitting
 
 
 def carries_vector(model: nn.Module) -> bool:
@@ -74,6 +75,18 @@ def carries_vector(model: nn.Module) -> bool:
 def coefficient_names(vector: SafetyVector, granularity: str) -> list[str]:
     """The names of the vector's coefficients, each once, in order."""
     return list(dict.fromkeys(name for own in vector.coefficient_names(granularity).values() for name in own))
+
+
+def of_granularity(coefficients: Coefficients, vector: SafetyVector, granularity: str) -> Coefficients | None:
+    """The coefficients as they are, or a layer's given to each of its modules; None where they are of another kind."""
+    wanted = coefficient_names(vector, granularity)
+    if set(coefficients) == set(wanted):
+        return coefficients
+    layers, modules = vector.coefficient_names("layer"), vector.coefficient_names("module")
+    if granularity != "module" or set(coefficients) != set(coefficient_names(vector, "layer")):
+        return None
+    pairs = [pair for module in modules for pair in zip(modules[module], layers[module], strict=True)]
+    return {own: coefficients[shared] for own, shared in pairs}
 
 
 def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> None:

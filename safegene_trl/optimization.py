@@ -13,7 +13,9 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 
-DAMPING = 0.5  # added to the Gauss–Newton matrix's diagonal, as a share of itself, and a tenth of that of its mean
+# Added to the Gauss–Newton matrix's diagonal, as a share of itself, and a tenth of that of its mean; the more, the fewer of the
+# directions it knows: with fewer samples than unknowns a step along the others would cost nothing.
+DAMPING, BLIND_DAMPING = 0.1, 0.45
 FIRST_RADIUS = 0.25  # of the trust region, as a share of the box
 TOLERANCE = 3e-4  # of the objective: less promised improvement than that ends the search
 
@@ -40,7 +42,8 @@ def minimize_in_box(
     point = start
     value, gradient, hessian = evaluate(point)
     diagonal = np.diag(hessian)
-    hessian = hessian + np.diag(DAMPING * (diagonal + diagonal.mean() / 10) + 1e-12)
+    damping = DAMPING + BLIND_DAMPING * (1 - np.linalg.matrix_rank(hessian) / len(point))
+    hessian = hessian + np.diag(damping * (diagonal + diagonal.mean() / 10) + 1e-12)
     radius = FIRST_RADIUS * (upper - lower)
     for _ in range(max_evaluations - 1):
         step = _step(gradient, hessian, np.maximum(lower - point, -radius), np.minimum(upper - point, radius))

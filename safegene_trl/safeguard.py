@@ -29,8 +29,8 @@ from .lineage import (
     Coefficients,
     carried_coefficients,
     carries_vector,
-    coefficient_names,
     mark,
+    of_granularity,
     reported_coefficients,
     vector_id,
 )
@@ -137,17 +137,17 @@ def prepare(
 
 def _first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coefficients | None:
     """Those of the release that the search is to start from, None where there is none."""
-    names = set(coefficient_names(vector, config.granularity))
     if config.warm_start is not None:
-        found = reported_coefficients(config.warm_start, vector)
-        if set(found) != names:
+        found = of_granularity(reported_coefficients(config.warm_start, vector), vector, config.granularity)
+        if found is None:
             raise ConfigError(
                 f"The coefficients in {config.warm_start} are not one per {config.granularity}: set `granularity` as it was there."
             )
         return found
     last = last_accepted(read_history(Path(config.history))) if config.history else None
-    usable = last is not None and last["vector"]["sha256"] == vector_id(vector) and set(last["coefficients"]) == names
-    return last["coefficients"] if last and usable else None
+    if last is None or last["vector"]["sha256"] != vector_id(vector):
+        return None
+    return of_granularity(last["coefficients"], vector, config.granularity)
 
 
 def fitting_vector(

@@ -75,7 +75,7 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, given):
     else:
         assert report["history"][0]["coefficients"] == pytest.approx(before)  # it starts where the last release ended
     vector = SafetyVector.from_pretrained(vector_dir)
-    change = vector.by_module({name: after[name] - before[name] for name in after}, "layer")
+    change = vector.by_module({name: after[name] - before[name] for name in after}, "module")
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
     for name, delta in vector.deltas.items():
         expected = model.get_submodule(name).weight + delta.b @ (change[name][:, None] * delta.a)
@@ -104,6 +104,17 @@ def test_another_vector_or_granularity_is_refused(vector_dir, tokenizer):
     vector, model = SafetyVector.from_pretrained(vector_dir), make_model()
     names = {"layers.1": 0.0, "layers.2": 0.0}
     assert carried_coefficients(model, vector, "layer") == names
+    by_layer = {"layers.1": 0.5, "layers.2": 0.2}
+    model.config.safegene = mark(vector, by_layer)["safegene"]
+    by_module = carried_coefficients(model, vector, "module")  # a layer's coefficient is each of its modules'
+    assert set(by_module) == set(vector.deltas) and len(by_module) > 2
+    assert all(value == by_layer[f"layers.{name.split('.')[2]}"] for name, value in by_module.items())
+    made = make_model()
+    assert carried_coefficients(made, vector, "module") == dict.fromkeys(by_module, 0.0)
+    made.config.safegene = mark(vector, by_module)["safegene"]
+    assert carried_coefficients(made, vector, "module") == by_module
+    with pytest.raises(FamilyError, match="other kinds of coefficients"):
+        carried_coefficients(made, vector, "layer")
     for entry, message in (
         (mark(vector, {"layers.1": 0.5, "layers.2": 0.2}), None),
         (mark(vector, {"layers.1": 0.5}), "other kinds of coefficients"),

@@ -31,7 +31,7 @@ def apply(vector_dir, tmp_path):
     return run
 
 
-def test_one_number_for_every_layer(apply, model_dir, vector_dir, tokenizer, capsys):
+def test_one_number_for_all(apply, model_dir, vector_dir, tokenizer, capsys):
     code, target = apply(model_dir, 0.5)
     assert code == 0
     before, after = load_file(model_dir / "model.safetensors"), load_file(target / "model.safetensors")
@@ -42,7 +42,7 @@ def test_one_number_for_every_layer(apply, model_dir, vector_dir, tokenizer, cap
         torch.testing.assert_close(after[name], expected)
     report = json.loads((target / "safegene_report.json").read_text())
     jsonschema.validate(report, SCHEMA)
-    assert report["coefficients"] == {"layers.1": 0.5, "layers.2": 0.5}
+    assert report["coefficients"] == dict.fromkeys(vector.deltas, 0.5)
     assert report["decision"]["reason"] == "The coefficients were given: nothing was measured."
     assert "held_out" not in report and "answers" not in report
     assert main(["inspect", str(target)]) == 0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from safegene_trl import optimization
 from safegene_trl.optimization import minimize_in_box
 
 
@@ -65,6 +66,34 @@ def test_budget_and_best_point():
         found = minimize_in_box(problem, np.full(8, 0.3), 0.0, 2.0, most)
         assert len(problem.points) == most
         assert problem.function(found)[0] == min(problem.function(point)[0] for point in problem.points)
+
+
+def few_samples(seed, samples=6, outputs=4, count=60):
+    """A gain against squared residuals, of each sample's four of which its gradient shows one direction."""
+    random = np.random.default_rng(seed)
+    jacobians, gain = random.normal(size=(samples, outputs, count)), random.normal(size=count)
+
+    def function(point):
+        residuals = jacobians @ point
+        losses = (residuals**2).sum(axis=1) / 2
+        rows = np.einsum("so,son->sn", residuals, jacobians)
+        matrix = (rows / (2 * losses)[:, None]).T @ rows / samples
+        return (
+            losses.mean() + 3 * np.logaddexp(0, -gain @ point),
+            rows.mean(axis=0) - 3 * gain / (1 + np.exp(gain @ point)),
+            matrix,
+        )
+
+    return function
+
+
+def test_where_samples_are_fewer_than_unknowns_the_damping_finds_more(monkeypatch):
+    start, reached = np.full(60, 0.3), []
+    for damping in (optimization.BLIND_DAMPING, 0.0):
+        monkeypatch.setattr(optimization, "BLIND_DAMPING", damping)
+        problems = [few_samples(seed) for seed in range(5)]
+        reached.append([function(minimize_in_box(function, start, 0.0, 2.0, 8))[0] for function in problems])
+    assert np.mean(reached[0]) < 0.9 * np.mean(reached[1])
 
 
 def test_flat_objective_ends_at_once():

@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
     if report.is_file():
         try:
             found = json.loads(report.read_text(encoding="utf-8"))
-            coefficients = [f"  {name:<12} λ = {value:.3f}" for name, value in found["coefficients"].items()]
+            width = max(map(len, found["coefficients"]), default=0)
+            coefficients = [f"  {name:<{width}}  λ = {value:.3f}" for name, value in found["coefficients"].items()]
             print("\n".join([summary(found), *coefficients]))
         except (ValueError, KeyError) as error:
             raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error

@@ -27,8 +27,8 @@ def vector_card(vector: "SafetyVector") -> ModelCard:
 # Safety vector for {vector.aligned_model["name"]}
 
 Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of `{vector.family.architecture}`,
-pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with a few learned
-coefficients, one per layer:
+pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with learned
+coefficients, one per module:
 
 ```python
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
