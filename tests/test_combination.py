@@ -62,13 +62,13 @@ def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, mon
     assert main(["apply", *options, "--safegene.output_dir", "out"]) == 0
     report = json.loads((tmp_path / "out" / "safegene_report.json").read_text())
     coefficients = report["coefficients"]
-    assert set(coefficients) == {f"layers.{layer}/{part}" for layer in range(3) for part in range(2)}
+    assert set(coefficients) == {f"{name}/{part}" for name in {**two[0].deltas, **two[1].deltas} for part in range(2)}
     assert len(set(coefficients.values())) > 2
     # The checkpoint holds both, and from the files, with these coefficients, the same.
     merged, plain = load_file("out/model.safetensors"), dict(make_model().state_dict())
     name = "model.layers.1.mlp.down_proj"
     expected = plain[f"{name}.weight"] + sum(
-        coefficients[f"layers.1/{part}"] * vector.deltas[name].dense() for part, vector in enumerate(two)
+        coefficients[f"{name}/{part}"] * vector.deltas[name].dense() for part, vector in enumerate(two)
     )
     torch.testing.assert_close(merged[f"{name}.weight"], expected)
     assert main(["apply", *options, "--coefficients", "out", "--safegene.output_dir", "again"]) == 0

@@ -93,7 +93,7 @@ def test_work_is_what_the_step_does(layers, model, tokenizer, settings, operatio
     plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
     costs = estimated(model, tokenizer, settings, vector)
     assert set(costs) == {"recalibrate", "measure", "save"}
-    names = vector.coefficient_names("layer")
+    names = vector.coefficient_names(settings.granularity)
     search = operations(lambda: recalibrate(model, vector.deltas, names, plan.shots.data, settings, 0, ALONE))
     assert costs["recalibrate"].seconds == pytest.approx(search, rel=0.1)
     whole = operations(lambda: safeguard(plan, model, "base", show_progress=False))
@@ -118,7 +118,9 @@ def test_bytes_of_the_search(layers, model, tokenizer, settings):
     assert cost.seconds == 0
     factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
     with _Allocations() as allocations:
-        recalibrate(model, vector.deltas, vector.coefficient_names("layer"), plan.shots.data, settings, 0, ALONE)
+        recalibrate(
+            model, vector.deltas, vector.coefficient_names(settings.granularity), plan.shots.data, settings, 0, ALONE
+        )
     assert cost.memory - probe.process - probe.weights - factors == pytest.approx(allocations.peak, rel=0.25)
 
 

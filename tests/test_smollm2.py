@@ -89,7 +89,7 @@ def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "safeguarded"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "safeguarded")
     vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
-    by_module = vector.by_module(callback.report["coefficients"], "layer")
+    by_module = vector.by_module(callback.report["coefficients"], "module")
     ids = tokenizer("How do plants drink water?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for name, delta in vector.deltas.items():
