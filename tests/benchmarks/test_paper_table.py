@@ -78,6 +78,12 @@ def test_limits_that_are_kept(folder):
     assert kept(rows["SafeGene"], rows) == "O U C" and kept(rows["RESTA"], rows) == "O C"
     off_task = Row("x", [cell("x", ["o" * 20, "a" * 20, "rr", "ra"], [1.0, 0.5])])
     assert kept(off_task, rows) == "U"
+    same = {  # 0.1 + 0.2 is more than 2 · 0.15 to a computer
+        "aligned": Row("aligned", [cell("aligned", ["r", "r", "rrr" + "a" * 17, "rrr" + "a" * 17], [0.0])]),
+        "fine-tuned": Row("fine-tuned", [cell("fine-tuned", ["a"] * 4, [1.0])]),
+    }
+    equal = Row("x", [cell("x", ["r", "r", "r" + "a" * 9, "rr" + "a" * 8], [0.995])])
+    assert equal.over_refusal > same["aligned"].over_refusal and kept(equal, same) == "O U C"
 
 
 def test_seeds_are_averaged():
