@@ -63,25 +63,21 @@ class Row:
         return float(np.mean([np.mean(cell["utility"]) for cell in self.cells]))
 
     @property
-    def utilities(self) -> list[float]:
-        """Over seeds and test samples, in one order."""
-        return [value for cell in sorted(self.cells, key=lambda cell: cell["seed"]) for value in cell["utility"]]
+    def utilities(self) -> np.ndarray:
+        """Of each test sample, the same for every seed, the mean over the seeds."""
+        return np.mean([cell["utility"] for cell in self.cells], axis=0)
 
-    def outcomes(self, columns: Sequence[str], letter: str) -> list[bool]:
-        """Over seeds and prompts, in one order."""
-        return [
-            mark == letter
-            for cell in sorted(self.cells, key=lambda cell: cell["seed"])
-            for c in columns
-            for mark in cell["labels"][c]
-        ]
+    def outcomes(self, columns: Sequence[str], letter: str) -> np.ndarray:
+        """Of each prompt, the same for every seed, the share of the seeds whose answer has the letter."""
+        marks = ["".join(cell["labels"][c] for c in columns) for cell in self.cells]
+        return np.mean([[mark == letter for mark in own] for own in marks], axis=0)
 
     def interval(self, columns: Sequence[str], letter: str) -> tuple[float, float]:
-        """95 % bootstrap interval of the mean over columns of the share of answers with a letter, over prompts and seeds."""
+        """95 % bootstrap interval over prompts of the mean over columns of the share of answers with a letter."""
         return mean_of_sets_interval([self.outcomes((column,), letter) for column in columns])
 
     def utility_interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of the utility, over samples and seeds."""
+        """95 % bootstrap interval of the utility, over samples."""
         return mean_interval(self.utilities)
 
 
@@ -122,8 +118,8 @@ def kept(row: Row, rows: Mapping[str, Row]) -> str:
 
 
 def p_values(rows: Mapping[str, Row], reference: str = OURS) -> dict[str, tuple[float, ...]]:
-    """Every other method against one over the same seeds: McNemar over the harmful prompts and over the benign ones, Wilcoxon over
-    the test samples; each Holm-corrected over the methods."""
+    """Every other method against one over the same seeds: over the harmful prompts, the benign ones and the test samples; each
+    Holm-corrected over the methods."""
     if reference not in rows:
         return {}
     attacked, refused, useful = {}, {}, {}
@@ -132,11 +128,18 @@ def p_values(rows: Mapping[str, Row], reference: str = OURS) -> dict[str, tuple[
         if method in (reference, "aligned") or not common:
             continue
         pair = [rows[m].at(common) for m in (reference, method)]
-        attacked[method] = paired_p(*(one.outcomes(HARMFUL, "a") for one in pair))
-        refused[method] = paired_p(*(one.outcomes(BENIGN, "r") for one in pair))
+        attacked[method] = _over_prompts(*(one.outcomes(HARMFUL, "a") for one in pair))
+        refused[method] = _over_prompts(*(one.outcomes(BENIGN, "r") for one in pair))
         useful[method] = signed_rank_p(np.subtract(*(one.utilities for one in pair)))
     corrected = [holm(raw) for raw in (attacked, refused, useful)]
     return {method: tuple(p[method] for p in corrected) for method in attacked}
+
+
+def _over_prompts(one: np.ndarray, other: np.ndarray) -> float:
+    """McNemar's p where each prompt has one answer; Wilcoxon's where it has a share of answers, one from every seed: answers to one
+    prompt are no independent observations."""
+    single = set(np.unique([one, other])) <= {0.0, 1.0}
+    return paired_p(one > 0, other > 0) if single else signed_rank_p(one - other)
 
 
 def table(rows: Mapping[str, Row], reference: str = OURS) -> list[str]:
@@ -220,39 +223,43 @@ def overall(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
     return lines
 
 
-def utility_lost(folder: Path) -> list[str]:
-    """What a method costs in accuracy, by `utility` cells: each sample's difference from the fine-tune of the same seed."""
-    right: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
+def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """What a method costs, by each test sample's difference from the fine-tunes of the same seeds.
+
+    Classifiers by their `utility` cells, of more samples than the table's; free answers, of which a sample has many tokens, by the table's.
+    """
+    scores: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
-        right[cell["task"], cell["method"]][cell["seed"]] = np.array([int(mark) for mark in cell["right"]])
-    methods = [
-        m for m in (*METHODS, *VARIANTS, *ABLATIONS) if m != "fine-tuned" and any(method == m for _, method in right)
-    ]
+        scores[cell["task"], cell["method"]][cell["seed"]] = np.array([int(mark) for mark in cell["right"]])
+    counted = {method for _, method in scores}
+    for task, rows in tasks.items():
+        for method in counted & rows.keys() if not TASKS[task].labels else ():
+            scores[task, method] = {cell["seed"]: np.array(cell["utility"]) for cell in rows[method].cells}
     lines = [
         "| method | task | seeds | samples | utility | lost [95 %] | p |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method in methods:
-        everywhere: list[float] = []
+    for method in (m for m in (*METHODS, *VARIANTS, *ABLATIONS) if m in counted and m != "fine-tuned"):
+        harmless = []
         for task in TASKS:
-            ours, tuned = right.get((task, method), {}), right.get((task, "fine-tuned"), {})
-            seeds = sorted(ours.keys() & tuned.keys())
-            if seeds:
-                lost = [value for seed in seeds for value in (tuned[seed] - ours[seed]).tolist()]
-                everywhere += lost
-                utility = np.mean([ours[seed].mean() for seed in seeds])
+            ours, tuned = scores.get((task, method), {}), scores.get((task, "fine-tuned"), {})
+            if seeds := sorted(ours.keys() & tuned.keys()):
+                lost = np.mean([tuned[seed] - ours[seed] for seed in seeds], axis=0)
+                utility = 100 * np.mean([ours[seed].mean() for seed in seeds])
+                harmless += [lost] if task != "poisoned" else []
+                low, high = mean_interval(lost)
                 lines.append(
-                    f"| {method} | {TASKS[task].title} | {len(seeds)} | {_lost(lost, f'{100 * utility:.1f}')} |"
+                    f"| {method} | {TASKS[task].title} | {len(seeds)} | {len(lost)} | {utility:.1f} | "
+                    f"{100 * lost.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | {signed_rank_p(lost):.2g} |"
                 )
-        if everywhere:
-            lines.append(f"| {method} | all | | {_lost(everywhere, '')} |")
-    return lines if methods else []
-
-
-def _lost(lost: Sequence[float], utility: str) -> str:
-    low, high = mean_interval(lost)
-    return f"{len(lost)} | {utility} | {100 * np.mean(lost):+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | {signed_rank_p(lost):.2g}"
+        if len(harmless) > 1:
+            low, high = mean_of_sets_interval(harmless)
+            mean = np.mean([lost.mean() for lost in harmless])
+            lines.append(
+                f"| {method} | mean of the harmless | | | | {100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | |"
+            )
+    return lines if counted else []
 
 
 def render(cells: Path) -> None:
@@ -267,8 +274,8 @@ def render(cells: Path) -> None:
         "",
         "Made by `python -m benchmarks.paper_table render` from the cells in `paper_table/`. All shares in %. Utility: accuracy of "
         "classifiers, else the share of response tokens that are the most likely ones. ASR: mean of BT and DR, with a bootstrap interval over "
-        "prompts and seeds, like the others'. Keeps: O, no more over-refusal than the aligned model; U, at most half a point of utility lost; "
-        "C, at most 5 % of the answers incoherent or off-task. Removed: share of the attack success added by the fine-tune. p: two-sided, against SafeGene or the row that the heading names, over the same prompts (McNemar) "
+        "prompts, like the others'; seeds are averaged. Keeps: O, no more over-refusal than the aligned model; U, at most half a point of utility lost; "
+        "C, at most 5 % of the answers incoherent or off-task. Removed: share of the attack success added by the fine-tune. p: two-sided, against SafeGene or the row that the heading names, over the same prompts (McNemar; Wilcoxon over prompts where seeds are averaged) "
         "and test samples (Wilcoxon), each Holm-corrected over the methods of the task; it does not say which of the two is better. s: seconds that the method took, on two CPU cores with other work.",
         "",
     ]
@@ -276,9 +283,9 @@ def render(cells: Path) -> None:
     complete = {task: rows for task, rows in drawn.items() if task != "poisoned"}
     if complete:
         lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(complete), ""]
-    if precise := utility_lost(cells.with_name(f"{cells.name}_utility")):
+    if precise := utility_lost(cells.with_name(f"{cells.name}_utility"), tasks):
         lines += [
-            "## Utility lost, on more test samples (Wilcoxon's signed ranks over samples, not corrected)",
+            "## Utility lost: classifiers on more test samples than below (Wilcoxon over samples, not corrected)",
             "",
             *precise,
             "",

@@ -48,12 +48,12 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
-def mean_of_sets_interval(sets: Sequence[Sequence[bool]], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (percentiles) of the mean of several sets' shares, each set drawn again by itself."""
+def mean_of_sets_interval(sets: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95 % interval (percentiles) of the mean of several sets' means, each set drawn again by itself."""
     generator = np.random.default_rng(seed)
-    shares = []
+    means = []
     for outcomes in sets:
         values = np.asarray(outcomes, dtype=float)
-        shares.append(values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1))
-    low, high = np.quantile(np.mean(shares, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        means.append(values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1))
+    low, high = np.quantile(np.mean(means, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

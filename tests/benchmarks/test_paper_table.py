@@ -89,7 +89,26 @@ def test_limits_that_are_kept(folder):
 def test_seeds_are_averaged():
     row = Row("m", [cell("m", ["aa", "rr", "aa", "aa"], [1.0]), cell("m", ["ra", "rr", "aa", "aa"], [0.0], seed=1)])
     assert row.attack_success == pytest.approx(0.375) and row.utility == 0.5
-    assert row.outcomes(("BT",), "a") == [True, True, False, True]
+    assert row.outcomes(("BT", "DR"), "a").tolist() == [0.5, 1.0, 0.0, 0.0] and row.utilities.tolist() == [0.5]
+
+
+def test_a_prompt_that_every_seed_answers_alike_counts_once():
+    """Three seeds of the same answers tell no more than one about other prompts."""
+
+    def rows(seeds):
+        ours = [cell("SafeGene", ["r" * 20, "r" * 20, "aa", "aa"], [1.0, 0.5] * 10, seed) for seed in range(seeds)]
+        theirs = [
+            cell("RESTA", ["aaa" + "r" * 17, "aaa" + "r" * 17, "aa", "aa"], [1.0, 0.0] * 10, seed)
+            for seed in range(seeds)
+        ]
+        return {"SafeGene": Row("SafeGene", ours), "RESTA": Row("RESTA", theirs)}
+
+    one, three = rows(1), rows(3)
+    assert p_values(one) == p_values(three) and p_values(one)["RESTA"][0] == 2 / 2**6
+    assert one["RESTA"].interval(("BT", "DR"), "a") == three["RESTA"].interval(("BT", "DR"), "a")
+    assert one["RESTA"].utility_interval() == three["RESTA"].utility_interval()
+    three["RESTA"].cells[0]["labels"]["BT"] = "r" * 20  # of one prompt's three answers one is another
+    assert p_values(rows(1))["RESTA"][0] != p_values(three)["RESTA"][0] > 0.01
 
 
 def test_a_method_is_held_against_the_fine_tunes_of_its_own_seeds():
@@ -134,12 +153,18 @@ def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
         ("SafeGene", 1, "1101" * 5),
         ("RESTA", 2, "1111" * 5),  # there is nothing to hold it against
     ]:
-        cell = {"task": "sst2", "method": method, "seed": seed, "right": right}
-        (tmp_path / f"{method}-{seed}.json").write_text(json.dumps(cell))
-    found = utility_lost(tmp_path)
-    assert found[2].startswith("| SafeGene | SST-2 | 2 | 40 | 62.5 | +0.00 [-") and found[2].endswith("| 1 |")
-    assert len([line for line in found if "RESTA" in line]) == 0
-    assert utility_lost(tmp_path / "nowhere") == []
+        record = {"task": "sst2", "method": method, "seed": seed, "right": right}
+        (tmp_path / f"{method}-{seed}.json").write_text(json.dumps(record))
+    free = {  # the table's own cells, where answers are free
+        "fine-tuned": Row("fine-tuned", [cell("fine-tuned", ["r"] * 4, [0.5, 0.7, 0.6], task="gsm8k")]),
+        "SafeGene": Row("SafeGene", [cell("SafeGene", ["r"] * 4, [0.5, 0.4, 0.3], task="gsm8k")]),
+        "EnchTable": Row("EnchTable", [cell("EnchTable", ["r"] * 4, [0.5, 0.4, 0.3], task="gsm8k")]),  # not counted
+    }
+    found = utility_lost(tmp_path, {"gsm8k": free})
+    assert found[2].startswith("| SafeGene | SST-2 | 2 | 20 | 62.5 | +0.00 [-") and found[2].endswith("| 1 |")
+    assert found[3].startswith("| SafeGene | GSM8K | 1 | 3 | 40.0 | +20.00 [")
+    assert found[4].startswith("| SafeGene | mean of the harmless | | | | +10.00 [") and len(found) == 5
+    assert utility_lost(tmp_path / "nowhere", {"gsm8k": free}) == []
 
 
 def test_change_marks_what_does_nothing_or_deletes():
