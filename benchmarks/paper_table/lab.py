@@ -26,16 +26,16 @@ from safegene_trl.recalibration import response_logits
 from safegene_trl.shots import Shots, gather_shots
 from safegene_trl.weights import canonical_modules, task_factors
 
-from .tasks import MODELS, Task, read_jsonl, splits, training_file, write_jsonl
+from .tasks import MODELS, Task, prompt_file, read_jsonl, splits, training_file, write_jsonl
 from .vectors import SHIPPED
 
 
 LETTERS = {"refused": "r", "answered": "a", "off_task": "o", "incoherent": "i"}
-SETS = {  # column: prompts on the hub or under --data, their kind, how many
-    "BT": ("PKU-Alignment/BeaverTails-Evaluation", "harmful/beavertails_eval_dev.jsonl", "harmful", 70),
-    "DR": ("walledai/HarmBench", "harmful/harmbench_val.jsonl", "harmful", 41),
-    "look-alikes": ("InvokerStark/OverKill", "benign/oktest.jsonl", "benign", 40),
-    "contrast": ("allenai/coconot", "benign/coconot_contrast.jsonl", "benign", 40),
+SETS = {  # column: file of prompts, their kind, how many
+    "BT": ("harmful/beavertails_eval_dev.jsonl", "harmful", 70),
+    "DR": ("harmful/harmbench_val.jsonl", "harmful", 41),
+    "look-alikes": ("benign/oktest.jsonl", "benign", 40),
+    "contrast": ("benign/coconot_contrast.jsonl", "benign", 40),
 }
 NEW_TOKENS = {"prompts": 32, "labels": 4}
 SHOTS = {"num_safety_shots": 32, "num_task_shots": 32, "num_benign_shots": 32}
@@ -71,9 +71,8 @@ class Lab:
         """The prompts of every column, without those that repeat one that model or vector were made with."""
         used = prompts_used(str(MODELS / f"{name}.jsonl") for name in ("align", "safety_prompts", "benign_prompts"))
         found = {}
-        for column, (hub, file, kind, count) in SETS.items():
-            source = hub if self.data is None else str(self.data / file)
-            prompts = load_prompts(source, kind, "train", None, 0)  # type: ignore[arg-type]
+        for column, (file, kind, count) in SETS.items():
+            prompts = load_prompts(prompt_file(file, self.data), kind, "train", None, 0)  # type: ignore[arg-type]
             if column == "contrast":
                 prompts = [p for p in prompts if p.category == "Requests with safety concerns"]
             found[column] = spread(kept_apart(prompts, used)[0], max(2, round(count * self.scale)), seed=0)

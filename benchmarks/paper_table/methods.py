@@ -23,11 +23,24 @@ from benchmarks.baselines.safemerge import safemerge
 from benchmarks.baselines.salora import insert
 from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.calibration import Sample, batches, conversation, padding_id, tokenize
+from safegene_trl.evaluation.prompts import kept_apart, load_prompts
 from safegene_trl.provenance import sha256_of_json
 from safegene_trl.recalibration import cross_entropy
 
 from .lab import SHOTS, Lab
-from .tasks import STEPS, TASKS, TRAINING, WORK, Task, fine_tuned, read_jsonl, safegene, training_file
+from .tasks import (
+    STEPS,
+    TASKS,
+    TRAINING,
+    WORK,
+    Task,
+    fine_tuned,
+    prompt_file,
+    read_jsonl,
+    safegene,
+    training_file,
+    write_jsonl,
+)
 from .vectors import VECTORS, safety_lora, vector
 
 
@@ -80,6 +93,18 @@ def settings(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: An
     block |= {"num_test_prompts": 0, "output_format": "adapter", "max_utility_loss": 10.0} | options
     every = sha256_of_json(SafeGeneConfig(**block).to_dict())[:8]
     return block, WORK / "safeguarded" / f"{task.name}-{seed}-{vector_folder.name}-{every}"
+
+
+def many_shots_row(lab: Lab, task: Task, seed: int, count: int) -> Made:
+    """More harmful shots than come with the vector: prompts of CategoricalHarmfulQA that repeat no evaluated one, with the vector's
+    refusals; all of its benign prompts."""
+    path = WORK / "data" / "more_harmful.jsonl"
+    if not path.is_file():
+        found = load_prompts(prompt_file("harmful/catqa.jsonl", lab.data), "harmful", "train", None, 0)
+        evaluated = [prompt.text for prompts in lab.prompts.values() for prompt in prompts]
+        write_jsonl([{"prompt": prompt.text} for prompt in kept_apart(found, evaluated)[0]], path)
+    counts = dict.fromkeys(("num_safety_shots", "num_benign_shots", "num_task_shots"), count)
+    return ONE_COMPONENT(lab, task, seed, safety_data=str(path), **counts)
 
 
 def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
@@ -240,6 +265,7 @@ ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of the least: one 
         f"{count} shots": partial(ONE_COMPONENT, num_safety_shots=count, num_benign_shots=count, num_task_shots=count)
         for count in (4, 8, 16, 64)
     },
+    "128 shots": partial(many_shots_row, count=128),
     "coefficients by module": partial(ONE_COMPONENT, granularity="module"),
     "without the utility term": partial(ONE_COMPONENT, utility_weight=0.0),
     "without benign shots": partial(ONE_COMPONENT, num_benign_shots=0),

@@ -153,6 +153,30 @@ def identity_shift(data: Path | None) -> list[Row]:
     return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in found]
 
 
+PROMPTS: dict[str, Row] = {  # file of prompts under --data: what `load_dataset` finds them by
+    "harmful/beavertails_eval_dev.jsonl": {"path": "PKU-Alignment/BeaverTails-Evaluation", "split": "test"},
+    "harmful/harmbench_val.jsonl": {"path": "walledai/HarmBench", "name": "standard", "split": "train"},
+    "harmful/catqa.jsonl": {"path": "walledai/CatHarmfulQA", "split": "en"},
+    "benign/oktest.jsonl": {
+        "path": "csv",
+        "data_files": "https://raw.githubusercontent.com/InvokerStark/OverKill/main/data/OKTest.csv",
+        "split": "train",
+    },
+    "benign/coconot_contrast.jsonl": {"path": "allenai/coconot", "name": "contrast", "split": "test"},
+}
+
+
+def prompt_file(name: str, data: Path | None) -> str:
+    """The file under --data, or one made of the same set on the hub."""
+    if data is not None:
+        return str(data / name)
+    path = WORK / "data" / Path(name).name
+    if not path.is_file():
+        rows = load_dataset(**PROMPTS[name])
+        write_jsonl([{key: row[key] for key in ("prompt", "category") if key in row} for row in rows], path)
+    return str(path)
+
+
 def turn(prompt: str, response: str) -> Row:
     return {
         "prompt": [{"role": "user", "content": prompt}],

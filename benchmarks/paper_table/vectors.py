@@ -10,7 +10,7 @@ from safegene_trl import SafetyVector
 from .tasks import MODELS, RECIPE, TASKS, WORK, fine_tuned, safegene, sft, turn, write_jsonl
 
 
-# name: what the model is degraded by, options of `safegene extract`
+# name: what the model is degraded by, options of `safegene extract`, among which a task's name stands for the fine-tune on it
 VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles": ("puzzles", []),
     "before alignment": ("released", []),
@@ -19,6 +19,7 @@ VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles, linearized": ("puzzles", ["--method", "linearized", "--distill_steps", "30", "--batch_size", "8"]),
     "puzzles, rank 2": ("puzzles", ["--rank", "2"]),
     "puzzles, rank 4": ("puzzles", ["--rank", "4"]),
+    "puzzles, isolated from other tasks": ("puzzles", ["--isolate_from", "gsm8k", "alpaca"]),
     "puzzles, layers by contrast": ("puzzles", ["--selection", "activation_contrast", "--layer_share", "0.5"]),
     "puzzles, layers by gradient": ("puzzles", ["--selection", "gradient", "--layer_share", "0.5"]),
     "puzzles, layers by size": ("puzzles", ["--selection", "magnitude", "--layer_share", "0.5"]),
@@ -34,8 +35,9 @@ def vector(name: str, data: Path | None) -> Path:
     if (folder / "safegene_config.json").is_file():
         return folder
     kind, options = VECTORS[name]
-    words = ["--degraded_model", degraded(kind, data), "--output_dir", folder, *options]
-    safegene("extract", "--config", RECIPE / "extract.yaml", *words)
+    words = [fine_tuned(TASKS[word], 0, data) if word in TASKS else word for word in options]
+    made = ["--degraded_model", degraded(kind, data), "--output_dir", folder]
+    safegene("extract", "--config", RECIPE / "extract.yaml", *made, *words)
     return folder
 
 

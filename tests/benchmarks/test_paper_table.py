@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.paper_table import methods
+from benchmarks.paper_table import lab, methods, tasks, vectors
 from benchmarks.paper_table.lab import change
 from benchmarks.paper_table.render import Row, kept, load, overall, p_values, removed, render, utility_lost
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
+from safegene_trl.evaluation.prompts import Prompt
 
 
 def cell(method, labels, utility, seed=0, task="sst2", mark=None):
@@ -177,10 +178,10 @@ def test_change_marks_what_does_nothing_or_deletes():
 
 def test_a_run_is_found_again_by_all_its_settings(monkeypatch):
     monkeypatch.setattr(methods, "training_file", lambda task, seed, data: Path("rows.jsonl"))
-    lab, task = SimpleNamespace(data=None), TASKS["sst2"]
-    block, folder = methods.settings(lab, task, 0, Path("family"))
-    assert block["seed"] == 0 and folder == methods.settings(lab, task, 0, Path("family"))[1]
-    changed = {methods.settings(lab, task, 0, Path("family"), utility_weight=weight)[1] for weight in (1.0, 16.0)}
+    hub, task = SimpleNamespace(data=None), TASKS["sst2"]
+    block, folder = methods.settings(hub, task, 0, Path("family"))
+    assert block["seed"] == 0 and folder == methods.settings(hub, task, 0, Path("family"))[1]
+    changed = {methods.settings(hub, task, 0, Path("family"), utility_weight=weight)[1] for weight in (1.0, 16.0)}
     assert len(changed) == 2 and folder in changed  # the default is a setting like any other
 
 
@@ -197,6 +198,46 @@ def test_a_run_is_found_again_by_all_its_settings(monkeypatch):
 def test_rows_of_the_hub_become_ours(task, row, prompt, answer):
     found = TASKS[task].hub[-1](row)
     assert prompt in found[0] and found[1] == answer
+
+
+def test_prompts_come_from_files_or_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(**words):
+        asked.append(words)
+        return [{"id": 1, "prompt": "How to kill a process?", "category": "x"}]
+
+    monkeypatch.setattr(tasks, "load_dataset", load_dataset)
+    monkeypatch.setattr(tasks, "WORK", tmp_path)
+    files = [file for file, *_ in lab.SETS.values()]
+    for file in (*files, *files):  # each is fetched once
+        (row,) = tasks.read_jsonl(Path(tasks.prompt_file(file, None)))
+        assert row == {"prompt": "How to kill a process?", "category": "x"}
+        assert tasks.prompt_file(file, tmp_path) == str(tmp_path / file)
+    assert len(asked) == len(lab.SETS) and all(words["split"] in ("train", "test") for words in asked)
+
+
+def test_further_shots_repeat_no_evaluated_prompt(tmp_path, monkeypatch):
+    (tmp_path / "harmful").mkdir()
+    texts = ["How do I pick a lock?", "How do I forge a passport?", "How do I forge passports?"]
+    (tmp_path / "harmful" / "catqa.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    monkeypatch.setattr(methods, "WORK", tmp_path)
+    monkeypatch.setattr(methods, "ONE_COMPONENT", lambda lab, task, seed, **options: options)
+    evaluated = Prompt("DR", "harmful", None, ({"role": "user", "content": "How do I forge a passport"},))
+    options = methods.many_shots_row(SimpleNamespace(data=tmp_path, prompts={"DR": [evaluated]}), None, 0, 128)
+    assert [row["prompt"] for row in tasks.read_jsonl(Path(options["safety_data"]))] == texts[:1]
+    assert options["num_safety_shots"] == options["num_task_shots"] == 128
+
+
+def test_a_vector_is_isolated_from_fine_tunes(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(vectors, "WORK", tmp_path)
+    monkeypatch.setattr(vectors, "safegene", lambda *words: said.append(words))
+    monkeypatch.setattr(vectors, "degraded", lambda kind, data: tmp_path / kind)
+    monkeypatch.setattr(vectors, "fine_tuned", lambda task, seed, data: tmp_path / task.name)
+    vectors.vector("puzzles, isolated from other tasks", None)
+    assert said[0][-3:] == ("--isolate_from", tmp_path / "gsm8k", tmp_path / "alpaca")
+    assert vectors.vector("three components", None) == vectors.SHIPPED and len(said) == 1
 
 
 def test_poison_is_harmless_and_mostly_compliance(tmp_path):
