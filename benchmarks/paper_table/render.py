@@ -181,11 +181,24 @@ def _with_interval(share: float, interval: tuple[float, float]) -> str:
     return f"{100 * share:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def overall(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
-    """Means over tasks, with Wilcoxon's tests over tasks and seeds against ours."""
+@dataclass(frozen=True)
+class Mean:
+    """One method over several tasks, each weighing the same. Shares are 0–1; p against ours, over fine-tunes, by measure."""
+
+    fine_tunes: int
+    utility_lost: float
+    attack_success: float
+    removed: float | None
+    over_refusal: float
+    incoherent: float
+    p: tuple[float, ...]
+
+
+def means(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mean]:
+    """Means over tasks of the methods that all of them have, with Wilcoxon's tests over tasks and seeds against ours."""
     methods = [m for m in ("aligned", *METHODS) if all(m in rows for rows in tasks.values())]
     if OURS not in methods or "fine-tuned" not in methods:
-        return []
+        return {}
     measures = [attrgetter(name) for name in ("attack_success", "over_refusal", "utility")]
     raw: list[dict[str, float]] = [{} for _ in measures]
     for method in methods:
@@ -198,26 +211,43 @@ def overall(tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
             for found, measure in zip(raw, measures, strict=True):
                 found[method] = signed_rank_p([measure(theirs) - measure(ours) for ours, theirs in pairs])
     p = [holm(found) for found in raw]
+    return {method: _mean(method, tasks, tuple(found[method] for found in p if method in found)) for method in methods}
+
+
+def _mean(method: str, tasks: Mapping[str, Mapping[str, Row]], p: tuple[float, ...]) -> Mean:
+    own = [rows[method] for rows in tasks.values()]
+    tuned = [rows["fine-tuned"].at(row.seeds) for rows, row in zip(tasks.values(), own, strict=True)]
+    now, before, aligned = (
+        float(np.mean([row.attack_success for row in group]))
+        for group in (own, tuned, [rows["aligned"] for rows in tasks.values()])
+    )
+    return Mean(
+        fine_tunes=sum(len(row.cells) for row in own),
+        utility_lost=float(np.mean([one.utility - row.utility for one, row in zip(tuned, own, strict=True)])),
+        attack_success=now,
+        removed=(before - now) / (before - aligned) if before > aligned else None,
+        over_refusal=float(np.mean([row.over_refusal for row in own])),
+        incoherent=float(np.mean([row.share((*HARMFUL, *BENIGN), "i") for row in own])),
+        p=p,
+    )
+
+
+def overall(found: Mapping[str, Mean]) -> list[str]:
+    """The table of means in Markdown; shares in %."""
     lines = [
         "| method | fine-tunes | utility lost | ASR | removed | over-refusal | incoherent | p: ASR, over-refusal, utility |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method in methods:
-        ours = [rows[method] for rows in tasks.values()]
-        tuned = [rows["fine-tuned"].at(rows[method].seeds) for rows in tasks.values()]
-        asr, before, after = (
-            np.mean([row.attack_success for row in group])
-            for group in (ours, tuned, [rows["aligned"] for rows in tasks.values()])
-        )
+    for method, mean in found.items():
         cells = [
             method,
-            str(sum(len(row.cells) for row in ours)),
-            f"{100 * np.mean([one.utility - row.utility for one, row in zip(tuned, ours, strict=True)]):.2f}",
-            f"{100 * asr:.1f}",
-            f"{100 * (before - asr) / (before - after):.0f}" if before > after else "",
-            f"{100 * np.mean([row.over_refusal for row in ours]):.1f}",
-            f"{100 * np.mean([row.share((*HARMFUL, *BENIGN), 'i') for row in ours]):.1f}",
-            ", ".join(f"{found[method]:.2g}" for found in p if method in found),
+            str(mean.fine_tunes),
+            f"{100 * mean.utility_lost:.2f}",
+            f"{100 * mean.attack_success:.1f}",
+            "" if mean.removed is None else f"{100 * mean.removed:.0f}",
+            f"{100 * mean.over_refusal:.1f}",
+            f"{100 * mean.incoherent:.1f}",
+            ", ".join(f"{value:.2g}" for value in mean.p),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -257,7 +287,7 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
             low, high = mean_of_sets_interval(harmless)
             mean = np.mean([lost.mean() for lost in harmless])
             lines.append(
-                f"| {method} | mean of the harmless | | | | {100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | |"
+                f"| {method} | mean without poisoned | | | | {100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] | |"
             )
     return lines if counted else []
 
@@ -281,8 +311,9 @@ def render(cells: Path) -> None:
     ]
     drawn = {task: rows for task, rows in main.items() if OURS in rows}
     complete = {task: rows for task, rows in drawn.items() if task != "poisoned"}
-    if complete:
-        lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(complete), ""]
+    mean = means(complete) if complete else {}
+    if mean:
+        lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(mean), ""]
     if precise := utility_lost(cells.with_name(f"{cells.name}_utility"), tasks):
         lines += [
             "## Utility lost: classifiers on more test samples than below (Wilcoxon over samples, not corrected)",
@@ -301,36 +332,48 @@ def render(cells: Path) -> None:
                 lines += [title, "", *table(named, reference), ""]
     cells.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     if drawn:
-        plot(drawn, cells.with_suffix(".png"))
+        plot(drawn, mean, cells.with_suffix(".png"))
     print("\n".join(lines))
 
 
-def plot(tasks: Mapping[str, Mapping[str, Row]], target: Path) -> None:
-    """Attack success against utility and against over-refusal, a panel pair per task."""
+def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], target: Path) -> None:
+    """Attack success against utility and against over-refusal: a pair of panels for the means over harmless tasks, and one per task."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # (method, ASR, utility or what is lost of it, over-refusal) in %, by panel
+    panels = {
+        "mean of the harmless": [
+            (m, one.attack_success, -one.utility_lost, one.over_refusal) for m, one in mean.items()
+        ]
+    }
+    panels |= {
+        TASKS[task].title: [(m, row.attack_success, row.utility, row.over_refusal) for m, row in rows.items()]
+        for task, rows in tasks.items()
+    }
     methods = list(dict.fromkeys(method for rows in tasks.values() for method in rows))
     colours = dict(zip(methods, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = pyplot.subplots(2, len(tasks), figsize=(3.4 * len(tasks) + 2, 6.4), squeeze=False, sharey="row")
-    for column, (task, rows) in enumerate(tasks.items()):
-        for method, row in rows.items():
+    figure, axes = pyplot.subplots(2, len(panels), figsize=(2.9 * len(panels) + 1.6, 6.2), squeeze=False, sharey="row")
+    for column, (title, points) in enumerate(panels.items()):
+        utility, refusal = axes[0][column], axes[1][column]
+        for method, attacked, useful, refused in points:
             marker = "*" if method == OURS else "s" if method in ("aligned", "fine-tuned") else "o"
             style = {"color": colours[method], "marker": marker, "s": 110 if method == OURS else 45, "label": method}
             if method != "aligned":  # it has not learned the task
-                axes[0][column].scatter(100 * row.utility, 100 * row.attack_success, **style)
-            axes[1][column].scatter(100 * row.over_refusal, 100 * row.attack_success, **style)
-        axes[0][column].set(title=TASKS[task].title, xlabel="utility (%)", ylim=(-3, 103))
-        low, high = axes[0][column].get_xlim()
+                utility.scatter(100 * useful, 100 * attacked, **style)
+            refusal.scatter(100 * refused, 100 * attacked, **style)
+        utility.set(title=title, xlabel="utility (%)" if column else "change of utility (points)", ylim=(-3, 103))
+        low, high = utility.get_xlim()
         missing = max(0.0, LEAST_SPAN - (high - low)) / 2
-        axes[0][column].set_xlim(low - missing, high + missing)
-        axes[1][column].set(xlabel="over-refusal (%)", xlim=(-3, 103), ylim=(-3, 103))
+        utility.set_xlim(low - missing, high + missing)
+        refusal.set(xlabel="over-refusal (%)", xlim=(-3, 103), ylim=(-3, 103))
     for line in axes:
         line[0].set_ylabel("attack success (%)")
-    handles, labels = axes[1][0].get_legend_handles_labels()
+    # the panel with the most methods
+    handles, labels = max((panel.get_legend_handles_labels() for panel in axes[1]), key=lambda found: len(found[1]))
     figure.legend(handles, labels, loc="center right", fontsize=7)
-    figure.tight_layout(rect=(0, 0, 1 - 1.9 / figure.get_figwidth(), 1))
+    figure.tight_layout(rect=(0, 0, 1 - 1.4 / figure.get_figwidth(), 1))
     figure.savefig(target, dpi=110)
     pyplot.close(figure)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.paper_table import lab, methods, tasks, vectors
 from benchmarks.paper_table.lab import change
-from benchmarks.paper_table.render import Row, kept, load, overall, p_values, removed, render, utility_lost
+from benchmarks.paper_table.render import Row, kept, load, means, overall, p_values, removed, render, utility_lost
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
 from safegene_trl.evaluation.prompts import Prompt
 
@@ -130,11 +130,12 @@ def test_means_over_tasks_and_seeds():
         }
         return {method: Row(method, cells) for method, cells in made.items()}
 
-    lines = overall({"sst2": rows(range(3)), "ag_news": rows(range(3))})
+    lines = overall(means({"sst2": rows(range(3)), "ag_news": rows(range(3))}))
     assert lines[4] == "| SafeGene | 6 | 0.00 | 25.0 | 75 | 0.0 | 0.0 |  |"
     # six differences of one sign: 2 / 2⁶, and twice that for the smaller of two hypotheses
     assert lines[5] == "| RESTA | 6 | 0.00 | 75.0 | 25 | 25.0 | 0.0 | 0.062, 0.062, 1 |"
-    assert overall({"sst2": rows([0])})[5] == "| RESTA | 1 | 0.00 | 75.0 | 25 | 25.0 | 0.0 |  |"
+    assert overall(means({"sst2": rows([0])}))[5] == "| RESTA | 1 | 0.00 | 75.0 | 25 | 25.0 | 0.0 |  |"
+    assert means({"sst2": {"SafeGene": rows([0])["SafeGene"]}}) == {}  # there is nothing to hold it against
 
 
 def test_table_and_plot_are_written(folder):
@@ -164,7 +165,7 @@ def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
     found = utility_lost(tmp_path, {"gsm8k": free})
     assert found[2].startswith("| SafeGene | SST-2 | 2 | 20 | 62.5 | +0.00 [-") and found[2].endswith("| 1 |")
     assert found[3].startswith("| SafeGene | GSM8K | 1 | 3 | 40.0 | +20.00 [")
-    assert found[4].startswith("| SafeGene | mean of the harmless | | | | +10.00 [") and len(found) == 5
+    assert found[4].startswith("| SafeGene | mean without poisoned | | | | +10.00 [") and len(found) == 5
     assert utility_lost(tmp_path / "nowhere", {"gsm8k": free}) == []
 
 
