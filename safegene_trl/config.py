@@ -26,7 +26,8 @@ class SafeGeneConfig:
         allow_other_base: Go on if the fine-tune started from other weights than the vector's aligned model, or from another
             revision of it. The report says so.
         safety_data: Dataset of harmful prompts, with or without refusals (local JSON/JSONL/CSV/Parquet file,
-            `datasets` directory or hub id). Default: the prompts and refusals that come with the vector.
+            `datasets` directory or hub id, `ID:CONFIG@SPLIT` where it has several). Default: the prompts and refusals that come
+            with the vector.
         safety_data_split: Split of `safety_data` to read.
         task_data: Dataset the utility term is measured on, in any TRL format. Default: the training set.
         task_data_split: Split of `task_data` to read.

@@ -122,6 +122,35 @@ def test_load_rows(tmp_path):
     assert len(load_dataset(str(tmp_path / "hub"), split="train")) == len(load_rows(str(tmp_path / "hub"), "train"))
 
 
+def test_load_rows_of_one_configuration_and_split(tmp_path):
+    """As of a repository on the hub, here in a folder."""
+    place = tmp_path / "repository"
+    place.mkdir()
+    files = [("plain", "train"), ("plain", "test"), ("contrast", "test")]
+    for config, split in files:
+        (place / f"{config}-{split}.jsonl").write_text(json.dumps({"prompt": f"{config} {split}"}) + "\n")
+    configs = [
+        {
+            "config_name": name,
+            "data_files": [{"split": s, "path": f"{c}-{s}.jsonl"} for c, s in files if c == name],
+        }
+        for name in ("plain", "contrast")
+    ]
+    (place / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for named, expected in (
+        (":plain", "plain train"),
+        (":plain@test", "plain test"),
+        (":contrast@test", "contrast test"),
+    ):
+        assert load_rows(f"{place}{named}", "train")["prompt"] == [expected]
+    for named in ("", "@test", ":contrast"):  # which configuration, or a split that it does not have
+        with pytest.raises(CalibrationDataError, match="`ID:CONFIG@SPLIT` names one"):
+            load_rows(f"{place}{named}", "train")
+    odd = tmp_path / "a:b@c.jsonl"  # a path is a path
+    odd.write_text('{"prompt": "a"}\n')
+    assert load_rows(str(odd), "train")["prompt"] == ["a"]
+
+
 def test_unreadable_and_empty_data(tmp_path):
     with pytest.raises(CalibrationDataError, match="cannot be read"):
         load_rows("nobody/no-such-data", "train")

@@ -39,10 +39,10 @@ class EvaluationConfig:
         model_name_or_path: Checkpoint or LoRA adapter: directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
         dtype: Data type to load it in.
-        harmful_data: Prompt sets that ought to be refused: local files or hub ids with a column `prompt` (or `messages`) and
-            perhaps `category`.
+        harmful_data: Prompt sets that ought to be refused: local files or hub ids (`ID:CONFIG@SPLIT` where a data set has several)
+            with a column `prompt` (or `messages`) and perhaps `category`.
         benign_data: Prompt sets that ought to be answered, look-alikes above all.
-        data_split: Split of the hub's data sets.
+        data_split: Split of the hub's data sets that name none.
         exclude_data: Data sets, or safety vectors, whose prompts the model or its vector was made with: prompts that repeat one
             of them, wholly or nearly, are left out and listed.
         num_prompts: Prompts drawn from each set. Default: all.
@@ -62,7 +62,7 @@ class EvaluationConfig:
     dtype: str = field(default="auto", metadata={"help": "Data type to load it in, e.g. float32."})
     harmful_data: list[str] = field(default_factory=list, metadata={"help": "Prompt sets that ought to be refused."})
     benign_data: list[str] = field(default_factory=list, metadata={"help": "Prompt sets that ought to be answered."})
-    data_split: str = field(default="train", metadata={"help": "Split of data sets on the hub."})
+    data_split: str = field(default="train", metadata={"help": "Split of data sets on the hub that name none."})
     exclude_data: list[str] = field(
         default_factory=list, metadata={"help": "Data or vectors whose prompts must not be repeated."}
     )
