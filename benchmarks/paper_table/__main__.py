@@ -33,7 +33,7 @@ from .render import CELLS, RESULTS, UTILITY, render
 from .tasks import STEPS, TASKS, TRAINING, WORK
 
 
-MORE_TEST_ROWS = 1000
+MORE_TEST_ROWS, MORE_FREE_ROWS = 1000, 300
 ROWS = {"aligned": aligned, **METHODS, **VARIANTS, **ABLATIONS}
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
     cells = [(task, seed, method) for seed in arguments.seeds for task in arguments.tasks for method in methods]
     if arguments.command == "utility":
-        lab = Lab(arguments.data, test_rows=MORE_TEST_ROWS)
+        lab = Lab(arguments.data, test_rows=MORE_TEST_ROWS, free_rows=MORE_FREE_ROWS)
         for task, seed, method in cells:
             utility_cell(lab, task, seed, method)
         return
@@ -107,16 +107,17 @@ def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None
 
 
 def utility_cell(lab: Lab, task_name: str, seed: int, method: str) -> None:
-    """Measures a classifier's accuracy on as many test samples as the lab takes, unless that has been done."""
+    """Measures the utility on as many test samples as the lab takes, unless that has been done."""
     target = UTILITY / f"{task_name}-{seed}-{slug(method)}.json"
     task = TASKS[task_name]
-    if target.is_file() or not task.labels:
+    if target.is_file():
         return
     with lab.updated(ROWS[method](lab, task, seed)[0]) as model:
-        right = "".join(str(int(value)) for value in lab.utility(model, task))
-    record = {"task": task_name, "seed": seed, "method": method, "right": right, "software": software_versions()}
-    replace_file(target, json.dumps(record, indent=1) + "\n")
-    print(f"{target.stem}: {right.count('1') / len(right):.4f} of {len(right)}", flush=True)
+        found = lab.utility(model, task)
+    scores = "".join(str(int(value)) for value in found) if task.labels else found
+    record = {"task": task_name, "seed": seed, "method": method, "utility_measure": task.utility, "scores": scores}
+    replace_file(target, json.dumps(record | {"software": software_versions()}, indent=1) + "\n")
+    print(f"{target.stem}: {sum(found) / len(found):.4f} of {len(found)}", flush=True)
 
 
 def cosines(lab: Lab) -> None:

@@ -46,12 +46,13 @@ class Lab:
 
     Args:
         data: Folder with the data sets; None takes them from the hub.
-        test_rows: Test samples of a task.
+        test_rows: Test samples of a classifier's task.
+        free_rows: Test samples of a task with free answers, each of many tokens.
         scale: Share (0–1] of the prompts of every set; below 1 only to see that it runs.
     """
 
-    def __init__(self, data: Path | None, test_rows: int = 200, scale: float = 1.0):
-        self.data, self.test_rows, self.scale = data, test_rows, scale
+    def __init__(self, data: Path | None, test_rows: int = 200, free_rows: int = 60, scale: float = 1.0):
+        self.data, self.test_rows, self.free_rows, self.scale = data, test_rows, free_rows, scale
         self.model: Any = load_model(str(MODELS / "aligned"), dtype="float32").requires_grad_(False)
         self.tokenizer = load_tokenizer(str(MODELS / "aligned"))
 
@@ -147,7 +148,8 @@ class Lab:
                 float(answer.lower().strip(" .!\"'").startswith(row["label"]))
                 for row, answer in zip(rows, answers, strict=True)
             ]
-        return self._token_accuracy(model, [tokenize(self.tokenizer, *conversation(row)) for row in rows[:60]])  # type: ignore[arg-type]
+        rows = rows[: self.free_rows]
+        return self._token_accuracy(model, [tokenize(self.tokenizer, *conversation(row)) for row in rows])  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _token_accuracy(self, model: nn.Module, samples: Sequence[Sample]) -> list[float]:

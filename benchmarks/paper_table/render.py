@@ -256,16 +256,18 @@ def overall(found: Mapping[str, Mean]) -> list[str]:
 def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """What a method costs, by each test sample's difference from the fine-tunes of the same seeds.
 
-    Classifiers by their `utility` cells, of more samples than the table's; free answers, of which a sample has many tokens, by the table's.
+    By the `utility` cells, of more samples than the table's; tasks with free answers that have none by the table's, because each of their
+    samples has many tokens.
     """
     scores: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
-        scores[cell["task"], cell["method"]][cell["seed"]] = np.array([int(mark) for mark in cell["right"]])
+        scores[cell["task"], cell["method"]][cell["seed"]] = np.array([float(score) for score in cell["scores"]])
     counted = {method for _, method in scores}
     for task, rows in tasks.items():
-        for method in counted & rows.keys() if not TASKS[task].labels else ():
-            scores[task, method] = {cell["seed"]: np.array(cell["utility"]) for cell in rows[method].cells}
+        if not TASKS[task].labels and not any(counted_task == task for counted_task, _ in scores):
+            for method in counted & rows.keys():
+                scores[task, method] = {cell["seed"]: np.array(cell["utility"]) for cell in rows[method].cells}
     lines = [
         "| method | task | seeds | samples | utility | lost [95 %] | p |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -316,7 +318,7 @@ def render(cells: Path) -> None:
         lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(mean), ""]
     if precise := utility_lost(cells.with_name(f"{cells.name}_utility"), tasks):
         lines += [
-            "## Utility lost: classifiers on more test samples than below (Wilcoxon over samples, not corrected)",
+            "## Utility lost, mostly on more test samples than below (Wilcoxon over samples, not corrected)",
             "",
             *precise,
             "",

@@ -155,7 +155,7 @@ def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
         ("SafeGene", 1, "1101" * 5),
         ("RESTA", 2, "1111" * 5),  # there is nothing to hold it against
     ]:
-        record = {"task": "sst2", "method": method, "seed": seed, "right": right}
+        record = {"task": "sst2", "method": method, "seed": seed, "scores": right}
         (tmp_path / f"{method}-{seed}.json").write_text(json.dumps(record))
     free = {  # the table's own cells, where answers are free
         "fine-tuned": Row("fine-tuned", [cell("fine-tuned", ["r"] * 4, [0.5, 0.7, 0.6], task="gsm8k")]),
@@ -166,6 +166,10 @@ def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
     assert found[2].startswith("| SafeGene | SST-2 | 2 | 20 | 62.5 | +0.00 [-") and found[2].endswith("| 1 |")
     assert found[3].startswith("| SafeGene | GSM8K | 1 | 3 | 40.0 | +20.00 [")
     assert found[4].startswith("| SafeGene | mean without poisoned | | | | +10.00 [") and len(found) == 5
+    for method, scores in [("fine-tuned", [0.5, 0.5]), ("SafeGene", [0.5, 0.25])]:
+        record = {"task": "gsm8k", "method": method, "seed": 0, "scores": scores}
+        (tmp_path / f"gsm8k {method}.json").write_text(json.dumps(record))
+    assert utility_lost(tmp_path, {"gsm8k": free})[3].startswith("| SafeGene | GSM8K | 1 | 2 | 37.5 | +12.50 [")
     assert utility_lost(tmp_path / "nowhere", {"gsm8k": free}) == []
 
 
