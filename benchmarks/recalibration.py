@@ -79,8 +79,9 @@ def adam(rate, evaluate, start, passes):
 def levenberg_marquardt(evaluate, start, passes):
     """The Gauss–Newton matrix anew at every accepted point, damped by what the last step taught."""
     point, damping = start, 0.1
-    value, gradient, matrix = evaluate(point)
+    value, gradient, rows = evaluate(point)
     while True:
+        matrix = rows.T @ rows
         own = np.diag(np.diag(matrix) + np.trace(matrix) / len(start) / 10)
         found = minimize(
             lambda step, g=gradient, b=matrix + damping * own: (g @ step + step @ b @ step / 2, g + b @ step),
@@ -91,7 +92,7 @@ def levenberg_marquardt(evaluate, start, passes):
         ).x
         new = evaluate(np.clip(point + found, LOWER, UPPER))
         if new[0] < value:
-            point, (value, gradient, matrix), damping = np.clip(point + found, LOWER, UPPER), new, damping / 3
+            point, (value, gradient, rows), damping = np.clip(point + found, LOWER, UPPER), new, damping / 3
         else:
             damping *= 10
 
@@ -146,10 +147,10 @@ def main() -> None:
                 if len(values) == arguments.passes:
                     raise Enough
                 started = time.perf_counter()
-                value, _, gradient, curvature = objective(model, fit, attach, point, config)
+                value, _, gradient, rows = objective(model, fit, attach, point, config)
                 seconds.append(time.perf_counter() - started)
                 values.append(value)
-                return value, gradient, curvature
+                return value, gradient, rows
 
             with suppress(Enough):
                 run(evaluate, start, arguments.passes)

@@ -9,7 +9,7 @@ from .errors import ConfigError
 from .gate import GateConfig
 
 
-Granularity = Literal["layer", "module"]
+Granularity = Literal["layer", "module", "rank"]  # from coarse to fine
 OutputFormat = Literal["merged", "adapter", "both"]
 OnFailure = Literal["raise", "warn"]
 
@@ -35,7 +35,8 @@ class SafeGeneConfig:
         num_task_shots: Task samples used in all, held-out ones included.
         num_benign_shots: Benign prompts of the vector used in all to keep the model from over-refusing.
         holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance decision.
-        granularity: One coefficient per `module` or per `layer` (SafeGene's own).
+        granularity: One coefficient per `layer` (SafeGene's own), per `module`, or per `rank`: for each of the r rank-one parts of a
+            module's delta.
         min_coefficient: Lower bound of every coefficient; never below 0, because −V removes refusals.
         max_coefficient: Upper bound of every coefficient.
         initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.

@@ -8,12 +8,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
+from .config import Granularity
 from .errors import ConfigError, FamilyError
 from .output import MARKER
 from .vector import SafetyVector
@@ -78,15 +79,15 @@ def coefficient_names(vector: SafetyVector, granularity: str) -> list[str]:
 
 
 def of_granularity(coefficients: Coefficients, vector: SafetyVector, granularity: str) -> Coefficients | None:
-    """The coefficients as they are, or a layer's given to each of its modules; None where they are of another kind."""
-    wanted = coefficient_names(vector, granularity)
-    if set(coefficients) == set(wanted):
-        return coefficients
-    layers, modules = vector.coefficient_names("layer"), vector.coefficient_names("module")
-    if granularity != "module" or set(coefficients) != set(coefficient_names(vector, "layer")):
-        return None
-    pairs = [pair for module in modules for pair in zip(modules[module], layers[module], strict=True)]
-    return {own: coefficients[shared] for own, shared in pairs}
+    """The coefficients as they are, or each of a coarser kind given to all that it stood for; None where they are of another kind."""
+    kinds = get_args(Granularity)
+    wanted = vector.coefficient_names(granularity)
+    for kind in kinds[: kinds.index(granularity) + 1]:
+        found = vector.coefficient_names(kind)
+        if set(coefficients) == {name for own in found.values() for name in own}:
+            pairs = [pair for module in wanted for pair in zip(wanted[module], found[module], strict=True)]
+            return {own: coefficients[shared] for own, shared in pairs}
+    return None
 
 
 def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> None:

@@ -147,5 +147,5 @@ def _given_coefficients(
         if set(coefficient_names(vector, kind)) == set(coefficients):
             return coefficients, kind
     raise ConfigError(
-        f"The coefficients in {given} are not those of this vector's layers or modules: name another report."
+        f"The coefficients in {given} are not those of this vector's layers, modules or rank-one parts: name another report."
     )

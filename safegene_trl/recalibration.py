@@ -271,13 +271,13 @@ def _search(
     sharding = fit.sharding
 
     def evaluate(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        value, losses, gradient, curvature = objective(model, fit, attach, point, config)
+        value, losses, gradient, rows = objective(model, fit, attach, point, config)
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
             raise RecalibrationError("The recalibration loss is not finite: check whether the fine-tune has diverged.")
         entry = {"objective": value, **losses.to_dict(), "coefficients": dict(zip(names, point.tolist(), strict=True))}
         history.append(entry)
         on_evaluation(entry)
-        return value, gradient, curvature
+        return value, gradient, rows
 
     ended = torch.zeros(1 + len(names), dtype=torch.float64)
 
@@ -308,7 +308,8 @@ def objective(
     point: np.ndarray,
     config: SafeGeneConfig,
 ) -> tuple[float, Losses, np.ndarray, np.ndarray]:
-    """The objective at `point`, its losses, its gradient `(n,)` and its Gauss–Newton matrix n×n; one batch's graph lives at a time.
+    """The objective at `point`, its losses, its gradient `(n,)` and its Gauss–Newton matrix `RᵀR` as the rows `R`, one per sample
+    (samples×n); one batch's graph lives at a time.
 
     With `g_i` the gradient of sample i's negative log-likelihood the matrix is `Σ w_i g_i g_iᵀ`, an estimate of Fisher's. A divergence
     `k_i` has its minimum, 0, where nothing is added: it is half the square of a residual `√(2 k_i)`, whose matrix is
@@ -318,14 +319,14 @@ def objective(
     weights = {"safety": 1.0, "benign": config.benign_weight, "utility": config.utility_weight}
     value = sum(weights[term] * loss for term, loss in losses.to_dict().items())
     value += config.sparsity_weight * float(point.sum())
-    gradient, curvature = np.full(len(point), config.sparsity_weight), np.zeros((len(point), len(point)))
+    gradient, matrix = np.full(len(point), config.sparsity_weight), []
     for term, samples in terms.items():
         weight, rows = weights[term] * samples.weight, samples.gradients
         gradient += weight * rows.sum(axis=0)
         if term == "utility":
             rows = rows / np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))[:, None]
-        curvature += weight * rows.T @ rows
-    return value, losses, gradient, curvature
+        matrix.append(np.sqrt(weight) * rows)
+    return value, losses, gradient, np.concatenate(matrix)
 
 
 def _accept(

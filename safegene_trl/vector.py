@@ -88,14 +88,19 @@ class SafetyVector(
         return list(self.extraction.get("components", [self.rank]))
 
     def coefficient_names(self, granularity: str) -> dict[str, list[str]]:
-        """The names of the coefficients of every module's r rank-one parts: its layer's (`layers.12`) or its own.
+        """The names of the coefficients of every module's r rank-one parts: its layer's (`layers.12`), the module's own, or the
+        part's (`…up_proj#3`).
 
-        Of a vector with several components they have the component's number as well: `layers.12/0`.
+        Of a vector with several components they have the component's number as well: `layers.12/0`, `…up_proj/0#3`.
         """
         ranks = self.components
-        marks = [f"/{number}" if len(ranks) > 1 else "" for number, rank in enumerate(ranks) for _ in range(rank)]
+        marks = [
+            (f"/{number}" if len(ranks) > 1 else "") + (f"#{part}" if granularity == "rank" else "")
+            for number, rank in enumerate(ranks)
+            for part in range(rank)
+        ]
         return {
-            name: [(name if granularity == "module" else f"layers.{layer_index(name)}") + mark for mark in marks]
+            name: [(f"layers.{layer_index(name)}" if granularity == "layer" else name) + mark for mark in marks]
             for name in self.deltas
         }
 

@@ -109,7 +109,7 @@ def expected_logits(trainer, report, vector):
 
 
 @pytest.mark.parametrize("trainer_kind", ["sft-full", "sft-lora", "plain-full", "plain-lora"])
-@pytest.mark.parametrize("granularity", ["layer", "module"])
+@pytest.mark.parametrize("granularity", ["layer", "module", "rank"])
 def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     trainer_kind, granularity, config, tokenizer, tmp_path
 ):
@@ -127,7 +127,7 @@ def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     assert report["status"] == "safeguarded"
     assert report["model"]["kind"] == trainer_kind.split("-")[1]
     assert set(report["phases"]) == {"prepare", "recalibrate", "measure", "save"}
-    assert len(report["coefficients"]) == (2 if granularity == "layer" else 6)
+    assert len(report["coefficients"]) == {"layer": 2, "module": 6, "rank": 12}[granularity]
     assert any(report["coefficients"].values())
     vector = make_vector(make_model(), tokenizer)
     expected = expected_logits(trainer, report, vector)

@@ -37,6 +37,8 @@ def test_components_add_up(two, tmp_path, capsys):
     assert len(vector.prompts) == len(first.prompts) + 1
     names = vector.coefficient_names("layer")
     assert names["model.layers.1.mlp.down_proj"] == ["layers.1/0"] * 2 + ["layers.1/1"] * 3
+    name = "model.layers.1.mlp.down_proj"
+    assert vector.coefficient_names("rank")[name] == [f"{name}/{mark}" for mark in ("0#0", "0#1", "1#0", "1#1", "1#2")]
     weights = {f"layers.{layer}/{part}": 0.1 * layer + part for layer in range(3) for part in range(2)}
     for name, own in vector.by_module(weights, "layer").items():
         layer = int(name.split(".")[2])

@@ -113,8 +113,12 @@ def test_another_vector_or_granularity_is_refused(vector_dir, tokenizer):
     assert carried_coefficients(made, vector, "module") == dict.fromkeys(by_module, 0.0)
     made.config.safegene = mark(vector, by_module)["safegene"]
     assert carried_coefficients(made, vector, "module") == by_module
-    with pytest.raises(FamilyError, match="other kinds of coefficients"):
-        carried_coefficients(made, vector, "layer")
+    by_part = carried_coefficients(made, vector, "rank")  # and a module's that of each of its rank-one parts
+    assert by_part == {f"{name}#{part}": value for name, value in by_module.items() for part in range(2)}
+    for held, wanted in ((by_module, "layer"), (by_part, "module")):
+        made.config.safegene = mark(vector, held)["safegene"]
+        with pytest.raises(FamilyError, match="other kinds of coefficients"):
+            carried_coefficients(made, vector, wanted)
     for entry, message in (
         (mark(vector, {"layers.1": 0.5, "layers.2": 0.2}), None),
         (mark(vector, {"layers.1": 0.5}), "other kinds of coefficients"),

@@ -1,5 +1,7 @@
 """The minimiser against scipy's, its bounds, its budget, and the first step that the Gauss–Newton matrix gives."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -28,7 +30,7 @@ def logistic(seed=0, samples=40, count=8):
     def function(point):
         margins = labels * (data @ point)
         rows = -(labels / (1 + np.exp(margins)))[:, None] * data / samples
-        return np.logaddexp(0, -margins).mean(), rows.sum(axis=0), samples * rows.T @ rows
+        return np.logaddexp(0, -margins).mean(), rows.sum(axis=0), np.sqrt(samples) * rows
 
     return function
 
@@ -53,7 +55,7 @@ def test_reaches_the_minimum_in_fewer_evaluations_than_lbfgs(seed):
 def test_a_quadratic_with_its_own_matrix_takes_two_steps():
     target = np.array([0.5, 1.2, -0.1])
     matrix = np.diag([1.0, 10.0, 100.0])
-    problem = Problem(lambda p: ((p - target) @ matrix @ (p - target) / 2 + 1, matrix @ (p - target), matrix))
+    problem = Problem(lambda p: ((p - target) @ matrix @ (p - target) / 2 + 1, matrix @ (p - target), np.sqrt(matrix)))
     found = minimize_in_box(problem, np.array([0.3, 0.9, 0.2]), 0.0, 2.0, 12)
     assert found == pytest.approx([0.5, 1.2, 0.0], abs=0.03)
     assert len(problem.points) <= 5
@@ -77,11 +79,10 @@ def few_samples(seed, samples=6, outputs=4, count=60):
         residuals = jacobians @ point
         losses = (residuals**2).sum(axis=1) / 2
         rows = np.einsum("so,son->sn", residuals, jacobians)
-        matrix = (rows / (2 * losses)[:, None]).T @ rows / samples
         return (
             losses.mean() + 3 * np.logaddexp(0, -gain @ point),
             rows.mean(axis=0) - 3 * gain / (1 + np.exp(gain @ point)),
-            matrix,
+            rows / np.sqrt(2 * losses * samples)[:, None],
         )
 
     return function
@@ -109,9 +110,21 @@ def test_misleading_matrix_is_survived():
     for factor in (0.05, 20.0):
 
         def odd(point, factor=factor):
-            value, gradient, matrix = function(point)
-            return value, gradient, factor * matrix
+            value, gradient, rows = function(point)
+            return value, gradient, np.sqrt(factor) * rows
 
         found = minimize_in_box(odd, np.full(8, 0.3), 0.0, 2.0, 60)
         assert function(found)[0] < function(np.full(8, 0.3))[0]
         assert function(found)[0] == pytest.approx(optimum, rel=0.05)
+
+
+def test_thousands_of_unknowns_need_no_matrix_of_their_own():
+    count = 4000
+    function = few_samples(0, count=count)
+    start = np.full(count, 0.3)
+    tracemalloc.start()
+    found = minimize_in_box(function, start, 0.0, 2.0, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert function(found)[0] < 0.2 * function(start)[0] and (found >= 0).all() and (found <= 2).all()
+    assert peak < 8 * count**2 / 10  # bytes

@@ -150,9 +150,9 @@ def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
     with frozen_for_calibration(model):
         fit = recalibration.Side(model, data, "fit", config, 0, ALONE)
         for point in (np.array([0.01, 0.02]), np.array([0.03, 0.0])):
-            _, losses, _, curvature = recalibration.objective(model, fit, attach, point, config)
+            _, losses, _, rows = recalibration.objective(model, fit, attach, point, config)
             harmful = fit.gradients(model, attach, point)[1]["safety"]
-            curvature -= harmful.weight * harmful.gradients.T @ harmful.gradients
+            curvature = rows.T @ rows - harmful.weight * harmful.gradients.T @ harmful.gradients
             assert point @ curvature @ point / 2 == pytest.approx(2.0 * losses.utility, rel=0.1)
 
 

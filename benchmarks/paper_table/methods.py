@@ -249,6 +249,10 @@ UNSOFTENED = partial(THREE_COMPONENTS, granularity="module")
 VARIANTS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of SafeGene as it is
     "utility weight 4": partial(safegene_row, vector_name="three components", utility_weight=4.0),
     "warm start": warm_start_row,
+    "by rank": partial(safegene_row, vector_name="three components", granularity="rank"),
+    "by rank, utility weight 4": partial(
+        safegene_row, vector_name="three components", granularity="rank", utility_weight=4.0
+    ),
     "by layer": partial(safegene_row, vector_name="three components", granularity="layer"),
     "by layer, T = 1": THREE_COMPONENTS,
     "by layer, T = 1, 128 task shots, utility weight 2": partial(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import SafeGeneError
 from ..output import MARKER
+from ..reporting.coefficients import by_component
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
 from ..vector import SafetyVector
@@ -23,8 +24,13 @@ def main(argv: Sequence[str]) -> int:
     if report.is_file():
         try:
             found = json.loads(report.read_text(encoding="utf-8"))
-            width = max(map(len, found["coefficients"]), default=0)
-            coefficients = [f"  {name:<{width}}  λ = {value:.3f}" for name, value in found["coefficients"].items()]
+            shown = {
+                f"{place}/{component}" if component else place: value
+                for component, values in by_component(found["coefficients"]).items()
+                for place, value in values.items()
+            }
+            width = max(map(len, shown), default=0)
+            coefficients = [f"  {name:<{width}}  λ = {value:.3f}" for name, value in shown.items()]
             print("\n".join([summary(found), *coefficients]))
         except (ValueError, KeyError) as error:
             raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error

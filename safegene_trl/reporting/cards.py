@@ -113,7 +113,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
 
 A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {base["name"] or "a model of its family"} that has taken on the safety vector
 {vector["name"]} ({vector["aligned_model"]["name"]}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
-coefficient per {report["config"]["granularity"]}, that give it refusals back which the fine-tune had weakened.
+coefficient per {"rank-one part" if report["config"]["granularity"] == "rank" else report["config"]["granularity"]}, that give it refusals back which the fine-tune had weakened.
 
 Outcome: **{decision["outcome"].replace("_", " ")}**. {decision["reason"]}
 """

@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from .coefficients import by_component
+
 
 OUTCOMES = {
     "accepted": ("Accepted", "good"),
@@ -54,24 +56,22 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
 
 def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
     """A bar chart for every component of the vector."""
-    components: dict[str, list[tuple[str, float]]] = {}
-    for name, value in coefficients.items():
-        layer, _, component = name.partition("/")
-        components.setdefault(component, []).append((layer, value))
-    top = max([1.0, *coefficients.values()])
+    components = by_component(coefficients)
+    what = "means of rank-one parts' coefficients" if any("#" in name for name in coefficients) else "coefficients"
+    top = max([1.0, *(value for values in components.values() for value in values.values())])
     charts = []
     for component, values in components.items():
-        largest = max(values, key=lambda item: item[1])
-        mean = sum(value for _, value in values) / len(values)
+        largest = max(values.items(), key=lambda item: item[1])
+        mean = sum(values.values()) / len(values)
         charts.append(
             {
                 "title": f"Component {component}" if component else "",
-                "label": f"{len(values)} coefficients between 0 and {top:.2f}, mean {mean:.2f}, largest {largest[1]:.2f} at {largest[0]}",
+                "label": f"{len(values)} {what} between 0 and {top:.2f}, mean {mean:.2f}, largest {largest[1]:.2f} at {largest[0]}",
                 "top": top,
                 "width": 10 * len(values),
                 "bars": [
                     {"x": 10 * index, "height": 100 * value / top, "name": name, "value": value}
-                    for index, (name, value) in enumerate(values)
+                    for index, (name, value) in enumerate(values.items())
                 ],
             }
         )

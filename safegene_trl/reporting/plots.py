@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SafeGeneError
+from .coefficients import by_component
 
 
 def heat_map(tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path) -> None:
@@ -38,13 +39,11 @@ def selection_plot(selection: dict[str, Any], path: Path) -> None:
 
 
 def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
-    """One bar per coefficient; those of a vector's components above each other."""
-    components: dict[str, list[float]] = {}
-    for name, value in coefficients.items():
-        components.setdefault(name.partition("/")[2], []).append(value)
+    """One bar per layer or module; those of a vector's components above each other."""
+    components = by_component(coefficients)
     figure, axes = _figure(len(components), 1, width=9, height=1.5 + 1.5 * len(components))
     for row, (component, values) in zip(np.atleast_1d(axes), components.items(), strict=True):
-        row.bar(range(len(values)), values)
+        row.bar(range(len(values)), list(values.values()))
         row.set_ylabel(f"λ, component {component}" if component else "λ")
     row.set_xlabel("layer or module, in order")
     _save(figure, path)

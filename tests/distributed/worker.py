@@ -156,9 +156,9 @@ def record_gradients() -> list:
     found: list = []
 
     def recorded(model, fit, attach, point, config):
-        value, losses, gradient, curvature = ORIGINAL(model, fit, attach, point, config)
+        value, losses, gradient, rows = ORIGINAL(model, fit, attach, point, config)
         found.append({"point": list(map(float, point)), "gradient": gradient.tolist(), "losses": losses.to_dict()})
-        return value, losses, gradient, curvature
+        return value, losses, gradient, rows
 
     recalibration.objective = recorded
     return found
