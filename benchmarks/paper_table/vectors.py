@@ -19,7 +19,7 @@ VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles, linearized": ("puzzles", ["--method", "linearized", "--distill_steps", "30", "--batch_size", "8"]),
     "puzzles, rank 2": ("puzzles", ["--rank", "2"]),
     "puzzles, rank 4": ("puzzles", ["--rank", "4"]),
-    "puzzles, isolated from other tasks": ("puzzles", ["--isolate_from", "gsm8k", "alpaca"]),
+    "puzzles, isolated from other tasks": ("puzzles", ["--isolate_from", "ag_news", "alpaca"]),
     "puzzles, layers by contrast": ("puzzles", ["--selection", "activation_contrast", "--layer_share", "0.5"]),
     "puzzles, layers by gradient": ("puzzles", ["--selection", "gradient", "--layer_share", "0.5"]),
     "puzzles, layers by size": ("puzzles", ["--selection", "magnitude", "--layer_share", "0.5"]),

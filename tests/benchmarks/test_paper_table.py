@@ -241,7 +241,7 @@ def test_a_vector_is_isolated_from_fine_tunes(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors, "degraded", lambda kind, data: tmp_path / kind)
     monkeypatch.setattr(vectors, "fine_tuned", lambda task, seed, data: tmp_path / task.name)
     vectors.vector("puzzles, isolated from other tasks", None)
-    assert said[0][-3:] == ("--isolate_from", tmp_path / "gsm8k", tmp_path / "alpaca")
+    assert said[0][-3:] == ("--isolate_from", tmp_path / "ag_news", tmp_path / "alpaca")
     assert vectors.vector("three components", None) == vectors.SHIPPED and len(said) == 1
 
 
