@@ -83,8 +83,8 @@ def of_granularity(coefficients: Coefficients, vector: SafetyVector, granularity
     kinds = get_args(Granularity)
     wanted = vector.coefficient_names(granularity)
     for kind in kinds[: kinds.index(granularity) + 1]:
-        found = vector.coefficient_names(kind)
-        if set(coefficients) == {name for own in found.values() for name in own}:
+        if set(coefficients) == set(coefficient_names(vector, kind)):
+            found = vector.coefficient_names(kind)
             pairs = [pair for module in wanted for pair in zip(wanted[module], found[module], strict=True)]
             return {own: coefficients[shared] for own, shared in pairs}
     return None
