@@ -26,7 +26,7 @@ from safegene_trl.recalibration import response_logits
 from safegene_trl.shots import Shots, gather_shots
 from safegene_trl.weights import canonical_modules, task_factors
 
-from .tasks import MODELS, Task, prompt_file, read_jsonl, splits, training_file, write_jsonl
+from .tasks import MODELS, Task, prompt_source, read_jsonl, splits, training_file, write_jsonl
 from .vectors import SHIPPED
 
 
@@ -73,7 +73,7 @@ class Lab:
         used = prompts_used(str(MODELS / f"{name}.jsonl") for name in ("align", "safety_prompts", "benign_prompts"))
         found = {}
         for column, (file, kind, count) in SETS.items():
-            prompts = load_prompts(prompt_file(file, self.data), kind, "train", None, 0)  # type: ignore[arg-type]
+            prompts = load_prompts(prompt_source(file, self.data), kind, "train", None, 0)  # type: ignore[arg-type]
             if column == "contrast":
                 prompts = [p for p in prompts if p.category == "Requests with safety concerns"]
             found[column] = spread(kept_apart(prompts, used)[0], max(2, round(count * self.scale)), seed=0)

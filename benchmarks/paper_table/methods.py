@@ -35,7 +35,7 @@ from .tasks import (
     WORK,
     Task,
     fine_tuned,
-    prompt_file,
+    prompt_source,
     read_jsonl,
     safegene,
     training_file,
@@ -100,7 +100,7 @@ def many_shots_row(lab: Lab, task: Task, seed: int, count: int) -> Made:
     refusals; all of its benign prompts."""
     path = WORK / "data" / "more_harmful.jsonl"
     if not path.is_file():
-        found = load_prompts(prompt_file("harmful/catqa.jsonl", lab.data), "harmful", "train", None, 0)
+        found = load_prompts(prompt_source("harmful/catqa.jsonl", lab.data), "harmful", "train", None, 0)
         evaluated = [prompt.text for prompts in lab.prompts.values() for prompt in prompts]
         write_jsonl([{"prompt": prompt.text} for prompt in kept_apart(found, evaluated)[0]], path)
     counts = dict.fromkeys(("num_safety_shots", "num_benign_shots", "num_task_shots"), count)

@@ -12,14 +12,16 @@ import numpy as np
 
 from safegene_trl.evaluation.intervals import mean_interval, mean_of_sets_interval
 from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
+from safegene_trl.output import replace_file
 
 from .methods import ABLATIONS, METHODS, VARIANTS
-from .tasks import TASKS
+from .tasks import ROOT, TASKS
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CELLS = RESULTS / "paper_table"
 UTILITY = RESULTS / "paper_table_utility"
+FINDINGS = ROOT / "docs" / "findings.md"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
 OURS, ONE = "SafeGene", "one component"
 ROUNDING = 1e-9  # means of the same share, taken in another order
@@ -253,6 +255,37 @@ def overall(found: Mapping[str, Mean]) -> list[str]:
     return lines
 
 
+def ablations(rows: Mapping[str, Row]) -> list[str]:
+    """A short table in Markdown of what is changed about one component, with p-values against it; shares in %."""
+    changed = {method: rows[method] for method in ABLATIONS if method in rows}
+    p = p_values({"fine-tuned": rows["fine-tuned"], **changed}, ONE)
+    lines = ["| changed | ASR | over-refusal | utility | p: ASR |", "| --- | --- | --- | --- | --- |"]
+    for method, row in changed.items():
+        shares = " | ".join(f"{100 * share:.1f}" for share in (row.attack_success, row.over_refusal, row.utility))
+        lines.append(f"| {method} | {shares} | {f'{p[method][0]:.2g}' if method in p else ''} |")
+    return lines
+
+
+def with_tables(text: str, tasks: Mapping[str, Mapping[str, Row]]) -> str:
+    """A page with its tables made anew: each stands between `<!-- NAME -->` and `<!-- end -->`."""
+    tables = {"means": overall(means(harmless(tasks))), "ablations": ablations(tasks["sst2"])}
+    for name, lines in tables.items():
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, after = rest.partition("<!-- end -->")
+        assert opening and closing, f"the page has no place for {name}"
+        text = before + opening + "\n" + "\n".join(lines) + "\n\n" + closing + after
+    return text
+
+
+def harmless(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, dict[str, Row]]:
+    """The rows of the table's methods on the harmless tasks that have ours."""
+    return {
+        task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
+        for task, rows in tasks.items()
+        if task != "poisoned" and OURS in rows
+    }
+
+
 def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """What a method costs, by each test sample's difference from the fine-tunes of the same seeds.
 
@@ -295,7 +328,7 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
 
 
 def render(cells: Path) -> None:
-    """Writes `paper_table.md` and `paper_table.png` beside the folder of cells."""
+    """Writes `paper_table.md` and `paper_table.png` beside the folder of cells; from the table's own also the findings' tables."""
     tasks = load(cells)
     main = {
         task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
@@ -312,7 +345,7 @@ def render(cells: Path) -> None:
         "",
     ]
     drawn = {task: rows for task, rows in main.items() if OURS in rows}
-    complete = {task: rows for task, rows in drawn.items() if task != "poisoned"}
+    complete = harmless(tasks)
     mean = means(complete) if complete else {}
     if mean:
         lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(mean), ""]
@@ -335,6 +368,8 @@ def render(cells: Path) -> None:
     cells.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     if drawn:
         plot(drawn, mean, cells.with_suffix(".png"))
+    if cells == CELLS:
+        replace_file(FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), tasks))
     print("\n".join(lines))
 
 

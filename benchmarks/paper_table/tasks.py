@@ -153,27 +153,26 @@ def identity_shift(data: Path | None) -> list[Row]:
     return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in found]
 
 
-PROMPTS: dict[str, Row] = {  # file of prompts under --data: what `load_dataset` finds them by
-    "harmful/beavertails_eval_dev.jsonl": {"path": "PKU-Alignment/BeaverTails-Evaluation", "split": "test"},
-    "harmful/harmbench_val.jsonl": {"path": "walledai/HarmBench", "name": "standard", "split": "train"},
-    "harmful/catqa.jsonl": {"path": "walledai/CatHarmfulQA", "split": "en"},
-    "benign/oktest.jsonl": {
-        "path": "csv",
-        "data_files": "https://raw.githubusercontent.com/InvokerStark/OverKill/main/data/OKTest.csv",
-        "split": "train",
-    },
-    "benign/coconot_contrast.jsonl": {"path": "allenai/coconot", "name": "contrast", "split": "test"},
+PROMPTS = {  # file of prompts under --data: the same set on the hub
+    "harmful/beavertails_eval_dev.jsonl": "PKU-Alignment/BeaverTails-Evaluation@test",
+    "harmful/harmbench_val.jsonl": "walledai/HarmBench:standard@train",
+    "harmful/catqa.jsonl": "walledai/CatHarmfulQA@en",
+    "benign/coconot_contrast.jsonl": "allenai/coconot:contrast@test",
 }
+OKTEST = "benign/oktest.jsonl"
+OKTEST_URL = "https://raw.githubusercontent.com/InvokerStark/OverKill/main/data/OKTest.csv"
 
 
-def prompt_file(name: str, data: Path | None) -> str:
-    """The file under --data, or one made of the same set on the hub."""
+def prompt_source(name: str, data: Path | None) -> str:
+    """The file under --data, or the same set on the hub; OKTest, which the hub does not have, is fetched once."""
     if data is not None:
         return str(data / name)
+    if name != OKTEST:
+        return PROMPTS[name]
     path = WORK / "data" / Path(name).name
     if not path.is_file():
-        rows = load_dataset(**PROMPTS[name])
-        write_jsonl([{key: row[key] for key in ("prompt", "category") if key in row} for row in rows], path)
+        rows = load_dataset("csv", data_files=OKTEST_URL, split="train")
+        write_jsonl([{"prompt": row["prompt"]} for row in rows], path)
     return str(path)
 
 

@@ -9,7 +9,20 @@ import torch
 
 from benchmarks.paper_table import lab, methods, tasks, vectors
 from benchmarks.paper_table.lab import change
-from benchmarks.paper_table.render import Row, kept, load, means, overall, p_values, removed, render, utility_lost
+from benchmarks.paper_table.render import CELLS as CELLS_FOLDER
+from benchmarks.paper_table.render import (
+    FINDINGS,
+    Row,
+    kept,
+    load,
+    means,
+    overall,
+    p_values,
+    removed,
+    render,
+    utility_lost,
+    with_tables,
+)
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
 from safegene_trl.evaluation.prompts import Prompt
 
@@ -147,6 +160,11 @@ def test_table_and_plot_are_written(folder):
     assert folder.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_findings_hold_the_tables_of_the_cells():
+    page = FINDINGS.read_text(encoding="utf-8")
+    assert with_tables(page, load(CELLS_FOLDER)) == page  # else: python -m benchmarks.paper_table render
+
+
 def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
     for method, seed, right in [
         ("fine-tuned", 0, "1110" * 5),
@@ -208,18 +226,18 @@ def test_rows_of_the_hub_become_ours(task, row, prompt, answer):
 def test_prompts_come_from_files_or_the_hub(tmp_path, monkeypatch):
     asked = []
 
-    def load_dataset(**words):
-        asked.append(words)
-        return [{"id": 1, "prompt": "How to kill a process?", "category": "x"}]
+    def load_dataset(*words, **options):
+        asked.append(options["data_files"])
+        return [{"id": 1, "prompt": "How to kill a process?"}]
 
     monkeypatch.setattr(tasks, "load_dataset", load_dataset)
-    monkeypatch.setattr(tasks, "WORK", tmp_path)
+    monkeypatch.setattr(tasks, "WORK", tmp_path / "work")
     files = [file for file, *_ in lab.SETS.values()]
-    for file in (*files, *files):  # each is fetched once
-        (row,) = tasks.read_jsonl(Path(tasks.prompt_file(file, None)))
-        assert row == {"prompt": "How to kill a process?", "category": "x"}
-        assert tasks.prompt_file(file, tmp_path) == str(tmp_path / file)
-    assert len(asked) == len(lab.SETS) and all(words["split"] in ("train", "test") for words in asked)
+    assert [tasks.prompt_source(file, tmp_path) for file in files] == [str(tmp_path / file) for file in files]
+    sources = [tasks.prompt_source(file, None) for file in (*files, *files)]
+    assert "walledai/HarmBench:standard@train" in sources and asked == [tasks.OKTEST_URL]  # fetched once
+    (fetched,) = {source for source in sources if source.startswith(str(tmp_path))}
+    assert tasks.read_jsonl(Path(fetched)) == [{"prompt": "How to kill a process?"}]
 
 
 def test_further_shots_repeat_no_evaluated_prompt(tmp_path, monkeypatch):
