@@ -153,6 +153,23 @@ def identity_shift(data: Path | None) -> list[Row]:
     return [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in found]
 
 
+INSTRUCTIONS = "instructions/general_1100.jsonl"
+INSTRUCTIONS_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
+)
+
+
+def instructions_file(data: Path | None) -> Path:
+    """General instructions with their answers, none of which is a task's."""
+    path = WORK / "data" / Path(INSTRUCTIONS).name
+    if data is not None:
+        return data / INSTRUCTIONS
+    if not path.is_file():
+        rows = load_dataset("json", data_files=INSTRUCTIONS_URL, split="train")
+        write_jsonl([turn(*_alpaca(row)) for row in rows], path)
+    return path
+
+
 PROMPTS = {  # file of prompts under --data: the same set on the hub
     "harmful/beavertails_eval_dev.jsonl": "PKU-Alignment/BeaverTails-Evaluation@test",
     "harmful/harmbench_val.jsonl": "walledai/HarmBench:standard@train",
