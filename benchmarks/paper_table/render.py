@@ -26,6 +26,7 @@ HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
 OURS, ONE = "SafeGene", "one component"
 ROUNDING = 1e-9  # means of the same share, taken in another order
 LEAST_SPAN = 20  # points of utility in a panel, so that chance does not look large
+MOST_SPAN = 40  # what lost more lies on the panel's edge, so that the others can be told apart
 LEAST_PAIRS = 6  # of task and seed: with fewer, Wilcoxon's p cannot fall below 0.05
 Cell = dict[str, Any]
 
@@ -374,7 +375,10 @@ def render(cells: Path) -> None:
 
 
 def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], target: Path) -> None:
-    """Attack success against utility and against over-refusal: a pair of panels for the means over harmless tasks, and one per task."""
+    """Attack success against utility and against over-refusal: a pair of panels for the means over harmless tasks, and one per task.
+
+    A triangle on the left edge has lost more utility than the panel shows.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -395,11 +399,13 @@ def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], targe
     figure, axes = pyplot.subplots(2, len(panels), figsize=(2.9 * len(panels) + 1.6, 6.2), squeeze=False, sharey="row")
     for column, (title, points) in enumerate(panels.items()):
         utility, refusal = axes[0][column], axes[1][column]
+        edge = max(useful for _, _, useful, _ in points) - MOST_SPAN / 100
         for method, attacked, useful, refused in points:
             marker = "*" if method == OURS else "s" if method in ("aligned", "fine-tuned") else "o"
             style = {"color": colours[method], "marker": marker, "s": 110 if method == OURS else 45, "label": method}
             if method != "aligned":  # it has not learned the task
-                utility.scatter(100 * useful, 100 * attacked, **style)
+                off = {"marker": "<"} if useful < edge else {}
+                utility.scatter(100 * max(useful, edge), 100 * attacked, **(style | off))
             refusal.scatter(100 * refused, 100 * attacked, **style)
         utility.set(title=title, xlabel="utility (%)" if column else "change of utility (points)", ylim=(-3, 103))
         low, high = utility.get_xlim()
