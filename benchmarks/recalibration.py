@@ -1,7 +1,8 @@
 """How many passes over the shots the search for the coefficients needs, by minimiser, on a real fine-tune of SmolLM2-135M.
 
     python recipes/smollm2-135m/prepare.py
-    python benchmarks/recalibration.py --output benchmarks/results/recalibration.json
+    python -m benchmarks.recalibration --output benchmarks/results/recalibration.json
+    python -m benchmarks.recalibration --granularity layer --output benchmarks/results/recalibration_by_layer.json
 
 Fine-tunes on drug reviews by the recipe (or takes `--model`), then minimises the objective of `recalibration.py` from the same start
 with each minimiser. A pass is one evaluation of loss and gradient over all fitting shots, which is all that the search costs.
@@ -114,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
+    parser.add_argument("--granularity", default=SafeGeneConfig.granularity, choices=["layer", "module", "rank"])
     parser.add_argument("--passes", type=int, default=14)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -123,6 +125,7 @@ def main() -> None:
         step_seconds = fine_tuned(folder)
     config = SafeGeneConfig(
         vector=str(arguments.vector),
+        granularity=arguments.granularity,
         task_data=str(BUILD / "reviews_train.jsonl"),
         num_safety_shots=24,
         num_benign_shots=12,
@@ -172,6 +175,7 @@ def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGene
     pass_seconds = float(np.median(own["seconds"]))
     record = {
         "lowest_objective": lowest,
+        "granularity": config.granularity,
         "unknowns": unknowns,
         "shots": {
             "harmful": config.num_safety_shots,
