@@ -5,8 +5,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from safegene_trl.attach import LowRankDelta
 from safegene_trl.calibration import CalibrationSet, Sample, batches
 from safegene_trl.recalibration import cross_entropy
+from safegene_trl.weights import canonical_modules, task_factors
 
 from . import Update
 
@@ -54,4 +56,13 @@ def adapter_updates(model: nn.Module) -> Update:
         name.removeprefix("base_model.model."): module.get_delta_weight(module.active_adapters[0]).detach().float()
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
+    }
+
+
+def adapter_factors(model: nn.Module) -> dict[str, LowRankDelta]:
+    """The same as factors, the scaling in `B`."""
+    return {
+        name: LowRankDelta(factors.a.detach(), factors.b.detach() * factors.scaling)
+        for name, module in canonical_modules(model).items()
+        for factors in task_factors(module)
     }

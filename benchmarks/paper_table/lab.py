@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.baselines import Update, norm
-from benchmarks.baselines.few_shot import adapter_updates
+from benchmarks.baselines.few_shot import adapter_factors, adapter_updates
 from benchmarks.baselines.moments import input_moments
 from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.attach import LowRankDelta
@@ -24,7 +24,6 @@ from safegene_trl.evaluation.prompts import Prompt, kept_apart, load_prompts, pr
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.recalibration import response_logits
 from safegene_trl.shots import Shots, gather_shots
-from safegene_trl.weights import canonical_modules, task_factors
 
 from .tasks import MODELS, Task, prompt_source, read_jsonl, splits, training_file, write_jsonl
 from .vectors import SHIPPED
@@ -170,12 +169,7 @@ class Lab:
 
     def factors_of(self, adapter: Path) -> dict[str, LowRankDelta]:
         """The same as factors."""
-        model = load_model(str(adapter), dtype="float32")
-        return {
-            name: LowRankDelta(factors.a.detach(), factors.b.detach() * factors.scaling)
-            for name, module in canonical_modules(model).items()
-            for factors in task_factors(module)
-        }
+        return adapter_factors(load_model(str(adapter), dtype="float32"))
 
 
 def change(before: Update, after: Update) -> dict[str, Any]:

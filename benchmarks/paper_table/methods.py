@@ -28,7 +28,6 @@ from safegene_trl.provenance import sha256_of_json
 from safegene_trl.recalibration import cross_entropy
 
 from .lab import SHOTS, Lab
-from .repair import four_components
 from .tasks import (
     STEPS,
     TASKS,
@@ -115,11 +114,6 @@ def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
     applied(lab, other, seed, folder)
     report = settings(lab, other, seed, folder)[1] / "safegene_report.json"
     return applied(lab, task, seed, folder, warm_start=str(report))
-
-
-def four_components_row(lab: Lab, task: Task, seed: int, utility_weight: float) -> Made:
-    """With one more component, which is learned as the few-shot LoRA is."""
-    return applied(lab, task, seed, four_components(lab.data), utility_weight=utility_weight)
 
 
 def dense(vector_folder: Path) -> Update:
@@ -255,8 +249,8 @@ UNSOFTENED = partial(THREE_COMPONENTS, granularity="module")
 VARIANTS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of SafeGene as it is
     "utility weight 4": partial(safegene_row, vector_name="three components", utility_weight=4.0),
     "warm start": warm_start_row,
-    "four components": partial(four_components_row, utility_weight=1.0),
-    "four components, utility weight 4": partial(four_components_row, utility_weight=4.0),
+    "four components": partial(safegene_row, vector_name="four components"),
+    "four components, utility weight 4": partial(safegene_row, vector_name="four components", utility_weight=4.0),
     "by rank": partial(safegene_row, vector_name="three components", granularity="rank"),
     "by rank, utility weight 4": partial(
         safegene_row, vector_name="three components", granularity="rank", utility_weight=4.0

@@ -18,7 +18,7 @@ from .methods import ABLATIONS, METHODS, VARIANTS
 from .tasks import ROOT, TASKS
 
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 CELLS = RESULTS / "paper_table"
 UTILITY = RESULTS / "paper_table_utility"
 FINDINGS = ROOT / "docs" / "findings.md"
@@ -267,9 +267,9 @@ def ablations(rows: Mapping[str, Row]) -> list[str]:
     return lines
 
 
-def with_tables(text: str, tasks: Mapping[str, Mapping[str, Row]]) -> str:
+def with_tables(text: str, mean: Mapping[str, Mean], ablated: Mapping[str, Row]) -> str:
     """A page with its tables made anew: each stands between `<!-- NAME -->` and `<!-- end -->`."""
-    tables = {"means": overall(means(harmless(tasks))), "ablations": ablations(tasks["sst2"])}
+    tables = {"means": overall(mean), "ablations": ablations(ablated)}
     for name, lines in tables.items():
         before, opening, rest = text.partition(f"<!-- {name} -->\n")
         _, closing, after = rest.partition("<!-- end -->")
@@ -278,13 +278,9 @@ def with_tables(text: str, tasks: Mapping[str, Mapping[str, Row]]) -> str:
     return text
 
 
-def harmless(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, dict[str, Row]]:
-    """The rows of the table's methods on the harmless tasks that have ours."""
-    return {
-        task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
-        for task, rows in tasks.items()
-        if task != "poisoned" and OURS in rows
-    }
+def harmless(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, Row]]:
+    """The harmless tasks that have ours."""
+    return {task: rows for task, rows in tasks.items() if task != "poisoned" and OURS in rows}
 
 
 def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
@@ -370,7 +366,7 @@ def render(cells: Path) -> None:
     if drawn:
         plot(drawn, mean, cells.with_suffix(".png"))
     if cells == CELLS:
-        replace_file(FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), tasks))
+        replace_file(FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), mean, tasks["sst2"]))
     print("\n".join(lines))
 
 

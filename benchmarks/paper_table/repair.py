@@ -8,7 +8,6 @@ instructions, so that what is learned leaves alone how instructions are answered
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from safegene_trl import SafetyVector
+from benchmarks.baselines.few_shot import adapter_factors
 from safegene_trl.attach import LowRankDelta
 from safegene_trl.calibration import Sample, batches, conversation, padding_id, shortened, tokenize
 from safegene_trl.evaluation.judges import Exchange, judged
@@ -24,33 +23,11 @@ from safegene_trl.evaluation.judges.refusal_phrases import RefusalPhrases
 from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
 from safegene_trl.loading import load_model, load_tokenizer
 from safegene_trl.recalibration import cross_entropy, divergence, response_logits
-from safegene_trl.weights import canonical_modules, task_factors
 
 from .tasks import MODELS, WORK, Row, instructions_file, read_jsonl, sft
-from .vectors import SHIPPED
 
 
 STEPS, RATE, RANK, LENGTH = 60, 5e-4, 8, 160
-
-
-def four_components(data: Path | None) -> Path:
-    """Folder of the shipped vector with the learned component beside its three, made if it is not there."""
-    folder = WORK / "vectors" / "four components"
-    if (folder / "safegene_config.json").is_file():
-        return folder
-    shipped, learned = SafetyVector.from_pretrained(SHIPPED), repair(data)
-    ranks = [*shipped.components, RANK]
-    deltas = {
-        name: LowRankDelta(
-            torch.cat([delta.a, learned[name].a.to(delta.a.dtype)]),
-            torch.cat([delta.b, learned[name].b.to(delta.b.dtype)], dim=1),
-        )
-        for name, delta in shipped.deltas.items()
-    }
-    replace(
-        shipped, deltas=deltas, extraction=shipped.extraction | {"rank": sum(ranks), "components": ranks}
-    ).save_pretrained(folder)
-    return folder
 
 
 def repair(data: Path | None) -> dict[str, LowRankDelta]:
@@ -80,9 +57,10 @@ def _train(
     model: nn.Module, pad_id: int, refusals: list[Sample], benign: list[Sample], instructions: list[Sample]
 ) -> dict[str, LowRankDelta]:
     draw, device = random.Random(0), torch.device("cpu")
-    torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, config).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / STEPS)
@@ -95,8 +73,4 @@ def _train(
             (weight * divergence(tuned, batch, held).sum() / batch.target_mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {
-        name: LowRankDelta(factors.a.detach(), factors.b.detach() * factors.scaling)
-        for name, module in canonical_modules(tuned).items()
-        for factors in task_factors(module)
-    }
+    return adapter_factors(tuned)

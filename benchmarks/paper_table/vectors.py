@@ -1,12 +1,15 @@
 """The vectors that the methods take: the recipe's, and others, each made once from a model that was degraded in a harmless way."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from safegene_trl import SafetyVector
+from safegene_trl.combination import combined
 
+from .repair import repair
 from .tasks import MODELS, RECIPE, TASKS, WORK, fine_tuned, safegene, sft, turn, write_jsonl
 
 
@@ -26,13 +29,21 @@ VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles, layers at random": ("puzzles", ["--selection", "random", "--layer_share", "0.5"]),
     **{task: (task, []) for task in TASKS},  # a fine-tune as the degradation
 }
-SHIPPED = RECIPE / "safety-vector"  # three components: puzzles, before alignment and openings
+SHIPPED = (
+    RECIPE / "safety-vector"
+)  # three components: puzzles, before alignment and openings; a fourth is learned by `repair`
 
 
 def vector(name: str, data: Path | None) -> Path:
     """Folder of a vector, made if it is not there."""
     folder = SHIPPED if name == "three components" else WORK / "vectors" / name
     if (folder / "safegene_config.json").is_file():
+        return folder
+    if name == "four components":
+        shipped, learned = SafetyVector.from_pretrained(SHIPPED), repair(data)
+        rank = next(iter(learned.values())).a.shape[0]
+        alone = replace(shipped, deltas=learned, extraction={"method": "repair", "rank": rank})
+        combined([shipped, alone]).save_pretrained(folder)
         return folder
     kind, options = VECTORS[name]
     words = [fine_tuned(TASKS[word], 0, data) if word in TASKS else word for word in options]
