@@ -18,10 +18,12 @@ from transformers import (
 )
 
 from .config import SafeGeneConfig
-from .errors import FamilyError, SafeGeneError
+from .errors import FamilyError, OutputError, SafeGeneError, UnexpectedError
 from .reporting.report import scalars, summary
-from .safeguard import Preparation, dry_run_message, failure_path, prepare, safeguard
 from .sharding import check_launch, sharding_of
+from .step.live import Preparation, prepare, safeguard
+from .step.plain import FinishedTraining
+from .step.plan import Origin, dry_run_message, failure_path
 from .weights import base_model
 
 
@@ -63,8 +65,9 @@ class SafeGeneCallback(TrainerCallback):
     def __init__(self, config: SafeGeneConfig):
         self.config = config
         self.report: dict[str, Any] | None = None
-        self._plan: Preparation | None = None
+        self._prepared: Preparation | None = None
         self._trainer: Trainer | None = None
+        self._saved_step: int | None = None
 
     def attach(self, trainer: Trainer) -> "SafeGeneCallback":
         """Adds the callback to a trainer so that its metrics, under `safegene/`, reach the trackers in the run of the fine-tune.
@@ -86,7 +89,7 @@ class SafeGeneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks vector, family, data and output place before the GPU hours."""
-        self._plan = None
+        self._prepared = self._saved_step = None
         if state.is_hyper_param_search:
             logger.warning("SafeGene skips hyper-parameter trials: run it on the final training.")
             return
@@ -94,47 +97,54 @@ class SafeGeneCallback(TrainerCallback):
         sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
         with sharding.named(), sharding.agreed():
             check_launch(model, args)
-            tokenizer = _tokenizer(kwargs.get("processing_class"), model)
-        self._plan = prepare(
-            self.config,
-            model,
-            tokenizer,
-            self._target(args),
-            sharding,
-            *_base_of(model),
-            task_rows=None if loader is None else loader.dataset,
-        )
+            _check_output_dir(model, args)
+            processor = _processor(kwargs.get("processing_class"), model)
+        rows = None if loader is None else loader.dataset
+        with sharding.named():
+            self._prepared = prepare(
+                self.config, model, processor, self._target(args), sharding, _origin(model, args), rows
+            )
+        plan = self._prepared.plan
         if sharding.is_main:
-            for warning in self._plan.report["warnings"]:
+            for warning in plan.report.warnings:
                 logger.warning(warning)
         if self.config.dry_run:
-            message = dry_run_message(self._plan.target)
+            message = dry_run_message(plan.target)
             if sharding.is_main:
                 print(message)
             raise DryRunComplete(message)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes which step the training has a checkpoint of."""
+        self._saved_step = state.global_step
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Recalibrates, merges and saves. Does nothing when called a second time for one training."""
-        plan, self._plan = self._plan, None
-        if plan is None:
+        """Keeps the fine-tune, recalibrates, merges and saves. Does nothing when called a second time for one training."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
             return
+        plan, model = prepared.plan, kwargs["model"]
+        training = FinishedTraining(args, state, self._saved_step, self._trainer)
         try:
-            with plan.sharding.named():
-                base = _adapter_base(kwargs["model"], args)
-            safeguard(plan, kwargs["model"], base, show_progress=not args.disable_tqdm)
+            safeguard(prepared, model, _adapter_base(model, args), not args.disable_tqdm, training)
         except SafeGeneError as error:
-            if self.config.on_failure == "raise":
+            # What only one rank met leaves the others in a collective operation: it has to end the job.
+            if self.config.on_failure == "raise" or (
+                isinstance(error, UnexpectedError) and plan.sharding.world_size > 1
+            ):
                 raise
             logger.warning("SafeGene did not safeguard this fine-tune: %s (%s)", error, failure_path(plan.target))
         else:
             if plan.sharding.is_main:
-                print(f"{summary(plan.report)}\nSafeguarded checkpoint: {plan.target}", flush=True)
+                print(f"{summary(plan.report.to_dict())}\nSafeguarded checkpoint: {plan.target}", flush=True)
         finally:
-            self.report = plan.report
+            self.report = plan.report.to_dict()
             if self._trainer is not None:
-                self._trainer.log(scalars(plan.report))
+                self._trainer.log(scalars(self.report))
 
     def _target(self, args: TrainingArguments) -> Path:
         if self.config.output_dir is not None:
@@ -142,22 +152,30 @@ class SafeGeneCallback(TrainerCallback):
         return Path(str(args.output_dir)) / ("_safeguarded" if args.push_to_hub else "safeguarded")
 
 
-def _tokenizer(processing_class: Any, model: nn.Module) -> PreTrainedTokenizerBase:
-    if isinstance(processing_class, ProcessorMixin):
-        return processing_class.tokenizer
-    if isinstance(processing_class, PreTrainedTokenizerBase):
+def _processor(processing_class: Any, model: nn.Module) -> Any:
+    """The trainer's tokenizer, or its processor with one."""
+    if isinstance(processing_class, ProcessorMixin | PreTrainedTokenizerBase):
         return processing_class
     name = base_model(model).config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FamilyError("The trainer has no tokenizer: pass `processing_class=tokenizer` to it.") from error
 
 
-def _base_of(model: nn.Module) -> tuple[str | None, str | None]:
-    """Name and revision of the checkpoint that the training starts from, as far as the model knows them."""
+def _origin(model: nn.Module, args: TrainingArguments) -> Origin:
+    """Where the training starts, as far as the model knows, and where it writes."""
     config = base_model(model).config
-    return config.name_or_path or None, getattr(config, "_commit_hash", None)
+    kind = "lora" if isinstance(model, PeftModel) else "full"
+    revision = getattr(config, "_commit_hash", None)
+    return Origin(config.name_or_path or None, revision, kind, {"trainer's output": str(args.output_dir)})
+
+
+def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:
+    """Raises `OutputError` where the fine-tune would be saved over the checkpoint that it started from."""
+    base = Path(base_model(model).config.name_or_path or "")
+    if base.is_dir() and base.resolve() == Path(str(args.output_dir)).resolve():
+        raise OutputError(f"`output_dir` is {base}, the model that the training starts from: name another folder.")
 
 
 def _adapter_base(model: nn.Module, args: TrainingArguments) -> str:

@@ -47,3 +47,7 @@ class SignatureError(SafeGeneError):
 
 class PeerError(SafeGeneError):
     """Another rank of the same job failed; the message names it and its cause."""
+
+
+class UnexpectedError(SafeGeneError):
+    """The safety step failed by an error that nothing here foresaw; its cause is chained to it."""

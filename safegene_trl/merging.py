@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .attach import LowRankDelta
 from .checkpoint import TensorFile, plan_files
+from .models.rounding import Rounding
 from .output import writing
 from .sharding import Sharding
 from .weights import (
@@ -103,8 +104,8 @@ def save_merged(
         for parameter in parameters:
             tensor = merged_tensor(parameter, deltas, coefficients, sharding)
             with sharding.agreed(), writing():
-                if tensor is not None:
-                    place.write(as_stored(model, parameter.name, tensor))
+                if sharding.is_main and tensor is not None:
+                    place.write(as_stored(model, parameter.name, tensor.cpu()))
 
 
 class _Files:
@@ -158,22 +159,38 @@ def merged_tensor(
     deltas: Mapping[str, LowRankDelta],
     coefficients: Mapping[str, Coefficient],
     sharding: Sharding,
+    rounding: Rounding | None = None,
 ) -> torch.Tensor | None:
-    """Collective: one tensor of the merged model, on the CPU and contiguous on rank 0, None elsewhere."""
+    """Collective: one tensor of the merged model, whole, contiguous and in its own data type.
+
+    It is a copy on the live tensor's device: on rank 0, and on every rank that holds whole weights anyway.
+
+    Args:
+        parameter: Which.
+        deltas: The vector's deltas by canonical module name.
+        coefficients: By module name: one λ, or one of each of the delta's r rank-one parts.
+        sharding: How the model is spread over ranks.
+        rounding: Is told what the cast to the data type leaves of the vector's part.
+    """
     name, module = parameter.module_name, parameter.module
     with _whole(sharding, [parameter.tensor], module if parameter.is_weight else None) as (tensors, factors):
-        if not sharding.is_main:
+        if sharding.collective_forward and not sharding.is_main:
             return None
         weight = tensors[0].detach()
         transposed = is_transposed(module)
         terms = task_terms(factors, transposed)
+        of_vector: list[Term] = []
         if parameter.is_weight and name in deltas:
-            terms += vector_terms(deltas[name], coefficients[name], transposed)
-        if not terms:
-            return weight.cpu().contiguous().clone()
+            of_vector = vector_terms(deltas[name], coefficients[name], transposed)
+        if not terms and not of_vector:
+            return weight.clone().contiguous()
         total = weight.float().clone()
         add_terms(total, terms)
-        return total.to(weight.dtype).cpu().contiguous()
+        before = total.clone() if rounding is not None and of_vector else None
+        add_terms(total, of_vector)
+        if rounding is not None and before is not None:
+            rounding.add(parameter.name, before, total, weight.dtype)
+        return total.to(weight.dtype).contiguous()
 
 
 @torch.no_grad()

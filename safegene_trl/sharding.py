@@ -6,6 +6,7 @@ all ranks must reach in the same order and equally often.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -19,13 +20,19 @@ from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 from .errors import CalibrationDataError, ConfigError, PeerError, SafeGeneError, UnsupportedModelError
 
 
 _MESSAGE_BYTES = 2048
+_TURNS = itertools.count()  # of `Sharding.alone`, the same on every rank
+
+
+def _restore(tensor: torch.Tensor, own: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.detach().copy_(own)
 
 
 class Sharding:
@@ -62,6 +69,19 @@ class Sharding:
         """Collective: the whole of a module's `tensors` on every rank while the block is open, to be read only."""
         yield list(tensors)
 
+    @torch.no_grad()
+    def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None) -> Callable[[], None]:
+        """Collective: puts a whole tensor into the place of a live one; returns what puts its own bits back.
+
+        Where weights are sharded rank 0's `whole` counts, and every rank keeps its own shard for the way back.
+        `whole` is None where the live tensor stays as it is.
+        """
+        if whole is None:
+            return lambda: None
+        own = tensor.detach().to("cpu", copy=True)
+        tensor.detach().copy_(whole)
+        return lambda: _restore(tensor, own)
+
     def release(self) -> None:
         """After forward and backward passes: frees what they left gathered."""
 
@@ -94,6 +114,10 @@ class Sharding:
     def from_main(self, tensor: torch.Tensor) -> torch.Tensor:
         """Collective: rank 0's values of a tensor that has one shape everywhere, on the CPU."""
         return self.sum(tensor if self.is_main else torch.zeros_like(tensor))
+
+    def _told(self, flag: bool) -> bool:
+        """Collective: rank 0's yes or no."""
+        return bool(self.from_main(torch.tensor([int(flag)])).item())
 
     def text_from_main(self, text: str) -> str:
         """Collective: rank 0's text, of any length."""
@@ -135,6 +159,34 @@ class Sharding:
     def forward_passes(self) -> AbstractContextManager:
         """Around forward passes. Where those are collective a failing rank cannot tell the others: it ends the job."""
         return nullcontext() if self.collective_forward else self.agreed()
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Collective at its end: rank 0 works in the block, which gets True there, and the others wait as long as it takes.
+
+        For what may take longer than a collective operation may wait: hashing a large checkpoint, an upload. The others
+        look at the process group's store, so that no operation's time-out runs. If it fails every rank raises, as with
+        `agreed`.
+        """
+        failure: Exception | None = None
+        try:
+            yield self.is_main
+        except Exception as error:
+            failure = error
+        if self.world_size > 1:
+            self._wait_for_main()
+            self._raise_for_peers(failure)
+        if failure is not None:
+            raise failure
+
+    def _wait_for_main(self) -> None:
+        store = dist.distributed_c10d._get_default_store()
+        key = f"safegene/{next(_TURNS)}"
+        if self.is_main:
+            store.set(key, "done")
+        else:
+            while not store.check([key]):
+                time.sleep(0.05)
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -202,6 +254,29 @@ class _Zero3(Sharding):
         with deepspeed.zero.GatheredParameters([tensor for tensor in tensors if hasattr(tensor, "ds_id")]):
             yield list(tensors)
 
+    @torch.no_grad()
+    def overwrite(self, tensor: Any, whole: torch.Tensor | None) -> Callable[[], None]:
+        import deepspeed
+
+        if not self._told(whole is not None):
+            return lambda: None
+        if not hasattr(tensor, "ds_id"):  # a buffer, whole everywhere
+            return super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)))
+        own = tensor.ds_tensor.detach().to("cpu", copy=True)
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            kept = tensor.detach().to("cpu", copy=True) if tensor.ds_persist else None
+            if whole is not None:
+                tensor.detach().copy_(whole)
+
+        def undo() -> None:
+            if kept is None:
+                _restore(tensor.ds_tensor, own)
+            else:  # also held whole by every rank
+                with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+                    _restore(tensor, kept)
+
+        return undo
+
     def release(self) -> None:
         self._offload.release_backward_leftovers()
         self._offload.empty_partition_cache()
@@ -220,6 +295,19 @@ class _Fsdp2(Sharding):
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+    @torch.no_grad()
+    def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None) -> Callable[[], None]:
+        if not self._told(whole is not None):
+            return lambda: None
+        if not isinstance(tensor, DTensor):
+            return super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)))
+        local = tensor.to_local()
+        own = local.detach().to("cpu", copy=True)
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        source = empty if whole is None else whole.to(empty)
+        local.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements).to_local())
+        return lambda: _restore(local, own)
 
     def release(self) -> None:
         # A forward pass without a backward leaves the outermost weights whole: plain parameters, freed later on.

@@ -10,10 +10,11 @@ from ..errors import ConfigError
 from ..gate import EXIT_CODES
 from ..lineage import check_not_safeguarded
 from ..loading import adapter_base, load_placed, load_tokenizer
-from ..offline import safeguard_stored
 from ..reporting.report import summary
-from ..safeguard import dry_run_message, prepare, safeguard
 from ..sharding import join_processes, leave_processes, this_job
+from ..step.live import prepare, safeguard
+from ..step.plan import Origin, dry_run_message
+from ..step.stored import safeguard_stored
 from .fleet import run_fleet
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
     model, sharding = load_placed(name, revision, arguments.dtype, job)
     with sharding.named():
-        plan = prepare(config, model, tokenizer, target, sharding, base)
+        origin = Origin(base, None, "full" if base is None else "lora", {"fine-tune": name})
+        plan = prepare(config, model, tokenizer, target, sharding, origin)
         if config.dry_run:
             message = dry_run_message(target)
         else:

@@ -15,7 +15,7 @@ from ..estimation import Cost, Launch, Probe, estimate_extraction, estimate_safe
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
 from ..loading import load_skeleton, load_tokenizer, resolve_dtype
-from ..safeguard import fitting_vector
+from ..step.plan import read_vector
 from ..shots import gather_shots
 from ..streaming import StoredModel
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
@@ -92,14 +92,14 @@ def estimate_apply(
     probe = Probe(load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision), timed=timed)
     tokenizer = load_tokenizer(name, revision)
     if arguments.coefficients is not None:
-        return estimate_stored_merge(probe, config, fitting_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
+        return estimate_stored_merge(probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
     if config.task_data is None:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
     return _safeguarding(probe, config, tokenizer, launch, None)
 
 
 def _safeguarding(probe: Probe, config: SafeGeneConfig, tokenizer: Any, launch: Launch, rows: Any) -> dict[str, Cost]:
-    vector, _, _ = fitting_vector(config, probe.skeleton, tokenizer)
+    vector, _, _ = read_vector(config, probe.skeleton, tokenizer)
     shots = gather_shots(config, vector, tokenizer, None, rows)
     return estimate_safeguard(probe, config, vector, tokenizer, shots, launch)
 

@@ -20,7 +20,7 @@ from ..errors import ConfigError, SafeGeneError
 from ..gate import EXIT_CODES
 from ..output import MARKER, replace_file
 from ..provenance import sha256_of_json
-from ..safeguard import failure_path
+from ..step.plan import failure_path
 from .tables import HEADINGS, aligned, measured_cells
 
 

@@ -15,7 +15,7 @@ from trl import (
 )
 
 from ..callback import DryRunComplete, SafeGeneCallback
-from ..errors import CalibrationDataError, ConfigError, SafeGeneError
+from ..errors import CalibrationDataError, ConfigError, SafeGeneError, UnexpectedError
 from ..gate import EXIT_CODES
 from ..sharding import join_processes, leave_processes
 from .launching import launch, wants_launch
@@ -66,8 +66,12 @@ def main(argv: Sequence[str]) -> int:
     except SafeGeneError as error:
         if not (callbacks and callbacks[0].report):  # before the training: there is nothing to save
             raise
+        if isinstance(error, UnexpectedError) and training.world_size > 1:  # the other ranks may not come here
+            raise
         failure = error
-    trainer.save_model(training.output_dir)
+    report = callbacks[0].report if callbacks else None
+    if not (report and report.get("fine_tune") == str(training.output_dir)):  # else the step has put it there
+        trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
@@ -75,7 +79,6 @@ def main(argv: Sequence[str]) -> int:
         raise failure
     leave_processes()
     trainer.end()
-    report = callbacks[0].report if callbacks else None
     return EXIT_CODES[report["decision"]["outcome"]] if report and report["status"] == "safeguarded" else 0
 
 

@@ -1,11 +1,13 @@
 """`safegene_report.json`: what was used, what was found, what was decided. The schema is `report.schema.json`."""
 
 import json
+import logging
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +18,74 @@ import torch
 from ..output import MARKER
 from .cards import checkpoint_card
 from .html import render
+from .metrics import METRICS
 from .plots import coefficients_plot, history_plot
+from .text import strict_json
 
 
+logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 SCHEMA: dict[str, Any] = json.loads(files(__package__).joinpath("report.schema.json").read_text(encoding="utf-8"))
 
 
 _PROCESS = Path("/proc/self")
+
+
+@dataclass
+class Report:
+    """All that is known of one safety step; what is not known yet, or not at all, is None.
+
+    Attributes:
+        config: The settings.
+        vector: Name, signer and record of the safety vector.
+        base: The checkpoint that the fine-tune started from.
+        model: Kind of fine-tune and family.
+        launch: Processes, and how the model is spread over them.
+        software: Versions.
+        warnings: What is right but surprising.
+        carried: Whether the weights held the vector before, and whether that could be verified.
+        data: The samples: source, hash and number, and what could not be read.
+        coefficients: λ by name, of the whole vector in the weights.
+        held_out: Losses before and after, nats per response token.
+        history: The search's evaluations.
+        untouched: Names of coefficients that no sample reached.
+        measured: Answers and accuracy before and after (see `metrics.METRICS`).
+        decision: Outcome and reason.
+        shipped: How the shipped weights differ from what was intended and from what was measured.
+        files: SHA-256 of every written file, but for the report, its pages and the model card.
+        fine_tune: Where the plain fine-tune lies.
+        status: `prepared`, `safeguarded` or `failed`.
+        error: Of a failed step: kind and sentence.
+        phases: Seconds and peak memory (MiB) by phase.
+    """
+
+    config: dict[str, Any]
+    vector: dict[str, Any]
+    base: dict[str, Any]
+    model: dict[str, Any]
+    launch: dict[str, Any]
+    software: dict[str, str]
+    warnings: list[str]
+    carried: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    coefficients: dict[str, float] | None = None
+    held_out: dict[str, dict[str, float]] | None = None
+    history: list[dict[str, Any]] | None = None
+    untouched: list[str] | None = None
+    measured: dict[str, Any] | None = None
+    decision: dict[str, Any] | None = None
+    shipped: dict[str, Any] | None = None
+    files: dict[str, str] | None = None
+    fine_tune: str | None = None
+    status: str = "prepared"
+    error: dict[str, str] | None = None
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `safegene_report.json`."""
+        known = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        found = {"schema_version": SCHEMA_VERSION} | {name: value for name, value in known.items() if value is not None}
+        return {name: found[name] for name in SCHEMA["properties"] if name in found}
 
 
 class PhaseClock:
@@ -34,7 +96,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures the block as phase `name`: accelerator memory where there is one, else the process's resident peak."""
+        """Measures the block as (a further) part of phase `name`: accelerator memory where there is one, else the process's resident peak."""
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -46,9 +108,10 @@ class PhaseClock:
             yield
         finally:
             peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_resident_bytes()
+            before = self.phases.get(name, {"seconds": 0.0, "peak_memory_mib": 0.0})
             self.phases[name] = {
-                "seconds": round(time.perf_counter() - started, 3),
-                "peak_memory_mib": round(peak / 2**20, 1),
+                "seconds": round(before["seconds"] + time.perf_counter() - started, 3),
+                "peak_memory_mib": max(before["peak_memory_mib"], round(peak / 2**20, 1)),
             }
 
 
@@ -61,13 +124,16 @@ def write_report(report: dict[str, Any], path: Path, releases: Sequence[dict[str
         releases: The model line that it is the newest release of.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(strict_json(report) + "\n", encoding="utf-8")
     path.with_suffix(".html").write_text(render(report, releases), encoding="utf-8")
     if find_spec("matplotlib"):
-        if report.get("coefficients"):
-            coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
-        if len(releases) > 1:
-            history_plot(releases, path.with_suffix(".history.png"))
+        try:
+            if report.get("coefficients"):
+                coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
+            if len(releases) > 1:
+                history_plot(releases, path.with_suffix(".history.png"))
+        except Exception as error:  # a picture that cannot be drawn is no reason to lose a checkpoint
+            logger.warning("The plots beside %s could not be drawn: %s", path, error)
 
 
 def write_evidence(report: dict[str, Any], folder: Path, name: str, releases: Sequence[dict[str, Any]] = ()) -> None:
@@ -96,34 +162,31 @@ def summary(report: Mapping[str, Any]) -> str:
             f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
             f"task divergence {after['utility']:.4f} nats"
         )
-    measured = report.get("measured", {"after": {}})
-    for name in ("refusal_rate", "over_refusal", "incoherent"):
-        if after := measured["after"].get(name):
-            before = measured["before"][name]
-            lines.append(
-                f"{name.replace('_', ' ')} {before['share']:.0%} → {after['share']:.0%} "
-                f"[{after['low']:.0%}, {after['high']:.0%}] of {after['count']} unseen prompts"
-            )
-    if loss := measured.get("utility_loss"):
-        lines.append(
-            f"task token accuracy lost {loss['share']:.1%} [{loss['low']:.1%}, {loss['high']:.1%}] "
-            f"on {loss['count']} unseen samples"
-        )
+    measured = report.get("measured", {})
+    for metric in METRICS:
+        if (after := metric.measured(measured)) is None:
+            continue
+        interval = f"[{after['low']:.1%}, {after['high']:.1%}]"
+        if (before := metric.measured(measured, "before")) is None:
+            lines.append(f"task token accuracy lost {after['share']:.1%} {interval} on {after['count']} unseen samples")
+        else:
+            shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"
+            lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts")
     return "\n".join(lines)
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     """The report's main numbers under names for trackers. `safegene/outcome`: 2 accepted, 1 best effort, 0 rejected, −1 failed."""
     outcome = (report.get("decision") or {}).get("outcome", "failed")
+    if report["status"] == "failed" and outcome != "rejected":  # decided, and then not written
+        outcome = "failed"
     found = {"outcome": float(("failed", "rejected", "accepted_best_effort", "accepted").index(outcome) - 1)}
     for side in ("before", "after"):
-        for name, share in report.get("measured", {}).get(side, {}).items():
-            if name != "categories":
-                found[f"{name}_{side}"] = share["share"]
+        for metric in METRICS:
+            if share := metric.measured(report.get("measured", {}), side):
+                found[metric.key if metric.difference else f"{metric.key}_{side}"] = share["share"]
         for name, loss in report.get("held_out", {}).get(side, {}).items():
             found[f"held_out_{name}_{side}"] = loss
-    if "utility_loss" in report.get("measured", {}):
-        found["utility_loss"] = report["measured"]["utility_loss"]["share"]
     if coefficients := list(report.get("coefficients", {}).values()):
         found |= {"mean_coefficient": sum(coefficients) / len(coefficients), "largest_coefficient": max(coefficients)}
     found |= {f"{name}_seconds": phase["seconds"] for name, phase in report.get("phases", {}).items()}

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .attach import frozen_for_calibration
-from .calibration import Batch, batches, padding_id
-from .config import SafeGeneConfig
-from .evaluation.generation import generate_answers
-from .evaluation.intervals import mean_interval, rate
-from .evaluation.judges import Exchange, judged
-from .evaluation.judges.refusal_phrases import RefusalPhrases
-from .recalibration import response_logits
-from .sharding import Sharding
-from .shots import Unseen
+from ..models.attachment import frozen_for_calibration
+from ..calibration import Batch, batches, padding_id
+from ..config import SafeGeneConfig
+from ..evaluation.generation import generate_answers
+from ..evaluation.intervals import mean_interval, rate
+from ..evaluation.judges import Exchange, judged
+from ..evaluation.judges.refusal_phrases import RefusalPhrases
+from ..recalibration import response_logits
+from ..sharding import Sharding
+from ..shots import Unseen
 
 
 def measure(

@@ -1,0 +1,54 @@
+"""Other tensors in the place of a live model's own, for a while: the weights that are shipped, measured before they are.
+
+What a checkpoint will hold is not what a fine-tune computes with a LoRA and a vector beside its weights: it is added up and
+rounded. What is decided about it is therefore measured with those very tensors in place.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..sharding import Sharding
+from ..weights import Parameter
+
+
+@contextmanager
+def replaced(
+    parameters: Iterable[Parameter],
+    value: Callable[[Parameter], torch.Tensor | None],
+    sharding: Sharding,
+) -> Iterator[None]:
+    """While open, live tensors hold other values; afterwards, in every case, their own again, bit by bit.
+
+    Collective. Only one whole tensor beyond the kept originals is in memory at a time; the originals are kept on the CPU.
+
+    Args:
+        parameters: The tensors, in the same order on every rank.
+        value: Gives the whole tensor that takes a parameter's place: on every rank that holds whole weights, on rank 0 where
+            they are sharded. None leaves the parameter as it is; it must be None on all ranks or on none that counts.
+        sharding: How the model is spread over ranks.
+    """
+    with ExitStack() as undo:
+        for parameter in parameters:
+            undo.callback(sharding.overwrite(parameter.tensor, value(parameter)))
+        try:
+            yield
+        finally:
+            sharding.release()
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While open, LoRA layers compute with their base weight alone: what they add is in the weight, or in another adapter."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    states = [layer._disable_adapters for layer in layers]  # type: ignore[attr-defined]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # type: ignore[attr-defined]
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer._disable_adapters = state  # type: ignore[attr-defined]

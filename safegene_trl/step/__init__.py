@@ -1,0 +1,1 @@
+"""The safety step: prepare, search, measure, decide, write, verify, record."""

@@ -1,0 +1,431 @@
+"""The safety step on a live model: where a training ends, or on a finished checkpoint that has been loaded.
+
+Coefficients are searched with the vector attached beside the weights. What is decided rests on the weights as they are shipped:
+they take the live ones' place for as long as they are measured.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import IterableDataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..calibration import Batch, Row, batches, padding_id
+from ..checkpoint import stored_tensors
+from ..config import SafeGeneConfig
+from ..errors import CheckpointError, ConfigError, OutputError
+from ..gate import check_measurable, decide
+from ..history import last_accepted, read_history
+from ..lineage import Coefficients, reported_coefficients, vector_id
+from ..merging import checkpoint_bytes, merged_tensor, save_adapter, save_merged
+from ..models.attachment import VectorAttachment, frozen_for_calibration
+from ..models.coefficients import CoefficientSpace
+from ..models.low_rank import LowRankDelta, deltas_from_main
+from ..models.replacement import replaced, without_adapters
+from ..models.rounding import Rounding
+from ..recalibration import Recalibration, recalibrate, response_logits
+from ..sharding import Sharding
+from ..shots import Shots, gather_shots
+from ..streaming import RowReader, row_blocks
+from ..vector import SafetyVector
+from ..weights import (
+    Parameter,
+    as_stored,
+    base_model,
+    canonical_modules,
+    canonical_parameters,
+    check_adapter_output,
+    check_supported,
+    task_factors,
+)
+from .measurement import measure
+from .plain import FinishedTraining
+from .plan import Found, Origin, Plan, plan_step
+from .run import run
+
+
+PROBE_SAMPLES = 4  # of the held-out refusals: enough to tell one model from another
+MERGED_TOLERANCE = 1e-3  # of the largest logit: other kernels, the same weights
+ADAPTER_TOLERANCE = 0.05  # the same of an adapter, whose factors another data type computes with
+Attach = Callable[[torch.Tensor], AbstractContextManager[None]]
+
+
+@dataclass
+class Preparation:
+    """A plan with what the search needs.
+
+    Attributes:
+        start: Coefficients at which the search starts, by name; None for its default.
+    """
+
+    plan: Plan
+    shots: Shots
+    start: Coefficients | None
+
+    @property
+    def target(self) -> Path:
+        return self.plan.target
+
+    @property
+    def sharding(self) -> Sharding:
+        return self.plan.sharding
+
+
+def prepare(
+    config: SafeGeneConfig,
+    model: nn.Module,
+    processor: Any,
+    target: Path,
+    sharding: Sharding,
+    origin: Origin | None = None,
+    task_rows: Sequence[Row] | IterableDataset | None = None,
+) -> Preparation:
+    """Reads and checks vector, family, data and output place, and that the vector reaches the logits; writes nothing.
+
+    Collective, like everything here: every rank calls it, and if it fails on one it raises on all.
+
+    Args:
+        config: What to do.
+        model: The model as it is now, plain or PEFT-wrapped; it is left as it is.
+        processor: Its tokenizer, or the processor that holds it.
+        target: Folder of the checkpoint to be.
+        sharding: How the model is spread over ranks.
+        origin: Where the fine-tune comes from. Default: not known.
+        task_rows: The training set, used where `config.task_data` names no other.
+
+    Raises:
+        SafeGeneError: One of its kinds, saying what to do.
+    """
+    origin = origin or Origin(None, None, "lora" if isinstance(model, PeftModel) else "full")
+    with sharding.agreed():
+        check_supported(model)
+        if config.output_format != "merged":
+            check_adapter_output(model)
+        needed = 0 if config.output_format == "adapter" else checkpoint_bytes(model)
+    plan = plan_step(config, model, processor, target, sharding, origin, needed)
+    with plan.clock.phase("prepare"), sharding.agreed():
+        context = getattr(base_model(model).config, "max_position_embeddings", None)
+        shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows)
+        if config.gate:
+            check_measurable(config.gate, shots.unseen.counts)
+        start = _first_coefficients(config, plan.vector)
+    sharding.check_same("samples", json.dumps(shots.record, sort_keys=True))
+    sharding.check_same("coefficients to start from", json.dumps(start, sort_keys=True))
+    plan.report.data = shots.record
+    with plan.clock.phase("prepare"):
+        attachment = VectorAttachment(
+            model, plan.vector.deltas, plan.vector.space(config.granularity), sharding, plan.carried
+        )
+        attachment.verify(_shortest(shots, plan))
+    return Preparation(plan, shots, start)
+
+
+def _shortest(shots: Shots, plan: Plan) -> Batch:
+    """One short sample."""
+    sample = min(shots.data.harmful.fit, key=lambda sample: len(sample.input_ids))
+    return batches([sample], 1, padding_id(plan.tokenizer), plan.sharding.device)[0]
+
+
+def _first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coefficients | None:
+    """Those of the release that the search is to start from, None where there is none."""
+    space = vector.space(config.granularity)
+    if config.warm_start is not None:
+        found = space.refined(reported_coefficients(config.warm_start, vector))
+        if found is None:
+            raise ConfigError(
+                f"The coefficients in {config.warm_start} are not one per {config.granularity}: set `granularity` as it was "
+                "there."
+            )
+        return found
+    last = last_accepted(read_history(Path(config.history))) if config.history else None
+    if last is None or last["vector"]["sha256"] != vector_id(vector):
+        return None
+    return space.refined(last["coefficients"])
+
+
+def safeguard(
+    prepared: Preparation,
+    model: nn.Module,
+    adapter_base: str,
+    show_progress: bool = True,
+    training: FinishedTraining | None = None,
+) -> dict[str, Any]:
+    """The whole step on a finished fine-tune; returns the report that lies beside the checkpoint. See `run.run`.
+
+    Args:
+        prepared: From `prepare`.
+        model: The finished fine-tune; left as it is.
+        adapter_base: Name of the checkpoint that a saved adapter is relative to.
+        show_progress: Whether to show a progress bar.
+        training: The training that it comes from, whose fine-tune is first put on disk. Default: it lies there already, as
+            `adapter_base` of a full fine-tune says.
+    """
+    fine_tune = LiveFineTune(prepared, model, adapter_base, show_progress)
+    fine_tune.training = training
+    return run(prepared.plan, fine_tune)
+
+
+class LiveFineTune:
+    """A live model as the step works on it."""
+
+    def __init__(self, prepared: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True):
+        self.plan, self.shots, self.start = prepared.plan, prepared.shots, prepared.start
+        self.model, self.adapter_base, self.show_progress = model, adapter_base, show_progress
+        self.sharding, self.vector = self.plan.sharding, self.plan.vector
+        self.space: CoefficientSpace = self.vector.space(self.plan.granularity)
+        self.attachment = VectorAttachment(
+            model, self.vector.deltas, self.space, self.sharding, self.plan.carried
+        )
+        self.training: FinishedTraining | None = None
+        self._logits = torch.empty(0)  # of the probe, on the model that was measured
+
+    def keep(self) -> Path | str:
+        """Where the plain fine-tune lies: a training's is saved if no checkpoint of the training holds it."""
+        if self.training is None:
+            return self.adapter_base
+        with self.plan.clock.phase("keep"):
+            return self.training.keep(self.model, self.plan.processor, self.sharding)
+
+    def find(self) -> Found:
+        """Searches, tries what was found as it would be shipped, measures and decides."""
+        plan, report = self.plan, self.plan.report
+        self.sharding.release()
+        result = self._recalibrate()
+        report.coefficients, report.history = result.coefficients, result.history
+        report.untouched = result.untouched or None
+        report.held_out = {"before": result.held_out_before.to_dict(), "after": result.held_out_after.to_dict()}
+        by_module = self._lacking(result.coefficients)
+        with plan.clock.phase("measure"):
+            report.measured = self._measured(result, by_module)
+        decision = decide(
+            plan.config.gate, result.accepted, result.scale, result.reason, report.measured, self._independent
+        )
+        if not result.accepted and decision.outcome != "rejected":  # nothing was changed
+            report.held_out["after"] = report.held_out["before"]
+        return Found(result.coefficients, decision, by_module, result.scale)
+
+    def _recalibrate(self) -> Recalibration:
+        config = self.plan.config
+        hidden = not (self.show_progress and self.sharding.is_main)
+        with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
+
+            def advance(entry: dict) -> None:
+                bar.update()
+                bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("safety", "utility")})
+
+            with self.plan.clock.phase("recalibrate"):
+                return recalibrate(
+                    self.attachment,
+                    self.shots.data,
+                    config,
+                    padding_id(self.plan.tokenizer),
+                    advance,
+                    self.start,
+                    self.shipped_with,
+                )
+
+    def _lacking(self, coefficients: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        change = {name: value - self.plan.carried[name] for name, value in coefficients.items()}
+        return self.space.by_module(change)
+
+    def shipped_with(self, values: np.ndarray) -> AbstractContextManager[None]:
+        """While open, the model is the one that would be shipped with these coefficients, shape `(n,)`."""
+        return self._shipped(self._lacking(self.space.named(values)))
+
+    @contextmanager
+    def _shipped(self, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None = None) -> Iterator[None]:
+        """The weights as they are written: the LoRA folded in, added in float32, rounded to their data type.
+
+        Where only an adapter is written, it acts beside the weights there too.
+        """
+        if not self.plan.merges:
+            lacking = torch.cat([by_module[name] for name in self.vector.deltas]).to(self.sharding.device)
+            with by_rank(self.model, self.vector.deltas, self.sharding).applied(lacking):
+                yield
+            return
+        merged = partial(self._merged, by_module=by_module, rounding=rounding)
+        with replaced(list(canonical_parameters(self.model)), merged, self.sharding), without_adapters(self.model):
+            yield
+
+    def _merged(
+        self, parameter: Parameter, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None
+    ) -> torch.Tensor | None:
+        """The shipped tensor of a parameter; None for one that is shipped as it is."""
+        if not parameter.is_weight:
+            return None
+        if parameter.module_name not in self.vector.deltas and not task_factors(parameter.module):
+            return None
+        return merged_tensor(parameter, self.vector.deltas, by_module, self.sharding, rounding)
+
+    def _measured(self, result: Recalibration, by_module: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+        plan, rounding = self.plan, Rounding()
+        if not (result.accepted or plan.config.gate):  # it will be rejected
+            return None
+
+        @contextmanager
+        def shipped() -> Iterator[None]:
+            with self._shipped(by_module, rounding):
+                self._logits = self._probe()
+                yield
+
+        measured = None
+        if any(self.shots.unseen.counts.values()):
+            measured = measure(self.model, shipped, self.shots.unseen, plan.tokenizer, plan.config, self.sharding)
+        else:
+            with frozen_for_calibration(self.model), shipped():
+                pass
+        if plan.merges and any(bool(value.any()) for value in by_module.values()):
+            with self.sharding.agreed():
+                if self.sharding.is_main:
+                    plan.report.shipped = {"rounding": rounding.check()}
+        return measured
+
+    @property
+    def _independent(self) -> bool:
+        """Whether harmful prompts that did not come with the vector were measured on."""
+        gate = self.plan.config.gate
+        return bool(self.plan.config.safety_data or (gate and gate.harmful_data))
+
+    @torch.no_grad()
+    def _probe(self) -> torch.Tensor:
+        """Logits (tokens×vocabulary, float32, CPU) of a few held-out refusals. Collective where forward passes are."""
+        samples = self.shots.data.harmful.held_out[:PROBE_SAMPLES]
+        (batch,) = batches(samples, len(samples), padding_id(self.plan.tokenizer), self.sharding.device)
+        logits = response_logits(self.model, batch)[0].cpu()
+        self.sharding.release()
+        return logits
+
+    def write(self, folder: Path, found: Found) -> None:
+        """Writes the merged checkpoint, the adapter, or both."""
+        plan, deltas = self.plan, self.vector.deltas
+        if plan.merges:
+            save_merged(
+                self.model,
+                deltas,
+                found.by_module,
+                plan.processor,
+                folder,
+                plan.config.max_shard_size,
+                self.sharding,
+                plan.mark(found.coefficients),
+            )
+        if place := plan.adapter_place(folder):
+            save_adapter(
+                self.model, deltas, found.by_module, self.adapter_base, plan.processor, place, self.sharding
+            )
+
+    def compare(self, folder: Path) -> dict[str, Any]:
+        """Puts what was written into the live model's place, and compares its logits with those that were measured.
+
+        Raises:
+            OutputError: They are further apart than other kernels could put them.
+            CheckpointError: A tensor is missing.
+        """
+        distances = {}
+        with frozen_for_calibration(self.model):
+            if self.plan.merges:
+                with self._as_written(folder):
+                    distances["merged"] = self._distance(MERGED_TOLERANCE)
+            if place := self.plan.adapter_place(folder):
+                with self._with_adapter(place):
+                    distances["adapter"] = self._distance(ADAPTER_TOLERANCE)
+        return {"largest_logit_distance": max(distances.values()), "logit_distances": distances}
+
+    def _distance(self, tolerance: float) -> float:
+        written, size = self._probe(), max(1.0, float(self._logits.abs().max()))
+        own = torch.tensor([float((self._logits - written).abs().max()), size], dtype=torch.float64)
+        distance, size = self.sharding.from_main(own).tolist()  # whole weights are read back by rank 0 alone
+        if not distance <= tolerance * size:
+            raise OutputError(
+                f"The written checkpoint is not the model that was measured (its logits differ by {distance:.3g}): do not use "
+                "it; check the disk, then run it again."
+            )
+        return distance
+
+    @contextmanager
+    def _as_written(self, folder: Path) -> Iterator[None]:
+        """While open, every live tensor holds what the checkpoint's files say."""
+        with RowReader() as reader:
+            value = _Written(self.model, folder if self.sharding.is_main else None, reader)
+            with replaced(list(canonical_parameters(self.model)), value, self.sharding), without_adapters(self.model):
+                with self.sharding.agreed():
+                    value.check_complete()
+                yield
+
+    @contextmanager
+    def _with_adapter(self, place: Path) -> Iterator[None]:
+        """While open, the written adapter acts in the place of the fine-tune's own."""
+        with self.sharding.agreed():
+            deltas = read_adapter(place) if self.sharding.is_main else {}
+        deltas = deltas_from_main(deltas, self.sharding)
+        ones = torch.ones(sum(delta.a.shape[0] for delta in deltas.values()), device=self.sharding.device)
+        with without_adapters(self.model), by_rank(self.model, deltas, self.sharding).applied(ones):
+            yield
+
+
+def by_rank(model: nn.Module, deltas: Mapping[str, LowRankDelta], sharding: Sharding) -> VectorAttachment:
+    """An attachment with a coefficient for each rank-one part of every module, module by module."""
+    rank = next(iter(deltas.values())).a.shape[0]
+    return VectorAttachment(model, deltas, CoefficientSpace.of(deltas, [rank], "rank"), sharding)
+
+
+class _Written:
+    """The tensors of a written checkpoint as values of a live model's parameters; on rank 0 only."""
+
+    def __init__(self, model: nn.Module, folder: Path | None, reader: RowReader):
+        self._model, self._reader = model, reader
+        self._files = stored_tensors(folder) if folder else None
+        self._left = set(self._files or ())
+
+    def __call__(self, parameter: Parameter) -> torch.Tensor | None:
+        if self._files is None:
+            return None
+        if parameter.name in self._files:
+            return self._read(parameter.name)
+        # fused or renamed in the files: it must be there piece by piece
+        mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+        pieces = as_stored(self._model, parameter.name, mark)
+        if missing := sorted(set(pieces) - set(self._files)):
+            raise CheckpointError(f"The written checkpoint lacks {missing[0]}: run it again, and report this.")
+        self._left -= set(pieces)
+        return None
+
+    def _read(self, name: str) -> torch.Tensor:
+        assert self._files is not None
+        stored = self._files[name]
+        self._left.discard(name)
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        flat = whole.view(-1, stored.columns) if stored.num_rows else whole
+        for block in row_blocks(name, stored):
+            flat[block.first : block.stop] = self._reader.rows(stored, block)
+        return whole
+
+    def check_complete(self) -> None:
+        """Raises `CheckpointError` for a tensor in the files that the model has not."""
+        if self._left:
+            raise CheckpointError(
+                f"The written checkpoint holds {min(self._left)}, which the model has not: run it again, and report this."
+            )
+
+
+def read_adapter(place: Path) -> dict[str, LowRankDelta]:
+    """The low-rank deltas of an adapter folder of ours, by canonical module name."""
+    tensors = load_file(place / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    return {
+        name: LowRankDelta(
+            tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]
+        )
+        for name in names
+    }

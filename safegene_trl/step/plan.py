@@ -1,0 +1,239 @@
+"""What a safety step is given and what it finds, whatever the fine-tune is: live in this job, or stored on a disk."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Granularity, SafeGeneConfig
+from ..family import Family
+from ..gate import Decision
+from ..history import base_warnings, read_history
+from ..lineage import Coefficients, carried_coefficients, carries_vector, mark
+from ..merging import save_record
+from ..output import check_hub, check_output, check_places, check_writable
+from ..provenance import check_base, sha256_of_file, software_versions
+from ..reporting.report import PhaseClock, Report
+from ..sharding import Sharding
+from ..vector import SafetyVector
+from ..weights import canonical_modules
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a fine-tune comes from.
+
+    Attributes:
+        base: Directory or hub id of the checkpoint that it started from, None where it is not known.
+        revision: Its revision.
+        kind: `lora` or `full`.
+        places: Folders and files that it was made from or lies in, by what they are: none of them may be lost.
+    """
+
+    base: str | None
+    revision: str | None
+    kind: str
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """All that a safety step needs beside the fine-tune, read and checked before the first training step.
+
+    Attributes:
+        processor: What is saved with the checkpoint: the tokenizer, or the processor that holds it.
+        granularity: Of the coefficients.
+        carried: Coefficients with which the model's weights hold the vector already, by name.
+        report: What is known so far; the whole report in the end, also after a failure.
+    """
+
+    config: SafeGeneConfig
+    vector: SafetyVector
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    target: Path
+    sharding: Sharding
+    granularity: Granularity
+    carried: Coefficients
+    report: Report
+    clock: PhaseClock
+
+    @property
+    def merges(self) -> bool:
+        """Whether a full checkpoint is written."""
+        return self.config.output_format in ("merged", "both")
+
+    def adapter_place(self, folder: Path) -> Path | None:
+        """Where in the output the adapter goes, None where there is none."""
+        places = {"adapter": folder, "both": folder / "adapter"}
+        return places.get(self.config.output_format)
+
+    def mark(self, coefficients: Coefficients) -> dict[str, Any]:
+        """What the checkpoint's `config.json` says of the vector in its weights."""
+        return mark(self.vector, coefficients)
+
+
+@dataclass
+class Found:
+    """What a step has found for a fine-tune.
+
+    Attributes:
+        coefficients: λ by name, of the whole vector.
+        decision: What becomes of the fine-tune.
+        by_module: By module name, what the weights still lack of each of its r rank-one parts: float32, `(r,)`.
+        scale: Share (0–1) of what the search found that was kept.
+    """
+
+    coefficients: Coefficients
+    decision: Decision
+    by_module: dict[str, torch.Tensor]
+    scale: float = 1.0
+
+
+class FineTune(Protocol):
+    """A finished fine-tune that the step works on."""
+
+    def keep(self) -> Path | str:
+        """Where the plain fine-tune lies on a disk; it is put there if it is only in memory."""
+        ...
+
+    def find(self) -> Found:
+        """Coefficients and decision; what was found goes into the report as it comes."""
+        ...
+
+    def write(self, folder: Path, found: Found) -> None:
+        """Writes the checkpoint into a folder that has nothing but that in the end."""
+        ...
+
+    def compare(self, folder: Path) -> dict[str, Any]:
+        """Reads back what was written, and says how far it is from what was measured."""
+        ...
+
+
+def read_vector(
+    config: SafeGeneConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> tuple[SafetyVector, Family, list[str]]:
+    """The configured vector, the model's family, and warnings.
+
+    Raises:
+        SignatureError: The vector is not signed as configured.
+        VectorError: The vector cannot be read.
+        FamilyError: The model is not of its family.
+    """
+    vector = SafetyVector.from_pretrained(
+        config.vector, revision=config.vector_revision, public_key=config.public_key
+    )
+    family = Family.of(model, tokenizer)
+    warnings = vector.family.check_member(family)
+    vector.check_fits(canonical_modules(model))
+    return vector, family, warnings
+
+
+def plan_step(
+    config: SafeGeneConfig,
+    model: nn.Module,
+    processor: Any,
+    target: Path,
+    sharding: Sharding,
+    origin: Origin,
+    needed_bytes: int,
+) -> Plan:
+    """Reads and checks what every step needs: vector, family, places, base, history. Writes nothing that stays.
+
+    Collective: every rank calls it, and if it fails on one it raises on all.
+
+    Args:
+        config: What to do.
+        model: The model as it is now, live or without weights; only its names and shapes matter here.
+        processor: Its tokenizer, or a processor with one.
+        target: Folder of the checkpoint to be.
+        sharding: How the model is spread over ranks.
+        origin: Where the fine-tune comes from.
+        needed_bytes: Size of what will be written.
+
+    Raises:
+        SafeGeneError: One of its kinds, saying what to do.
+    """
+    clock = PhaseClock()
+    with clock.phase("prepare"):
+        tokenizer = getattr(processor, "tokenizer", processor)
+        with sharding.agreed():
+            vector, family, warnings = read_vector(config, model, tokenizer)
+            if sharding.is_main:
+                _try_output(config, model, processor, target, origin, needed_bytes)
+        with sharding.agreed():
+            if sharding.is_main and config.hub_model_id:
+                check_hub(config.hub_model_id)
+            carried = carried_coefficients(model, vector, config.granularity)
+        with sharding.alone() as working:  # a large local checkpoint is hashed
+            base = check_base(
+                origin.base,
+                origin.revision,
+                vector.aligned_model,
+                config.allow_other_base,
+                working,
+                carries_vector(model),
+            )
+        with sharding.agreed():
+            if sharding.is_main and config.history:
+                warnings += base_warnings(read_history(Path(config.history)), base)
+    sharding.check_same("SafeGene settings", json.dumps(config.to_dict(), sort_keys=True))
+    sharding.check_same("a safety vector", json.dumps(vector.files, sort_keys=True))
+    report = Report(
+        config=config.to_dict(),
+        vector={
+            "name": config.vector,
+            "revision": config.vector_revision,
+            "signed_by": None if config.public_key is None else sha256_of_file(Path(config.public_key)),
+            **vector.describe(),
+        },
+        base=base,
+        model={"kind": origin.kind, **family.to_dict()},
+        launch=sharding.describe(),
+        software=software_versions(),
+        warnings=warnings,
+        phases=clock.phases,
+    )
+    return Plan(
+        config, vector, tokenizer, processor, target, sharding, config.granularity, carried, report, clock
+    )
+
+
+def _try_output(
+    config: SafeGeneConfig, model: nn.Module, processor: Any, target: Path, origin: Origin, needed_bytes: int
+) -> None:
+    """Does what the end will do, so that what could fail there fails now."""
+    inputs = {
+        "safety vector": config.vector,
+        "history": config.history,
+        "public key": config.public_key,
+        "safety data": config.safety_data,
+        "task data": config.task_data,
+        "earlier release": config.warm_start,
+        "base model": origin.base,
+        **origin.places,
+    }
+    check_places(target, {name: place for name, place in inputs.items() if place})
+    check_output(target, needed_bytes)
+    if config.history:
+        check_writable(Path(config.history))
+    with tempfile.TemporaryDirectory() as folder:
+        save_record(model, processor, Path(folder), None)
+
+
+def failure_path(target: Path) -> Path:
+    """Where the report of a failed safety step goes: beside the folder that was not written."""
+    return target.with_name(f"{target.name}.failed.json")
+
+
+def dry_run_message(target: Path) -> str:
+    """What a dry run says when all is well."""
+    return f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
+
+

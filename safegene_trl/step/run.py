@@ -1,0 +1,163 @@
+"""The safety step, in one order for every fine-tune: find, decide, write, verify, record.
+
+Whatever goes wrong in it ends in a failure report beside the checkpoint that is not there; the fine-tune itself is never touched.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import RejectedError, SafeGeneError, UnexpectedError
+from ..gate import Decision
+from ..history import Release, append_release, read_history, release_of
+from ..lineage import check_no_subtraction
+from ..models.batch_size import is_out_of_memory
+from ..output import atomic_directory, upload
+from ..provenance import sha256_of_file
+from ..reporting.report import write_evidence, write_report
+from .interruption import terminable
+from .plan import FineTune, Found, Plan, failure_path
+
+
+logger = logging.getLogger(__name__)
+
+
+def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
+    """Finds the coefficients, decides, writes the checkpoint and verifies it; returns its report.
+
+    Collective. After any failure, an interruption included, the report of what was known goes to `failure_path`, and no
+    checkpoint is left. What came of it is added to `config.history`.
+
+    Raises:
+        RejectedError: No coefficients are acceptable, or the gate's limits are not kept. No checkpoint is written.
+        UnexpectedError: Something failed that this package did not expect.
+        SafeGeneError: Another of its kinds, saying what to do.
+    """
+    with _reported(plan), plan.sharding.named():
+        plan.report.fine_tune = str(fine_tune.keep())
+        found = fine_tune.find()
+        plan.report.coefficients = found.coefficients
+        plan.report.decision = {**found.decision.to_dict(), "scale": found.scale}
+        rejected = found.decision.outcome == "rejected"
+        if rejected and not (plan.config.gate and plan.config.gate.write_rejected):
+            _add_to_history(plan)
+            raise RejectedError(_rejection(found.decision))
+        check_no_subtraction(
+            {name: value - plan.carried[name] for name, value in found.coefficients.items()}, plan.carried
+        )
+        _write(plan, fine_tune, found)
+        _add_to_history(plan)
+        with plan.sharding.alone() as working:
+            if working and plan.config.hub_model_id and not rejected:
+                upload(plan.target, plan.config.hub_model_id, plan.config.hub_private)
+    return plan.report.to_dict()
+
+
+def _write(plan: Plan, fine_tune: FineTune, found: Found) -> None:
+    sharding, report = plan.sharding, plan.report
+    with atomic_directory(plan.target, sharding=sharding) as folder:
+        with plan.clock.phase("save"):
+            fine_tune.write(folder, found)
+        with plan.clock.phase("verify"):
+            with sharding.alone() as working:
+                if working:
+                    report.files = hashes(folder)
+            report.shipped = (report.shipped or {}) | fine_tune.compare(folder)
+        report.status = "safeguarded"
+        with sharding.agreed():
+            if sharding.is_main:
+                write_evidence(report.to_dict(), folder, plan.target.name, _releases(plan))
+    if sharding.is_main:
+        _remove_failure(plan.target)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path there; several files at a time."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        return {
+            str(path.relative_to(folder)): digest
+            for path, digest in zip(files, pool.map(sha256_of_file, files), strict=True)
+        }
+
+
+@contextmanager
+def _reported(plan: Plan) -> Iterator[None]:
+    """Whatever leaves the block has been written to the failure report; what is not one of our errors becomes one."""
+    try:
+        with terminable():
+            yield
+    except SafeGeneError as error:
+        _write_failure(plan, error)
+        raise
+    except Exception as error:
+        failure = _unexpected(plan, error)
+        _write_failure(plan, failure)
+        raise failure from error
+    except BaseException as error:  # Ctrl-C, SIGTERM: the process ends, and says what it was at
+        _write_failure(plan, error)
+        raise
+
+
+def _unexpected(plan: Plan, error: Exception) -> SafeGeneError:
+    kept = f" The fine-tune itself is in {plan.report.fine_tune}." if plan.report.fine_tune else ""
+    if is_out_of_memory(error):
+        return UnexpectedError(
+            "The safety step ran out of memory: run `safegene apply` on the saved fine-tune, on a machine with more of it, or "
+            f"set fewer shots.{kept}"
+        )
+    return UnexpectedError(
+        f"The safety step failed unexpectedly ({type(error).__name__}: {error}): run `safegene apply` on the saved fine-tune, and "
+        f"report this error.{kept}"
+    )
+
+
+def _remove_failure(target: Path) -> None:
+    """Removes what an earlier failed run has left beside the checkpoint, which is finished whether that can be removed or not."""
+    for suffix in (".json", ".html", ".coefficients.png", ".history.png"):
+        path = failure_path(target).with_suffix(suffix)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is of an earlier run and cannot be removed: %s", path, error)
+
+
+def _rejection(decision: Decision) -> str:
+    if decision.checks:
+        return (
+            f"{decision.reason} No checkpoint was written: give more safety data, use a stronger vector, or set "
+            "`gate.write_rejected`."
+        )
+    return (
+        f"{decision.reason} No checkpoint was written: give other or more safety data, allow a larger `max_utility_loss`, or use a "
+        "stronger vector; a fine-tune that needs no repair passes where a `gate` says what it must keep."
+    )
+
+
+def _releases(plan: Plan) -> list[Release]:
+    """The model line as it will be with this release; empty where none is kept."""
+    if not plan.config.history:
+        return []
+    earlier = read_history(Path(plan.config.history))
+    return [*earlier, release_of(plan.report.to_dict(), plan.target)] if plan.report.decision else earlier
+
+
+def _add_to_history(plan: Plan) -> None:
+    with plan.sharding.agreed():
+        if plan.sharding.is_main and plan.config.history:
+            append_release(Path(plan.config.history), release_of(plan.report.to_dict(), plan.target))
+
+
+def _write_failure(plan: Plan, error: BaseException) -> None:
+    """Writes what was known and what failed to `failure_path`, on rank 0. That it cannot be written hides no error."""
+    plan.report.status = "failed"
+    plan.report.error = {"kind": type(error).__name__, "message": str(error) or "The run was interrupted."}
+    if not plan.sharding.is_main:
+        return
+    try:
+        write_report(plan.report.to_dict(), failure_path(plan.target), _releases(plan))
+    except Exception as unwritten:  # a full disk may be what failed
+        logger.warning("%s cannot be written: %s", failure_path(plan.target), unwritten)

@@ -1,0 +1,152 @@
+"""The safety step on a finished model with coefficients that are known already: nothing is loaded or measured."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..config import Granularity, SafeGeneConfig
+from ..errors import ConfigError
+from ..extraction.delta import adapter_delta, stored_delta
+from ..gate import Decision
+from ..interference import interference_coefficients
+from ..lineage import Coefficients, carried_coefficients, check_not_safeguarded, reported_coefficients
+from ..loading import adapter_base, load_tokenizer
+from ..merging import save_adapter
+from ..models.coefficients import CoefficientSpace
+from ..models.low_rank import LowRankDelta
+from ..sharding import Sharding
+from ..streaming import StoredModel, write_merged
+from ..vector import SafetyVector
+from ..weights import check_adapter_output
+from .plan import Found, Origin, Plan, plan_step
+from .run import run
+
+
+INTERFERENCE = "interference"
+TASK_RANK = 64  # of a full fine-tune's change, where its interference with the vector is weighed
+
+
+def safeguard_stored(
+    config: SafeGeneConfig,
+    name_or_path: str,
+    revision: str | None,
+    given: str,
+    target: Path,
+    base_model: str | None = None,
+) -> dict[str, Any]:
+    """Merges the vector into a finished checkpoint or adapter from its files; returns the report.
+
+    Args:
+        config: What to do; all about shots and the search is ignored.
+        name_or_path: Directory or hub id of the checkpoint or adapter.
+        revision: Its branch, tag or commit on the hub.
+        given: One number (the coefficient of every layer), or the report of an earlier safety step with this vector: a
+            file, or the folder it lies in; or `interference`, EnchTable's rule.
+        target: Folder of the checkpoint to be.
+        base_model: The aligned model, from which `interference` tells a full fine-tune's own change.
+
+    Raises:
+        SafeGeneError: One of its kinds, before anything is written.
+    """
+    check_not_safeguarded(name_or_path, revision)
+    stored = StoredModel.open(name_or_path, revision)
+    if config.output_format != "merged":
+        check_adapter_output(stored.model)
+    started_from = adapter_base(name_or_path, revision)
+    is_lora = isinstance(stored.model, PeftModel)
+    origin = Origin(
+        base_model or started_from, None, "lora" if is_lora else "full", {"fine-tune": name_or_path}
+    )
+    needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
+    alone = Sharding(torch.device("cpu"))
+    plan = plan_step(config, stored.model, load_tokenizer(name_or_path, revision), target, alone, origin, needed)
+    fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
+    with plan.clock.phase("prepare"):
+        fine_tune.choose(given, base_model)
+    return plan.report.to_dict() if config.dry_run else run(plan, fine_tune)
+
+
+class StoredFineTune:
+    """A finished checkpoint or adapter, from file to file, with coefficients that somebody gives."""
+
+    def __init__(self, plan: Plan, stored: StoredModel, name: str, relative_to: str):
+        self.plan, self.stored, self.relative_to = plan, stored, relative_to
+        self.name = name
+        self.coefficients: Coefficients = {}
+
+    def choose(self, given: str, base_model: str | None) -> None:
+        """Reads the coefficients that `given` stands for."""
+        plan, vector = self.plan, self.plan.vector
+        if given == INTERFERENCE:
+            by_module = interference_coefficients(_task_deltas(self.stored, base_model), vector.deltas)
+            names = vector.space("module").modules.items()
+            self.coefficients = {name: by_module[module] for module, own in names for name in own}
+            plan.granularity = "module"
+        else:
+            self.coefficients, plan.granularity = _given_coefficients(given, vector, plan.granularity)
+        plan.carried = carried_coefficients(self.stored.model, vector, plan.granularity)
+        plan.report.coefficients = self.coefficients
+
+    def keep(self) -> str:
+        """It is on a disk, or on the hub."""
+        return self.name
+
+    def find(self) -> Found:
+        """The given coefficients, as they are."""
+        space = self.plan.vector.space(self.plan.granularity)
+        change = {name: value - self.plan.carried[name] for name, value in self.coefficients.items()}
+        decision = Decision("accepted", "The coefficients were given: nothing was measured.")
+        return Found(self.coefficients, decision, space.by_module(change))
+
+    def write(self, folder: Path, found: Found) -> None:
+        """Writes the merged checkpoint, the adapter, or both."""
+        plan, deltas = self.plan, self.plan.vector.deltas
+        if plan.merges:
+            entry = plan.mark(found.coefficients)
+            size = plan.config.max_shard_size
+            write_merged(self.stored, deltas, found.by_module, plan.processor, folder, size, entry)
+        if place := plan.adapter_place(folder):
+            model, base = self.stored.model, self.relative_to
+            save_adapter(model, deltas, found.by_module, base, plan.processor, place, plan.sharding)
+
+    def compare(self, folder: Path) -> dict[str, Any]:
+        """Nothing was measured that the files could be held against."""
+        return {}
+
+
+def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRankDelta]:
+    """The fine-tune's own change of every linear layer, of an adapter exactly."""
+    if isinstance(stored.model, PeftModel) and not stored.has_full_rank_changes:
+        found = adapter_delta(stored.model, torch.nn.Module())
+    elif base_model is None:
+        raise ConfigError("The fine-tune's change cannot be told without the aligned model: name it as `base_model`.")
+    else:
+        found = stored_delta(stored, StoredModel.open(base_model), TASK_RANK)
+    return {name: truncation.delta for name, truncation in found.items()}
+
+
+def _given_coefficients(
+    given: str, vector: SafetyVector, granularity: Granularity
+) -> tuple[Coefficients, Granularity]:
+    """The coefficients by name, and their granularity."""
+    try:
+        value = float(given)
+    except ValueError:
+        coefficients = reported_coefficients(given, vector)
+    else:
+        coefficients = dict.fromkeys(vector.space(granularity).names, value)
+    for name, coefficient in coefficients.items():
+        if not (math.isfinite(coefficient) and coefficient >= 0):
+            raise ConfigError(
+                f"The coefficient of `{name}` is {coefficient}: it must be 0 or more, −V removes refusals."
+            )
+    kind = CoefficientSpace.granularity_of(coefficients, vector.deltas, vector.components)
+    if kind is None:
+        raise ConfigError(
+            f"The coefficients in {given} are not those of this vector's layers, modules or rank-one parts: name another "
+            "report."
+        )
+    return coefficients, kind
