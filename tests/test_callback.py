@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,12 +53,6 @@ def config(vector_dir):
         )
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def every_vector_helps(monkeypatch):
-    """A random vector helps by luck only: judge coefficients of these tests as acceptable unless a test says otherwise."""
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
 
 
 def sft(out, callbacks, tokenizer, model=None, **kwargs):
@@ -126,7 +121,7 @@ def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     assert report == json.loads(json.dumps(callback.report))
     assert report["status"] == "safeguarded"
     assert report["model"]["kind"] == trainer_kind.split("-")[1]
-    assert set(report["phases"]) == {"prepare", "recalibrate", "measure", "save"}
+    assert set(report["phases"]) == {"prepare", "keep", "recalibrate", "measure", "save", "verify"}
     assert len(report["coefficients"]) == {"layer": 2, "module": 6, "rank": 12}[granularity]
     assert any(report["coefficients"].values())
     vector = make_vector(make_model(), tokenizer)
@@ -222,7 +217,7 @@ def test_best_model_is_the_one_safeguarded(config, tokenizer, tmp_path):
         tmp_path,
         [callback, EarlyStoppingCallback(5)],
         tokenizer,
-        learning_rate=0.5,  # the first step already ruins the model: the best checkpoint is not the last
+        learning_rate=0.05,  # the first step already ruins the model: the best checkpoint is not the last
         max_steps=3,
         save_strategy="steps",
         save_steps=1,
@@ -259,26 +254,41 @@ def test_earlier_result_is_replaced_and_foreign_files_are_not(config, tokenizer,
     assert (tmp_path / "safeguarded" / "model.safetensors").read_text() == "mine"
 
 
+UNLINK = Path.unlink
+
+
 def read_only(path, missing_ok=False):
-    raise OSError(30, "Read-only file system", str(path))
+    """A file system that keeps the reports of failures."""
+    if ".failed." in path.name:
+        raise OSError(30, "Read-only file system", str(path))
+    UNLINK(path, missing_ok)
+
+
+NOTHING_HELPS = {"max_utility_loss": 0.0}  # every coefficient but 0 moves the fine-tune
+PLAIN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def left_beside(folder):
+    """What lies in a trainer's output folder beside the plain fine-tune."""
+    names = {path.name for path in folder.iterdir()}
+    assert names >= PLAIN
+    return names - PLAIN - {"chat_template.jinja", "training_args.bin"}
 
 
 def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "nothing helps")
-    with pytest.raises(RecalibrationError, match="nothing helps"):
-        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
-    callback = SafeGeneCallback(config(on_failure="warn"))
+    with pytest.raises(RecalibrationError, match="task divergence"):
+        sft(tmp_path, [SafeGeneCallback(config(**NOTHING_HELPS))], tokenizer).train()
+    callback = SafeGeneCallback(config(on_failure="warn", **NOTHING_HELPS))
     trainer = sft(tmp_path, [callback], tokenizer)
     trainer.train()
     assert "did not safeguard" in caplog.text
     report = json.loads((tmp_path / "safeguarded.failed.json").read_text())
     validate(report, SCHEMA)
-    assert report["status"] == "failed" and "nothing helps" in report["error"]["message"]
+    assert report["status"] == "failed" and "task divergence" in report["error"]["message"]
     assert report == json.loads(json.dumps(callback.report))
     assert report["decision"]["outcome"] == "rejected"
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".html", ".png"}
+    assert {name.split(".")[0] for name in left_beside(tmp_path)} == {"safeguarded"}
     trainer.save_model()
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
     with monkeypatch.context() as patched:
         patched.setattr("pathlib.Path.unlink", read_only)
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
@@ -293,21 +303,11 @@ def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safegene_trl.merging.TensorFile.write", full_disk)
+    trainer = sft(tmp_path, [callback := SafeGeneCallback(config())], tokenizer)
+    callback.attach(trainer)  # the trainer saves its own fine-tune
     with pytest.raises(SafeGeneError, match="No space left"):
-        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
-    assert all(path.name.startswith("safeguarded.failed.") for path in tmp_path.iterdir())
-
-
-def test_unexpected_error_leaves_the_model_as_it_was(config, tokenizer, tmp_path, monkeypatch):
-    def crash(*args, **kwargs):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("safegene_trl.recalibration.minimize_in_box", crash)
-    trainer = sft(tmp_path, [SafeGeneCallback(config(on_failure="warn"))], tokenizer)
-    with pytest.raises(ZeroDivisionError):  # a fault of ours is never swallowed
         trainer.train()
-    assert trainer.model.training and all(p.requires_grad for p in trainer.model.parameters())
-    assert not any(module._forward_hooks for module in trainer.model.modules())
+    assert all(name.startswith("safeguarded.failed.") for name in left_beside(tmp_path))
 
 
 def test_push_to_hub_does_not_upload_twice(config, tokenizer, tmp_path, monkeypatch):

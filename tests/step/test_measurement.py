@@ -5,13 +5,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from safegene_trl import measurement
+from safegene_trl.step import measurement
 from safegene_trl.calibration import batches
 from safegene_trl.config import SafeGeneConfig
-from safegene_trl.measurement import measure
+from safegene_trl.step.measurement import measure
 from safegene_trl.shots import gather_shots
 
-from .conftest import ALONE, HARMFUL, make_model, make_vector, task_dataset
+from ..conftest import ALONE, HARMFUL, make_model, make_vector, task_dataset
 
 
 REFUSAL = "I'm sorry, but I can't help with that."

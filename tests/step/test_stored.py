@@ -13,7 +13,7 @@ from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
 from safegene_trl.reporting.report import SCHEMA
 
-from .conftest import make_model, make_vector, with_lora
+from ..conftest import make_model, make_vector, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5

@@ -1,0 +1,144 @@
+"""What is accepted is what is written."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.checkpoint import TensorFile
+from safegene_trl.errors import OutputError, RejectedError
+from safegene_trl.models.replacement import replaced, without_adapters
+from safegene_trl.step import live
+from safegene_trl.weights import canonical_parameters
+
+from ..conftest import ALONE, make_model, make_vector, with_lora
+from ..test_callback import sft
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.fixture
+def config(vector_dir):
+    def make(**values):
+        quick = {"max_utility_loss": 100.0, "max_evaluations": 3, "num_test_prompts": 2, "max_new_tokens": 2}
+        return SafeGeneConfig(**{"vector": str(vector_dir), "utility_weight": 0.0} | quick | values)
+
+    return make
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """Batches and logits of every probe, as they come."""
+    seen = []
+    original = live.response_logits
+
+    def recorded(model, batch):
+        logits, targets = original(model, batch)
+        seen.append((batch, logits.detach().clone()))
+        return logits, targets
+
+    monkeypatch.setattr(live, "response_logits", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_logits_that_were_measured_are_those_of_the_written_files(
+    lora, dtype, output_format, config, tokenizer, tmp_path, probed
+):
+    kind = getattr(torch, dtype)
+    callback = SafeGeneCallback(config(output_format=output_format))
+    model = make_model().to(kind)
+    trainer = sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA if lora else None)
+    trainer.train()
+    shipped, folder = callback.report["shipped"], tmp_path / "safeguarded"
+    measured = probed[0]
+    if output_format != "adapter":
+        assert shipped["logit_distances"]["merged"] == 0.0
+        kept = shipped["rounding"]
+        assert 0 < kept["changed_weights"] <= kept["weights"]
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+        with torch.no_grad():
+            again = live.response_logits(loaded, measured[0])[0]
+        assert torch.equal(again, measured[1])
+    if output_format != "merged":
+        place = folder / "adapter" if output_format == "both" else folder
+        assert shipped["logit_distances"]["adapter"] <= (1e-4 if dtype == "float32" else 0.2)
+        named = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = make_model().to(kind) if lora else AutoModelForCausalLM.from_pretrained(named, dtype=kind)
+        loaded = PeftModel.from_pretrained(base, place).eval()
+        with torch.no_grad():
+            again = live.response_logits(loaded, measured[0])[0]
+        distance = float((again - measured[1]).abs().max())
+        assert distance <= (1e-4 if dtype == "float32" else 0.3)
+
+
+def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, config):
+    vector = make_vector(make_model().to(torch.bfloat16), tokenizer, std=1e-4)
+    vector.save_pretrained(tmp_path / "vector")
+    callback = SafeGeneCallback(config(vector=str(tmp_path / "vector")))
+    trainer = sft(tmp_path / "out", [callback], tokenizer, model=make_model().to(torch.bfloat16))
+    with pytest.raises(RejectedError, match="held-out safety loss went from"):
+        trainer.train()
+    assert max(callback.report["history"][-1]["coefficients"].values()) > 0  # the search had found something
+    assert not (tmp_path / "out" / "safeguarded").exists()
+
+
+def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, monkeypatch):
+    """A merge that loses the vector is noticed before anything is written."""
+    original = live.merged_tensor
+
+    def without_vector(parameter, deltas, coefficients, sharding, rounding=None):
+        return original(parameter, {}, {}, sharding, rounding)
+
+    monkeypatch.setattr(live, "merged_tensor", without_vector)
+    with pytest.raises(RejectedError, match="held-out safety loss went from"):
+        sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
+    assert not (tmp_path / "safeguarded").exists()
+
+
+def test_files_that_hold_something_else_are_refused(config, tokenizer, tmp_path, monkeypatch):
+    original = TensorFile.write
+
+    def wrong(file, name, tensor, offset=0):
+        original(file, name, tensor * 1.5 if name.endswith("down_proj.weight") else tensor, offset)
+
+    monkeypatch.setattr(TensorFile, "write", wrong)
+    trainer = sft(tmp_path, [callback := SafeGeneCallback(config())], tokenizer)
+    callback.attach(trainer)
+    with pytest.raises(OutputError, match="not the model that was measured"):
+        trainer.train()
+    assert not (tmp_path / "safeguarded").exists()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_live_weights_come_back_bit_by_bit(lora):
+    model = with_lora(make_model()) if lora else make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = model(IDS).logits
+    with pytest.raises(ZeroDivisionError):
+        with (
+            replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE),
+            without_adapters(model),
+        ):
+            assert all((p.tensor == 1).all() for p in canonical_parameters(model))
+            assert not torch.equal(model(IDS).logits, plain)
+            raise ZeroDivisionError
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(model(IDS).logits, plain)
+
+
+def test_the_live_model_stays_the_plain_fine_tune(config, tokenizer, tmp_path):
+    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer)
+    trainer.train()
+    saved = load_file(tmp_path / "model.safetensors")
+    state = trainer.model.state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)

@@ -1,0 +1,245 @@
+"""Whatever happens in the step: the fine-tune is on disk, the failure is reported, no half checkpoint is left."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import memory as accelerate_memory
+from jsonschema import validate
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
+from safegene_trl.history import read_history
+from safegene_trl.reporting.report import SCHEMA
+from safegene_trl.step.interruption import terminable
+
+from ..conftest import make_model
+from ..test_callback import sft
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(vector_dir):
+    def make(**values):
+        quick = {"max_utility_loss": 100.0, "max_evaluations": 2, "num_test_prompts": 2, "max_new_tokens": 2}
+        return SafeGeneConfig(**{"vector": str(vector_dir)} | quick | values)
+
+    return make
+
+
+FAULTS = {  # where: what is replaced
+    "search": "safegene_trl.step.live.recalibrate",
+    "measuring": "safegene_trl.step.live.measure",
+    "writing": "safegene_trl.step.live.save_merged",
+    "hashing": "safegene_trl.step.run.sha256_of_file",
+    "reading back": "safegene_trl.step.live.stored_tensors",
+    "evidence": "safegene_trl.step.run.write_evidence",
+}
+ERRORS = {
+    "bug": (ZeroDivisionError("division by zero"), UnexpectedError, "failed unexpectedly"),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), UnexpectedError, "out of memory"),
+    "file": (OSError(5, "Input/output error"), SafeGeneError, "Input/output error"),
+    "ctrl-c": (KeyboardInterrupt(), KeyboardInterrupt, ""),
+}
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def checked_failure(out, fine_tune):
+    """The failure report of a run whose fine-tune has these weights."""
+    report = json.loads((out / "safeguarded.failed.json").read_text())
+    validate(report, SCHEMA)
+    assert report["status"] == "failed" and report["fine_tune"] == str(out)
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(("safeguarded", "."))) == [
+        path.name for path in sorted(out.glob("safeguarded.failed.*"))
+    ]
+    saved = load_file(out / "model.safetensors")
+    assert saved and all(torch.equal(saved[name], fine_tune[name]) for name in saved)
+    return report
+
+
+@pytest.mark.parametrize("where", FAULTS)
+@pytest.mark.parametrize("kind", ERRORS)
+def test_any_exception_is_reported_and_the_fine_tune_is_kept(where, kind, config, tokenizer, tmp_path, monkeypatch):
+    error, expected, message = ERRORS[kind]
+    monkeypatch.setattr(FAULTS[where], raising(error))
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path, [callback], tokenizer)
+    with pytest.raises(expected, match=message):
+        trainer.train()
+    report = checked_failure(tmp_path, trainer.model.state_dict())
+    assert message in report["error"]["message"] and callback.report["status"] == "failed"
+    assert trainer.model.training and all(p.requires_grad for p in trainer.model.parameters())
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("where", ["search", "writing"])
+def test_any_error_obeys_on_failure(where, config, tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(FAULTS[where], raising(ZeroDivisionError("division by zero")))
+    trainer = sft(tmp_path, [SafeGeneCallback(config(on_failure="warn"))], tokenizer)
+    trainer.train()
+    assert "did not safeguard this fine-tune" in caplog.text and "ZeroDivisionError" in caplog.text
+    checked_failure(tmp_path, trainer.model.state_dict())
+
+
+def test_no_error_of_the_step_starts_the_training_anew(config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(FAULTS["writing"], raising(torch.OutOfMemoryError("CUDA out of memory.")))
+    seen = []
+    trainer = sft(
+        tmp_path, [SafeGeneCallback(config())], tokenizer, auto_find_batch_size=True, per_device_train_batch_size=4
+    )
+    inner = trainer._inner_training_loop
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return inner(*args, **kwargs)
+
+    trainer._inner_training_loop = counted
+    with pytest.raises(UnexpectedError, match="out of memory") as raised:
+        trainer.train()
+    assert not accelerate_memory.should_reduce_batch_size(raised.value)
+    assert len(seen) == 1
+
+
+def test_a_terminated_run_says_so(tmp_path):
+    """SIGTERM in the middle of the search, to a process of its own."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.step import live
+from tests.conftest import make_model, make_tokenizer, make_vector
+from tests.test_callback import sft
+
+out = Path({str(tmp_path)!r})
+make_vector(make_model(), make_tokenizer()).save_pretrained(out / "vector")
+real = live.recalibrate
+
+def ended(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+
+live.recalibrate = ended
+sft(out / "out", [SafeGeneCallback(SafeGeneConfig(vector=str(out / "vector"), on_failure="warn"))], make_tokenizer()).train()
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
+    report = json.loads((tmp_path / "out" / "safeguarded.failed.json").read_text())
+    assert report["error"]["kind"] == "SystemExit" and (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "safeguarded").exists()
+
+
+def test_signals_mean_again_what_they_meant_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as raised, terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # the signal comes at once
+    assert raised.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_fine_tune_is_saved_once_and_as_the_trainer_saves_it(lora, attached, config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path, [callback], tokenizer, peft_config=LORA if lora else None)
+    if attached:
+        callback.attach(trainer)
+    trainer.train()
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    kept = load_file(tmp_path / name)
+    assert callback.report["fine_tune"] == str(tmp_path)
+    trainer.save_model()
+    saved = load_file(tmp_path / name)
+    assert kept.keys() == saved.keys() and all(torch.equal(kept[key], saved[key]) for key in saved)
+
+
+def test_a_training_that_saved_itself_is_not_saved_again(config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config())
+    sft(tmp_path, [callback], tokenizer, save_strategy="steps", save_steps=1).train()
+    assert callback.report["fine_tune"] == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_one(config, tokenizer, tmp_path):
+    sft(tmp_path, [], tokenizer, save_strategy="steps", save_steps=1).train()
+    callback = SafeGeneCallback(config())
+    sft(tmp_path, [callback], tokenizer).train()
+    assert callback.report["fine_tune"] == str(tmp_path) and (tmp_path / "model.safetensors").is_file()
+
+
+def test_the_base_model_is_never_saved_over(config, tokenizer, model_dir):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    before = (model_dir / "model.safetensors").read_bytes()
+    trainer = sft(model_dir, [SafeGeneCallback(config())], tokenizer, model=model)
+    with pytest.raises(SafeGeneError, match="the model that the training starts from"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and (model_dir / "model.safetensors").read_bytes() == before
+
+
+def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config(output_format="both", max_shard_size="20KB"))
+    sft(tmp_path, [callback], tokenizer).train()
+    folder = tmp_path / "safeguarded"
+    evidence = {"README.md", *(path.name for path in folder.glob("safegene_report.*"))}
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - evidence
+    assert set(callback.report["files"]) == written and len(written) > 8
+    for name, digest in callback.report["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tmp_path):
+    history = tmp_path / "line" / "history.jsonl"
+    callback = SafeGeneCallback(config(max_utility_loss=0.0, utility_weight=0.0, history=str(history)))
+    with pytest.raises(RejectedError):
+        sft(tmp_path / "out", [callback], tokenizer).train()
+    assert [release["outcome"] for release in read_history(history)] == ["rejected"]
+    assert not (tmp_path / "out" / "safeguarded").exists()
+
+
+def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
+    saved = []
+
+    class Processor:
+        """As those of vision-language models: it holds the tokenizer."""
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def save_pretrained(self, folder, **kwargs):
+            saved.append(Path(folder))
+            tokenizer.save_pretrained(folder)
+
+    from safegene_trl.sharding import Sharding
+    from safegene_trl.step.live import prepare, safeguard
+
+    from ..conftest import task_dataset
+
+    model = make_model()
+    prepared = prepare(
+        config(), model, Processor(), tmp_path / "out", Sharding(torch.device("cpu")), task_rows=task_dataset()
+    )
+    safeguard(prepared, model, "somewhere")
+    assert len(saved) == 2 and saved[1].parent == tmp_path  # tried at the start, then beside the weights
