@@ -133,9 +133,8 @@ class SafeGeneCallback(TrainerCallback):
             safeguard(prepared, model, _adapter_base(model, args), not args.disable_tqdm, training)
         except SafeGeneError as error:
             # What only one rank met leaves the others in a collective operation: it has to end the job.
-            if self.config.on_failure == "raise" or (
-                isinstance(error, UnexpectedError) and plan.sharding.world_size > 1
-            ):
+            alone = isinstance(error, UnexpectedError) and not error.on_all_ranks
+            if alone or self.config.on_failure == "raise":
                 raise
             logger.warning("SafeGene did not safeguard this fine-tune: %s (%s)", error, failure_path(plan.target))
         else:

@@ -50,4 +50,12 @@ class PeerError(SafeGeneError):
 
 
 class UnexpectedError(SafeGeneError):
-    """The safety step failed by an error that nothing here foresaw; its cause is chained to it."""
+    """The safety step failed by an error that nothing here foresaw; its cause is chained to it.
+
+    Attributes:
+        on_all_ranks: Whether every rank of the job raises it, so that all of them can go on.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = True):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks

@@ -30,6 +30,12 @@ _MESSAGE_BYTES = 2048
 _TURNS = itertools.count()  # of `Sharding.alone`, the same on every rank
 
 
+def _together(error: Exception) -> Exception:
+    """Marks an error as one that every rank raises, so that all of them can go on after it."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
 def _restore(tensor: torch.Tensor, own: torch.Tensor) -> None:
     with torch.no_grad():
         tensor.detach().copy_(own)
@@ -221,7 +227,9 @@ class Sharding:
         if failure is None and failed:
             message = messages[failed[0]].decode(errors="replace")
             text = f"Rank {failed[0]} of {self.world_size} failed: {message[1:]}"
-            raise PeerError(text) if message.startswith("s") else RuntimeError(text)
+            raise PeerError(text) if message.startswith("s") else _together(RuntimeError(text))
+        if failure is not None:
+            _together(failure)
 
     def _exchange(self, message: bytes, size: int = _MESSAGE_BYTES) -> list[bytes]:
         """Collective: every rank's message, cut to `size` bytes."""

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     except SafeGeneError as error:
         if not (callbacks and callbacks[0].report):  # before the training: there is nothing to save
             raise
-        if isinstance(error, UnexpectedError) and training.world_size > 1:  # the other ranks may not come here
+        if isinstance(error, UnexpectedError) and not error.on_all_ranks:  # the others do not come here
             raise
         failure = error
     report = callbacks[0].report if callbacks else None

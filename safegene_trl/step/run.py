@@ -103,15 +103,18 @@ def _reported(plan: Plan) -> Iterator[None]:
 
 
 def _unexpected(plan: Plan, error: Exception) -> SafeGeneError:
+    together = plan.sharding.world_size == 1 or getattr(error, "on_all_ranks", False)
     kept = f" The fine-tune itself is in {plan.report.fine_tune}." if plan.report.fine_tune else ""
     if is_out_of_memory(error):
         return UnexpectedError(
             "The safety step ran out of memory: run `safegene apply` on the saved fine-tune, on a machine with more of it, or "
-            f"set fewer shots.{kept}"
+            f"set fewer shots.{kept}",
+            together,
         )
     return UnexpectedError(
         f"The safety step failed unexpectedly ({type(error).__name__}: {error}): run `safegene apply` on the saved fine-tune, and "
-        f"report this error.{kept}"
+        f"report this error.{kept}",
+        together,
     )
 
 

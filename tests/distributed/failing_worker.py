@@ -10,7 +10,8 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-from safegene_trl import merging, recalibration, safeguard
+from safegene_trl import merging, recalibration
+from safegene_trl.step import live
 
 from .backends import DEEPSPEED
 from .worker import callback_of, start, trainer_of
@@ -44,7 +45,7 @@ def second_call(function, fault):
 
 
 FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
-    "validation": (safeguard, "check_supported", break_down, 1),
+    "validation": (live, "check_supported", break_down, 1),
     "recalibration": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, break_down), 1),
     "kill": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, kill_self), 1),
     "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneConfig, recalibration
 from safegene_trl.merging import save_merged
+from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration import recalibrate
 from safegene_trl.shots import gather_shots
 from safegene_trl.vector import SafetyVector
@@ -147,7 +148,6 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     record = shots.record["task"] | {"source": "training set"}
     assert report["data"] == shots.record | {"task": record}
     gradients = []
-    monkeypatch.setattr(recalibration, "_objection", lambda before, after, budget: "")
     original = recalibration.objective
 
     def recorded(*args):
@@ -156,10 +156,11 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
         return evaluated
 
     monkeypatch.setattr(recalibration, "objective", recorded)
-    names = vector.coefficient_names(config.granularity)
+    space = vector.space(config.granularity)
     mixed = extra and EXTRA[backend]["arguments"].get("bf16", False)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        alone = recalibrate(model, vector.deltas, names, shots.data, config, 0, ALONE)
+        attachment = VectorAttachment(model, vector.deltas, space, ALONE)
+        alone = recalibrate(attachment, shots.data, config, 0)
     if report["launch"]["sharding"] != "zero3":
         np.testing.assert_array_equal(found["gradients"][0]["gradient"], gradients[0])
         assert report["coefficients"] == alone.coefficients
@@ -170,8 +171,12 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
         reached = [min(entry["objective"] for entry in history) for history in (report["history"], alone.history)]
         assert reached[0] == pytest.approx(reached[1], rel=1e-6 if dtype == "float32" else 2e-3)
 
+    # What was written gives the logits that were measured.
+    shipped = report["shipped"]["logit_distances"]
+    assert shipped["merged"] <= (1e-5 if dtype == "float32" else 0.05)
+
     # The merged checkpoint is bit by bit the one that one process writes with these coefficients.
-    by_module = vector.by_module(report["coefficients"], config.granularity)
+    by_module = space.by_module(report["coefficients"])
     save_merged(model, vector.deltas, by_module, make_tokenizer(), tmp_path, config.max_shard_size, ALONE)
     written = sorted(path.name for path in (folder / "with" / "safeguarded").glob("*.safetensors"))
     assert written == sorted(path.name for path in tmp_path.glob("*.safetensors")) and len(written) > 2
