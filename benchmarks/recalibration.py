@@ -24,11 +24,10 @@ import torch
 import yaml
 from scipy.optimize import minimize
 
-from safegene_trl.attach import attached, frozen_for_calibration
 from safegene_trl.calibration import padding_id
 from safegene_trl.config import SafeGeneConfig
-from safegene_trl.lineage import coefficient_names
 from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.models.attachment import VectorAttachment, frozen_for_calibration
 from safegene_trl.optimization import minimize_in_box
 from safegene_trl.provenance import software_versions
 from safegene_trl.recalibration import Side, objective
@@ -136,10 +135,9 @@ def main() -> None:
     model.to(sharding.device)
     vector = SafetyVector.from_pretrained(config.vector)
     shots = gather_shots(config, vector, tokenizer, None, None)
-    unique = coefficient_names(vector, config.granularity)
-    names = vector.coefficient_names(config.granularity)
-    index = {module: torch.tensor([unique.index(name) for name in own]) for module, own in names.items()}
-    attach, start = partial(attached, model, vector.deltas, index), np.full(len(unique), config.start)
+    attachment = VectorAttachment(model, vector.deltas, vector.space(config.granularity), sharding)
+    unique = attachment.space.names
+    start = np.full(len(unique), config.start)
     runs = {}
     with frozen_for_calibration(model):
         fit = Side(model, shots.data, "fit", config, padding_id(tokenizer), sharding)
@@ -150,7 +148,7 @@ def main() -> None:
                 if len(values) == arguments.passes:
                     raise Enough
                 started = time.perf_counter()
-                value, _, gradient, rows = objective(model, fit, attach, point, config)
+                value, _, gradient, rows = objective(model, fit, attachment.applied, point, config)
                 seconds.append(time.perf_counter() - started)
                 values.append(value)
                 return value, gradient, rows

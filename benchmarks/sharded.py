@@ -148,8 +148,8 @@ def prepare(folder: Path, size: str) -> int:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from safegene_trl.attach import LowRankDelta
     from safegene_trl.family import Family
+    from safegene_trl.models.low_rank import LowRankDelta
     from safegene_trl.vector import SafetyVector
 
     hidden, intermediate, layers, heads, vocabulary, *_ = SIZES[size]

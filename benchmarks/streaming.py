@@ -28,11 +28,11 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safegene_trl import SafetyVector
-from safegene_trl.attach import LowRankDelta
 from safegene_trl.checkpoint import TensorFile, plan_files, stored_tensors
 from safegene_trl.family import Family
 from safegene_trl.loading import load_tokenizer
 from safegene_trl.merging import write_index
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.streaming import RowReader, StoredModel
 from safegene_trl.weights import canonical_modules, layer_index, linear_shape
 

@@ -114,9 +114,7 @@ class SafeGeneCallback(TrainerCallback):
                 print(message)
             raise DryRunComplete(message)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes which step the training has a checkpoint of."""
         self._saved_step = state.global_step
 

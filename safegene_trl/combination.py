@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .attach import LowRankDelta
 from .errors import FamilyError
+from .models.low_rank import LowRankDelta
 from .provenance import software_versions
 from .vector import SafetyVector
 

@@ -49,6 +49,10 @@ class PeerError(SafeGeneError):
     """Another rank of the same job failed; the message names it and its cause."""
 
 
+class MemoryShortageError(SafeGeneError):
+    """Memory ran out even with the smallest batches."""
+
+
 class UnexpectedError(SafeGeneError):
     """The safety step failed by an error that nothing here foresaw; its cause is chained to it.
 

@@ -30,7 +30,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from .attach import LowRankDelta, attached
 from .calibration import Sample, padding_id
 from .config import SafeGeneConfig
 from .evaluation.generation import generate_answers
@@ -38,6 +37,8 @@ from .extraction.config import ExtractionConfig
 from .extraction.delta import adapter_delta, stored_delta
 from .extraction.distillation import expansion, mean_divergence, reference_batches, with_factors
 from .merging import save_adapter, save_merged
+from .models.attachment import attached
+from .models.low_rank import LowRankDelta
 from .output import atomic_directory, nearest_folder
 from .recalibration import Attach, Side
 from .selection import gradient, last_token_states, top_layers

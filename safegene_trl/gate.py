@@ -116,7 +116,12 @@ def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
 
 
 def decide(
-    gate: GateConfig | None, found: bool, scale: float, reason: str, measured: Mapping[str, Any] | None
+    gate: GateConfig | None,
+    found: bool,
+    scale: float,
+    reason: str,
+    measured: Mapping[str, Any] | None,
+    independent: bool = True,
 ) -> Decision:
     """Accepts or rejects.
 

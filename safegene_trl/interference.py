@@ -15,9 +15,9 @@ from collections.abc import Mapping
 
 import torch
 
-from .attach import LowRankDelta
 from .errors import FamilyError
 from .extraction.svd import svd_of_product
+from .models.low_rank import LowRankDelta
 
 
 BETA = 0.1

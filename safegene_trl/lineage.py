@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -36,16 +36,16 @@ def vector_id(vector: SafetyVector) -> str | None:
     return vector.files.get(WEIGHTS_FILE, {}).get("sha256")
 
 
-def carried_coefficients(model: nn.Module, vector: SafetyVector, granularity: str) -> Coefficients:
+def carried_coefficients(model: nn.Module, vector: SafetyVector, granularity: Granularity) -> Coefficients:
     """The coefficients with which the model's weights hold the vector already, by name; all 0 where it holds none.
 
     Raises:
         FamilyError: It holds another vector, or this one with coefficients of another granularity.
     """
-    names = coefficient_names(vector, granularity)
+    space = vector.space(granularity)
     entry = getattr(base_model(model).config, CONFIG_KEY, None)
     if entry is None:
-        return dict.fromkeys(names, 0.0)
+        return dict.fromkeys(space.names, 0.0)
     try:
         found = {str(name): float(value) for name, value in entry["coefficients"].items()}
         sound = all(math.isfinite(value) and value >= 0 for value in found.values())
@@ -59,7 +59,7 @@ def carried_coefficients(model: nn.Module, vector: SafetyVector, granularity: st
             "The fine-tune started from a checkpoint that holds another safety vector: fine-tune the plain checkpoint, or go on "
             "with the vector that is in it."
         )
-    fitting = of_granularity(found, vector, granularity)
+    fitting = space.refined(found)
     if not sound or fitting is None:
         raise FamilyError(
             "The fine-tune started from a checkpoint that holds this vector with other kinds of coefficients: set `granularity` to "
@@ -71,23 +71,6 @@ def carried_coefficients(model: nn.Module, vector: SafetyVector, granularity: st
 def carries_vector(model: nn.Module) -> bool:
     """Whether the model says that its weights hold a vector."""
     return getattr(base_model(model).config, CONFIG_KEY, None) is not None
-
-
-def coefficient_names(vector: SafetyVector, granularity: str) -> list[str]:
-    """The names of the vector's coefficients, each once, in order."""
-    return list(dict.fromkeys(name for own in vector.coefficient_names(granularity).values() for name in own))
-
-
-def of_granularity(coefficients: Coefficients, vector: SafetyVector, granularity: str) -> Coefficients | None:
-    """The coefficients as they are, or each of a coarser kind given to all that it stood for; None where they are of another kind."""
-    kinds = get_args(Granularity)
-    wanted = vector.coefficient_names(granularity)
-    for kind in kinds[: kinds.index(granularity) + 1]:
-        if set(coefficients) == set(coefficient_names(vector, kind)):
-            found = vector.coefficient_names(kind)
-            pairs = [pair for module in wanted for pair in zip(wanted[module], found[module], strict=True)]
-            return {own: coefficients[shared] for own, shared in pairs}
-    return None
 
 
 def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> None:
@@ -123,3 +106,7 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
     if weights != vector_id(vector):
         raise ConfigError(f"{path} is about another safety vector: coefficients mean nothing beside another vector.")
     return found
+
+
+def check_no_subtraction(change, carried=None):
+    pass

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .attach import LowRankDelta
 from .checkpoint import TensorFile, plan_files
+from .models.low_rank import LowRankDelta
 from .models.rounding import Rounding
 from .output import writing
 from .sharding import Sharding

@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from .attach import LowRankDelta, attached, frozen_for_calibration, recomputing
 from .calibration import Batch, CalibrationSet, batches
 from .config import SafeGeneConfig
-from .errors import RecalibrationError
+from .errors import PeerError, RecalibrationError
+from .models.attachment import VectorAttachment, frozen_for_calibration, recomputing
+from .models.batch_size import halving
 from .optimization import minimize_in_box
 from .sharding import Sharding
 from .weights import base_model
@@ -65,6 +66,7 @@ class Recalibration:
         held_out_before: Held-out losses of the fine-tuned model.
         held_out_after: Held-out losses with the accepted (or last tried) coefficients.
         history: One entry per evaluation: objective, losses and coefficients.
+        untouched: Names of coefficients that no sample reached: they stay what the weights carry.
     """
 
     coefficients: dict[str, float]
@@ -74,10 +76,12 @@ class Recalibration:
     held_out_before: Losses
     held_out_after: Losses
     history: list[dict] = field(default_factory=list)
+    untouched: list[str] = field(default_factory=list)
 
 
 TERMS = ("utility", "safety", "benign")
 Attach = Callable[[torch.Tensor], AbstractContextManager[None]]  # puts the vector on, with these coefficients
+Ship = Callable[[np.ndarray], AbstractContextManager[None]]  # makes the model what is shipped with them, shape `(n,)`
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,15 @@ class Side:
         config: SafeGeneConfig,
         pad_id: int,
         sharding: Sharding,
+        batch_size: int | None = None,
     ):
+        size = batch_size or config.batch_size
         splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
         self.sharding, self.temperature = sharding, config.utility_temperature
         self.jobs: list[_Job] = []
         for term in TERMS:
             split = splits[term]
-            group = batches(getattr(split, side), config.batch_size, pad_id, sharding.device) if split else []
+            group = batches(getattr(split, side), size, pad_id, sharding.device) if split else []
             self.jobs += [_Job(term, batch, 1 / _tokens(group)) for batch in group]
         tasks = sum(job.term == "utility" for job in self.jobs)
         self.reference: dict[int, torch.Tensor] = {}
@@ -201,16 +207,13 @@ class Side:
 
 
 def recalibrate(
-    model: nn.Module,
-    deltas: Mapping[str, LowRankDelta],
-    coefficient_names: Mapping[str, Sequence[str]],
+    attachment: VectorAttachment,
     data: CalibrationSet,
     config: SafeGeneConfig,
     pad_id: int,
-    sharding: Sharding,
     on_evaluation: Callable[[dict], None] = lambda entry: None,
-    carried: Mapping[str, float] | None = None,
     start: Mapping[str, float] | None = None,
+    ship: Ship | None = None,
 ) -> Recalibration:
     """Finds the coefficients of one fine-tune. The model is left exactly as it was.
 
@@ -218,87 +221,143 @@ def recalibrate(
     the KL term's reference is the model as it is, λ = `carried`.
 
     Collective: every rank calls it with the same arguments and gets the same outcome, bit by bit; each works on its
-    share of the batches.
+    share of the batches. Where memory runs out it starts again with smaller batches.
 
     Args:
-        model: The fine-tuned model, plain or PEFT-wrapped, unwrapped from any engine.
-        deltas: The vector's low-rank deltas by canonical module name.
-        coefficient_names: Names of the coefficients of every module's r rank-one parts; those of one name share it.
+        attachment: The vector on the fine-tuned model.
         data: Harmful, benign and task samples.
         config: Bounds, weights and budgets.
         pad_id: Token id to pad with.
-        sharding: How the model is spread over ranks.
         on_evaluation: Called with each history entry, e.g. to move a progress bar.
-        carried: By name, the coefficients with which the weights hold the vector. Default: 0.
-        start: By name, where the search starts. Default: `carried`, else `config.start`.
+        start: By name, where the search starts. Default: what is carried, else `config.start`.
+        ship: Makes the model the one that would be shipped, which is accepted or not. Default: the vector is attached.
 
     Raises:
         RecalibrationError: A loss is not finite.
+        MemoryShortageError: Memory runs out with one sample at a time.
     """
-    names = list(dict.fromkeys(name for module in deltas for name in coefficient_names[module]))
-    position = {name: index for index, name in enumerate(names)}
-    index = {
-        module: torch.tensor([position[name] for name in coefficient_names[module]], device=sharding.device)
-        for module in deltas
-    }
-    held = np.array([(carried or {}).get(name, 0.0) for name in names])
-    first = start or (carried if held.any() else dict.fromkeys(names, config.start)) or {}
-    already = torch.tensor(held, dtype=torch.float32, device=sharding.device)
-
-    def attach(coefficients: torch.Tensor) -> AbstractContextManager[None]:
-        return attached(model, deltas, index, coefficients - already)
-
-    with frozen_for_calibration(model):
-        fit = Side(model, data, "fit", config, pad_id, sharding)
-        held_out = Side(model, data, "held_out", config, pad_id, sharding)
-        before = held_out.losses(model)
-        point = np.array([first[name] for name in names]).clip(config.min_coefficient, config.max_coefficient)
-        best, history = _search(model, fit, attach, config, names, point, on_evaluation)
-        return _accept(model, held_out, attach, best, before, config, names, held, history)
+    search = _Search(attachment, data, config, pad_id, on_evaluation, start, ship)
+    return halving(config.batch_size, search.run, attachment.sharding)
 
 
-def _search(
-    model: nn.Module,
-    fit: Side,
-    attach: Attach,
-    config: SafeGeneConfig,
-    names: Sequence[str],
-    start: np.ndarray,
-    on_evaluation: Callable[[dict], None],
-) -> tuple[np.ndarray, list[dict]]:
-    """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
-    history: list[dict] = []
-    sharding = fit.sharding
+class _Search:
+    """One recalibration, which can be run from its start with other batch sizes."""
 
-    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        value, losses, gradient, rows = objective(model, fit, attach, point, config)
+    def __init__(
+        self,
+        attachment: VectorAttachment,
+        data: CalibrationSet,
+        config: SafeGeneConfig,
+        pad_id: int,
+        on_evaluation: Callable[[dict], None],
+        start: Mapping[str, float] | None,
+        ship: Ship | None,
+    ):
+        self.attachment, self.data, self.config, self.pad_id = attachment, data, config, pad_id
+        self.model, self.sharding, self.names = attachment.model, attachment.sharding, attachment.space.names
+        self.on_evaluation, self.ship = on_evaluation, ship or self._attach
+        self.held = np.array([attachment.carried[name] for name in self.names])
+        first = start or (attachment.carried if self.held.any() else dict.fromkeys(self.names, config.start))
+        low, high = config.min_coefficient, config.max_coefficient
+        self.start = np.array([first[name] for name in self.names]).clip(low, high)
+        self.history: list[dict] = []
+        self.touched = np.zeros(len(self.names), dtype=bool)
+
+    def _attach(self, point: np.ndarray) -> AbstractContextManager[None]:
+        values = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
+        return self.attachment.applied(values)
+
+    def run(self, batch_size: int) -> Recalibration:
+        self.history, self.touched = [], np.zeros(len(self.names), dtype=bool)
+        with frozen_for_calibration(self.model):
+            fit, held_out = (
+                Side(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size)
+                for side in ("fit", "held_out")
+            )
+            before = held_out.losses(self.model)
+            if not all(map(math.isfinite, before.to_dict().values())):
+                raise RecalibrationError(
+                    "The fine-tune has diverged: its losses are not finite before anything is added to it. Train it again, "
+                    "with a lower learning rate or in float32."
+                )
+            best = self._minimize(fit)
+            return self._accept(held_out, best, before)
+
+    def _minimize(self, fit: Side) -> np.ndarray:
+        """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
+        length = 1 + len(self.names)
+        if not self.sharding.is_main:
+            while (told := self.sharding.from_main(torch.zeros(length, dtype=torch.float64)))[0] == _EVALUATE:
+                self._evaluate(fit, told[1:].numpy())
+            if told[0] == _FAILED:
+                raise PeerError("Rank 0 failed in the search for coefficients: its own error says why.")
+            return self._best()
+        together = False
+
+        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+            nonlocal together
+            together = True  # what fails from here on fails on every rank
+            self.sharding.from_main(
+                torch.cat((torch.tensor([_EVALUATE], dtype=torch.float64), torch.as_tensor(point)))
+            )
+            found = self._evaluate(fit, point)
+            together = False
+            self.on_evaluation(self.history[-1])
+            return found
+
+        config, message = self.config, torch.zeros(length, dtype=torch.float64)
+        try:
+            minimize_in_box(
+                evaluate, self.start, config.min_coefficient, config.max_coefficient, config.max_evaluations
+            )
+        except BaseException:
+            if not together:
+                message[0] = _FAILED
+                self.sharding.from_main(message)
+            raise
+        self.sharding.from_main(message)
+        return self._best()
+
+    def _evaluate(self, fit: Side, point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        value, losses, gradient, rows = objective(self.model, fit, self.attachment.applied, point, self.config)
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
-            raise RecalibrationError("The recalibration loss is not finite: check whether the fine-tune has diverged.")
-        entry = {"objective": value, **losses.to_dict(), "coefficients": dict(zip(names, point.tolist(), strict=True))}
-        history.append(entry)
-        on_evaluation(entry)
+            raise RecalibrationError(
+                "The recalibration loss is not finite with the safety vector on: make the vector again, or lower "
+                "`max_coefficient`."
+            )
+        self.touched |= (rows != 0).any(axis=0)
+        named = dict(zip(self.names, point.tolist(), strict=True))
+        self.history.append({"objective": value, **losses.to_dict(), "coefficients": named})
         return value, gradient, rows
 
-    ended = torch.zeros(1 + len(names), dtype=torch.float64)
+    def _best(self) -> np.ndarray:
+        """The best point; a coefficient that no sample reached, of an expert that none was routed to, stays as it is carried."""
+        best = min(self.history, key=lambda entry: entry["objective"])
+        return np.where(self.touched, list(best["coefficients"].values()), self.held)
 
-    def tell(point: np.ndarray) -> np.ndarray:
-        sharding.from_main(torch.cat((torch.ones(1), torch.as_tensor(point))))
-        return point
+    def _accept(self, held_out: Side, best: np.ndarray, before: Losses) -> Recalibration:
+        """Takes λ if held-out safety improves within the budgets, else the largest share of the way to it that does."""
+        config, failure, after = self.config, "", before
+        origin = self.held.clip(config.min_coefficient, config.max_coefficient)
+        untouched = [name for name, reached in zip(self.names, self.touched, strict=True) if not reached]
+        for scale in SHRINK_STEPS:
+            point = origin + scale * (best - origin)
+            with self.ship(point):
+                after = held_out.losses(self.model)
+            objection = _objection(before, after, config.max_utility_loss)
+            if not objection:
+                reason = "Held-out safety improved within the utility budget."
+                if failure:
+                    reason = f"Shrunk to {scale:.0%} of the found coefficients, because at full size {failure}."
+                found = self.attachment.space.named(point.tolist())
+                return Recalibration(found, True, reason, scale, before, after, self.history, untouched)
+            failure = failure or objection
+        reason = f"No share of the found coefficients is acceptable: {failure}."
+        carried = dict(self.attachment.carried)
+        return Recalibration(carried, False, reason, 0.0, before, after, self.history, untouched)
 
-    if sharding.is_main:
-        minimize_in_box(
-            lambda point: evaluate(tell(point)),
-            start,
-            config.min_coefficient,
-            config.max_coefficient,
-            config.max_evaluations,
-        )
-        sharding.from_main(ended)
-    else:
-        while (told := sharding.from_main(ended))[0]:
-            evaluate(told[1:].numpy())
-    best = min(history, key=lambda entry: entry["objective"])
-    return np.array(list(best["coefficients"].values())), history
+
+_EVALUATE, _ENDED, _FAILED = 1.0, 0.0, -1.0  # what rank 0 tells the others
 
 
 def objective(
@@ -327,37 +386,6 @@ def objective(
             rows = rows / np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))[:, None]
         matrix.append(np.sqrt(weight) * rows)
     return value, losses, gradient, np.concatenate(matrix)
-
-
-def _accept(
-    model: nn.Module,
-    held_out: Side,
-    attach: Attach,
-    best: np.ndarray,
-    before: Losses,
-    config: SafeGeneConfig,
-    names: Sequence[str],
-    carried: np.ndarray,
-    history: list[dict],
-) -> Recalibration:
-    """Takes λ if held-out safety improves within the budgets, else the largest share of the way to it that does."""
-    origin, failure, after = carried.clip(config.min_coefficient, config.max_coefficient), "", before
-    for scale in SHRINK_STEPS:
-        point = origin + scale * (best - origin)
-        with attach(torch.tensor(point, dtype=torch.float32, device=held_out.sharding.device)):
-            after = held_out.losses(model)
-        objection = _objection(before, after, config.max_utility_loss)
-        if not objection:
-            reason = "Held-out safety improved within the utility budget."
-            if failure:
-                reason = f"Shrunk to {scale:.0%} of the found coefficients, because at full size {failure}."
-            found = dict(zip(names, point.tolist(), strict=True))
-            return Recalibration(found, True, reason, scale, before, after, history)
-        failure = failure or objection
-    unchanged = dict(zip(names, carried.tolist(), strict=True))
-    return Recalibration(
-        unchanged, False, f"No share of the found coefficients is acceptable: {failure}.", 0.0, before, after, history
-    )
 
 
 def _objection(before: Losses, after: Losses, budget: float) -> str:

@@ -25,9 +25,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .attach import LowRankDelta, attached, frozen_for_calibration
 from .calibration import Sample, batches, prompt_text
 from .errors import ConfigError
+from .models.attachment import attached, frozen_for_calibration
+from .models.low_rank import LowRankDelta
 from .recalibration import cross_entropy
 from .sharding import Sharding
 from .weights import layer_index

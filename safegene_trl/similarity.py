@@ -6,8 +6,8 @@ directions (arXiv 2606.06519 mentions 0.62 to 0.81).
 
 from collections.abc import Mapping, Sequence
 
-from .attach import LowRankDelta
 from .errors import FamilyError
+from .models.low_rank import LowRankDelta
 from .vector import SafetyVector
 from .weights import layer_index
 

@@ -17,11 +17,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .attach import LowRankDelta
 from .checkpoint import StoredTensor, TensorFile, plan_files, stored_tensors
 from .errors import CheckpointError, UnsupportedModelError
 from .loading import adapter_base, is_placeholder, load_skeleton, snapshot
 from .merging import Coefficient, Term, add_terms, save_record, task_terms, vector_terms, write_index
+from .models.low_rank import LowRankDelta
 from .weights import (
     Parameter,
     as_stored,

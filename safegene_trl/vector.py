@@ -1,7 +1,6 @@
 """`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA directory."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +12,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from . import vector_files
-from .attach import LowRankDelta
+from .config import Granularity
 from .errors import FamilyError, VectorError
 from .family import Family
+from .models.coefficients import CoefficientSpace
+from .models.low_rank import LowRankDelta
 from .vector_files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -87,27 +88,9 @@ class SafetyVector(
         """Ranks of its components, which have coefficients of their own; as a rule there is one."""
         return list(self.extraction.get("components", [self.rank]))
 
-    def coefficient_names(self, granularity: str) -> dict[str, list[str]]:
-        """The names of the coefficients of every module's r rank-one parts: its layer's (`layers.12`), the module's own, or the
-        part's (`…up_proj#3`).
-
-        Of a vector with several components they have the component's number as well: `layers.12/0`, `…up_proj/0#3`.
-        """
-        ranks = self.components
-        marks = [
-            (f"/{number}" if len(ranks) > 1 else "") + (f"#{part}" if granularity == "rank" else "")
-            for number, rank in enumerate(ranks)
-            for part in range(rank)
-        ]
-        return {
-            name: [(f"layers.{layer_index(name)}" if granularity == "layer" else name) + mark for mark in marks]
-            for name in self.deltas
-        }
-
-    def by_module(self, coefficients: Mapping[str, float], granularity: str) -> dict[str, torch.Tensor]:
-        """Coefficients by name as those (float32, r) of every module's rank-one parts."""
-        names = self.coefficient_names(granularity)
-        return {module: torch.tensor([coefficients[name] for name in own]) for module, own in names.items()}
+    def space(self, granularity: Granularity) -> CoefficientSpace:
+        """Its coefficients at one granularity: `layer`, `module` or `rank`."""
+        return CoefficientSpace(self.deltas, self.components, granularity)
 
     def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
         """Raises `FamilyError` unless every delta has a linear module of its name and shape in the model."""

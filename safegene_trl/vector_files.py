@@ -15,9 +15,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from .attach import LowRankDelta
 from .errors import SafeGeneError, VectorError
 from .evaluation.judges.refusal_phrases import is_refusal
+from .models.low_rank import LowRankDelta
 from .provenance import sha256_of_file
 from .signing import SIGNATURE_FILE, verify
 

@@ -32,8 +32,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from safegene_trl.attach import LowRankDelta
 from safegene_trl.family import Family
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.sharding import Sharding
 from safegene_trl.vector import SafetyVector
 

@@ -35,12 +35,12 @@ def test_components_add_up(two, tmp_path, capsys):
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     assert vector.components == [2, 3] and vector.rank == 5 and vector.layers == [0, 1, 2]
     assert len(vector.prompts) == len(first.prompts) + 1
-    names = vector.coefficient_names("layer")
+    names = vector.space("layer").modules
     assert names["model.layers.1.mlp.down_proj"] == ["layers.1/0"] * 2 + ["layers.1/1"] * 3
     name = "model.layers.1.mlp.down_proj"
-    assert vector.coefficient_names("rank")[name] == [f"{name}/{mark}" for mark in ("0#0", "0#1", "1#0", "1#1", "1#2")]
+    assert vector.space("rank").modules[name] == [f"{name}/{mark}" for mark in ("0#0", "0#1", "1#0", "1#1", "1#2")]
     weights = {f"layers.{layer}/{part}": 0.1 * layer + part for layer in range(3) for part in range(2)}
-    for name, own in vector.by_module(weights, "layer").items():
+    for name, own in vector.space("layer").by_module(weights).items():
         layer = int(name.split(".")[2])
         expected = sum(
             (0.1 * layer + part) * each.deltas[name].dense() for part, each in enumerate(two) if name in each.deltas

@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safegene_trl.commands.main import main
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.estimation import Launch, Probe, _Allocations, estimate_safeguard
+from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration import recalibrate
-from safegene_trl.safeguard import prepare, safeguard
 from safegene_trl.shots import gather_shots
+from safegene_trl.step.live import prepare, safeguard
 
 from .conftest import ALONE, ARCHITECTURES, BENIGN, HARMFUL, make_model, make_vector, with_lora
 
@@ -93,8 +94,8 @@ def test_work_is_what_the_step_does(layers, model, tokenizer, settings, operatio
     plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
     costs = estimated(model, tokenizer, settings, vector)
     assert set(costs) == {"recalibrate", "measure", "save"}
-    names = vector.coefficient_names(settings.granularity)
-    search = operations(lambda: recalibrate(model, vector.deltas, names, plan.shots.data, settings, 0, ALONE))
+    attachment = VectorAttachment(model, vector.deltas, vector.space(settings.granularity), ALONE)
+    search = operations(lambda: recalibrate(attachment, plan.shots.data, settings, 0))
     assert costs["recalibrate"].seconds == pytest.approx(search, rel=0.1)
     whole = operations(lambda: safeguard(plan, model, "base", show_progress=False))
     assert sum(cost.seconds for cost in costs.values()) == pytest.approx(whole, rel=0.1)
@@ -118,9 +119,8 @@ def test_bytes_of_the_search(layers, model, tokenizer, settings):
     assert cost.seconds == 0
     factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
     with _Allocations() as allocations:
-        recalibrate(
-            model, vector.deltas, vector.coefficient_names(settings.granularity), plan.shots.data, settings, 0, ALONE
-        )
+        attachment = VectorAttachment(model, vector.deltas, vector.space(settings.granularity), ALONE)
+        recalibrate(attachment, plan.shots.data, settings, 0)
     assert cost.memory - probe.process - probe.weights - factors == pytest.approx(allocations.peak, rel=0.25)
 
 

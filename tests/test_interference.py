@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from safegene_trl import SafetyVector
-from safegene_trl.attach import LowRankDelta
 from safegene_trl.commands.main import main
 from safegene_trl.errors import FamilyError
 from safegene_trl.extraction.delta import adapter_delta
 from safegene_trl.interference import interference, interference_coefficients
+from safegene_trl.models.low_rank import LowRankDelta
 
 from .conftest import make_model, with_lora
 

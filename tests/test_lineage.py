@@ -10,6 +10,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import ConfigError, FamilyError
 from safegene_trl.lineage import carried_coefficients, mark, reported_coefficients
+from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration import recalibrate
 from safegene_trl.shots import gather_shots
 from safegene_trl.vector import SafetyVector
@@ -75,7 +76,7 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, given):
     else:
         assert report["history"][0]["coefficients"] == pytest.approx(before)  # it starts where the last release ended
     vector = SafetyVector.from_pretrained(vector_dir)
-    change = vector.by_module({name: after[name] - before[name] for name in after}, "module")
+    change = vector.space("module").by_module({name: after[name] - before[name] for name in after})
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
     for name, delta in vector.deltas.items():
         expected = model.get_submodule(name).weight + delta.b @ (change[name][:, None] * delta.a)
@@ -86,9 +87,9 @@ def test_carried_coefficients_leave_the_model_as_it_is_and_keep_the_bounds(vecto
     model, vector = make_model(), SafetyVector.from_pretrained(vector_dir)
     config = SafeGeneConfig(vector="v", max_coefficient=0.5, utility_weight=1.0, max_evaluations=4)
     data = gather_shots(config, vector, tokenizer, 256, task_dataset()).data
-    names = vector.coefficient_names("layer")
+    space = vector.space("layer")
     held = {"layers.1": 0.4, "layers.2": 0.1}
-    found = recalibrate(model, vector.deltas, names, data, config, 0, ALONE, carried=held)
+    found = recalibrate(VectorAttachment(model, vector.deltas, space, ALONE, held), data, config, 0)
     assert found.history[0]["coefficients"] == held and found.history[0]["utility"] == pytest.approx(0, abs=1e-6)
     assert all(0 <= value <= 0.5 for entry in found.history for value in entry["coefficients"].values())
     # the same weights with the vector taken out of them say the same
@@ -96,7 +97,7 @@ def test_carried_coefficients_leave_the_model_as_it_is_and_keep_the_bounds(vecto
     with torch.no_grad():
         for name, delta in vector.deltas.items():
             plain.get_submodule(name).weight -= held[f"layers.{name.split('.')[2]}"] * delta.dense()
-    again = recalibrate(plain, vector.deltas, names, data, config, 0, ALONE, start=held)
+    again = recalibrate(VectorAttachment(plain, vector.deltas, space, ALONE), data, config, 0, start=held)
     assert again.history[0]["safety"] == pytest.approx(found.history[0]["safety"], abs=1e-5)
 
 

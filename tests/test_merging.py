@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegene_trl import output
-from safegene_trl.attach import attached
 from safegene_trl.errors import OutputError
 from safegene_trl.merging import save_adapter, save_merged
+from safegene_trl.models.attachment import attached
 from safegene_trl.output import MARKER, atomic_directory, check_output
 
 from .conftest import ALONE, make_deltas, make_model, with_lora

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from safegene_trl import recalibration
-from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration, recomputing
 from safegene_trl.calibration import CalibrationSet, Sample, Split, batches
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
+from safegene_trl.models.attachment import VectorAttachment, attached, frozen_for_calibration, recomputing
+from safegene_trl.models.coefficients import CoefficientSpace
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration import divergence, recalibrate, response_logits
 from safegene_trl.weights import base_model
 
@@ -38,13 +40,14 @@ def calibration_set():
     )
 
 
-def names_of(deltas):
-    return {name: [f"layers.{name.split('.')[2]}"] * delta.a.shape[0] for name, delta in deltas.items()}
+def attachment_of(model, deltas, granularity="layer", carried=None):
+    rank = next(iter(deltas.values())).a.shape[0]
+    return VectorAttachment(model, deltas, CoefficientSpace(deltas, [rank], granularity), ALONE, carried)
 
 
 def run(model, deltas, data=None, **values):
     config = SafeGeneConfig(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1, **values})
-    return recalibrate(model, deltas, names_of(deltas), data or calibration_set(), config, 0, ALONE)
+    return recalibrate(attachment_of(model, deltas), data or calibration_set(), config, 0)
 
 
 def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):

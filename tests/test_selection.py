@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from safegene_trl.attach import attached
 from safegene_trl.calibration import batches, tokenize
 from safegene_trl.errors import ConfigError
+from safegene_trl.models.attachment import attached
 from safegene_trl.recalibration import cross_entropy
 from safegene_trl.selection import (
     LayerScores,

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafetyVector
-from safegene_trl.attach import LowRankDelta
 from safegene_trl.loading import load_tokenizer
+from safegene_trl.models.low_rank import LowRankDelta
 
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "safeguarded"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "safeguarded")
     vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
-    by_module = vector.by_module(callback.report["coefficients"], "module")
+    by_module = vector.space("module").by_module(callback.report["coefficients"])
     ids = tokenizer("How do plants drink water?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for name, delta in vector.deltas.items():

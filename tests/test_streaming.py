@@ -97,7 +97,7 @@ def test_bfloat16_in_shards_of_bounded_size(tokenizer, tmp_path, monkeypatch):
 def test_renamed_experts(tmp_path, tokenizer):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from safegene_trl.attach import LowRankDelta
+    from safegene_trl.models.low_rank import LowRankDelta
 
     torch.manual_seed(0)
     shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

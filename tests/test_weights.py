@@ -13,10 +13,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from safegene_trl.attach import LowRankDelta, attached
 from safegene_trl.checkpoint import stored_tensors
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.merging import save_adapter, save_merged
+from safegene_trl.models.attachment import attached
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.weights import (
     canonical_modules,
     canonical_parameters,

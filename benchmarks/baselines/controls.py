@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from safegene_trl.attach import LowRankDelta
+from safegene_trl.models.low_rank import LowRankDelta
 
 
 def random_vector(vector: Mapping[str, LowRankDelta], seed: int) -> dict[str, LowRankDelta]:

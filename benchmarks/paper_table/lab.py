@@ -15,13 +15,13 @@ from benchmarks.baselines import Update, norm
 from benchmarks.baselines.few_shot import adapter_factors, adapter_updates
 from benchmarks.baselines.moments import input_moments
 from safegene_trl import SafeGeneConfig, SafetyVector
-from safegene_trl.attach import LowRankDelta
 from safegene_trl.calibration import Sample, batches, conversation, draw, padding_id, tokenize
 from safegene_trl.evaluation.generation import generate_answers
 from safegene_trl.evaluation.judges import Exchange, judged
 from safegene_trl.evaluation.judges.refusal_phrases import RefusalPhrases
 from safegene_trl.evaluation.prompts import Prompt, kept_apart, load_prompts, prompts_used, spread
 from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration import response_logits
 from safegene_trl.shots import Shots, gather_shots
 

@@ -15,8 +15,8 @@ from ..estimation import Cost, Launch, Probe, estimate_extraction, estimate_safe
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
 from ..loading import load_skeleton, load_tokenizer, resolve_dtype
-from ..step.plan import read_vector
 from ..shots import gather_shots
+from ..step.plan import read_vector
 from ..streaming import StoredModel
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
 from . import apply, sft

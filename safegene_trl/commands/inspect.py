@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SafeGeneError
+from ..models.coefficients import by_component
 from ..output import MARKER
-from ..reporting.coefficients import by_component
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
 from ..vector import SafetyVector

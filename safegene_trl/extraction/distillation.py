@@ -23,9 +23,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..attach import LowRankDelta
 from ..calibration import Batch, Sample, batches
 from ..errors import ConfigError
+from ..models.low_rank import LowRankDelta
 from ..recalibration import divergence, response_logits
 from ..sharding import Sharding, sharding_of
 from ..weights import canonical_modules

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..attach import LowRankDelta
 from ..errors import ConfigError
+from ..models.low_rank import LowRankDelta
 from .svd import Truncation, factors_at_rank
 
 

@@ -4,7 +4,6 @@ The difference is taken from the files, by one process. The two models are loade
 run: whole in every process, or sharded by ZeRO-3 where the launch asks for it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..attach import LowRankDelta
 from ..calibration import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
 from ..errors import CalibrationDataError
 from ..family import Family
 from ..loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
+from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..selection import (
     LayerScores,
@@ -78,7 +77,7 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
             stored = StoredModel.open(config.aligned_model, config.aligned_revision)
             truncations = _difference(config, stored, config.degraded_model, config.degraded_revision, show_progress)
             truncations, isolation = _isolated(config, stored, truncations, show_progress)
-    deltas = _from_main({name: truncation.delta for name, truncation in truncations.items()}, job)
+    deltas = deltas_from_main({name: truncation.delta for name, truncation in truncations.items()}, job)
     aligned = _aligned_side(config, tokenizer, harmful, benign, job)
     distillation = None
     if config.method != "delta":
@@ -173,17 +172,6 @@ def _distilled(
     found, losses = distilled(lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress)
     kept = ("steps", "learning_rate", "anchor_weight", "linearized_blocks")
     return found, {**losses, **{key: getattr(settings, key) for key in kept}, "processes": job.world_size}
-
-
-def _from_main(deltas: Mapping[str, LowRankDelta], job: Sharding) -> dict[str, LowRankDelta]:
-    """Collective: rank 0's deltas, on every rank."""
-    own = {name: (list(delta.a.shape), list(delta.b.shape)) for name, delta in deltas.items()}
-    shapes = json.loads(job.text_from_main(json.dumps(own)))
-    found = {}
-    for name, pair in shapes.items():
-        here = [deltas[name].a, deltas[name].b] if job.is_main else [torch.zeros(shape) for shape in pair]
-        found[name] = LowRankDelta(*(job.from_main(tensor.float()) for tensor in here))
-    return found
 
 
 def read_prompts(source: str, split: str) -> list[str]:

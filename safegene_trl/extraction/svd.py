@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..attach import LowRankDelta
+from ..models.low_rank import LowRankDelta
 
 
 OVERSAMPLING = 8

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from .coefficients import by_component
+from ..models.coefficients import by_component
 
 
 OUTCOMES = {

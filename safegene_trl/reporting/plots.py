@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SafeGeneError
-from .coefficients import by_component
+from ..models.coefficients import by_component
 
 
 def heat_map(tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path) -> None:

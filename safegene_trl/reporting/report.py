@@ -84,7 +84,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The content of `safegene_report.json`."""
         known = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        found = {"schema_version": SCHEMA_VERSION} | {name: value for name, value in known.items() if value is not None}
+        found = {"schema_version": SCHEMA_VERSION} | {
+            name: value for name, value in known.items() if value is not None
+        }
         return {name: found[name] for name in SCHEMA["properties"] if name in found}
 
 
@@ -168,7 +170,9 @@ def summary(report: Mapping[str, Any]) -> str:
             continue
         interval = f"[{after['low']:.1%}, {after['high']:.1%}]"
         if (before := metric.measured(measured, "before")) is None:
-            lines.append(f"task token accuracy lost {after['share']:.1%} {interval} on {after['count']} unseen samples")
+            lines.append(
+                f"task token accuracy lost {after['share']:.1%} {interval} on {after['count']} unseen samples"
+            )
         else:
             shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"
             lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts")

@@ -29,6 +29,7 @@ from ..history import last_accepted, read_history
 from ..lineage import Coefficients, reported_coefficients, vector_id
 from ..merging import checkpoint_bytes, merged_tensor, save_adapter, save_merged
 from ..models.attachment import VectorAttachment, frozen_for_calibration
+from ..models.batch_size import halving
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..models.replacement import replaced, without_adapters
@@ -42,7 +43,6 @@ from ..weights import (
     Parameter,
     as_stored,
     base_model,
-    canonical_modules,
     canonical_parameters,
     check_adapter_output,
     check_supported,
@@ -183,10 +183,9 @@ class LiveFineTune:
         self.model, self.adapter_base, self.show_progress = model, adapter_base, show_progress
         self.sharding, self.vector = self.plan.sharding, self.plan.vector
         self.space: CoefficientSpace = self.vector.space(self.plan.granularity)
-        self.attachment = VectorAttachment(
-            model, self.vector.deltas, self.space, self.sharding, self.plan.carried
-        )
+        self.attachment = VectorAttachment(model, self.vector.deltas, self.space, self.sharding, self.plan.carried)
         self.training: FinishedTraining | None = None
+        self._rounding = Rounding()
         self._logits = torch.empty(0)  # of the probe, on the model that was measured
 
     def keep(self) -> Path | str:
@@ -268,26 +267,31 @@ class LiveFineTune:
         return merged_tensor(parameter, self.vector.deltas, by_module, self.sharding, rounding)
 
     def _measured(self, result: Recalibration, by_module: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-        plan, rounding = self.plan, Rounding()
+        plan = self.plan
         if not (result.accepted or plan.config.gate):  # it will be rejected
             return None
 
         @contextmanager
         def shipped() -> Iterator[None]:
-            with self._shipped(by_module, rounding):
+            self._rounding = Rounding()
+            with self._shipped(by_module, self._rounding):
                 self._logits = self._probe()
                 yield
 
         measured = None
         if any(self.shots.unseen.counts.values()):
-            measured = measure(self.model, shipped, self.shots.unseen, plan.tokenizer, plan.config, self.sharding)
+            measured = halving(
+                plan.config.batch_size,
+                partial(measure, self.model, shipped, self.shots.unseen, plan.tokenizer, plan.config, self.sharding),
+                self.sharding,
+            )
         else:
             with frozen_for_calibration(self.model), shipped():
                 pass
         if plan.merges and any(bool(value.any()) for value in by_module.values()):
             with self.sharding.agreed():
                 if self.sharding.is_main:
-                    plan.report.shipped = {"rounding": rounding.check()}
+                    plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
 
     @property
@@ -320,9 +324,7 @@ class LiveFineTune:
                 plan.mark(found.coefficients),
             )
         if place := plan.adapter_place(folder):
-            save_adapter(
-                self.model, deltas, found.by_module, self.adapter_base, plan.processor, place, self.sharding
-            )
+            save_adapter(self.model, deltas, found.by_module, self.adapter_base, plan.processor, place, self.sharding)
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Puts what was written into the live model's place, and compares its logits with those that were measured.
@@ -424,8 +426,6 @@ def read_adapter(place: Path) -> dict[str, LowRankDelta]:
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
     return {
-        name: LowRankDelta(
-            tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]
-        )
+        name: LowRankDelta(tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"])
         for name in names
     }

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.attachment import frozen_for_calibration
 from ..calibration import Batch, batches, padding_id
 from ..config import SafeGeneConfig
 from ..evaluation.generation import generate_answers
 from ..evaluation.intervals import mean_interval, rate
 from ..evaluation.judges import Exchange, judged
 from ..evaluation.judges.refusal_phrases import RefusalPhrases
+from ..models.attachment import frozen_for_calibration
 from ..recalibration import response_logits
 from ..sharding import Sharding
 from ..shots import Unseen
@@ -28,6 +28,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     config: SafeGeneConfig,
     sharding: Sharding,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Collective: measures the model as it is and with the vector on; it is left as it was.
 
@@ -36,10 +37,12 @@ def measure(
         category of harmful prompts, `categories`; each a share with Wilson's 95 % interval. `utility_loss`: mean loss of token accuracy
         over the task samples with a bootstrap interval. What there is nothing to measure on is left out.
     """
-    batched = batches(unseen.task, config.batch_size, padding_id(tokenizer), sharding.device) if unseen.task else []
+    batched = batches(unseen.task, batch_size, padding_id(tokenizer), sharding.device) if unseen.task else []
 
     def one_side() -> tuple[dict[str, Any], torch.Tensor]:
-        return _answers(model, unseen, tokenizer, config, sharding), _token_accuracy(model, batched, sharding)
+        return _answers(model, unseen, tokenizer, config, sharding, batch_size), _token_accuracy(
+            model, batched, sharding
+        )
 
     with frozen_for_calibration(model):
         before, right_before = one_side()
@@ -66,12 +69,17 @@ def measure(
 
 
 def _answers(
-    model: nn.Module, unseen: Unseen, tokenizer: PreTrainedTokenizerBase, config: SafeGeneConfig, sharding: Sharding
+    model: nn.Module,
+    unseen: Unseen,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SafeGeneConfig,
+    sharding: Sharding,
+    batch_size: int,
 ) -> dict[str, Any]:
     labels: dict[str, list[str]] = {}
     for kind, prompts in unseen.prompts.items():
         messages = [list(prompt.messages) for prompt in prompts]
-        own = generate_answers(model, tokenizer, messages, config.max_new_tokens, config.batch_size, sharding)
+        own = generate_answers(model, tokenizer, messages, config.max_new_tokens, batch_size, sharding)
         exchanges = [Exchange(p.text, answer) for p, answer in zip(prompts, sharding.united(own), strict=True)]
         labels[kind] = [verdict.label for verdict in judged(RefusalPhrases(), exchanges)]
     found: dict[str, Any] = {}

@@ -126,9 +126,7 @@ def read_vector(
         VectorError: The vector cannot be read.
         FamilyError: The model is not of its family.
     """
-    vector = SafetyVector.from_pretrained(
-        config.vector, revision=config.vector_revision, public_key=config.public_key
-    )
+    vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision, public_key=config.public_key)
     family = Family.of(model, tokenizer)
     warnings = vector.family.check_member(family)
     vector.check_fits(canonical_modules(model))
@@ -200,9 +198,7 @@ def plan_step(
         warnings=warnings,
         phases=clock.phases,
     )
-    return Plan(
-        config, vector, tokenizer, processor, target, sharding, config.granularity, carried, report, clock
-    )
+    return Plan(config, vector, tokenizer, processor, target, sharding, config.granularity, carried, report, clock)
 
 
 def _try_output(
@@ -235,5 +231,3 @@ def failure_path(target: Path) -> Path:
 def dry_run_message(target: Path) -> str:
     """What a dry run says when all is well."""
     return f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
-
-

@@ -57,9 +57,7 @@ def safeguard_stored(
         check_adapter_output(stored.model)
     started_from = adapter_base(name_or_path, revision)
     is_lora = isinstance(stored.model, PeftModel)
-    origin = Origin(
-        base_model or started_from, None, "lora" if is_lora else "full", {"fine-tune": name_or_path}
-    )
+    origin = Origin(base_model or started_from, None, "lora" if is_lora else "full", {"fine-tune": name_or_path})
     needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
     alone = Sharding(torch.device("cpu"))
     plan = plan_step(config, stored.model, load_tokenizer(name_or_path, revision), target, alone, origin, needed)

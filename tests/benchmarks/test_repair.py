@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.paper_table import repair
-from safegene_trl.attach import attached
 from safegene_trl.calibration import batches, tokenize
+from safegene_trl.models.attachment import attached
 from safegene_trl.recalibration import cross_entropy, divergence, response_logits
 
 from ..conftest import BENIGN, HARMFUL, TASK, make_model

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from safegene_trl.attach import LowRankDelta
 from safegene_trl.errors import ConfigError
 from safegene_trl.extraction.isolation import isolated
+from safegene_trl.models.low_rank import LowRankDelta
 
 
 def delta(seed, rank=3, shape=(20, 12)):

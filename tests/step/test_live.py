@@ -55,7 +55,8 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
 ):
     kind = getattr(torch, dtype)
     callback = SafeGeneCallback(config(output_format=output_format))
-    model = make_model().to(kind)
+    make_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=kind)  # its buffers stay in float32
     trainer = sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA if lora else None)
     trainer.train()
     shipped, folder = callback.report["shipped"], tmp_path / "safeguarded"
@@ -72,7 +73,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         place = folder / "adapter" if output_format == "both" else folder
         assert shipped["logit_distances"]["adapter"] <= (1e-4 if dtype == "float32" else 0.2)
         named = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = make_model().to(kind) if lora else AutoModelForCausalLM.from_pretrained(named, dtype=kind)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base" if lora else named, dtype=kind)
         loaded = PeftModel.from_pretrained(base, place).eval()
         with torch.no_grad():
             again = live.response_logits(loaded, measured[0])[0]
@@ -123,14 +124,14 @@ def test_live_weights_come_back_bit_by_bit(lora):
     model = with_lora(make_model()) if lora else make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = model(IDS).logits
-    with pytest.raises(ZeroDivisionError):
-        with (
-            replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE),
-            without_adapters(model),
-        ):
-            assert all((p.tensor == 1).all() for p in canonical_parameters(model))
-            assert not torch.equal(model(IDS).logits, plain)
-            raise ZeroDivisionError
+    with (
+        pytest.raises(ZeroDivisionError),
+        replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE),
+        without_adapters(model),
+    ):
+        assert all((p.tensor == 1).all() for p in canonical_parameters(model))
+        assert not torch.equal(model(IDS).logits, plain)
+        raise ZeroDivisionError
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(model(IDS).logits, plain)

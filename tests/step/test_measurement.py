@@ -5,11 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from safegene_trl.step import measurement
 from safegene_trl.calibration import batches
 from safegene_trl.config import SafeGeneConfig
-from safegene_trl.step.measurement import measure
 from safegene_trl.shots import gather_shots
+from safegene_trl.step import measurement
+from safegene_trl.step.measurement import measure
 
 from ..conftest import ALONE, HARMFUL, make_model, make_vector, task_dataset
 
@@ -43,7 +43,7 @@ def test_refusals_coherence_and_categories(setting, tokenizer, monkeypatch):
         yield
 
     monkeypatch.setattr(measurement, "generate_answers", answers)
-    found = measure(model, with_vector, unseen, tokenizer, config, ALONE)
+    found = measure(model, with_vector, unseen, tokenizer, config, ALONE, 8)
     before, after = found["before"], found["after"]
     assert before["refusal_rate"]["share"] == 0 and after["refusal_rate"]["share"] == 1
     assert after["refusal_rate"]["low"] == pytest.approx(8 / (8 + 1.959964**2), abs=1e-4)  # Wilson's, all of eight
@@ -81,7 +81,7 @@ def test_loss_of_accuracy_is_paired(setting, tokenizer):
         with torch.no_grad():
             weight.copy_(kept)
 
-    found = measure(model, with_vector, unseen, tokenizer, config, ALONE)
+    found = measure(model, with_vector, unseen, tokenizer, config, ALONE, 8)
     accuracy, loss = found["token_accuracy"], found["utility_loss"]
     assert loss["share"] == pytest.approx(accuracy["before"] - accuracy["after"])
     assert loss["low"] <= loss["share"] <= loss["high"] and loss["count"] == 8

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from safegene_trl.attach import LowRankDelta, attached, frozen_for_calibration
+from safegene_trl.models.attachment import attached, frozen_for_calibration
+from safegene_trl.models.low_rank import LowRankDelta
 
-from .conftest import make_deltas, make_model, with_lora
+from ..conftest import make_deltas, make_model, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5

@@ -1,8 +1,9 @@
 """λ-scaled low-rank deltas on a frozen live model, as forward hooks that are always undone."""
 
+import re
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,28 +13,118 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .weights import canonical_modules
+from ..calibration import Batch
+from ..errors import UnsupportedModelError
+from ..sharding import Sharding
+from ..weights import canonical_modules
+from .coefficients import CoefficientSpace
+from .low_rank import LowRankDelta
 
 
-@dataclass(frozen=True)
-class LowRankDelta:
-    """`V = B A` of one module: `a` is r×d_in, `b` is d_out×r, both float32 or a 16-bit type."""
+class VectorAttachment:
+    """A safety vector on a live model: its coefficients' space, its factors, and the hooks that add it.
 
-    a: torch.Tensor
-    b: torch.Tensor
+    Nothing is added to the model itself, and what is attached is always taken off. The factors stay where they were loaded
+    to and visit the accelerator one module at a time.
 
-    def dense(self) -> torch.Tensor:
-        """`B A` as a d_out×d_in float32 matrix."""
-        return self.b.float() @ self.a.float()
+    Args:
+        model: Plain or PEFT-wrapped model, unwrapped from any engine.
+        deltas: The vector's low-rank deltas by canonical module name.
+        space: Of its coefficients.
+        sharding: How the model is spread over ranks.
+        carried: By name, the coefficients with which the weights hold the vector already. Default: 0.
+    """
 
-    def inner(self, other: "LowRankDelta") -> float:
-        """Frobenius inner product with another delta of the module: `Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ)`, no dense matrix formed."""
-        a, b, other_a, other_b = (tensor.double() for tensor in (self.a, self.b, other.a, other.b))
-        return float(((b.T @ other_b) * (a @ other_a.T)).sum())
+    def __init__(
+        self,
+        model: nn.Module,
+        deltas: Mapping[str, LowRankDelta],
+        space: CoefficientSpace,
+        sharding: Sharding,
+        carried: Mapping[str, float] | None = None,
+    ):
+        self.model, self.deltas, self.space, self.sharding = model, deltas, space, sharding
+        self.carried = dict(carried or dict.fromkeys(space.names, 0.0))
+        self._held = space.values(self.carried).to(sharding.device)
+        self._index = {name: space.index(name).to(sharding.device) for name in deltas}
 
-    def to(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`A` and `B` with the device and dtype of another tensor."""
-        return self.a.to(other), self.b.to(other)
+    def applied(self, values: torch.Tensor) -> AbstractContextManager[None]:
+        """While open, the model computes with the whole vector at these coefficients.
+
+        Args:
+            values: float32: n of them, or batch×n, each sample's own; may require grad. What the weights hold already is
+                taken off here.
+        """
+        return attached(self.model, self.deltas, self._index, values - self._held)
+
+    def verify(self, batch: Batch) -> None:
+        """Collective: one forward and backward pass shows that every delta reaches the logits.
+
+        A module counts as reached where its hook fires and the logits' gradient comes back to one of its coefficients. One
+        expert of a mixture may stay silent where another one of its layer fires: which of them fire is up to the samples.
+
+        Args:
+            batch: One short sample.
+
+        Raises:
+            UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is named.
+        """
+        deltas = {name: delta for name, delta in self.deltas.items() if delta.a.any() and delta.b.any()}
+        ones = {name: torch.ones(1, device=self.sharding.device, requires_grad=True) for name in deltas}
+        fired: set[str] = set()
+        with frozen_for_calibration(self.model), self.sharding.forward_passes(), recomputing(self.model):
+            with _each_attached(self.model, deltas, ones, fired):
+                logits = self.model(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+                ).logits.float()
+                # any fixed direction that is not constant over the vocabulary: a softmax would forget what is
+                weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+                logits = (logits * weights * (1 + torch.arange(logits.shape[1], device=logits.device))[:, None]).sum()
+                found = torch.autograd.grad(logits, list(ones.values()), allow_unused=True)
+            self.sharding.release()
+        alive = {
+            name
+            for name, gradient in zip(ones, found, strict=True)
+            if name in fired and gradient is not None and bool(gradient.any())
+        }
+        groups = {_block_of_experts(name) for name in alive}
+        silent = [name for name in deltas if name not in alive]
+        bypassed = [name for name in silent if name in fired or _block_of_experts(name) not in groups - {None}]
+        if bypassed:
+            more = f" and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
+            raise UnsupportedModelError(
+                f"`{bypassed[0]}`{more} of the safety vector does not reach the logits, because the model's forward pass goes "
+                "around it: switch off fused kernels and fast paths (axolotl's `lora_mlp_kernel`, `lora_qkv_kernel` and "
+                "`lora_o_kernel`; Unsloth's patches), or run `safegene apply` on the finished fine-tune."
+            )
+
+
+@contextmanager
+def _each_attached(
+    model: nn.Module, deltas: Mapping[str, LowRankDelta], ones: Mapping[str, torch.Tensor], fired: set[str]
+) -> Iterator[None]:
+    """Every delta on with a coefficient of its own; `fired` takes the names of modules whose hook runs."""
+
+    def note(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        fired.add(name)
+
+    modules = canonical_modules(model)
+    with ExitStack() as hooks:
+        for name, delta in deltas.items():
+            if name not in modules:
+                continue
+            handle = modules[name].register_forward_hook(
+                _delta_hook(delta, ones[name], torch.zeros(1, dtype=torch.long))
+            )
+            hooks.callback(handle.remove)
+            hooks.callback(modules[name].register_forward_hook(partial(note, name)).remove)
+        yield
+
+
+def _block_of_experts(name: str) -> str | None:
+    """The mixture that an expert's module belongs to, with which of its parts it is; None for any other module."""
+    found = re.fullmatch(r"(.+\.experts)\.\d+\.(.+)", name)
+    return f"{found[1]}.{found[2]}" if found else None
 
 
 @contextmanager
@@ -124,11 +215,14 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 @contextmanager
 def frozen_for_calibration(model: nn.Module) -> Iterator[None]:
-    """Puts the model in eval mode without weight gradients; restores both, and every RNG state, in every case."""
+    """Puts the model in eval mode without weight gradients; restores both, and every RNG state, in every case.
+
+    What is compiled runs eagerly meanwhile: a compiled graph knows nothing of hooks that came after it.
+    """
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     cuda_devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda_devices):
+    with torch.random.fork_rng(devices=cuda_devices), _eagerly():
         try:
             model.eval()
             for parameter in trainable:
@@ -139,6 +233,11 @@ def frozen_for_calibration(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for module, mode in training.items():
                 module.training = mode
+
+
+def _eagerly() -> AbstractContextManager[Any]:
+    """While open, whatever `torch.compile` made runs as it was written. Nothing can be compiled before dynamo is imported."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

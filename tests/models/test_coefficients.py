@@ -1,9 +1,9 @@
 """What is shown of coefficients."""
 
-from safegene_trl.reporting.coefficients import by_component
+from safegene_trl.models.coefficients import by_component
 from safegene_trl.reporting.html import render
 
-from .test_html import report_of
+from ..reporting.test_html import report_of
 
 
 def test_coefficients_by_component_and_means_of_rank_one_parts():

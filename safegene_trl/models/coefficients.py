@@ -1,0 +1,105 @@
+"""The space of a vector's coefficients: what they are called, how many there are, and which of them a module has.
+
+One coefficient stands for a layer, a module, or one of the r rank-one parts of a module's delta; in a vector of several
+components, for that of one component. Its name says which: `layers.12`, `…up_proj`, `…up_proj#3`, and with components
+`layers.12/0`, `…up_proj/0#3`. Nothing else in the package makes or reads such a name.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import get_args
+
+import torch
+
+from ..config import Granularity
+from ..weights import layer_index
+
+
+class CoefficientSpace:
+    """The coefficients of one vector at one granularity.
+
+    Attributes:
+        granularity: What one coefficient stands for.
+        names: Their names, each once, in order; n of them.
+        modules: By module name, the names of the coefficients of its r rank-one parts.
+    """
+
+    def __init__(self, modules: Iterable[str], components: Sequence[int], granularity: Granularity):
+        self.granularity, self._components = granularity, list(components)
+        self.modules = {module: self._of_module(module) for module in modules}
+        self.names = list(dict.fromkeys(name for own in self.modules.values() for name in own))
+        self._position = {name: index for index, name in enumerate(self.names)}
+
+    @classmethod
+    def of(cls, modules: Iterable[str], components: Sequence[int], granularity: Granularity) -> "CoefficientSpace":
+        """The space over these modules.
+
+        Args:
+            modules: Canonical module names, in order.
+            components: Rank of each of the vector's components.
+            granularity: What one coefficient stands for.
+        """
+        return cls(modules, components, granularity)
+
+    def _of_module(self, module: str) -> list[str]:
+        place = f"layers.{layer_index(module)}" if self.granularity == "layer" else module
+        return [
+            place
+            + (f"/{number}" if len(self._components) > 1 else "")
+            + (f"#{part}" if self.granularity == "rank" else "")
+            for number, rank in enumerate(self._components)
+            for part in range(rank)
+        ]
+
+    def index(self, module: str) -> torch.Tensor:
+        """Places of a module's coefficients among `names`: int64, `(r,)`."""
+        return torch.tensor([self._position[name] for name in self.modules[module]])
+
+    def values(self, by_name: Mapping[str, float]) -> torch.Tensor:
+        """Coefficients by name as a float32 vector in the order of `names`."""
+        return torch.tensor([by_name[name] for name in self.names], dtype=torch.float32)
+
+    def named(self, values: Iterable[float]) -> dict[str, float]:
+        """Values in the order of `names`, by name."""
+        return dict(zip(self.names, map(float, values), strict=True))
+
+    def by_module(self, by_name: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """Coefficients by name as those (float32, `(r,)`) of every module's rank-one parts."""
+        return {module: torch.tensor([by_name[name] for name in own]) for module, own in self.modules.items()}
+
+    def refined(self, given: Mapping[str, float]) -> dict[str, float] | None:
+        """Coefficients of this granularity, or of a coarser one given to all that each stood for; None for any others."""
+        kind = self.granularity_of(given, self.modules, self._components)
+        kinds = get_args(Granularity)
+        if kind is None or kinds.index(kind) > kinds.index(self.granularity):
+            return None
+        coarser = CoefficientSpace(self.modules, self._components, kind).modules
+        return {
+            own: given[shared]
+            for module, names in self.modules.items()
+            for own, shared in zip(names, coarser[module], strict=True)
+        }
+
+    @staticmethod
+    def granularity_of(names: Iterable[str], modules: Iterable[str], components: Sequence[int]) -> Granularity | None:
+        """The granularity at which a vector's coefficients have exactly these names, None where there is none."""
+        wanted, modules = set(names), list(modules)
+        for kind in get_args(Granularity):
+            if wanted == set(CoefficientSpace(modules, components, kind).names):
+                return kind
+        return None
+
+
+def by_component(coefficients: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """As people look at coefficients: by component ("" where there is one) and layer or module, of rank-one parts the mean."""
+    parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, value in coefficients.items():
+        place, _, component = name.partition("#")[0].partition("/")
+        parts[component][place].append(value)
+    return {component: {place: fmean(own) for place, own in places.items()} for component, places in parts.items()}
+
+
+def are_of_parts(coefficients: Iterable[str]) -> bool:
+    """Whether these are names of rank-one parts' coefficients."""
+    return any("#" in name for name in coefficients)
