@@ -24,7 +24,7 @@ from .config import SafeGeneConfig
 from .errors import ConfigError, RejectedError, SafeGeneError
 from .family import Family
 from .gate import Decision, check_measurable, decide
-from .history import Release, append_release, base_warnings, last_accepted, read_history, release_of
+from .history import Release, append_release, base_warnings, history_warnings, last_accepted, read_history, release_of
 from .lineage import (
     Coefficients,
     carried_coefficients,
@@ -122,7 +122,9 @@ def prepare(
         start = _first_coefficients(config, vector)
         if sharding.is_main and config.history:
             check_writable(Path(config.history))
-            warnings += base_warnings(read_history(Path(config.history)), base)
+            warnings += history_warnings(Path(config.history)) + base_warnings(
+                read_history(Path(config.history)), base
+            )
     for what, record in (
         ("SafeGene settings", config.to_dict()),
         ("a safety vector", vector.files),
