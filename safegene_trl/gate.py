@@ -6,9 +6,10 @@ where the whole 95 % interval keeps it.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError
+from .validation import Rule, check_values
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
@@ -49,12 +50,10 @@ class GateConfig:
     benign_data_split: str = "train"
     write_rejected: bool = False
 
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(_LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
+
     def __post_init__(self):
-        for name in _LIMITS:
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= 1):
-                raise ConfigError(f"`gate.{name}` is {value!r}: it must be a share between 0 and 1.")
+        check_values(self, prefix="gate.")
 
     @property
     def limits(self) -> dict[str, float]:

@@ -87,7 +87,7 @@ def test_a_history_that_is_gone_or_begun_anew_beside_its_seal_is_noticed(tmp_pat
     path = tmp_path / "history.jsonl"
     append_release(path, release())
     path.unlink()
-    with pytest.raises(SafeGeneError, match="move it away together with history.jsonl.seal"):
+    with pytest.raises(SafeGeneError, match=r"move it away together with history\.jsonl\.seal"):
         read_history(path)
     seal_path(path).unlink()
     append_release(path, release())
@@ -105,7 +105,7 @@ def test_a_seal_that_is_gone_or_damaged_is_noticed_and_made_anew_on_demand(tmp_p
             seal_path(path).unlink()
         else:
             seal_path(path).write_text(damage)
-        with pytest.raises(SafeGeneError, match="seal it anew|as it was sealed"):
+        with pytest.raises(SafeGeneError, match=r"seal it anew|as it was sealed"):
             read_history(path)
     assert seal_history(path) == len(read_history(path)) == 1
     append_release(path, release())

@@ -1,9 +1,9 @@
 """`safegene apply`: the safety step on a finished checkpoint or adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import SafeGeneConfig
 from ..errors import ConfigError
@@ -14,6 +14,7 @@ from ..offline import safeguard_stored
 from ..reporting.report import summary
 from ..safeguard import dry_run_message, prepare, safeguard
 from ..sharding import join_processes, leave_processes, this_job
+from ..validation import DTYPES, Rule, check_values
 from .fleet import run_fleet
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -46,6 +47,11 @@ class ApplyArguments:
         default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
     )
     fleet: str | None = field(default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."})
+
+    RULES: ClassVar[Mapping[str, Rule]] = {"dtype": Rule(choices=DTYPES), "coefficients": Rule(or_number=True)}
+
+    def __post_init__(self):
+        check_values(self)
 
 
 ARGUMENTS = (ApplyArguments, SafeGeneArguments)
