@@ -1,6 +1,5 @@
 """The safety step on a finished model with coefficients that are known already: nothing is loaded or measured."""
 
-import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from .attach import LowRankDelta
-from .config import Granularity, SafeGeneConfig
+from .config import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
 from .errors import ConfigError
 from .extraction.delta import adapter_delta, stored_delta
 from .gate import Decision
@@ -18,6 +17,7 @@ from .lineage import (
     Coefficients,
     carried_coefficients,
     carries_vector,
+    check_no_subtraction,
     check_not_safeguarded,
     coefficient_names,
     mark,
@@ -73,17 +73,19 @@ def safeguard_stored(
             coefficients, granularity = _interference(stored, base_model, vector), "module"
         else:
             coefficients, granularity = _given_coefficients(given, vector, config.granularity)
-        carried = carried_coefficients(stored.model, vector, granularity)
-        change = {name: value - carried[name] for name, value in coefficients.items()}
-        by_module = vector.by_module(change, granularity)
         started_from = adapter_base(name_or_path, revision)
+        carried = carried_coefficients(stored.model, vector, granularity, config, started_from or base_model)
+        warnings += carried.warnings
+        change = {name: value - carried[name] for name, value in coefficients.items()}
+        check_no_subtraction(change, carried)
+        by_module = vector.by_module(change, granularity)
         base = check_base(
             base_model or started_from,
             None,
             vector.aligned_model,
             config.allow_other_base,
             carries_vector=carries_vector(stored.model),
-        )
+        ) | {"carried": carried.record}
         needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
         check_output(target, needed)
     decision = Decision("accepted", "The coefficients were given: nothing was measured.")
@@ -139,9 +141,9 @@ def _given_coefficients(
     else:
         coefficients = dict.fromkeys(coefficient_names(vector, granularity), value)
     for name, coefficient in coefficients.items():
-        if not (math.isfinite(coefficient) and coefficient >= 0):
+        if not 0 <= coefficient <= LARGEST_COEFFICIENT:
             raise ConfigError(
-                f"The coefficient of `{name}` is {coefficient}: it must be 0 or more, −V removes refusals."
+                f"The coefficient of `{name}` is {coefficient}: it must be 0 or more (−V removes refusals) and at most {LARGEST_COEFFICIENT:g}."
             )
     for kind in get_args(Granularity):
         if set(coefficient_names(vector, kind)) == set(coefficients):

@@ -26,9 +26,12 @@ from .family import Family
 from .gate import Decision, check_measurable, decide
 from .history import Release, append_release, base_warnings, history_warnings, last_accepted, read_history, release_of
 from .lineage import (
+    Carried,
     Coefficients,
     carried_coefficients,
     carries_vector,
+    check_no_subtraction,
+    check_verified,
     mark,
     of_granularity,
     reported_coefficients,
@@ -65,7 +68,7 @@ class Preparation:
     target: Path
     shots: Shots
     sharding: Sharding
-    carried: Coefficients
+    carried: Carried
     start: Coefficients | None
     report: dict[str, Any]
     clock: PhaseClock = field(default_factory=PhaseClock)
@@ -110,7 +113,8 @@ def prepare(
         shots = gather_shots(config, vector, tokenizer, context, task_rows)
         if config.gate:
             check_measurable(config.gate, shots.unseen.counts)
-        carried = carried_coefficients(model, vector, config.granularity)
+        carried = carried_coefficients(model, vector, config.granularity, config, base_name, base_revision)
+        check_verified(carried)
         base = check_base(
             base_name,
             base_revision,
@@ -134,6 +138,7 @@ def prepare(
         sharding.check_same(what, json.dumps(record, sort_keys=True))
     report = first_report(config, vector, family, warnings, base, isinstance(model, PeftModel), sharding)
     report["data"] = shots.record
+    report["base"]["carried"] = carried.record
     return Preparation(config, vector, tokenizer, target, shots, sharding, carried, start, report, clock)
 
 
@@ -228,6 +233,7 @@ def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_prog
     result = _recalibrate(plan, model, show_progress)
     plan.report |= _found(result)
     change = {name: value - plan.carried[name] for name, value in result.coefficients.items()}
+    check_no_subtraction(change, plan.carried)
     by_module = vector.by_module(change, config.granularity)
     measured = None
     if any(plan.shots.unseen.counts.values()) and (result.accepted or config.gate):
