@@ -23,7 +23,7 @@ from .calibration import Row, padding_id
 from .config import SafeGeneConfig
 from .errors import ConfigError, RejectedError, SafeGeneError
 from .family import Family
-from .gate import Decision, check_measurable, decide
+from .gate import Decision, check_measurable, decide, independent_prompts
 from .history import Release, append_release, base_warnings, history_warnings, last_accepted, read_history, release_of
 from .lineage import (
     Carried,
@@ -239,7 +239,8 @@ def _safeguard(plan: Preparation, model: nn.Module, adapter_base: str, show_prog
     if any(plan.shots.unseen.counts.values()) and (result.accepted or config.gate):
         with plan.clock.phase("measure"):
             measured = plan.report["measured"] = _measure(plan, model, by_module)
-    decision = decide(config.gate, result.accepted, result.scale, result.reason, measured)
+    independent = independent_prompts(config.gate, plan.shots.record["unseen"])
+    decision = decide(config.gate, result.accepted, result.scale, result.reason, measured, independent)
     plan.report["decision"] = {**decision.to_dict(), "scale": result.scale}
     if not result.accepted and decision.outcome != "rejected":  # nothing was changed
         plan.report["held_out"]["after"] = plan.report["held_out"]["before"]
