@@ -72,8 +72,8 @@ class SafeGeneConfig:
         max_new_tokens: Tokens generated for each answer.
         gate: Limits on what is measured, and data of its own to measure on (see `GateConfig`).
         warm_start: An earlier release's report, or its folder: the search starts at its coefficients. Default: the last accepted
-            release in `history` that used this vector.
-        history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
+            release in `history` that used this vector. Either also confirms what a fine-tune of that release says it carries.
+        history: JSON-lines file of the model line; what came of this fine-tune is appended to it. Its seal lies beside it.
         output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's output directory.
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in, or `both` (the
             adapter in the subfolder `adapter`).
