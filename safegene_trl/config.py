@@ -1,17 +1,30 @@
 """`SafeGeneConfig`: everything a user can set about recalibrating and saving one fine-tune."""
 
-import difflib
-import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError
 from .gate import GateConfig
+from .validation import (
+    LARGEST_COUNT,
+    Rule,
+    check_values,
+    check_written,
+    file_size,
+    folder,
+    reject_unknown_keys,
+    repository,
+)
 
 
 Granularity = Literal["layer", "module", "rank"]  # from coarse to fine
 OutputFormat = Literal["merged", "adapter", "both"]
 OnFailure = Literal["raise", "warn"]
+LARGEST_COEFFICIENT = (
+    100.0  # of any coefficient, wherever it comes from; ten times the vector is far beyond use already
+)
+_COUNT, _WEIGHT = Rule(at_least=1, at_most=LARGEST_COUNT), Rule(at_least=0.0)
 
 
 @dataclass
@@ -59,12 +72,12 @@ class SafeGeneConfig:
         max_new_tokens: Tokens generated for each answer.
         gate: Limits on what is measured, and data of its own to measure on (see `GateConfig`).
         warm_start: An earlier release's report, or its folder: the search starts at its coefficients. Default: the last accepted
-            release in `history` that used this vector.
-        history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
+            release in `history` that used this vector. Either also confirms what a fine-tune of that release says it carries.
+        history: JSON-lines file of the model line; what came of this fine-tune is appended to it. Its seal lies beside it.
         output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's output directory.
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in, or `both` (the
             adapter in the subfolder `adapter`).
-        max_shard_size: Largest weight file, as `save_pretrained` takes it.
+        max_shard_size: Largest weight file, like `5GB` or `500MB`; a whole number is bytes.
         hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it is rejected. `Trainer`'s own
             `push_to_hub` uploads the plain fine-tune.
         hub_private: Whether a repository made for it is private.
@@ -114,10 +127,42 @@ class SafeGeneConfig:
     on_failure: OnFailure = "raise"
     seed: int = 0
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "num_safety_shots": _COUNT,
+        "num_task_shots": _COUNT,
+        "num_benign_shots": Rule(at_least=0, at_most=LARGEST_COUNT),
+        "holdout_share": Rule(at_least=0.0),
+        "initial_coefficient": Rule(may_be_null=True),
+        "max_coefficient": Rule(at_most=LARGEST_COEFFICIENT),
+        "max_evaluations": _COUNT,
+        "benign_weight": _WEIGHT,
+        "utility_weight": _WEIGHT,
+        "utility_temperature": Rule(at_least=1.0),
+        "sparsity_weight": _WEIGHT,
+        "max_utility_loss": _WEIGHT,
+        "max_length": _COUNT,
+        "max_refusal_tokens": _COUNT,
+        "max_response_tokens": _COUNT,
+        "batch_size": _COUNT,
+        "num_test_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
+        "max_new_tokens": _COUNT,
+        "warm_start": Rule(may_be_null=True),
+        "output_dir": Rule(syntax=folder, may_be_null=True),
+        "max_shard_size": Rule(syntax=file_size),
+        "hub_model_id": Rule(syntax=repository, may_be_null=True),
+        "seed": Rule(at_least=0, at_most=2**32 - 1),
+    }
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SafeGeneConfig":
-        """Builds a config from a recipe's block; an unknown key is an error that names the nearest known one."""
-        reject_unknown_keys(values, [f.name for f in fields(cls)], where="the safegene block")
+    def from_dict(cls, values: Mapping[str, Any]) -> "SafeGeneConfig":
+        """Builds a config from a block that somebody wrote.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest known one is named), has no value, or one that is impossible.
+        """
+        check_written(values, cls, where="the safegene block")
+        if isinstance(gate := values.get("gate"), Mapping):
+            check_written(gate, GateConfig, where="the gate block")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,50 +176,33 @@ class SafeGeneConfig:
 
     def __post_init__(self):
         if isinstance(self.gate, dict):
-            reject_unknown_keys(self.gate, [f.name for f in fields(GateConfig)], where="the gate block")
+            if not self.gate:
+                raise ConfigError("`gate` is empty: set a limit in it, or leave it out.")
+            reject_unknown_keys(self.gate, list(GateConfig.__dataclass_fields__), where="the gate block")
             self.gate = GateConfig(**self.gate)
-        if not isinstance(self.gate, GateConfig | None):
-            raise ConfigError("`gate` must be a block of keys and values.")
+        if type(self.max_shard_size) is int and self.max_shard_size > 0:
+            self.max_shard_size = f"{self.max_shard_size / 1000}KB"
         if not self.vector:
             raise ConfigError("No safety vector is named: set `vector` to a directory or hub id.")
-        for name, allowed in (
-            ("granularity", Granularity),
-            ("output_format", OutputFormat),
-            ("on_failure", OnFailure),
-        ):
-            if getattr(self, name) not in get_args(allowed):
-                raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(get_args(allowed))}.")
+        check_values(self)
         if self.require_signature and self.public_key is None:
             raise ConfigError(
                 "`require_signature` is set without a `public_key`: name the PEM file of the maker's key."
             )
-        self._check_numbers()
+        if not 0.0 < self.holdout_share < 1.0:
+            raise ConfigError(f"`holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")
+        for name in ("num_safety_shots", "num_task_shots"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"`{name}` is 1: at least 2 are needed, one of them held out.")
         self._check_bounds()
         if self.gate and self.gate.limits and not self.num_test_prompts:
             raise ConfigError(
                 "The gate has limits and `num_test_prompts` is 0: there would be nothing to hold them against."
             )
 
-    def _check_numbers(self):
-        positive = ("num_safety_shots", "num_task_shots", "max_evaluations", "max_length")
-        for name in (*positive, "max_refusal_tokens", "max_response_tokens", "batch_size", "max_new_tokens"):
-            _require(name, getattr(self, name), int, at_least=1)
-        for name in ("num_benign_shots", "num_test_prompts"):
-            _require(name, getattr(self, name), int, at_least=0)
-        for name in ("benign_weight", "utility_weight", "sparsity_weight", "max_utility_loss"):
-            _require(name, getattr(self, name), float, at_least=0.0)
-        _require("utility_temperature", self.utility_temperature, float, at_least=1.0)
-        _require("holdout_share", self.holdout_share, float, at_least=0.0)
-        if not 0.0 < self.holdout_share < 1.0:
-            raise ConfigError(f"`holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")
-        for name in ("num_safety_shots", "num_task_shots"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"`{name}` is 1: at least 2 are needed, one of them held out.")
-
     def _check_bounds(self):
         for name in ("min_coefficient", "max_coefficient"):
             value = getattr(self, name)
-            _require(name, value, float)
             if value < 0:
                 raise ConfigError(
                     f"`{name}` is {value}: coefficients are never negative, because −V removes refusals."
@@ -184,28 +212,8 @@ class SafeGeneConfig:
                 f"`min_coefficient` ({self.min_coefficient}) must be smaller than `max_coefficient` "
                 f"({self.max_coefficient}): swap or widen the bounds."
             )
-        if self.initial_coefficient is not None:
-            _require("initial_coefficient", self.initial_coefficient, float)
-            if not self.min_coefficient <= self.initial_coefficient <= self.max_coefficient:
-                raise ConfigError(
-                    f"`initial_coefficient` is {self.initial_coefficient}: it must lie between {self.min_coefficient} "
-                    f"and {self.max_coefficient}."
-                )
-
-
-def reject_unknown_keys(values: dict[str, Any], known: list[str], where: str) -> None:
-    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key."""
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
-            raise ConfigError(f"Unknown key `{key}` in {where}{hint}")
-
-
-def _require(name: str, value: Any, kind: type, at_least: float | None = None) -> None:
-    accepted = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, accepted) or not math.isfinite(float(value)):
-        wanted = "number" if kind is float else "whole number"
-        raise ConfigError(f"`{name}` is {value!r}: it must be a finite {wanted}.")
-    if at_least is not None and float(value) < at_least:
-        raise ConfigError(f"`{name}` is {value}: it must be at least {at_least}.")
+        first = self.initial_coefficient
+        if first is not None and not self.min_coefficient <= first <= self.max_coefficient:
+            raise ConfigError(
+                f"`initial_coefficient` is {first}: it must lie between {self.min_coefficient} and {self.max_coefficient}."
+            )

@@ -2,18 +2,32 @@
 
 Measured are answers and samples that no coefficient was fitted on, so few that chance plays a part. A limit is kept for sure only
 where the whole 95 % interval keeps it.
+
+Prompts that come with a vector are its maker's choice, and a dishonest maker could choose such as the vector makes look well. So where
+they are all that a limit was held against, the verdict says so.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError
+from .validation import Rule, check_values
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
 EXIT_CODES: Mapping[str, int] = {"accepted": 0, "accepted_best_effort": 3, "rejected": 4}
 LEAST, LARGEST = "least", "largest"
+FROM_VECTOR = "vector"  # source of prompts, in the record of the shots, that came with the vector
+_DEPENDENT = (
+    "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
+    "and `gate.benign_data` to prompts of your own."
+)
+_PROMPTS = {  # limit: which prompts it is measured on
+    "min_refusal_rate": ("harmful",),
+    "max_over_refusal": ("benign",),
+    "max_incoherent": ("harmful", "benign"),
+}
 _LIMITS = {  # limit: what is measured, which side of the limit is right
     "min_refusal_rate": ("refusal_rate", LEAST),
     "max_over_refusal": ("over_refusal", LARGEST),
@@ -49,12 +63,10 @@ class GateConfig:
     benign_data_split: str = "train"
     write_rejected: bool = False
 
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(_LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
+
     def __post_init__(self):
-        for name in _LIMITS:
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= 1):
-                raise ConfigError(f"`gate.{name}` is {value!r}: it must be a share between 0 and 1.")
+        check_values(self, prefix="gate.")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -89,14 +101,24 @@ class Check:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a safeguarded model, and why in one sentence."""
+    """What becomes of a safeguarded model, and why in a few sentences.
+
+    `independent_prompts` says whether it rests on other prompts than the vector's own; None where no prompts were measured.
+    """
 
     outcome: Outcome
     reason: str
     checks: tuple[Check, ...] = ()
+    independent_prompts: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"outcome": self.outcome, "reason": self.reason, "checks": [asdict(check) for check in self.checks]}
+        checks = [asdict(check) for check in self.checks]
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "checks": checks,
+            "independent_prompts": self.independent_prompts,
+        }
 
 
 def measured_after(measured: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
@@ -115,13 +137,29 @@ def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
         raise ConfigError("`gate.max_incoherent` has no prompts left to be measured on: raise `num_test_prompts`.")
 
 
+def independent_prompts(gate: GateConfig | None, unseen: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Whether what decides is measured on other prompts than those that came with the vector.
+
+    Args:
+        gate: The limits, if any. Without limits it is the harmful prompts that count.
+        unseen: By kind of prompts their `source` and `count`, as in the record of the shots.
+
+    Returns:
+        None where no prompts decide anything.
+    """
+    limits = gate.limits if gate else {}
+    kinds = {kind for limit in limits for kind in _PROMPTS.get(limit, ())} if limits else {"harmful"}
+    sources = [unseen[kind]["source"] for kind in sorted(kinds) if unseen[kind]["count"]]
+    return all(source != FROM_VECTOR for source in sources) if sources else None
+
+
 def decide(
     gate: GateConfig | None,
     found: bool,
     scale: float,
     reason: str,
     measured: Mapping[str, Any] | None,
-    independent: bool = True,
+    independent: bool | None,
 ) -> Decision:
     """Accepts or rejects.
 
@@ -134,19 +172,24 @@ def decide(
         scale: The share of them that was taken.
         reason: Its reason.
         measured: From `measurement.measure`.
+        independent: From `independent_prompts`. Where it is False and there are limits, the reason says so; the outcome stays.
     """
     limits = gate.limits if gate else {}
     if not limits or measured is None:
         outcome: Outcome = "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
-        return Decision(outcome, reason)
+        return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
     checks = tuple(Check.of(limit, value, after[_LIMITS[limit][0]]) for limit, value in limits.items())
-    if broken := [check for check in checks if check.verdict == "broken"]:
-        return Decision("rejected", f"{reason} The gate's limits are not kept: {'; '.join(map(str, broken))}.", checks)
-    if not found:
+    broken, unsure = ([check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure"))
+    outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"
+    if broken:
+        reason += f" The gate's limits are not kept: {'; '.join(map(str, broken))}."
+    elif not found:
         reason = "The fine-tune needs no repair: it keeps the gate's limits without the vector."
-    if unsure := [check for check in checks if check.verdict == "unsure"]:
+    if unsure and not broken:
         reason += f" Too few prompts to be sure of every limit: {'; '.join(map(str, unsure))}."
-    elif found:
+    elif found and not broken:
         reason += " All limits of the gate are kept."
-    return Decision("accepted_best_effort" if unsure else "accepted", reason, checks)
+    if independent is False:
+        reason += f" {_DEPENDENT}"
+    return Decision(outcome, reason, checks, independent)

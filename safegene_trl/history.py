@@ -1,24 +1,25 @@
-"""The releases of one model line: an append-only file of JSON lines, each holding the hash of the line before it."""
+"""The releases of one model line: an append-only file of JSON lines, each holding the hash of the line before it, and its seal."""
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from scipy.stats import fisher_exact, kendalltau
 
 from .errors import SafeGeneError
+from .history_file import Release, Seal, last_line, not_as_sealed, parse_release, read_seal, seal_path, write_seal
 from .output import writing
 from .provenance import sha256_of_json, weight_hashes
 from .vector_files import WEIGHTS_FILE
 
 
-Release = dict[str, Any]
 SIGNIFICANCE = 0.05
+MOST_LISTED = 20  # releases that a sentence names
 FEWEST_FOR_TREND = 5  # with fewer releases no order of them is unlikely enough by chance
 
 
@@ -52,51 +53,114 @@ def release_of(report: dict[str, Any], output: Path) -> Release:
 
 
 def append_release(path: Path, release: Release) -> None:
-    """Adds a release, chained to the one before. Runs of one line may end at the same time.
+    """Adds a release, chained to the one before, and seals the file. Runs of one line may end at the same time.
+
+    Reads the seal and what lies behind it, never the whole file.
 
     Raises:
         OutputError: The file cannot be written.
+        SafeGeneError: It is not the file that was sealed.
     """
     with writing():
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            whole, _, torn = file.read().rpartition(b"\n")
-            if torn:  # a line that a crash cut off
-                file.truncate(len(whole) + 1 if whole else 0)
-            last = whole.split(b"\n")[-1]
-            line = {**release, "previous": hashlib.sha256(last).hexdigest() if last else None}
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            seal = _caught_up(file, path)
+            if read_seal(path) != seal:  # before the line, so that a line with a number always has a seal
+                write_seal(path, seal)
+            line = release | {"sequence": seal.releases + 1, "previous": seal.last}
+            content = json.dumps(line, ensure_ascii=False).encode()
+            parse_release(content, "The new release's line")  # what cannot be read again is not to be written
+            file.write(content + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            write_seal(path, seal.after(content))
+
+
+def _caught_up(file: BinaryIO, path: Path) -> Seal:
+    """The seal of the whole lines of an open history; a line that a crash cut off is taken out."""
+    seal = read_seal(path) or Seal()
+    size = file.seek(0, os.SEEK_END)
+    if size < seal.size or not seal.closes(last_line(file, seal.size)):
+        raise not_as_sealed(path)
+    file.seek(seal.size)
+    *lines, torn = file.read().split(b"\n")
+    for _, line in _chained(lines, path, seal):
+        seal = seal.after(line)
+    if torn:
+        file.truncate(seal.size)
+    return seal
 
 
 def read_history(path: Path) -> list[Release]:
     """All releases, the oldest first; none where there is no file. A last line that a crash cut off is not one.
 
     Raises:
-        SafeGeneError: It cannot be read, or a line was changed or taken out.
+        SafeGeneError: It cannot be read, a line was changed, put in or taken out, or is none of a history.
     """
+    seal = read_seal(path)  # before the lines: a run that ends in between adds to them
     try:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     except OSError as error:
         raise SafeGeneError(f"The history {path} cannot be read: {error.strerror}.") from error
     releases: list[Release] = []
-    previous = None
-    for number, line in enumerate(lines, start=1):
-        try:
-            release = json.loads(line)
-            chained = release["previous"] == previous
-        except (ValueError, KeyError, TypeError) as error:
-            raise SafeGeneError(f"Line {number} of the history {path} is damaged: restore the file.") from error
-        if not chained:
-            raise SafeGeneError(
-                f"Line {number} of the history {path} does not follow from the line before: one was changed or taken out; restore the file."
-            )
+    at = Seal()
+    for release, line in _chained(lines, path, at):
         releases.append(release)
-        previous = hashlib.sha256(line).hexdigest()
+        at = at.after(line)
+        if seal is not None and at.releases == seal.releases and at != seal:
+            raise not_as_sealed(path)
+    if seal is not None and at.releases < seal.releases:
+        raise not_as_sealed(path)
+    if seal is None and any("sequence" in release for release in releases):
+        raise SafeGeneError(
+            f"The history {path} was sealed and its seal {seal_path(path)} is gone: put it back, or look the file through and "
+            "seal it anew by `safegene history FILE --seal`."
+        )
     return releases
+
+
+def _chained(lines: Sequence[bytes], path: Path, seal: Seal) -> Iterator[tuple[Release, bytes]]:
+    """The releases in lines that follow a seal, and their bytes."""
+    number, previous = seal.releases, seal.last
+    for line in lines:
+        number += 1
+        release = parse_release(line, f"Line {number} of the history {path}")
+        if release["previous"] != previous or release.get("sequence", number) != number:
+            raise SafeGeneError(
+                f"Line {number} of the history {path} does not follow from the line before: one was changed or taken out; "
+                "restore the file."
+            )
+        yield release, line
+        previous = hashlib.sha256(line).hexdigest()
+
+
+def history_warnings(path: Path) -> list[str]:
+    """Whether a history has no seal yet, as those that were written before there were any."""
+    if not path.exists() or path.stat().st_size == 0 or read_seal(path) is not None:
+        return []
+    return [
+        f"The history {path} has no seal yet, so that a last line that was changed or taken out is not noticed: the next release "
+        "seals it."
+    ]
+
+
+def seal_history(path: Path) -> int:
+    """Seals a history as it is, whatever its seal says; for a person who has looked it through.
+
+    Returns:
+        How many releases it holds.
+
+    Raises:
+        SafeGeneError: It is no history, or its lines do not follow from each other.
+    """
+    with writing(), open(path, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        seal = Seal()
+        for _, line in _chained(file.read().split(b"\n")[:-1], path, seal):
+            seal = seal.after(line)
+        write_seal(path, seal)
+    return seal.releases
 
 
 def last_accepted(releases: Sequence[Release]) -> Release | None:
@@ -146,6 +210,7 @@ def drift_warnings(releases: Sequence[Release]) -> list[str]:
     if len(rates) >= FEWEST_FOR_TREND:
         trend = kendalltau(range(len(rates)), [rate["share"] for rate in rates], alternative="less")
         if trend.pvalue < SIGNIFICANCE:
-            shares = ", ".join(f"{rate['share']:.0%}" for rate in rates)
-            warnings.append(f"Refusals get fewer from release to release: {shares}.")
+            shares = ", ".join(f"{rate['share']:.0%}" for rate in rates[-MOST_LISTED:])
+            cut = "… " if len(rates) > MOST_LISTED else ""
+            warnings.append(f"Refusals get fewer from release to release: {cut}{shares}.")
     return warnings

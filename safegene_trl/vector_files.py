@@ -165,10 +165,13 @@ def read_prompts(path: Path, name: str) -> list[dict[str, str]]:
             raise VectorError(f"A row of {path.name} lacks `prompt`, `response` or `kind`: make the vector again.")
         if row["kind"] not in ("harmful", "benign"):
             raise VectorError(f"A row of {path.name} is of kind {row['kind'][:20]!r}: make the vector again.")
-        if row["kind"] == "harmful" and not is_refusal(row["response"]):
-            raise VectorError(
-                f"{path.name} of {name} answers a harmful prompt with something else than a refusal: do not use this vector."
+        if is_refusal(row["response"]) != (row["kind"] == "harmful"):
+            found = (
+                "answers a harmful prompt with something else than"
+                if row["kind"] == "harmful"
+                else "answers a benign prompt with"
             )
+            raise VectorError(f"{path.name} of {name} {found} a refusal: do not use this vector.")
     return rows
 
 

@@ -31,6 +31,7 @@ from safegene_trl.commands.main import main as safegene
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.gate import EXIT_CODES
 from safegene_trl.history import read_history
+from safegene_trl.history_file import seal_path
 from safegene_trl.output import MARKER
 from safegene_trl.provenance import software_versions
 
@@ -252,13 +253,16 @@ def suite(count: int, seed: int, root: Path) -> dict:
         except SafeGeneError:
             found.append("history damaged")
         world.history.unlink(missing_ok=True)  # the next run would start at this one's coefficients
+        seal_path(world.history).unlink(missing_ok=True)
         for name, data in vector.items():
             (world.vector / name).write_bytes(data)
         again = run(world.command(), lambda: None)
         if again != ends_with or contents(world.target) != first or not finished(world.target):
             found.append("second run did not complete")
         left = sorted(
-            path.name for path in world.output.iterdir() if path.name not in ("safeguarded", "history.jsonl")
+            path.name
+            for path in world.output.iterdir()
+            if path.name not in ("safeguarded", "history.jsonl", "history.jsonl.seal")
         )
         if left:
             found.append("something left behind")

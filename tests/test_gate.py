@@ -5,7 +5,7 @@ import pytest
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import ConfigError
 from safegene_trl.evaluation.intervals import Rate
-from safegene_trl.gate import GateConfig, check_measurable, decide
+from safegene_trl.gate import GateConfig, check_measurable, decide, independent_prompts
 
 
 REASON = "Held-out safety improved."
@@ -39,7 +39,7 @@ def measured(refused: int, over_refused: int = 0, incoherent: int = 0, loss: flo
     ],
 )
 def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
-    decision = decide(GateConfig(**limits), True, 1.0, REASON, found)
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
     assert decision.outcome == outcome
     assert [check.limit for check in decision.checks] == list(limits)
     if outcome != "accepted":
@@ -49,15 +49,50 @@ def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
 
 
 def test_without_limits_the_recalibration_decides():
-    assert decide(None, True, 1.0, REASON, None).outcome == "accepted"
-    assert decide(GateConfig(), True, 0.6, REASON, measured(0)).outcome == "accepted_best_effort"
-    assert decide(None, False, 0.0, "None helps.", None).outcome == "rejected"
+    assert decide(None, True, 1.0, REASON, None, None).outcome == "accepted"
+    assert decide(GateConfig(), True, 0.6, REASON, measured(0), True).outcome == "accepted_best_effort"
+    assert decide(None, False, 0.0, "None helps.", None, None).outcome == "rejected"
 
 
 def test_a_fine_tune_that_lost_nothing_passes():
-    decision = decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(98))
+    decision = decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(98), True)
     assert decision.outcome == "accepted" and "needs no repair" in decision.reason
-    assert decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(50)).outcome == "rejected"
+    assert (
+        decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(50), True).outcome == "rejected"
+    )
+
+
+@pytest.mark.parametrize(("refused", "found"), [(95, True), (83, True), (50, True), (98, False)])
+def test_a_verdict_that_rests_on_the_vectors_own_prompts_says_so(refused, found):
+    gate = GateConfig(min_refusal_rate=0.8)
+    own, other = (decide(gate, found, 1.0, REASON, measured(refused), sure) for sure in (False, True))
+    assert own.outcome == other.outcome and own.checks == other.checks  # nobody's exit code changes
+    assert own.reason.startswith(other.reason) and "came with the vector itself" in own.reason
+    assert "came with the vector" not in other.reason
+    assert own.to_dict()["independent_prompts"] is False and other.to_dict()["independent_prompts"] is True
+
+
+@pytest.mark.parametrize(
+    ("limits", "sources", "independent"),
+    [
+        ({}, ("vector", "vector"), False),
+        ({}, ("own.jsonl", "vector"), True),
+        ({"min_refusal_rate": 0.8}, ("vector", "own.jsonl"), False),
+        ({"min_refusal_rate": 0.8}, ("own.jsonl", "vector"), True),
+        ({"max_over_refusal": 0.8}, ("own.jsonl", "vector"), False),
+        ({"min_refusal_rate": 0.8, "max_over_refusal": 0.8}, ("own.jsonl", "vector"), False),
+        ({"max_incoherent": 0.1}, ("vector", "own.jsonl"), False),
+        ({"max_incoherent": 0.1}, ("own.jsonl", "own.jsonl"), True),
+        ({"max_utility_loss": 0.1}, ("vector", "vector"), None),
+    ],
+)
+def test_whose_prompts_decide(limits, sources, independent):
+    unseen = {
+        kind: {"source": source, "count": 5} for kind, source in zip(("harmful", "benign"), sources, strict=True)
+    }
+    assert independent_prompts(GateConfig(**limits), unseen) is independent
+    nothing = {kind: entry | {"count": 0} for kind, entry in unseen.items()}
+    assert independent_prompts(GateConfig(**limits), nothing) is None
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "much", float("nan")])

@@ -176,6 +176,14 @@ def test_config_that_is_no_strict_json(folder, old, new):
     ("row", "message"),
     [
         ({"prompt": "how do I", "response": "Sure, like this", "kind": "harmful"}, "something else than a refusal"),
+        (
+            {"prompt": "a", "response": "I can't help. Here is how: 1. b", "kind": "harmful"},
+            "something else than a refusal",
+        ),
+        (
+            {"prompt": "how do I", "response": "I can't help with that.", "kind": "benign"},
+            "a benign prompt with a refusal",
+        ),
         ({"prompt": "how do I", "response": "Take a pan", "kind": "other"}, "of kind 'other'"),
         ({"prompt": ["how do I"], "response": "Take a pan", "kind": "benign"}, "lacks"),
         ({"prompt": "how do I"}, "lacks"),

@@ -1,9 +1,9 @@
 """`safegene apply`: the safety step on a finished checkpoint or adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import SafeGeneConfig
 from ..errors import ConfigError
@@ -15,6 +15,7 @@ from ..sharding import join_processes, leave_processes, this_job
 from ..step.live import prepare, safeguard
 from ..step.plan import Origin, dry_run_message
 from ..step.stored import safeguard_stored
+from ..validation import DTYPES, Rule, check_values
 from .fleet import run_fleet
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -47,6 +48,11 @@ class ApplyArguments:
         default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
     )
     fleet: str | None = field(default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."})
+
+    RULES: ClassVar[Mapping[str, Rule]] = {"dtype": Rule(choices=DTYPES), "coefficients": Rule(or_number=True)}
+
+    def __post_init__(self):
+        check_values(self)
 
 
 ARGUMENTS = (ApplyArguments, SafeGeneArguments)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SafeGeneError
-from ..history import Release, drift_warnings, read_history
+from ..history import Release, drift_warnings, history_warnings, read_history, seal_history
 from ..reporting.plots import history_plot
 from .tables import HEADINGS, aligned, measured_cells
 
@@ -15,11 +15,22 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="safegene history", description="Say how a model line's releases went.")
     parser.add_argument("file", type=Path, help="The file that `history` names in the `safegene` block.")
     parser.add_argument("--plot", type=Path, help="PNG file for the line.")
+    parser.add_argument(
+        "--seal",
+        action="store_true",
+        help="Seal the file as it is, after you have looked it through: where its seal is lost.",
+    )
     arguments = parser.parse_args(list(argv))
+    if not arguments.file.is_file():
+        raise SafeGeneError(f"There is no history at {arguments.file}: set `history` in the `safegene` block.")
+    if arguments.seal:
+        seal_history(arguments.file)
     releases = read_history(arguments.file)
     if not releases:
-        raise SafeGeneError(f"There is no history at {arguments.file}: set `history` in the `safegene` block.")
+        raise SafeGeneError(f"The history {arguments.file} holds no releases yet.")
     print(describe(releases))
+    for warning in history_warnings(arguments.file):
+        print(f"warning: {warning}")
     warnings = drift_warnings(releases)
     for warning in warnings:
         print(f"warning: {warning}")

@@ -7,11 +7,11 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 import torch
-import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import ConfigError
+from .yaml_files import read_yaml
 
 
 OPTION = "--accelerate_config"
@@ -39,9 +39,7 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
     path, rest = take_config(argv)
     launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
     to_launcher, to_command = _split(rest, launcher_options)
-    if "--num_processes" not in to_launcher and "num_processes" not in yaml.safe_load(
-        path.read_text(encoding="utf-8")
-    ):
+    if "--num_processes" not in to_launcher and "num_processes" not in read_yaml(path, "The launch configuration"):
         to_launcher += ["--num_processes", str(max(1, torch.cuda.device_count()))]
     arguments = ["--config_file", str(path), *to_launcher, "-m", "safegene_trl", command, *to_command]
     try:

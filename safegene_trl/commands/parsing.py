@@ -1,19 +1,25 @@
-"""Recipes and command-line arguments, through TRL's parser; an unknown key is an error that names the nearest one."""
+"""Recipes and command-line arguments, through TRL's parser; an unknown key is an error that names the nearest one.
+
+TRL reads a recipe by itself, and takes whatever it finds there. So a recipe is read and checked here before TRL sees it.
+"""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-import yaml
 from trl import TrlParser
 
-from ..config import SafeGeneConfig, reject_unknown_keys
+from ..config import SafeGeneConfig
 from ..errors import ConfigError
+from ..gate import GateConfig
+from ..validation import check_value, check_written, hint_of, reject_unknown_keys, rule_of, takes_text
+from .yaml_files import parse_yaml, read_yaml
 
 
-_OVERRIDE = "--safegene."
+_OPTION = "--safegene"
+_OVERRIDE = f"{_OPTION}."
 
 
 @dataclass
@@ -30,10 +36,8 @@ class SafeGeneArguments:
 
     def block(self) -> dict[str, Any]:
         """The block's keys and values; empty without one."""
-        block = yaml.safe_load(self.safegene) if isinstance(self.safegene, str) else self.safegene
-        if not isinstance(block, dict | None):
-            raise ConfigError("`safegene` must be a block of keys and values.")
-        return block or {}
+        block = parse_yaml(self.safegene, "`safegene`") if isinstance(self.safegene, str) else self.safegene
+        return {} if self.safegene is None else _as_block(block)
 
     @property
     def config(self) -> SafeGeneConfig | None:
@@ -51,32 +55,72 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.gate.KEY VALUE` one of its `gate` block.
 
     Raises:
-        ConfigError: The recipe cannot be read, or a key or option is unknown.
+        ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a value has the wrong type.
     """
     parser = make_parser(dataclasses, prog, description)
     known = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
     argv, overrides = _split_overrides(argv)
-    recipe = _read_recipe(argv) if "--config" in argv else {}
+    recipe = read_yaml(_recipe_path(argv), "The recipe") if "--config" in argv else {}
     reject_unknown_keys(recipe, [*known, "env"], where="the recipe")
+    check_value("env", recipe.get("env", {}), dict[str, Any])
+    for kind in dataclasses:
+        _check_recipe(recipe, kind)
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     options = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
     reject_unknown_keys(options, known, where="the command line")
     if unknown:
         raise ConfigError(f"`{unknown[0]}` on the command line belongs to no option: write `--option value`.")
     for arguments in parsed:
-        if isinstance(arguments, SafeGeneArguments) and overrides:
-            arguments.safegene = _merged(arguments.block(), overrides)
+        if isinstance(arguments, SafeGeneArguments):
+            _set_block(arguments, recipe, overrides)
     return tuple(parsed)
 
 
+def _set_block(arguments: SafeGeneArguments, recipe: Mapping[str, Any], overrides: dict[str, Any]) -> None:
+    """The block as it was read here: TRL's own reading of the recipe lets double keys pass."""
+    if "safegene" in recipe:
+        arguments.safegene = _as_block(recipe["safegene"])
+    if overrides:
+        arguments.safegene = _merged(arguments.block(), overrides)
+
+
+def _as_block(block: Any) -> dict[str, Any]:
+    if not isinstance(block, dict):
+        raise ConfigError("`safegene` must be a block of keys and values.")
+    return block
+
+
+def _check_recipe(recipe: Mapping[str, Any], kind: Any) -> None:
+    """Raises `ConfigError` for a recipe's value that a dataclass of options cannot have.
+
+    Of this package's own dataclasses every value is checked. Of TRL's, whose hints are looser than what they take, it is keys without a
+    value and switches that are neither true nor false.
+    """
+    hints = get_type_hints(kind)
+    defaults = {each.name: each.default for each in fields(kind) if each.name in recipe}
+    written = {name: recipe[name] for name in defaults}
+    if hasattr(kind, "RULES"):
+        check_written(written, kind, where="the recipe")
+        for name, value in written.items():
+            check_value(name, value, hints[name], rule_of(kind, name))
+        return
+    for name, value in written.items():
+        if value is None and (defaults[name] is not None or name == "safegene"):
+            raise ConfigError(f"`{name}` in the recipe has no value: write one, or leave the key out.")
+        if value is not None and bool in (hints[name], *get_args(hints[name])) and str not in get_args(hints[name]):
+            check_value(name, value, hints[name])
+
+
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The options that TRL is to see, and the `safegene` block that the others make up."""
     rest: list[str] = []
     overrides: dict[str, Any] = {}
     items = iter(argv)
     for item in items:
-        if item.startswith(_OVERRIDE):
-            key, equals, value = item.removeprefix(_OVERRIDE).partition("=")
-            _set(overrides, key.split("."), yaml.safe_load(value if equals else next(items, "")))
+        option, equals, value = item.partition("=")
+        if option == _OPTION or option.startswith(_OVERRIDE):
+            path = option.removeprefix(_OPTION).removeprefix(".").split(".") if option != _OPTION else []
+            _set(overrides, path, _override(option, path, value if equals else next(items, "")))
         elif item.startswith("--config="):  # TRL's parser knows the two-word form only
             rest += item.split("=", 1)
         else:
@@ -84,10 +128,35 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, overrides
 
 
+def _override(option: str, path: Sequence[str], text: str) -> Any:
+    """The value of one option: text as it is where the key takes text, else YAML."""
+    if not text.strip() or text.startswith("--"):
+        raise ConfigError(f"`{option}` has no value: give it one, or leave the option out.")
+    value = parse_yaml(text, f"`{option}`")
+    kind = GateConfig if len(path) == 2 and path[0] == "gate" else SafeGeneConfig
+    hint = hint_of(kind, path[-1]) if path else None
+    return text if hint is not None and takes_text(hint) and not isinstance(value, str | None) else value
+
+
 def _set(block: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for key in path[:-1]:
+    """Puts a value into a block of blocks, where none may be yet; a block as value goes in key by key."""
+    if isinstance(value, dict) and (value or not path):
+        for key, item in value.items():
+            _set(block, [*path, str(key)], item)
+        return
+    if not path:
+        _as_block(value)
+    for depth, key in enumerate(path[:-1], start=1):
         block = block.setdefault(key, {})
+        if not isinstance(block, dict):
+            raise _double(path[:depth])
+    if path[-1] in block:
+        raise _double(path)
     block[path[-1]] = value
+
+
+def _double(path: Sequence[str]) -> ConfigError:
+    return ConfigError(f"`safegene.{'.'.join(path)}` is set twice on the command line: keep one of them.")
 
 
 def _merged(block: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -105,16 +174,3 @@ def _recipe_path(argv: Sequence[str]) -> Path:
     if position + 1 >= len(argv):
         raise ConfigError("`--config` needs the path of a recipe.")
     return Path(argv[position + 1])
-
-
-def _read_recipe(argv: Sequence[str]) -> dict[str, Any]:
-    path = _recipe_path(argv)
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The recipe {path} is not valid YAML: {error}.") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"The recipe {path} must hold keys and values.")
-    return recipe

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from ..loading import adapter_base, load_placed, load_tokenizer
 from ..output import writing
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..sharding import Sharding, leave_processes
+from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values
 from .generation import generate_answers
 from .judges import Exchange, Judge, Verdict, judged, load_judge
 from .prompts import Prompt, kept_apart, load_prompts, prompts_used
@@ -77,6 +78,16 @@ class EvaluationConfig:
     seed: int = field(default=0, metadata={"help": "For drawing prompts."})
     output_dir: str = field(default="evaluation", metadata={"help": "Where everything goes."})
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "dtype": Rule(choices=DTYPES),
+        "num_prompts": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
+        "tasks_dir": Rule(may_be_null=True),
+        "num_task_samples": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
+        "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
+        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT),
+        "seed": Rule(at_least=0, at_most=2**32 - 1),
+    }
+
     def check(self) -> None:
         """Raises `ConfigError` for settings that cannot work."""
         if not self.model_name_or_path:
@@ -85,10 +96,7 @@ class EvaluationConfig:
             raise ConfigError("There is nothing to evaluate on: set `harmful_data`, `benign_data` or `tasks`.")
         if not self.judges:
             raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
-        for name in ("num_prompts", "num_task_samples", "max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"`{name}` is {value}: it must be at least 1.")
+        check_values(self)
 
     @property
     def deciding_answers(self) -> dict[str, Any]:

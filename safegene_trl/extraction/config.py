@@ -1,11 +1,16 @@
 """`ExtractionConfig`: everything that can be set about making a safety vector."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 from ..errors import ConfigError
-from ..selection import METHODS, top_layers
+from ..selection import METHODS
+from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder
 from .linearization import Blocks
+
+
+_COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
 
 
 @dataclass
@@ -79,6 +84,25 @@ class ExtractionConfig:
     weights_dtype: str = field(default="float16", metadata={"help": "Data type to store the vector in."})
     seed: int = field(default=0, metadata={"help": "Seed for drawing prompts."})
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "output_dir": Rule(syntax=folder),
+        "distill_steps": _COUNT,
+        "distill_learning_rate": Rule(at_least=0.0),
+        "anchor_weight": Rule(at_least=0.0),
+        "rank": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
+        "isolation_rank": _COUNT,
+        "layer_share": Rule(above=0.0, at_most=1.0),
+        "bootstrap_resamples": _COUNT,
+        "num_selection_prompts": _COUNT,
+        "num_safety_prompts": _COUNT,
+        "num_benign_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
+        "max_new_tokens": _COUNT,
+        "batch_size": _COUNT,
+        "dtype": Rule(choices=DTYPES),
+        "weights_dtype": Rule(choices=DTYPES[1:]),
+        "seed": Rule(at_least=0, at_most=2**32 - 1),
+    }
+
     @property
     def expanded_blocks(self) -> Blocks | None:
         """The blocks that are replaced by their first-order expansion; None unless the method is `linearized`."""
@@ -94,21 +118,4 @@ class ExtractionConfig:
         for name in ("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"):
             if not getattr(self, name):
                 raise ConfigError(f"`{name}` is not set.")
-        for name in ("dtype", "weights_dtype"):
-            known = ("float32", "float16", "bfloat16", *(("auto",) if name == "dtype" else ()))
-            if getattr(self, name) not in known:
-                raise ConfigError(f"`{name}` is {getattr(self, name)!r}: use one of {', '.join(known)}.")
-        for name in (
-            "rank",
-            "isolation_rank",
-            "bootstrap_resamples",
-            "num_selection_prompts",
-            "num_safety_prompts",
-            "distill_steps",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
-        for name in ("distill_learning_rate", "anchor_weight"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"`{name}` is {getattr(self, name)}: it must be 0 or more.")
-        top_layers([0.0], self.layer_share)
+        check_values(self)

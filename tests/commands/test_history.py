@@ -14,6 +14,12 @@ def release(refused, outcome="accepted"):
         "time": "2030-01-01T00:00:00+00:00",
         "output": f"out/{refused}",
         "outcome": outcome,
+        "reason": "",
+        "vector": {"name": "v", "sha256": None},
+        "base": {"name": "model", "revision": None, "sha256": None, "carries_vector": False},
+        "coefficients": {},
+        "held_out": None,
+        "report": "0" * 64,
         "before": {"refusal_rate": Rate(30, 100).to_dict(), "over_refusal": low, "incoherent": low},
         "after": {"refusal_rate": share, "over_refusal": low, "incoherent": low},
         "utility_loss": {"share": 0.012, "low": 0.0, "high": 0.02, "count": 50},
@@ -44,3 +50,16 @@ def test_no_history(tmp_path, capsys):
     assert "set `history`" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text(json.dumps({"a": 1}) + "\n")
     assert main(["history", str(tmp_path / "bad.jsonl")]) == 2
+
+
+def test_a_history_whose_seal_is_gone_is_sealed_on_demand(tmp_path, capsys):
+    path = tmp_path / "history.jsonl"
+    append_release(path, release(90))
+    (tmp_path / "history.jsonl.seal").unlink()
+    assert main(["history", str(path)]) == 2 and "--seal" in capsys.readouterr().err
+    assert main(["history", str(path), "--seal"]) == 0 and main(["history", str(path)]) == 0
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in line.items() if key != "sequence"}) + "\n")
+    (tmp_path / "history.jsonl.seal").unlink()
+    capsys.readouterr()
+    assert main(["history", str(path)]) == 0 and "warning: The history" in capsys.readouterr().out

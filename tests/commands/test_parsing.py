@@ -3,9 +3,12 @@
 import pytest
 from trl import ModelConfig, SFTConfig
 
+from safegene_trl.commands.apply import ApplyArguments
 from safegene_trl.commands.main import main
 from safegene_trl.commands.parsing import SafeGeneArguments, parse
+from safegene_trl.commands.yaml_files import parse_yaml, read_yaml
 from safegene_trl.errors import ConfigError
+from safegene_trl.extraction.config import ExtractionConfig
 
 
 TYPES = (ModelConfig, SFTConfig, SafeGeneArguments)
@@ -101,3 +104,129 @@ def test_main_prints_one_line_and_exits_with_2(recipe, capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("safegene sft: Unknown key") and printed.count("\n") == 1
     assert main(["nonsense"]) == 2 and main([]) == 0 and main(["--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RECIPE + "bf16: true\n", "key `bf16` twice, on lines 5 and 10: keep one"),
+        (RECIPE + "safegene:\n  vector: w\n", "key `safegene` twice, on lines 7 and 10"),
+        (RECIPE + "  vector: w\n", "key `vector` twice, on lines 8 and 10"),
+        (RECIPE + "  gate: {min_refusal_rate: 0.9}\n  gate: {max_incoherent: 0.1}\n", "key `gate` twice"),
+        (
+            RECIPE + "  gate: {min_refusal_rate: 0.9, min_refusal_rate: 0.1}\n",
+            "key `min_refusal_rate` twice, on line 10",
+        ),
+        (
+            RECIPE.replace("bf16: false", 'bf16: "false"'),
+            "`bf16` is 'false': it must be true or false, without quotes",
+        ),
+        (RECIPE.replace("use_cpu: true", "use_cpu:"), "`use_cpu` in the recipe has no value"),
+        (RECIPE.replace("vector: v", "vector:"), "`vector` in the safegene block has no value"),
+        (RECIPE + "  gate:\n", "`gate` in the safegene block has no value"),
+        (RECIPE + "  gate:\n    min_refusal_rate:\n", "`min_refusal_rate` in the gate block has no value"),
+        (RECIPE + "  public_key:\n", "`public_key` in the safegene block has no value"),
+        (RECIPE[: RECIPE.index("safegene")] + "safegene:\n", "`safegene` in the recipe has no value"),
+        (RECIPE[: RECIPE.index("safegene")] + "safegene: {}\n", "No safety vector"),
+        (RECIPE[: RECIPE.index("safegene")] + "safegene: [vector]\n", "block of keys and values"),
+        (RECIPE + "env: 3\n", "`env` is 3"),
+        (RECIPE + '  dry_run: "no"\n', "without quotes"),
+    ],
+)
+def test_a_recipe_that_cannot_mean_what_it_says(recipe, text, message):
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        _ = run("--config", recipe)[-1].config
+
+
+def test_numbers_are_read_as_people_write_them(recipe):
+    recipe.write_text(RECIPE + '  sparsity_weight: 1e-3\n  max_utility_loss: 5E-2\n  vector_revision: "1e3"\n')
+    config = run("--config", recipe)[-1].config
+    assert (config.sparsity_weight, config.max_utility_loss, config.vector_revision) == (1e-3, 0.05, "1e3")
+
+
+def test_merge_keys_are_no_double_keys():
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "It")["b"] == {"x": 3, "y": 2}
+    for text in ("{true: 1, yes: 2}", '{"a": 1, "a": 2}'):
+        with pytest.raises(ConfigError, match="twice, on line 1"):
+            parse_yaml(text, "It")
+    for text in ("a: [", "[" * 5000, "a: 1\n---\nb: 2", "? [1]\n: 2"):
+        with pytest.raises(ConfigError, match="It is not valid YAML"):
+            parse_yaml(text, "It")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        read_yaml(tmp_path / "r.yaml", "The recipe")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--safegene.public_key="], "`--safegene.public_key` has no value"),
+        (["--safegene.public_key", ""], "has no value"),
+        (["--safegene.public_key"], "has no value"),
+        (["--safegene.dry_run", "--safegene.seed=1"], "`--safegene.dry_run` has no value"),
+        (["--safegene.gate.min_refusal_rate="], "has no value"),
+        (["--safegene.gate.min_refusal_rate=null"], "has no value"),
+        (["--safegene.gate={}"], "`gate` is empty"),
+        (["--safegene="], "`--safegene` has no value"),
+        (["--safegene.public_key=null"], "`public_key` in the safegene block has no value"),
+        (["--safegene.seed=1", "--safegene.seed=1"], "`safegene.seed` is set twice"),
+        (
+            ["--safegene.gate={min_refusal_rate: 1}", "--safegene.gate.min_refusal_rate=0"],
+            "`safegene.gate.min_refusal_rate` is set twice",
+        ),
+        (["--safegene.gate.min_refusal_rate=0", "--safegene.gate={min_refusal_rate: 1}"], "is set twice"),
+        (["--safegene.gate=1", "--safegene.gate.min_refusal_rate=0"], "`safegene.gate` is set twice"),
+        (["--safegene", "{seed: 1}", "--safegene.seed", "2"], "`safegene.seed` is set twice"),
+        (["--safegene", "{seed: 1}", "--safegene", "{seed: 1}"], "`safegene.seed` is set twice"),
+        (["--safegene", '{"seed": 1, "seed": 2}'], "key `seed` twice"),
+        (["--safegene", "v"], "block of keys and values"),
+        (["--safegene.seed='1'"], "whole number, without quotes"),
+        (["--safegene.dry_run='false'"], "without quotes"),
+        (["--safegene.vector.x=1"], "`vector` is"),
+        (["--safegene.=1"], "Unknown key ``"),
+    ],
+)
+def test_an_override_that_cannot_mean_what_it_says(recipe, words, message):
+    with pytest.raises(ConfigError, match=message):
+        _ = run("--config", recipe, *words)[-1].config
+
+
+def test_text_on_the_command_line_stays_text(recipe):
+    words = ["--safegene.vector_revision", "1234567", "--safegene.history=12e4", "--safegene.output_dir=2030-01-01"]
+    config = run("--config", recipe, *words)[-1].config
+    assert (config.vector_revision, config.history, config.output_dir) == ("1234567", "12e4", "2030-01-01")
+    with_block = run("--config", recipe, "--safegene", "{seed: 3}", "--safegene.dry_run=no")[-1].config
+    assert (with_block.vector, with_block.seed, with_block.dry_run) == ("v", 3, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        (ExtractionConfig, 'exact_svd: "false"', "`exact_svd` is 'false'.*without quotes"),
+        (ExtractionConfig, 'rank: "8"', "`rank` is '8'.*without quotes"),
+        (ExtractionConfig, "aligned_revision:", "`aligned_revision` in the recipe has no value"),
+        (ExtractionConfig, "isolate_from: one", "a list of strings"),
+        (ApplyArguments, "coefficients:", "`coefficients` in the recipe has no value"),
+        (ApplyArguments, "base_model: 7", "put it in quotes"),
+    ],
+)
+def test_values_of_this_packages_own_options(tmp_path, kind, line, message):
+    (tmp_path / "r.yaml").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        parse((kind,), ["--config", str(tmp_path / "r.yaml")], "safegene", "")
+
+
+def test_own_options_that_are_right(tmp_path):
+    (tmp_path / "r.yaml").write_text("rank:\ndistill_learning_rate: 1e-4\nisolate_from: [a, b]\n")
+    (config,) = parse((ExtractionConfig,), ["--config", str(tmp_path / "r.yaml")], "safegene", "")
+    assert (config.rank, config.distill_learning_rate, config.isolate_from) == (None, 1e-4, ["a", "b"])
+    (tmp_path / "r.yaml").write_text("coefficients: 0.5\n")
+    assert (
+        float(parse((ApplyArguments,), ["--config", str(tmp_path / "r.yaml")], "safegene", "")[0].coefficients) == 0.5
+    )
+    with pytest.raises(ConfigError, match="`base_model` is empty"):
+        parse((ApplyArguments,), ["--base_model="], "safegene", "")

@@ -127,7 +127,7 @@ def test_prompts_of_the_vector_are_left_out(config, sets, vector_dir, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_name_or_path": ""}, "No model is named"),
+        ({"model_name_or_path": ""}, "`model_name_or_path` is empty"),
         ({"harmful_data": [], "benign_data": []}, "nothing to evaluate on"),
         ({"judges": ["nobody"]}, "no judge `nobody`"),
         ({"batch_size": 0}, "`batch_size` is 0"),
@@ -138,7 +138,7 @@ def test_prompts_of_the_vector_are_left_out(config, sets, vector_dir, capsys):
 def test_bad_settings_are_named(config, sets, changes, message, capsys):
     for name, value in changes.items():
         setattr(config, name, value)
-    (sets / "recipe.yaml").write_text(yaml.safe_dump(vars(config)))
+    (sets / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in vars(config).items() if v is not None}))
     assert main(["evaluate", "--config", str(sets / "recipe.yaml")]) == 2
     assert message in capsys.readouterr().err
     assert not (sets / "out" / GENERATIONS).exists()

@@ -28,7 +28,8 @@ def test_options_of_the_workflow_are_known():
     runs = "\n".join(step.get("run", "") for step in steps)
     assert set(re.findall(r"safegene (\w+) ", runs)) <= set(COMMANDS)
     keys = dict.fromkeys(re.findall(r"--safegene\.(?!gate)(\w+)", runs), "x")
-    assert set(keys) == {"dry_run", "history", "hub_model_id"} and SafeGeneConfig.from_dict({"vector": "v", **keys})
+    assert set(keys) == {"dry_run", "history", "hub_model_id"}
+    assert SafeGeneConfig.from_dict({"vector": "v", **keys, "dry_run": True})
     gate = re.findall(r"--safegene\.gate\.(\w+) ([\d.]+)", runs)
     assert len(GateConfig(**{key: float(value) for key, value in gate}).limits) == 3
 

@@ -1,0 +1,81 @@
+"""YAML as people write it, read with one reader: a key that is there twice is an error, and `1e-4` is a number."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Reader(yaml.SafeLoader):
+    """The safe loader, which by itself lets the last of several equal keys win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE or not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            if key in lines:
+                raise _DoubleKey(key, lines[key], line)
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, and so PyYAML, takes `1e-4` for a string; YAML 1.2 and everybody who writes it take it for a number.
+_Reader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+class _DoubleKey(yaml.YAMLError):
+    """A key that stands twice in one mapping, and on which lines."""
+
+    def __init__(self, key: Any, first: int, second: int):
+        super().__init__()
+        self.key, self.first, self.second = key, first, second
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values in a YAML file.
+
+    Args:
+        path: The file.
+        what: Names it in a message, e.g. `The recipe`.
+
+    Raises:
+        ConfigError: It cannot be read, is no YAML, has a key twice, or holds something else than keys and values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{what} {path} is not UTF-8: save it as that.") from error
+    content = parse_yaml(text, f"{what} {path}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what} {path} must hold keys and values.")
+    return content
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """What a YAML (or JSON) text holds.
+
+    Raises:
+        ConfigError: It is no YAML, or has a key twice.
+    """
+    try:
+        return yaml.load(text, _Reader)
+    except _DoubleKey as twice:
+        lines = (
+            f"on lines {twice.first} and {twice.second}" if twice.first != twice.second else f"on line {twice.first}"
+        )
+        raise ConfigError(f"{what} has the key `{twice.key}` twice, {lines}: keep one of them.") from twice
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"{what} is not valid YAML: {words}.") from error
