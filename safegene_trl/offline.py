@@ -102,7 +102,6 @@ def safeguard_stored(
                 place = folder / "adapter" if config.output_format == "both" else folder
                 relative_to = started_from or name_or_path
                 save_adapter(stored.model, vector.deltas, by_module, relative_to, tokenizer, place, alone)
-            vector.check_unchanged()
         report |= {"status": "safeguarded", "phases": clock.phases}
         write_evidence(report, folder, target.name)
     if config.history:
