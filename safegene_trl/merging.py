@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .attach import LowRankDelta
 from .checkpoint import TensorFile, plan_files
-from .output import writing
+from .output import saving, writing
 from .sharding import Sharding
 from .weights import (
     Parameter,
@@ -146,10 +146,13 @@ def save_record(
     config = deepcopy(base.config)  # the live model stays the plain fine-tune
     for key, value in (mark or {}).items():
         setattr(config, key, value)
-    config.save_pretrained(folder)
+    with saving("the model's config"):
+        config.save_pretrained(folder)
     if base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        with saving("the generation config"):
+            base.generation_config.save_pretrained(folder)
+    with saving("the tokenizer"):
+        tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
