@@ -17,11 +17,9 @@ def check_hub(repository: str) -> None:
     try:
         api = HfApi()
         user = api.whoami()
-        exists = True
-        try:
-            api.model_info(repository)
-        except RepositoryNotFoundError:
-            exists = False
+        namespace, _, name = repository.rpartition("/")
+        namespace = namespace or user["name"]
+        exists = _exists(api, f"{namespace}/{name}")
     except Exception as error:  # as many kinds as there are libraries below
         raise OutputError(
             f"{repository} cannot be looked up on the hub ({_reason(error)}): check its name, your token (`hf auth login`) and the "
@@ -31,7 +29,6 @@ def check_hub(repository: str) -> None:
         raise OutputError(
             f"The hub token of {user['name']} may only read: log in with one that may write to {repository}."
         )
-    namespace = repository.rpartition("/")[0] or user["name"]
     if not exists and namespace not in (user["name"], *(group["name"] for group in user.get("orgs") or ())):
         raise OutputError(
             f"{repository} is not on the hub and {user['name']} cannot make it in {namespace}: choose another `hub_model_id`."
@@ -46,12 +43,20 @@ def upload(folder: Path, repository: str, private: bool) -> None:
     """
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Safeguarded checkpoint")
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Safeguarded checkpoint")
     except Exception as error:  # as many kinds as there are libraries below
         raise OutputError(
             f"{folder} is finished, but uploading it to {repository} failed ({_reason(error)}): check your access, then `hf upload` it."
         ) from error
+
+
+def _exists(api: HfApi, repository: str) -> bool:
+    try:
+        api.model_info(repository)
+    except RepositoryNotFoundError:
+        return False
+    return True
 
 
 def _role(user: dict[str, Any]) -> str | None:
