@@ -10,7 +10,16 @@ from safetensors import SafetensorError
 from .checkpoints.contents import CHECKPOINT, MARKER, VECTOR, FolderKind, check_replaceable
 from .checkpoints.hub import check_hub, upload
 from .checkpoints.places import FAILURE_SUFFIXES, check_places
-from .checkpoints.renaming import LONGEST_WAIT, install, leftovers, locked, restore, sync, temporary_folder, temporary_name
+from .checkpoints.renaming import (
+    LONGEST_WAIT,
+    install,
+    leftovers,
+    locked,
+    restore,
+    sync,
+    temporary_folder,
+    temporary_name,
+)
 from .checkpoints.trial import check_name, check_output, check_writable, nearest_folder
 from .errors import OutputError, SafeGeneError
 from .sharding import Sharding
@@ -35,9 +44,7 @@ __all__ = [
 
 
 @contextmanager
-def atomic_directory(
-    target: Path, kind: FolderKind = CHECKPOINT, sharding: Sharding | None = None
-) -> Iterator[Path]:
+def atomic_directory(target: Path, kind: FolderKind = CHECKPOINT, sharding: Sharding | None = None) -> Iterator[Path]:
     """Gives a temporary sibling of `target` to write in, and puts it at `target` when the block ends well.
 
     An earlier folder of ours at `target` is there until its successor takes its place in one operation. After a failure nothing of

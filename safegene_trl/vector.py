@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from . import vector_files
 from .attach import LowRankDelta
-from .errors import FamilyError, VectorError
+from .errors import FamilyError
 from .family import Family
 from .provenance import sha256_of_bytes, sha256_of_file
 from .signing import SIGNATURE_FILE, verify
@@ -64,7 +64,7 @@ class SafetyVector(
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     signature: bytes | None = None
-    _signed_hashes: dict[str, str] = field(default_factory=dict, repr=False)
+    _signed_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json

@@ -168,14 +168,14 @@ def read_deltas(data: bytes, name: str) -> dict[str, LowRankDelta]:
         raise VectorError(f"{WEIGHTS_FILE} of {name} cannot be read: download or make the vector again.") from error
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        module, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if (
-            f"{PREFIX}{module}.{half}.weight" != key
-            or half not in ("lora_A", "lora_B")
+            f"{PREFIX}{module}.{side}.weight" != key
+            or side not in ("lora_A", "lora_B")
             or not _MODULE.fullmatch(module)
         ):
             raise VectorError(f"The safety vector {name} holds an unexpected tensor `{key[:60]}`: make it again.")
-        halves.setdefault(module, {})[half] = tensor
+        halves.setdefault(module, {})[side] = tensor
     deltas = {}
     for module, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
         if set(half) != {"lora_A", "lora_B"} or not _is_pair(half["lora_A"], half["lora_B"]):

@@ -142,6 +142,7 @@ def test_killed_while_it_replaces(moment, way, tmp_path):
     """By SIGKILL around the renaming; the earlier folder or the new one is there, at the latest after the next check."""
     target = tmp_path / "out"
     put(target, "{}", config="earlier")
+
     def die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -314,7 +315,7 @@ def test_whatever_other_libraries_raise_is_said_plainly(error):
         raise error
     with pytest.raises(KeyboardInterrupt), saving("the tokenizer"):
         raise KeyboardInterrupt
-    with pytest.raises(OutputError, match="^as it is$"), saving("the tokenizer"):
+    with pytest.raises(OutputError, match=r"^as it is$"), saving("the tokenizer"):
         raise OutputError("as it is")
     with pytest.raises(RuntimeError), writing():  # what is no failure to write stays what it is
         raise RuntimeError("x")
@@ -328,7 +329,7 @@ def test_a_full_disk_in_the_writers_of_other_libraries(tokenizer, tmp_path):
         save_record(model, tokenizer, tmp_path, None)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match="Saving the model's config failed .*No space left"):
+    with pytest.raises(OutputError, match=r"Saving the model's config failed .*No space left"):
         save_record(model, tokenizer, tmp_path, None)
 
 

@@ -164,9 +164,7 @@ def test_the_bytes_that_were_checked_are_signed(vector_dir, keys, tmp_path, monk
     signature = (folder / SIGNATURE_FILE).read_bytes()
     verify(checked, signature, keys / "maker.pub", "vector")
     with pytest.raises(SignatureError, match="valid signature"):
-        verify(
-            {name: (folder / name).read_bytes() for name in SIGNED_FILES}, signature, keys / "maker.pub", "vector"
-        )
+        verify({name: (folder / name).read_bytes() for name in SIGNED_FILES}, signature, keys / "maker.pub", "vector")
 
 
 def test_the_private_copy_is_for_its_owner_alone_and_goes(signed, keys, tmp_path, monkeypatch):
@@ -191,7 +189,7 @@ def test_the_private_copy_is_for_its_owner_alone_and_goes(signed, keys, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(SignatureError, match="No space left.*TMPDIR"):
+    with pytest.raises(SignatureError, match=r"No space left.*TMPDIR"):
         SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub")
 
 

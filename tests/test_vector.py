@@ -324,7 +324,7 @@ def test_a_file_that_is_none_is_refused_at_once(folder):
     for other in ("/dev/zero", "/proc/self/status"):  # without an end; with a size of 0 that is not true
         path.unlink()
         path.symlink_to(other)
-        with pytest.raises(VectorError, match="no plain file|was changed while"):
+        with pytest.raises(VectorError, match=r"no plain file|was changed while"):
             SafetyVector.from_pretrained(folder)
     path.unlink()
     path.mkdir()

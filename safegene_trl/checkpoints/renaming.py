@@ -133,8 +133,8 @@ def _make_missing(folder: Path, made: list[Path]) -> None:
     for path in reversed(missing):
         with suppress(FileExistsError, FileNotFoundError):
             path.mkdir()
-            sync(path.parent)
             made.append(path)
+            sync(path.parent)
     if missing and folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
@@ -270,5 +270,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # file systems that flush files only
+            raise
     finally:
         os.close(descriptor)

@@ -84,9 +84,7 @@ def _check_free_to_use(target: Path, kind: FolderKind) -> None:
     with suppress(FileNotFoundError):  # another run is just replacing it
         here = Path.cwd()
         if any(os.path.samefile(target, folder) for folder in (here, *here.parents)):
-            raise OutputError(
-                f"{target} is or holds the current folder: go elsewhere or choose another `output_dir`."
-            )
+            raise OutputError(f"{target} is or holds the current folder: go elsewhere or choose another `output_dir`.")
     for folder, _, _ in os.walk(target):
         if not os.access(folder, os.W_OK | os.X_OK) and os.path.isdir(folder):
             raise OutputError(f"{folder} is not writable and cannot be replaced: choose another `output_dir`.")

@@ -39,9 +39,21 @@ def test_a_checkpoint_and_a_vector_are_ours(checkpoint, vector_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["thesis.txt", "evaluation/harmful.jsonl", "history.jsonl", "optimizer.pt", "adapter/checkpoint/model.safetensors"]
-    + [".hidden", "vector/adapter_model.safetensors", "vector/safegene_config.json", "model.safetensors.bak"]
-    + ["checkpoint-10/model.safetensors", "adapter/safegene_report.json", "README.md\n", "pytorch_model.bin"],
+    [
+        "thesis.txt",
+        "evaluation/harmful.jsonl",
+        "history.jsonl",
+        "optimizer.pt",
+        "adapter/checkpoint/model.safetensors",
+        ".hidden",
+        "vector/adapter_model.safetensors",
+        "vector/safegene_config.json",
+        "model.safetensors.bak",
+        "checkpoint-10/model.safetensors",
+        "adapter/safegene_report.json",
+        "README.md\n",
+        "pytorch_model.bin",
+    ],
 )
 def test_foreign_files(name, checkpoint):
     path = checkpoint / name

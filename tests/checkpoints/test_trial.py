@@ -119,7 +119,7 @@ def test_an_earlier_folder_that_cannot_be_renamed(tmp_path, monkeypatch):
         plain(one, other)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OutputError, match="cannot be replaced .*mount point"):
+    with pytest.raises(OutputError, match=r"cannot be replaced .*mount point"):
         check_output(target)
     monkeypatch.undo()
     check_output(target)
@@ -232,7 +232,9 @@ def test_a_history(tmp_path, monkeypatch):
     check_writable(tmp_path / "link.jsonl")
     check_writable(tmp_path / "dangling.jsonl")
     assert everything(tmp_path) == before and path.read_text() == "line\n"
-    monkeypatch.setattr(trial.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(
+        trial.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available"))
+    )
     with pytest.raises(OutputError, match="No locks available"):
         check_writable(path)
 

@@ -174,7 +174,7 @@ def test_extract_does_not_overwrite_other_folders(extraction, model_dir, tmp_pat
 def test_an_extraction_does_not_touch_what_it_reads(extraction, prompt_files, tmp_path, capsys):
     for output, message in (
         (tmp_path / "degraded" / "vector", "lies inside the degraded model"),
-        (tmp_path, "holds the degraded model"),
+        (tmp_path, "holds the aligned model"),
         (prompt_files[0], "is the harmful data"),
     ):
         assert main(argv("extract", extraction | {"output_dir": output})) == 2
