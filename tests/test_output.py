@@ -219,6 +219,7 @@ def test_foreign_files_in_what_is_left_over_are_kept(tmp_path):
         (left / "thesis.txt").write_text("mine")
     put(target, "{}")
     assert sorted(path.name for path in tmp_path.rglob("*")).count("thesis.txt") == 2
+    assert sorted(name.split(".")[2] for name in names(tmp_path) if name != "out") == ["new", "old"]
 
 
 def test_a_file_that_is_put_into_the_earlier_folder_meanwhile_is_kept(way, tmp_path):
