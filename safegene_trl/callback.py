@@ -23,7 +23,7 @@ from .reporting.report import scalars, summary
 from .sharding import check_launch, sharding_of
 from .step.live import Preparation, prepare, safeguard
 from .step.plain import FinishedTraining
-from .step.plan import Origin, dry_run_message, failure_path
+from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message, failure_path
 from .weights import base_model
 
 
@@ -165,7 +165,7 @@ def _origin(model: nn.Module, args: TrainingArguments) -> Origin:
     config = base_model(model).config
     kind = "lora" if isinstance(model, PeftModel) else "full"
     revision = getattr(config, "_commit_hash", None)
-    return Origin(config.name_or_path or None, revision, kind, {"trainer's output": str(args.output_dir)})
+    return Origin(config.name_or_path or None, revision, kind, {TRAINERS_OUTPUT: Path(str(args.output_dir))})
 
 
 def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:

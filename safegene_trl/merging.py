@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .checkpoint import TensorFile, plan_files
 from .models.low_rank import LowRankDelta
 from .models.rounding import Rounding
-from .output import writing
+from .output import saving, writing
 from .sharding import Sharding
 from .weights import (
     Parameter,
@@ -147,10 +147,13 @@ def save_record(
     config = deepcopy(base.config)  # the live model stays the plain fine-tune
     for key, value in (mark or {}).items():
         setattr(config, key, value)
-    config.save_pretrained(folder)
+    with saving("the model's config"):
+        config.save_pretrained(folder)
     if base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        with saving("the generation config"):
+            base.generation_config.save_pretrained(folder)
+    with saving("the tokenizer"):
+        tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -221,7 +224,8 @@ def save_adapter(
     with sharding.agreed(), writing():
         if sharding.is_main:
             _write_adapter(stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder)
-            tokenizer.save_pretrained(folder)
+            with saving("the tokenizer"):
+                tokenizer.save_pretrained(folder)
 
 
 def _write_adapter(

@@ -1,6 +1,7 @@
 """`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA directory."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import save_file
 
 from . import vector_files
 from .config import Granularity
-from .errors import FamilyError, VectorError
+from .errors import FamilyError
 from .family import Family
 from .models.coefficients import CoefficientSpace
 from .models.low_rank import LowRankDelta
+from .provenance import sha256_of_bytes, sha256_of_file
+from .signing import SIGNATURE_FILE, verify
 from .vector_files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
@@ -24,6 +27,7 @@ from .vector_files import (
     HASHED_FILES,
     PREFIX,
     PROMPTS_FILE,
+    SIGNED_FILES,
     WEIGHTS_FILE,
 )
 from .weights import layer_index, linear_shape
@@ -48,7 +52,8 @@ class SafetyVector(
             aligned model's own. Harmful rows carry refusals only.
         software: Versions it was made with.
         files: Size and SHA-256 of every other file of a saved vector.
-        folder: Where it was loaded from, None for one that was made in memory.
+        signature: The content of the signature file it was loaded with, None where there was none. It is saved again with the files
+            that it was loaded with, and with no others.
     """
 
     deltas: dict[str, LowRankDelta]
@@ -60,7 +65,8 @@ class SafetyVector(
     prompts: list[dict[str, str]]
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    folder: Path | None = None
+    signature: bytes | None = None
+    _signed_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
@@ -104,13 +110,6 @@ class SafetyVector(
                     "safety vector: use a vector of the model's own family."
                 )
 
-    def check_unchanged(self) -> None:
-        """Raises `VectorError` if its files are others than when it was loaded: its factors are read from there as they are used."""
-        if self.folder is not None and (changed := vector_files.changed_file(self.folder, self.files)):
-            raise VectorError(
-                f"{changed} of the safety vector {self.folder} was changed while it was in use: run it again."
-            )
-
     # Saving and loading go through huggingface_hub's mixin: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -134,10 +133,17 @@ class SafetyVector(
         self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
         (save_directory / CONFIG_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
         # What cannot be loaded again is not to be saved.
-        config = vector_files.read_config(save_directory, str(save_directory))
+        config = vector_files.read_config((save_directory / CONFIG_FILE).read_bytes(), str(save_directory))
         vector_files.check_consistent(config, self.deltas, self.layers, str(save_directory))
-        if self.folder is not None:
-            vector_files.copy_signature(self.folder, save_directory)
+        self._save_signature(save_directory)
+
+    def _save_signature(self, folder: Path) -> None:
+        """Only with the very files that were signed; an earlier one in the folder is of other files."""
+        hashes = {name: sha256_of_file(folder / name) for name in SIGNED_FILES}
+        if self.signature is not None and hashes == self._signed_hashes:
+            (folder / SIGNATURE_FILE).write_bytes(self.signature)
+        else:
+            (folder / SIGNATURE_FILE).unlink(missing_ok=True)
 
     def describe(self) -> dict[str, Any]:
         """The content of `safegene_config.json`."""
@@ -171,16 +177,32 @@ class SafetyVector(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, public_key: str | Path | None = None, **kwargs: Any) -> "SafetyVector":
-        folder = vector_files.locate(model_id, None if public_key is None else Path(public_key), **kwargs)
-        config = vector_files.read_config(folder, model_id)
-        vector_files.check_files(folder, model_id, config["files"])
+        contents = vector_files.read_files(model_id, **kwargs)
+        return cls.from_files(contents, model_id, None if public_key is None else Path(public_key))
+
+    @classmethod
+    def from_files(cls, contents: Mapping[str, bytes], name: str, public_key: Path | None = None) -> "SafetyVector":
+        """From the bytes of its files, as `vector_files.read_files` gives them; checked as by `from_pretrained`.
+
+        Args:
+            contents: The files' bytes by name.
+            name: Where they come from, for messages.
+            public_key: PEM file that the signature is checked with.
+        """
+        signed, signature = {file: contents[file] for file in SIGNED_FILES}, contents.get(SIGNATURE_FILE)
+        if public_key is not None:
+            verify(signed, signature, public_key, name)
+        config = vector_files.read_config(contents[CONFIG_FILE], name)
+        vector_files.check_files(contents, name, config["files"])
         vector = cls(
-            deltas=vector_files.read_deltas(folder / WEIGHTS_FILE, model_id),
-            prompts=vector_files.read_prompts(folder / PROMPTS_FILE, model_id),
-            folder=folder,
+            deltas=vector_files.read_deltas(contents[WEIGHTS_FILE], name),
+            prompts=vector_files.read_prompts(contents[PROMPTS_FILE], name),
+            signature=signature,
             **{key: config[key] for key in vector_files.SECTIONS} | {"family": Family.from_dict(config["family"])},
         )
-        vector_files.check_consistent(config, vector.deltas, vector.layers, model_id)
+        vector_files.check_consistent(config, vector.deltas, vector.layers, name)
+        if signature is not None:
+            vector._signed_hashes = {file: sha256_of_bytes(data) for file, data in signed.items()}
         return vector
 
     def generate_model_card(self, *args: Any, **kwargs: Any):

@@ -6,20 +6,24 @@ be told from the files alone, a vector that was changed into another valid one, 
 
 import json
 import math
+import os
 import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from .errors import SafeGeneError, VectorError
 from .evaluation.judges.refusal_phrases import is_refusal
 from .models.low_rank import LowRankDelta
-from .provenance import sha256_of_file
-from .signing import SIGNATURE_FILE, verify
+from .provenance import sha256_of_bytes, sha256_of_file
+from .signing import SIGNATURE_FILE
 
 
 FORMAT_VERSION = 2
@@ -32,14 +36,33 @@ SIGNED_FILES = (CONFIG_FILE, *HASHED_FILES)
 PREFIX = "base_model.model."
 SECTIONS = ("family", "aligned_model", "degraded_model", "extraction", "selection", "software", "files")
 
-_MOST_BYTES = {CONFIG_FILE: 2**24, WEIGHTS_FILE: 2**34, PROMPTS_FILE: 2**26, ADAPTER_CONFIG_FILE: 2**20}
+_MOST_BYTES = {
+    CONFIG_FILE: 2**24,
+    WEIGHTS_FILE: 2**34,
+    PROMPTS_FILE: 2**26,
+    ADAPTER_CONFIG_FILE: 2**20,
+    SIGNATURE_FILE: 2**20,
+}
 _MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def locate(name_or_path: str, public_key: Path | None, **kwargs: Any) -> Path:
-    """The vector's folder, downloaded if it is a hub id, and verified if there is a key."""
+def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
+    """The files of a vector by name, each opened once and read whole; downloaded if it is a hub id.
+
+    All that is checked or used afterwards are these bytes, so it does not matter what happens to the files.
+
+    Args:
+        name_or_path: Local directory or hub id.
+        **kwargs: Of `snapshot_download`.
+
+    Returns:
+        `SIGNED_FILES`, and `SIGNATURE_FILE` where there is one.
+
+    Raises:
+        VectorError: One is missing, no plain file, larger than any such file, or cannot be read.
+    """
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
@@ -49,21 +72,50 @@ def locate(name_or_path: str, public_key: Path | None, **kwargs: Any) -> Path:
                 f"The safety vector {name_or_path} is neither a local directory nor a readable hub repository: check the "
                 "name, the revision and your access."
             ) from error
-    _check_there(folder, name_or_path)
-    if public_key is not None:
-        verify(folder, SIGNED_FILES, public_key)
-    return folder
+    try:
+        # the folder is opened once as well: a link to it that is changed meanwhile gives no mixture of two vectors
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise VectorError(f"The safety vector {name_or_path} cannot be read ({error.strerror}).") from error
+    try:
+        found = {file: _read_whole(opened, file, name_or_path) for file in (*SIGNED_FILES, SIGNATURE_FILE)}
+    finally:
+        os.close(opened)
+    if found[CONFIG_FILE] is None:
+        raise VectorError(
+            f"{name_or_path} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`."
+        )
+    if missing := [file for file in SIGNED_FILES if found[file] is None]:
+        raise VectorError(f"The safety vector {name_or_path} lacks {missing[0]}: download or make it again.")
+    return {file: data for file, data in found.items() if data is not None}
 
 
-def _check_there(folder: Path, name: str) -> None:
-    """Raises `VectorError` unless all files are there, are files, and are not larger than any such file."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise VectorError(f"{name} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`.")
-    for file in SIGNED_FILES:
-        if not (folder / file).is_file():
-            raise VectorError(f"The safety vector {name} lacks {file}: download or make it again.")
-        if (folder / file).stat().st_size > _MOST_BYTES[file]:
+def _read_whole(folder: int, file: str, name: str) -> bytes | None:
+    """All of a plain file that is not larger than any such file; None where there is none.
+
+    Links are followed, because the hub's cache consists of them: to plain files only, never to a device or a pipe.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a pipe must not be waited for
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise VectorError(f"{file} of the safety vector {name} cannot be read ({error.strerror}).") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise VectorError(f"{file} of {name} is no plain file: download or make the vector again.")
+        if status.st_size > _MOST_BYTES[file]:
             raise VectorError(f"{file} of {name} is larger than any such file: download or make the vector again.")
+        with open(descriptor, "rb", closefd=False) as opened:
+            data = opened.read(status.st_size + 1)
+    except (OSError, MemoryError) as error:
+        raise VectorError(f"{file} of the safety vector {name} cannot be read ({error}).") from error
+    finally:
+        os.close(descriptor)
+    if len(data) != status.st_size:
+        raise VectorError(f"{file} of the safety vector {name} was changed while it was read: read it again.")
+    return data
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -78,17 +130,9 @@ def sort_modules(adapter_config: Path) -> None:
     adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_signature(source: Path, target: Path) -> None:
-    """Takes a vector's signature along to another folder, if the files there are the ones that were signed."""
-    signature = source / SIGNATURE_FILE
-    both = ((source / file, target / file) for file in SIGNED_FILES)
-    if signature.is_file() and all(sha256_of_file(one) == sha256_of_file(other) for one, other in both):
-        (target / SIGNATURE_FILE).write_bytes(signature.read_bytes())
-
-
-def read_config(folder: Path, name: str) -> dict[str, Any]:
+def read_config(data: bytes, name: str) -> dict[str, Any]:
     """The content of `safegene_config.json`, every field of the type it must have."""
-    config = _json(_text(folder / CONFIG_FILE, name), f"{CONFIG_FILE} of {name}")
+    config = _json(_text(data, CONFIG_FILE, name), f"{CONFIG_FILE} of {name}")
     version = config.get("format_version") if isinstance(config, dict) else None
     if version is True or version != FORMAT_VERSION:
         raise VectorError(
@@ -106,43 +150,32 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def check_files(folder: Path, name: str, records: dict[str, Any]) -> None:
+def check_files(contents: Mapping[str, bytes], name: str, records: dict[str, Any]) -> None:
     """Raises `VectorError` unless every file has the size and hash that the config says."""
-    if changed := changed_file(folder, records):
-        raise VectorError(
-            f"{changed} of the safety vector {name} is truncated or was changed after it was made: download or make it again."
-        )
-
-
-def changed_file(folder: Path, records: dict[str, Any]) -> str | None:
-    """The first file that has not the size and hash that the config says, None where all have."""
     for file, record in records.items():
-        try:
-            if (folder / file).stat().st_size != record["bytes"] or sha256_of_file(folder / file) != record["sha256"]:
-                return file
-        except OSError:
-            return file
-    return None
+        data = contents[file]
+        if len(data) != record["bytes"] or sha256_of_bytes(data) != record["sha256"]:
+            raise VectorError(
+                f"{file} of the safety vector {name} is truncated or was changed after it was made: download or make it again."
+            )
 
 
-def read_deltas(path: Path, name: str) -> dict[str, LowRankDelta]:
+def read_deltas(data: bytes, name: str) -> dict[str, LowRankDelta]:
     """The low-rank deltas by canonical module name: pairs of finite matrices of one rank and one floating-point type."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                module, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-                if (
-                    f"{PREFIX}{module}.{half}.weight" != key
-                    or half not in ("lora_A", "lora_B")
-                    or not _MODULE.fullmatch(module)
-                ):
-                    raise VectorError(
-                        f"The safety vector {name} holds an unexpected tensor `{key[:60]}`: make it again."
-                    )
-                halves.setdefault(module, {})[half] = file.get_tensor(key)
-    except (SafetensorError, UnicodeError, RuntimeError) as error:
-        raise VectorError(f"{path.name} of {name} cannot be read: download or make the vector again.") from error
+        tensors = load(data)
+    except (SafetensorError, UnicodeError, RuntimeError, ValueError, KeyError) as error:
+        raise VectorError(f"{WEIGHTS_FILE} of {name} cannot be read: download or make the vector again.") from error
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if (
+            f"{PREFIX}{module}.{side}.weight" != key
+            or side not in ("lora_A", "lora_B")
+            or not _MODULE.fullmatch(module)
+        ):
+            raise VectorError(f"The safety vector {name} holds an unexpected tensor `{key[:60]}`: make it again.")
+        halves.setdefault(module, {})[side] = tensor
     deltas = {}
     for module, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
         if set(half) != {"lora_A", "lora_B"} or not _is_pair(half["lora_A"], half["lora_B"]):
@@ -157,21 +190,22 @@ def read_deltas(path: Path, name: str) -> dict[str, LowRankDelta]:
     return deltas
 
 
-def read_prompts(path: Path, name: str) -> list[dict[str, str]]:
+def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
     """The prompts with the aligned model's own answers; a harmful prompt must have a refusal."""
-    rows = [_json(line, f"{path.name} of {name}") for line in _text(path, name).split("\n") if line.strip()]
+    lines = _text(data, PROMPTS_FILE, name).split("\n")
+    rows = [_json(line, f"{PROMPTS_FILE} of {name}") for line in lines if line.strip()]
     for row in rows:
         if not (_is_mapping(row, str) and set(row) - {"category"} == {"prompt", "response", "kind"}):
-            raise VectorError(f"A row of {path.name} lacks `prompt`, `response` or `kind`: make the vector again.")
+            raise VectorError(f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again.")
         if row["kind"] not in ("harmful", "benign"):
-            raise VectorError(f"A row of {path.name} is of kind {row['kind'][:20]!r}: make the vector again.")
+            raise VectorError(f"A row of {PROMPTS_FILE} is of kind {row['kind'][:20]!r}: make the vector again.")
         if is_refusal(row["response"]) != (row["kind"] == "harmful"):
             found = (
                 "answers a harmful prompt with something else than"
                 if row["kind"] == "harmful"
                 else "answers a benign prompt with"
             )
-            raise VectorError(f"{path.name} of {name} {found} a refusal: do not use this vector.")
+            raise VectorError(f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector.")
     return rows
 
 
@@ -181,11 +215,11 @@ def _is_pair(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape[0] == b.shape[1] and a.dtype == b.dtype and a.dtype in _DTYPES
 
 
-def _text(path: Path, name: str) -> str:
+def _text(data: bytes, file: str, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeError as error:
-        raise VectorError(f"{path.name} of {name} is not UTF-8: download or make the vector again.") from error
+        raise VectorError(f"{file} of {name} is not UTF-8: download or make the vector again.") from error
 
 
 def _json(text: str, what: str) -> Any:

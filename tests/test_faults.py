@@ -26,9 +26,9 @@ def test_faults_leave_a_finished_checkpoint_or_none(tmp_path):
 
 def test_what_a_killed_run_left_is_cleared_away_and_a_running_one_is_let_be(tmp_path):
     target = tmp_path / "out"
-    (tmp_path / ".out.1234.tmp").mkdir()
-    (tmp_path / ".out.5678.old").mkdir()
-    (tmp_path / ".out.5678.old" / "safegene_report.json").write_text("earlier")
+    (tmp_path / ".out.12345678.tmp").mkdir()
+    (tmp_path / ".out.56789abc.old").mkdir()
+    (tmp_path / ".out.56789abc.old" / "safegene_report.json").write_text("earlier")
     (tmp_path / ".other.1.tmp").mkdir()
     with atomic_directory(target) as outer:
         assert (target / "safegene_report.json").read_text() == "earlier"  # it had been moved aside

@@ -61,3 +61,35 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
     card = ModelCard(repository["files"]["README.md"].decode())
     assert card.data.base_model_relation == "merge" and "accepted" in card.text
     assert {result.metric_type for result in card.data.eval_results} == {"refusal_rate", "over_refusal", "incoherent"}
+
+
+CHECK = """
+import sys
+from safegene_trl.errors import OutputError
+from safegene_trl.output import check_hub, upload
+from pathlib import Path
+for repository in sys.argv[2:]:
+    try:
+        check_hub(repository)
+        print("well")
+    except OutputError as error:
+        print(error)
+upload(Path(sys.argv[1]), "new", True)
+"""
+
+
+def test_the_hub_is_asked_before_the_run_and_nothing_is_made_there(hub, vector_dir):
+    hub.repositories["other/theirs"] = {"private": False, "files": {}}
+    names = ["me/new", "new", "other/new", "other/theirs", "a/b/c", "-bad-"]
+    done = python(hub, "-c", CHECK.partition("upload(Path")[0], vector_dir, *names)
+    assert list(hub.repositories) == ["other/theirs"] and hub.commits == 0
+    found = dict(zip(names, done.stdout.splitlines(), strict=True))
+    assert found["me/new"] == found["new"] == found["other/theirs"] == "well"
+    assert "cannot make it in other" in found["other/new"]
+    assert all("cannot be looked up" in found[name] for name in ("a/b/c", "-bad-"))
+
+
+def test_a_name_without_a_namespace_is_one_of_the_user_s_own(hub, vector_dir):
+    done = python(hub, "-c", CHECK, vector_dir, "new")
+    assert done.returncode == 0 and done.stdout == "well\n", done.stderr[-2000:]
+    assert list(hub.repositories) == ["me/new"] and hub.commits == 1

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 from safegene_trl.commands.main import main
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import ConfigError, FamilyError
-from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.history import append_release
 from safegene_trl.lineage import (
     ROUNDING,
@@ -20,6 +19,7 @@ from safegene_trl.lineage import (
     mark,
     reported_coefficients,
 )
+from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration import recalibrate
 from safegene_trl.shots import gather_shots
 from safegene_trl.vector import SafetyVector

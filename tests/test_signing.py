@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import threading
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -11,8 +15,10 @@ from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.commands.main import main
 from safegene_trl.errors import ConfigError, SignatureError, VectorError
 from safegene_trl.provenance import sha256_of_file
-from safegene_trl.signing import SIGNATURE_FILE, sign
-from safegene_trl.vector_files import SIGNED_FILES
+from safegene_trl.signing import SIGNATURE_FILE, sign, verify
+from safegene_trl.vector_files import SIGNED_FILES, WEIGHTS_FILE
+
+from .conftest import make_model, make_tokenizer, make_vector
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,89 @@ def test_tampered_vector_is_refused(tampering, signed, keys):
 def test_signature_over_fewer_files_is_refused(signed, keys):
     sign(signed, SIGNED_FILES[:2], keys / "maker.pem")
     with pytest.raises(SignatureError, match="does not cover"):
+        SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub")
+
+
+def test_a_link_that_is_flipped_never_passes_another_vector_for_the_signed_one(signed, keys, tmp_path):
+    """The folder, and in another run its weights file, is a link that goes to and fro between the signed vector and another."""
+    other, model = tmp_path / "other", make_model()
+    make_vector(model, make_tokenizer(), seed=8).save_pretrained(other)
+    shutil.copy(signed / SIGNATURE_FILE, other)
+    good = SafetyVector.from_pretrained(signed).files
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name in (*SIGNED_FILES, SIGNATURE_FILE):
+        (mixed / name).symlink_to(signed / name)
+    for link, file in ((tmp_path / "link", ""), (mixed / WEIGHTS_FILE, WEIGHTS_FILE)):
+        stop, place = threading.Event(), link if not file else mixed
+
+        def flip(link=link, file=file, stop=stop):
+            while not stop.is_set():
+                for folder in (other, signed):
+                    new = tmp_path / "new"
+                    new.symlink_to(folder / file)
+                    new.replace(link)
+
+        thread = threading.Thread(target=flip)
+        thread.start()
+        outcomes = Counter()
+        try:
+            ends = time.monotonic() + 1.5
+            while time.monotonic() < ends:
+                try:
+                    vector = SafetyVector.from_pretrained(place, public_key=keys / "maker.pub")
+                except (SignatureError, VectorError):
+                    outcomes["refused"] += 1
+                else:
+                    outcomes["accepted"] += 1
+                    assert vector.files == good
+        finally:
+            stop.set()
+            thread.join(10)
+        assert outcomes["refused"] > 3 and outcomes["accepted"] > 3, outcomes
+
+
+def test_the_bytes_that_were_checked_are_signed(vector_dir, keys, tmp_path, monkeypatch):
+    folder = shutil.copytree(vector_dir, tmp_path / "vector")
+    checked = {name: (folder / name).read_bytes() for name in SIGNED_FILES}
+    plain = SafetyVector.from_files
+
+    def changed_afterwards(*arguments):
+        vector = plain(*arguments)
+        change_adapter_config(folder)
+        return vector
+
+    monkeypatch.setattr(SafetyVector, "from_files", changed_afterwards)
+    assert main(["sign", str(folder), "--private_key", str(keys / "maker.pem")]) == 0
+    signature = (folder / SIGNATURE_FILE).read_bytes()
+    verify(checked, signature, keys / "maker.pub", "vector")
+    with pytest.raises(SignatureError, match="valid signature"):
+        verify({name: (folder / name).read_bytes() for name in SIGNED_FILES}, signature, keys / "maker.pub", "vector")
+
+
+def test_the_private_copy_is_for_its_owner_alone_and_goes(signed, keys, tmp_path, monkeypatch):
+    place, modes = tmp_path / "place", []
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    plain = Path.write_bytes
+
+    def noted(path, data):
+        if path.is_relative_to(place):
+            modes.append((place / path.relative_to(place).parts[0]).stat().st_mode & 0o777)
+        return plain(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", noted)
+    SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub")
+    change_adapter_config(signed)
+    with pytest.raises(SignatureError):
+        SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub")
+    assert len(modes) == 10 and set(modes) == {0o700} and list(place.iterdir()) == []
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SignatureError, match=r"No space left.*TMPDIR"):
         SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub")
 
 

@@ -1,9 +1,10 @@
 """Save and load, PEFT compatibility, and every kind of damage."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -309,12 +310,65 @@ def test_saving_again_writes_the_same_files_and_keeps_the_signature(vector_dir, 
     assert not (tmp_path / "changed" / SIGNATURE_FILE).exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_factors_stay_in_the_file_that_all_ranks_of_a_node_share(vector_dir):
-    vector = SafetyVector.from_pretrained(vector_dir)
-    mapped = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(str(vector_dir / "adapter_model.safetensors")):
-            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
-    addresses = [half.data_ptr() for delta in vector.deltas.values() for half in (delta.a, delta.b)]
-    assert all(any(start <= address < end for start, end in mapped) for address in addresses)
+def test_what_happens_to_the_files_after_loading_changes_nothing(folder, tokenizer):
+    vector, made = SafetyVector.from_pretrained(folder), make_vector(make_model(), tokenizer)
+    weights = folder / "adapter_model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(b"")  # a mapped file would kill the process here
+    for content in (None, b"\xff" * size):
+        if content is not None:
+            weights.write_bytes(content)
+        for name, delta in vector.deltas.items():
+            assert torch.equal(delta.a, made.deltas[name].a) and torch.equal(delta.b, made.deltas[name].b)
+
+
+def test_a_file_that_is_none_is_refused_at_once(folder):
+    path = folder / "safety_prompts.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(VectorError, match="no plain file"):
+        SafetyVector.from_pretrained(folder)
+    for other in ("/dev/zero", "/proc/self/status"):  # without an end; with a size of 0 that is not true
+        path.unlink()
+        path.symlink_to(other)
+        with pytest.raises(VectorError, match=r"no plain file|was changed while"):
+            SafetyVector.from_pretrained(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(VectorError, match="no plain file"):
+        SafetyVector.from_pretrained(folder)
+    path.rmdir()
+    path.write_bytes(content)
+    with open(path, "ab") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(VectorError, match="larger than any"):
+        SafetyVector.from_pretrained(folder)
+
+
+def test_every_file_is_opened_once(folder):
+    script = """
+import sys
+from collections import Counter
+from safegene_trl import SafetyVector
+opened = Counter()
+def hook(name, arguments):
+    if name == "open" and str(arguments[0]).endswith(("safetensors", "jsonl", "config.json")):
+        opened[str(arguments[0]).rpartition("/")[2]] += 1
+sys.addaudithook(hook)
+SafetyVector.from_pretrained(sys.argv[1])
+assert dict(opened) == {name: 1 for name in sys.argv[2:]}, opened
+"""
+    command = [sys.executable, "-c", script, str(folder), *SIGNED_FILES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_signature_does_not_stay_beside_other_files(vector_dir, tmp_path):
+    signed = shutil.copytree(vector_dir, tmp_path / "signed")
+    (signed / SIGNATURE_FILE).write_text("signature")
+    vector = SafetyVector.from_pretrained(signed)
+    assert vector.signature == b"signature"
+    vector.prompts.pop()
+    vector.save_pretrained(signed)
+    assert not (signed / SIGNATURE_FILE).exists()

@@ -13,7 +13,7 @@ from ..loading import adapter_base, load_placed, load_tokenizer
 from ..reporting.report import summary
 from ..sharding import join_processes, leave_processes, this_job
 from ..step.live import prepare, safeguard
-from ..step.plan import Origin, dry_run_message
+from ..step.plan import FINE_TUNE, Origin, dry_run_message
 from ..step.stored import safeguard_stored
 from ..validation import DTYPES, Rule, check_values
 from .fleet import run_fleet
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
     model, sharding = load_placed(name, revision, arguments.dtype, job)
     with sharding.named():
-        origin = Origin(base, None, "full" if base is None else "lora", {"fine-tune": name})
+        origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name})
         plan = prepare(config, model, tokenizer, target, sharding, origin)
         if config.dry_run:
             message = dry_run_message(target)

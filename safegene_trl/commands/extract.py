@@ -6,10 +6,9 @@ from pathlib import Path
 
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import extract
-from ..output import atomic_directory, check_output
+from ..output import VECTOR, atomic_directory, check_output, check_places
 from ..sharding import join_processes, leave_processes, this_job
 from ..vector import SafetyVector
-from ..vector_files import CONFIG_FILE
 from .launching import launch, wants_launch
 from .parsing import make_parser, parse
 
@@ -28,10 +27,13 @@ def main(argv: Sequence[str]) -> int:
     with job.agreed():
         config.check()
         if job.is_main:
-            check_output(target, marker=CONFIG_FILE)
+            inputs = {"the aligned model": config.aligned_model, "the degraded model": config.degraded_model}
+            inputs |= {"the harmful data": config.harmful_data, "the benign data": config.benign_data}
+            check_places(target, inputs | {"the task model": config.isolate_from})
+            check_output(target, kind=VECTOR)
     with job.named():
         vector = extract(config, job)
-    with atomic_directory(target, CONFIG_FILE, job) as folder, job.agreed():
+    with atomic_directory(target, VECTOR, job) as folder, job.agreed():
         if vector is not None:
             vector.save_pretrained(folder)
     if vector is not None:

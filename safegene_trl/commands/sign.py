@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..signing import sign
+from ..output import replace_file
+from ..signing import SIGNATURE_FILE, signature_of
 from ..vector import SafetyVector
-from ..vector_files import SIGNED_FILES
+from ..vector_files import SIGNED_FILES, read_files
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,6 +27,11 @@ def main(argv: Sequence[str]) -> int:
             f"The environment variable {arguments.password_env} is not set: put the key's password there."
         )
     password = os.environ.get(arguments.password_env) if arguments.password_env else None
-    SafetyVector.from_pretrained(folder)
-    print(f"Signed: {sign(folder, SIGNED_FILES, Path(arguments.private_key), password)}")
+    contents = read_files(arguments.directory)
+    SafetyVector.from_files(contents, arguments.directory)
+    # the bytes that were checked are signed, whatever the files hold by now
+    signed = {name: contents[name] for name in SIGNED_FILES}
+    signature = signature_of(signed, Path(arguments.private_key), password)
+    replace_file(folder / SIGNATURE_FILE, signature.decode())
+    print(f"Signed: {folder / SIGNATURE_FILE}")
     return 0

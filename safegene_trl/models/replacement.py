@@ -44,11 +44,11 @@ def replaced(
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """While open, LoRA layers compute with their base weight alone: what they add is in the weight, or in another adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    states = [layer._disable_adapters for layer in layers]  # type: ignore[attr-defined]
+    states = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True  # type: ignore[attr-defined]
+            layer._disable_adapters = True
         yield
     finally:
         for layer, state in zip(layers, states, strict=True):
-            layer._disable_adapters = state  # type: ignore[attr-defined]
+            layer._disable_adapters = state

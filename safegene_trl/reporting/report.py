@@ -43,7 +43,6 @@ class Report:
         launch: Processes, and how the model is spread over them.
         software: Versions.
         warnings: What is right but surprising.
-        carried: Whether the weights held the vector before, and whether that could be verified.
         data: The samples: source, hash and number, and what could not be read.
         coefficients: λ by name, of the whole vector in the weights.
         held_out: Losses before and after, nats per response token.
@@ -66,7 +65,6 @@ class Report:
     launch: dict[str, Any]
     software: dict[str, str]
     warnings: list[str]
-    carried: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     coefficients: dict[str, float] | None = None
     held_out: dict[str, dict[str, float]] | None = None

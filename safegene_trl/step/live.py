@@ -24,9 +24,9 @@ from ..calibration import Batch, Row, batches, padding_id
 from ..checkpoint import stored_tensors
 from ..config import SafeGeneConfig
 from ..errors import CheckpointError, ConfigError, OutputError
-from ..gate import check_measurable, decide
+from ..gate import check_measurable, decide, independent_prompts
 from ..history import last_accepted, read_history
-from ..lineage import Coefficients, reported_coefficients, vector_id
+from ..lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from ..merging import checkpoint_bytes, merged_tensor, save_adapter, save_merged
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import halving
@@ -114,6 +114,8 @@ def prepare(
         needed = 0 if config.output_format == "adapter" else checkpoint_bytes(model)
     plan = plan_step(config, model, processor, target, sharding, origin, needed)
     with plan.clock.phase("prepare"), sharding.agreed():
+        plan.find_carried(model, config.granularity)
+        check_verified(plan.carried)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows)
         if config.gate:
@@ -206,9 +208,8 @@ class LiveFineTune:
         by_module = self._lacking(result.coefficients)
         with plan.clock.phase("measure"):
             report.measured = self._measured(result, by_module)
-        decision = decide(
-            plan.config.gate, result.accepted, result.scale, result.reason, report.measured, self._independent
-        )
+        gate, independent = plan.config.gate, independent_prompts(plan.config.gate, self.shots.record["unseen"])
+        decision = decide(gate, result.accepted, result.scale, result.reason, report.measured, independent)
         if not result.accepted and decision.outcome != "rejected":  # nothing was changed
             report.held_out["after"] = report.held_out["before"]
         return Found(result.coefficients, decision, by_module, result.scale)
@@ -293,12 +294,6 @@ class LiveFineTune:
                 if self.sharding.is_main:
                     plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
-
-    @property
-    def _independent(self) -> bool:
-        """Whether harmful prompts that did not come with the vector were measured on."""
-        gate = self.plan.config.gate
-        return bool(self.plan.config.safety_data or (gate and gate.harmful_data))
 
     @torch.no_grad()
     def _probe(self) -> torch.Tensor:

@@ -11,18 +11,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.renaming import moved_aside
 from ..config import Granularity, SafeGeneConfig
 from ..family import Family
 from ..gate import Decision
-from ..history import base_warnings, read_history
-from ..lineage import Coefficients, carried_coefficients, carries_vector, mark
+from ..history import base_warnings, history_warnings, read_history
+from ..lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
 from ..merging import save_record
-from ..output import check_hub, check_output, check_places, check_writable
+from ..output import CHECKPOINT, FAILURE_SUFFIXES, check_hub, check_output, check_places, check_writable
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.report import PhaseClock, Report
 from ..sharding import Sharding
 from ..vector import SafetyVector
 from ..weights import canonical_modules
+
+
+TRAINERS_OUTPUT, FINE_TUNE = "the trainer's `output_dir`", "the fine-tune"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Origin:
     base: str | None
     revision: str | None
     kind: str
-    places: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str | Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,10 +63,23 @@ class Plan:
     processor: Any
     target: Path
     sharding: Sharding
+    origin: Origin
     granularity: Granularity
-    carried: Coefficients
+    carried: Carried
     report: Report
     clock: PhaseClock
+
+    def find_carried(self, model: nn.Module, granularity: Granularity) -> None:
+        """Reads what the weights hold of the vector already, and what confirms that.
+
+        Raises:
+            FamilyError: They hold another vector, or what they say of this one cannot be right.
+        """
+        self.granularity = granularity
+        base, revision = self.origin.base, self.origin.revision
+        self.carried = carried_coefficients(model, self.vector, granularity, self.config, base, revision)
+        self.report.warnings += self.carried.warnings
+        self.report.base["carried"] = self.carried.record
 
     @property
     def merges(self) -> bool:
@@ -165,11 +182,9 @@ def plan_step(
             vector, family, warnings = read_vector(config, model, tokenizer)
             if sharding.is_main:
                 _try_output(config, model, processor, target, origin, needed_bytes)
-        with sharding.agreed():
-            if sharding.is_main and config.hub_model_id:
+        with sharding.alone() as working:  # the hub is asked, and a large local checkpoint is hashed
+            if working and config.hub_model_id:
                 check_hub(config.hub_model_id)
-            carried = carried_coefficients(model, vector, config.granularity)
-        with sharding.alone() as working:  # a large local checkpoint is hashed
             base = check_base(
                 origin.base,
                 origin.revision,
@@ -180,6 +195,7 @@ def plan_step(
             )
         with sharding.agreed():
             if sharding.is_main and config.history:
+                warnings += history_warnings(Path(config.history))
                 warnings += base_warnings(read_history(Path(config.history)), base)
     sharding.check_same("SafeGene settings", json.dumps(config.to_dict(), sort_keys=True))
     sharding.check_same("a safety vector", json.dumps(vector.files, sort_keys=True))
@@ -198,25 +214,29 @@ def plan_step(
         warnings=warnings,
         phases=clock.phases,
     )
-    return Plan(config, vector, tokenizer, processor, target, sharding, config.granularity, carried, report, clock)
+    return Plan(
+        config, vector, tokenizer, processor, target, sharding, origin, config.granularity, Carried({}), report, clock
+    )
 
 
 def _try_output(
     config: SafeGeneConfig, model: nn.Module, processor: Any, target: Path, origin: Origin, needed_bytes: int
 ) -> None:
     """Does what the end will do, so that what could fail there fails now."""
-    inputs = {
-        "safety vector": config.vector,
-        "history": config.history,
-        "public key": config.public_key,
-        "safety data": config.safety_data,
-        "task data": config.task_data,
-        "earlier release": config.warm_start,
-        "base model": origin.base,
+    inputs: dict[str, Any] = {
+        "the safety vector": config.vector,
+        "the history": Path(config.history) if config.history else None,
+        "the public key": config.public_key,
+        "the safety data": config.safety_data,
+        "the task data": config.task_data,
+        "the earlier release": config.warm_start,
+        "the base model": origin.base,
         **origin.places,
     }
-    check_places(target, {name: place for name, place in inputs.items() if place})
-    check_output(target, needed_bytes)
+    if config.gate:
+        inputs["the gate's data"] = [config.gate.harmful_data, config.gate.benign_data]
+    check_places(target, inputs, inside_ok=(TRAINERS_OUTPUT, FINE_TUNE))
+    check_output(target, needed_bytes, restore_earlier=not config.dry_run)
     if config.history:
         check_writable(Path(config.history))
     with tempfile.TemporaryDirectory() as folder:
@@ -225,9 +245,12 @@ def _try_output(
 
 def failure_path(target: Path) -> Path:
     """Where the report of a failed safety step goes: beside the folder that was not written."""
-    return target.with_name(f"{target.name}.failed.json")
+    return target.with_name(target.name + FAILURE_SUFFIXES[0])
 
 
 def dry_run_message(target: Path) -> str:
     """What a dry run says when all is well."""
-    return f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
+    said = f"Dry run: all checks passed; the safeguarded checkpoint would go to {target}."
+    if earlier := moved_aside(target, CHECKPOINT):
+        said += f" An earlier one, which a killed run had moved to {earlier.name}, would be put back first."
+    return said

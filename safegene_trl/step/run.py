@@ -15,7 +15,7 @@ from ..gate import Decision
 from ..history import Release, append_release, read_history, release_of
 from ..lineage import check_no_subtraction
 from ..models.batch_size import is_out_of_memory
-from ..output import atomic_directory, upload
+from ..output import FAILURE_SUFFIXES, atomic_directory, upload
 from ..provenance import sha256_of_file
 from ..reporting.report import write_evidence, write_report
 from .interruption import terminable
@@ -45,9 +45,8 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         if rejected and not (plan.config.gate and plan.config.gate.write_rejected):
             _add_to_history(plan)
             raise RejectedError(_rejection(found.decision))
-        check_no_subtraction(
-            {name: value - plan.carried[name] for name, value in found.coefficients.items()}, plan.carried
-        )
+        change = {name: value - plan.carried[name] for name, value in found.coefficients.items()}
+        check_no_subtraction(change, plan.carried)
         _write(plan, fine_tune, found)
         _add_to_history(plan)
         with plan.sharding.alone() as working:
@@ -120,8 +119,8 @@ def _unexpected(plan: Plan, error: Exception) -> SafeGeneError:
 
 def _remove_failure(target: Path) -> None:
     """Removes what an earlier failed run has left beside the checkpoint, which is finished whether that can be removed or not."""
-    for suffix in (".json", ".html", ".coefficients.png", ".history.png"):
-        path = failure_path(target).with_suffix(suffix)
+    for suffix in FAILURE_SUFFIXES:
+        path = target.with_name(target.name + suffix)
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -1,18 +1,17 @@
 """The safety step on a finished model with coefficients that are known already: nothing is loaded or measured."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from ..config import Granularity, SafeGeneConfig
+from ..config import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
 from ..errors import ConfigError
 from ..extraction.delta import adapter_delta, stored_delta
 from ..gate import Decision
 from ..interference import interference_coefficients
-from ..lineage import Coefficients, carried_coefficients, check_not_safeguarded, reported_coefficients
+from ..lineage import Coefficients, check_no_subtraction, check_not_safeguarded, reported_coefficients
 from ..loading import adapter_base, load_tokenizer
 from ..merging import save_adapter
 from ..models.coefficients import CoefficientSpace
@@ -21,7 +20,7 @@ from ..sharding import Sharding
 from ..streaming import StoredModel, write_merged
 from ..vector import SafetyVector
 from ..weights import check_adapter_output
-from .plan import Found, Origin, Plan, plan_step
+from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
 from .run import run
 
 
@@ -57,7 +56,7 @@ def safeguard_stored(
         check_adapter_output(stored.model)
     started_from = adapter_base(name_or_path, revision)
     is_lora = isinstance(stored.model, PeftModel)
-    origin = Origin(base_model or started_from, None, "lora" if is_lora else "full", {"fine-tune": name_or_path})
+    origin = Origin(base_model or started_from, None, "lora" if is_lora else "full", {FINE_TUNE: name_or_path})
     needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
     alone = Sharding(torch.device("cpu"))
     plan = plan_step(config, stored.model, load_tokenizer(name_or_path, revision), target, alone, origin, needed)
@@ -78,14 +77,16 @@ class StoredFineTune:
     def choose(self, given: str, base_model: str | None) -> None:
         """Reads the coefficients that `given` stands for."""
         plan, vector = self.plan, self.plan.vector
+        granularity: Granularity = "module"
         if given == INTERFERENCE:
             by_module = interference_coefficients(_task_deltas(self.stored, base_model), vector.deltas)
-            names = vector.space("module").modules.items()
+            names = vector.space(granularity).modules.items()
             self.coefficients = {name: by_module[module] for module, own in names for name in own}
-            plan.granularity = "module"
         else:
-            self.coefficients, plan.granularity = _given_coefficients(given, vector, plan.granularity)
-        plan.carried = carried_coefficients(self.stored.model, vector, plan.granularity)
+            self.coefficients, granularity = _given_coefficients(given, vector, plan.granularity)
+        plan.find_carried(self.stored.model, granularity)
+        change = {name: value - plan.carried[name] for name, value in self.coefficients.items()}
+        check_no_subtraction(change, plan.carried)
         plan.report.coefficients = self.coefficients
 
     def keep(self) -> str:
@@ -137,9 +138,10 @@ def _given_coefficients(
     else:
         coefficients = dict.fromkeys(vector.space(granularity).names, value)
     for name, coefficient in coefficients.items():
-        if not (math.isfinite(coefficient) and coefficient >= 0):
+        if not 0 <= coefficient <= LARGEST_COEFFICIENT:
             raise ConfigError(
-                f"The coefficient of `{name}` is {coefficient}: it must be 0 or more, −V removes refusals."
+                f"The coefficient of `{name}` is {coefficient}: it must be 0 or more (−V removes refusals) and at most "
+                f"{LARGEST_COEFFICIENT:g}."
             )
     kind = CoefficientSpace.granularity_of(coefficients, vector.deltas, vector.components)
     if kind is None:

@@ -1,6 +1,7 @@
 """`sft`, `extract`, `apply` and `inspect` on tiny models, in this process."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,9 +161,42 @@ def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, ca
     assert "refuses none" in capsys.readouterr().err and not (tmp_path / "vector").exists()
 
 
-def test_extract_does_not_overwrite_other_folders(extraction, model_dir, capsys):
+def test_extract_does_not_overwrite_other_folders(extraction, model_dir, tmp_path, capsys):
     assert main(argv("extract", extraction | {"output_dir": model_dir})) == 2
-    assert "did not write" in capsys.readouterr().err
+    assert f"is the aligned model {model_dir} itself" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert main(argv("extract", extraction | {"output_dir": other})) == 2
+    assert "did not write, e.g. notes.txt" in capsys.readouterr().err
+
+
+def test_an_extraction_does_not_touch_what_it_reads(extraction, prompt_files, tmp_path, capsys):
+    for output, message in (
+        (tmp_path / "degraded" / "vector", "lies inside the degraded model"),
+        (tmp_path, "holds the aligned model"),
+        (prompt_files[0], "is the harmful data"),
+    ):
+        assert main(argv("extract", extraction | {"output_dir": output})) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_combine_does_not_replace_a_vector_it_reads(vector_dir, tmp_path, capsys):
+    one, two = (shutil.copytree(vector_dir, tmp_path / name) for name in ("one", "two"))
+    before = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+    (tmp_path / "link").symlink_to(one)
+    for output, message in (
+        (one, "itself"),
+        (tmp_path / "two" / ".." / "one", "itself"),
+        (tmp_path / "link", "itself"),
+        (two / "sub", "lies inside the vector"),
+        (tmp_path, "holds the vector"),
+    ):
+        assert main(["combine", str(one), str(two), "--output_dir", str(output)]) == 2
+        assert message in capsys.readouterr().err
+    assert before == sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+    assert main(["combine", str(one), str(two), "--output_dir", str(tmp_path / "both")]) == 0
+    assert SafetyVector.from_pretrained(tmp_path / "both").components == [2, 2]
 
 
 @pytest.mark.parametrize("lora", [True, False])
