@@ -1,12 +1,13 @@
-"""Batched greedy decoding with left padding."""
+"""Batched greedy decoding with left padding, whatever a checkpoint's generation config says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..calibration import prompt_text
+from ..calibration import padding_id, prompt_text
 from ..sharding import Sharding
 from ..weights import base_model
 
@@ -23,7 +24,10 @@ def generate_answers(
     batch_size: int,
     sharding: Sharding | None = None,
 ) -> list[str]:
-    """Greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer.
+    """Plain greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer.
+
+    Of the checkpoint's generation config nothing counts but the tokens that end an answer: a repetition
+    penalty or suppressed tokens would change what is measured.
 
     With a `sharding` it is collective: the batches are shared out over the ranks, and the answers that another rank
     generates are empty here.
@@ -35,11 +39,11 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=_stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=padding_id(tokenizer),
     )
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    with sharding.forward_passes():
+    with plain_decoding(model), sharding.forward_passes():
         for index in sharding.share(len(groups)):
             group = groups[index or 0]
             padded = _left_padded(tokenizer, [texts[i] for i in group], settings.pad_token_id)
@@ -57,10 +61,31 @@ def generate_answers(
     return answers
 
 
+@contextmanager
+def plain_decoding(model: Any) -> Iterator[None]:
+    """While the block is open the model has a generation config in which nothing is set.
+
+    `generate` takes whatever its argument leaves open from the model's own config.
+    """
+    # A PEFT model may have a config of its own, which it hands to its base model before it generates.
+    holders = {id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)}
+    kept = [(each, each.generation_config) for each in holders.values()]
+    try:
+        for each, _ in kept:
+            each.generation_config = GenerationConfig()
+        yield
+    finally:
+        for each, config in kept:
+            each.generation_config = config
+
+
 def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = getattr(base_model(model).generation_config, "eos_token_id", None)
-    tokens = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
+    """Every token that the generation config, the config or the tokenizer names as the end of an answer."""
+    base = base_model(model)
+    sources = (base.generation_config, base.config, base.config.get_text_config(), tokenizer)
+    named = [getattr(source, "eos_token_id", None) for source in sources]
+    tokens = [token for each in named for token in (each if isinstance(each, (list, tuple)) else [each])]
+    return sorted({token for token in tokens if token is not None})
 
 
 def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str], pad_id: int) -> torch.Tensor:
