@@ -1,5 +1,6 @@
 """What rounding to a data type leaves of a change of weights: a small vector on large 16-bit weights can vanish in it."""
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Rounding:
         self._product = self._square = 0.0
 
     def add(self, name: str, before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> None:
-        """Takes in one tensor.
+        """Takes in one tensor, or a part of one.
 
         Args:
             name: Its name.
@@ -31,16 +32,27 @@ class Rounding:
             OutputError: A changed weight is not finite in that data type.
         """
         rounded = after.to(dtype).float()
-        if not bool(torch.isfinite(rounded).all()):
-            raise OutputError(
-                f"`{name}` would hold NaN or infinity with the safety vector in it: use smaller coefficients, or check the "
-                "fine-tune."
-            )
-        kept, wanted = rounded - before.to(dtype).float(), after - before
+        kept, wanted = (rounded - before.to(dtype).float()).flatten(), (after - before).flatten()
+        product, square = float(torch.dot(kept, wanted)), float(torch.dot(wanted, wanted))
+        if not (math.isfinite(product) and math.isfinite(square)):
+            if not is_finite(rounded):
+                raise OutputError(
+                    f"`{name}` would hold NaN or infinity with the safety vector in it: use smaller coefficients, or check "
+                    "the fine-tune."
+                )
+            # The weights are fine and only the squares are more than float32 holds.
+            product, square = float(torch.dot(kept.double(), wanted.double())), float(wanted.double().square().sum())
         self.weights += kept.numel()
         self.changed += int(kept.count_nonzero())
-        self._product += float((kept * wanted).sum(dtype=torch.float64))
-        self._square += float((wanted**2).sum(dtype=torch.float64))
+        self._product += product
+        self._square += square
+
+    def include(self, other: "Rounding") -> None:
+        """Takes in what another one, of another thread as a rule, has added up."""
+        self.weights += other.weights
+        self.changed += other.changed
+        self._product += other._product
+        self._square += other._square
 
     def check(self) -> dict[str, Any]:
         """For the report: `weights` in the changed tensors, `changed_weights`, and `kept`, the share of the change.
@@ -55,3 +67,15 @@ class Rounding:
             )
         kept = self._product / self._square if self._square > 0 else 1.0
         return {"weights": self.weights, "changed_weights": self.changed, "kept": kept}
+
+
+@torch.no_grad()
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floating-point numbers holds neither NaN nor infinity; others always are."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor
+    # One pass without a second tensor of that size: NaN and infinity pass through a sum.
+    if math.isfinite(float(wide.sum(dtype=torch.promote_types(wide.dtype, torch.float32)))):
+        return True
+    return bool(torch.isfinite(wide).all())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from safegene_trl.errors import OutputError
-from safegene_trl.models.rounding import Rounding
+from safegene_trl.models.rounding import Rounding, is_finite
 
 
 def added(change, dtype):
@@ -33,3 +33,55 @@ def test_a_change_that_vanishes_is_refused():
 def test_what_overflows_is_refused_by_name():
     with pytest.raises(OutputError, match="`w` would hold NaN or infinity"):
         added(1e6, torch.float16)
+
+
+def random(seed, std=1.0):
+    return torch.randn((40, 30), generator=torch.Generator().manual_seed(seed)) * std
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("std", [1.0, 1e-2, 1e-4])
+def test_formula(dtype, std):
+    before = random(0).to(dtype).float()
+    after = before + random(1, std)
+    rounding = Rounding()
+    rounding.add("w", before, after, dtype)
+    real, wanted = after.to(dtype).double() - before.double(), after.double() - before.double()
+    found = rounding.check()
+    assert (found["weights"], found["changed_weights"]) == (1200, int((real != 0).sum()))
+    assert found["kept"] == pytest.approx(float((real * wanted).sum() / wanted.square().sum()), rel=1e-4)
+
+
+def test_parts_of_a_tensor_add_up():
+    before, after = random(0).bfloat16().float(), random(2)
+    whole, total = Rounding(), Rounding()
+    whole.add("w", before, after, torch.bfloat16)
+    for first in range(0, 40, 7):
+        part = Rounding()
+        part.add("w", before[first : first + 7], after[first : first + 7], torch.bfloat16)
+        total.include(part)
+    assert total.check() == whole.check() | {"kept": pytest.approx(whole.check()["kept"], rel=1e-5)}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused_and_large_numbers_are_not(bad):
+    after = torch.ones(5)
+    after[3] = bad
+    with pytest.raises(OutputError, match="NaN or infinity"):
+        Rounding().add("w", torch.ones(5), after, torch.float32)
+    with pytest.raises(OutputError, match="NaN or infinity"):
+        Rounding().add("w", after, after, torch.float32)
+    huge = Rounding()
+    huge.add("w", torch.zeros(2), torch.tensor([1e30, 1e30]), torch.float32)  # squares that float32 does not hold
+    assert huge.check()["kept"] == pytest.approx(1)
+
+
+def test_is_finite():
+    assert is_finite(torch.full((4,), 3e38)) and is_finite(torch.arange(3)) and is_finite(torch.zeros(0))
+    assert is_finite(torch.full((9,), 6e4, dtype=torch.float16))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2):
+        values = torch.ones(9).to(dtype)
+        assert is_finite(values)
+        values[4] = float("nan")
+        assert not is_finite(values)
+    assert not is_finite(torch.tensor([float("inf"), float("-inf")]))
