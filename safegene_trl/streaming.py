@@ -21,14 +21,19 @@ from .checkpoint import StoredTensor, TensorFile, plan_files, stored_tensors
 from .errors import CheckpointError, UnsupportedModelError
 from .loading import adapter_base, is_placeholder, load_skeleton, snapshot
 from .merging import Coefficient, Term, add_terms, save_record, task_terms, vector_terms, write_index
+from .models.completeness import stored_names
 from .models.low_rank import LowRankDelta
+from .models.rounding import Rounding, is_finite
 from .weights import (
     Parameter,
     as_stored,
+    base_model,
     canonical_parameters,
     check_supported,
+    check_untied,
     is_transposed,
     task_factors,
+    tied_weights,
 )
 
 
@@ -59,12 +64,33 @@ class StoredModel:
 
         Raises:
             UnsupportedModelError: Quantised, or a fine-tune whose weights cannot be merged exactly.
-            CheckpointError: A weight file is missing or damaged.
+            CheckpointError: A weight file is missing or damaged, lacks a tensor of the model, or holds one that is not its own.
         """
         base = adapter_base(name_or_path, revision)
-        model = load_skeleton(name_or_path, revision)
+        named = base or name_or_path
+        files = stored_tensors(snapshot(named, None if base else revision))
+        model = load_skeleton(name_or_path, revision, files)
         check_supported(model)
-        return cls(model, stored_tensors(snapshot(base or name_or_path, None if base else revision)))
+        stored = cls(model, files)
+        if unlike := sorted(stored.required_names - files.keys()):
+            raise CheckpointError(
+                f"{named} has another name for `{unlike[0]}`: load it by transformers and save it by `save_pretrained` first."
+            )
+        return stored
+
+    @cached_property
+    def required_names(self) -> set[str]:
+        """The names in the files of all that the model reads. What else lies in the files is copied as it is."""
+        tensors = {
+            parameter.name: torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+            for parameter in canonical_parameters(self.model)
+        }
+        # Of tied weights the files may hold any one.
+        for name, group in tied_weights(self.model).items():
+            held = sorted(group & self.files.keys())
+            if name in tensors and held and name not in held:
+                tensors[held[0]] = tensors.pop(name)
+        return set(stored_names(base_model(self.model), tensors))
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -94,11 +120,15 @@ class StoredModel:
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What an adapter holds in the place of whole tensors of its base model, e.g. by `modules_to_save`."""
-        return {
+        own = {
             name: parameter.tensor.detach().to(self.files[name].dtype).contiguous()
             for name, parameter in self.parameters.items()
             if not is_placeholder(parameter.tensor)
         }
+        for name, group in tied_weights(self.model).items():  # a file may hold a tied weight under both names
+            if name in own:
+                own |= dict.fromkeys(group & self.files.keys(), own[name])
+        return own
 
     def task_terms(self, name: str) -> list[Term]:
         """What the adapter adds to a tensor of the base model."""
@@ -130,18 +160,58 @@ def write_merged(
     max_shard_size: str,
     mark: Mapping[str, Any] | None = None,
     show_progress: bool = True,
-) -> None:
+) -> Rounding:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the files' own data types.
 
     Every byte is read once and written once, by as many threads as this process has cores. What no delta and no adapter
     touches is copied as it is. `coefficients` are by module name; `mark` goes into `config.json` (see `lineage.py`).
 
+    Returns:
+        What the files' data types leave of the vector's change.
+
     Raises:
-        UnsupportedModelError: The files hold a module of the vector in another form than the model.
+        UnsupportedModelError: The files hold a module of the vector in another form than the model, or share its weight.
+        CheckpointError: A weight is NaN or infinite already.
+        OutputError: A weight becomes NaN or infinite, or all of the vector is rounded away.
     """
+    check_untied(stored.model, deltas)
     own = stored.own_tensors()
     contents = {name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()}
-    terms = {name: stored.task_terms(name) for name in stored.files}
+    additions = _additions(stored, deltas, coefficients)
+    plan, index = plan_files(contents, max_shard_size)
+    total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
+    bar = tqdm(total=total, desc="Merging", unit="B", unit_scale=True, disable=not show_progress, leave=False)
+    rounding = Rounding()
+    with bar, RowReader() as reader:
+        for file_name, names in plan.items():
+            with TensorFile(folder / file_name, {name: contents[name] for name in names}) as file:
+                for name in own.keys() & names:
+                    if not is_finite(own[name]):
+                        raise CheckpointError(f"The adapter's own `{name}` holds NaN or infinity: its training has diverged.")
+                    file.write(name, own[name])
+                blocks = [block for name in names if name not in own for block in row_blocks(name, stored.files[name])]
+                for written, part in in_threads(partial(_merge_block, stored, additions, reader, file), blocks):
+                    rounding.include(part)
+                    bar.update(written)
+    rounding.check()
+    if index:
+        write_index(index, folder)
+    save_record(stored.model, tokenizer, folder, mark)
+    return rounding
+
+
+@dataclass(frozen=True)
+class _Additions:
+    """What is added to a stored tensor: the adapter's terms first, then the vector's."""
+
+    task: list[Term]
+    vector: list[Term]
+
+
+def _additions(
+    stored: StoredModel, deltas: Mapping[str, LowRankDelta], coefficients: Mapping[str, Coefficient]
+) -> dict[str, _Additions]:
+    found = {name: _Additions(stored.task_terms(name), []) for name in stored.files}
     for module, delta in deltas.items():
         name = stored.weight_files.get(module)
         if name is None:
@@ -149,35 +219,33 @@ def write_merged(
                 f"The files hold `{module}` in another form than the model: run `safegene apply` without fixed "
                 "coefficients, which merges the loaded model."
             )
-        terms[name] += vector_terms(delta, coefficients[module], is_transposed(stored.parameters[name].module))
-    plan, index = plan_files(contents, max_shard_size)
-    total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
-    bar = tqdm(total=total, desc="Merging", unit="B", unit_scale=True, disable=not show_progress, leave=False)
-    with bar, RowReader() as reader:
-        for file_name, names in plan.items():
-            with TensorFile(folder / file_name, {name: contents[name] for name in names}) as file:
-                for name in own.keys() & names:
-                    file.write(name, own[name])
-                blocks = [block for name in names if name not in own for block in row_blocks(name, stored.files[name])]
-                for written in in_threads(partial(_merge_block, stored, terms, reader, file), blocks):
-                    bar.update(written)
-    if index:
-        write_index(index, folder)
-    save_record(stored.model, tokenizer, folder, mark)
+        transposed = is_transposed(stored.parameters[name].module)
+        found[name].vector.extend(vector_terms(delta, coefficients[module], transposed))
+    return found
 
 
 def _merge_block(
-    stored: StoredModel, terms: Mapping[str, list[Term]], reader: "RowReader", file: TensorFile, block: "Block"
-) -> int:
-    """Reads, changes and writes one block; returns how many bytes it has."""
-    tensor = stored.files[block.name]
+    stored: StoredModel, additions: Mapping[str, _Additions], reader: "RowReader", file: TensorFile, block: "Block"
+) -> tuple[int, Rounding]:
+    """Reads, changes and writes one block; returns how many bytes it has, and what is left of the vector's change."""
+    tensor, terms, rounding = stored.files[block.name], additions[block.name], Rounding()
     rows = reader.rows(tensor, block)
-    if terms[block.name]:
+    if not is_finite(rows):
+        raise CheckpointError(
+            f"`{block.name}` in {tensor.path} holds NaN or infinity: the training has diverged, or the file is damaged."
+        )
+    if terms.task or terms.vector:
         total = reader.scratch(rows)
-        add_terms(total, terms[block.name], block.first)
+        add_terms(total, terms.task, block.first)
+        if terms.vector:
+            before = reader.scratch(total, "before")
+            add_terms(total, terms.vector, block.first)
+            rounding.add(block.name, before, total, tensor.dtype)
         rows.copy_(total)
+        if not (terms.vector or is_finite(rows)):
+            raise CheckpointError(f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged.")
     file.write(block.name, rows, offset=block.first * tensor.row_bytes)
-    return rows.numel() * rows.itemsize
+    return rows.numel() * rows.itemsize, rounding
 
 
 @dataclass(frozen=True)
@@ -223,9 +291,9 @@ class RowReader:
             view, position = view[count:], position + count
         return buffer[:size].view(tensor.dtype).view(-1, tensor.columns)
 
-    def scratch(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same rows in float32, in a second buffer of this thread."""
-        wide = self._buffer("wide", rows.numel() * 4)[: rows.numel() * 4].view(torch.float32).view(rows.shape)
+    def scratch(self, rows: torch.Tensor, name: str = "wide") -> torch.Tensor:
+        """The same rows in float32, in another buffer of this thread."""
+        wide = self._buffer(name, rows.numel() * 4)[: rows.numel() * 4].view(torch.float32).view(rows.shape)
         return wide.copy_(rows)
 
     def _buffer(self, name: str, size: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A live model's weights under the names a checkpoint gives them, whatever wraps the modules (plain or PEFT)."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -164,10 +164,17 @@ def check_supported(model: nn.Module) -> None:
             "The base model is quantised and merging would requantise it: save the adapter, then run `safegene apply` "
             "on the 16-bit base model."
         )
+    tied, modules = tied_weights(model), canonical_modules(model)
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            _check_untied(base, name)
+            _check_saved_whole(name, module, modules, tied)
+        elif isinstance(module, TrainableTokensWrapper):
+            raise UnsupportedModelError(
+                f"The fine-tune trains single tokens of `{name}`: leave out `trainable_token_indices`, or merge the adapter "
+                "into the model first, then run `safegene apply`."
+            )
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            _check_lora_untied(name, tied)
             _check_adapter(name, module)
 
 
@@ -189,10 +196,86 @@ def changes_base(adapter_config: Any) -> bool:
     return str(getattr(adapter_config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
 
 
-def _check_untied(base: PreTrainedModel, name: str) -> None:
-    if base.config.tie_word_embeddings and name in ("lm_head", "model.embed_tokens"):
+def tied_weights(model: nn.Module) -> dict[str, set[str]]:
+    """Parameters that are one tensor under several names, as input and output embeddings can be.
+
+    Returns:
+        For each of them, by its checkpoint name, the names of all that are the same.
+    """
+    base = base_model(model)
+    names: dict[int, set[str]] = {}
+    for name, tensor in base.named_parameters(remove_duplicate=False):
+        if not any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
+            names.setdefault(id(tensor), set()).add(_canonical(name.replace(".original_module", "")))
+    # Where a model is sharded, the parts of one tensor may be objects of their own: transformers' record counts as well.
+    groups = [*names.values()]
+    groups += [{target, source} for target, source in (getattr(base, "all_tied_weights_keys", None) or {}).items()]
+    found: dict[str, set[str]] = {}
+    for group in groups:
+        if len(group) > 1:
+            whole = group.union(*(found[name] for name in group if name in found))
+            found |= dict.fromkeys(whole, whole)
+    return found
+
+
+def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
+    """Raises `UnsupportedModelError` if a delta is for a module whose weight other modules have as well."""
+    tied = tied_weights(model)
+    for name in modules:
+        if others := tied.get(f"{name}.weight", set()) - {f"{name}.weight"}:
+            raise UnsupportedModelError(
+                f"The safety vector changes `{name}`, whose weight the model shares with `{min(others)}`: use a vector "
+                "without that module."
+            )
+
+
+def tie_saved_modules(model: Any) -> None:
+    """Makes copies that `modules_to_save` holds of one tied weight one tensor again, where PEFT was told to tie them.
+
+    Loading gives each a tensor of its own; where their values differ they stay apart.
+    """
+    if not any(getattr(config, "ensure_weight_tying", False) for config in model.peft_config.values()):
+        return
+    modules = canonical_modules(model)
+    for name, group in tied_weights(model).items():
+        module_name, _, leaf = name.rpartition(".")
+        first_name, _, first_leaf = min(group).rpartition(".")
+        saved, first = _saved(modules[module_name]), _saved(modules[first_name])
+        if saved is not None and first is not None and saved is not first:
+            own, other = getattr(saved, leaf), getattr(first, first_leaf)
+            if own.shape == other.shape and torch.equal(own, other):
+                setattr(saved, leaf, other)
+
+
+def _saved(module: nn.Module) -> Any:
+    """The active copy of a module in `modules_to_save`, None where there is none."""
+    if not isinstance(module, ModulesToSaveWrapper) or not module.active_adapters:
+        return None
+    return module.modules_to_save[module.active_adapters[0]]
+
+
+def _check_saved_whole(name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]) -> None:
+    if len(wrapper.modules_to_save) > 1 or _saved(wrapper) is None:
         raise UnsupportedModelError(
-            f"The fine-tune saves its own `{name}` while the model ties its embeddings: take it out of `modules_to_save`."
+            f"`{name}` is saved whole by several adapters, or by one that is not active: load one adapter and activate it."
+        )
+    for parameter, tensor in _saved(wrapper).named_parameters():
+        for other in tied.get(f"{_canonical(name)}.{parameter}", ()):
+            module_name, _, leaf = other.rpartition(".")
+            copy = _saved(modules[module_name])
+            if copy is None or getattr(copy, leaf) is not tensor:
+                raise UnsupportedModelError(
+                    f"The fine-tune saves its own `{name}`, whose weight the model ties to `{module_name}`: train with "
+                    "`ensure_weight_tying=True`, or take it out of `modules_to_save`."
+                )
+
+
+def _check_lora_untied(name: str, tied: Mapping[str, set[str]]) -> None:
+    weight = f"{_canonical(name)}.weight"
+    if others := tied.get(weight, set()) - {weight}:
+        raise UnsupportedModelError(
+            f"The fine-tune has a LoRA on `{name}`, whose weight the model shares with `{min(others)}`: no merged checkpoint "
+            "can hold both, so take it out of `target_modules`."
         )
 
 

@@ -48,5 +48,5 @@ def test_damaged_adapter(load, damage, message, adapter):
 
 def test_damaged_checkpoint(adapter):
     truncate(adapter.parent / "base" / "model.safetensors")
-    with pytest.raises(SafeGeneError, match=r"base.*cannot be loaded"):
+    with pytest.raises(SafeGeneError, match=r"base.*truncated or damaged"):
         load_model(str(adapter))

@@ -179,7 +179,7 @@ def refused():
     quantised = make_model()
     quantised.is_quantized = True
     yield "quantised", quantised, "16-bit base"
-    yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "ties its embeddings"
+    yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "model ties to `model.embed_tokens`"
     two = with_lora(make_model(), use_dora=True)
     two.add_adapter("second", two.peft_config["default"])
     two.base_model.set_adapter(["default", "second"])
