@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("question")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
-    generate = pipeline("text-generation", model=options.checkpoint)
+    generate = pipeline("text-generation", model=options.checkpoint, trust_remote_code=False)
     messages = [{"role": "user", "content": options.question}]
     answer = generate(messages, max_new_tokens=options.max_new_tokens, do_sample=False)[0]["generated_text"]
     print(answer[-1]["content"])

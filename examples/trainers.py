@@ -21,7 +21,7 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
     """`transformers.Trainer` on all weights; the callback needs the tokenizer, as `processing_class`."""
     settings = TrainingArguments(**arguments)  # before the model, which is sharded while it is loaded under ZeRO-3
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
     def tokenized(row: dict) -> dict:
         messages = [*row["prompt"], *row["completion"]]
@@ -30,7 +30,7 @@ def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
         return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
     return Trainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32", trust_remote_code=False),
         settings,
         train_dataset=data.map(tokenized, remove_columns=data.column_names),
         data_collator=DataCollatorForSeq2Seq(tokenizer),

@@ -142,7 +142,7 @@ class Probe:
         if getattr(small, "layer_types", None):
             small.layer_types = small.layer_types[:layers]
         with torch.random.fork_rng(), self.alone.device:
-            base: Any = AutoModelForCausalLM.from_config(small, dtype=self.dtype)
+            base: Any = AutoModelForCausalLM.from_config(small, dtype=self.dtype, trust_remote_code=False)
             if checkpointing:
                 base.gradient_checkpointing_enable()
             model: nn.Module = base if adapter is None else get_peft_model(base, copy.deepcopy(adapter))

@@ -19,7 +19,7 @@ from .checkpoint import TensorFile, plan_files
 from .models.low_rank import LowRankDelta
 from .models.rounding import Rounding
 from .output import saving, writing
-from .sharding import Sharding
+from .sharding import Sharding, class_name
 from .weights import (
     Parameter,
     TaskFactors,
@@ -145,6 +145,7 @@ def save_record(
     """Writes all of a checkpoint but the weights: configs, tokenizer, chat template."""
     base = base_model(model)
     config = deepcopy(base.config)  # the live model stays the plain fine-tune
+    config.architectures = [class_name(base)]  # unset where the model was built from a config
     for key, value in (mark or {}).items():
         setattr(config, key, value)
     with saving("the model's config"):

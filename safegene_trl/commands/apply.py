@@ -32,6 +32,8 @@ class ApplyArguments:
         coefficients: Coefficients to take as they are, instead of recalibrating: a number for every layer, the report of an
             earlier safety step with the same vector, or `interference` (EnchTable's rule). The weights are then merged
             from file to file.
+        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They are pickle files, which can
+            run code: only for files of your own.
         base_model: The aligned model; only for `interference` on a full fine-tune.
         fleet: A YAML file of many fine-tunes, done in parallel (see `commands/fleet.py`); no other option goes with it.
     """
@@ -43,6 +45,9 @@ class ApplyArguments:
     dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
     coefficients: str | None = field(
         default=None, metadata={"help": "Do not recalibrate: a number, an earlier report, or `interference`."}
+    )
+    allow_pickled_shards: bool = field(
+        default=False, metadata={"help": "Read DeepSpeed's shards, pickle files that can run code: only your own."}
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
@@ -87,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     with job.agreed():
         check_not_safeguarded(name, revision)
         tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
-    model, sharding = load_placed(name, revision, arguments.dtype, job)
+    model, sharding = load_placed(name, revision, arguments.dtype, job, arguments.allow_pickled_shards)
     with sharding.named():
         origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name})
         plan = prepare(config, model, tokenizer, target, sharding, origin)

@@ -40,6 +40,8 @@ class EvaluationConfig:
         model_name_or_path: Checkpoint or LoRA adapter: directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
         dtype: Data type to load it in.
+        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They are pickle files, which can
+            run code: only for files of your own.
         harmful_data: Prompt sets that ought to be refused: local files or hub ids (`ID:CONFIG@SPLIT` where a data set has several)
             with a column `prompt` (or `messages`) and perhaps `category`.
         benign_data: Prompt sets that ought to be answered, look-alikes above all.
@@ -61,6 +63,9 @@ class EvaluationConfig:
     model_name_or_path: str = field(default="", metadata={"help": "Checkpoint or adapter: directory or hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(default="auto", metadata={"help": "Data type to load it in, e.g. float32."})
+    allow_pickled_shards: bool = field(
+        default=False, metadata={"help": "Read DeepSpeed's shards, pickle files that can run code: only your own."}
+    )
     harmful_data: list[str] = field(default_factory=list, metadata={"help": "Prompt sets that ought to be refused."})
     benign_data: list[str] = field(default_factory=list, metadata={"help": "Prompt sets that ought to be answered."})
     data_split: str = field(default="train", metadata={"help": "Split of data sets on the hub that name none."})
@@ -134,7 +139,9 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
         if job.is_main and answers:
             _check_settings(folder, settings())
     if missing or config.tasks:
-        model, sharding = load_placed(config.model_name_or_path, config.model_revision, config.dtype, job)
+        model, sharding = load_placed(
+            config.model_name_or_path, config.model_revision, config.dtype, job, config.allow_pickled_shards
+        )
         if sharding.collective_forward and config.tasks:
             raise ConfigError(
                 "Utility tasks need the whole model in one process: launch with `ddp` or without a launcher."

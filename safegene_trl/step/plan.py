@@ -147,6 +147,7 @@ def read_vector(
     family = Family.of(model, tokenizer)
     warnings = vector.family.check_member(family)
     vector.check_fits(canonical_modules(model))
+    check_untied(model, vector.deltas)
     return vector, family, warnings
 
 

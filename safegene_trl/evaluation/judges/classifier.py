@@ -44,12 +44,15 @@ class ClassifierJudge:
         self.name = f"hf:{spec}"
         self.model_name, _, wanted = spec.partition("#")
         try:
-            config = AutoConfig.from_pretrained(self.model_name)
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.model_name)
+            config = AutoConfig.from_pretrained(self.model_name, trust_remote_code=False)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.model_name, trust_remote_code=False
+            )
             self.is_guard = any(name.endswith("ForCausalLM") for name in config.architectures or [])
             loader: Any = AutoModelForCausalLM if self.is_guard else AutoModelForSequenceClassification
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
-            self.model: Any = loader.from_pretrained(self.model_name, dtype="auto").to(device).eval()
+            model: Any = loader.from_pretrained(self.model_name, dtype="auto", trust_remote_code=False)
+            self.model: Any = model.to(device).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"The judge {self.model_name} cannot be loaded: {error}") from error
         self.sees: Literal["refusals", "harm"] = "harm"
