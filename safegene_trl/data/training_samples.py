@@ -43,7 +43,6 @@ from .turns import Span, Spelling, TurnMarks, rendered
 
 
 MOST_ROWS = 2000  # read at most so many, or twenty times as many as are needed
-FULL = 0.9  # share of rows as long as the longest one, from which rows are taken to be filled up
 LABELS, TEMPLATE, TEXT = "labels", "chat template", "text"  # by which the response was told
 _REMEDY = "set `task_data` to the messages before tokenising, or train with `assistant_only_loss`"
 
@@ -129,9 +128,8 @@ class TrainingSamples:
         texts = [row["text"] for row in rows if not held and is_unicode(row.get("text"))]
         self._is_chat = any(map(self._marks.is_chat, [*held, *(self._marks.spelled(self._ids(t)) for t in texts)]))
         if self._packed is None and held:
-            lengths = Counter(len(row.ids) for row in held)
-            full = lengths[max(lengths)] >= FULL * len(held)  # all but the last row, where rows are filled up
-            self._packed = self._is_chat and (full or not all(map(self._marks.begins, held)))
+            whole = len(held) > 1 and all(map(self._marks.begins, held))
+            self._packed = self._is_chat and not whole
 
     def _read(self, row: Any) -> tuple[str, list[Sample]]:
         """How the response was told, and the samples of one row; what cannot be read is counted."""
@@ -180,10 +178,14 @@ class TrainingSamples:
         else:
             said = _mask(len(ids), spans)
         bounds = {0, *self._marks.starts(spelled), len(ids)}
+        begun = 0
         if self._packed and not is_whole and self._marks.start is None:
             ended = [span for span in spans or [] if said[span[1] - 1]]
-            bounds |= {self._marks.after_reply(spelled, span) for span in ended}
-        parts = [Sample(ids[a:b], said[a:b]) for a, b in itertools.pairwise(sorted(bounds)) if any(said[a:b])]
+            begun = self._marks.first_head(spelled)  # what stands before belongs to a sample of another row
+            bounds |= {begun, *(self._marks.after_reply(spelled, span) for span in ended)}
+        parts = [
+            Sample(ids[a:b], said[a:b]) for a, b in itertools.pairwise(sorted(bounds)) if a >= begun and any(said[a:b])
+        ]
         if not parts:
             raise UnreadableRowError("no assistant turn")
         if self._packed and not is_whole and parts[0].is_response[0]:  # its prompt is in another row
@@ -204,6 +206,9 @@ class TrainingSamples:
             return how, [Sample(ids, said)]
         ends = [i + 1 for i, token in enumerate(ids[:-1]) if token == self._tokenizer.eos_token_id and said[i]]
         bounds = sorted({0, *(end for end in ends if mask is None or not said[end]), len(ids)})
+        if mask is not None and said[0] and (self._packed or len(bounds) > 2):
+            self.skipped.add(UnreadableRowError("a reply cut off from its prompt"))
+            bounds = bounds[1:]
         return how, [Sample(ids[a:b], said[a:b]) for a, b in itertools.pairwise(bounds) if any(said[a:b])]
 
     def _from_columns(self, ids: list[int], row: Row) -> tuple[str, list[Sample]]:

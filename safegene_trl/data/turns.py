@@ -111,6 +111,11 @@ class TurnMarks:
         """Whether the row begins where a conversation does."""
         return spelled.text.startswith((self.start,) if self.start else tuple(self._heads))
 
+    def first_head(self, spelled: Spelling) -> int:
+        """The first token at which a conversation, or an exchange of one, may begin; the row's length if there is none."""
+        found = [spelled.text.find(head) for head in self._heads]
+        return spelled.token_after(min((at for at in found if at >= 0), default=len(spelled.text)))
+
     def starts(self, spelled: Spelling) -> list[int]:
         """Tokens at which a conversation certainly begins."""
         mark = self.start or self.system
