@@ -122,7 +122,7 @@ def test_a_gate_prompt_that_leaves_no_room_to_answer_is_left_out(gather, tmp_pat
     assert [prompt.text for prompt in shots.unseen.prompts["harmful"]] == ["why do birds sing"]
     skipped = {"no prompt": 1, "more tokens than the model's context leaves room to answer": 1}
     assert shots.record["unseen"]["harmful"] == {"source": source, "count": 1, "skipped": skipped}
-    with pytest.raises(CalibrationDataError, match="No prompt of .* can be answered"):
+    with pytest.raises(CalibrationDataError, match=r"No prompt of .* can be answered"):
         gather(gate=GateConfig(harmful_data=lines(tmp_path / "long.jsonl", rows[:1])))
 
 

@@ -85,5 +85,5 @@ def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path, caplog):
     assert "3 rows of" in caplog.text and "message without content" in caplog.text
     assert prompts_used([str(file)]) == ["name a river"]
     file.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(CalibrationDataError, match="has no prompt that can be read .*message without content"):
+    with pytest.raises(CalibrationDataError, match=r"has no prompt that can be read .*message without content"):
         load_prompts(str(file), "benign", "train", None, 0)
