@@ -2,22 +2,21 @@
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from .data.rows import Row as Row  # read from here by many
+from .data.rows import conversation as conversation
 from .errors import CalibrationDataError
 
 
 T = TypeVar("T")
-Row = Mapping[str, Any]
-_RESPONSE_COLUMNS = ("response", "completion", "chosen")
-_PROMPT_COLUMNS = "`prompt`, `messages`, or `prompt` with `response`, `completion` or `chosen`"
 
 
 @dataclass(frozen=True)
@@ -99,25 +98,6 @@ def _parts(source: str, split: str) -> tuple[str, str | None, str]:
     return name, config or None, own_split or split
 
 
-def conversation(row: Row) -> tuple[list[dict[str, str]], str | None]:
-    """Prompt messages and response text (None if there is none) of a row in any of the accepted formats."""
-    prompt = row.get("prompt")
-    completion = next((row[name] for name in _RESPONSE_COLUMNS if row.get(name) is not None), None)
-    if prompt is None and isinstance(row.get("chosen"), list):  # a preference with its prompt inside
-        return list(row["chosen"][:-1]), row["chosen"][-1]["content"]
-    if prompt is None and isinstance(row.get("messages"), Sequence) and row["messages"]:
-        messages = list(row["messages"])
-        if messages[-1]["role"] == "assistant":
-            return messages[:-1], messages[-1]["content"]
-        return messages, None
-    if not prompt:
-        raise CalibrationDataError(f"A calibration sample has the columns {sorted(row)}: it needs {_PROMPT_COLUMNS}.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if completion is not None and not isinstance(completion, str):
-        completion = completion[-1]["content"]
-    return messages, completion
-
-
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     """The prompt as the model reads it, up to where the assistant speaks."""
     if tokenizer.chat_template:
@@ -138,21 +118,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
     ids = tokenizer(full, add_special_tokens=special)["input_ids"]
     start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
     return Sample(list(ids), [position >= start for position in range(len(ids))])
-
-
-def tokenized_sample(row: Row) -> Sample | None:
-    """A row that a trainer has tokenised already (`input_ids` with `labels` or a mask), None if it is not one."""
-    if "prompt_ids" in row and "chosen_ids" in row:  # as TRL's DPOTrainer keeps preferences
-        ids = [*row["prompt_ids"], *row["chosen_ids"]]
-        return Sample(ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))])
-    if "input_ids" not in row:
-        return None
-    ids = list(row["input_ids"])
-    if "labels" in row:
-        mask = [label != -100 for label in row["labels"]]
-    else:
-        mask = [bool(value) for value in row.get("completion_mask") or row.get("assistant_masks") or [1] * len(ids)]
-    return Sample(ids, mask)
 
 
 def shortened(sample: Sample, max_length: int | None, max_response_tokens: int) -> Sample | None:
@@ -181,10 +146,10 @@ def draw(data: Sequence[T] | IterableDataset, count: int, seed: int) -> list[T]:
     return [data[index] for index in indices]
 
 
-def split_samples(samples: list[Sample], holdout_share: float, what: str) -> Split:
-    """Splits samples in the order given; at least one on each side."""
+def split_samples(samples: list[Sample], holdout_share: float, what: str, skipped: object = "") -> Split:
+    """Splits samples in the order given; at least one on each side. `skipped` tells in the error what was left out."""
     if len(samples) < 2:
-        raise CalibrationDataError(f"The {what} has {len(samples)} usable samples: give at least 2.")
+        raise CalibrationDataError(f"The {what} has {len(samples)} usable samples{skipped}: give at least 2.")
     held_out = min(max(round(len(samples) * holdout_share), 1), len(samples) - 1)
     return Split(samples[:-held_out], samples[-held_out:])
 

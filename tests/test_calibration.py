@@ -16,7 +16,6 @@ from safegene_trl.calibration import (
     shortened,
     split_samples,
     tokenize,
-    tokenized_sample,
 )
 from safegene_trl.errors import CalibrationDataError
 
@@ -49,18 +48,6 @@ def test_response_tokens_are_marked(tokenizer):
     response = [token for token, marked in zip(sample.input_ids, sample.is_response, strict=True) if marked]
     assert tokenizer.decode(response) == "hi there<|end|>"
     assert tokenizer.decode(sample.input_ids) == "<|user|>hello<|end|><|assistant|>hi there<|end|>"
-
-
-@pytest.mark.parametrize(
-    ("row", "mask"),
-    [
-        ({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, [False, True, True]),
-        ({"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}, [False, False, True]),
-        ({"input_ids": [1, 2, 3]}, [True, True, True]),
-    ],
-)
-def test_a_trainers_own_rows(row, mask):
-    assert tokenized_sample(row) == Sample([1, 2, 3], mask)
 
 
 def test_shortened():

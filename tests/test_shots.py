@@ -95,3 +95,40 @@ def test_task_rows_without_responses_are_refused(gather):
 def test_no_task_data_at_all(tokenizer):
     with pytest.raises(CalibrationDataError, match="set `task_data`"):
         gather_shots(SafeGeneConfig(vector="v"), make_vector(make_model(), tokenizer), tokenizer, 256, None)
+
+
+def lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_unreadable_safety_rows_are_skipped_and_counted(gather, tmp_path):
+    good = [{"prompt": f"forbidden {i}", "response": "sorry no"} for i in range(6)]
+    bad = [{"prompt": None, "response": "sorry no"}, {"prompt": "", "response": "sorry no"}]
+    shots = gather(safety_data=lines(tmp_path / "data.jsonl", [*bad, *good]), num_safety_shots=6, num_test_prompts=2)
+    assert shots.record["safety"]["fit"] + shots.record["safety"]["held_out"] == 6
+    assert shots.record["safety"]["skipped"] == {"no prompt": 2}
+    with pytest.raises(CalibrationDataError, match=r"0 usable samples \(skipped: 2 with no prompt"):
+        gather(safety_data=lines(tmp_path / "bad.jsonl", bad))
+    bare = lines(tmp_path / "bare.jsonl", [{"messages": [{"role": "assistant", "content": "sorry"}]}] * 3)
+    with pytest.raises(CalibrationDataError, match="3 with no prompt"):
+        gather(safety_data=bare)
+
+
+def test_a_gate_prompt_that_leaves_no_room_to_answer_is_left_out(gather, tmp_path):
+    rows = [{"prompt": "word " * 300}, {"prompt": "why do birds sing"}, {"prompt": None}]
+    source = lines(tmp_path / "own.jsonl", rows)
+    shots = gather(gate=GateConfig(harmful_data=source))
+    assert [prompt.text for prompt in shots.unseen.prompts["harmful"]] == ["why do birds sing"]
+    skipped = {"no prompt": 1, "more tokens than the model's context leaves room to answer": 1}
+    assert shots.record["unseen"]["harmful"] == {"source": source, "count": 1, "skipped": skipped}
+    with pytest.raises(CalibrationDataError, match=r"No prompt of .* can be answered"):
+        gather(gate=GateConfig(harmful_data=lines(tmp_path / "long.jsonl", rows[:1])))
+
+
+def test_skipped_task_rows_are_in_the_record(gather):
+    rows = [*task_dataset(), {"messages": [{"role": "user", "content": "hello"}]}]
+    record = gather(rows, num_task_shots=24).record["task"]
+    assert record["skipped"] == {"no assistant turn": 1} and record["read_by"] == {"chat template": 24}
+    assert "skipped" not in gather().record["task"]
+    assert record["fit"] + record["held_out"] == 24

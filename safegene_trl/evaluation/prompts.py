@@ -1,5 +1,6 @@
 """Prompt sets for evaluating, and keeping them apart from what a model or vector was made with."""
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -7,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..calibration import conversation, draw, load_rows
+from ..calibration import draw, load_rows
+from ..data.rows import Row, Skipped, UnreadableRowError, prompt_of
 from ..errors import CalibrationDataError
 from ..provenance import sha256_of_json
 from ..vector import SafetyVector
 from ..vector_files import CONFIG_FILE
 
 
+logger = logging.getLogger(__name__)
 Kind = Literal["harmful", "benign"]
 NEAR = 0.5  # Jaccard index of character 5-grams from which two prompts count as one
 GRAM = 5
@@ -49,6 +52,8 @@ class Prompt:
 def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> list[Prompt]:
     """Prompts of a data set (local file or hub id), in any format that `safety_data` may have, each once.
 
+    Rows without a prompt that can be read are left out, with a warning.
+
     Args:
         source: The data set. Its name is the file's, or the hub id's last part.
         kind: Which kind of prompts it holds.
@@ -59,15 +64,29 @@ def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: i
     Raises:
         CalibrationDataError: The data cannot be read or has no prompts.
     """
+    prompts, skipped = read_prompts(source, kind, split, limit, seed)
+    if skipped:
+        logger.warning("%d rows of %s are left out%s.", skipped.total(), source, skipped)
+    return prompts
+
+
+def read_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> tuple[list[Prompt], Skipped]:
+    """As `load_prompts`, with the rows that are left out, because they hold no prompt that can be read, counted."""
     found: dict[str, Prompt] = {}
+    skipped = Skipped()
     for row in load_rows(source, split):
         category = row.get("category")
-        prompt = Prompt(
-            Path(source).stem, kind, None if category is None else str(category), tuple(conversation(row)[0])
-        )
+        try:
+            messages = tuple(prompt_of(row))
+        except UnreadableRowError as error:
+            skipped.add(error)
+            continue
+        prompt = Prompt(Path(source).stem, kind, None if category is None else str(category), messages)
         found.setdefault(prompt.key, prompt)
+    if not found:
+        raise CalibrationDataError(f"The data set {source} has no prompt that can be read{skipped}: name another one.")
     prompts = list(found.values())
-    return prompts if limit is None else spread(prompts, limit, seed)
+    return (prompts if limit is None else spread(prompts, limit, seed)), skipped
 
 
 def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
@@ -87,8 +106,16 @@ def prompts_used(sources: Iterable[str], split: str = "train") -> list[str]:
         if (Path(source) / CONFIG_FILE).is_file():
             texts += [row["prompt"] for row in SafetyVector.from_pretrained(source).prompts]
         else:
-            texts += [conversation(row)[0][-1]["content"] for row in load_rows(source, split)]
+            texts += [text for row in load_rows(source, split) for text in _prompt_texts(row)]
     return texts
+
+
+def _prompt_texts(row: Row) -> list[str]:
+    """The row's prompt as a list of one; a row that holds none repeats none."""
+    try:
+        return [prompt_of(row)[-1]["content"]]
+    except UnreadableRowError:
+        return []
 
 
 def near_duplicates(

@@ -70,3 +70,20 @@ def test_many_prompts_take_seconds():
     started = time.process_time()
     assert len(near_duplicates(used[:300], used)) == 300
     assert time.process_time() - started < 60
+
+
+def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path, caplog):
+    file = tmp_path / "things.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": "name a river"}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": []},
+        {"messages": [{"role": "assistant", "content": "hello"}]},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.text for p in load_prompts(str(file), "benign", "train", None, 0)] == ["name a river"]
+    assert "3 rows of" in caplog.text and "message without content" in caplog.text
+    assert prompts_used([str(file)]) == ["name a river"]
+    file.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(CalibrationDataError, match=r"has no prompt that can be read .*message without content"):
+        load_prompts(str(file), "benign", "train", None, 0)

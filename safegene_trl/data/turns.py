@@ -1,0 +1,244 @@
+"""Where the assistant speaks in a row of token ids, told by what its chat template puts around a reply.
+
+A few probe conversations with known contents are rendered and tokenised. What stands before and after the
+contents are the template's marks. They count only if with them every reply of the probes is found, and nothing else.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+Span = tuple[int, int]  # first token and the one after the last
+_SYSTEM, _ASKED, _SAID = "zqsystemzq", ("zqaskonezq", "zqasktwozq"), ("zqsayonezq", "zqsaytwozq")
+_UNIT = re.compile("\0[^\0]*\0|.", re.DOTALL)
+_SPACES = "▁Ġ "  # as SentencePiece, byte-level BPE and others spell them
+_WHITE = re.compile(r"(?:[▁ĠĊčĉ\s]|<0x0A>)*")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Token ids as one text in the tokenizer's own alphabet, in which a special token cannot be mistaken for its name.
+
+    Attributes:
+        ids: The token ids.
+        text: Their spellings, special tokens between NUL characters.
+        starts: Where each token begins in `text`.
+    """
+
+    ids: list[int]
+    text: str
+    starts: list[int]
+
+    def token_after(self, position: int) -> int:
+        """The first token that reaches beyond this position of the text."""
+        token = bisect_left(self.starts, position)
+        after = self.starts[token] if token < len(self.starts) else len(self.text)
+        return token - 1 if token and after > position else token
+
+    def find(self, part: str) -> list[int]:
+        """Every position of the text at which `part` begins."""
+        return [match.start() for match in re.finditer(re.escape(part), self.text)]
+
+
+class Speller:
+    """Spells the ids of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self.special = set(tokenizer.all_special_ids)
+        self._marked = self.special | set(tokenizer.added_tokens_decoder)
+
+    def id_of(self, token: str) -> int:
+        """The id of a token by its name."""
+        return int(self._tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+
+    def __call__(self, ids: Sequence[int]) -> Spelling:
+        tokens = self._tokenizer.convert_ids_to_tokens(list(ids))
+        parts = [f"\0{t}\0" if i in self._marked else str(t) for i, t in zip(ids, tokens, strict=True)]
+        starts, length = [], 0
+        for part in parts:
+            starts.append(length)
+            length += len(part)
+        return Spelling(list(ids), "".join(parts), starts)
+
+
+class TurnMarks:
+    """What a chat template puts around replies.
+
+    Attributes:
+        header: What stands before a reply, as a tokenizer spells it.
+        start: What every conversation begins with and nothing else holds, None if there is no such thing.
+        system: What every conversation with a system turn begins with and nothing else holds, or None.
+    """
+
+    def __init__(self, speller: Speller, probes: "_Probes"):
+        self._speller = speller
+        self.header = _header(probes)
+        self._ends, self._end_is_said = _ends(probes, speller)
+        self._heads = [head for head in (probes.head, probes.system_head) if head]
+        self.start = self.system = None
+        common = _common_prefix(self._heads)
+        if "\0" in common and probes.text.count(common) == 1:
+            first = _units(common)[0]  # alone where it will do: a date may follow
+            self.start = first if "\0" in first and probes.text.count(first) == 1 else common
+        elif probes.system_text.count(probes.system_head) == 1 and probes.system_head not in probes.text:
+            self.system = probes.system_head
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TurnMarks | None":
+        """Those of a tokenizer's template, None where they cannot be told with certainty."""
+        speller = Speller(tokenizer)
+        try:
+            marks = cls(speller, _Probes(tokenizer, speller))
+            return marks if marks.header and all(marks._finds(tokenizer, *probe) for probe in _checks()) else None
+        except Exception:  # a template may refuse a conversation in any way it likes; then nothing is certain
+            return None
+
+    def spelled(self, ids: Sequence[int]) -> Spelling:
+        """The ids as the text in which marks are looked for."""
+        return self._speller(ids)
+
+    def is_chat(self, spelled: Spelling) -> bool:
+        """Whether the row holds any mark of the template: then it is no plain text."""
+        return any(part in spelled.text for part in (self.header, *self._heads))
+
+    def begins(self, spelled: Spelling) -> bool:
+        """Whether the row begins where a conversation does."""
+        return spelled.text.startswith((self.start,) if self.start else tuple(self._heads))
+
+    def first_head(self, spelled: Spelling) -> int:
+        """The first token at which a conversation, or an exchange of one, may begin; the row's length if there is none."""
+        found = [spelled.text.find(head) for head in self._heads]
+        return spelled.token_after(min((at for at in found if at >= 0), default=len(spelled.text)))
+
+    def starts(self, spelled: Spelling) -> list[int]:
+        """Tokens at which a conversation certainly begins."""
+        mark = self.start or self.system
+        return [spelled.token_after(at) for at in spelled.find(mark)] if mark else []
+
+    def replies(self, spelled: Spelling) -> list[Span] | None:
+        """Spans of the replies, each with the token that ends its turn; a reply cut short ends with the row.
+
+        Returns:
+            None where a reply holds the header of another, so that it cannot be told which is real.
+        """
+        headers = spelled.find(self.header)
+        spans: list[Span] = []
+        for number, at in enumerate(headers):
+            first = spelled.token_after(at + len(self.header))
+            end = next((i for i in range(first, len(spelled.ids)) if spelled.ids[i] in self._ends), None)
+            after = len(spelled.ids) if end is None else end + self._end_is_said
+            following = headers[number + 1] if number + 1 < len(headers) else len(spelled.text)
+            reach = spelled.starts[end] if end is not None else len(spelled.text)
+            if following < reach:
+                return None
+            if after > first:
+                spans.append((first, after))
+        return spans
+
+    def after_reply(self, spelled: Spelling, span: Span) -> int:
+        """The token at which the turn after a reply begins, white space between the two left out."""
+        token = span[1]
+        while token < len(spelled.ids) and _WHITE.fullmatch(self._speller([spelled.ids[token]]).text):
+            token += 1
+        return token
+
+    def _finds(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], said: list[str]) -> bool:
+        """Whether every reply of a conversation is found, and nothing beside the replies."""
+        spelled = self._speller(rendered(tokenizer, messages))
+        spans = self.replies(spelled)
+        if spans is None or len(spans) != len(said) or not self.begins(spelled):
+            return False
+        texts = [self._speller(spelled.ids[first:after]).text for first, after in spans]
+        names = (_SYSTEM, *_ASKED, *_SAID)
+        return all([n for n in names if n in text] == [own] for text, own in zip(texts, said, strict=True))
+
+
+class _Probes:
+    """The template's text around the contents of a conversation of two exchanges, with and without a system turn."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, speller: Speller):
+        self.text = speller(rendered(tokenizer, _exchange())).text
+        cuts = re.split("|".join((*_ASKED, *_SAID)), self.text)
+        if len(cuts) != 5:
+            raise ValueError("the template leaves turns out")
+        self.head, *between, self.tail = cuts
+        self.before_reply, self.after_reply = [between[0], between[2]], between[1]
+        self.generation = _generation_prompt(tokenizer, speller)
+        self.system_text = self.system_head = ""
+        try:
+            text = speller(rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, *_exchange()])).text
+        except Exception:  # templates that allow no system turn raise errors of many kinds
+            return
+        if _SYSTEM in text:
+            self.system_text, self.system_head = text, text.split(_SYSTEM)[0]
+
+
+def _exchange() -> list[dict[str, str]]:
+    turns = [text for pair in zip(_ASKED, _SAID, strict=True) for text in pair]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def _checks() -> list[tuple[list[dict[str, str]], list[str]]]:
+    """Conversations of one and two exchanges with awkward contents, and what the assistant says in them."""
+    two = _exchange()
+    awkward = [{**turn, "content": f"1) {turn['content']}.\n\n- So?"} for turn in two]
+    return [(two[:2], [_SAID[0]]), (two, list(_SAID)), (awkward, list(_SAID))]
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """The ids of a conversation as the chat template writes it."""
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return list(encoded["input_ids"])
+
+
+def _generation_prompt(tokenizer: PreTrainedTokenizerBase, speller: Speller) -> str:
+    """What the template adds where the assistant is to speak; empty where it adds nothing."""
+    turn = [{"role": "user", "content": _ASKED[0]}]
+    without = speller(rendered(tokenizer, turn)).text
+    text = speller(rendered(tokenizer, turn, add_generation_prompt=True)).text
+    return text.removeprefix(without) if text.startswith(without) else ""
+
+
+def _header(probes: _Probes) -> str:
+    """What stands before every reply, whoever spoke before it, without spaces that a reply's first token may take in."""
+    common, prompt = _units(_common_prefix(probes.before_reply)), probes.generation
+    rests = ["".join(common[i:]) for i in range(len(common))]
+    if prompt:
+        rests = [rest for rest in rests if rest.startswith(prompt) or prompt.startswith(rest)]
+    return rests[0].rstrip(_SPACES) if rests else ""
+
+
+def _ends(probes: _Probes, speller: Speller) -> tuple[frozenset[int], int]:
+    """Ids of the tokens that end a reply, and 1 if they are the reply's own, 0 if they begin the next turn."""
+    ends = [_leading_special(probes.after_reply, speller)]
+    if _WHITE.fullmatch(probes.tail):  # the next turn's first token ends the reply: any special token may be it
+        return frozenset(speller.special), 0
+    ends.append(_leading_special(probes.tail, speller))
+    return frozenset(ends), 1
+
+
+def _leading_special(text: str, speller: Speller) -> int:
+    units = _units(text[_WHITE.match(text).end() :])  # type: ignore[union-attr]
+    if not units or not units[0].startswith("\0"):
+        raise ValueError("no special token ends a reply")
+    return speller.id_of(units[0].strip("\0"))
+
+
+def _units(text: str) -> list[str]:
+    """Special tokens whole, all else by character."""
+    return _UNIT.findall(text)
+
+
+def _common_prefix(texts: Sequence[str]) -> str:
+    units = []
+    for column in zip(*map(_units, texts), strict=False):
+        if len(set(column)) > 1:
+            break
+        units.append(column[0])
+    return "".join(units)
