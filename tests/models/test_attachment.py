@@ -134,7 +134,7 @@ def test_nothing_is_left_after_an_exception():
 
 
 def test_coefficients_are_not_rounded_to_the_models_type():
-    """0.5 and 0.5 + 2⁻¹¹ are one number in bfloat16; what the hooks add differs all the same."""
+    """0.5 and 0.5017 are one number in bfloat16; what the hooks add differs all the same."""
     layer = torch.nn.Linear(8, 6, bias=False).bfloat16()
     torch.nn.init.zeros_(layer.weight)
     model = torch.nn.Sequential(layer)
@@ -142,7 +142,7 @@ def test_coefficients_are_not_rounded_to_the_models_type():
     delta = {"0": LowRankDelta(torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator))}
     attachment = attachment_of(model, delta, "module")
     x = torch.randn(500, 8, generator=generator).bfloat16()
-    near, far = torch.tensor([0.5]), torch.tensor([0.5 + 2**-11])
+    near, far = torch.tensor([0.5]), torch.tensor([0.5017])
     assert near.bfloat16() == far.bfloat16() and far.bfloat16() != far
 
     def added(values):

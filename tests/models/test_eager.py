@@ -6,7 +6,6 @@ from torch import nn
 
 from safegene_trl.family import Family
 from safegene_trl.models.eager import running_eagerly
-from safegene_trl.recalibration import recalibrate
 from safegene_trl.weights import base_model, canonical_modules, canonical_parameters, uncompiled
 
 from ..conftest import attachment_of, make_deltas, make_model, with_lora
@@ -60,8 +59,9 @@ def forward(model):
 WAYS = [whole, in_place, by_layer, replaced_layers, replaced_linears, forward]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "lora"), [(way, False) for way in WAYS] + [(whole, True), (replaced_layers, True), (replaced_linears, True)]
+)
 def test_compiled_models_give_the_eager_result(way, lora):
     data = calibration_set()
     deltas = helpful_deltas(make_model(), data)
@@ -83,8 +83,7 @@ def test_compiled_models_give_the_eager_result(way, lora):
             assert all(module.__dict__[key] is value for key, value in own[name].items() if key != "_forward_hooks")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_compiled_again_afterwards(way):
+def test_nothing_is_compiled_again_afterwards():
     counter = torch._dynamo.testing.CompileCounter()
     model = make_model()
     layer = model.model.layers[1]
@@ -133,14 +132,3 @@ def test_flex_attention_stays_the_compiled_kernel_that_it_is():
 def test_uncompiled():
     model = make_model()
     assert uncompiled(model) is model and uncompiled(torch.compile(model, backend=BACKEND)) is model
-
-
-def test_a_compiled_experts_hooks_act():
-    attachment = attachment_of(replaced_linears(make_model()), make_deltas(make_model()))
-    assert recalibrate.__name__ and attachment.verify(_batch()) == []
-
-
-def _batch():
-    from safegene_trl.calibration import Sample, batches
-
-    return batches([Sample(list(range(5, 15)), [False] * 6 + [True] * 4)], 1, 0, torch.device("cpu"))[0]
