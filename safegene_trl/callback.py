@@ -24,7 +24,7 @@ from .sharding import check_launch, sharding_of
 from .step.live import Preparation, prepare, safeguard
 from .step.plain import FinishedTraining
 from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message, failure_path
-from .weights import base_model
+from .weights import base_model, uncompiled
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class SafeGeneCallback(TrainerCallback):
         if state.is_hyper_param_search:
             logger.warning("SafeGene skips hyper-parameter trials: run it on the final training.")
             return
-        model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        model, loader = uncompiled(kwargs["model"]), kwargs.get("train_dataloader")
         sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
         with sharding.named(), sharding.agreed():
             check_launch(model, args)
@@ -125,7 +125,7 @@ class SafeGeneCallback(TrainerCallback):
         prepared, self._prepared = self._prepared, None
         if prepared is None:
             return
-        plan, model = prepared.plan, kwargs["model"]
+        plan, model = prepared.plan, uncompiled(kwargs["model"])
         training = FinishedTraining(args, state, self._saved_step, self._trainer)
         try:
             safeguard(prepared, model, _adapter_base(model, args), not args.disable_tqdm, training)

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,10 +38,11 @@ from .extraction.config import ExtractionConfig
 from .extraction.delta import adapter_delta, stored_delta
 from .extraction.distillation import expansion, mean_divergence, reference_batches, with_factors
 from .merging import save_adapter, save_merged
-from .models.attachment import attached
+from .models.attachment import VectorAttachment
+from .models.coefficients import CoefficientSpace
 from .models.low_rank import LowRankDelta
 from .output import atomic_directory, nearest_folder
-from .recalibration import Attach, Side
+from .recalibration import Side
 from .selection import gradient, last_token_states, top_layers
 from .sharding import Sharding
 from .shots import Shots
@@ -262,6 +264,7 @@ def _recalibration(
     held: int,
 ) -> Cost:
     sides: dict[int, tuple[Side, Side]] = {}
+    attachments = [_attachment(probe, index, deltas[index]) for index in (0, 1)]
 
     def references(index: int) -> None:
         model, pad = probe.models[index], padding_id(tokenizer)
@@ -269,14 +272,13 @@ def _recalibration(
         sides[index] = fit, other
 
     def gradients(index: int) -> None:
-        sides[index][0].gradients(probe.models[index], attach(index), np.array([0.1]))
+        attachment = attachments[index]
+        point = np.full(len(attachment.space.names), 0.1)
+        sides[index][0].gradients(probe.models[index], attachment.applied, point)
 
     def losses(which: int, index: int) -> None:
-        with attach(index)(torch.full((1,), 0.1, device=probe.alone.device)):
+        with _slightly(attachments[index]):
             sides[index][which].losses(probe.models[index])
-
-    def attach(index: int) -> Attach:
-        return partial(attached, probe.models[index], deltas[index], dict.fromkeys(deltas[index], 0))
 
     for model in probe.models:
         for parameter in model.parameters():
@@ -298,6 +300,17 @@ def _recalibration(
     return Cost(seconds, held + max(reference_memory, kept + fit_memory))
 
 
+def _attachment(probe: Probe, index: int, deltas: Mapping[str, LowRankDelta]) -> VectorAttachment:
+    rank = next(iter(deltas.values())).a.shape[0]
+    space = CoefficientSpace.of(deltas, [rank], "layer")
+    return VectorAttachment(probe.models[index], deltas, space, probe.alone)
+
+
+def _slightly(attachment: VectorAttachment) -> AbstractContextManager[None]:
+    """The vector on with some coefficients."""
+    return attachment.applied(torch.full((len(attachment.space.names),), 0.1, device=attachment.sharding.device))
+
+
 def _generation(
     probe: Probe,
     tokenizer: PreTrainedTokenizerBase,
@@ -311,10 +324,9 @@ def _generation(
     sample = prompts[:batch_size]
 
     def run(index: int) -> None:
-        model, own = probe.models[index], {} if deltas is None else deltas[index]
-        coefficients = torch.full((1,), 0.1, device=probe.alone.device)
-        with torch.no_grad(), attached(model, own, dict.fromkeys(own, 0), coefficients):
-            generate_answers(model, tokenizer, sample, max_new_tokens, batch_size, probe.alone)
+        on = nullcontext() if deltas is None else _slightly(_attachment(probe, index, deltas[index]))
+        with torch.no_grad(), on:
+            generate_answers(probe.models[index], tokenizer, sample, max_new_tokens, batch_size, probe.alone)
 
     seconds, memory = probe.measure(run).at(probe.layers)
     batches = math.ceil(len(prompts) / batch_size)

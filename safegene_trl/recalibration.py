@@ -18,7 +18,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +29,9 @@ from torch import nn
 
 from .calibration import Batch, CalibrationSet, batches
 from .config import SafeGeneConfig
-from .errors import PeerError, RecalibrationError
+from .errors import RecalibrationError
 from .models.attachment import VectorAttachment, frozen_for_calibration, recomputing
+from .models.verification import Evidence
 from .models.batch_size import halving
 from .optimization import minimize_in_box
 from .sharding import Sharding
@@ -180,7 +181,10 @@ class Side:
                 coefficients = coefficients.repeat(count, 1).requires_grad_()
                 with attach(coefficients):
                     loss = self.loss(model, current, self.temperature)
-                    (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
+                    # without a graph no hook has acted, of which the attachment's evidence tells
+                    gradient = torch.zeros_like(coefficients)
+                    if loss.requires_grad:
+                        (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
                 self.sharding.release()
                 if index is not None:
                     own = slice(ends[index], ends[index + 1])
@@ -234,6 +238,7 @@ def recalibrate(
 
     Raises:
         RecalibrationError: A loss is not finite.
+        UnsupportedModelError: The model's forward pass goes around one of the vector's modules.
         MemoryShortageError: Memory runs out with one sample at a time.
     """
     search = _Search(attachment, data, config, pad_id, on_evaluation, start, ship)
@@ -269,6 +274,7 @@ class _Search:
 
     def run(self, batch_size: int) -> Recalibration:
         self.history, self.touched = [], np.zeros(len(self.names), dtype=bool)
+        self.attachment.evidence = Evidence()
         with frozen_for_calibration(self.model):
             fit, held_out = (
                 Side(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size)
@@ -290,7 +296,8 @@ class _Search:
             while (told := self.sharding.from_main(torch.zeros(length, dtype=torch.float64)))[0] == _EVALUATE:
                 self._evaluate(fit, told[1:].numpy())
             if told[0] == _FAILED:
-                raise PeerError("Rank 0 failed in the search for coefficients: its own error says why.")
+                with self.sharding.agreed():
+                    pass
             return self._best()
         together = False
 
@@ -310,16 +317,21 @@ class _Search:
             minimize_in_box(
                 evaluate, self.start, config.min_coefficient, config.max_coefficient, config.max_evaluations
             )
-        except BaseException:
+        except BaseException as error:
             if not together:
                 message[0] = _FAILED
                 self.sharding.from_main(message)
+                known = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+                with suppress(Exception), self.sharding.agreed():
+                    raise known from None
             raise
         self.sharding.from_main(message)
         return self._best()
 
     def _evaluate(self, fit: Side, point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         value, losses, gradient, rows = objective(self.model, fit, self.attachment.applied, point, self.config)
+        if not self.history:
+            self.attachment.check_effective()
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
             raise RecalibrationError(
                 "The recalibration loss is not finite with the safety vector on: make the vector again, or lower "
@@ -341,7 +353,7 @@ class _Search:
         origin = self.held.clip(config.min_coefficient, config.max_coefficient)
         untouched = [name for name, reached in zip(self.names, self.touched, strict=True) if not reached]
         for scale in SHRINK_STEPS:
-            point = origin + scale * (best - origin)
+            point = np.where(self.touched, origin + scale * (best - origin), self.held)
             with self.ship(point):
                 after = held_out.losses(self.model)
             objection = _objection(before, after, config.max_utility_loss)

@@ -27,7 +27,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .calibration import Sample, batches, prompt_text
 from .errors import ConfigError
-from .models.attachment import attached, frozen_for_calibration
+from .models.attachment import VectorAttachment, frozen_for_calibration
+from .models.coefficients import CoefficientSpace
 from .models.low_rank import LowRankDelta
 from .recalibration import cross_entropy
 from .sharding import Sharding
@@ -102,21 +103,21 @@ def gradient(
     sharding: Sharding,
 ) -> LayerScores:
     """The scores by gradients of the degraded model's loss (nats per response token) on refusals. Collective."""
-    device = sharding.device
-    layer_of = {name: layer_index(name) or 0 for name in deltas}
-    coefficients = torch.zeros(num_layers(deltas), device=device, requires_grad=True)
-    rows = []
-    with (
-        frozen_for_calibration(degraded),
-        attached(degraded, deltas, layer_of, coefficients),
-        sharding.forward_passes(),
-    ):
-        for sample in refusals:
-            (batch,) = batches([sample], 1, pad_id, device)
-            loss = cross_entropy(degraded, batch).sum() / sum(sample.is_response)
-            rows.append(-torch.autograd.grad(loss, coefficients)[0].cpu())
+    rank = next(iter(deltas.values())).a.shape[0]
+    space = CoefficientSpace.of(deltas, [rank], "layer")
+    attachment = VectorAttachment(degraded, deltas, space, sharding)
+    layer_of = {name: layer_index(module) or 0 for module, own in space.modules.items() for name in own}
+    columns = torch.tensor([layer_of[name] for name in space.names])
+    coefficients = torch.zeros(len(space.names), device=sharding.device, requires_grad=True)
+    rows = torch.zeros(len(refusals), num_layers(deltas))
+    with frozen_for_calibration(degraded), sharding.forward_passes():
+        for row, sample in zip(rows, refusals, strict=True):
+            (batch,) = batches([sample], 1, pad_id, sharding.device)
+            with attachment.applied(coefficients):
+                loss = cross_entropy(degraded, batch).sum() / sum(sample.is_response)
+                row[columns] = -torch.autograd.grad(loss, coefficients)[0].cpu()
             sharding.release()
-    return LayerScores([(1.0, torch.stack(rows))])
+    return LayerScores([(1.0, rows)])
 
 
 def magnitude(deltas: Mapping[str, LowRankDelta]) -> LayerScores:

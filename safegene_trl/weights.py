@@ -19,7 +19,7 @@ from .errors import UnsupportedModelError
 from .sharding import full_shape
 
 
-_WRAPPERS = re.compile(r"\._checkpoint_wrapped_module(?=\.|$)")  # FSDP's `activation_checkpointing`
+_WRAPPERS = re.compile(r"\.(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")  # FSDP's recomputation, `torch.compile`
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start a LoRA that change the base's weights
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -77,16 +77,24 @@ class TaskFactors:
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model inside a possibly PEFT-wrapped one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The transformers model inside a possibly PEFT-wrapped or compiled one."""
+    model = uncompiled(model)
+    return uncompiled(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside what `torch.compile(module)` returns; any other module itself."""
+    return model._modules.get("_orig_mod", model)
 
 
 def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Maps checkpoint module names to live modules; for a layer with adapters, to the wrapper that adds them."""
     modules: dict[str, nn.Module] = {}
     for name, module in base_model(model).named_modules():
-        if not _inside_adapter(name) and _canonical(name) not in modules:
-            modules[_canonical(name)] = module
+        canonical = _canonical(name)
+        outer = modules.get(canonical)
+        if not _inside_adapter(name) and (outer is None or uncompiled(outer) is module):
+            modules[canonical] = module
     return modules
 
 

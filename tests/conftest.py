@@ -33,6 +33,8 @@ from transformers import (
 )
 
 from safegene_trl.family import Family
+from safegene_trl.models.attachment import VectorAttachment
+from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.sharding import Sharding
 from safegene_trl.vector import SafetyVector
@@ -124,6 +126,18 @@ def make_deltas(model, layers=(1, 2), rank: int = 2, seed: int = 3, std: float =
                 torch.randn(weight.shape[0], rank, generator=generator) * std,
             )
     return deltas
+
+
+def attachment_of(model, deltas, granularity="layer", carried=None) -> VectorAttachment:
+    """The deltas, of one rank, on the model; all modules of a layer share a coefficient unless `granularity` says otherwise."""
+    rank = next(iter(deltas.values())).a.shape[0]
+    return VectorAttachment(model, deltas, CoefficientSpace.of(deltas, [rank], granularity), ALONE, carried)
+
+
+def attached(model, deltas, value: float = 1.0):
+    """The deltas on the model with one coefficient for all."""
+    attachment = attachment_of(model, deltas)
+    return attachment.applied(torch.full((len(attachment.space.names),), value))
 
 
 def make_vector(model, tokenizer, **kwargs) -> SafetyVector:

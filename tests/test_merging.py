@@ -14,19 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegene_trl.errors import OutputError
 from safegene_trl.merging import save_adapter, save_merged
-from safegene_trl.models.attachment import attached
 from safegene_trl.output import MARKER, atomic_directory, check_output
 
-from .conftest import ALONE, make_deltas, make_model, with_lora
+from .conftest import ALONE, attachment_of, make_deltas, make_model, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 
 
 def hooked_logits(model, deltas, coefficients):
-    index = {name: position for position, name in enumerate(deltas)}
-    values = torch.tensor([coefficients[name] for name in deltas])
-    with torch.no_grad(), attached(model, deltas, index, values):
+    attachment = attachment_of(model, deltas, "module")
+    with torch.no_grad(), attachment.applied(attachment.space.values(coefficients)):
         return model(IDS).logits
 
 

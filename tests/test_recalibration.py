@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -14,13 +13,13 @@ from safegene_trl import recalibration
 from safegene_trl.calibration import CalibrationSet, Sample, Split, batches
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
-from safegene_trl.models.attachment import VectorAttachment, attached, frozen_for_calibration, recomputing
+from safegene_trl.models.attachment import frozen_for_calibration, recomputing
 from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration import divergence, recalibrate, response_logits
 from safegene_trl.weights import base_model
 
-from .conftest import ALONE, make_deltas, make_model, with_lora
+from .conftest import ALONE, attachment_of, make_deltas, make_model, with_lora
 
 
 def samples(count, seed, response=6):
@@ -38,11 +37,6 @@ def calibration_set():
         task=Split(samples(6, 3), samples(3, 4)),
         benign=Split(samples(4, 5), samples(2, 6)),
     )
-
-
-def attachment_of(model, deltas, granularity="layer", carried=None):
-    rank = next(iter(deltas.values())).a.shape[0]
-    return VectorAttachment(model, deltas, CoefficientSpace(deltas, [rank], granularity), ALONE, carried)
 
 
 def run(model, deltas, data=None, **values):
@@ -124,8 +118,7 @@ def test_gradient_matches_finite_differences(temperature):
     config = SafeGeneConfig(
         vector="v", utility_weight=0.7, utility_temperature=temperature, sparsity_weight=0.2, batch_size=3
     )
-    index = {name: int("layers.2" in name) for name in deltas}
-    attach = partial(attached, model, deltas, index)
+    attach = attachment_of(model, deltas).applied
     point = np.array([0.4, 0.6])
 
     def evaluate(at):
@@ -146,8 +139,7 @@ def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
     """`½ λᵀBλ` with the first matrix `B`, against the divergence itself; outer products of its gradients would be far off."""
     model = make_model()
     deltas = make_deltas(model)
-    index = {name: int("layers.2" in name) for name in deltas}
-    attach = partial(attached, model, deltas, index)
+    attach = attachment_of(model, deltas).applied
     config = SafeGeneConfig(vector="v", utility_weight=2.0, batch_size=3)
     data = replace(calibration_set(), benign=None)
     with frozen_for_calibration(model):

@@ -5,7 +5,6 @@ import torch
 
 from safegene_trl.calibration import batches, tokenize
 from safegene_trl.errors import ConfigError
-from safegene_trl.models.attachment import attached
 from safegene_trl.recalibration import cross_entropy
 from safegene_trl.selection import (
     LayerScores,
@@ -19,7 +18,7 @@ from safegene_trl.selection import (
 )
 from safegene_trl.weights import layer_index
 
-from .conftest import ALONE, make_deltas, make_model
+from .conftest import ALONE, attachment_of, make_deltas, make_model
 
 
 def test_activation_contrast_formula():
@@ -39,7 +38,7 @@ def test_gradient_is_the_fall_of_the_loss_per_coefficient(tokenizer):
 
     def loss(sample, layer, size):
         (batch,) = batches([sample], 1, 0, torch.device("cpu"))
-        with torch.no_grad(), attached(model, deltas, {n: layer_index(n) for n in deltas}, torch.eye(3)[layer] * size):
+        with torch.no_grad(), attachment_of(model, deltas).applied(torch.eye(2)[layer - 1] * size):
             return float(cross_entropy(model, batch).sum()) / sum(sample.is_response)
 
     for row, sample in enumerate(samples):

@@ -16,7 +16,6 @@ from transformers import (
 from safegene_trl.checkpoint import stored_tensors
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.merging import save_adapter, save_merged
-from safegene_trl.models.attachment import attached
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.weights import (
     canonical_modules,
@@ -29,7 +28,7 @@ from safegene_trl.weights import (
     task_factors,
 )
 
-from .conftest import ALONE, make_deltas, make_model, with_lora
+from .conftest import ALONE, attached, make_deltas, make_model, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -116,7 +115,7 @@ def test_dora_is_folded(tokenizer, tmp_path):
     check_supported(model)
     save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB", ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad(), attached(model, deltas, dict.fromkeys(deltas, 0), torch.tensor([0.5])):
+    with torch.no_grad(), attached(model, deltas, 0.5):
         torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(UnsupportedModelError, match="DoRA"):
         check_adapter_output(model)
@@ -171,7 +170,7 @@ def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path)
     assert own.keys() == merged.keys() and any("experts.3" in tensor for tensor in own)
     loaded, info = kind[1].from_pretrained(merged_dir, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    with torch.no_grad(), attached(model, deltas, {name: 0}, torch.tensor([0.5])):
+    with torch.no_grad(), attached(model, deltas, 0.5):
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 

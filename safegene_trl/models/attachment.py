@@ -1,8 +1,6 @@
 """λ-scaled low-rank deltas on a frozen live model, as forward hooks that are always undone."""
 
-import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..calibration import Batch
-from ..errors import UnsupportedModelError
 from ..sharding import Sharding
 from ..weights import canonical_modules
 from .coefficients import CoefficientSpace
+from .eager import running_eagerly
 from .low_rank import LowRankDelta
+from .verification import Evidence, check_effective, list_items
 
 
 class VectorAttachment:
@@ -33,6 +32,9 @@ class VectorAttachment:
         space: Of its coefficients.
         sharding: How the model is spread over ranks.
         carried: By name, the coefficients with which the weights hold the vector already. Default: 0.
+
+    Attributes:
+        evidence: What the hooks have seen.
     """
 
     def __init__(
@@ -47,126 +49,99 @@ class VectorAttachment:
         self.carried = dict(carried or dict.fromkeys(space.names, 0.0))
         self._held = space.values(self.carried).to(sharding.device)
         self._index = {name: space.index(name).to(sharding.device) for name in deltas}
+        self.evidence = Evidence()
 
     def applied(self, values: torch.Tensor) -> AbstractContextManager[None]:
-        """While open, the model computes with the whole vector at these coefficients.
+        """While open, module `m` computes `m(x) + B diag(λ) A x` with the λ of its rank-one parts.
+
+        No dense `B A` is formed. Gradients flow to `values` through activations only.
 
         Args:
-            values: float32: n of them, or batch×n, each sample's own; may require grad. What the weights hold already is
-                taken off here.
+            values: The λ of the whole vector, float32: n of them, or batch×n, each sample's own, which gives each sample's
+                gradient; may require grad. What the weights hold already is taken off here.
         """
-        return attached(self.model, self.deltas, self._index, values - self._held)
+        return self._hooked(values - self._held)
 
-    def verify(self, batch: Batch) -> None:
-        """Collective: one forward and backward pass shows that every delta reaches the logits.
+    def verify(self, batch: Batch) -> list[str]:
+        """Collective: passes over one short sample show that every delta reaches the logits, with and without gradients.
 
-        A module counts as reached where its hook fires and the logits' gradient comes back to one of its coefficients. One
-        expert of a mixture may stay silent where another one of its layer fires: which of them fire is up to the samples.
+        The model is left as it was.
 
         Args:
-            batch: One short sample.
+            batch: One short sample, the same on every rank.
+
+        Returns:
+            Names of modules that none of its tokens was sent to: experts of a mixture.
 
         Raises:
             UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is named.
         """
-        deltas = {name: delta for name, delta in self.deltas.items() if delta.a.any() and delta.b.any()}
-        ones = {name: torch.ones(1, device=self.sharding.device, requires_grad=True) for name in deltas}
-        fired: set[str] = set()
-        with frozen_for_calibration(self.model), self.sharding.forward_passes(), recomputing(self.model):
-            with _each_attached(self.model, deltas, ones, fired):
-                logits = self.model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-                ).logits.float()
-                # any fixed direction that is not constant over the vocabulary: a softmax would forget what is
-                weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
-                logits = (logits * weights * (1 + torch.arange(logits.shape[1], device=logits.device))[:, None]).sum()
-                found = torch.autograd.grad(logits, list(ones.values()), allow_unused=True)
-            self.sharding.release()
-        alive = {
-            name
-            for name, gradient in zip(ones, found, strict=True)
-            if name in fired and gradient is not None and bool(gradient.any())
-        }
-        groups = {_block_of_experts(name) for name in alive}
-        silent = [name for name in deltas if name not in alive]
-        bypassed = [name for name in silent if name in fired or _block_of_experts(name) not in groups - {None}]
-        if bypassed:
-            more = f" and {len(bypassed) - 1} more" if len(bypassed) > 1 else ""
-            raise UnsupportedModelError(
-                f"`{bypassed[0]}`{more} of the safety vector does not reach the logits, because the model's forward pass goes "
-                "around it: switch off fused kernels and fast paths (axolotl's `lora_mlp_kernel`, `lora_qkv_kernel` and "
-                "`lora_o_kernel`; Unsloth's patches), or run `safegene apply` on the finished fine-tune."
-            )
+        values = self._held.detach().clone() + 0.5
+        with frozen_for_calibration(self.model), self.sharding.forward_passes():
+            for graded in (False, True):
+                self.evidence = Evidence()
+                with torch.set_grad_enabled(graded), recomputing(self.model) if graded else nullcontext():
+                    with self.applied(values.requires_grad_(graded)):
+                        logits = _logits(self.model, batch)
+                        if graded and logits.requires_grad:
+                            # spread out over the vocabulary: a softmax forgets what is the same for all of it
+                            direction = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+                            torch.autograd.grad((logits.float() * direction).sum(), values)
+                    self.sharding.release()
+                waiting = check_effective(self.evidence, self._items(), graded)
+        self.evidence = Evidence()
+        return waiting
+
+    def check_effective(self) -> list[str]:
+        """Collective: the same of all passes since `evidence` was last emptied, over all ranks."""
+        items = self._items()
+        known = sorted({item for own in items.values() for item in own})
+        return check_effective(self.evidence.united(list(items), known, self.sharding), items)
+
+    def _items(self) -> dict[str, list[str]]:
+        return list_items(self.deltas, canonical_modules(self.model))
+
+    @contextmanager
+    def _hooked(self, coefficients: torch.Tensor) -> Iterator[None]:
+        modules, evidence = canonical_modules(self.model), self.evidence
+        with ExitStack() as hooks:
+            for item in {item for own in list_items(self.deltas, modules).values() for item in own}:
+                note = _CallNote(evidence.called, item)
+                hooks.callback(modules[item].register_forward_pre_hook(note).remove)
+            for name, delta in self.deltas.items():
+                index = self._index[name].to(coefficients.device)
+                hook = _delta_hook(delta, coefficients, index, evidence, name)
+                hooks.callback(modules[name].register_forward_hook(hook).remove)
+            yield
 
 
-@contextmanager
-def _each_attached(
-    model: nn.Module, deltas: Mapping[str, LowRankDelta], ones: Mapping[str, torch.Tensor], fired: set[str]
-) -> Iterator[None]:
-    """Every delta on with a coefficient of its own; `fired` takes the names of modules whose hook runs."""
+class _CallNote:
+    """Forward pre-hook that notes a call."""
 
-    def note(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
-        fired.add(name)
+    def __init__(self, called: set[str], name: str):
+        self._called, self._name = called, name
 
-    modules = canonical_modules(model)
-    with ExitStack() as hooks:
-        for name, delta in deltas.items():
-            if name not in modules:
-                continue
-            handle = modules[name].register_forward_hook(
-                _delta_hook(delta, ones[name], torch.zeros(1, dtype=torch.long))
-            )
-            hooks.callback(handle.remove)
-            hooks.callback(modules[name].register_forward_hook(partial(note, name)).remove)
-        yield
+    def __call__(self, module: nn.Module, inputs: tuple) -> None:
+        self._called.add(self._name)
 
 
-def _block_of_experts(name: str) -> str | None:
-    """The mixture that an expert's module belongs to, with which of its parts it is; None for any other module."""
-    found = re.fullmatch(r"(.+\.experts)\.\d+\.(.+)", name)
-    return f"{found[1]}.{found[2]}" if found else None
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
 
-@contextmanager
-def attached(
-    model: nn.Module,
-    deltas: Mapping[str, LowRankDelta],
-    coefficient_of: Mapping[str, int | torch.Tensor],
-    coefficients: torch.Tensor,
-) -> Iterator[None]:
-    """While open, module `m` computes `m(x) + B diag(λ) A x`, with `λ = coefficients[coefficient_of[m]]`.
-
-    Nothing is added to the model and no dense `B A` is formed. `coefficients` may require grad and may be changed in place
-    between forward passes. Gradients flow to it through activations only.
-
-    Args:
-        model: Plain or PEFT-wrapped model, unwrapped from any engine.
-        deltas: Low-rank deltas by canonical module name.
-        coefficient_of: Index into `coefficients` of every module in `deltas`, or of each of its r rank-one parts.
-        coefficients: The λ, float32: n of them, or batch×n, each sample's own, which gives each sample's gradient.
-    """
-    modules = canonical_modules(model)
-    handles = []
-    try:
-        for name, delta in deltas.items():
-            hook = _delta_hook(delta, coefficients, torch.as_tensor(coefficient_of[name]).reshape(-1))
-            handles.append(modules[name].register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _delta_hook(delta: LowRankDelta, coefficients: torch.Tensor, index: torch.Tensor):
-    index = index.to(coefficients.device)
+def _delta_hook(
+    delta: LowRankDelta, coefficients: torch.Tensor, index: torch.Tensor, evidence: Evidence, name: str
+) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:
+    reached = partial(evidence.reached.add, name)
 
     def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        evidence.fired.add(name)
         chosen = coefficients[..., index].to(output.device)
         if chosen.dim() == 1:
             chosen = chosen[None]
         elif (inputs[0].numel() // inputs[0].shape[-1]) % len(chosen):
             chosen = chosen.mean(dim=0, keepdim=True)  # tokens of no even number per sample: shared out evenly
-        return _AddDelta.apply(inputs[0], output, chosen, delta)
+        return _AddDelta.apply(inputs[0], output, chosen, delta, reached)
 
     return hook
 
@@ -181,17 +156,25 @@ class _AddDelta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, output: torch.Tensor, coefficient: torch.Tensor, delta: LowRankDelta):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        output: torch.Tensor,
+        coefficient: torch.Tensor,
+        delta: LowRankDelta,
+        reached: Callable[[], None],
+    ):
         a, b = delta.to(output)
         low = F.linear(x.to(output.dtype), a)
         ctx.save_for_backward(low, coefficient)
-        ctx.delta, ctx.x_dtype = delta, x.dtype
+        ctx.delta, ctx.x_dtype, ctx.reached = delta, x.dtype, reached
         # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
         return output + F.linear(_scaled(low, coefficient), b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor):
         (gradient,) = gradients
+        ctx.reached()
         low, coefficient = ctx.saved_tensors
         a, b = ctx.delta.to(gradient)
         low_gradient = gradient @ b
@@ -200,7 +183,7 @@ class _AddDelta(torch.autograd.Function):
             x_gradient = (_scaled(low_gradient, coefficient) @ a).to(ctx.x_dtype)
         products = (low_gradient.to(_wide(low)) * low).reshape(len(coefficient), -1, low.shape[-1])
         coefficient_gradient = products.sum(dim=1).sum_to_size(coefficient.shape).to(coefficient.dtype)
-        return x_gradient, gradient, coefficient_gradient, None
+        return x_gradient, gradient, coefficient_gradient, None, None
 
 
 def _scaled(low: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
@@ -222,7 +205,7 @@ def frozen_for_calibration(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     cuda_devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda_devices), _eagerly():
+    with torch.random.fork_rng(devices=cuda_devices), running_eagerly(model):
         try:
             model.eval()
             for parameter in trainable:
@@ -233,11 +216,6 @@ def frozen_for_calibration(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for module, mode in training.items():
                 module.training = mode
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """While open, whatever `torch.compile` made runs as it was written. Nothing can be compiled before dynamo is imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -5,10 +5,9 @@ import torch
 
 from benchmarks.paper_table import repair
 from safegene_trl.calibration import batches, tokenize
-from safegene_trl.models.attachment import attached
 from safegene_trl.recalibration import cross_entropy, divergence, response_logits
 
-from ..conftest import BENIGN, HARMFUL, TASK, make_model
+from ..conftest import BENIGN, HARMFUL, TASK, attached, make_model
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def test_refusals_are_learned_and_other_answers_held(samples, monkeypatch):
             for group in (benign, instructions)
         ]
     learned = repair._train(make_model(), 0, *samples)
-    with torch.no_grad(), attached(model, learned, dict.fromkeys(learned, 0), torch.ones(1)):
+    with torch.no_grad(), attached(model, learned):
         after = loss(model, refusals)
         moved = [loss(model, group, of) for group, of in zip((benign, instructions), held, strict=True)]
     assert all(delta.a.shape[0] == repair.RANK for delta in learned.values()) and len(learned) == 3 * 7

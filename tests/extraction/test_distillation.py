@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from safegene_trl.calibration import tokenize
 from safegene_trl.extraction.delta import adapter_delta
 from safegene_trl.extraction.distillation import DistillationSettings, distilled, mean_divergence, reference_batches
-from safegene_trl.models.attachment import attached
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration import response_logits
 
-from ..conftest import ALONE, BENIGN, HARMFUL, make_model, with_lora
+from ..conftest import ALONE, BENIGN, HARMFUL, attached, make_model, with_lora
 
 
 def samples(tokenizer, prompts, answer):
@@ -54,7 +53,7 @@ def test_it_learns_the_refusals_and_keeps_the_anchor(harmful, benign):
     again = with_lora(make_model(), rank=4)
     items = [item for item in data if not item.is_anchor]
     tokens = [len(item.log_probs) for item in items]
-    with torch.no_grad(), attached(again, found, dict.fromkeys(found, 0), torch.ones(1)):
+    with torch.no_grad(), attached(again, found):
         mean = sum(float(mean_divergence(again, i)) * n for i, n in zip(items, tokens, strict=True)) / sum(tokens)
     assert mean == pytest.approx(losses["after"]["harmful"], abs=1e-3)
 

@@ -1,0 +1,134 @@
+"""A compiled model gives what it gives eagerly, and comes out compiled as it went in. No C++ compiler is needed for this."""
+
+import pytest
+import torch
+from torch import nn
+
+from safegene_trl.family import Family
+from safegene_trl.models.eager import running_eagerly
+from safegene_trl.weights import base_model, canonical_modules, canonical_parameters, uncompiled
+
+from ..conftest import attachment_of, make_deltas, make_model, with_lora
+from ..test_recalibration import calibration_set, helpful_deltas, run
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+BACKEND = "eager"  # dynamo traces and guards as ever, and the graph is run as it is
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model):
+    return torch.compile(model, backend=BACKEND)
+
+
+def in_place(model):
+    model.compile(backend=BACKEND)
+    return model
+
+
+def by_layer(model):
+    for layer in base_model(model).model.layers:
+        layer.compile(backend=BACKEND)
+    return model
+
+
+def replaced_layers(model):
+    layers = base_model(model).model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer, backend=BACKEND)
+    return model
+
+
+def replaced_linears(model):
+    for layer in base_model(model).model.layers:
+        layer.mlp.down_proj = torch.compile(layer.mlp.down_proj, backend=BACKEND)
+    return model
+
+
+def forward(model):
+    model.forward = torch.compile(model.forward, backend=BACKEND)
+    return model
+
+
+WAYS = [whole, in_place, by_layer, replaced_layers, replaced_linears, forward]
+
+
+@pytest.mark.parametrize(
+    ("way", "lora"), [(way, False) for way in WAYS] + [(whole, True), (replaced_layers, True), (replaced_linears, True)]
+)
+def test_compiled_models_give_the_eager_result(way, lora):
+    data = calibration_set()
+    deltas = helpful_deltas(make_model(), data)
+
+    def made():
+        return with_lora(make_model()) if lora else make_model()
+
+    expected = run(made(), deltas, data, max_evaluations=3)
+    for used in (False, True):  # before and after a first call, which compiles
+        model = way(made())
+        if used:
+            model(IDS)
+        modules = dict(model.named_modules())
+        own = {name: dict(module.__dict__) for name, module in modules.items()}
+        found = run(model, deltas, data, max_evaluations=3)
+        assert found == expected
+        for name, module in model.named_modules():
+            assert module is modules[name] and module.__dict__.keys() == own[name].keys()
+            assert all(module.__dict__[key] is value for key, value in own[name].items() if key != "_forward_hooks")
+
+
+def test_nothing_is_compiled_again_afterwards():
+    counter = torch._dynamo.testing.CompileCounter()
+    model = make_model()
+    layer = model.model.layers[1]
+    model.model.layers[1] = torch.compile(layer, backend=counter)
+    model(IDS)
+    count = counter.frame_count
+    assert count > 0
+    run(model, make_deltas(make_model()), max_evaluations=1)
+    model(IDS)
+    assert counter.frame_count == count
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_names_are_those_of_the_plain_model(way, tokenizer):
+    plain, model = make_model(), way(make_model())
+    assert list(canonical_modules(model)) == list(canonical_modules(plain))
+    assert [p.name for p in canonical_parameters(model)] == [p.name for p in canonical_parameters(plain)]
+    assert Family.of(model, tokenizer) == Family.of(plain, tokenizer)
+    assert isinstance(canonical_modules(model)["model.layers.1.mlp.down_proj"], nn.Linear)
+
+
+def test_compiled_functions_inside_wrappers_run_eagerly():
+    """As accelerate's autocast wraps a forward that was compiled before."""
+    model = make_model()
+    compiled = torch.compile(model.forward, backend=BACKEND)
+    model.forward = lambda *args, **kwargs: compiled(*args, **kwargs)
+    model(IDS)
+    attachment = attachment_of(model, make_deltas(make_model()))
+    with torch.no_grad(), running_eagerly(model):
+        plain = model(IDS).logits
+        with attachment.applied(torch.ones(2)):
+            assert (model(IDS).logits - plain).abs().max() > 1e-2
+
+
+def test_flex_attention_stays_the_compiled_kernel_that_it_is():
+    model = make_model()
+    function = torch.compile(lambda x: torch.compiler.is_compiling(), backend=BACKEND)
+    assert function(torch.ones(1))
+    with running_eagerly(model):
+        assert not function(torch.ones(1))
+    model.config._attn_implementation = "flex_attention"
+    with running_eagerly(model):
+        assert function(torch.ones(1))
+
+
+def test_uncompiled():
+    model = make_model()
+    assert uncompiled(model) is model and uncompiled(torch.compile(model, backend=BACKEND)) is model
