@@ -23,7 +23,7 @@ from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.report import PhaseClock, Report
 from ..sharding import Sharding
 from ..vector import SafetyVector
-from ..weights import canonical_modules
+from ..weights import canonical_modules, check_untied
 
 
 TRAINERS_OUTPUT, FINE_TUNE = "the trainer's `output_dir`", "the fine-tune"
