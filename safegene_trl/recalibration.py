@@ -31,8 +31,8 @@ from .calibration import Batch, CalibrationSet, batches
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
 from .models.attachment import VectorAttachment, frozen_for_calibration, recomputing
-from .models.verification import Evidence
 from .models.batch_size import halving
+from .models.verification import Evidence
 from .optimization import minimize_in_box
 from .sharding import Sharding
 from .weights import base_model

@@ -14,7 +14,6 @@ from safegene_trl.calibration import CalibrationSet, Sample, Split, batches
 from safegene_trl.config import SafeGeneConfig
 from safegene_trl.errors import RecalibrationError
 from safegene_trl.models.attachment import frozen_for_calibration, recomputing
-from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration import divergence, recalibrate, response_logits
 from safegene_trl.weights import base_model

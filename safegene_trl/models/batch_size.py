@@ -13,8 +13,14 @@ from ..sharding import Sharding
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_WORDS = ("out of memory", "OutOfMemoryError", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-_WORDS += ("CUDNN_STATUS_NOT_SUPPORTED", "Allocation failed")  # what `auto_find_batch_size` takes for it as well
+_WORDS = (
+    "out of memory",
+    "OutOfMemoryError",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # as `auto_find_batch_size` has it
+    "Allocation failed",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,13 +4,15 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
-from safegene_trl import merging, recalibration
+from safegene_trl import merging, optimization, recalibration
 from safegene_trl.step import live
 
 from .backends import DEEPSPEED
@@ -44,11 +46,21 @@ def second_call(function, fault):
     return wrapped
 
 
+def little_memory(model, batch):
+    if len(batch.input_ids) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return response_logits(model, batch)
+
+
+response_logits = recalibration.response_logits
 FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
     "validation": (live, "check_supported", break_down, 1),
     "recalibration": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, break_down), 1),
     "kill": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, kill_self), 1),
     "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),
+    "search": (recalibration, "minimize_in_box", break_down, 0),
+    "later in the search": (optimization, "_step", break_down, 0),
+    "memory": (recalibration, "response_logits", little_memory, 1),
     "disk": (merging.TensorFile, "write", full_disk, 0),
 }
 
@@ -62,6 +74,7 @@ def run(plan: dict) -> dict:
     broken = patch.object(*fault[:3]) if fault and fault[3] == rank else nullcontext()
     trainer = trainer_of(plan, Path(plan["out"]), [callback_of(plan)])
     found = {"kind": None, "message": "", "notes": []}
+    started = time.monotonic()
     try:
         with broken:
             trainer.train()
@@ -70,7 +83,7 @@ def run(plan: dict) -> dict:
         if plan["alone"]:  # as an uncaught error would end it
             print(f"{found['kind']}: {found['message']} {found['notes']}", file=sys.stderr, flush=True)
             os._exit(1)
-    return found | {"steps": trainer.state.global_step}
+    return found | {"steps": trainer.state.global_step, "seconds": time.monotonic() - started}
 
 
 def main() -> None:

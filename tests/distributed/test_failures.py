@@ -104,6 +104,25 @@ def test_ranks_fail_together_and_can_go_on(backend, family, tmp_path):
             AutoModelForCausalLM.from_pretrained(out / "checkpoint-2")
 
 
+@pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
+def test_what_rank_0_meets_in_the_search_frees_the_others(backend, family, tmp_path):
+    """Within seconds, not after the process group's time-out; and all ranks start again where memory ran out on one."""
+    faults = ["search", "later in the search", *(["memory"] if backend == "ddp" else []), "none"]
+    done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault) for fault in faults])
+    assert done.returncode == 0, done.stdout[-6000:]
+    for fault in faults:
+        out = tmp_path / fault.replace(" ", "-")
+        main, other = (json.loads((out / f"result-{rank}.json").read_text()) for rank in (0, 1))
+        assert max(main["seconds"], other["seconds"]) < 30, fault
+        if "search" in fault:
+            assert main["kind"] == other["kind"] == "UnexpectedError"
+            assert "(Fault: broken on purpose)" in main["message"]
+            assert "Rank 0 of 2 failed: Fault: broken on purpose" in other["message"]
+            assert not (out / "safeguarded").exists()
+        else:
+            assert main["kind"] is other["kind"] is None and (out / "safeguarded").is_dir(), fault
+
+
 @pytest.mark.parametrize(
     ("backend", "fault"), [marked(b, f) for b in BACKENDS for f in ("recalibration", "gathering", "kill")]
 )

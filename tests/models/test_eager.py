@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments, default_data_collator
 
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.family import Family
 from safegene_trl.models.eager import running_eagerly
 from safegene_trl.weights import base_model, canonical_modules, canonical_parameters, uncompiled
 
-from ..conftest import attachment_of, make_deltas, make_model, with_lora
+from ..conftest import attachment_of, make_deltas, make_model, make_vector, with_lora
 from ..test_recalibration import calibration_set, helpful_deltas, run
 
 
@@ -60,7 +62,8 @@ WAYS = [whole, in_place, by_layer, replaced_layers, replaced_linears, forward]
 
 
 @pytest.mark.parametrize(
-    ("way", "lora"), [(way, False) for way in WAYS] + [(whole, True), (replaced_layers, True), (replaced_linears, True)]
+    ("way", "lora"),
+    [(way, False) for way in WAYS] + [(whole, True), (replaced_layers, True), (replaced_linears, True)],
 )
 def test_compiled_models_give_the_eager_result(way, lora):
     data = calibration_set()
@@ -132,3 +135,42 @@ def test_flex_attention_stays_the_compiled_kernel_that_it_is():
 def test_uncompiled():
     model = make_model()
     assert uncompiled(model) is model and uncompiled(torch.compile(model, backend=BACKEND)) is model
+
+
+@pytest.mark.parametrize("given", ["torch_compile", "compiled model", "compiled layers"])
+def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda *args: "")
+    make_vector(make_model(), tokenizer).save_pretrained(tmp_path / "vector")
+    model = {"compiled model": whole, "compiled layers": replaced_layers}.get(given, lambda model: model)(make_model())
+
+    def report_of(model, name, **arguments):
+        config = SafeGeneConfig(
+            vector=str(tmp_path / "vector"), max_evaluations=2, num_test_prompts=0, num_task_shots=4, num_safety_shots=4
+        )
+        callback = SafeGeneCallback(config)
+        rows = [{"input_ids": list(range(5 + i, 25 + i)), "labels": list(range(5 + i, 25 + i))} for i in range(8)]
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name),
+            max_steps=1,
+            learning_rate=0.0,  # compiled steps are rounded otherwise
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            **arguments,
+        )
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[callback],
+            data_collator=default_data_collator,
+        )
+        trainer.train()
+        return callback.report
+
+    compile_too = {"torch_compile": True, "torch_compile_backend": BACKEND} if given == "torch_compile" else {}
+    expected, found = report_of(make_model(), "plain"), report_of(model, "compiled", **compile_too)
+    for key in ("coefficients", "held_out", "history", "decision", "model"):
+        assert found[key] == expected[key], key
