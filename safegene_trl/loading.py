@@ -149,7 +149,8 @@ def load_model(
             model, info = architecture.from_pretrained(None, config=config, state_dict=weights, **kwargs)
         else:
             check_complete(name_or_path, revision)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loader: Any = AutoModelForCausalLM
+            model, info = loader.from_pretrained(
                 named, revision=None if base else revision, trust_remote_code=False, **kwargs
             )
         if not getattr(model.config, "quantization_config", None):

@@ -187,7 +187,9 @@ def write_merged(
             with TensorFile(folder / file_name, {name: contents[name] for name in names}) as file:
                 for name in own.keys() & names:
                     if not is_finite(own[name]):
-                        raise CheckpointError(f"The adapter's own `{name}` holds NaN or infinity: its training has diverged.")
+                        raise CheckpointError(
+                            f"The adapter's own `{name}` holds NaN or infinity: its training has diverged."
+                        )
                     file.write(name, own[name])
                 blocks = [block for name in names if name not in own for block in row_blocks(name, stored.files[name])]
                 for written, part in in_threads(partial(_merge_block, stored, additions, reader, file), blocks):

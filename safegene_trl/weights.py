@@ -262,7 +262,9 @@ def _saved(module: nn.Module) -> Any:
     return module.modules_to_save[module.active_adapters[0]]
 
 
-def _check_saved_whole(name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]) -> None:
+def _check_saved_whole(
+    name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]
+) -> None:
     if len(wrapper.modules_to_save) > 1 or _saved(wrapper) is None:
         raise UnsupportedModelError(
             f"`{name}` is saved whole by several adapters, or by one that is not active: load one adapter and activate it."

@@ -123,8 +123,10 @@ def test_experts_that_lack_a_piece(load, tmp_path):
     [
         plus("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)),  # of checkpoints from before 2024
         lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
-        lambda tensors: without("model.embed_tokens.weight")(tensors)
-        | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        lambda tensors: (
+            without("model.embed_tokens.weight")(tensors)
+            | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        ),
     ],
     ids=["inv_freq", "tied head twice", "tied head under the other name"],
 )
@@ -246,7 +248,9 @@ def test_every_loader_of_transformers_is_told_not_to_run_code():
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
                 continue
             owner = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
-            if call.func.attr in ("from_pretrained", "from_config") and (owner.startswith("Auto") or owner == "loader"):
+            if call.func.attr in ("from_pretrained", "from_config") and (
+                owner.startswith("Auto") or owner == "loader"
+            ):
                 given = {word.arg: ast.unparse(word.value) for word in call.keywords}
                 assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno}"
                 found += 1

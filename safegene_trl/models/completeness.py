@@ -121,7 +121,9 @@ def _check_numbers(model: nn.Module, files: Mapping[str, StoredTensor], named: s
             )
 
 
-def load_adapter(base: Any, name_or_path: str, revision: str | None = None, low_cpu_mem_usage: bool = False) -> PeftModel:
+def load_adapter(
+    base: Any, name_or_path: str, revision: str | None = None, low_cpu_mem_usage: bool = False
+) -> PeftModel:
     """An adapter on its base model, in eval mode, as `PeftModel.from_pretrained` makes it.
 
     Raises:
@@ -130,7 +132,9 @@ def load_adapter(base: Any, name_or_path: str, revision: str | None = None, low_
     """
     config: Any = PeftConfig.from_pretrained(name_or_path, revision=revision)
     if getattr(config, "megatron_config", None):  # PEFT would import a module whose name is in the file
-        raise UnsupportedModelError(f"{name_or_path} is an adapter for Megatron's own layers: convert it to plain ones.")
+        raise UnsupportedModelError(
+            f"{name_or_path} is an adapter for Megatron's own layers: convert it to plain ones."
+        )
     file = _adapter_file(name_or_path, revision)
     config.inference_mode = True
     kind: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)

@@ -145,7 +145,11 @@ def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer
 
     def report_of(model, name, **arguments):
         config = SafeGeneConfig(
-            vector=str(tmp_path / "vector"), max_evaluations=2, num_test_prompts=0, num_task_shots=4, num_safety_shots=4
+            vector=str(tmp_path / "vector"),
+            max_evaluations=2,
+            num_test_prompts=0,
+            num_task_shots=4,
+            num_safety_shots=4,
         )
         callback = SafeGeneCallback(config)
         rows = [{"input_ids": list(range(5 + i, 25 + i)), "labels": list(range(5 + i, 25 + i))} for i in range(8)]

@@ -49,7 +49,9 @@ class Encoder:
     def __init__(self, name_or_path: str):
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            self._model: Any = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False).eval()
+            self._model: Any = AutoModel.from_pretrained(
+                name_or_path, dtype=torch.float32, trust_remote_code=False
+            ).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"The sentence encoder {name_or_path} cannot be loaded: {error}") from error
 
