@@ -18,7 +18,7 @@ from .metrics import SHARES
 from .text import printable
 
 
-MOST_POINTS = 400  # of a line: more of them than that cannot be told apart
+MOST_POINTS = 100  # of a line: with more of them their intervals cannot be told apart
 MOST_ROWS = 20  # components of a vector, one above the other
 LARGEST_SIDE = 100.0  # inches
 _COLOURS = ("tab:blue", "tab:orange", "tab:grey", "tab:green", "tab:red", "tab:purple")
