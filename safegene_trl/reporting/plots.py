@@ -23,7 +23,7 @@ MOST_ROWS = 20  # components of a vector, one above the other
 LARGEST_SIDE = 100.0  # inches
 _COLOURS = ("tab:blue", "tab:orange", "tab:grey", "tab:green", "tab:red", "tab:purple")
 # Names may hold what matplotlib takes for formulas, and a person's own settings may ask for LaTeX.
-_SETTINGS = {"text.usetex": False, "text.parse_math": False}
+_SETTINGS: Any = {"text.usetex": False, "text.parse_math": False}
 
 
 def heat_map(tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path) -> None:
