@@ -226,7 +226,9 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
     try:
         model, base_model = model_reference(name, revision), None if base is None else model_reference(base)
     except OSError as error:
-        raise ConfigError(f"The files of {name} cannot be read, to tell its answers from another model's: {error}") from error
+        raise ConfigError(
+            f"The files of {name} cannot be read, to tell its answers from another model's: {error}"
+        ) from error
     return {
         "model": model,
         "base_model": base_model,

@@ -122,7 +122,9 @@ def _asked(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
         return judged(judge, exchanges)
     except SafeGeneError:
         raise
-    except Exception as error:  # of a model, a server's client or another package: whatever it is, the verdicts so far are kept
+    except (
+        Exception
+    ) as error:  # of a model, a server's client or another package: whatever it is, the verdicts so far are kept
         raise SafeGeneError(
             f"The judge {judge.name} failed ({type(error).__name__}: {one_line(error)[:300]}): the verdicts given before are kept; set that "
             "right or leave the judge out, then run again."

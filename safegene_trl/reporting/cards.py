@@ -118,7 +118,8 @@ Outcome: **{markdown(decision["outcome"].replace("_", " "))}**. {markdown(decisi
 """
     if results:
         rows = "\n".join(
-            f"| {metric.title} | {_with_interval(before)} | {_with_interval(after)} |" for metric, before, after in shown
+            f"| {metric.title} | {_with_interval(before)} | {_with_interval(after)} |"
+            for metric, before, after in shown
         )
         text += f"""
 | | fine-tuned | safeguarded |

@@ -111,7 +111,11 @@ def _line(releases: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any] |
     for index, point in enumerate(points):
         point |= {"x": step * (index + 0.5), "y": 100 - 100 * point["share"]}
         point |= {"top": 100 - 100 * point["high"], "bottom": 100 - 100 * point["low"]}
-    return {"width": step * len(points), "points": points, "label": f"Harmful prompts refused by release. {_words(points)}"}
+    return {
+        "width": step * len(points),
+        "points": points,
+        "label": f"Harmful prompts refused by release. {_words(points)}",
+    }
 
 
 def _words(points: Sequence[Mapping[str, Any]]) -> str:

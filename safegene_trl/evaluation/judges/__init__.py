@@ -73,7 +73,9 @@ def judged(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
     asked = [exchange for exchange, label in zip(exchanges, labels, strict=True) if label is None]
     found = judge(asked)
     if len(found) != len(asked):
-        raise SafeGeneError(f"The judge {judge.name} gave {len(found)} verdicts on {len(asked)} answers: use another judge.")
+        raise SafeGeneError(
+            f"The judge {judge.name} gave {len(found)} verdicts on {len(asked)} answers: use another judge."
+        )
     rest = iter(found)
     return [next(rest) if label is None else Verdict(label) for label in labels]
 
@@ -116,8 +118,12 @@ def load_judge(spec: str) -> Judge:
         return judge(argument) if placeholder else judge()
     except SafeGeneError:
         raise
-    except Exception as error:  # of models and packages of others: too little memory, a damaged file, code that is missing
-        raise ConfigError(f"The judge `{spec}` cannot be loaded ({type(error).__name__}: {one_line(error)[:300]}).") from error
+    except (
+        Exception
+    ) as error:  # of models and packages of others: too little memory, a damaged file, code that is missing
+        raise ConfigError(
+            f"The judge `{spec}` cannot be loaded ({type(error).__name__}: {one_line(error)[:300]})."
+        ) from error
 
 
 _JUDGES = {  # name: module, class, what its argument is; imported when asked for, because some need extras

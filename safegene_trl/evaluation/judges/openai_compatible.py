@@ -112,6 +112,11 @@ def _whole_number(value: Any) -> int:
     """A grade as models write it, 2, 2.0 or "2"; raises `ValueError` for anything else, e.g. 2.5, NaN or true."""
     if isinstance(value, str):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value != int(value)
+    ):
         raise ValueError(f"{value!r} is no grade")
     return int(value)
