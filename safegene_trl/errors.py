@@ -41,6 +41,10 @@ class RejectedError(RecalibrationError):
     """The safeguarded model does not keep the gate's limits, or no coefficients are acceptable."""
 
 
+class PlotError(SafeGeneError):
+    """A picture cannot be drawn or written; what it shows is not touched by that."""
+
+
 class SignatureError(SafeGeneError):
     """A signature is missing, invalid, or cannot be made."""
 

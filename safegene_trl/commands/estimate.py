@@ -1,27 +1,29 @@
 """`safegene estimate COMMAND …`: what `safegene COMMAND …` will take, for each of its steps."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import get_peft_config
 
 from ..config import SafeGeneConfig
-from ..errors import ConfigError
+from ..errors import CalibrationDataError, ConfigError
 from ..estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
 from ..loading import load_skeleton, load_tokenizer, resolve_dtype
+from ..output import check_writable, replace_file
+from ..reporting.text import strict_json
 from ..shots import gather_shots
 from ..step.plan import read_vector
 from ..streaming import StoredModel
+from ..validation import Rule, check_value
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
 from . import apply, sft
 from .launching import OPTION, take_config, wants_launch
 from .parsing import parse
+from .yaml_files import read_yaml
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,11 +38,15 @@ def main(argv: Sequence[str]) -> int:
             f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "
             f"`{OPTION} NAME --num_processes N` for more than one process and `--json FILE` for a file."
         )
+    if own.num_processes is not None and own.num_processes < 1:
+        raise ConfigError(f"`--num_processes` is {own.num_processes}: it must be at least 1.")
+    if own.json is not None:
+        check_writable(own.json)
     launch, rest = _launch(rest[1:], own.num_processes)
     costs = _ESTIMATES[command](rest, launch)
     if own.json is not None:
         record = {name: vars(cost) for name, cost in costs.items()}
-        own.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        replace_file(own.json, strict_json(record) + "\n")
     print(table(costs))
     return 0
 
@@ -62,10 +68,13 @@ def _launch(argv: Sequence[str], processes: int | None) -> tuple[Launch, list[st
     if not wants_launch(argv):
         return Launch(processes or 1), list(argv)
     path, rest = take_config(argv)
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    zero = (settings.get("deepspeed_config") or {}).get("zero_stage")
-    sharded = zero == 3 or settings.get("distributed_type") == "FSDP"
-    return Launch(processes or settings.get("num_processes") or 1, sharded), rest
+    settings = read_yaml(path, "The launch configuration")
+    deepspeed, count = settings.get("deepspeed_config") or {}, settings.get("num_processes") or 1
+    if not isinstance(deepspeed, dict):
+        raise ConfigError(f"`deepspeed_config` in the launch configuration {path} must be a block of keys and values.")
+    check_value(f"num_processes in {path}", count, int, Rule(at_least=1))
+    sharded = deepspeed.get("zero_stage") == 3 or settings.get("distributed_type") == "FSDP"
+    return Launch(processes or count, sharded), rest
 
 
 def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
@@ -74,9 +83,18 @@ def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     if not name or config is None:
         raise ConfigError("The recipe names no model or has no `safegene` block: there is no safety step to estimate.")
     dtype = resolve_dtype(model.dtype, name, revision)
-    rows = None if config.task_data else sft.training_data(script, mixture)[script.dataset_train_split]
+    rows = None if config.task_data else _training_rows(script, mixture)
     probe = Probe(load_skeleton(name, revision), dtype, get_peft_config(model), training.gradient_checkpointing)
     return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
+
+
+def _training_rows(script: Any, mixture: Any) -> Any:
+    splits = sft.training_data(script, mixture)
+    if script.dataset_train_split not in splits:
+        raise CalibrationDataError(
+            f"The training data has no split `{script.dataset_train_split}`: set `dataset_train_split` to one of {', '.join(splits)}."
+        )
+    return splits[script.dataset_train_split]
 
 
 def estimate_apply(

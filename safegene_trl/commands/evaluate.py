@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
+from ..reporting.text import printable
 from ..sharding import join_processes, this_job
 from .launching import launch, wants_launch
 from .parsing import make_parser, parse
@@ -29,11 +30,11 @@ def main(argv: Sequence[str]) -> int:
 def text(result: dict[str, Any]) -> str:
     """The result as a table: shares in per cent, with 95 % intervals."""
     name, judge = next(iter(result["judges"].items()))
-    lines = [f"Judge {name} (sees {judge['sees']}); shares in %, with 95 % intervals.", ""]
+    lines = [f"Judge {printable(name)} (sees {judge['sees']}); shares in %, with 95 % intervals.", ""]
     for set_name, found in judge["sets"].items():
         measures = ("attack_success", "refused") if found["kind"] == "harmful" else ("answered", "over_refusal")
         cells = [f"{measure.replace('_', ' ')} {_share(found[measure])}" for measure in measures]
-        lines.append(f"{set_name:<28} {found['kind']:<8} {'   '.join(cells)}")
+        lines.append(f"{printable(set_name):<28} {found['kind']:<8} {'   '.join(cells)}")
         others = {
             label: count for label, count in found["labels"].items() if label in ("incoherent", "off_task", "unjudged")
         }
@@ -44,10 +45,10 @@ def text(result: dict[str, Any]) -> str:
             lines.append(f"{measure.replace('_', ' ')}, mean over the sets: {_share(judge[measure])}")
     for pair in result["agreement"]:
         kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
-        lines.append(f"Cohen's κ of {' and '.join(pair['judges'])}: {kappa} on {pair['answers']} answers")
+        lines.append(f"Cohen's κ of {printable(' and '.join(pair['judges']))}: {kappa} on {pair['answers']} answers")
     for task, metrics in result.get("utility", {}).get("results", {}).items():
         shown = ", ".join(f"{key.split(',')[0]} {value:.4g}" for key, value in metrics.items())
-        lines.append(f"utility {task}: {shown}")
+        lines.append(f"utility {printable(task)}: {printable(shown)}")
     if result["left_out_as_repeated"]:
         lines.append(f"{len(result['left_out_as_repeated'])} prompts left out, because they repeat excluded ones.")
     return "\n".join(lines)

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +17,25 @@ import psutil
 import torch
 import yaml
 
-from ..config import reject_unknown_keys
 from ..errors import ConfigError, SafeGeneError
 from ..gate import EXIT_CODES
+from ..locking import alone_in
 from ..output import MARKER, replace_file
-from ..provenance import sha256_of_json
+from ..provenance import sha256_of_file, sha256_of_json
+from ..reporting.text import one_line, strict_json
 from ..step.plan import failure_path
+from .fleet_file import STATE, WORKSHOP, Fleet, overlap, sources
+from .interruption import Interrupted, undisturbed
+from .process_group import ProcessGroup
 from .tables import HEADINGS, aligned, measured_cells
 
 
+__all__ = ["Fleet", "run_fleet"]
 logger = logging.getLogger(__name__)
-STATE = "fleet.json"
-FAILED = "failed"
+FAILED, INTERRUPTED = "failed", "interrupted"
 SHARE_OF_FREE_MEMORY = 0.8
 _GIB = 2**30
-
-
-@dataclass
-class Fleet:
-    """The content of `models.yaml`.
-
-    Args:
-        output_dir: Folder for everything: `NAME/` with each checkpoint, `NAME.log`, and `fleet.json`.
-        models: One block per fine-tune: `name` (default: the last part of its path), the options of `safegene apply`, and a `safegene`
-            block of its own, which goes before the common one.
-        safegene: The common block; keys of `SafeGeneConfig`.
-        memory_gib: Memory for all processes together: of each GPU where there are any, else of the machine. Default: 80 % of what is
-            free.
-        processes: How many at once, at most. Default: as many as memory allows on GPUs, else one per core.
-        timeout_minutes: A process that takes longer is ended, and its fine-tune counts as failed.
-    """
-
-    output_dir: str
-    models: list[dict[str, Any]]
-    safegene: dict[str, Any] = field(default_factory=dict)
-    memory_gib: float | None = None
-    processes: int | None = None
-    timeout_minutes: float = 24 * 60.0
-
-    @classmethod
-    def read(cls, path: Path) -> "Fleet":
-        """Raises `ConfigError` for a file that cannot be read, unknown keys, or names that are missing or there twice."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"The fleet {path} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError(f"The fleet {path} must hold keys and values.")
-        reject_unknown_keys(content, [f.name for f in fields(cls)], where=f"the fleet {path}")
-        if not content.get("output_dir") or not isinstance(content.get("models"), list) or not content["models"]:
-            raise ConfigError(f"The fleet {path} needs `output_dir` and a list of `models`.")
-        fleet = cls(**content)
-        names = [fleet.name_of(member) for member in fleet.models]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"The fleet has two models named {twice[0]}: give each a `name`.")
-        for key in ("memory_gib", "processes", "timeout_minutes"):
-            value = getattr(fleet, key)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise ConfigError(f"`{key}` is {value!r}: it must be a number above 0.")
-        return fleet
-
-    def name_of(self, member: Any) -> str:
-        if not isinstance(member, dict) or not member.get("model_name_or_path"):
-            raise ConfigError("Every entry of `models` needs `model_name_or_path`.")
-        name = str(member.get("name", Path(member["model_name_or_path"]).name))
-        if name != Path(name).name or name.startswith("."):
-            raise ConfigError(f"`{name}` cannot be a folder's name: give the model another `name`.")
-        return name
-
-    def recipe(self, member: dict[str, Any]) -> dict[str, Any]:
-        """The recipe of `safegene apply` for one model."""
-        own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
-        target = str(Path(self.output_dir) / self.name_of(member))
-        return own | {"safegene": {"output_dir": target, **self.safegene, **(member.get("safegene") or {})}}
+_END_OF_LOG = 2**16  # bytes in which a process's last words are looked for
 
 
 @dataclass
@@ -97,6 +45,8 @@ class Member:
     Attributes:
         memory: Bytes that its process will take, as estimated.
         key: Hash of all that its result depends on; a finished one with the same key is not done again.
+        report: SHA-256 of the report of a finished one, which says whether what lies there is still that.
+        outcome: One of the gate's, `failed`, or `interrupted`; empty before it was started.
     """
 
     name: str
@@ -104,24 +54,34 @@ class Member:
     target: Path
     key: str
     memory: int = 0
+    report: str = ""
     outcome: str = ""
     message: str = ""
     seconds: float = 0.0
+
+    @property
+    def log(self) -> Path:
+        return self.recipe.with_suffix(".log")
 
     def finish(self, outcome: str, message: str) -> None:
         self.outcome, self.message = outcome, message
 
 
 def run_fleet(path: Path) -> int:
-    """Does all that is not done yet, prints a table, and returns the exit code of the worst outcome: 2 for one that failed."""
+    """Does all that is not done yet, prints a table, and returns the exit code of the worst outcome: 2 for one that failed.
+
+    Raises:
+        SafeGeneError: The file is wrong, or another fleet is at work in its folder; nothing is started then.
+    """
     fleet = Fleet.read(path)
     folder = Path(fleet.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _read_state(folder / STATE)
-    members = [_member(fleet, entry, before) for entry in fleet.models]
-    _estimate([member for member in members if not member.outcome])
-    _save_state(members, folder / STATE)
-    _Pool(fleet, members, folder / STATE).run()
+    remedy = "wait for it, or end it and the processes that it left"
+    with alone_in(folder / WORKSHOP, "fleet", remedy) as lock:
+        before = _read_state(folder / STATE)
+        members = [_member(fleet, entry, before) for entry in fleet.models]
+        _estimate([member for member in members if not member.outcome])
+        _save_state(members, folder / STATE)
+        _Pool(fleet, members, folder / STATE, lock).run()
     print(_table(members))
     outcomes = {member.outcome for member in members}
     return 2 if FAILED in outcomes else max(EXIT_CODES[outcome] for outcome in outcomes)
@@ -129,24 +89,25 @@ def run_fleet(path: Path) -> int:
 
 def _member(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, Any]]) -> Member:
     name, recipe = fleet.name_of(entry), fleet.recipe(entry)
-    file = Path(fleet.output_dir) / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    file = Path(fleet.output_dir) / WORKSHOP / f"{name}.yaml"
+    replace_file(file, yaml.safe_dump(recipe, sort_keys=False))
     target = Path(recipe["safegene"]["output_dir"])
-    inputs = [_stamps(str(source)) for source in (entry["model_name_or_path"], recipe["safegene"].get("vector", ""))]
+    # what it reads from its own folder, e.g. for a warm start, changes with its result
+    inputs = [_stamps(source) for source in sources(recipe).values() if not overlap(Path(source), target)]
     member = Member(name, file, target, sha256_of_json([recipe, inputs]))
     earlier = before.get(name, {})
     if earlier.get("key") == member.key and earlier.get("outcome") in EXIT_CODES:
-        written = (target / MARKER).is_file() or (earlier["outcome"] == "rejected" and failure_path(target).is_file())
-        if written:
-            member.seconds = earlier["seconds"]
+        place, _ = _report(target, earlier["outcome"])
+        if place is not None and sha256_of_file(place) == earlier.get("report"):
+            member.report, member.seconds = earlier["report"], earlier["seconds"]
             member.finish(earlier["outcome"], earlier["message"])
     return member
 
 
 def _stamps(source: str) -> list[Any]:
-    """What tells whether a folder was written to since; of a hub id its name."""
-    folder = Path(source)
-    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    """What tells whether a file or folder was written to since; of a hub id its name."""
+    place = Path(source)
+    files = sorted(place.glob("*")) if place.is_dir() else [place]
     return [source, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]]
 
 
@@ -159,26 +120,30 @@ def _estimate(members: Sequence[Member]) -> None:
             costs = estimate_apply(["--config", str(member.recipe)], timed=False)
             member.memory = max(cost.memory for cost in costs.values())
         except SafeGeneError as error:
-            member.finish(FAILED, str(error))
-        except Exception as error:  # whatever is wrong with one model, the others are done
+            member.finish(FAILED, one_line(error))
+        except Interrupted:
+            raise
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever is wrong with one model, the others are done; argparse exits
             logger.exception("%s: the estimate failed", member.name)
-            member.finish(FAILED, f"Its estimate failed: {type(error).__name__}: {error}")
+            member.finish(FAILED, f"Its estimate failed: {type(error).__name__}: {one_line(error)}")
 
 
 class _Pool:
     """Processes on devices, as many at once as the memory allows."""
 
-    def __init__(self, fleet: Fleet, members: Sequence[Member], state: Path):
+    def __init__(self, fleet: Fleet, members: Sequence[Member], state: Path, lock: int | None = None):
         self.fleet, self.members, self.state = fleet, members, state
-        gpus = range(torch.cuda.device_count())
-        if gpus:
-            free = {str(gpu): torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
-        else:
-            free = {"cpu": psutil.virtual_memory().available}
+        self.inherited = (
+            [] if lock is None else [lock]
+        )  # so that no second fleet starts while a process of a killed one runs
+        free = _free_memory()
         budget = fleet.memory_gib
         self.room = {name: budget * _GIB if budget else SHARE_OF_FREE_MEMORY * memory for name, memory in free.items()}
-        self.at_once = int(fleet.processes or (len(members) if gpus else os.cpu_count() or 1))
-        self.running: dict[subprocess.Popen, tuple[Member, str, float]] = {}
+        self.at_once = fleet.processes or (len(members) if "cpu" not in free else os.cpu_count() or 1)
+        self.running: dict[ProcessGroup, tuple[Member, str, float]] = {}
 
     def run(self) -> None:
         waiting = [member for member in self.members if not member.outcome]
@@ -199,10 +164,11 @@ class _Pool:
                         self._start(member, device)
                 self._collect()
                 time.sleep(0.2)
-        finally:
-            for process in self.running:
-                process.kill()
-            _save_state(self.members, self.state)
+        except BaseException as error:
+            with undisturbed():
+                self._give_up(error)
+            raise
+        _save_state(self.members, self.state)
 
     def _start(self, member: Member, device: str) -> None:
         environment = dict(os.environ)
@@ -213,71 +179,121 @@ class _Pool:
         else:
             environment["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "safegene_trl", "apply", "--config", str(member.recipe)]
-        with open(member.recipe.with_suffix(".log"), "wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-            )
-        self.room[device] -= member.memory
-        self.running[process] = member, device, time.monotonic()
+        with undisturbed(later=True):  # a process that was started and not noted would never be ended
+            try:
+                process = ProcessGroup(command, member.log, environment, self.inherited)
+            except OSError as error:
+                member.finish(FAILED, f"It cannot be started: {error}.")
+                return
+            self.room[device] -= member.memory
+            self.running[process] = member, device, time.monotonic()
         logger.info("%s: started", member.name)
 
     def _collect(self) -> None:
         for process, (member, device, started) in list(self.running.items()):
-            late = time.monotonic() - started > self.fleet.timeout_minutes * 60
-            if late:
-                process.kill()
-                process.wait()
-            elif process.poll() is None:
+            code = process.poll()
+            late = code is None and time.monotonic() - started > self.fleet.timeout_minutes * 60
+            if code is None and not late:
                 continue
+            if late:
+                ProcessGroup.end([process])
             del self.running[process]
             self.room[device] += member.memory
             member.seconds = round(time.monotonic() - started, 1)
-            if late:
+            if code is None:
                 member.finish(FAILED, f"It took longer than {self.fleet.timeout_minutes:g} minutes and was ended.")
             else:
-                member.finish(*_outcome(member, process.returncode))
+                _conclude(member, code)
+            _save_state(self.members, self.state)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Ends all that runs and notes it."""
+        ProcessGroup.end(list(self.running))
+        why = error.signal if isinstance(error, Interrupted) else type(error).__name__
+        for member, _, started in self.running.values():
+            member.seconds = round(time.monotonic() - started, 1)
+            member.finish(INTERRUPTED, f"The fleet was ended ({why}) while it was at work: run the fleet again.")
+        with suppress(SafeGeneError):  # the disk may be what ended it
             _save_state(self.members, self.state)
 
 
-def _outcome(member: Member, code: int) -> tuple[str, str]:
+def _free_memory() -> dict[str, float]:
+    """Bytes by device, under the name that CUDA_VISIBLE_DEVICES takes for it."""
+    count = torch.cuda.device_count()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = visible[:count] if len(visible) >= count else [str(gpu) for gpu in range(count)]
+    free = {name.strip(): float(torch.cuda.mem_get_info(gpu)[0]) for gpu, name in enumerate(names)}
+    return free or {"cpu": float(psutil.virtual_memory().available)}
+
+
+def _conclude(member: Member, code: int) -> None:
+    """What became of a member whose process has ended: as its exit code says, if its report says so too."""
     outcome = next((name for name, number in EXIT_CODES.items() if number == code), FAILED)
-    log = member.recipe.with_suffix(".log")
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if outcome == FAILED:
-        said = next((line for line in reversed(lines) if line.startswith("safegene apply:")), "")
-        return FAILED, said.removeprefix("safegene apply: ") or f"It ended with exit code {code}: see {log}."
-    return outcome, str(_report(member)["decision"]["reason"])
+    if outcome != FAILED:
+        place, report = _report(member.target, outcome)
+        if place is not None:
+            member.report = sha256_of_file(place)
+            return member.finish(outcome, str(report["decision"].get("reason", "")))
+        return member.finish(FAILED, f"It ended as {outcome.replace('_', ' ')} and left no report: see {member.log}.")
+    if code < 0:
+        name = {each.value: each.name for each in signal.Signals}.get(-code, f"signal {-code}")
+        hint = ", perhaps because memory ran out" if name == "SIGKILL" else ""
+        return member.finish(FAILED, f"It was ended by {name}{hint}: see {member.log}.")
+    said = next((line for line in reversed(_last_lines(member.log)) if line.startswith("safegene apply:")), "")
+    member.finish(
+        FAILED, said.removeprefix("safegene apply: ") or f"It ended with exit code {code}: see {member.log}."
+    )
 
 
-def _report(member: Member) -> dict[str, Any]:
-    path = member.target / MARKER if member.outcome != "rejected" else failure_path(member.target)
-    for file in (path, member.target / MARKER, failure_path(member.target)):
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-    return {"decision": {"reason": ""}}
+def _last_lines(log: Path) -> list[str]:
+    try:
+        with open(log, "rb") as file:
+            file.seek(-min(_END_OF_LOG, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _report(target: Path, outcome: str) -> tuple[Path | None, dict[str, Any]]:
+    """The newest report of a member with that outcome, and where it stands; a rejected one may have written no checkpoint."""
+    found = []
+    for place in [target / MARKER, *([failure_path(target)] if outcome == "rejected" else [])]:
+        with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+            report = json.loads(place.read_text(encoding="utf-8"))
+            if report["decision"]["outcome"] == outcome:
+                found.append((place.stat().st_mtime_ns, place, report))
+    return max(found, key=lambda entry: entry[0])[1:] if found else (None, {})
 
 
 def _table(members: Sequence[Member]) -> str:
     rows = [["model", "outcome", *HEADINGS, "seconds", "output"]]
     for member in members:
-        measured = {} if member.outcome == FAILED else _report(member).get("measured", {})
-        output = str(member.target) if (member.target / MARKER).is_file() and member.outcome != FAILED else ""
-        rows.append([member.name, member.outcome, *measured_cells(measured), f"{member.seconds:.0f}", output])
-    notes = [f"{m.name}: {m.message}" for m in members if m.outcome not in ("accepted", "accepted_best_effort")]
+        place, report = _report(member.target, member.outcome) if member.outcome in EXIT_CODES else (None, {})
+        output = str(member.target) if place == member.target / MARKER else ""
+        measured = measured_cells(report.get("measured") or {})
+        rows.append([member.name, member.outcome, *measured, f"{member.seconds:.0f}", output])
+    notes = [
+        f"{m.name}: {one_line(m.message)}" for m in members if m.outcome not in ("accepted", "accepted_best_effort")
+    ]
     return "\n".join([aligned(rows), *notes])
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        return {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for entry in entries:
+            texts = [entry[key] for key in ("name", "key", "outcome", "message")]
+            if not all(isinstance(text, str) for text in texts) or not math.isfinite(entry["seconds"]):
+                raise ValueError(entry)
+        return {entry["name"]: entry for entry in entries}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SafeGeneError(f"{path} is damaged: remove it, and the fleet starts anew.") from error
+    except OSError as error:
+        raise SafeGeneError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: remove it, and the fleet starts anew.") from error
 
 
 def _save_state(members: Sequence[Member], path: Path) -> None:
     entries = [{key: str(v) if isinstance(v, Path) else v for key, v in asdict(member).items()} for member in members]
-    replace_file(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+    replace_file(path, strict_json(entries, indent=1) + "\n")

@@ -10,6 +10,7 @@ from ..models.coefficients import by_component
 from ..output import MARKER
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
+from ..reporting.text import printable, printable_values
 from ..vector import SafetyVector
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     report = Path(arguments.directory) / MARKER
     if report.is_file():
         try:
-            found = json.loads(report.read_text(encoding="utf-8"))
+            found = printable_values(json.loads(report.read_text(encoding="utf-8")))
             shown = {
                 f"{place}/{component}" if component else place: value
                 for component, values in by_component(found["coefficients"]).items()
@@ -31,9 +32,12 @@ def main(argv: Sequence[str]) -> int:
             }
             width = max(map(len, shown), default=0)
             coefficients = [f"  {name:<{width}}  λ = {value:.3f}" for name, value in shown.items()]
-            print("\n".join([summary(found), *coefficients]))
-        except (ValueError, KeyError) as error:
+            described = "\n".join([summary(found), *coefficients])
+        except OSError as error:
+            raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error
+        print(described)
     else:
         vector = SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)
         print(_describe_vector(vector))
@@ -62,4 +66,4 @@ def _describe_vector(vector: SafetyVector) -> str:
         lines.append(f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}")
     for layer, score in enumerate(scores):
         lines.append(f"  layer {layer:>3}  score {score:+.4f}{'  selected' if layer in vector.layers else ''}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -1,13 +1,19 @@
-"""`safegene COMMAND …`: dispatches to the subcommands, and prints a `SafeGeneError` as one line."""
+"""`safegene COMMAND …`: dispatches to the subcommands, and ends each of their errors with one plain line."""
 
 import importlib
 import os
+import select
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
-from ..errors import RejectedError, SafeGeneError
+from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..gate import EXIT_CODES
+from ..reporting.text import one_line
+from .interruption import Interrupted, interruptible
 
 
 COMMANDS = {
@@ -28,10 +34,42 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0, 3 for a checkpoint that was accepted as best effort, 4 for one that was rejected, 2 for any other `SafeGeneError` or wrong usage.
+    0, 3 for a checkpoint that was accepted as best effort, 4 for one that was rejected, 2 for any other `SafeGeneError` or wrong usage, 1
+    for an error that nothing here foresaw, 130 after Ctrl-C, 141 where nobody reads the output any more. SIGTERM and SIGHUP end it by
+    `SystemExit`, with 143 and 129.
     """
     words = sys.argv[1:] if argv is None else argv
     argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
+    name = " ".join(["safegene", *argv[:1]])
+    try:
+        with interruptible():
+            code = _run(argv)
+            sys.stdout.flush()
+        return code
+    except Interrupted as ending:
+        _say(f"{name}: ended by {ending.signal}.")
+        raise
+    except KeyboardInterrupt:
+        _say(f"{name}: interrupted.")
+        return 128 + signal.SIGINT
+    except SafeGeneError as error:
+        if os.environ.get("RANK", "0") == "0":  # it knows what happened on the others
+            if error.__cause__ is not None and isinstance(error, UnexpectedError):
+                _say("".join(traceback.format_exception(error.__cause__)))
+            _say(f"{name}: {one_line(error)}")
+        return EXIT_CODES["rejected"] if isinstance(error, RejectedError) else 2
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 128 + signal.SIGPIPE
+        _say(traceback.format_exc())
+        _say(
+            f"{name}: it failed by an error that was not foreseen ({type(error).__name__}: {one_line(error)}): what led to "
+            "it stands above."
+        )
+        return 1
+
+
+def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"safegene-trl {version('safegene-trl')}")
         return 0
@@ -39,13 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         listing = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
         print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")
         return 0 if argv[:1] in ([], ["-h"], ["--help"]) else 2
-    command = importlib.import_module(f".{argv[0]}", package=__package__)
+    return importlib.import_module(f".{argv[0]}", package=__package__).main(argv[1:])
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads; what is still to be written to it goes nowhere then."""
     try:
-        return command.main(argv[1:])
-    except SafeGeneError as error:
-        if os.environ.get("RANK", "0") == "0":  # it knows what happened on the others
-            print(f"safegene {argv[0]}: {error}", file=sys.stderr)
-        return EXIT_CODES["rejected"] if isinstance(error, RejectedError) else 2
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a program that runs the command has put something else in its place
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLERR)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)  # else the interpreter complains when it flushes at its end
+    os.close(nowhere)
+    return True
 
 
 if __name__ == "__main__":

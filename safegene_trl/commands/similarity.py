@@ -1,11 +1,12 @@
 """`safegene similarity VECTOR VECTOR …`: pairwise cosines of a family's safety vectors."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..output import check_writable, replace_file
 from ..reporting.plots import heat_map
+from ..reporting.text import printable, strict_json
 from ..similarity import cosine_table
 from ..vector import SafetyVector
 
@@ -19,12 +20,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     if len(arguments.vectors) < 2:
         parser.error("name two or more vectors")
+    for path in filter(None, (arguments.json, arguments.plot)):
+        check_writable(path)
     tables = cosine_table([SafetyVector.from_pretrained(name) for name in arguments.vectors])
-    labels = [Path(name).name for name in arguments.vectors]
+    labels = [printable(Path(name).name) for name in arguments.vectors]
     print(_text(tables, labels))
     if arguments.json:
         record = {"vectors": arguments.vectors, "cosines": tables}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        replace_file(arguments.json, strict_json(record) + "\n")
     if arguments.plot:
         heat_map(tables, labels, arguments.plot)
     return 0

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..reporting.text import printable
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the heading among them, in columns."""
+    """Rows of cells, the heading among them, in columns; what a cell holds is `printable`."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -18,6 +21,11 @@ def measured_cells(measured: Mapping[str, Any]) -> list[str]:
     cells = []
     for name in ("refusal_rate", "over_refusal", "incoherent"):
         before, after = ((measured.get(side) or {}).get(name) for side in ("before", "after"))
-        cells.append(f"{before['share']:.0%} → {after['share']:.0%}" if before and after else "")
+        cells.append(f"{_percent(before['share'])} → {_percent(after['share'])}" if before and after else "")
     loss = measured.get("utility_loss")
-    return [*cells, f"{loss['share']:+.1%}" if loss else ""]
+    return [*cells, _percent(loss["share"], "+.1%") if loss else ""]
+
+
+def _percent(share: float | None, form: str = ".0%") -> str:
+    """A share; a dash for null, which stands in reports for a number that is not finite."""
+    return "–" if share is None else format(share, form)

@@ -3,11 +3,11 @@
 Every answer is kept, so that judges can be run again without the model. A run that was cut off goes on where it stopped.
 """
 
-import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,21 +15,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..calibration import prompt_text
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError
 from ..loading import adapter_base, load_placed, load_tokenizer
-from ..output import writing
+from ..locking import alone_in
+from ..output import replace_file
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
+from ..reporting.text import strict_json
 from ..sharding import Sharding, leave_processes
 from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values
 from .generation import generate_answers
-from .judges import Exchange, Judge, Verdict, judged, load_judge
+from .judges import load_judge
 from .prompts import Prompt, kept_apart, load_prompts, prompts_used
+from .records import GENERATIONS, RESULT, SETTINGS, VERDICTS, Records, read_answers
 from .results import agreement, summary
 from .utility import check_tasks, measure_utility
 
 
 logger = logging.getLogger(__name__)
-GENERATIONS, VERDICTS, RESULT, SETTINGS = "generations.jsonl", "verdicts.jsonl", "evaluation.json", "settings.json"
+__all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "EvaluationConfig", "evaluate"]
 
 
 @dataclass
@@ -118,63 +121,79 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
         What is in `evaluation.json`, on rank 0; None elsewhere.
 
     Raises:
-        SafeGeneError: Model, data, judges or tasks are not to be had, or `output_dir` holds another run.
+        SafeGeneError: Model, data, judges or tasks are not to be had, a judge failed, or `output_dir` holds another run or is used by one.
     """
     folder = Path(config.output_dir)
-    with job.agreed():
-        config.check()
-        prompts, repeated = _prompts(config)
-        judges = [load_judge(spec) for spec in config.judges] if job.is_main else []
-        manager = check_tasks(config.tasks, config.tasks_dir) if config.tasks and job.is_main else None
-        tokenizer = load_tokenizer(config.model_name_or_path, config.model_revision)
-        if job.is_main:
-            with writing():
-                folder.mkdir(parents=True, exist_ok=True)
-    answers = _read(folder / GENERATIONS)
-    missing = [prompt for prompt in prompts if prompt.key not in answers]
-    model = sharding = None
-    # asked for once, and of a hub's model only after it is here: the weight files are hashed
-    settings = cache(partial(_settings, config, tokenizer))
-    with job.agreed():
-        if job.is_main and answers:
-            _check_settings(folder, settings())
-    if missing or config.tasks:
-        model, sharding = load_placed(
-            config.model_name_or_path, config.model_revision, config.dtype, job, config.allow_pickled_shards
-        )
-        if sharding.collective_forward and config.tasks:
-            raise ConfigError(
-                "Utility tasks need the whole model in one process: launch with `ddp` or without a launcher."
-            )
+    with ExitStack() as held:
         with job.agreed():
-            if job.is_main and not answers:
-                with writing():
-                    (folder / SETTINGS).write_text(json.dumps(settings(), indent=2) + "\n", encoding="utf-8")
-        for rows in _generated(model, tokenizer, missing, config, sharding):
+            config.check()
+            prompts, repeated = _prompts(config)
+            judges = [load_judge(spec) for spec in config.judges] if job.is_main else []
+            manager = check_tasks(config.tasks, config.tasks_dir) if config.tasks and job.is_main else None
+            tokenizer = load_tokenizer(config.model_name_or_path, config.model_revision)
             if job.is_main:
-                _append(folder / GENERATIONS, rows)
-    leave_processes()
-    if not job.is_main:
-        return None
-    answers = _read(folder / GENERATIONS)
-    texts = [answers[prompt.key]["answer"] for prompt in prompts]
-    verdicts = {judge.name: _verdicts(folder, judge, prompts, texts, config.task_labels) for judge in judges}
-    result: dict[str, Any] = {
-        "settings": settings() | {"seed": config.seed, "num_prompts": config.num_prompts},
-        "prompts": {"count": len(prompts), "sha256": sha256_of_json([prompt.key for prompt in prompts])},
-        "left_out_as_repeated": repeated,
-        "judges": {
-            judge.name: {"sees": judge.sees, **judge.describe(), **summary(prompts, verdicts[judge.name], config.seed)}
-            for judge in judges
-        },
-        "agreement": agreement(verdicts),
-    }
-    if manager is not None and model is not None:
-        count, samples = config.batch_size, config.num_task_samples
-        result["utility"] = measure_utility(model, tokenizer, config.tasks, manager, count, samples, config.seed)
-    with writing():
-        (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                held.enter_context(alone_in(folder, "evaluation"))
+        # asked for once, and of a hub's model only after it is here: the weight files are hashed
+        records = cache(lambda: Records(folder, _settings(config, tokenizer)))
+        model = _answer(config, job, prompts, tokenizer, records)
+        leave_processes()
+        if not job.is_main:
+            return None
+        answers = read_answers(folder)
+        texts = [answers[prompt.key]["answer"] for prompt in prompts]
+        verdicts = {judge.name: records().verdicts(judge, prompts, texts, config.task_labels) for judge in judges}
+        result: dict[str, Any] = {
+            "settings": records().settings | {"seed": config.seed, "num_prompts": config.num_prompts},
+            "prompts": {"count": len(prompts), "sha256": sha256_of_json([prompt.key for prompt in prompts])},
+            "left_out_as_repeated": repeated,
+            "judges": {
+                judge.name: {
+                    "sees": judge.sees,
+                    **judge.describe(),
+                    **summary(prompts, verdicts[judge.name], config.seed),
+                }
+                for judge in judges
+            },
+            "agreement": agreement(verdicts),
+        }
+        if manager is not None and model is not None:
+            count, samples = config.batch_size, config.num_task_samples
+            result["utility"] = measure_utility(model, tokenizer, config.tasks, manager, count, samples, config.seed)
+        replace_file(folder / RESULT, strict_json(result) + "\n")
     return result
+
+
+def _answer(
+    config: EvaluationConfig,
+    job: Sharding,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    records: Callable[[], Records],
+) -> nn.Module | None:
+    """Collective: generates the answers that are missing; the model, where it had to be loaded."""
+    with job.agreed():
+        answers = read_answers(Path(config.output_dir))
+        if job.is_main and answers:
+            records().check(answers)
+    missing = [prompt for prompt in prompts if prompt.key not in answers]
+    if not missing and not config.tasks:
+        return None
+    model, sharding = load_placed(
+        config.model_name_or_path, config.model_revision, config.dtype, job, config.allow_pickled_shards
+    )
+    if sharding.collective_forward and config.tasks:
+        raise ConfigError(
+            "Utility tasks need the whole model in one process: launch with `ddp` or without a launcher."
+        )
+    with job.agreed():
+        if job.is_main and not answers:
+            records().check(answers)
+            records().begin()
+    for part, texts in _generated(model, tokenizer, missing, config, sharding):
+        with job.agreed():
+            if job.is_main:
+                records().add_answers(part, texts)
+    return model
 
 
 def _prompts(config: EvaluationConfig) -> tuple[list[Prompt], list[dict[str, object]]]:
@@ -195,7 +214,7 @@ def _generated(
     prompts: Sequence[Prompt],
     config: EvaluationConfig,
     sharding: Sharding,
-) -> Iterable[list[dict[str, Any]]]:
+) -> Iterator[tuple[list[Prompt], list[str]]]:
     """Answers to a few batches per rank at a time, the longest prompts first: memory that does not suffice shows at once."""
     ordered = sorted(prompts, key=lambda prompt: -len(prompt_text(tokenizer, list(prompt.messages))))
     size = 4 * config.batch_size * sharding.world_size
@@ -205,82 +224,22 @@ def _generated(
         own = generate_answers(model, tokenizer, messages, config.max_new_tokens, config.batch_size, sharding)
         answers = sharding.united(own)
         logger.info("%d of %d answers", start + len(part), len(ordered))
-        yield [
-            {"key": prompt.key, **asdict(prompt), "answer": answer}
-            for prompt, answer in zip(part, answers, strict=True)
-        ]
-
-
-def _verdicts(
-    folder: Path, judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str], labels: Sequence[str]
-) -> list[Verdict]:
-    """What the judge said before, and its verdicts on the rest; kept as they come."""
-    about = sha256_of_json([judge.describe(), sorted(labels)])[:16]
-    known = {
-        row["key"]: Verdict(row["label"], row["score"])
-        for row in _rows(folder / VERDICTS)
-        if row["judge"] == judge.name and row["about"] == about
-    }
-    rest = [i for i, prompt in enumerate(prompts) if prompt.key not in known]
-    for start in range(0, len(rest), 64):
-        part = rest[start : start + 64]
-        exchanges = [Exchange(prompts[i].text, answers[i], tuple(labels)) for i in part]
-        found = {prompts[i].key: verdict for i, verdict in zip(part, judged(judge, exchanges), strict=True)}
-        _append(
-            folder / VERDICTS,
-            [{"key": key, "judge": judge.name, "about": about, **asdict(v)} for key, v in found.items()],
-        )
-        known |= found
-    return [known[prompt.key] for prompt in prompts]
+        yield part, answers
 
 
 def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     name, revision = config.model_name_or_path, config.model_revision
     base = adapter_base(name, revision)
+    try:
+        model, base_model = model_reference(name, revision), None if base is None else model_reference(base)
+    except OSError as error:
+        raise ConfigError(
+            f"The files of {name} cannot be read, to tell its answers from another model's: {error}"
+        ) from error
     return {
-        "model": model_reference(name, revision),
-        "base_model": None if base is None else model_reference(base),
+        "model": model,
+        "base_model": base_model,
         **config.deciding_answers,
         "chat_template": chat_template_hash(tokenizer),
         "software": software_versions(),
     }
-
-
-def _check_settings(folder: Path, now: dict[str, Any]) -> None:
-    try:
-        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{folder} holds answers without their settings: choose another `output_dir`.") from error
-    other = [key for key, value in now.items() if key != "software" and earlier.get(key) != value]
-    if other:
-        raise OutputError(
-            f"{folder} holds answers of a run with another `{other[0]}`: choose another `output_dir`, or delete that folder."
-        )
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["key"]: row for row in _rows(path)}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with writing(), open(path, "a", encoding="utf-8") as file:
-        if file.tell() and not _ends_with_newline(path):
-            file.write("\n")
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"

@@ -1,9 +1,14 @@
-"""Model cards, through `huggingface_hub`."""
+"""Model cards, through `huggingface_hub`. All that comes from files and settings is inert in them: names, categories, reasons."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .metrics import SHARES
+from .text import code, markdown, one_line
 
 
 if TYPE_CHECKING:
@@ -13,7 +18,7 @@ if TYPE_CHECKING:
 def vector_card(vector: "SafetyVector") -> ModelCard:
     """Card of a safety vector: what it is, what it was made from, how it must not be used."""
     data = ModelCardData(
-        base_model=vector.aligned_model["name"],
+        base_model=_repository(vector.aligned_model["name"]),
         base_model_relation="adapter",
         library_name="peft",
         tags=["safegene-trl", "safety-vector", "lora"],
@@ -24,9 +29,9 @@ def vector_card(vector: "SafetyVector") -> ModelCard:
 {data.to_yaml()}
 ---
 
-# Safety vector for {vector.aligned_model["name"]}
+# Safety vector for {markdown(vector.aligned_model["name"])}
 
-Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of `{vector.family.architecture}`,
+Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of {code(vector.family.architecture)},
 pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with learned
 coefficients, one per module:
 
@@ -36,7 +41,7 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTTrainer or Trainer
 ```
 
-- Made by: `{vector.extraction["method"]}`; layers selected by `{vector.selection["method"]}`.
+- Made by: {code(vector.extraction["method"])}; layers selected by {code(vector.selection["method"])}.
 - Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
   prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
 {_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
@@ -57,21 +62,14 @@ def _categories(vector: "SafetyVector") -> str:
     for counts in (record.get("categories", {}) for record in records):
         for name, count in counts.items():
             asked, refused = found.setdefault(name, [0, 0])
-            found[name] = [asked + count["asked"], refused + count["refused"]]
+            found[name] = [asked + int(count["asked"]), refused + int(count["refused"])]
     if not found:
         return ""
-    listed = ", ".join(f"{name} ({refused} of {asked})" for name, (asked, refused) in sorted(found.items()))
+    listed = ", ".join(f"{markdown(name)} ({refused} of {asked})" for name, (asked, refused) in sorted(found.items()))
     return (
         f"- Harm categories of its prompts, with how many the aligned model refused: {listed}. It is weak in those that the aligned model "
         "refuses less, and in those that are not among them.\n"
     )
-
-
-_METRICS = {  # key in `measured.after`: metric, the prompts it is over
-    "refusal_rate": ("Refusal rate", "harmful"),
-    "over_refusal": ("Over-refusal", "benign"),
-    "incoherent": ("Incoherent answers", "harmful and benign"),
-}
 
 
 def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
@@ -82,26 +80,27 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         name: The model's name.
     """
     measured, vector, base = report.get("measured", {}), report["vector"], report["base"]
+    pairs = [(metric, metric.measured(measured, "before"), metric.measured(measured)) for metric in SHARES]
+    shown = [(metric, before, after) for metric, before, after in pairs if before is not None and after is not None]
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type="calibration",
-            dataset_name=f"{prompts} prompts that no coefficient was fitted on",
-            metric_type=key,
-            metric_name=metric,
-            metric_value=round(measured["after"][key]["share"], 4),
+            dataset_name=f"{metric.items} prompts that no coefficient was fitted on",
+            metric_type=metric.key,
+            metric_name=metric.title,
+            metric_value=round(after["share"], 4),
         )
-        for key, (metric, prompts) in _METRICS.items()
-        if key in measured.get("after", {})
+        for metric, _, after in shown
     ]
     adapter = report["config"]["output_format"] == "adapter"
     data = ModelCardData(
-        base_model=base["name"],
+        base_model=_repository(base["name"]),
         base_model_relation="adapter" if adapter else "merge",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["safegene-trl", "safeguarded"],
-        model_name=name,
+        model_name=one_line(name),
         eval_results=results or None,
     )
     decision = report["decision"]
@@ -109,26 +108,25 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
 {data.to_yaml()}
 ---
 
-# {name}
+# {markdown(name)}
 
-A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {base["name"] or "a model of its family"} that has taken on the safety vector
-{vector["name"]} ({vector["aligned_model"]["name"]}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
-coefficient per {"rank-one part" if report["config"]["granularity"] == "rank" else report["config"]["granularity"]}, that give it refusals back which the fine-tune had weakened.
+A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {markdown(base["name"] or "a model of its family")} that has taken on the safety vector
+named {markdown(vector["name"])} ({markdown(vector["aligned_model"]["name"])}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
+coefficient per {"rank-one part" if report["config"]["granularity"] == "rank" else markdown(report["config"]["granularity"])}, that give it refusals back which the fine-tune had weakened.
 
-Outcome: **{decision["outcome"].replace("_", " ")}**. {decision["reason"]}
+Outcome: **{markdown(decision["outcome"].replace("_", " "))}**. {markdown(decision["reason"])}
 """
     if results:
         rows = "\n".join(
-            f"| {metric} ({prompts}) | {_with_interval(measured['before'][key])} | {_with_interval(measured['after'][key])} |"
-            for key, (metric, prompts) in _METRICS.items()
-            if key in measured["after"]
+            f"| {metric.title} | {_with_interval(before)} | {_with_interval(after)} |"
+            for metric, before, after in shown
         )
         text += f"""
 | | fine-tuned | safeguarded |
 | --- | --- | --- |
 {rows}
 
-Shares with 95 % intervals, on prompts that no coefficient was fitted on; greedy answers, judge `{measured["judge"]}`. The whole record is in
+Shares with 95 % intervals, on prompts that no coefficient was fitted on; greedy answers, judge {code(measured["judge"])}. The whole record is in
 `safegene_report.json`, for reading in `safegene_report.html`.
 """
     return ModelCard(
@@ -141,6 +139,15 @@ cover it; somebody who trains for harm can take it away again. This checkpoint's
 twice.
 """
     )
+
+
+def _repository(name: str | None) -> str | None:
+    """A name that the hub takes for a model, else None: a card with another one cannot be uploaded."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return name
 
 
 def _with_interval(share: Mapping[str, float]) -> str:

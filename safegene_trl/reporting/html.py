@@ -1,12 +1,16 @@
 """The report as one HTML file that needs nothing else: no scripts, no fonts, no images from elsewhere."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment
+from markupsafe import Markup
 
 from ..models.coefficients import by_component
+from .metrics import SHARES
+from .text import printable
 
 
 OUTCOMES = {
@@ -14,11 +18,8 @@ OUTCOMES = {
     "accepted_best_effort": ("Accepted as best effort", "fair"),
     "rejected": ("Rejected", "bad"),
 }
-_MEASURES = {  # key in `measured`: what it says, whether more is better
-    "refusal_rate": "Harmful prompts refused",
-    "over_refusal": "Benign prompts refused",
-    "incoherent": "Incoherent answers",
-}
+MOST_RELEASES = 100  # of a model line that the page shows
+_MOST_NAMED = 12  # releases that a chart's label names one by one
 _LOSSES = {
     "safety": "Loss on refusals (nats per token)",
     "benign": "Loss on benign answers (nats per token)",
@@ -33,9 +34,11 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         report: As in `safegene_report.json`.
         releases: The model line, the oldest first, this one last.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": lambda value: f"{value:.1%}", "decimals": lambda value: f"{value:.4g}"}
+    # whatever is not markup of the template's own is shown character by character, after which jinja escapes it
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert)
+    environment.filters |= {"percent": _percent, "decimals": _decimals}
     template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    first = max(0, len(releases) - MOST_RELEASES)
     decision = report.get("decision") or {}
     verdict, colour = OUTCOMES.get(str(decision.get("outcome")), ("Failed", "bad"))
     if "error" in report and decision.get("outcome") != "rejected":
@@ -45,18 +48,35 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         verdict=verdict,
         colour=colour,
         reason=report["error"]["message"] if "error" in report else decision.get("reason", ""),
-        measures=_MEASURES,
+        measures={metric.key: metric.title for metric in SHARES},
         losses=_LOSSES,
         charts=_charts(report.get("coefficients", {})),
-        line=_line(releases),
-        releases=releases,
+        line=_line(releases, first),
+        releases=releases[first:],
+        left_out=first,
         outcomes={name: words for name, (words, _) in OUTCOMES.items()},
     )
 
 
+def _inert(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _percent(value: float | None) -> str:
+    return f"{value:.1%}" if _is_finite(value) else "–"
+
+
+def _decimals(value: float | None) -> str:
+    return f"{value:.4g}" if _is_finite(value) else "–"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
     """A bar chart for every component of the vector."""
-    components = by_component(coefficients)
+    components = by_component({name: value for name, value in coefficients.items() if _is_finite(value)})
     what = "means of rank-one parts' coefficients" if any("#" in name for name in coefficients) else "coefficients"
     top = max([1.0, *(value for values in components.values() for value in values.values())])
     charts = []
@@ -78,20 +98,33 @@ def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
     return charts
 
 
-def _line(releases: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Refusal rate of the releases that measured one, with intervals; None for fewer than two."""
+def _line(releases: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any] | None:
+    """Refusal rate of the releases from `first` on that measured one, with intervals; None for fewer than two."""
     points = []
-    for number, release in enumerate(releases, start=1):
+    for number, release in enumerate(releases[first:], start=first + 1):
         share = (release.get("after") or {}).get("refusal_rate")
-        if share:
+        if share and all(_is_finite(share[key]) for key in ("share", "low", "high")):
             points.append({"number": number, **share, "rejected": release["outcome"] == "rejected"})
     if len(points) < 2:
         return None
-    step = 60
+    step = min(60, 960 / len(points))
     for index, point in enumerate(points):
-        point |= {"x": step * index + 30, "y": 100 - 100 * point["share"]}
+        point |= {"x": step * (index + 0.5), "y": 100 - 100 * point["share"]}
         point |= {"top": 100 - 100 * point["high"], "bottom": 100 - 100 * point["low"]}
-    words = ", ".join(
-        f"release {p['number']}: {p['share']:.0%}{' (rejected)' if p['rejected'] else ''}" for p in points
-    )
-    return {"width": step * len(points), "points": points, "label": f"Harmful prompts refused by release. {words}"}
+    return {
+        "width": step * len(points),
+        "points": points,
+        "label": f"Harmful prompts refused by release. {_words(points)}",
+    }
+
+
+def _words(points: Sequence[Mapping[str, Any]]) -> str:
+    """What a line chart shows, as text."""
+
+    def one(point: Mapping[str, Any]) -> str:
+        return f"release {point['number']}: {point['share']:.0%}{' (rejected)' if point['rejected'] else ''}"
+
+    if len(points) <= _MOST_NAMED:
+        return ", ".join(map(one, points))
+    least = min(points, key=lambda point: point["share"])
+    return f"{len(points)} releases; first {one(points[0])}, lowest {one(least)}, last {one(points[-1])}"

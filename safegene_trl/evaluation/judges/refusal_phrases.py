@@ -88,6 +88,7 @@ class RefusalPhrases:
 
     name = "refusal_phrases"
     sees: Literal["refusals", "harm"] = "refusals"
+    batch = 64
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         return [Verdict("refused" if is_refusal(exchange.answer) else "answered") for exchange in exchanges]

@@ -1,0 +1,167 @@
+"""`models.yaml` of `safegene apply --fleet`: read and checked as a whole, before anything is written."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..config import SafeGeneConfig
+from ..errors import ConfigError, SafeGeneError
+from ..reporting.text import printable
+from ..step.plan import failure_path
+from ..validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys
+from .yaml_files import read_yaml
+
+
+STATE, WORKSHOP = "fleet.json", "fleet"
+_LONGEST_NAME = 200  # bytes, so that its reports have names as well
+
+
+@dataclass
+class Fleet:
+    """The content of `models.yaml`.
+
+    Args:
+        output_dir: Folder for everything: `NAME/` with each checkpoint, `fleet/NAME.log` with what it printed, and `fleet.json`.
+        models: One block per fine-tune: `name` (default: the last part of its path), the options of `safegene apply`, and a `safegene`
+            block of its own, which goes before the common one.
+        safegene: The common block; keys of `SafeGeneConfig`.
+        memory_gib: Memory for all processes together: of each GPU where there are any, else of the machine. Default: 80 % of what is
+            free.
+        processes: How many at once, at most. Default: as many as memory allows on GPUs, else one per core.
+        timeout_minutes: A process that takes longer is ended, and its fine-tune counts as failed.
+    """
+
+    output_dir: str
+    models: list[dict[str, Any]]
+    safegene: dict[str, Any] = field(default_factory=dict)
+    memory_gib: float | None = None
+    processes: int | None = None
+    timeout_minutes: float = 24 * 60.0
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "memory_gib": Rule(above=0),
+        "processes": Rule(at_least=1, at_most=LARGEST_COUNT),
+        "timeout_minutes": Rule(above=0),
+    }
+
+    @classmethod
+    def read(cls, path: Path) -> "Fleet":
+        """Raises `ConfigError` for a file that cannot be read, and for anything in it that cannot work or does harm."""
+        content = read_yaml(path, "The fleet")
+        models = content.get("models")
+        if not content.get("output_dir") or not isinstance(models, list) or not models:
+            raise ConfigError(f"The fleet {path} needs `output_dir` and a list of `models`.")
+        check_written(content, cls, where=f"the fleet {path}")
+        if odd := [entry for entry in models if not isinstance(entry, dict)]:
+            raise ConfigError(f"`models` holds {odd[0]!r}: every entry must be a block with `model_name_or_path`.")
+        fleet = cls(**content)
+        check_values(fleet)
+        fleet.check(path)
+        return fleet
+
+    def check(self, file: Path) -> None:
+        """Raises `ConfigError` for a member whose settings cannot work, or whose places another one or the fleet uses."""
+        names = [self.name_of(member) for member in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"The fleet has two models named {twice[0]}: give each a `name`.")
+        recipes = {}
+        for name, member in zip(names, self.models, strict=True):
+            try:
+                recipes[name] = self._checked_recipe(member)
+            except SafeGeneError as error:
+                raise ConfigError(f"In the fleet's model {name}: {error}") from error
+        _check_places(Path(self.output_dir), file, recipes)
+
+    def name_of(self, member: Mapping[str, Any]) -> str:
+        """The member's name: that of its folder, its recipe and its log."""
+        model = member.get("model_name_or_path")
+        if not model or not isinstance(model, str):
+            raise ConfigError("Every entry of `models` needs `model_name_or_path`, a directory or hub id.")
+        name = member.get("name", Path(model).name)
+        if not isinstance(name, str):
+            raise ConfigError(f"`name` is {name!r}: it must be a string, in quotes.")
+        odd = name != Path(name).name or name.startswith(".") or printable(name) != name
+        if odd or not name or len(os.fsencode(name)) > _LONGEST_NAME or name in (STATE, WORKSHOP):
+            raise ConfigError(f"`{printable(name)}` cannot be a folder's name: give the model another `name`.")
+        return name
+
+    def recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe of `safegene apply` for one model."""
+        own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
+        target = str(Path(self.output_dir) / self.name_of(member))
+        return own | {"safegene": {"output_dir": target, **self.safegene, **(member.get("safegene") or {})}}
+
+    def _checked_recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
+        from .apply import ApplyArguments  # which imports the fleet
+
+        own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
+        known = [each.name for each in fields(ApplyArguments) if each.name != "fleet"]
+        reject_unknown_keys(own, [*known, "name", "safegene"], where="its block")
+        check_written(own, ApplyArguments, where="its block")
+        ApplyArguments(**own)
+        if not isinstance(member.get("safegene", {}), dict):
+            raise ConfigError("`safegene` must be a block of keys and values.")
+        recipe = self.recipe(member)
+        if SafeGeneConfig.from_dict(recipe["safegene"]).dry_run:
+            raise ConfigError("`dry_run` writes nothing: try one model by `safegene apply`, and leave it out here.")
+        return recipe
+
+
+def sources(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """All files, folders and hub ids that a recipe reads, by their keys. A history is written to as well and not among them."""
+    block = recipe["safegene"]
+    gate = block.get("gate") or {}
+    named = {key: recipe.get(key) for key in ("model_name_or_path", "base_model", "coefficients")}
+    named |= {key: block.get(key) for key in ("vector", "public_key", "safety_data", "task_data", "warm_start")}
+    named |= {f"gate.{key}": gate.get(key) for key in ("harmful_data", "benign_data")}
+    return {key: value for key, value in named.items() if isinstance(value, str)}
+
+
+def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises `ConfigError` where one member's checkpoint would replace what the fleet, or another member, writes or reads."""
+    targets = {name: Path(recipe["safegene"]["output_dir"]) for name, recipe in recipes.items()}
+    for name, target in targets.items():
+        # what is there, or will be: the fleet's own places, and the fleet file, which must outlive the fleet
+        for place, what in (
+            (folder / STATE, "the fleet's state"),
+            (folder / WORKSHOP, "the fleet's logs"),
+            (file, "the fleet file"),
+        ):
+            if overlap(target, place):
+                raise ConfigError(
+                    f"The `output_dir` of {name} and {what} ({place}) are one place: give the model another `name`."
+                )
+        if overlap(file, folder / WORKSHOP / f"{name}.yaml"):
+            raise ConfigError(
+                f"The fleet file {file} would be overwritten by the recipe of {name}: move it to another folder."
+            )
+        for other, theirs in targets.items():
+            if other == name:
+                continue
+            if overlap(target, theirs):
+                raise ConfigError(
+                    f"The models {name} and {other} have one `output_dir` ({target}), or one inside the other's: leave it out, and each has its "
+                    "own."
+                )
+            if overlap(failure_path(target), theirs):
+                raise ConfigError(
+                    f"The report of a failure of {name} would be the folder of {other}: give one another `name`."
+                )
+            for key, source in _kept(recipes[other]).items():
+                if os.path.lexists(source) and overlap(target, Path(source)):
+                    raise ConfigError(
+                        f"`{key}` of {other} ({source}) is where the checkpoint of {name} goes: choose another place."
+                    )
+
+
+def _kept(recipe: Mapping[str, Any]) -> dict[str, str]:
+    history = recipe["safegene"].get("history")
+    return sources(recipe) | ({"history": history} if history else {})
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Whether two places are one, or one lies inside the other, through links as well."""
+    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return first == second or first in second.parents or second in first.parents
