@@ -24,11 +24,11 @@ PROMPTS, ADAPTER_CONFIG, SIGNATURE = "safety_prompts.jsonl", "adapter_config.jso
 HASHED = (WEIGHTS, PROMPTS, ADAPTER_CONFIG)
 SIGNED = (CONFIG, *HASHED)
 SECTIONS = ("family", "aligned_model", "degraded_model", "extraction", "selection", "software", "files")
-MOST_BYTES = {CONFIG: 2**24, WEIGHTS: 2**34, PROMPTS: 2**26, ADAPTER_CONFIG: 2**20}
+MOST_BYTES = {CONFIG: 2**24, WEIGHTS: 2**34, PROMPTS: 2**26, ADAPTER_CONFIG: 2**20, SIGNATURE: 2**20}
 
 # The messages of every check, by kind; `{}` is what the check is about.
 MESSAGES = {
-    "missing": "lacks {}|no {}",
+    "missing": "lacks {}|no {}|{} .*(is no plain file|cannot be read)",
     "too large": "{} of .* is larger than any",
     "no JSON": "{} of .* is not valid JSON",
     "no UTF-8": "{} of .* is not UTF-8",

@@ -17,6 +17,7 @@ from .oracle import (
     CONFIG,
     HASHED,
     LOADS,
+    MOST_BYTES,
     SIGNATURE,
     SIGNED,
     WEIGHTS,
@@ -29,7 +30,6 @@ from .targeted import ODD_VALUES, TARGETED, link_to_a_copy, renew_hashes, sparse
 
 
 ODD_NAMES = ["../x", "/etc/passwd", "a..b", "", "a b", "model.layers.1.self_attn.q_proj\0", "x" * 3000]
-HUGE_SIGNATURE = 2**28  # bytes: read whole it would break the limit of memory, and not the machine
 
 
 def targeted(folder: Path, data: Any, original: Path) -> Outcome:
@@ -159,22 +159,28 @@ def replace_signature(folder: Path, data: Any, original: Path) -> Outcome:
     """No signature, or something else in its place."""
     path = folder / SIGNATURE
     content = path.read_bytes()
+    nothing = {"missing": lambda p: None, "dangling link": lambda p: p.symlink_to("nowhere")}
     no_file = {"folder": Path.mkdir, "device": lambda p: p.symlink_to("/dev/zero"), "pipe": os.mkfifo,
-               "missing": lambda p: None, "dangling link": lambda p: p.symlink_to("nowhere")}  # fmt: skip
+               "link to itself": lambda p: p.symlink_to(p.name)}  # fmt: skip
     no_signature = {"link to another file": lambda p: p.symlink_to("/etc/hostname"), "empty": Path.touch,
                     "no JSON": lambda p: p.write_bytes(b"{" + content), "bytes": lambda p: p.write_bytes(b"\xff" * 99),
                     "half": lambda p: p.write_bytes(content[: len(content) // 2]), "list": lambda p: p.write_text("[]"),
                     "empty object": lambda p: p.write_text("{}"), "deep": lambda p: p.write_text("[" * 100_000),
-                    "huge": lambda p: sparse(p, HUGE_SIGNATURE), "no payload": lambda p: p.write_text('{"dsseEnvelope": {}}'),
+                    "no payload": lambda p: p.write_text('{"dsseEnvelope": {}}'),
                     }  # fmt: skip
-    action = data.draw(st.sampled_from(["link to a copy", *no_file, *no_signature]), label="action")
+    action = data.draw(st.sampled_from(["link to a copy", "too large", *nothing, *no_file, *no_signature]), label="action")
     if action == "link to a copy":
         link_to_a_copy(path)
         return AS_BEFORE
     path.unlink()
-    make: Callable[[Path], Any] = (no_file | no_signature)[action]
+    if action == "too large":
+        sparse(path, data.draw(st.sampled_from([MOST_BYTES[SIGNATURE] + 1, 2**28, 2**40]), label="size"))
+        return refused("too large", SIGNATURE)
+    make: Callable[[Path], Any] = (nothing | no_file | no_signature)[action]
     make(path)
-    return signature_refused("unsigned") if action in no_file else signature_refused("signature")
+    if action in no_file:
+        return refused("missing", SIGNATURE)
+    return signature_refused("unsigned" if action in nothing else "signature")
 
 
 MUTATIONS = [
