@@ -36,7 +36,7 @@ def main() -> int:
         os.chdir(root)
         (root / "world").mkdir()
         suite = Suite(root / "world", tuple(arguments.jobs))
-        found = []
+        found, ready = [], time.monotonic() - started
         for fault in suite.choose(arguments.count, arguments.seed):
             if time.monotonic() - started > arguments.seconds:
                 break
@@ -44,7 +44,11 @@ def main() -> int:
             if found[-1]["wrong"]:
                 print(json.dumps(found[-1]), flush=True)
         result = {"asked_for": arguments.count, "seed": arguments.seed, **summary(suite, found)}
-        result |= {"seconds": round(time.monotonic() - started), "software": software_versions()}
+        result |= {
+            "seconds": round(time.monotonic() - started),
+            "seconds_before_the_first": round(ready),
+            "software": software_versions(),
+        }
         text = json.dumps(result, indent=1)
         print(text)
         if record:

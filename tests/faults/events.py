@@ -48,7 +48,9 @@ class Event:
     changes: bool
 
 
-def install(world: World, job: str, act: Callable[[Event], None], after: Callable[[Event], None] = lambda event: None) -> None:
+def install(
+    world: World, job: str, act: Callable[[Event], None], after: Callable[[Event], None] = lambda event: None
+) -> None:
     """In the child: calls `act` before every event from now on, `after` after a flush. Their own events are none."""
     busy = False
 
@@ -123,7 +125,9 @@ class Trace:
     wrong: list[str]
 
 
-def trace(world: World, job: str, run: Callable[[Callable[[], None]], int | None], allowed: list[dict[str, str]]) -> Trace:
+def trace(
+    world: World, job: str, run: Callable[[Callable[[], None]], int | None], allowed: list[dict[str, str]]
+) -> Trace:
     """Runs a job of one target and looks at the target before every event.
 
     Args:
@@ -150,8 +154,14 @@ def trace(world: World, job: str, run: Callable[[Callable[[], None]], int | None
             if inode is not None and event.place.startswith(str(world.root)) and whole(target) not in allowed:
                 line["wrong"].append("mixed")
             if inode not in (None, last[0]):
-                late = [path for path in (target, *target.rglob("*")) if flushed.get(path.stat().st_ino) != path.stat().st_mtime_ns]
-                line["wrong"] += [f"not flushed before it was renamed: {'folder' if path.is_dir() else 'file'}" for path in late]
+                late = [
+                    path
+                    for path in (target, *target.rglob("*"))
+                    if flushed.get(path.stat().st_ino) != path.stat().st_mtime_ns
+                ]
+                line["wrong"] += [
+                    f"not flushed before it was renamed: {'folder' if path.is_dir() else 'file'}" for path in late
+                ]
             last[0] = inode
             _plain["write"](descriptor, json.dumps(line).encode() + b"\n")
 
@@ -174,7 +184,7 @@ def _phases(lines: list[dict[str, Any]], target: Path) -> Trace:
     changed = next(i for i, line in enumerate(lines) if i > saving and line["inode"] == final)
     gone = [i for i in range(saving, changed) if lines[i]["inode"] != lines[saving]["inode"]]
     renaming = min([changed, *gone]) - 1
-        flushes = [i for i, line in enumerate(lines) if i >= changed and line["site"] == "os.fsync: results"]
+    flushes = [i for i, line in enumerate(lines) if i >= changed and line["site"] == "os.fsync: results"]
     beside = [i for i, line in enumerate(lines) if i >= changed and ".TARGET" in line["site"]]
     end = max([changed, *flushes, *beside])
     sites: dict[str, Counter] = {phase: Counter() for phase in PHASES}

@@ -64,7 +64,9 @@ class World:
         found |= {"max_utility_loss": 1000.0, "utility_weight": 0.0, "max_shard_size": "60KB"}
         # whether a random vector helps is chance: every outcome is written
         gate = {"max_incoherent": 0.0, "write_rejected": True}
-        return found | ({"gate": gate} if nested else {f"gate.{key}": json.dumps(value) for key, value in gate.items()})
+        return found | (
+            {"gate": gate} if nested else {f"gate.{key}": json.dumps(value) for key, value in gate.items()}
+        )
 
     def targets(self, job: str) -> list[Path]:
         return [self.output / name for name in (("a", "b") if job == "fleet" else ("safeguarded",))]

@@ -168,7 +168,9 @@ def replace_signature(folder: Path, data: Any, original: Path) -> Outcome:
                     "empty object": lambda p: p.write_text("{}"), "deep": lambda p: p.write_text("[" * 100_000),
                     "no payload": lambda p: p.write_text('{"dsseEnvelope": {}}'),
                     }  # fmt: skip
-    action = data.draw(st.sampled_from(["link to a copy", "too large", *nothing, *no_file, *no_signature]), label="action")
+    action = data.draw(
+        st.sampled_from(["link to a copy", "too large", *nothing, *no_file, *no_signature]), label="action"
+    )
     if action == "link to a copy":
         link_to_a_copy(path)
         return AS_BEFORE

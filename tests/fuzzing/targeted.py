@@ -240,7 +240,10 @@ def _entry(**values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 _HEADERS = [
-    *(change_header(_entry(data_offsets=offsets)) for offsets in ([0, 2**40], [-1, 0], [0, 2**64], [256, 0], [0], "x")),
+    *(
+        change_header(_entry(data_offsets=offsets))
+        for offsets in ([0, 2**40], [-1, 0], [0, 2**64], [256, 0], [0], "x")
+    ),
     *(change_header(_entry(shape=shape)) for shape in ([2, 2**40], [-2, 32], [2**63, 2], [2, 31], "x", [2.5, 32])),
     *(change_header(_entry(dtype=dtype)) for dtype in ("F64", "F16", "X9", "", None, 7)),
     *(change_header(lambda header: None, length=length) for length in (0, 1, 2**40, 2**63, 2**64 - 1)),

@@ -94,13 +94,17 @@ def apply(mutant: Mutant, root: Path) -> dict[Path, str]:
         if path not in changed:
             before[path] = changed[path] = path.read_text(encoding="utf-8") if path.is_file() else ""
         if (count := changed[path].count(edit.old)) != 1 or edit.old == edit.new:
-            raise MovedError(f"{edit.file} holds {edit.old!r} {count} times: change the entry in tests/mutants/table.py.")
+            raise MovedError(
+                f"{edit.file} holds {edit.old!r} {count} times: change the entry in tests/mutants/table.py."
+            )
         changed[path] = changed[path].replace(edit.old, edit.new)
     for path, text in changed.items():
         try:
             compile(text, str(path), "exec")
         except SyntaxError as error:
-            raise MovedError(f"{path.name} is no Python any more ({error}): change the entry in tests/mutants/table.py.") from error
+            raise MovedError(
+                f"{path.name} is no Python any more ({error}): change the entry in tests/mutants/table.py."
+            ) from error
         path.write_text(text, encoding="utf-8")
     return before
 
@@ -121,7 +125,13 @@ def examine(mutant: Mutant, copy: Copy, quick: bool) -> dict[str, Any]:
             os.environ["FUZZ_EXAMPLES"] = "10000"
             code, printed = copy.python(words, LONG_SECONDS)
             os.environ.pop("FUZZ_EXAMPLES")
-            if caught := _caught(code, printed) if "pytest" in words else f"python {' '.join(words)}" if code else None:
+            if (
+                caught := _caught(code, printed)
+                if "pytest" in words
+                else f"python {' '.join(words)}"
+                if code
+                else None
+            ):
                 stage = "long run"
                 break
     finally:
@@ -142,7 +152,9 @@ def _caught(code: int | None, printed: str) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="A mutant's name, or a part of it; may be repeated.")
+    parser.add_argument(
+        "--only", action="append", default=[], help="A mutant's name, or a part of it; may be repeated."
+    )
     parser.add_argument("--quick", action="store_true", help="Leave out the long runs.")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
