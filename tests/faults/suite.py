@@ -246,7 +246,7 @@ def _end_orphans(own: set[int], fault: Fault) -> bool:
 
     A run that was killed outright cannot end its children, one that was told to end must.
     """
-    seconds = HANGS_AFTER if fault.kind == "SIGKILL" else 5.0
+    seconds = HANGS_AFTER if fault.kind == "SIGKILL" else 1.0
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     deadline = time.monotonic() + seconds
     while orphans := {int(pid) for pid in children.read_text().split()} - own:

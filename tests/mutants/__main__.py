@@ -168,7 +168,7 @@ def main() -> int:
         copy.check_imported()
         tests = sorted({test for mutant in chosen for test in mutant.tests})
         code, printed = copy.pytest(tests)
-        copy.failing = {test for test in _FAILED.findall(printed)}
+        copy.failing = set(_FAILED.findall(printed))
         if code not in (0, 1) or (code == 1 and not copy.failing):
             print(printed[-3000:])
             return 2
