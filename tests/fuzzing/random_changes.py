@@ -12,6 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 from model_signing import hashing, signing
 
+from .edits import link_to_a_copy, renew_hashes, sparse
 from .oracle import (
     AS_BEFORE,
     CONFIG,
@@ -26,7 +27,7 @@ from .oracle import (
     refused,
     signature_refused,
 )
-from .targeted import ODD_VALUES, TARGETED, link_to_a_copy, renew_hashes, sparse
+from .targeted import ODD_VALUES, TARGETED
 
 
 ODD_NAMES = ["../x", "/etc/passwd", "a..b", "", "a b", "model.layers.1.self_attn.q_proj\0", "x" * 3000]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from .edits import DELETE, Mutation, link_to_a_copy, renew_hashes, replace_text, set_in_config, sparse
 from .oracle import (
     ADAPTER_CONFIG,
     AS_BEFORE,
@@ -26,39 +27,13 @@ from .oracle import (
     SIGNED,
     WEIGHTS,
     Outcome,
-    record,
     refused,
 )
 
 
-Mutation = Callable[[Path], None]
-DELETE = object()
 ODD_VALUES = [None, True, -1, 10**30, 1.5, "", "..", [], {}, [[]]]
 HASH = "0" * 64
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
-
-
-def renew_hashes(folder: Path) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    config["files"] = {name: record(folder / name) for name in HASHED}
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
-def set_in_config(*keys: str, value: Any) -> Mutation:
-    """Sets or deletes what lies at the end of `keys`."""
-
-    def mutate(folder: Path) -> None:
-        config = json.loads((folder / CONFIG).read_text())
-        place = config
-        for key in keys[:-1]:
-            place = place[key]
-        if value is DELETE:
-            del place[keys[-1]]
-        else:
-            place[keys[-1]] = value
-        (folder / CONFIG).write_text(json.dumps(config))
-
-    return mutate
 
 
 def _not(*good: type) -> list[Any]:
@@ -118,17 +93,6 @@ def _config_edits() -> list[tuple[tuple[str, ...], list[Any], Outcome]]:
         edits.append((("files", file, "sha256"), [HASH], refused("changed", file)))
     edits.append((("files", "../../etc/passwd"), [{"bytes": 1, "sha256": HASH}], refused("section", "files")))
     return edits
-
-
-def replace_text(file: str, old: str, new: str) -> Mutation:
-    def mutate(folder: Path) -> None:
-        text = (folder / file).read_text()
-        assert old in text, f"{file} has no {old!r} to be replaced"
-        (folder / file).write_text(text.replace(old, new, 1), errors="surrogateescape")
-        if file != CONFIG:
-            renew_hashes(folder)
-
-    return mutate
 
 
 _CONFIG_TEXTS = [
@@ -300,18 +264,6 @@ def _place(file: str, make: Callable[[Path], Any]) -> Mutation:
         make(folder / file)
 
     return mutate
-
-
-def sparse(path: Path, size: int) -> None:
-    with open(path, "wb") as file:
-        file.truncate(size)
-
-
-def link_to_a_copy(path: Path) -> None:
-    """A link to an equal file elsewhere, as the hub's cache keeps a repository: `path` is the vector's own file, moved."""
-    copy = path.with_name(f".{path.name}.copy")
-    path.rename(copy)
-    path.symlink_to(copy.name)
 
 
 def _places() -> list[tuple[str, Mutation, Outcome]]:
