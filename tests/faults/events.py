@@ -35,6 +35,7 @@ KINDS = (
     "vector replaced", "vector overwritten", "vector truncated",
 )  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_BESIDE = re.compile(r"results/[^/ ]*[._]TARGET")  # a temporary folder or an earlier one on its way out
 _plain = {name: getattr(os, name) for name in WRAPPED}
 
 
@@ -112,8 +113,12 @@ def _site(world: World, job: str, place: str) -> str:
     if not place.startswith(f"{world.root}/"):
         return "elsewhere"
     place = place.removeprefix(f"{world.root}/").removesuffix(" (deleted)")
+    top, *rest = place.removeprefix("results/").split("/") if place.startswith("results/") else ("",)
     for target in world.targets(job):
-        place = re.sub(rf"^results/(\.?){target.name}(?=[./]|$)", r"results/\1TARGET", place)
+        marked = re.sub(rf"(?:^|(?<=[._])){target.name}(?=[._]|$)", "TARGET", top)
+        if marked != top:
+            place = "/".join(("results", marked, *rest))
+            break
     return re.sub(r"\d+", "N", re.sub(r"[0-9a-f]{6,}|(?<=[._-])[a-z0-9_]{8}(?=[._/-]|$)", "#", place))
 
 
@@ -185,7 +190,7 @@ def _phases(lines: list[dict[str, Any]], target: Path) -> Trace:
     gone = [i for i in range(saving, changed) if lines[i]["inode"] != lines[saving]["inode"]]
     renaming = min([changed, *gone]) - 1
     flushes = [i for i, line in enumerate(lines) if i >= changed and line["site"] == "os.fsync: results"]
-    beside = [i for i, line in enumerate(lines) if i >= changed and ".TARGET" in line["site"]]
+    beside = [i for i, line in enumerate(lines) if i >= changed and _BESIDE.search(line["site"])]
     end = max([changed, *flushes, *beside])
     sites: dict[str, Counter] = {phase: Counter() for phase in PHASES}
     for i, line in enumerate(lines):

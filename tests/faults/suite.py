@@ -199,7 +199,9 @@ class Suite:
             wrong.append("signal swallowed")
         if fault.kind == "short writes" and not succeeded:
             wrong.append("short write not written on")
-        unfinished = [path.name for path in world.output.iterdir() if path.name.startswith(".") and path.is_dir()]
+        unfinished = [
+            path.name for path in world.output.iterdir() if path.is_dir() and path.name not in reference.listing
+        ]
         could_clear = (
             fault.phase == "saving" and job != "fleet" and fault.kind in ("SIGTERM", "SIGINT", "EIO", "EFBIG")
         )
