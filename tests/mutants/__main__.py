@@ -71,10 +71,10 @@ class Copy:
             os.killpg(process.pid, 9)
             return None, process.communicate(timeout=30)[0]
 
-    def pytest(self, tests: Sequence[str], *options: str) -> tuple[int | None, str]:
+    def pytest(self, tests: Sequence[str], *options: str, seconds: float = QUICK_SECONDS) -> tuple[int | None, str]:
         left_out = [word for test in sorted(self.failing) for word in ("--deselect", test)]
         words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-rfE", "-m", "not exhaustive")
-        return self.python([*words, *options, *left_out, *tests], QUICK_SECONDS)
+        return self.python([*words, *options, *left_out, *tests], seconds)
 
     def check_imported(self) -> None:
         code, printed = self.python(["-c", "import safegene_trl; print(safegene_trl.__file__)"], QUICK_SECONDS)
@@ -167,7 +167,7 @@ def main() -> int:
         shutil.copytree(ROOT, copy.root, ignore=LEFT_OUT)
         copy.check_imported()
         tests = sorted({test for mutant in chosen for test in mutant.tests})
-        code, printed = copy.pytest(tests)
+        code, printed = copy.pytest(tests, seconds=LONG_SECONDS)
         copy.failing = set(_FAILED.findall(printed))
         if code not in (0, 1) or (code == 1 and not copy.failing):
             print(printed[-3000:])
