@@ -219,6 +219,8 @@ class Strike:
 
     def prepare(self) -> None:
         self.parent, seen, struck = os.getpid(), 0, False
+        if self.kind == "short writes":  # from the start: whichever file is written must be written on
+            SHORT.append(True)
 
         def act(event: Event) -> None:
             nonlocal seen, struck
@@ -238,11 +240,9 @@ class Strike:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         elif self.kind == "EFBIG":  # by the system itself, whoever writes
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        elif self.kind == "short writes":
-            SHORT.append(True)
         elif self.kind.startswith("vector"):
             self._change_vector()
-        else:
+        elif self.kind != "short writes":
             self._go_on(event)
 
     def _go_on(self, event: Event) -> None:
