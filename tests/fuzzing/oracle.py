@@ -46,6 +46,7 @@ MESSAGES = {
     "row": "A row of .* lacks `prompt`",
     "kind": "A row of .* is of kind",
     "refusal": "something else than a refusal",
+    "refusal of a benign prompt": "answers a benign prompt with a refusal",
     "unsigned": "is not signed",
     "signature": "does not carry a valid signature",
     "coverage": "does not cover",

@@ -120,7 +120,7 @@ def change_signed_part(folder: Path, data: Any, original: Path) -> Outcome:
     content[data.draw(st.integers(0, len(content) - 1), label="at")] ^= data.draw(st.integers(1, 255), label="by")
     place[key] = base64.b64encode(content).decode()
     (folder / SIGNATURE).write_text(json.dumps(bundle))
-    return signature_refused("signature")
+    return signature_refused("signature", "coverage")
 
 
 def change_names_in_payload(folder: Path, data: Any, original: Path) -> Outcome:
@@ -133,7 +133,7 @@ def change_names_in_payload(folder: Path, data: Any, original: Path) -> Outcome:
         resources += [chosen, chosen]
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
     (folder / SIGNATURE).write_text(json.dumps(bundle))
-    return signature_refused("signature")
+    return signature_refused("signature", "coverage")
 
 
 def sign_other_content(folder: Path, data: Any, original: Path) -> Outcome:

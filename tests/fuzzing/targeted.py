@@ -246,6 +246,7 @@ _ROWS: list[tuple[str, Mutation, Outcome]] = [
     ("a harmful prompt answered", _row(response="box 3, as ever"), refused("refusal")),
     ("a harmful prompt answered with nothing", _row(response=""), refused("refusal")),
     ("a benign row said to be harmful", _row(-1, kind="harmful"), refused("refusal")),
+    ("a benign prompt refused", _row(-1, response="sorry i cannot help with that"), refused("refusal of a benign prompt")),
     ("a benign row's answer", _row(-1, response="take another pan"), LOADS),
     ("a row less", change_prompts(lambda rows: rows.pop()), LOADS),
     ("an empty line", replace_text(PROMPTS, "\n", "\n \n"), LOADS),

@@ -94,16 +94,14 @@ def apply(mutant: Mutant, root: Path) -> dict[Path, str]:
         if path not in changed:
             before[path] = changed[path] = path.read_text(encoding="utf-8") if path.is_file() else ""
         if (count := changed[path].count(edit.old)) != 1 or edit.old == edit.new:
-            raise MovedError(
-                f"{edit.file} holds {edit.old!r} {count} times: change the entry in tests/mutants/table.py."
-            )
+            raise MovedError(f"{edit.file} holds {edit.old!r} {count} times: change the entry in tests/mutants.")
         changed[path] = changed[path].replace(edit.old, edit.new)
     for path, text in changed.items():
         try:
             compile(text, str(path), "exec")
         except SyntaxError as error:
             raise MovedError(
-                f"{path.name} is no Python any more ({error}): change the entry in tests/mutants/table.py."
+                f"{path.name} is no Python any more ({error}): change the entry in tests/mutants."
             ) from error
         path.write_text(text, encoding="utf-8")
     return before
