@@ -174,7 +174,7 @@ def read_deltas(data: bytes, name: str) -> dict[str, LowRankDelta]:
             or side not in ("lora_A", "lora_B")
             or not _MODULE.fullmatch(module)
         ):
-            raise VectorError(f"The safety vector {name} holds an unexpected tensor `{key[:60]}`: make it again.")
+            raise VectorError(f"The safety vector {name} holds an unexpected tensor {key[:60]!r}: make it again.")
         halves.setdefault(module, {})[side] = tensor
     deltas = {}
     for module, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
@@ -268,7 +268,10 @@ def _valid_reference(reference: dict[str, Any]) -> bool:
         and isinstance(reference["name"], str)
         and (revision is None or isinstance(revision, str))
         and _is_mapping(reference["files"], str)
-        and all(Path(file).name == file and _HASH.fullmatch(value) for file, value in reference["files"].items())
+        and all(
+            Path(file).name == file not in ("", "..") and _HASH.fullmatch(value)
+            for file, value in reference["files"].items()
+        )
     )
 
 

@@ -265,3 +265,18 @@ def test_layers_with_dropout_of_their_own_are_not_put_in_training_mode():
         assert [layer.training for layer in model.model.layers] == [True, False, True]
         assert not model.model.layers[0].mlp.training
     assert not any(module.training for module in model.modules())
+
+
+def test_a_start_out_of_bounds_is_taken_to_the_nearest_bound():
+    model = make_model()
+    attachment = attachment_of(model, make_deltas(model))
+    config = SafeGeneConfig(vector="v", max_evaluations=1, max_coefficient=0.7, min_coefficient=0.1)
+    start = dict.fromkeys(attachment.space.names, 5.0) | {attachment.space.names[0]: 0.0}
+    found = recalibrate(attachment, calibration_set(), config, 0, start=start)
+    assert list(found.history[0]["coefficients"].values()) == [0.1, *[0.7] * (len(start) - 1)]
+
+
+@pytest.mark.parametrize(("safety", "accepted"), [(1.0, False), (1.1, False), (float("nan"), False), (0.999, True)])
+def test_safety_that_stays_as_it_was_is_not_better(safety, accepted):
+    before, after = recalibration.Losses(1.0, 0.5, 0.0), recalibration.Losses(safety, 0.5, 0.0)
+    assert bool(recalibration._objection(before, after, budget=0.1)) is not accepted

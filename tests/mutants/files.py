@@ -1,0 +1,98 @@
+"""Mutants of what is read and written: a vector's files, and folders that appear whole."""
+
+from .mutant import Edit, Mutant
+
+
+LONG_FUZZ = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_fuzz.py")
+LONG_FAULTS = ("-m", "tests.faults", "--count", "120")
+FUZZ, FAULTS = "tests/test_fuzz.py", "tests/test_faults.py"
+
+
+def _vector(name: str, old: str, new: str, file: str = "vector_files.py") -> Mutant:
+    """A check of a vector's files."""
+    return Mutant(f"vector: {name}", (Edit(file, old, new),), (FUZZ,), (LONG_FUZZ,))
+
+
+def _output(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    """How folders appear."""
+    return Mutant(f"output: {name}", (Edit(file, old, new),), (*tests, FAULTS), (LONG_FAULTS,))
+
+
+VECTOR = (
+    _vector("size limits off", "if status.st_size > _MOST_BYTES[file]:", "if False:"),
+    _vector("hash not compared", ' or sha256_of_bytes(data) != record["sha256"]', ""),
+    _vector("any format version", "if version is True or version != FORMAT_VERSION:", "if version is None:"),
+    _vector(
+        "unknown sections taken",
+        'if set(config) != {"format_version", *SECTIONS}:',
+        'if not set(config) >= {"format_version", *SECTIONS}:',
+    ),
+    _vector("sections not validated", " or not _VALID[section](config[section])", ""),
+    _vector("types of tensors not checked", " and a.dtype in _DTYPES", ""),
+    _vector("factors of two types", " and a.dtype == b.dtype", ""),
+    _vector("ranks of factors not compared", "return a.shape[0] == b.shape[1] and ", "return "),
+    _vector("dimensions not checked", "if a.dim() != 2 or b.dim() != 2 or 0 in", "if 0 in"),
+    _vector("empty factors", " or 0 in (*a.shape, *b.shape)", ""),
+    _vector(
+        "NaN taken", "if not all(math.isfinite(tensor.float().sum().item()) for tensor in half.values()):", "if False:"
+    ),
+    _vector("NaN looked for in A alone", "for tensor in half.values()):", 'for tensor in [half["lora_A"]]):'),
+    _vector("ranks may differ", "if len({delta.a.shape[0] for delta in deltas.values()}) > 1:", "if False:"),
+    _vector("any module name", " or not _MODULE.fullmatch(module)", " or False"),
+    _vector("any kind of prompt", 'if row["kind"] not in ("harmful", "benign"):', "if False:"),
+    _vector("answers not looked at", 'if is_refusal(row["response"]) != (row["kind"] == "harmful"):', "if False:"),
+    _vector(
+        "benign answers not looked at",
+        'if is_refusal(row["response"]) != (row["kind"] == "harmful"):',
+        'if row["kind"] == "harmful" and not is_refusal(row["response"]):',
+    ),
+    _vector("keys twice", "if len(dict(pairs)) < len(pairs):", "if False:"),
+    _vector("NaN in JSON", "parse_constant=unlike_json, ", ""),
+    _vector("paths for names", 'Path(file).name == file not in ("", "..") and ', ""),
+    _vector("components that do not add up", "and sum(components) == rank", ""),
+    _vector("rank of the config not compared", 'config["extraction"]["rank"] != rank or ', ""),
+    _vector("layers of the config not compared", ' or config["selection"]["selected_layers"] != layers', ""),
+    _vector(
+        "other weights than in the file",
+        'LowRankDelta(half["lora_A"], half["lora_B"])',
+        'LowRankDelta(half["lora_A"], half["lora_B"].abs())',
+    ),
+    _vector("signature of fewer files", "    if unsigned:", "    if False:", "signing.py"),
+    _vector("signature not asked for", "if public_key is not None:", "if False:", "vector.py"),
+    _vector("devices and pipes", "if not stat.S_ISREG(status.st_mode):", "if False:"),
+)
+
+_RENAMING = "checkpoints/renaming.py"
+_PLACED = "    check_replaceable(target, kind)\n    if exchange(folder, target):"
+OUTPUT = (
+    _output(
+        "the earlier checkpoint is deleted first",
+        _RENAMING,
+        _PLACED,
+        "    shutil.rmtree(target)\n    folder.rename(target)\n    return None\n    if exchange(folder, target):",
+    ),
+    _output("the earlier checkpoint is moved aside first", _RENAMING, _PLACED, _PLACED.replace("exchange(folder, target)", "False")),
+    _output("files not flushed", "output.py", "        sync(path)\n    sync(folder)", "    sync(folder)"),
+    _output("folder not flushed", "output.py", "        sync(path)\n    sync(folder)", "        sync(path)"),
+    _output("renaming not flushed", _RENAMING, "        sync(target.parent)\n    if earlier is not None:", "    if earlier is not None:"),
+    _output("unfinished folders left behind", _RENAMING, "        if folder is not None:\n            remove(folder)", "        pass"),
+    _output("what was killed is not cleared away", _RENAMING, "for path in _abandoned(target, clear):", "for path in ():", "tests/test_output.py"),
+    _output(
+        "leftovers told by the beginning of their names",
+        _RENAMING,
+        "if parse_temporary_name(path.name) == (target.name, state):",
+        "if f\".{state}.{target.name}\" in path.name:",
+        "tests/test_output.py",
+    ),
+    _output("files of others are replaced", "checkpoints/contents.py", "    if foreign is not None:", "    if False:", "tests/checkpoints"),
+    _output("short writes taken for whole", "checkpoint.py", "rest, position = rest[written:], position + written", "break"),
+    Mutant(
+        "output: written in place",
+        (
+            Edit("output.py", "folder = held.enter_context(temporary_folder(target, clear=kind))", "folder.mkdir(parents=True, exist_ok=True)"),
+            Edit("output.py", "                install(folder, target, kind)", "                pass"),
+        ),
+        (FAULTS,),
+        (LONG_FAULTS,),
+    ),
+)  # fmt: skip

@@ -1,0 +1,61 @@
+"""Mutants of the safety step: what it keeps, reports, compares and refuses."""
+
+from .files import FAULTS, LONG_FAULTS
+from .mutant import Edit, Mutant
+
+
+_TESTS = ("tests/step", "tests/test_callback.py", FAULTS)
+
+
+def _step(name: str, file: str, old: str, new: str) -> Mutant:
+    return Mutant(f"step: {name}", (Edit(file, old, new),), _TESTS, (LONG_FAULTS,))
+
+
+STEP = (
+    _step(
+        "the fine-tune is not on disk first", "step/run.py", "plan.report.fine_tune = str(fine_tune.keep())", "pass"
+    ),
+    _step(
+        "interruptions are not reported",
+        "step/run.py",
+        "says what it was at\n        _write_failure(plan, error)\n",
+        "says what it was at\n",
+    ),
+    _step(
+        "interruptions are swallowed",
+        "step/run.py",
+        "says what it was at\n        _write_failure(plan, error)\n        raise",
+        "says what it was at\n        _write_failure(plan, error)",
+    ),
+    _step(
+        "SIGTERM ends the process at once",
+        "step/interruption.py",
+        "if threading.current_thread() is not threading.main_thread():",
+        "if True:",
+    ),
+    _step("unexpected errors stay raw", "step/run.py", "raise failure from error", "raise"),
+    _step(
+        "hashes of other files",
+        "step/run.py",
+        "zip(files, pool.map(sha256_of_file, files), strict=True)",
+        "zip(files, pool.map(sha256_of_file, files[::-1]), strict=True)",
+    ),
+    _step(
+        "rejected checkpoints are written",
+        "step/run.py",
+        "if rejected and not (plan.config.gate and plan.config.gate.write_rejected):",
+        "if False:",
+    ),
+    _step(
+        "what was written is not compared",
+        "step/live.py",
+        "if not distance <= tolerance * size:",
+        "if False:",
+    ),
+    _step(
+        "the rounding is not looked at",
+        "step/live.py",
+        "if plan.merges and any(bool(value.any()) for value in by_module.values()):",
+        "if False:",
+    ),
+)
