@@ -147,6 +147,8 @@ def test_rows_packed_without_boundaries(form, told, tmp_path):
     texts = [whole(row, tokenizer) for row, _ in made]
     for sample in samples:
         assert any(tokenizer.decode(sample.input_ids) in text for text in texts)  # of one sample alone
+        if form in CONVERSATIONS:  # no question is cut
+            assert tokenizer.decode(sample.input_ids[:1]) in ("<|user|>", "<|system|>")
         *complete, last = runs(sample, tokenizer)
         assert form == "text" or (set(complete) <= words and any(word.startswith(last) for word in words))
 
@@ -280,6 +282,15 @@ def padded(row, left):
     fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     row = {**row, "attention_mask": [1] * len(row["input_ids"])}
     return {k: [fill[k]] * free + row[k] if left else row[k] + [fill[k]] * free for k in fill}
+
+
+def test_padding_is_no_context(tokenizer):
+    row = {
+        "input_ids": [0, 0, 5, 6, 7, 1, 0],
+        "labels": [-100] * 4 + [7, 1, -100],
+        "attention_mask": [0, 0, 1, 1, 1, 1, 0],
+    }
+    assert take([row] * 2, tokenizer) == [Sample([5, 6, 7, 1], [False, False, True, True])] * 2
 
 
 @pytest.mark.parametrize("how", ["position_ids", "attention_mask", "seq_lengths"])
