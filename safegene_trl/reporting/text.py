@@ -49,11 +49,8 @@ def markdown(text: Any) -> str:
 
 
 def code(text: Any) -> str:
-    """A text as a Markdown code span, whatever backticks it holds; not for cells of tables."""
-    seen = one_line(text) or " "
-    longest = max((len(run) for run in re.findall("`+", seen)), default=0)
-    fence, gap = "`" * (longest + 1), " " if longest else ""
-    return f"{fence}{gap}{seen}{gap}{fence}"
+    """A plain identifier or path as a Markdown code span; any other text as it is, inert."""
+    return f"`{text}`" if re.fullmatch(r"[\w.:/@#+-]+", str(text), re.ASCII) else markdown(text)
 
 
 def strict_json(value: Any, indent: int | None = 2) -> str:

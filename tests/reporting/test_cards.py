@@ -38,3 +38,42 @@ def test_card_of_a_vector_names_what_it_is_weak_in(tokenizer):
     assert "fraud (3 of 8), violence (9 of 9)" in text and "weak in those" in text
     vector.extraction["vectors"] = [{"selection": vector.selection}, {"selection": vector.selection}]
     assert "fraud (6 of 16), violence (18 of 18)" in vector_card(vector).text
+
+
+HOSTILE = "x\n---\nlicense: mit\n---\n# <script>alert(1)</script> | `a` ![b](http://c) \x1b[2J\ud800"
+
+
+def check_inert(card, before):
+    """The front matter ends where it should, and of the text only marks that are escaped are left."""
+    text = str(card)
+    assert text.encode() and "\x1b" not in text
+    assert text.count("\n---\n") == before.count("\n---\n") and "license" not in card.data.to_dict()
+    body = card.text
+    assert "<script>" not in body and "![b]" not in body and "\\<script\\>" in body
+    assert [line for line in body.splitlines() if line.startswith("#")][1:] == [
+        line for line in before.splitlines() if line.startswith("## ")
+    ]
+
+
+def test_names_in_the_card_of_a_checkpoint_are_text():
+    plain = report()
+    hostile = report(
+        vector={"name": HOSTILE, "aligned_model": {"name": HOSTILE}},
+        base={"name": HOSTILE},
+        decision=plain["decision"] | {"reason": HOSTILE},
+        measured=plain["measured"] | {"judge": HOSTILE},
+    )
+    card = checkpoint_card(hostile, HOSTILE)
+    check_inert(card, str(checkpoint_card(plain, "x")))
+    assert card.data.base_model is None  # the hub would refuse the card
+    cells = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert len(cells) == 5 and all(line.replace("\\|", "").count("|") == 4 for line in cells)
+
+
+def test_names_in_the_card_of_a_vector_are_text(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+    vector.selection["categories"] = {"fraud": {"asked": 8, "refused": 3}}
+    before = str(vector_card(vector))
+    vector.aligned_model["name"] = vector.extraction["method"] = HOSTILE
+    vector.selection["categories"] = {HOSTILE: {"asked": 8, "refused": 3}}
+    check_inert(vector_card(vector), before)

@@ -162,6 +162,25 @@ def test_a_report_with_little_in_it():
     assert Page(text).headings == [("h1", "Failed"), ("h2", "Provenance")]
 
 
+def test_a_long_line_is_cut_and_the_page_says_so():
+    releases = line_of(None) * 3_334
+    text = render(report_of(), releases)
+    assert len(text) < 150_000 and "The last 100 of 10002 releases" in text
+    assert '<th scope="row">9903</th>' in text and '<th scope="row">10002</th>' in text and ">9902<" not in text
+    assert text.count("<circle") == 100 and "100 releases; first release 9903: " in text
+    assert "Every release" in render(report_of(), releases[:100])
+
+
+def test_names_are_text_and_numbers_that_are_none_are_dashes():
+    hostile = "</title><script>alert(1)</script>\x1b[2J\u202e\ud800"
+    report = report_of(warnings=[hostile], software={hostile: hostile}, coefficients={hostile: 0.5, "b": float("nan")})
+    report["measured"]["after"]["refusal_rate"]["share"] = None
+    report["held_out"]["after"]["safety"] = float("inf")
+    text = render(report, line_of(report))
+    assert "<script" not in text and "\x1b" not in text and "\u202e" not in text and text.encode()
+    assert "\\x1b[2J\\u202e\\ud800" in text and text.count(">–<") == 3
+
+
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
