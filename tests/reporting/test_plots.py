@@ -47,7 +47,9 @@ def test_long_lines_and_many_coefficients_take_no_time(tmp_path):
 
 
 def test_names_are_text(tmp_path):
-    heat_map({"overall": [[1.0, 0.5], [0.5, None]], "layers.0": [[1.0, 0.2], [0.2, 1.0]]}, [HOSTILE, "b"], tmp_path / "a")
+    heat_map(
+        {"overall": [[1.0, 0.5], [0.5, None]], "layers.0": [[1.0, 0.2], [0.2, 1.0]]}, [HOSTILE, "b"], tmp_path / "a"
+    )
     coefficients_plot({f"layers.1/{HOSTILE}": 0.5, "layers.1/b": float("nan")}, tmp_path / "b")
     stability = {"inclusion": [0.5, 1.0], "mean_jaccard": 0.5}
     selection = {"scores": [0.1, 0.2], "selected_layers": [1], "method": HOSTILE, "stability": stability}

@@ -25,17 +25,37 @@ def test_every_character_can_be_seen(text, shown):
 
 def test_messages_and_values_of_json():
     assert one_line("first\n  second\r\nthird\x1b ") == "first second third\\x1b"
-    assert printable_values({"a\n": ["b\x07", 1, None, {"c": "\x00"}]}) == {"a\\n": ["b\\x07", 1, None, {"c": "\\x00"}]}
+    assert printable_values({"a\n": ["b\x07", 1, None, {"c": "\x00"}]}) == {
+        "a\\n": ["b\\x07", 1, None, {"c": "\\x00"}]
+    }
 
 
 @pytest.mark.parametrize(
     "text",
-    ["# x", "- x", "+ x", "1. x", "12) x", "> x", "---", "===", "***", "| a | b |", "```", "    x", "<script>x</script>", "&lt;", "![x](y)"],
+    [
+        "# x",
+        "- x",
+        "+ x",
+        "1. x",
+        "12) x",
+        "> x",
+        "---",
+        "===",
+        "***",
+        "| a | b |",
+        "```",
+        "    x",
+        "<script>x</script>",
+        "&lt;",
+        "![x](y)",
+    ],
 )
 def test_markdown_is_text_wherever_it_stands(text):
     """Of every mark that would begin something, one is escaped; nothing else but blanks at the ends is lost."""
     shown = markdown(text)
-    assert shown.replace("\\", "") == text.strip() and (shown.startswith("\\") or shown[:3] in ("1\\.", "12\\") or shown == "x")
+    assert shown.replace("\\", "") == text.strip() and (
+        shown.startswith("\\") or shown[:3] in ("1\\.", "12\\") or shown == "x"
+    )
     assert not any(f"{before}{mark}" in f" {shown}" for before in " xab" for mark in "<>`|[!&*#")
 
 
