@@ -101,9 +101,8 @@ class SafeGeneCallback(TrainerCallback):
             processor = _processor(kwargs.get("processing_class"), model)
         rows = None if loader is None else loader.dataset
         with sharding.named():
-            self._prepared = prepare(
-                self.config, model, processor, self._target(args), sharding, _origin(model, args), rows
-            )
+            target, origin = self._target(args), _origin(model, args)
+            self._prepared = prepare(self.config, model, processor, target, sharding, origin, rows, _packed(args))
         plan = self._prepared.plan
         if sharding.is_main:
             for warning in plan.report.warnings:
@@ -158,6 +157,12 @@ def _processor(processing_class: Any, model: nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FamilyError("The trainer has no tokenizer: pass `processing_class=tokenizer` to it.") from error
+
+
+def _packed(args: TrainingArguments) -> bool | None:
+    """Whether TRL packed rows without keeping their boundaries; None where the arguments do not say."""
+    packing = getattr(args, "packing", None)
+    return None if packing is None else bool(packing and getattr(args, "packing_strategy", "") == "wrapped")
 
 
 def _origin(model: nn.Module, args: TrainingArguments) -> Origin:

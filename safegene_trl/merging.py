@@ -157,6 +157,21 @@ def save_record(
         tokenizer.save_pretrained(folder)
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """While open, float32 products are float32: trainers let NVIDIA GPUs round their factors to 10 bits (TF32)."""
+    backend = torch.backends.cuda.matmul
+    name, exact = (
+        ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
+    )  # torch < 2.9
+    before = getattr(backend, name)
+    setattr(backend, name, exact)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
+
+
 @torch.no_grad()
 def merged_tensor(
     parameter: Parameter,
@@ -167,7 +182,8 @@ def merged_tensor(
 ) -> torch.Tensor | None:
     """Collective: one tensor of the merged model, whole, contiguous and in its own data type.
 
-    It is a copy on the live tensor's device: on rank 0, and on every rank that holds whole weights anyway.
+    It is a copy: on rank 0, and on every rank that holds whole weights anyway; what is merged on the live tensor's device, the rest
+    on the CPU.
 
     Args:
         parameter: Which.
@@ -187,11 +203,12 @@ def merged_tensor(
         if parameter.is_weight and name in deltas:
             of_vector = vector_terms(deltas[name], coefficients[name], transposed)
         if not terms and not of_vector:
-            return weight.clone().contiguous()
-        total = weight.float().clone()
-        add_terms(total, terms)
-        before = total.clone() if rounding is not None and of_vector else None
-        add_terms(total, of_vector)
+            return weight.to("cpu", copy=True).contiguous()
+        with full_float32():
+            total = weight.float().clone()
+            add_terms(total, terms)
+            before = total.clone() if rounding is not None and of_vector else None
+            add_terms(total, of_vector)
         if rounding is not None and before is not None:
             rounding.add(parameter.name, before, total, weight.dtype)
         return total.to(weight.dtype).contiguous()

@@ -50,10 +50,12 @@ class Sharding:
     Attributes:
         kind: Name of the way the model is spread, for the report.
         collective_forward: Whether a forward pass needs all ranks.
+        first_pass_decides: Whether the first forward pass settles in which type gradients are kept, by what is trainable then.
     """
 
     kind = "whole"
     collective_forward = False
+    first_pass_decides = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -295,6 +297,7 @@ class _Fsdp2(Sharding):
 
     kind = "fsdp2"
     collective_forward = True
+    first_pass_decides = True
 
     def __init__(self, device: torch.device, model: nn.Module):
         super().__init__(device)

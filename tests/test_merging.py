@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safegene_trl.errors import OutputError
-from safegene_trl.merging import save_adapter, save_merged
+from safegene_trl.merging import merged_tensor, save_adapter, save_merged
 from safegene_trl.output import MARKER, atomic_directory, check_output
+from safegene_trl.weights import canonical_parameters
 
 from .conftest import ALONE, attachment_of, make_deltas, make_model, with_lora
 
@@ -159,3 +160,20 @@ def test_foreign_output_is_never_replaced(tmp_path):
 def test_too_little_space_is_seen_early(tmp_path):
     with pytest.raises(OutputError, match="GiB free"):
         check_output(tmp_path / "out", needed_bytes=2**60)
+
+
+@pytest.mark.parametrize("before", ["none", "tf32"])
+def test_products_are_float32_whatever_the_trainer_allows(before, monkeypatch):
+    backend = torch.backends.cuda.matmul
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("an older torch has the switch `allow_tf32`")
+    seen, own = [], backend.fp32_precision
+    monkeypatch.setattr("safegene_trl.merging.add_terms", lambda *args: seen.append(backend.fp32_precision))
+    try:
+        backend.fp32_precision = before
+        model = make_model()
+        weight = next(p for p in canonical_parameters(model) if p.name.endswith("1.mlp.down_proj.weight"))
+        merged_tensor(weight, make_deltas(model), dict.fromkeys(make_deltas(model), 1.0), ALONE)
+        assert seen and set(seen) == {"ieee"} and backend.fp32_precision == before
+    finally:
+        backend.fp32_precision = own

@@ -77,7 +77,8 @@ class VectorAttachment:
             UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is named.
         """
         values = self._held.detach().clone() + 0.5
-        with frozen_for_calibration(self.model), self.sharding.forward_passes():
+        freeze = not self.sharding.first_pass_decides
+        with frozen_for_calibration(self.model, freeze), self.sharding.forward_passes():
             for graded in (False, True):
                 self.evidence = Evidence()
                 with torch.set_grad_enabled(graded), recomputing(self.model) if graded else nullcontext():
@@ -197,13 +198,17 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 @contextmanager
-def frozen_for_calibration(model: nn.Module) -> Iterator[None]:
+def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[None]:
     """Puts the model in eval mode without weight gradients; restores both, and every RNG state, in every case.
 
     What is compiled runs eagerly meanwhile: a compiled graph knows nothing of hooks that came after it.
+
+    Args:
+        model: The live model.
+        freeze: Whether weights get no gradients meanwhile.
     """
     training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and freeze]
     cuda_devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda_devices), running_eagerly(model):
         try:

@@ -89,6 +89,7 @@ def prepare(
     sharding: Sharding,
     origin: Origin | None = None,
     task_rows: Sequence[Row] | IterableDataset | None = None,
+    packed: bool | None = None,
 ) -> Preparation:
     """Reads and checks vector, family, data and output place, and that the vector reaches the logits; writes nothing.
 
@@ -102,6 +103,7 @@ def prepare(
         sharding: How the model is spread over ranks.
         origin: Where the fine-tune comes from. Default: not known.
         task_rows: The training set, used where `config.task_data` names no other.
+        packed: Whether its rows were packed without keeping their boundaries. Default: told from the rows.
 
     Raises:
         SafeGeneError: One of its kinds, saying what to do.
@@ -117,7 +119,7 @@ def prepare(
         plan.find_carried(model, config.granularity)
         check_verified(plan.carried)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
-        shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows)
+        shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows, packed)
         if config.gate:
             check_measurable(config.gate, shots.unseen.counts)
         start = _first_coefficients(config, plan.vector)
