@@ -1,9 +1,19 @@
-"""What is shown of coefficients."""
+"""What coefficients are called and stand for, and what is shown of them."""
 
-from safegene_trl.models.coefficients import by_component
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+
+from safegene_trl.config import Granularity
+from safegene_trl.models.coefficients import CoefficientSpace, by_component
 from safegene_trl.reporting.html import render
 
 from ..reporting.test_html import report_of
+
+
+KINDS = get_args(Granularity)
 
 
 def test_coefficients_by_component_and_means_of_rank_one_parts():
@@ -22,3 +32,37 @@ def test_the_page_draws_a_bar_per_module():
     assert page.count('<rect class="bar"') == 2
     assert "2 means of rank-one parts' coefficients between 0 and 1.00, mean 0.38" in page.replace("&#39;", "'")
     assert page.count("<code>a.up_proj#") == 4  # the table has them all
+
+
+MODULES = ["model.layers.3.mlp.up_proj", "model.layers.12.mlp.up_proj", "model.layers.3.mlp.down_proj"]
+
+
+def test_names_indices_and_values_of_a_space():
+    space = CoefficientSpace.of(MODULES, [2], "layer")
+    assert space.names == ["layers.3", "layers.12"]
+    assert [space.index(module).tolist() for module in MODULES] == [[0, 0], [1, 1], [0, 0]]
+    assert space.index(MODULES[0]).dtype == torch.int64
+    values = space.values({"layers.12": 0.25, "layers.3": 0.5})
+    assert values.dtype == torch.float32 and values.tolist() == [0.5, 0.25]
+    assert space.named(values) == {"layers.3": 0.5, "layers.12": 0.25}
+    found = space.by_module(space.named(values))
+    assert {module: own.tolist() for module, own in found.items()} == dict(
+        zip(MODULES, [[0.5, 0.5], [0.25, 0.25], [0.5, 0.5]], strict=True)
+    )
+    parts = CoefficientSpace.of(MODULES[:1], [1, 2], "rank")
+    assert parts.names == [f"{MODULES[0]}/{mark}" for mark in ("0#0", "1#0", "1#1")]
+
+
+@pytest.mark.parametrize("components", [[2], [1, 2]])
+@pytest.mark.parametrize(("coarse", "fine"), list(itertools.combinations_with_replacement(KINDS, 2)))
+def test_a_coarser_coefficient_is_that_of_all_it_stands_for(coarse, fine, components):
+    given, wanted = (CoefficientSpace.of(MODULES, components, kind) for kind in (coarse, fine))
+    values = {name: float(position) for position, name in enumerate(given.names)}
+    refined = wanted.refined(values)
+    assert list(refined) == wanted.names
+    shared, own = given.by_module(values), wanted.by_module(refined)
+    assert all(torch.equal(shared[module], own[module]) for module in MODULES)
+    assert given.refined(dict.fromkeys(wanted.names, 0.0)) is None or coarse == fine
+    assert wanted.refined(values | {"other": 1.0}) is None
+    assert CoefficientSpace.granularity_of(given.names, MODULES, components) == coarse
+    assert CoefficientSpace.granularity_of(given.names[1:], MODULES, components) is None

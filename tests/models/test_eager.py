@@ -132,6 +132,26 @@ def test_flex_attention_stays_the_compiled_kernel_that_it_is():
         assert function(torch.ones(1))
 
 
+@pytest.mark.parametrize("way", ["compile", "wrapper", "forward"])
+def test_beside_flex_attention_modules_are_set_aside_one_by_one(way):
+    model = make_model()
+    model.config._attn_implementation = "flex_attention"
+    layer, counter = model.model.layers[1], torch._dynamo.testing.CompileCounter()
+    if way == "compile":
+        layer.mlp.compile(backend=counter)
+    elif way == "wrapper":
+        layer.mlp = torch.compile(layer.mlp, backend=counter)
+    else:
+        layer.mlp.forward = torch.compile(layer.mlp.forward, backend=counter)
+    x, name = torch.randn(1, 4, 32), "model.layers.1.mlp.down_proj"
+    plain = layer.mlp(x)
+    count = counter.frame_count
+    attachment = attachment_of(model, {name: make_deltas(make_model())[name]})
+    with torch.no_grad(), running_eagerly(model), attachment.applied(torch.ones(1)):
+        assert (layer.mlp(x) - plain).abs().max() > 1e-2
+    assert count > 0 and torch.equal(layer.mlp(x), plain) and counter.frame_count == count
+
+
 def test_uncompiled():
     model = make_model()
     assert uncompiled(model) is model and uncompiled(torch.compile(model, backend=BACKEND)) is model
@@ -160,6 +180,7 @@ def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
+            remove_unused_columns=False,  # the Trainer reads no signature of a compiled model
             save_strategy="no",
             **arguments,
         )
