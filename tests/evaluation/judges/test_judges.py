@@ -308,7 +308,9 @@ def test_a_judge_with_too_few_verdicts_is_named():
         judged(judge, [REFUSAL, ANSWER])
 
 
-@pytest.mark.parametrize("error", [ImportError("no module"), RuntimeError("CUDA out\nof memory"), KeyError("x"), OSError(5, "x")])
+@pytest.mark.parametrize(
+    "error", [ImportError("no module"), RuntimeError("CUDA out\nof memory"), KeyError("x"), OSError(5, "x")]
+)
 def test_whatever_keeps_a_judge_from_loading_is_one_sentence(error, monkeypatch):
     def load(*arguments, **options):
         raise error
