@@ -258,3 +258,34 @@ def test_every_architecture_has_a_small_likeness(kind):
 def test_bad_use(capsys):
     assert main(["estimate"]) == 2 and main(["estimate", "inspect"]) == 2
     assert "followed by sft, apply, extract" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "message"),
+    [
+        (["--num_processes", "0"], None, "`--num_processes` is 0: it must be at least 1"),
+        (["--json", "."], None, "cannot be"),
+        ([], "num_processes: two", "must be a whole number"),
+        ([], "num_processes: 2\nnum_processes: 3", "has the key `num_processes` twice"),
+        ([], "deepspeed_config: 3", "`deepspeed_config` in the launch configuration"),
+        ([], "- 1", "must hold keys and values"),
+        ([], "{", "is not valid YAML"),
+        ([], b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_run(words, config, message, tmp_path, capsys):
+    if config is not None:
+        (tmp_path / "launch.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
+    launch = ["--accelerate_config", str(tmp_path / "launch.yaml")] if config is not None else []
+    assert main(["estimate", *words, "apply", "--model_name_or_path", "nowhere", *launch]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path, model_dir, vector_dir, task_file, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {model_dir}\ndatasets: [{{path: json, data_files: {task_file}, split: train}}]\n"
+        f"dataset_train_split: other\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\nbf16: false\nsafegene: {{vector: {vector_dir}}}\n"
+    )
+    assert main(["estimate", "sft", "--config", str(recipe)]) == 2
+    assert "has no split `other`" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from ..config import SafeGeneConfig
 from ..errors import ConfigError, SafeGeneError
+from ..output import FAILURE_SUFFIXES
 from ..reporting.text import printable
-from ..step.plan import failure_path
 from ..validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys
 from .yaml_files import read_yaml
 
@@ -145,7 +145,7 @@ def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, A
                     f"The models {name} and {other} have one `output_dir` ({target}), or one inside the other's: leave it out, and each has its "
                     "own."
                 )
-            if overlap(failure_path(target), theirs):
+            if any(overlap(target.with_name(target.name + suffix), theirs) for suffix in FAILURE_SUFFIXES):
                 raise ConfigError(
                     f"The report of a failure of {name} would be the folder of {other}: give one another `name`."
                 )

@@ -20,7 +20,7 @@ from .cards import checkpoint_card
 from .html import render
 from .metrics import METRICS
 from .plots import coefficients_plot, history_plot
-from .text import strict_json
+from .text import printable, strict_json
 
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,8 @@ def summary(report: Mapping[str, Any]) -> str:
     """The outcome in a few lines for a terminal: reason, vector, and what was measured before and after with 95 % intervals."""
     decision, model = report["decision"], report["model"]
     lines = [
-        f"{decision['outcome'].replace('_', ' ')}: {decision['reason']}",
-        f"vector {report['vector']['name']}, model {model['architecture']} ({model['kind']} fine-tune)",
+        f"{decision['outcome'].replace('_', ' ')}: {printable(decision['reason'])}",
+        f"vector {printable(report['vector']['name'])}, model {printable(model['architecture'])} ({model['kind']} fine-tune)",
     ]
     if held_out := report.get("held_out"):
         before, after = held_out["before"], held_out["after"]

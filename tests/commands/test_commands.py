@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import safegene_trl
 from safegene_trl import SafetyVector
+from safegene_trl.commands.inspect import _describe_vector
 from safegene_trl.commands.main import main
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.selection import LayerScores
@@ -268,6 +269,45 @@ def test_inspect_a_vector(vector_dir, capsys, tmp_path):
     assert "layers 1–2" in printed and "12 harmful prompts with refusals" in printed
     assert main(["inspect", str(tmp_path)]) == 2
     assert "not a safety vector" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "null",
+        "{}",
+        "{",
+        '{"coefficients": null}',
+        '{"coefficients": {"a": null}, "decision": {}, "model": {}}',
+        '{"coefficients": {}, "decision": {"outcome": 1, "reason": ""}, "model": 3}',
+        "[" * 100_000,
+    ],
+)
+def test_inspect_names_a_report_that_is_damaged(content, tmp_path, capsys):
+    (tmp_path / "safegene_report.json").write_text(content)
+    assert main(["inspect", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "is damaged or of another version" in printed.err and printed.out == ""
+
+
+def test_inspect_shows_text_of_strangers_as_text(vector_dir, tmp_path, capsys):
+    hostile = "\x1b[2J\x1b]0;x\x07\naccepted: all is well\u202e"
+    report = {
+        "coefficients": {hostile: 0.5},
+        "decision": {"outcome": "rejected", "reason": hostile},
+        "vector": {"name": hostile},
+        "model": {"architecture": hostile, "kind": hostile},
+    }
+    (tmp_path / "safegene_report.json").write_text(json.dumps(report))
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(character.isprintable() or character == "\n" for character in printed)
+    assert not any(line.startswith("accepted") for line in printed.splitlines()) and len(printed.splitlines()) == 3
+    vector = SafetyVector.from_pretrained(vector_dir)
+    vector.aligned_model["name"] = vector.extraction["method"] = hostile
+    lines = _describe_vector(vector).splitlines()
+    assert all(line.isprintable() for line in lines) and "\\x1b[2J" in lines[0]
 
 
 def test_extract_isolated_from_a_task(extraction, tmp_path):

@@ -395,6 +395,7 @@ def places(tmp_path, first=None, second=None, **names):
         ({"output_dir": "link/x"}, {"output_dir": "out/x"}, {}),
         ({"output_dir": "releases/b"}, {}, {}),
         ({"output_dir": "releases/b.failed.json"}, {}, {}),
+        ({"output_dir": "releases/b.failed.html"}, {}, {}),
         ({}, {}, {"output_dir": "one"}),
         ({"output_dir": "b"}, {}, {}),  # the other's fine-tune
         ({"output_dir": "out"}, {"history": "out/history.jsonl"}, {}),

@@ -8,6 +8,9 @@ import yaml
 from safegene_trl.commands.main import main
 from safegene_trl.evaluation import evaluate as module
 from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT, SETTINGS, VERDICTS, EvaluationConfig, evaluate
+from safegene_trl.evaluation.json_lines import read_lines
+from safegene_trl.evaluation.judges import Verdict
+from safegene_trl.locking import alone_in
 
 from ..conftest import ALONE, BENIGN, HARMFUL, make_model, save_utility_task, with_lora
 
@@ -159,3 +162,129 @@ def test_unknown_task_is_named_before_anything_runs(config, sets, capsys):
     assert main(["evaluate", *words(config)]) == 2
     assert "knows no task `no_such_task_at_all`" in capsys.readouterr().err
     assert not (sets / "out" / GENERATIONS).exists()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A judge that is asked one by one, notes what about, and fails at the answer whose number is in `fails`."""
+
+    class Counting:
+        name, sees, batch = "counting", "refusals", 1
+
+        def __init__(self):
+            self.asked, self.fails = [], None
+
+        def __call__(self, exchanges):
+            if exchanges and len(self.asked) == self.fails:
+                raise RuntimeError("CUDA out of memory.\nTried to allocate")
+            self.asked += exchanges
+            return [Verdict("answered", 1.0) for _ in exchanges]
+
+        def describe(self):
+            return {}
+
+    judge = Counting()
+    monkeypatch.setattr(module, "load_judge", lambda spec: judge)
+    monkeypatch.setattr("safegene_trl.evaluation.judges.is_incoherent", lambda answer: False)
+    return judge
+
+
+def test_what_a_judge_said_before_it_failed_is_kept(config, asked, sets, capsys):
+    asked.fails = 5
+    assert main(["evaluate", *words(config)]) == 2
+    error = capsys.readouterr().err
+    assert "The judge counting failed (RuntimeError: CUDA out of memory. Tried" in error.splitlines()[-1]
+    assert len(read_lines(sets / "out" / VERDICTS)) == 5
+    asked.fails = None
+    evaluate(config, ALONE)
+    assert len(asked.asked) == len(HARMFUL) + len(BENIGN)
+    evaluate(config, ALONE)
+    assert len(asked.asked) == len(HARMFUL) + len(BENIGN)
+
+
+def test_verdicts_are_about_their_very_answers(config, asked, sets, model_dir, monkeypatch, capsys):
+    evaluate(config, ALONE)
+    count = len(asked.asked)
+    rows = read_lines(sets / "out" / GENERATIONS)
+    # one answer is edited: its verdict is none any more
+    rows[3]["answer"] = "something else"
+    (sets / "out" / GENERATIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(config, ALONE)
+    assert [exchange.answer for exchange in asked.asked[count:]] == ["something else"]
+    # only the answers are deleted, and the model is another one
+    (sets / "out" / GENERATIONS).unlink()
+    make_model(seed=5).save_pretrained(model_dir)
+    before = {path: path.read_bytes() for path in (sets / "out").iterdir()}
+    assert main(["evaluate", *words(config)]) == 2
+    assert "another `model`" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (sets / "out").iterdir()}
+    # even where the settings are gone with them
+    (sets / "out" / SETTINGS).unlink()
+    assert main(["evaluate", *words(config)]) == 2
+    assert "verdicts without their settings" in capsys.readouterr().err
+
+
+def test_answers_from_another_folder_are_refused(config, sets, model_dir, capsys):
+    evaluate(config, ALONE)
+    rows = read_lines(sets / "out" / GENERATIONS)
+    make_model(seed=5).save_pretrained(model_dir)
+    config.output_dir = str(sets / "second")
+    evaluate(config, ALONE)
+    (sets / "second" / GENERATIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", *words(config)]) == 2
+    assert "answers or verdicts of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        (GENERATIONS, '{"key": "a", "answ', "Line 3 of"),
+        (GENERATIONS, "[1]", "Line 3 of"),
+        (GENERATIONS, '{"key": "a"}', "Answer 3 in"),
+        (VERDICTS, "\x00\x00", "Line 3 of"),
+        (VERDICTS, '{"key": "a", "label": "good"}', "answers or verdicts of another run"),
+    ],
+)
+def test_damage_in_the_middle_is_named(file, line, message, config, sets, capsys):
+    evaluate(config, ALONE)
+    lines = (sets / "out" / file).read_text().splitlines()
+    (sets / "out" / file).write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    assert main(["evaluate", *words(config)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_verdict_of_another_shape_is_named(config, sets, capsys):
+    evaluate(config, ALONE)
+    rows = read_lines(sets / "out" / VERDICTS)
+    for change in ({"label": "good"}, {"score": "high"}, {"answer": 3}):
+        text = "".join(json.dumps(row | (change if number == 1 else {})) + "\n" for number, row in enumerate(rows))
+        (sets / "out" / VERDICTS).write_text(text)
+        assert main(["evaluate", *words(config)]) == 2
+        assert "Verdict 2 in" in capsys.readouterr().err
+
+
+def test_torn_verdicts_are_given_again(config, asked, sets):
+    evaluate(config, ALONE)
+    count = len(asked.asked)
+    text = (sets / "out" / VERDICTS).read_text()
+    (sets / "out" / VERDICTS).write_text(text[: text.rindex("{") + 9])
+    evaluate(config, ALONE)
+    assert len(asked.asked) == count + 1 and len(read_lines(sets / "out" / VERDICTS)) == count
+
+
+def test_one_evaluation_at_a_time_in_a_folder(config, sets, capsys):
+    with alone_in(sets / "out", "evaluation"):
+        assert main(["evaluate", *words(config)]) == 2
+        assert "Another evaluation is at work in" in capsys.readouterr().err
+        assert [path.name for path in (sets / "out").iterdir()] == [".lock"]
+    assert main(["evaluate", *words(config)]) == 0
+
+
+def test_numbers_of_an_earlier_run_do_not_outlive_its_answers(config, sets, monkeypatch):
+    evaluate(config, ALONE)
+    for name in (GENERATIONS, VERDICTS):
+        (sets / "out" / name).unlink()
+    monkeypatch.setattr(module, "_generated", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(config, ALONE)
+    assert not (sets / "out" / RESULT).exists()
