@@ -32,6 +32,7 @@ from .weights import (
     check_supported,
     check_untied,
     is_transposed,
+    layer_index,
     task_factors,
     tied_weights,
 )
@@ -49,10 +50,12 @@ class StoredModel:
     Attributes:
         model: The model without its weights; an adapter on it is real.
         files: The checkpoint's (or the base model's) tensors by their names in its files.
+        name: What it was opened by, for messages.
     """
 
     model: nn.Module
     files: dict[str, StoredTensor]
+    name: str
 
     @classmethod
     def open(cls, name_or_path: str, revision: str | None = None) -> "StoredModel":
@@ -71,7 +74,7 @@ class StoredModel:
         files = stored_tensors(snapshot(named, None if base else revision))
         model = load_skeleton(name_or_path, revision, files)
         check_supported(model)
-        stored = cls(model, files)
+        stored = cls(model, files, name_or_path)
         if unlike := sorted(stored.required_names - files.keys()):
             raise CheckpointError(
                 f"{named} has another name for `{unlike[0]}`: load it by transformers and save it by `save_pretrained` first."
@@ -111,12 +114,12 @@ class StoredModel:
 
     @property
     def has_full_rank_changes(self) -> bool:
-        """Whether an adapter changes linear layers by more than low-rank additions (DoRA)."""
-        parameters = self.parameters.values()
-        factors = [
-            factor for parameter in parameters if parameter.is_weight for factor in task_factors(parameter.module)
-        ]
-        return any(factor.dora is not None for factor in factors)
+        """Whether an adapter changes linear layers by more than low-rank additions: by DoRA, or by weights of its own."""
+        weights = [parameter for parameter in self.parameters.values() if parameter.is_weight]
+        factors = [factor for parameter in weights for factor in task_factors(parameter.module)]
+        own = [parameter for parameter in weights if not is_placeholder(parameter.tensor)]
+        layers = [parameter for parameter in own if layer_index(parameter.module_name) is not None]
+        return any(factor.dora is not None for factor in factors) or any(p.tensor.dim() > 1 for p in layers)
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What an adapter holds in the place of whole tensors of its base model, e.g. by `modules_to_save`."""
@@ -141,13 +144,23 @@ class StoredModel:
     def matrix(self, reader: "RowReader", module: str) -> torch.Tensor:
         """A linear layer's weight with the adapter folded in: d_out×d_in, float32."""
         name = self.weight_files[module]
-        stored, terms = self.files[name], self.task_terms(name)
+        stored = self.files[name]
         weight = torch.empty(stored.shape)
         for block in row_blocks(name, stored):
-            rows = weight[block.first : block.stop]
-            rows.copy_(reader.rows(stored, block))
-            add_terms(rows, terms, block.first)
+            weight[block.first : block.stop] = self.rows(reader, block)
         return weight.T if is_transposed(self.parameters[name].module) else weight
+
+    @torch.no_grad()
+    def rows(self, reader: "RowReader", block: "Block", buffer: str = "wide") -> torch.Tensor:
+        """A block of a tensor with the adapter folded in, float32, in a buffer of this thread."""
+        parameter = self.parameters.get(block.name)
+        if parameter is None or is_placeholder(parameter.tensor):
+            stored = reader.rows(self.files[block.name], block)
+        else:
+            stored = parameter.tensor.detach().reshape(-1, self.files[block.name].columns)[block.first : block.stop]
+        wide = reader.scratch(stored, buffer)
+        add_terms(wide, self.task_terms(block.name), block.first)
+        return wide
 
 
 @torch.no_grad()

@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     if vector is not None:
         for warning in selection_warnings(vector):
             logger.warning(warning)
+        share = vector.extraction["covered_share"]
+        print(f"The linear layers hold {100 * share:.3g} % of the difference of the two models.")
         print(f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}")
     leave_processes()
     return 0

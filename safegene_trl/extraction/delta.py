@@ -12,9 +12,11 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import FamilyError
+from ..errors import CheckpointError, FamilyError
+from ..models.rounding import is_finite
 from ..streaming import RowReader, StoredModel, in_threads
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
+from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd
 
 
@@ -30,6 +32,10 @@ def adapter_delta(
 
     Returns:
         By canonical module name.
+
+    Raises:
+        FamilyError: There is no difference.
+        CheckpointError: An adapter holds NaN or infinity.
     """
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, model in ((1, aligned), (-1, degraded)):
@@ -43,6 +49,9 @@ def adapter_delta(
     }
     if not stacked:
         raise FamilyError("The two models do not differ in any layer: give another degraded model.")
+    for name, pair in stacked.items():
+        if not all(map(is_finite, pair)):
+            raise CheckpointError(f"A LoRA on `{name}` holds NaN or infinity: its training has diverged.")
     rank = rank or max(a.shape[0] for a, _ in stacked.values())
     return {name: factors_at_rank(a, b, rank) for name, (a, b) in stacked.items()}
 
@@ -55,7 +64,19 @@ def stored_delta(
     seed: int = 0,
     show_progress: bool = True,
 ) -> dict[str, Truncation]:
-    """The truncated difference of every linear layer of two stored models.
+    """`stored_difference` of the linear layers alone: nothing else is read."""
+    return _difference(aligned, degraded, rank, exact, seed, show_progress, False)[0]
+
+
+def stored_difference(
+    aligned: StoredModel,
+    degraded: StoredModel,
+    rank: int,
+    exact: bool = False,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> tuple[dict[str, Truncation], Coverage]:
+    """The truncated difference of every linear layer of two stored models, and how much of the whole difference that is.
 
     Every byte is read once; of each model one matrix per thread is in memory.
 
@@ -68,11 +89,18 @@ def stored_delta(
         show_progress: Whether to show a progress bar.
 
     Returns:
-        By canonical module name.
+        The differences by canonical module name, and their coverage.
 
     Raises:
-        FamilyError: Names or shapes differ.
+        FamilyError: Names or shapes differ, or nothing else does.
+        CheckpointError: A model holds NaN or infinity.
     """
+    return _difference(aligned, degraded, rank, exact, seed, show_progress, True)
+
+
+def _difference(
+    aligned: StoredModel, degraded: StoredModel, rank: int, exact: bool, seed: int, show_progress: bool, whole: bool
+) -> tuple[dict[str, Truncation], Coverage]:
     names = [
         name
         for name, module in canonical_modules(aligned.model).items()
@@ -83,16 +111,20 @@ def stored_delta(
         if stored[0] is None or stored[1] is None or stored[0].shape != stored[1].shape:
             raise FamilyError(f"`{name}` differs in shape between the aligned and the degraded model: use one family.")
     sizes = [aligned.files[aligned.weight_files[name]].num_bytes for name in names]
-    bar = tqdm(total=2 * sum(sizes), desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
+    rest = aligned.required_names - {aligned.weight_files[name] for name in names} if whole else set()
+    total = 2 * (sum(sizes) + sum(aligned.files[name].num_bytes for name in rest))
+    bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
     found: dict[str, Truncation] = {}
     with bar, RowReader() as reader:
         work = partial(_module_delta, aligned, degraded, reader, rank, exact, seed)
         for name, size, truncation in zip(names, sizes, in_threads(work, names), strict=True):
             found[name] = truncation
             bar.update(2 * size)
-    if all(truncation.delta.b.count_nonzero() == 0 for truncation in found.values()):
+        left_out = differences(aligned, degraded, rest, reader, bar.update)
+    coverage = Coverage(sum(truncation.squares for truncation in found.values()), left_out)
+    if coverage.whole == 0:
         raise FamilyError("The two models do not differ in any layer: give another degraded model.")
-    return found
+    return found, coverage
 
 
 @torch.no_grad()
@@ -101,4 +133,7 @@ def _module_delta(
 ) -> Truncation:
     difference = aligned.matrix(reader, name)
     difference -= degraded.matrix(reader, name)
+    if not is_finite(difference):
+        diverged = aligned if not is_finite(aligned.matrix(reader, name)) else degraded
+        raise not_finite(diverged, name)
     return truncated_svd(difference, rank, exact, seed=seed + zlib.crc32(name.encode()))

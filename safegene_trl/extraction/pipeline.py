@@ -4,6 +4,7 @@ The difference is taken from the files, by one process. The two models are loade
 run: whole in every process, or sharded by ZeRO-3 where the launch asks for it.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,15 @@ from ..vector import SafetyVector
 from ..weights import layer_index
 from .answers import own_answers
 from .config import ExtractionConfig
-from .delta import adapter_delta, stored_delta
+from .coverage import Coverage, adapter_coverage
+from .delta import adapter_delta, stored_difference
 from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
 from .isolation import isolated
+from .soundness import check_runs, in_dtype
 from .svd import Truncation
 
 
+logger = logging.getLogger(__name__)
 REFUSAL_TOKENS = 8  # whether a model refuses is settled there (arXiv 2406.05946)
 
 
@@ -75,7 +79,10 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         if job.is_main:
             stored = StoredModel.open(config.aligned_model, config.aligned_revision)
-            truncations = _difference(config, stored, config.degraded_model, config.degraded_revision, show_progress)
+            name, revision = config.degraded_model, config.degraded_revision
+            truncations, coverage = _difference(config, stored, name, revision, show_progress)
+            if warning := coverage.check():
+                logger.warning(warning)
             truncations, isolation = _isolated(config, stored, truncations, show_progress)
     deltas = deltas_from_main({name: truncation.delta for name, truncation in truncations.items()}, job)
     aligned = _aligned_side(config, tokenizer, harmful, benign, job)
@@ -88,14 +95,14 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
     share = config.selected_share
     layers = top_layers(scores.mean().tolist(), share)
     selected = {name: truncation for name, truncation in truncations.items() if layer_index(name) in layers}
-    kept = getattr(torch, config.weights_dtype)
     return SafetyVector(
-        deltas={name: LowRankDelta(deltas[name].a.to(kept), deltas[name].b.to(kept)) for name in selected},
+        deltas=in_dtype({name: deltas[name] for name in selected}, getattr(torch, config.weights_dtype)),
         family=Family.of(stored.model, tokenizer),
         aligned_model=model_reference(config.aligned_model, config.aligned_revision),
         degraded_model=model_reference(config.degraded_model, config.degraded_revision),
         extraction={
             "method": config.method,
+            "covered_share": round(coverage.share, 6),
             "isolation": isolation,
             "distillation": distillation,
             "exact": min(t.kept for t in selected.values()) == 1.0,
@@ -131,6 +138,7 @@ def _aligned_side(
     job: Sharding,
 ) -> _AlignedSide:
     model, sharding = load_placed(config.aligned_model, config.aligned_revision, config.dtype, job)
+    check_runs(model, tokenizer, harmful[0], sharding, config.aligned_model)
     rows = own_answers(
         model,
         tokenizer,
@@ -158,6 +166,7 @@ def _distilled(
 ) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
     name, revision = config.degraded_model, config.degraded_revision
     degraded, sharding = load_placed(name, revision, config.dtype, job)
+    check_runs(degraded, tokenizer, aligned.rows[0]["prompt"], sharding, name)
     data = [*aligned.references, *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding)]
     del degraded, sharding
     dtype = resolve_dtype(config.dtype, name, revision)
@@ -210,12 +219,13 @@ def _refused_by_category(
 
 def _difference(
     config: ExtractionConfig, aligned: StoredModel, name: str, revision: str | None, show_progress: bool
-) -> dict[str, Truncation]:
-    """The aligned model less another one."""
+) -> tuple[dict[str, Truncation], Coverage]:
+    """The aligned model less another one, and how much of their difference that is."""
     other = StoredModel.open(name, revision)
     if differ_by_adapters(config, aligned, other, name, revision):
-        return adapter_delta(aligned.model, other.model, config.rank)
-    return stored_delta(aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress)
+        found = adapter_delta(aligned.model, other.model, config.rank)
+        return found, adapter_coverage(aligned, other, found)
+    return stored_difference(aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress)
 
 
 def differ_by_adapters(
@@ -240,7 +250,7 @@ def _isolated(
         return truncations, None
     tasks = []
     for name in config.isolate_from:
-        difference = _difference(config, aligned, name, None, show_progress)
+        difference, _ = _difference(config, aligned, name, None, show_progress)
         tasks.append({module: truncation.delta for module, truncation in difference.items()})
     deltas = {module: truncation.delta for module, truncation in truncations.items()}
     found, removed = isolated(deltas, tasks, config.isolation_rank)
@@ -265,6 +275,7 @@ def _scores(
     if config.selection in ("random", "all"):
         return at_random(num_layers(deltas), config.seed)
     degraded, sharding = load_placed(config.degraded_model, config.degraded_revision, config.dtype, job)
+    check_runs(degraded, tokenizer, harmful[0], sharding, config.degraded_model)
     if config.selection == "activation_contrast":
         states = _states(config, degraded, tokenizer, harmful, benign, sharding)
         return activation_contrast(aligned.states, states)

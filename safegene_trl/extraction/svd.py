@@ -25,11 +25,13 @@ class Truncation:
         delta: The factors, float32; singular values shared evenly between them.
         kept: Share (0–1) of the matrix's squared Frobenius norm that they capture.
         optimum: Upper bound of the share that any factors of that rank capture.
+        squares: The whole matrix's squared Frobenius norm.
     """
 
     delta: LowRankDelta
     kept: float
     optimum: float
+    squares: float
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int, exact: bool, seed: int) -> Truncation:
@@ -39,7 +41,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int, exact: bool, seed: int) -> Tr
     if exact or size >= min(matrix.shape):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         kept = _squares(s[:rank]) / total if total else 1.0
-        return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept)
+        return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept, total)
     generator = torch.Generator().manual_seed(seed)
     basis = _orthonormal(matrix @ torch.randn(matrix.shape[1], size, generator=generator))
     for _ in range(POWER_ITERATIONS):
@@ -49,18 +51,19 @@ def truncated_svd(matrix: torch.Tensor, rank: int, exact: bool, seed: int) -> Tr
     delta = balanced(basis @ u[:, :rank], s[:rank], vh[:rank])
     kept = _squares(s[:rank]) / total if total else 1.0
     missed = 1 - _squares(s) / total if total else 0.0
-    return Truncation(delta, kept, min(1.0, kept + max(0.0, missed)))
+    return Truncation(delta, kept, min(1.0, kept + max(0.0, missed)), total)
 
 
 def factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> Truncation:
     """`B A` at a given rank: padded with zeros up to it, or cut down to it by an exact SVD of the small core."""
     missing = rank - a.shape[0]
     if missing >= 0:
-        return Truncation(LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))), 1.0, 1.0)
+        whole = LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))
+        return Truncation(whole, 1.0, 1.0, max(0.0, LowRankDelta(a, b).inner(LowRankDelta(a, b))))
     u, s, vh = svd_of_product(a, b)
     total = _squares(s)
     kept = _squares(s[:rank]) / total if total else 1.0
-    return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept)
+    return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept, total)
 
 
 def svd_of_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
