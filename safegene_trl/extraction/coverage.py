@@ -64,9 +64,7 @@ class Coverage:
         return None
 
 
-def adapter_coverage(
-    aligned: StoredModel, degraded: StoredModel, truncations: Mapping[str, Truncation]
-) -> Coverage:
+def adapter_coverage(aligned: StoredModel, degraded: StoredModel, truncations: Mapping[str, Truncation]) -> Coverage:
     """The coverage of two models of one base model, from their adapters; of the files only what an adapter replaces is read."""
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, stored in ((1, aligned), (-1, degraded)):

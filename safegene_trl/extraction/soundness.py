@@ -54,7 +54,9 @@ def in_dtype(deltas: Mapping[str, LowRankDelta], dtype: torch.dtype) -> dict[str
                 )
             if lost := _lost(tensor, dtype):
                 kind = str(dtype).removeprefix("torch.")
-                raise VectorError(f"`{name}` of the vector {lost} for {kind}: set `weights_dtype: bfloat16` or `float32`.")
+                raise VectorError(
+                    f"`{name}` of the vector {lost} for {kind}: set `weights_dtype: bfloat16` or `float32`."
+                )
         found[name] = LowRankDelta(delta.a.to(dtype), delta.b.to(dtype))
     if not any(bool(delta.a.any()) and bool(delta.b.any()) for delta in found.values()):
         raise VectorError(
