@@ -160,7 +160,7 @@ def test_mount_points_and_disks_that_are_full_or_read_only(tmp_path):
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
 def test_missing_permissions(tmp_path):
     tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
+    for parent in tmp_path.parents[:3]:
         parent.chmod(0o755)
     closed, sticky = tmp_path / "closed", tmp_path / "sticky"
     closed.mkdir()
