@@ -218,7 +218,7 @@ def test_a_diverged_adapter_is_refused(part, tokenizer, tmp_path):
                 parameter.view(-1)[1] = float("inf")
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     saved(adapted, tokenizer, tmp_path / "adapter")
-    with pytest.raises((CheckpointError, OutputError), match="diverged|NaN or infinity"):
+    with pytest.raises((CheckpointError, OutputError), match=r"diverged|NaN or infinity"):
         merged_plainly(tmp_path / "adapter", tokenizer, tmp_path / "out", 0.0)
 
 
