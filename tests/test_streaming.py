@@ -6,13 +6,14 @@ import threading
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import streaming
 from safegene_trl.checkpoint import stored_tensors
-from safegene_trl.errors import CheckpointError, UnsupportedModelError
+from safegene_trl.errors import CheckpointError, OutputError, UnsupportedModelError
 from safegene_trl.merging import save_merged
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.streaming import StoredModel, in_threads, write_merged
 
 from .conftest import ALONE, make_deltas, make_model, with_lora
@@ -97,8 +98,6 @@ def test_bfloat16_in_shards_of_bounded_size(tokenizer, tmp_path, monkeypatch):
 def test_renamed_experts(tmp_path, tokenizer):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from safegene_trl.models.low_rank import LowRankDelta
-
     torch.manual_seed(0)
     shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
@@ -158,3 +157,117 @@ def test_work_is_shared_by_threads_and_an_error_ends_it():
     with pytest.raises(ZeroDivisionError):
         list(in_threads(work, [1, 0, 1]))
     assert torch.get_num_threads() == before and threading.current_thread().name not in seen
+
+
+def merged_plainly(source, tokenizer, folder, coefficient, deltas=None):
+    folder.mkdir()
+    deltas = make_deltas(make_model()) if deltas is None else deltas
+    return write_merged(
+        StoredModel.open(str(source)), deltas, dict.fromkeys(deltas, coefficient), tokenizer, folder, "5GB"
+    )
+
+
+def test_what_rounding_left_is_told(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK_ITEMS", 100)
+    source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
+    deltas = make_deltas(make_model())
+    found = merged_plainly(source, tokenizer, tmp_path / "out", 1e-2).check()
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    real = {name: after[f"{name}.weight"].float() - before[f"{name}.weight"].float() for name in deltas}
+    wanted = {name: 1e-2 * delta.dense() for name, delta in deltas.items()}
+    assert found["weights"] == sum(change.numel() for change in wanted.values())
+    assert found["changed_weights"] == sum(int(change.count_nonzero()) for change in real.values())
+    assert 0 < found["changed_weights"] < found["weights"]
+    product = sum(float((real[name] * wanted[name]).sum()) for name in deltas)
+    square = sum(float(change.square().sum()) for change in wanted.values())
+    assert found["kept"] == pytest.approx(product / square, rel=1e-3)
+
+
+def test_a_vector_that_is_rounded_away_is_refused(tokenizer, tmp_path):
+    source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
+    tiny = {"model.layers.1.mlp.up_proj": LowRankDelta(torch.full((1, 32), 1e-6), torch.full((48, 1), 1e-6))}
+    with pytest.raises(OutputError, match="0 of 1536 weights would change"):
+        merged_plainly(source, tokenizer, tmp_path / "out", 0.5, tiny)
+    assert merged_plainly(source, tokenizer, tmp_path / "none", 0.0, tiny).check()["changed_weights"] == 0
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_stored_weights_that_are_no_numbers_are_refused(name, tokenizer, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = float("nan")
+    source = saved(model, tokenizer, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=rf"`{name}` in .*model\.safetensors holds NaN or infinity"):
+        merged_plainly(source, tokenizer, tmp_path / "out", 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_overflow_by_the_vector_are_refused(dtype, tokenizer, tmp_path):
+    source = saved(make_model().to(dtype), tokenizer, tmp_path / "model")
+    with pytest.raises(OutputError, match=r"`model.layers.*weight` would hold NaN or infinity"):
+        merged_plainly(source, tokenizer, tmp_path / "out", 1e40 if dtype == torch.float32 else 1e6)
+
+
+@pytest.mark.parametrize("part", ["lora_B", "modules_to_save"])
+def test_a_diverged_adapter_is_refused(part, tokenizer, tmp_path):
+    base = saved(make_model(tied=False), tokenizer, tmp_path / "base")
+    adapted = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if part in name:
+                parameter.view(-1)[1] = float("inf")
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    saved(adapted, tokenizer, tmp_path / "adapter")
+    with pytest.raises((CheckpointError, OutputError), match=r"diverged|NaN or infinity"):
+        merged_plainly(tmp_path / "adapter", tokenizer, tmp_path / "out", 0.0)
+
+
+def test_the_config_keeps_its_data_type_and_names_its_class(tokenizer, tmp_path):
+    source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
+    merged_plainly(source, tokenizer, tmp_path / "out", 0.5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
+
+
+def test_tied_modules_saved_whole_are_merged(tokenizer, tmp_path, monkeypatch):
+    base = saved(make_model(), tokenizer, tmp_path / "base")
+    adapted = with_lora(make_model(), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with torch.no_grad():
+        adapted.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    saved(adapted, tokenizer, tmp_path / "adapter")
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    streamed, loaded = merged_both_ways(tmp_path / "adapter", live, tokenizer, tmp_path, monkeypatch)
+    assert_same(streamed, loaded)
+    name = "model.embed_tokens.weight"
+    torch.testing.assert_close(streamed[name], make_model().get_parameter(name) + 0.1)
+    assert "lm_head.weight" not in streamed
+
+
+def test_a_tied_weight_under_both_names_changes_under_both(tokenizer, tmp_path):
+    base = saved(make_model(), tokenizer, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapted = with_lora(make_model(), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with torch.no_grad():
+        adapted.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    saved(adapted, tokenizer, tmp_path / "adapter")
+    merged_plainly(tmp_path / "adapter", tokenizer, tmp_path / "out", 0.5)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    torch.testing.assert_close(after["lm_head.weight"], tensors["lm_head.weight"] + 0.1)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_a_vector_on_a_tied_weight_is_refused(module, tokenizer, tmp_path):
+    source = saved(make_model(), tokenizer, tmp_path / "model")
+    delta = {module: LowRankDelta(torch.ones(1, 32), torch.ones(320, 1))}
+    with pytest.raises(UnsupportedModelError, match=f"changes `{module}`, whose weight the model shares"):
+        merged_plainly(source, tokenizer, tmp_path / "out", 0.5, delta)
+    free = saved(make_model(tied=False), tokenizer, tmp_path / "free")
+    if module == "lm_head":
+        merged_plainly(free, tokenizer, tmp_path / "merged", 0.5, delta)
+        before, after = (load_file(each / "model.safetensors") for each in (free, tmp_path / "merged"))
+        torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"] + 0.5)

@@ -22,10 +22,12 @@ from safegene_trl.weights import (
     canonical_parameters,
     check_adapter_output,
     check_supported,
+    check_untied,
     is_transposed,
     layer_index,
     linear_shape,
     task_factors,
+    tied_weights,
 )
 
 from .conftest import ALONE, attached, make_deltas, make_model, with_lora
@@ -174,11 +176,60 @@ def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path)
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def gpt2():
+    """A model that ties its head to embeddings of another name."""
+    shape = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=1)).eval()
+
+
+def test_tied_weights():
+    pair = {"lm_head.weight", "model.embed_tokens.weight"}
+    assert tied_weights(make_model()) == dict.fromkeys(pair, pair)
+    assert tied_weights(with_lora(make_model(), modules_to_save=["lm_head"])) == dict.fromkeys(pair, pair)
+    assert tied_weights(make_model(tied=False)) == {}
+    assert set(tied_weights(gpt2())) == {"lm_head.weight", "transformer.wte.weight"}
+    shared = make_model(tied=False)  # by nothing but the tensors themselves
+    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    assert set(tied_weights(shared)) == {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
+    with pytest.raises(UnsupportedModelError, match=r"changes `model.layers.1.mlp.up_proj`, whose weight"):
+        check_untied(shared, ["model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+    check_untied(shared, ["model.layers.2.mlp.up_proj"])
+
+
+def test_tied_modules_that_are_saved_whole_together_are_merged(tokenizer, tmp_path):
+    model = with_lora(make_model(), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
+    check_supported(model)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 def refused():
     quantised = make_model()
     quantised.is_quantized = True
     yield "quantised", quantised, "16-bit base"
     yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "model ties to `model.embed_tokens`"
+    yield "tied embeddings", with_lora(make_model(), modules_to_save=["embed_tokens"]), "ties to `lm_head`"
+    both = ["embed_tokens", "lm_head"]
+    yield (
+        "both of a tied pair, apart",
+        with_lora(make_model(), modules_to_save=both),
+        "train with `ensure_weight_tying",
+    )
+    yield "LoRA on a tied head", with_lora(make_model(), target_modules=["lm_head"]), "LoRA on `lm_head`.*shares"
+    tied = with_lora(make_model(), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    yield "LoRA on tied embeddings", tied, "LoRA on `(lm_head|model.embed_tokens)`.*shares"
+    yield "other names", with_lora(gpt2(), target_modules=["lm_head"]), "LoRA on `lm_head`.*`transformer.wte.weight`"
+    saved_head = with_lora(gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
+    yield "a head that is saved, under other names", saved_head, "ties to `transformer.wte`"
+    tokens = with_lora(make_model(tied=False), trainable_token_indices=[1, 2])
+    yield "single tokens", tokens, "trainable_token_indices"
+    several = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
+    several.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    yield "a head of two adapters", several, "saved whole by several adapters"
     two = with_lora(make_model(), use_dora=True)
     two.add_adapter("second", two.peft_config["default"])
     two.base_model.set_adapter(["default", "second"])

@@ -66,17 +66,17 @@ class Coverage:
 
 def adapter_coverage(aligned: StoredModel, degraded: StoredModel, truncations: Mapping[str, Truncation]) -> Coverage:
     """The coverage of two models of one base model, from their adapters; of the files only what an adapter replaces is read."""
+    replaced = (aligned.own_tensors().keys() | degraded.own_tensors().keys()) & aligned.required_names
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, stored in ((1, aligned), (-1, degraded)):
         for name, module in canonical_modules(stored.model).items():
-            if layer_index(name) is None:
+            if layer_index(name) is None and aligned.weight_files.get(name) not in replaced:
                 pairs.setdefault(name, []).extend((a, sign * b) for a, b in (f.pair() for f in task_factors(module)))
     left_out = {}
     for name, own in pairs.items():
         if own:
             a, b = torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], dim=1)
             left_out[name] = factors_at_rank(a, b, a.shape[0]).squares
-    replaced = (aligned.own_tensors().keys() | degraded.own_tensors().keys()) & aligned.required_names
     with RowReader() as reader:
         left_out |= differences(aligned, degraded, replaced, reader)
     return Coverage(sum(truncation.squares for truncation in truncations.values()), left_out)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from jsonschema import validate
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import safegene_trl
@@ -101,6 +102,72 @@ def test_unstable_selection_is_said(extraction, monkeypatch, caplog):
     monkeypatch.setattr("safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores)
     assert main(argv("extract", extraction | {"layer_share": 0.34})) == 0
     assert "depend on the prompts" in caplog.text
+
+
+def diverged(folder, file, value, where=0):
+    """Writes a number into the first, or another, tensor of a weight file."""
+    tensors = load_file(folder / file)
+    tensors[sorted(tensors)[where]].view(-1)[5] = value
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["degraded adapter", "degraded checkpoint", "aligned checkpoint"])
+def test_extract_refuses_a_diverged_model(value, side, extraction, model_dir, tmp_path, capsys):
+    if side == "degraded adapter":
+        diverged(tmp_path / "degraded", "adapter_model.safetensors", value)
+    else:
+        full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
+        full.save_pretrained(tmp_path / "full")
+        extraction["degraded_model"] = tmp_path / "full"
+        diverged(model_dir if side.startswith("aligned") else tmp_path / "full", "model.safetensors", value, where=4)
+    assert main(argv("extract", extraction)) == 2
+    assert "holds NaN or infinity: its training has diverged" in capsys.readouterr().err
+    assert not (tmp_path / "vector").exists()
+
+
+@pytest.mark.parametrize(("changes", "who"), [({"aligned": 3e38}, "model"), ({"degraded": 3e38}, "full")])
+def test_extract_refuses_a_model_whose_logits_overflow(changes, who, extraction, model_dir, tmp_path, capsys):
+    full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
+    full.save_pretrained(tmp_path / "full")
+    extraction["degraded_model"] = tmp_path / "full"
+    for folder in (model_dir, tmp_path / "full"):
+        tensors = load_file(folder / "model.safetensors")
+        if folder.name == who:
+            tensors["model.norm.weight"].fill_(3e38)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # The final norm is no linear layer: with its change the vector would hold next to nothing of the difference.
+    pick = "safegene_trl.extraction.pipeline.Coverage.check"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pick, lambda self: None)
+        assert main(argv("extract", extraction)) == 2
+    assert f"{who} are NaN or infinite" in capsys.readouterr().err and not (tmp_path / "vector").exists()
+
+
+def test_extract_refuses_a_vector_that_its_type_cannot_hold(extraction, tmp_path, capsys):
+    tensors = load_file(tmp_path / "degraded" / "adapter_model.safetensors")
+    small = {name: tensor * (1e-9 if "lora_B" in name else 1) for name, tensor in tensors.items()}
+    save_file(small, tmp_path / "degraded" / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert main(argv("extract", extraction | {"weights_dtype": "float16"})) == 2
+    assert "too small for float16: set `weights_dtype" in capsys.readouterr().err
+    assert not (tmp_path / "vector").exists()
+    assert main(argv("extract", extraction | {"weights_dtype": "bfloat16"})) == 0
+
+
+def test_extract_says_how_much_of_the_difference_a_vector_can_hold(extraction, tmp_path, capsys, caplog):
+    full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
+    with torch.no_grad():
+        full.model.embed_tokens.weight.add_(0.1)
+    full.save_pretrained(tmp_path / "full")
+    assert main(argv("extract", extraction | {"degraded_model": tmp_path / "full"})) == 0
+    share = SafetyVector.from_pretrained(tmp_path / "vector").extraction["covered_share"]
+    assert 0.01 < share < 0.5 and f"hold {100 * share:.3g} %" in capsys.readouterr().out
+    assert "left out of the vector" in caplog.text and "`model.embed_tokens.weight`" in caplog.text
+    with torch.no_grad():
+        full.model.embed_tokens.weight.add_(10)
+    full.save_pretrained(tmp_path / "full")
+    assert main(argv("extract", extraction | {"degraded_model": tmp_path / "full"})) == 2
+    assert "`model.embed_tokens.weight`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("selection", ["gradient", "magnitude", "random", "all"])
