@@ -524,5 +524,5 @@ def _turn(prompt: str) -> list[dict[str, str]]:
 
 
 def _place(output_dir: str | None) -> Path | None:
-    """A folder on the disk that will be written to."""
-    return None if output_dir is None else nearest_folder(Path(output_dir))
+    """A folder on the disk that will be written to; never one that is to be replaced."""
+    return None if output_dir is None else nearest_folder(Path(output_dir).absolute().parent)

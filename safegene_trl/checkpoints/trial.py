@@ -129,7 +129,7 @@ def check_writable(path: Path) -> None:
         if os.path.lexists(place):
             return _try_to_append(place)
         # the file itself could be in use by another run before it could be removed again
-        with temporary_folder(place.with_name("x")) as folder:
+        with temporary_folder(place.with_name("x"), clear=CHECKPOINT) as folder:  # what a killed trial left goes, too
             file = folder / "x"
             file.touch()
             _try_to_append(file)
