@@ -145,7 +145,9 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     vector = SafetyVector.from_pretrained(report["config"]["vector"])
     config = SafeGeneConfig(**report["config"])
     shots = gather_shots(config, vector, make_tokenizer(), 256, task_dataset())
-    record = shots.record["task"] | {"source": "training set"}
+    reading = {"source": "training set", "read_by": report["data"]["task"]["read_by"]}  # here from the columns
+    record = shots.record["task"] | reading
+    assert set(reading["read_by"]) == {"labels"}
     assert report["data"] == shots.record | {"task": record}
     gradients = []
     monkeypatch.setattr(recalibration, "_objection", lambda before, after, budget: "")
