@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from .errors import ConfigError
+from .reporting.metrics import METRICS
 from .validation import Rule, check_values
 
 
@@ -23,16 +24,11 @@ _DEPENDENT = (
     "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
     "and `gate.benign_data` to prompts of your own."
 )
-_PROMPTS = {  # limit: which prompts it is measured on
-    "min_refusal_rate": ("harmful",),
-    "max_over_refusal": ("benign",),
-    "max_incoherent": ("harmful", "benign"),
-}
+_PROMPTS = {
+    metric.limit: metric.kinds for metric in METRICS if metric.kinds != ("task",)
+}  # which prompts a limit is measured on
 _LIMITS = {  # limit: what is measured, which side of the limit is right
-    "min_refusal_rate": ("refusal_rate", LEAST),
-    "max_over_refusal": ("over_refusal", LARGEST),
-    "max_incoherent": ("incoherent", LARGEST),
-    "max_utility_loss": ("utility_loss", LARGEST),
+    metric.limit: (metric.key, LEAST if metric.better == "more" else LARGEST) for metric in METRICS
 }
 
 
@@ -123,18 +119,18 @@ class Decision:
 
 def measured_after(measured: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """What the limits are held against, by name: shares with intervals of the model with the vector on."""
-    return {**measured["after"], **({"utility_loss": measured["utility_loss"]} if "utility_loss" in measured else {})}
+    found = {metric.key: metric.measured(measured) for metric in METRICS}
+    return {name: share for name, share in found.items() if share is not None}
 
 
 def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
     """Raises `ConfigError` for a limit that there is nothing to measure on; `kinds`: test items of each kind."""
-    for limit, kind in (("min_refusal_rate", "harmful"), ("max_over_refusal", "benign"), ("max_utility_loss", "task")):
-        if limit in gate.limits and not kinds[kind]:
+    for metric in METRICS:
+        if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
             raise ConfigError(
-                f"`gate.{limit}` has no {kind} data left to be measured on: raise `num_test_prompts`, or give more data."
+                f"`gate.{metric.limit}` has no {metric.items} data left to be measured on: raise `num_test_prompts`, or give "
+                "more data."
             )
-    if "max_incoherent" in gate.limits and not kinds["harmful"] + kinds["benign"]:
-        raise ConfigError("`gate.max_incoherent` has no prompts left to be measured on: raise `num_test_prompts`.")
 
 
 def independent_prompts(gate: GateConfig | None, unseen: Mapping[str, Mapping[str, Any]]) -> bool | None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..reporting.metrics import METRICS
 from ..reporting.text import printable
 
 
@@ -13,17 +14,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-HEADINGS = ("refuses harmful", "refuses benign", "incoherent", "utility lost")
+HEADINGS = tuple(metric.heading for metric in METRICS)
 
 
 def measured_cells(measured: Mapping[str, Any]) -> list[str]:
     """Under `HEADINGS`: shares before → after the safety step, where they were measured."""
     cells = []
-    for name in ("refusal_rate", "over_refusal", "incoherent"):
-        before, after = ((measured.get(side) or {}).get(name) for side in ("before", "after"))
-        cells.append(f"{_percent(before['share'])} → {_percent(after['share'])}" if before and after else "")
-    loss = measured.get("utility_loss")
-    return [*cells, _percent(loss["share"], "+.1%") if loss else ""]
+    for metric in METRICS:
+        before, after = (metric.measured(measured, side) for side in ("before", "after"))
+        if metric.difference:
+            cells.append(_percent(after["share"], "+.1%") if after else "")
+        else:
+            cells.append(f"{_percent(before['share'])} → {_percent(after['share'])}" if before and after else "")
+    return cells
 
 
 def _percent(share: float | None, form: str = ".0%") -> str:

@@ -16,6 +16,7 @@ class Metric:
         better: Whether `more` or `less` of it is better.
         limit: The gate's limit on it: the least allowed where more is better, else the largest.
         difference: Whether it is one number, of after against before, rather than two.
+        heading: Its name over a column of a table.
     """
 
     key: str
@@ -24,11 +25,17 @@ class Metric:
     better: Literal["more", "less"]
     limit: str
     difference: bool = False
+    heading: str = ""
 
     @property
     def words(self) -> str:
         """The key as words."""
         return self.key.replace("_", " ")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of items that it is a share of."""
+        return tuple(self.items.split(" and "))
 
     def measured(self, measured: Mapping[str, Any], side: str = "after") -> Mapping[str, Any] | None:
         """The share in a report's `measured`, None where it was not measured; `side`: `before` or `after`."""
@@ -37,10 +44,12 @@ class Metric:
 
 
 METRICS = (
-    Metric("refusal_rate", "Harmful prompts refused", "harmful", "more", "min_refusal_rate"),
-    Metric("over_refusal", "Benign prompts refused", "benign", "less", "max_over_refusal"),
-    Metric("incoherent", "Incoherent answers", "harmful and benign", "less", "max_incoherent"),
-    Metric("utility_loss", "Token accuracy lost", "task", "less", "max_utility_loss", difference=True),
+    Metric(
+        "refusal_rate", "Harmful prompts refused", "harmful", "more", "min_refusal_rate", heading="refuses harmful"
+    ),
+    Metric("over_refusal", "Benign prompts refused", "benign", "less", "max_over_refusal", heading="refuses benign"),
+    Metric("incoherent", "Incoherent answers", "harmful and benign", "less", "max_incoherent", heading="incoherent"),
+    Metric("utility_loss", "Token accuracy lost", "task", "less", "max_utility_loss", True, "utility lost"),
 )
 SHARES = tuple(metric for metric in METRICS if not metric.difference)
 OF_LIMIT = {metric.limit: metric for metric in METRICS}
