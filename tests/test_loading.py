@@ -19,6 +19,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.errors import CheckpointError, SafeGeneError, UnsupportedModelError
 from safegene_trl.loading import load_model, load_skeleton
 from safegene_trl.streaming import StoredModel, write_merged
+from safegene_trl.weights import canonical_parameters
 
 from .conftest import make_model, with_lora
 
@@ -135,6 +136,14 @@ def test_harmless_differences_load(load, change, adapter):
     rewrite(base, change)
     load(str(base))
     load(str(adapter))
+
+
+def test_a_tied_head_that_is_stored_twice_is_one_tensor_as_in_the_loaded_model(adapter):
+    base = adapter.parent / "base"
+    rewrite(base, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    stored, loaded = StoredModel.open(str(base)).model, load_model(str(base))
+    names = [[parameter.name for parameter in canonical_parameters(model)] for model in (stored, loaded)]
+    assert names[0] == names[1] and "lm_head.weight" not in names[0]
 
 
 def test_harmless_tensors_are_copied(tokenizer, tmp_path):

@@ -105,10 +105,7 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
             "covered_share": round(coverage.share, 6),
             "isolation": isolation,
             "distillation": distillation,
-            "exact": min(t.kept for t in selected.values()) == 1.0,
-            "rank": next(iter(selected.values())).delta.a.shape[0],
-            "energy_kept": {name: round(t.kept, 6) for name, t in selected.items()},
-            "energy_optimum_at_most": {name: round(t.optimum, 6) for name, t in selected.items()},
+            **_truncation_record(selected),
         },
         selection={
             "method": config.selection,
@@ -128,6 +125,15 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
         ],
         software=software_versions(),
     )
+
+
+def _truncation_record(selected: Mapping[str, Truncation]) -> dict[str, Any]:
+    return {
+        "exact": min(t.kept for t in selected.values()) == 1.0,
+        "rank": next(iter(selected.values())).delta.a.shape[0],
+        "energy_kept": {name: round(t.kept, 6) for name, t in selected.items()},
+        "energy_optimum_at_most": {name: round(t.optimum, 6) for name, t in selected.items()},
+    }
 
 
 def _aligned_side(
