@@ -16,6 +16,7 @@ from ..loading import adapter_base, load_tokenizer
 from ..merging import save_adapter
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
+from ..models.rounding import Rounding
 from ..sharding import Sharding
 from ..streaming import StoredModel, write_merged
 from ..vector import SafetyVector
@@ -73,6 +74,7 @@ class StoredFineTune:
         self.plan, self.stored, self.relative_to = plan, stored, relative_to
         self.name = name
         self.coefficients: Coefficients = {}
+        self._rounding: Rounding | None = None
 
     def choose(self, given: str, base_model: str | None) -> None:
         """Reads the coefficients that `given` stands for."""
@@ -106,14 +108,14 @@ class StoredFineTune:
         if plan.merges:
             entry = plan.mark(found.coefficients)
             size = plan.config.max_shard_size
-            write_merged(self.stored, deltas, found.by_module, plan.processor, folder, size, entry)
+            self._rounding = write_merged(self.stored, deltas, found.by_module, plan.processor, folder, size, entry)
         if place := plan.adapter_place(folder):
             model, base = self.stored.model, self.relative_to
             save_adapter(model, deltas, found.by_module, base, plan.processor, place, plan.sharding)
 
     def compare(self, folder: Path) -> dict[str, Any]:
-        """Nothing was measured that the files could be held against."""
-        return {}
+        """What rounding has left; nothing was measured that the files could be held against."""
+        return {} if self._rounding is None else {"rounding": self._rounding.check()}
 
 
 def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRankDelta]:

@@ -49,11 +49,7 @@ FAULTS = {  # where: what is replaced
 }
 ERRORS = {
     "bug": (ZeroDivisionError("division by zero"), UnexpectedError, "failed unexpectedly"),
-    "memory": (
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        UnexpectedError,
-        "out of memory",
-    ),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), SafeGeneError, "out of memory"),
     "file": (OSError(5, "Input/output error"), SafeGeneError, "Input/output error"),
     "ctrl-c": (KeyboardInterrupt(), KeyboardInterrupt, ""),
 }

@@ -45,6 +45,8 @@ def test_one_number_for_all(apply, model_dir, vector_dir, tokenizer, capsys):
     assert report["coefficients"] == dict.fromkeys(vector.deltas, 0.5)
     assert report["decision"]["reason"] == "The coefficients were given: nothing was measured."
     assert "held_out" not in report and "answers" not in report
+    assert report["shipped"]["rounding"]["kept"] == pytest.approx(1.0)
+    assert 0 < report["shipped"]["rounding"]["changed_weights"] <= report["shipped"]["rounding"]["weights"]
     assert main(["inspect", str(target)]) == 0
     assert "λ = 0.500" in capsys.readouterr().out
 
