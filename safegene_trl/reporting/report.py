@@ -180,7 +180,7 @@ def summary(report: Mapping[str, Any]) -> str:
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     """The report's main numbers under names for trackers. `safegene/outcome`: 2 accepted, 1 best effort, 0 rejected, −1 failed."""
     outcome = (report.get("decision") or {}).get("outcome", "failed")
-    if report["status"] == "failed" and outcome != "rejected":  # decided, and then not written
+    if report.get("status") == "failed" and outcome != "rejected":  # decided, and then not written
         outcome = "failed"
     found = {"outcome": float(("failed", "rejected", "accepted_best_effort", "accepted").index(outcome) - 1)}
     for side in ("before", "after"):

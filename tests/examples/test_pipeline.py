@@ -33,7 +33,7 @@ def pipeline(model_dir, vector_dir, tmp_path, monkeypatch):
             prompts
         )
 
-    monkeypatch.setattr("safegene_trl.measurement.generate_answers", answers)
+    monkeypatch.setattr("safegene_trl.step.measurement.generate_answers", answers)
 
     def run(count):
         files = [str(tmp_path / f"night{night}.jsonl") for night in range(count)]
