@@ -36,7 +36,7 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         UnexpectedError: Something failed that this package did not expect.
         SafeGeneError: Another of its kinds, saying what to do.
     """
-    with _reported(plan), plan.sharding.named():
+    with plan.sharding.named(), _reported(plan):
         plan.report.fine_tune = str(fine_tune.keep())
         found = fine_tune.find()
         plan.report.coefficients = found.coefficients
