@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..models.coefficients import by_component
+from ..models.coefficients import are_of_parts, by_component
 from .metrics import SHARES
 from .text import printable
 
@@ -77,7 +77,7 @@ def _is_finite(value: Any) -> bool:
 def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
     """A bar chart for every component of the vector."""
     components = by_component({name: value for name, value in coefficients.items() if _is_finite(value)})
-    what = "means of rank-one parts' coefficients" if any("#" in name for name in coefficients) else "coefficients"
+    what = "means of rank-one parts' coefficients" if are_of_parts(coefficients) else "coefficients"
     top = max([1.0, *(value for values in components.values() for value in values.values())])
     charts = []
     for component, values in components.items():

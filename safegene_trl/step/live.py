@@ -391,12 +391,15 @@ class _Written:
             return None
         if parameter.name in self._files:
             return self._read(parameter.name)
-        # fused or renamed in the files: it must be there piece by piece
         mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
         pieces = as_stored(self._model, parameter.name, mark)
         if missing := sorted(set(pieces) - set(self._files)):
             raise CheckpointError(f"The written checkpoint lacks {missing[0]}: run it again, and report this.")
-        self._left -= set(pieces)
+        if renamed := [name for name, piece in pieces.items() if piece is mark]:
+            return self._read(renamed[0])
+        self._left -= set(
+            pieces
+        )  # fused in the model: no vector and no LoRA acts on it, and the live one is what it was
         return None
 
     def _read(self, name: str) -> torch.Tensor:

@@ -119,6 +119,22 @@ def test_files_that_hold_something_else_are_refused(config, tokenizer, tmp_path,
     assert not (tmp_path / "safeguarded").exists()
 
 
+def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_path, monkeypatch):
+    """As transformers renames modules of some models between memory and files."""
+
+    def renamed(model, name, tensor):
+        return {name.replace("down_proj", "w2"): tensor}
+
+    for module in ("step.live", "merging"):
+        monkeypatch.setattr(f"safegene_trl.{module}.as_stored", renamed)
+    trainer = sft(tmp_path, [callback := SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
+    callback.attach(trainer)
+    trainer.train()
+    assert callback.report["shipped"]["largest_logit_distance"] == 0.0
+    names = load_file(tmp_path / "safeguarded" / "model.safetensors")
+    assert any("w2" in name for name in names) and not any("down_proj" in name for name in names)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_live_weights_come_back_bit_by_bit(lora):
     model = with_lora(make_model()) if lora else make_model()
