@@ -23,10 +23,11 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..interruption import undisturbed
 from .contents import FolderKind, check_replaceable, foreign_file
 
 
@@ -91,52 +92,54 @@ def temporary_folder(target: Path, clear: FolderKind | None = None) -> Iterator[
         target: The place to be.
         clear: Kind of the folder at `target`; given, what killed runs have left beside it is removed.
     """
-    made: list[Path] = []
-    folder, descriptor = None, None
+    undo = ExitStack()
     try:
-        folder, descriptor = _made(target, made)
+        folder = _made(target, undo)
         if clear is not None:
             for path in _abandoned(target, clear):
                 remove(path)
         yield folder
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if folder is not None:
-            remove(folder)
-        for path in reversed(made):
-            with suppress(OSError):  # it is not empty any more
-                path.rmdir()
+        with undisturbed(later=True):
+            undo.close()
 
 
-def _made(target: Path, made: list[Path]) -> tuple[Path, int]:
-    """The folder and a descriptor that holds its lock."""
+def _made(target: Path, undo: ExitStack) -> Path:
+    """The folder, locked. What takes it away is in `undo` before it is there: a signal may come at any moment."""
     for _ in range(100):
-        _make_missing(target.parent, made)
+        _make_missing(target.parent, undo)
         folder = temporary_name(target)
+        undo.callback(remove, folder)
         # another run may take an empty parent away again, which it had made
         with suppress(FileNotFoundError), locked(target.parent, LONGEST_WAIT):
             folder.mkdir()
-            try:
-                descriptor = os.open(folder, os.O_RDONLY)
-            except OSError:
-                folder.rmdir()
-                raise
+            descriptor = os.open(folder, os.O_RDONLY)
+            undo.callback(os.close, descriptor)
             with suppress(OSError):  # file systems without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return folder, descriptor
+            return folder
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent))
 
 
-def _make_missing(folder: Path, made: list[Path]) -> None:
+def _make_missing(folder: Path, undo: ExitStack) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
-        with suppress(FileExistsError, FileNotFoundError):
+        made = [path]
+        undo.callback(_remove_empty, made)
+        try:
             path.mkdir()
-            made.append(path)
+        except (FileExistsError, FileNotFoundError):  # another run's
+            made.clear()
+        else:
             sync(path.parent)
     if missing and folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for folder in made:
+        with suppress(OSError):  # it is not empty any more
+            folder.rmdir()
 
 
 def _abandoned(target: Path, kind: FolderKind) -> list[Path]:

@@ -19,13 +19,13 @@ import yaml
 
 from ..errors import ConfigError, SafeGeneError
 from ..gate import EXIT_CODES
+from ..interruption import Interrupted, undisturbed
 from ..locking import alone_in
 from ..output import MARKER, replace_file
 from ..provenance import sha256_of_file, sha256_of_json
 from ..reporting.text import one_line, strict_json
 from ..step.plan import failure_path
 from .fleet_file import STATE, WORKSHOP, Fleet, overlap, sources
-from .interruption import Interrupted, undisturbed
 from .process_group import ProcessGroup
 from .tables import HEADINGS, aligned, measured_cells
 

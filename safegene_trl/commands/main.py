@@ -12,8 +12,8 @@ from importlib.metadata import version
 
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..gate import EXIT_CODES
+from ..interruption import Interrupted, interruptible
 from ..reporting.text import one_line
-from .interruption import Interrupted, interruptible
 
 
 COMMANDS = {

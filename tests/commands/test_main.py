@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from safegene_trl.commands import main as module
-from safegene_trl.commands.interruption import Interrupted, interruptible, undisturbed
 from safegene_trl.commands.main import main
 from safegene_trl.errors import ConfigError, RejectedError, UnexpectedError
+from safegene_trl.interruption import Interrupted, interruptible, undisturbed
 
 
 @pytest.fixture

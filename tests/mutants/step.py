@@ -29,7 +29,7 @@ STEP = (
     ),
     _step(
         "SIGTERM ends the process at once",
-        "step/interruption.py",
+        "interruption.py",
         "if threading.current_thread() is not threading.main_thread():",
         "if True:",
     ),

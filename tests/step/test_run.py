@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
 from safegene_trl.history import read_history
+from safegene_trl.interruption import terminable
 from safegene_trl.reporting.report import SCHEMA
-from safegene_trl.step.interruption import terminable
 
 from ..conftest import make_model
 from ..test_callback import sft
@@ -146,7 +146,7 @@ sft(out / "out", [SafeGeneCallback(SafeGeneConfig(vector=str(out / "vector"), on
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, timeout=240, capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     report = json.loads((tmp_path / "out" / "safeguarded.failed.json").read_text())
-    assert report["error"]["kind"] == "SystemExit" and (tmp_path / "out" / "model.safetensors").is_file()
+    assert report["error"]["kind"] == "Interrupted" and (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "safeguarded").exists()
 
 

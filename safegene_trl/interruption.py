@@ -1,4 +1,4 @@
-"""Signals that end a command as exceptions, so that whatever it has begun can be put in order."""
+"""Signals as exceptions, so that a run that is ended can say what became of it and put in order what it began."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(SystemExit):
-    """Somebody ended the command; its exit code is that of a shell, 128 and the signal's number."""
+    """Somebody ended the run; its exit code is that of a shell, 128 and the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -37,6 +37,29 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in changed.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While open, a first SIGTERM raises `SystemExit(143)`; a second one does what it did before.
+
+    Only the main thread of a process can do that; elsewhere SIGTERM keeps its meaning.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        raise Interrupted(number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    if before is None:  # set by something that is not Python: it cannot be put back
+        before = signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
