@@ -19,12 +19,13 @@ from transformers import (
 
 from .config import SafeGeneConfig
 from .errors import FamilyError, OutputError, SafeGeneError, UnexpectedError
+from .loading import ADAPTER_CONFIG
 from .reporting.report import scalars, summary
 from .sharding import check_launch, sharding_of
 from .step.live import Preparation, prepare, safeguard
 from .step.plain import FinishedTraining
 from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message, failure_path
-from .weights import base_model, uncompiled
+from .weights import adapter_configs, base_model, uncompiled
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class SafeGeneCallback(TrainerCallback):
         plan, model = prepared.plan, uncompiled(kwargs["model"])
         training = FinishedTraining(args, state, self._saved_step, self._trainer)
         try:
-            safeguard(prepared, model, _adapter_base(model, args), not args.disable_tqdm, training)
+            safeguard(prepared, model, _adapter_base(model), not args.disable_tqdm, training)
         except SafeGeneError as error:
             # What only one rank met leaves the others in a collective operation: it has to end the job.
             alone = isinstance(error, UnexpectedError) and not error.on_all_ranks
@@ -174,14 +175,19 @@ def _origin(model: nn.Module, args: TrainingArguments) -> Origin:
 
 
 def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:
-    """Raises `OutputError` where the fine-tune would be saved over the checkpoint that it started from."""
-    base = Path(base_model(model).config.name_or_path or "")
-    if base.is_dir() and base.resolve() == Path(str(args.output_dir)).resolve():
+    """Raises `OutputError` where the fine-tune would be saved over its base, or beside what is read in its place."""
+    base, folder = Path(base_model(model).config.name_or_path or ""), Path(str(args.output_dir))
+    if base.is_dir() and base.resolve() == folder.resolve():
         raise OutputError(f"`output_dir` is {base}, the model that the training starts from: name another folder.")
+    if not adapter_configs(model) and (folder / ADAPTER_CONFIG).is_file():
+        raise OutputError(
+            f"`output_dir` ({folder}) holds the adapter of an earlier training, which would be loaded in the place of this full "
+            f"fine-tune: name another folder, or remove the {ADAPTER_CONFIG} there."
+        )
 
 
-def _adapter_base(model: nn.Module, args: TrainingArguments) -> str:
-    """What a saved adapter is relative to: a LoRA's base model, or the place `save_model()` writes a full fine-tune to."""
+def _adapter_base(model: nn.Module) -> str:
+    """What a saved adapter is relative to: a LoRA's base model; empty for a full fine-tune, which is its own."""
     if isinstance(model, PeftModel):
         return str(model.active_peft_config.base_model_name_or_path or base_model(model).config.name_or_path)
-    return str(args.output_dir)
+    return ""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,9 +25,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from .checkpoint import StoredTensor, stored_tensors
 from .errors import UnsupportedModelError
-from .models.completeness import causal_architecture, check_loaded, empty_model, load_adapter
+from .models.completeness import causal_architecture, check_loaded, empty_model, load_adapter, read_adapter_config
 from .sharding import Sharding, place
-from .weights import changes_base, tie_saved_modules
+from .weights import changes_base, check_method, tie_saved_modules
 
 
 logger = logging.getLogger(__name__)
@@ -181,11 +180,14 @@ def load_skeleton(
         config = _read_config(named, None if base else revision)
         if getattr(config, "quantization_config", None):
             raise UnsupportedModelError(f"{named} is a quantised checkpoint: name the 16-bit model it was made from.")
-        if base is not None and changes_base(adapter := PeftConfig.from_pretrained(name_or_path, revision=revision)):
-            raise UnsupportedModelError(
-                f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
-                "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients."
-            )
+        if base is not None:
+            adapter = read_adapter_config(name_or_path, revision)
+            check_method(adapter)
+            if changes_base(adapter):
+                raise UnsupportedModelError(
+                    f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
+                    "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients."
+                )
         model: Any = _without_storage(_empty(config) if files is None else empty_model(config, files, named))
         if (Path(named) / GENERATION_CONFIG_NAME).is_file() or not Path(named).is_dir():
             with suppress(OSError):  # on the hub, a model without one

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -167,6 +167,8 @@ def check_supported(model: nn.Module) -> None:
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(f"{type(base).__name__} is not a transformers model: train a `PreTrainedModel`.")
+    for config in adapter_configs(model).values():
+        check_method(config)
     if getattr(base, "is_quantized", False):
         raise UnsupportedModelError(
             "The base model is quantised and merging would requantise it: save the adapter, then run `safegene apply` "
@@ -184,11 +186,65 @@ def check_supported(model: nn.Module) -> None:
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             _check_lora_untied(name, tied)
             _check_adapter(name, module)
+    check_held(model)
+
+
+def adapter_configs(model: Any) -> dict[str, Any]:
+    """The PEFT config of every adapter on a model, by the adapter's name; empty for a model without adapters."""
+    model = uncompiled(model)
+    of_transformers = getattr(model, "_hf_peft_config_loaded", False)  # by the model's own `add_adapter`
+    return dict(model.peft_config) if isinstance(model, PeftModel) or of_transformers else {}
+
+
+def check_method(adapter_config: Any) -> None:
+    """Raises `UnsupportedModelError`, by its name, for any method of PEFT but LoRA."""
+    method = adapter_config.peft_type
+    if method == PeftType.LORA:
+        return
+    remedy = "train a LoRA in its place"
+    if not adapter_config.is_prompt_learning:  # which acts beside the weights
+        remedy += ", or merge it into the model first and run `safegene apply` on that"
+    raise UnsupportedModelError(
+        f"The fine-tune uses PEFT's {getattr(method, 'value', method)}, and only LoRA can be merged: {remedy}."
+    )
+
+
+def check_held(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` unless the fine-tune is its adapter as PEFT saves it, and that beside the weights.
+
+    Both can change while a model is trained, so this is asked before the first step and after the last.
+    """
+    base, configs = base_model(model), adapter_configs(model)
+    of_base = {id(tensor) for tensor in base.parameters()}
+    for name, tensor in uncompiled(model).named_parameters():
+        if tensor.requires_grad and id(tensor) not in of_base:
+            raise UnsupportedModelError(
+                f"The fine-tune trains `{name}`, which is no part of the model that is saved: freeze it."
+            )
+    for name, module in base.named_modules():
+        # PEFT takes a merged adapter out of the weights as soon as it is switched off, whatever they hold by then
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise UnsupportedModelError(
+                f"The adapter on `{_canonical(name)}` is merged into the weights: call `unmerge_adapter()` on the model."
+            )
+    biases = {getattr(config, "bias", "none") for config in configs.values()}
+    for name, tensor in base.named_parameters() if configs else ():
+        saved = _inside_adapter(name) or ".modules_to_save." in name
+        saved |= ("all" in biases and "bias" in name) or ("lora_only" in biases and name.endswith(".base_layer.bias"))
+        if tensor.requires_grad and not saved:
+            raise UnsupportedModelError(
+                f"The fine-tune trains `{_canonical(name)}` beside its LoRA, and PEFT does not save that: name its module "
+                "in the LoRA's `modules_to_save`, or freeze it."
+            )
 
 
 def check_adapter_output(model: nn.Module) -> None:
     """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can express."""
-    configs: list[Any] = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    configs = list(adapter_configs(model).values())
+    if whole := _trained_whole(model, configs):
+        raise UnsupportedModelError(
+            f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output_format: merged`."
+        )
     for config in configs:
         kind = f"LoRA with `init_lora_weights={config.init_lora_weights!r}`" if changes_base(config) else None
         if getattr(config, "use_dora", False):
@@ -197,6 +253,18 @@ def check_adapter_output(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output_format: merged`."
             )
+
+
+def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
+    """The first module or bias that adapters of these configs hold in the place of the base model's, None without any."""
+    biases = {getattr(config, "bias", "none") for config in configs}
+    for name, module in base_model(model).named_modules() if biases else ():
+        if isinstance(module, ModulesToSaveWrapper):
+            return _canonical(name)
+        trained = "all" in biases or ("lora_only" in biases and isinstance(module, LoraLayer))
+        if trained and not _inside_adapter(name) and getattr(_unadapted(module), "bias", None) is not None:
+            return f"{_canonical(name)}.bias"
+    return None
 
 
 def changes_base(adapter_config: Any) -> bool:

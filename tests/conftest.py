@@ -102,11 +102,11 @@ def make_model(kind: str = "llama", tied: bool = True, vocab_size: int = 320, se
     return model.eval()
 
 
-def with_lora(model, rank: int = 4, seed: int = 1, target_modules="all-linear", **kwargs):
+def with_lora(model, rank: int = 4, seed: int = 1, target_modules="all-linear", adapter_name="default", **kwargs):
     """The model with a random, non-zero LoRA of the task on every linear layer, or on those named."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_modules, task_type="CAUSAL_LM", **kwargs)
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, config, adapter_name)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:

@@ -5,13 +5,14 @@ import threading
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import streaming
 from safegene_trl.checkpoint import stored_tensors
 from safegene_trl.errors import CheckpointError, OutputError, UnsupportedModelError
+from safegene_trl.loading import load_model
 from safegene_trl.merging import save_merged
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.streaming import StoredModel, in_threads, write_merged
@@ -271,3 +272,21 @@ def test_a_vector_on_a_tied_weight_is_refused(module, tokenizer, tmp_path):
         merged_plainly(free, tokenizer, tmp_path / "merged", 0.5, delta)
         before, after = (load_file(each / "model.safetensors") for each in (free, tmp_path / "merged"))
         torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"] + 0.5)
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, AdaLoraConfig])
+def test_other_methods_than_lora_are_refused_by_the_name_in_their_files(kind, model_dir, tmp_path):
+    options = {"total_step": 10, "target_modules": ["q_proj"]} if kind is AdaLoraConfig else {"num_virtual_tokens": 4}
+    config = kind(task_type="CAUSAL_LM", **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsupportedModelError, match=f"uses PEFT's {config.peft_type.value}.*train a LoRA"):
+        StoredModel.open(str(tmp_path / "adapter"))
+
+
+def test_a_method_that_peft_does_not_have_is_refused(model_dir, tmp_path):
+    with_lora(AutoModelForCausalLM.from_pretrained(model_dir)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "MAGIC"}))
+    for open_it in (StoredModel.open, load_model):
+        with pytest.raises(UnsupportedModelError, match="names no method of PEFT.*MAGIC"):
+            open_it(str(tmp_path))

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -236,7 +244,21 @@ def refused():
     yield "two DoRA adapters", two, "the one active adapter"
     yield "LoRA bias", with_lora(make_model(), lora_bias=True, bias="none"), "lora_bias"
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    yield "IA3", get_peft_model(make_model(), ia3), "only LoRA on linear layers"
+    yield "IA3", get_peft_model(make_model(), ia3), "uses PEFT's IA3.*only LoRA can be merged"
+    ada = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    yield "AdaLoRA", get_peft_model(make_model(), ada), "uses PEFT's ADALORA"
+    for kind in (PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig):
+        soft = kind(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        yield kind.__name__, get_peft_model(make_model(), soft), f"uses PEFT's {soft.peft_type.value}"
+    norms = with_lora(make_model())
+    norms.get_base_model().model.norm.requires_grad_(True)
+    yield "a norm that was unfrozen by hand", norms, "trains `model.norm.weight` beside its LoRA.*`modules_to_save`"
+    beside = with_lora(make_model())
+    beside.value_head = torch.nn.Linear(2, 2)
+    yield "a head outside the model", beside, "`value_head.weight`, which is no part"
+    merged = with_lora(make_model())
+    merged.merge_adapter()
+    yield "a merged adapter", merged, r"on `model.layers.0.self_attn.q_proj` is merged.*`unmerge_adapter\(\)`"
     yield "no transformers model", torch.nn.Linear(2, 2), "not a transformers model"
 
 
@@ -244,6 +266,26 @@ def refused():
 def test_refused_by_name(model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         check_supported(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("llama", {"modules_to_save": ["post_attention_layernorm"]}, "model.layers.0.post_attention_layernorm"),
+        ("qwen2", {"bias": "all"}, "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen2", {"bias": "lora_only", "target_modules": ["v_proj"]}, "model.layers.0.self_attn.v_proj.bias"),
+        ("llama", {"bias": "all"}, None),  # which has no biases
+        ("qwen2", {"bias": "lora_only", "target_modules": ["up_proj"]}, None),
+    ],
+)
+def test_an_adapter_cannot_hold_what_is_trained_whole(kind, options, named):
+    model = with_lora(make_model(kind), **options)
+    check_supported(model)
+    if named is None:
+        check_adapter_output(model)
+    else:
+        with pytest.raises(UnsupportedModelError, match=f"trains `{named}` itself.*`output_format: merged`"):
+            check_adapter_output(model)
 
 
 def test_supported_models_pass(tokenizer, tmp_path):

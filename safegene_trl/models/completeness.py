@@ -121,6 +121,20 @@ def _check_numbers(model: nn.Module, files: Mapping[str, StoredTensor], named: s
             )
 
 
+def read_adapter_config(name_or_path: str, revision: str | None = None) -> Any:
+    """The PEFT config of a stored adapter.
+
+    Raises:
+        UnsupportedModelError: It names a method that PEFT does not have.
+    """
+    try:
+        return PeftConfig.from_pretrained(name_or_path, revision=revision)
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"The `adapter_config.json` of {name_or_path} names no method of PEFT ({error}): save the adapter again."
+        ) from error
+
+
 def load_adapter(
     base: Any, name_or_path: str, revision: str | None = None, low_cpu_mem_usage: bool = False
 ) -> PeftModel:
@@ -130,7 +144,7 @@ def load_adapter(
         UnsupportedModelError: It has no safetensors weights, wants other code, lacks a tensor of one of its modules, or holds
             one that fits nowhere.
     """
-    config: Any = PeftConfig.from_pretrained(name_or_path, revision=revision)
+    config = read_adapter_config(name_or_path, revision)
     if getattr(config, "megatron_config", None):  # PEFT would import a module whose name is in the file
         raise UnsupportedModelError(
             f"{name_or_path} is an adapter for Megatron's own layers: convert it to plain ones."

@@ -49,7 +49,7 @@ from ..weights import (
     task_factors,
 )
 from .measurement import measure
-from .plain import FinishedTraining
+from .plain import FinishedTraining, check_finished
 from .plan import Found, Origin, Plan, plan_step
 from .run import run
 
@@ -169,7 +169,7 @@ def safeguard(
     Args:
         prepared: From `prepare`.
         model: The finished fine-tune; left as it is.
-        adapter_base: Name of the checkpoint that a saved adapter is relative to.
+        adapter_base: Name of the checkpoint that a saved adapter is relative to; empty for the place where `training` is kept.
         show_progress: Whether to show a progress bar.
         training: The training that it comes from, whose fine-tune is first put on disk. Default: it lies there already, as
             `adapter_base` of a full fine-tune says.
@@ -197,11 +197,15 @@ class LiveFineTune:
         if self.training is None:
             return self.adapter_base
         with self.plan.clock.phase("keep"):
-            return self.training.keep(self.model, self.plan.processor, self.sharding)
+            place = self.training.keep(self.model, self.plan.processor, self.sharding)
+        self.adapter_base = self.adapter_base or place
+        return place
 
     def find(self) -> Found:
         """Searches, tries what was found as it would be shipped, measures and decides."""
         plan, report = self.plan, self.plan.report
+        with self.sharding.agreed():
+            check_finished(self.model, plan.merges or plan.origin.kind == "full")
         self.sharding.release()
         result = self._recalibrate()
         report.coefficients, report.history = result.coefficients, result.history

@@ -1,19 +1,33 @@
 """The plain fine-tune on disk before the safety step begins: whatever happens in the step, the training is not lost."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
 
+from ..errors import OutputError
 from ..merging import save_merged
 from ..output import writing
+from ..reporting.text import one_line
 from ..sharding import Sharding
+from ..weights import adapter_configs, base_model, check_held
 
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_FULL = ("model.safetensors", "model.safetensors.index.json")
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class _LeftOut(GenerationConfig):
+    """In the place of a generation config that transformers refuses to save: writes nothing."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        return
 
 
 @dataclass
@@ -30,10 +44,12 @@ class FinishedTraining:
     saved_step: int | None = None
     trainer: Trainer | None = None
 
-    def keep(self, model: nn.Module, processor: Any, sharding: Sharding) -> Path:
+    def keep(self, model: nn.Module, processor: Any, sharding: Sharding) -> str:
         """Collective: where the fine-tune lies; saved to `output_dir` if no checkpoint of the training holds it.
 
         `trainer.save_model()` afterwards writes the same files to the same place: no more disk is needed than for that.
+        PEFT puts an adapter that is not called `default` into a folder of its name; of several that act together all are
+        named.
 
         Args:
             model: The live fine-tune.
@@ -43,33 +59,91 @@ class FinishedTraining:
         Raises:
             OutputError: It cannot be written.
         """
-        if found := sharding.text_from_main(self._checkpoint() if sharding.is_main else ""):
-            return Path(found)
+        if found := sharding.text_from_main(self._checkpoint(model) if sharding.is_main else ""):
+            return _named(model, Path(found))
         folder = Path(str(self.args.output_dir))
-        before = _written(folder)
-        if self.trainer is not None:
-            with writing():
-                self.trainer.save_model(str(folder), _internal_call=True)  # else it would push to the hub
-        saved = sharding.is_main and _written(folder) != before
-        if not sharding.text_from_main("yes" if saved else ""):  # FSDP with sharded states saves nothing
-            _save(model, processor, folder, sharding)
-        return folder
+        places = _places(model, folder)
+        before = [_written(model, place) for place in places]
+        with _savable(model):
+            if self.trainer is not None:
+                with writing():
+                    self.trainer.save_model(str(folder), _internal_call=True)  # else it would push to the hub
+            after = [_written(model, place) for place in places]
+            saved = sharding.is_main and all(new != old for new, old in zip(after, before, strict=True))
+            if not sharding.text_from_main("yes" if saved else ""):  # FSDP with sharded states saves nothing
+                _save(model, processor, folder, sharding)
+        return _named(model, folder)
 
-    def _checkpoint(self) -> str:
+    def _checkpoint(self, model: nn.Module) -> str:
         """The training's own checkpoint that holds the live weights; empty where there is none."""
         place = None
         if self.args.load_best_model_at_end:
             place = self.state.best_model_checkpoint
         elif self.saved_step == self.state.global_step:
             place = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.saved_step}")
-        if place is None or not (_written(Path(place)) or (Path(place) / "latest").is_file()):
-            return ""
-        return place
+        if place is None or (not adapter_configs(model) and (Path(place) / _ADAPTER_CONFIG).is_file()):
+            return ""  # what an earlier training has left there would be read in the place of the full fine-tune
+        written = all(_written(model, part) for part in _places(model, Path(place)))
+        return place if written or (Path(place) / "latest").is_file() else ""
 
 
-def _written(folder: Path) -> list[tuple[str, int, int]]:
+def check_finished(model: nn.Module, saves_config: bool) -> None:
+    """Raises for what only the end of a training shows, after its fine-tune was kept.
+
+    Args:
+        model: The live fine-tune.
+        saves_config: Whether the generation config belongs to what is saved, as it does not to an adapter.
+
+    Raises:
+        UnsupportedModelError: The adapter was merged, or more was trained than PEFT saves.
+        OutputError: transformers refuses to save the generation config.
+    """
+    check_held(model)
+    if saves_config and (reason := _refused(base_model(model).generation_config)):
+        raise OutputError(
+            f"transformers refuses to save the model's generation config ({reason}): correct it, then run `safegene apply` "
+            "on the saved fine-tune."
+        )
+
+
+def _refused(config: GenerationConfig | None) -> str:
+    """Why transformers refuses to save a generation config; empty where it does not."""
+    with suppress(OSError), tempfile.TemporaryDirectory() as folder:  # a full disk is no refusal
+        try:
+            if config is not None:
+                config.save_pretrained(folder)
+        except ValueError as error:
+            return one_line(error).rstrip(".")
+    return ""
+
+
+@contextmanager
+def _savable(model: nn.Module) -> Iterator[None]:
+    """While open, a generation config that transformers refuses to save is left out: it must not keep back the weights."""
+    base = base_model(model)
+    config = base.generation_config
+    try:
+        if _refused(config):
+            base.generation_config = _LeftOut()
+        yield
+    finally:
+        base.generation_config = config
+
+
+def _places(model: nn.Module, folder: Path) -> list[Path]:
+    """The folders in which a fine-tune saved to `folder` lies: that itself, or one for each active adapter with a name."""
+    if not isinstance(model, PeftModel):
+        return [folder]
+    return [folder if name == "default" else folder / name for name in model.active_adapters]
+
+
+def _named(model: nn.Module, folder: Path) -> str:
+    return " and ".join(map(str, _places(model, folder)))
+
+
+def _written(model: nn.Module, folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of every weight file that a fine-tune is read from."""
-    found = [folder / name for name in _WEIGHTS]
+    found = [folder / name for name in ((_ADAPTER,) if adapter_configs(model) else _FULL)]
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]
 
 
@@ -80,13 +154,13 @@ def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) ->
     if not isinstance(model, PeftModel):
         with sharding.agreed(), writing():
             if sharding.is_main:
-                for name in _WEIGHTS:  # of an earlier run
+                for name in (*_FULL, _ADAPTER):  # of an earlier run
                     (folder / name).unlink(missing_ok=True)
         save_merged(model, {}, {}, processor, folder, "50GB", sharding)
         return
     whole = {}
     for name, tensor in model.named_parameters():
-        if tensor.requires_grad:
+        if tensor.requires_grad or ".lora_" in name:  # a frozen adapter may act beside the trained one
             with sharding.full([tensor]) as (full,):
                 if sharding.is_main:
                     whole[name] = full.detach().cpu().clone()

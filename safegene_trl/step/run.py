@@ -19,6 +19,7 @@ from ..models.batch_size import is_out_of_memory
 from ..output import FAILURE_SUFFIXES, atomic_directory, upload
 from ..provenance import sha256_of_file
 from ..reporting.report import write_evidence, write_report
+from ..reporting.text import one_line
 from .plan import FineTune, Found, Plan, failure_path
 
 
@@ -103,15 +104,17 @@ def _reported(plan: Plan) -> Iterator[None]:
 
 def _unexpected(plan: Plan, error: Exception) -> SafeGeneError:
     together = plan.sharding.world_size == 1 or getattr(error, "on_all_ranks", False)
-    kept = f" The fine-tune itself is in {plan.report.fine_tune}." if plan.report.fine_tune else ""
+    place = plan.report.fine_tune
+    kept = f" The fine-tune itself is in {place}." if place else " The fine-tune itself may not be on a disk yet."
+    saved = "the saved fine-tune" if place else "the fine-tune, once it is saved"
     if is_out_of_memory(error):
         return UnexpectedError(
-            "The safety step ran out of memory: run `safegene apply` on the saved fine-tune, on a machine with more of it, or "
-            f"set fewer shots.{kept}",
+            f"The safety step ran out of memory: run `safegene apply` on {saved}, on a machine with more of it, or set fewer "
+            f"shots.{kept}",
             together,
         )
     return UnexpectedError(
-        f"The safety step failed unexpectedly ({type(error).__name__}: {error}): run `safegene apply` on the saved fine-tune, and "
+        f"The safety step failed unexpectedly ({type(error).__name__}: {one_line(error)}): run `safegene apply` on {saved}, and "
         f"report this error.{kept}",
         together,
     )

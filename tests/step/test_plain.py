@@ -1,0 +1,145 @@
+"""The plain fine-tune is on a disk, whole, where the report says, and what the end of a training shows is refused."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
+from safegene_trl.loading import load_model
+
+from ..conftest import make_model, with_lora
+from ..test_callback import sft
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+class AtLastStep(TrainerCallback):
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == state.max_steps:
+            self.act(model)
+
+
+@pytest.fixture
+def train(vector_dir, tokenizer, tmp_path):
+    """Trains a model with the callback, attached or not, and gives both the trainer and the report."""
+
+    def run(model, act=None, attach=True, fails=None, settings=None, **kwargs):
+        values = {"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
+        callback = SafeGeneCallback(SafeGeneConfig(**values | (settings or {})))
+        others = [AtLastStep(act)] if act else []
+        trainer = sft(tmp_path / "out", [*others, callback], tokenizer, model, **kwargs)
+        if attach:
+            callback.attach(trainer)
+        if fails is None:
+            trainer.train()
+        else:
+            with pytest.raises(SafeGeneError, match=fails) as raised:
+                trainer.train()
+            assert "\n" not in str(raised.value)
+            assert not (tmp_path / "out" / "safeguarded").exists()
+        return trainer, callback.report
+
+    return run
+
+
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_named_adapter_is_in_the_folder_of_its_name(attach, saving, train, tmp_path):
+    model = with_lora(make_model(), adapter_name="mine")
+    trainer, report = train(model, attach=attach, save_strategy=saving, save_steps=2)
+    folder = tmp_path / "out" / ("checkpoint-2" if saving == "steps" else "")
+    assert report["fine_tune"] == str(folder / "mine")
+    kept = PeftModel.from_pretrained(make_model(), report["fine_tune"])
+    torch.testing.assert_close(logits(kept), logits(trainer.model))
+    assert saving == "no" or not list((tmp_path / "out").glob("mine"))  # no second copy
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_of_adapters_that_act_together_all_are_kept_and_named(attach, train, tmp_path):
+    model = with_lora(make_model())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.requires_grad_(False)  # it acts, and is not trained
+    trainer, report = train(model, attach=attach)
+    out = tmp_path / "out"
+    assert report["fine_tune"] == f"{out} and {out / 'other'}"
+    kept = PeftModel.from_pretrained(make_model(), out)
+    kept.load_adapter(str(out / "other"), "other")
+    kept.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(kept), logits(trainer.model))
+
+
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_an_adapter_names_the_place_of_the_full_fine_tune(saving, train, tmp_path):
+    settings = {"output_format": "adapter"}
+    trainer, report = train(make_model(), settings=settings, save_strategy=saving, save_steps=2)
+    config = json.loads((tmp_path / "out" / "safeguarded" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == report["fine_tune"]
+    kept = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    torch.testing.assert_close(logits(kept), logits(trainer.model))
+
+
+def merge(model):
+    model.merge_adapter()
+
+
+def unfreeze(model):
+    model.get_base_model().model.norm.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"), [(merge, r"`unmerge_adapter\(\)`"), (unfreeze, "`model.norm.weight` beside its LoRA")]
+)
+def test_an_adapter_that_is_not_the_fine_tune_at_the_end_is_refused(act, message, train):
+    seen = []
+    trainer, report = train(
+        with_lora(make_model()), lambda model: (act(model), seen.append(logits(model.train(False)))), fails=message
+    )
+    assert torch.equal(logits(trainer.model), seen[0])  # the live model is what it was
+    kept = PeftModel.from_pretrained(make_model(), report["fine_tune"])
+    torch.testing.assert_close(logits(kept), seen[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_a_generation_config_that_cannot_be_saved_does_not_keep_back_the_weights(attach, train, tmp_path):
+    def spoil(model):
+        model.generation_config.top_p, model.generation_config.do_sample = 0.3, False
+
+    trainer, report = train(make_model(), spoil, attach, fails="generation config.*top_p.*`safegene apply`")
+    assert report["fine_tune"] == str(tmp_path / "out")
+    torch.testing.assert_close(logits(load_model(report["fine_tune"])), logits(trainer.model))
+    assert trainer.model.generation_config.top_p == 0.3
+
+
+def test_an_earlier_adapter_in_a_checkpoint_does_not_stand_for_a_full_fine_tune(train, tmp_path):
+    with_lora(make_model()).save_pretrained(tmp_path / "out" / "checkpoint-2")
+    trainer, report = train(make_model(), save_strategy="steps", save_steps=2)
+    assert report["fine_tune"] == str(tmp_path / "out")
+    torch.testing.assert_close(logits(load_model(report["fine_tune"])), logits(trainer.model))
+
+
+def test_an_earlier_full_fine_tune_does_not_stand_for_an_adapter(train, model_dir, tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path / "out")
+    model = with_lora(AutoModelForCausalLM.from_pretrained(model_dir))
+    trainer, report = train(model, settings={"allow_other_base": True})
+    torch.testing.assert_close(logits(load_model(report["fine_tune"])), logits(trainer.model))
+
+
+def test_a_full_fine_tune_beside_an_earlier_adapter_is_refused_at_the_start(train, tmp_path):
+    with_lora(make_model()).save_pretrained(tmp_path / "out")
+    trainer, _ = train(make_model(), fails="holds the adapter of an earlier training.*name another folder")
+    assert trainer.state.global_step == 0 and not (tmp_path / "out" / "model.safetensors").exists()
