@@ -288,5 +288,5 @@ def test_a_method_that_peft_does_not_have_is_refused(model_dir, tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "MAGIC"}))
     for open_it in (StoredModel.open, load_model):
-        with pytest.raises(UnsupportedModelError, match="names no method of PEFT.*MAGIC"):
+        with pytest.raises(UnsupportedModelError, match=r"names no method of PEFT.*MAGIC"):
             open_it(str(tmp_path))
