@@ -203,7 +203,7 @@ def check_method(adapter_config: Any) -> None:
         return
     remedy = "train a LoRA in its place"
     if not adapter_config.is_prompt_learning:  # which acts beside the weights
-        remedy += ", or merge it into the model first and run `safegene apply` on that"
+        remedy += ", or merge it into the model first (`merge_and_unload`)"
     raise UnsupportedModelError(
         f"The fine-tune uses PEFT's {getattr(method, 'value', method)}, and only LoRA can be merged: {remedy}."
     )
