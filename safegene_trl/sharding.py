@@ -24,9 +24,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 from .errors import CalibrationDataError, ConfigError, PeerError, SafeGeneError, UnsupportedModelError
+from .models.memory import free_bytes
 
 
 _MESSAGE_BYTES = 2048
+ROOM_SHARE = 0.25  # of a GPU's free memory, that a tensor beside a live one may take
 _TURNS = itertools.count()  # of `Sharding.alone`, the same on every rank
 
 
@@ -39,6 +41,15 @@ def _together(error: Exception) -> Exception:
 def _restore(tensor: torch.Tensor, own: torch.Tensor) -> None:
     with torch.no_grad():
         tensor.detach().copy_(own)
+
+
+def _put_back(tensor: torch.Tensor, live: torch.Tensor) -> None:
+    tensor.data = live
+
+
+def _has_room(live: torch.Tensor) -> bool:
+    """Whether another tensor like a live one can lie beside it; on a CPU one does in any case."""
+    return live.device.type != "cuda" or live.nbytes <= ROOM_SHARE * free_bytes(live.device)
 
 
 class Sharding:
@@ -72,6 +83,12 @@ class Sharding:
         """For the report."""
         return {"sharding": self.kind, "processes": self.world_size}
 
+    def least(self, number: int) -> int:
+        """Collective: the smallest of all ranks' whole numbers."""
+        own = torch.zeros(self.world_size, dtype=torch.long)
+        own[self.rank] = number
+        return int(self.sum(own).min())
+
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """Collective: the whole of a module's `tensors` on every rank while the block is open, to be read only."""
@@ -86,8 +103,12 @@ class Sharding:
         """
         if whole is None:
             return lambda: None
-        own = tensor.detach().to("cpu", copy=True)
-        tensor.detach().copy_(whole)
+        live = tensor.data
+        if _has_room(live):  # the live one steps aside: nothing is copied
+            tensor.data = whole.to(live)
+            return lambda: _put_back(tensor, live)
+        own = live.to("cpu", copy=True)
+        live.copy_(whole)
         return lambda: _restore(tensor, own)
 
     def release(self) -> None:

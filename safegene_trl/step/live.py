@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration import Batch, Row, batches, padding_id
+from ..calibration import Batch, Row, batches, padding_id, prompt_text
 from ..checkpoint import stored_tensors
 from ..config import SafeGeneConfig
 from ..errors import CheckpointError, ConfigError, OutputError
@@ -29,7 +29,7 @@ from ..history import last_accepted, read_history
 from ..lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from ..merging import checkpoint_bytes, merged_tensor, save_adapter, save_merged
 from ..models.attachment import VectorAttachment, frozen_for_calibration
-from ..models.batch_size import halving
+from ..models.batch_size import fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..models.replacement import replaced, without_adapters
@@ -284,7 +284,7 @@ class LiveFineTune:
         measured = None
         if any(self.shots.unseen.counts.values()):
             measured = halving(
-                plan.config.batch_size,
+                self._answers_at_once(),
                 partial(measure, self.model, shipped, self.shots.unseen, plan.tokenizer, plan.config, self.sharding),
                 self.sharding,
             )
@@ -296,6 +296,17 @@ class LiveFineTune:
                 if self.sharding.is_main:
                     plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
+
+    def _answers_at_once(self) -> int:
+        """Prompts, or task samples, that are measured in one forward pass."""
+        config, tokenizer, unseen = self.plan.config, self.plan.tokenizer, self.shots.unseen
+        texts = [prompt_text(tokenizer, list(p.messages)) for kind in unseen.prompts.values() for p in kind]
+        prompts = [len(ids) + config.max_new_tokens for ids in tokenizer(texts)["input_ids"]] if texts else []
+        samples = [len(sample.input_ids) for sample in unseen.task]
+        responses = max((sum(sample.is_response) for sample in unseen.task), default=1)
+        return fitting_answers(
+            config.batch_size, base_model(self.model), max(prompts + samples), responses, self.sharding
+        )
 
     @torch.no_grad()
     def _probe(self) -> torch.Tensor:
