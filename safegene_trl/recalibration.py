@@ -18,8 +18,9 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -128,7 +129,9 @@ class Side:
         pad_id: int,
         sharding: Sharding,
         batch_size: int | None = None,
+        keep_activations: bool = False,
     ):
+        self._recomputing = nullcontext if keep_activations else partial(recomputing, model)
         size = batch_size or config.batch_size or ON_CPU
         splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
         self.sharding, self.temperature = sharding, config.utility_temperature
@@ -181,7 +184,7 @@ class Side:
         """
         ends = list(itertools.accumulate((len(job.batch.input_ids) for job in self.jobs), initial=0))
         sums, rows = torch.zeros(ends[-1], dtype=torch.float64), torch.zeros(ends[-1], len(point), dtype=torch.float64)
-        with self.sharding.forward_passes(), recomputing(model):
+        with self.sharding.forward_passes(), self._recomputing():
             for index in self.sharding.share(len(self.jobs)):
                 current = self._idle_job if index is None else index
                 count = len(self.jobs[current].batch.input_ids)
@@ -250,8 +253,10 @@ def recalibrate(
         MemoryShortageError: Memory runs out with one sample at a time.
     """
     search = _Search(attachment, data, config, pad_id, on_evaluation, start, ship)
+    size = _batch_size(attachment, data, config)
+    search.roomy = size if config.batch_size is None and attachment.sharding.device.type == "cuda" else None
     try:
-        return halving(_batch_size(attachment, data, config), search.run, attachment.sharding)
+        return halving(size, search.run, attachment.sharding)
     finally:
         attachment.factors.release()
 
@@ -286,6 +291,7 @@ class _Search:
         self.start = np.array([first[name] for name in self.names]).clip(low, high)
         self.history: list[dict] = []
         self.touched = np.zeros(len(self.names), dtype=bool)
+        self.roomy: int | None = None  # batch size for which there is memory without gradient checkpointing
 
     def _attach(self, point: np.ndarray) -> AbstractContextManager[None]:
         values = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
@@ -295,8 +301,9 @@ class _Search:
         self.history, self.touched = [], np.zeros(len(self.names), dtype=bool)
         self.attachment.evidence = Evidence()
         with frozen_for_calibration(self.model):
+            keep = batch_size == self.roomy
             fit, held_out = (
-                Side(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size)
+                Side(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size, keep)
                 for side in ("fit", "held_out")
             )
             before = held_out.losses(self.model)

@@ -55,6 +55,8 @@ class VectorAttachment:
         self._index = {name: space.index(name).to(sharding.device) for name in deltas}
         self.evidence = Evidence()
         self.factors = Factors(deltas)
+        self._modules = canonical_modules(model)
+        self._items = list_items(deltas, self._modules)
 
     def applied(self, values: torch.Tensor) -> AbstractContextManager[None]:
         """While open, module `m` computes `m(x) + B diag(λ) A x` with the λ of its rank-one parts.
@@ -94,24 +96,20 @@ class VectorAttachment:
                             direction = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
                             torch.autograd.grad((logits.float() * direction).sum(), values)
                     self.sharding.release()
-                waiting = check_effective(self.evidence, self._items(), graded)
+                waiting = check_effective(self.evidence, self._items, graded)
         self.evidence = Evidence()
         return waiting
 
     def check_effective(self) -> list[str]:
         """Collective: the same of all passes since `evidence` was last emptied, over all ranks."""
-        items = self._items()
-        known = sorted({item for own in items.values() for item in own})
-        return check_effective(self.evidence.united(list(items), known, self.sharding), items)
-
-    def _items(self) -> dict[str, list[str]]:
-        return list_items(self.deltas, canonical_modules(self.model))
+        known = sorted({item for own in self._items.values() for item in own})
+        return check_effective(self.evidence.united(list(self._items), known, self.sharding), self._items)
 
     @contextmanager
     def _hooked(self, coefficients: torch.Tensor) -> Iterator[None]:
-        modules, evidence = canonical_modules(self.model), self.evidence
+        modules, evidence = self._modules, self.evidence
         with ExitStack() as hooks:
-            for item in {item for own in list_items(self.deltas, modules).values() for item in own}:
+            for item in {item for own in self._items.values() for item in own}:
                 note = _CallNote(evidence.called, item)
                 hooks.callback(modules[item].register_forward_pre_hook(note).remove)
             for name in self.deltas:
