@@ -32,9 +32,7 @@ _LAYER_FACTOR = 17  # numbers that a layer keeps for a backward pass, per token 
 _LOGIT_COPIES = 6  # float32: logits, log-probabilities, their gradients and a reference's
 
 
-def fitting(
-    wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding
-) -> int:
+def fitting(wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding) -> int:
     """Collective: how many samples to put through forward and backward passes at once, the same on every rank.
 
     Args:
