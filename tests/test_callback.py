@@ -465,9 +465,11 @@ def test_a_callback_that_comes_in_the_middle_is_refused(event, config, tokenizer
 def test_a_weight_that_is_not_finite_is_not_shipped(config, tokenizer, tmp_path):
     """Of a token that no sample has, so that no logit shows it."""
     model = make_model(tied=False)
+    make_vector(model, tokenizer).save_pretrained(tmp_path / "vector")
     with torch.no_grad():
         model.get_input_embeddings().weight[319] = float("nan")
-    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, model=model)
+    callback = SafeGeneCallback(config(vector=str(tmp_path / "vector")))
+    trainer = sft(tmp_path, [callback], tokenizer, model=model)
     with pytest.raises(OutputError, match=r"embed_tokens.weight is not finite"):
         trainer.train()
     assert not (tmp_path / "safeguarded").exists() and (tmp_path / "model.safetensors").is_file()
