@@ -377,8 +377,11 @@ class LiveFineTune:
                 with self._as_written(folder):
                     distances["merged"] = self._distance(self._probe(), MERGED_TOLERANCE, DAMAGED)
                     if can_reload(self.model, self.sharding):
-                        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                        answers = self._probe(reloaded(self.model, config))
+                        answers = self._logits
+                        with self.sharding.agreed():
+                            if self.sharding.is_main:  # who alone has the files
+                                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                                answers = self._probe(reloaded(self.model, config))
                         distances["reloaded"] = self._distance(answers, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS)
             if place := self.plan.adapter_place(folder):
                 with self._with_adapter(place):
