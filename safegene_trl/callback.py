@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .config import SafeGeneConfig
-from .errors import FamilyError, OutputError, SafeGeneError, UnexpectedError
+from .errors import ConfigError, FamilyError, OutputError, SafeGeneError, UnexpectedError
 from .loading import ADAPTER_CONFIG
 from .reporting.report import scalars, summary
 from .sharding import check_launch, sharding_of
@@ -69,28 +69,36 @@ class SafeGeneCallback(TrainerCallback):
         self._prepared: Preparation | None = None
         self._trainer: Trainer | None = None
         self._saved_step: int | None = None
+        self._begun: bool | None = None  # None: it has seen no training yet
 
     def attach(self, trainer: Trainer) -> "SafeGeneCallback":
         """Adds the callback to a trainer so that its metrics, under `safegene/`, reach the trackers in the run of the fine-tune.
 
-        As one of the trainer's `callbacks` it comes after the trackers, which close their runs when the training ends. Attached it comes
-        before them. Transformers gives the names to TensorBoard, wandb and Trackio with its prefix `train/`.
+        As one of the trainer's `callbacks` it comes after the trackers, which close their runs when the training ends. Attached it
+        comes before them, and after every other callback: one may still change the weights then. Transformers gives the names to
+        TensorBoard, wandb and Trackio with its prefix `train/`.
 
         Args:
             trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this callback already.
         """
-        callbacks = trainer.callback_handler.callbacks
-        if self in callbacks:
-            callbacks.remove(self)
-        callbacks.insert(0, self)
         self._trainer = trainer
+        self._stand_in_line()
         return self
+
+    def _stand_in_line(self) -> None:
+        """Takes its place; in a new list, as the old one may be walked through just now."""
+        if self._trainer is not None:
+            handler = self._trainer.callback_handler
+            others = [each for each in handler.callbacks if each is not self]
+            handler.callbacks = [*sorted([*others, self], key=lambda each: (_is_tracker(each), each is self))]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks vector, family, data and output place before the GPU hours."""
         self._prepared = self._saved_step = None
+        self._begun = True
+        self._stand_in_line()
         if state.is_hyper_param_search:
             logger.warning("SafeGene skips hyper-parameter trials: run it on the final training.")
             return
@@ -114,6 +122,19 @@ class SafeGeneCallback(TrainerCallback):
                 print(message)
             raise DryRunComplete(message)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises where the callback was added in the middle of a training, of which it knows too little."""
+        self._check_begun()
+
+    def _check_begun(self) -> None:
+        if not self._begun:
+            raise ConfigError(
+                "The SafeGene callback was added after the training had begun, so that nothing was checked: add it before "
+                "`trainer.train()`."
+            )
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes which step the training has a checkpoint of."""
         self._saved_step = state.global_step
@@ -122,7 +143,10 @@ class SafeGeneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keeps the fine-tune, recalibrates, merges and saves. Does nothing when called a second time for one training."""
+        if self._begun is None:
+            self._check_begun()
         prepared, self._prepared = self._prepared, None
+        self._begun = False
         if prepared is None:
             return
         plan, model = prepared.plan, uncompiled(kwargs["model"])
@@ -147,6 +171,11 @@ class SafeGeneCallback(TrainerCallback):
         if self.config.output_dir is not None:
             return Path(self.config.output_dir)
         return Path(str(args.output_dir)) / ("_safeguarded" if args.push_to_hub else "safeguarded")
+
+
+def _is_tracker(callback: TrainerCallback) -> bool:
+    """Whether it sends metrics somewhere, and closes that when the training ends."""
+    return any(kind.__module__.startswith("transformers.integrations") for kind in type(callback).__mro__)
 
 
 def _processor(processing_class: Any, model: nn.Module) -> Any:

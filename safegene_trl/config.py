@@ -66,7 +66,7 @@ class SafeGeneConfig:
         max_refusal_tokens: The safety terms read this many first tokens of a refusal or benign answer: whether a model
             refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
-        batch_size: Samples per forward pass.
+        batch_size: Samples per forward pass. Default: 8 on a CPU, on a GPU what its free memory is for. Halved where memory runs out.
         num_test_prompts: How many harmful prompts, benign prompts and task samples, of each and at most, the model is measured on
             before and after: none of those that the coefficients were fitted on. 0 leaves measuring out.
         max_new_tokens: Tokens generated for each answer.
@@ -112,7 +112,7 @@ class SafeGeneConfig:
     max_length: int = 512
     max_refusal_tokens: int = 8
     max_response_tokens: int = 64
-    batch_size: int = 8
+    batch_size: int | None = None
     num_test_prompts: int = 64
     max_new_tokens: int = 32
     gate: GateConfig | None = None  # a mapping, as a recipe has it, becomes one
@@ -143,7 +143,7 @@ class SafeGeneConfig:
         "max_length": _COUNT,
         "max_refusal_tokens": _COUNT,
         "max_response_tokens": _COUNT,
-        "batch_size": _COUNT,
+        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "num_test_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
         "max_new_tokens": _COUNT,
         "warm_start": Rule(may_be_null=True),

@@ -39,6 +39,7 @@ from .extraction.delta import adapter_delta, stored_delta
 from .extraction.distillation import expansion, mean_divergence, reference_batches, with_factors
 from .merging import save_adapter, save_merged
 from .models.attachment import VectorAttachment
+from .models.batch_size import ON_CPU
 from .models.coefficients import CoefficientSpace
 from .models.low_rank import LowRankDelta
 from .output import atomic_directory, nearest_folder
@@ -246,7 +247,7 @@ def estimate_safeguard(
     prompts = [[list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind]
     if prompts:
         answers = [
-            _generation(probe, tokenizer, messages, config.max_new_tokens, config.batch_size, launch, deltas)
+            _generation(probe, tokenizer, messages, config.max_new_tokens, config.batch_size or ON_CPU, launch, deltas)
             for messages in prompts
         ]
         costs["measure"] = Cost(2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint import TensorFile, plan_files
+from .errors import OutputError
 from .models.low_rank import LowRankDelta
 from .models.rounding import Rounding
 from .output import saving, writing
@@ -105,7 +106,18 @@ def save_merged(
             tensor = merged_tensor(parameter, deltas, coefficients, sharding)
             with sharding.agreed(), writing():
                 if sharding.is_main and tensor is not None:
+                    if deltas:  # a plain fine-tune is kept as it is
+                        check_finite(parameter.name, tensor)
                     place.write(as_stored(model, parameter.name, tensor.cpu()))
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises `OutputError` for a tensor with NaN or infinity in it."""
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+        raise OutputError(
+            f"The fine-tune's {name} is not finite, so nothing is written: train it again, with a lower learning rate or in "
+            "float32."
+        )
 
 
 class _Files:
@@ -252,6 +264,8 @@ def _write_adapter(
     rank = max(a.shape[0] for a, _ in stacked.values())
     tensors = {}
     for name, (a, b) in stacked.items():
+        check_finite(f"LoRA on {name}", a)
+        check_finite(f"LoRA on {name}", b)
         missing = rank - a.shape[0]
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()

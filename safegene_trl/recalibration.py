@@ -18,8 +18,9 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ from .calibration import Batch, CalibrationSet, batches
 from .config import SafeGeneConfig
 from .errors import RecalibrationError
 from .models.attachment import VectorAttachment, frozen_for_calibration, recomputing
-from .models.batch_size import halving
+from .models.batch_size import ON_CPU, fitting, halving
+from .models.memory import free_bytes
 from .models.verification import Evidence
 from .optimization import minimize_in_box
 from .sharding import Sharding
@@ -40,6 +42,7 @@ from .weights import base_model
 
 SHRINK_STEPS = (1.0, 0.8, 0.6, 0.4, 0.2)
 LIKELY_TOKENS = 16  # softened over the whole vocabulary, what never is an answer would outweigh what is
+REFERENCE_SHARE = 0.05  # of a device's free memory, for one batch's reference
 LEAST_DIVERGENCE = 1e-5  # nats of a sample: below, float32 tells it from 0 no more
 
 
@@ -126,8 +129,10 @@ class Side:
         pad_id: int,
         sharding: Sharding,
         batch_size: int | None = None,
+        keep_activations: bool = False,
     ):
-        size = batch_size or config.batch_size
+        self._recomputing = nullcontext if keep_activations else partial(recomputing, model)
+        size = batch_size or config.batch_size or ON_CPU
         splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
         self.sharding, self.temperature = sharding, config.utility_temperature
         self.jobs: list[_Job] = []
@@ -140,9 +145,15 @@ class Side:
         with torch.no_grad(), sharding.forward_passes():
             for index in sharding.share(tasks):
                 log_probs = F.log_softmax(response_logits(model, self.jobs[index or 0].batch)[0], dim=-1)
-                if index is not None:  # on the CPU: tokens × vocabulary in float32 would crowd the accelerator
-                    self.reference[index] = log_probs.cpu()
+                if index is not None:
+                    self.reference[index] = self._stored(log_probs)
                 sharding.release()
+
+    @staticmethod
+    def _stored(log_probs: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (tokens×vocabulary, float32) where they lie until the search ends: on the CPU if they crowd the device."""
+        crowded = log_probs.nbytes > REFERENCE_SHARE * free_bytes(log_probs.device)
+        return log_probs.cpu() if crowded else log_probs
 
     def loss(self, model: nn.Module, index: int, temperature: float = 1.0) -> torch.Tensor:
         """Every sample's summed loss in one of this rank's jobs."""
@@ -173,7 +184,7 @@ class Side:
         """
         ends = list(itertools.accumulate((len(job.batch.input_ids) for job in self.jobs), initial=0))
         sums, rows = torch.zeros(ends[-1], dtype=torch.float64), torch.zeros(ends[-1], len(point), dtype=torch.float64)
-        with self.sharding.forward_passes(), recomputing(model):
+        with self.sharding.forward_passes(), self._recomputing():
             for index in self.sharding.share(len(self.jobs)):
                 current = self._idle_job if index is None else index
                 count = len(self.jobs[current].batch.input_ids)
@@ -242,7 +253,20 @@ def recalibrate(
         MemoryShortageError: Memory runs out with one sample at a time.
     """
     search = _Search(attachment, data, config, pad_id, on_evaluation, start, ship)
-    return halving(config.batch_size, search.run, attachment.sharding)
+    size = _batch_size(attachment, data, config)
+    search.roomy = size if config.batch_size is None and attachment.sharding.device.type == "cuda" else None
+    try:
+        return halving(size, search.run, attachment.sharding)
+    finally:
+        attachment.factors.release()
+
+
+def _batch_size(attachment: VectorAttachment, data: CalibrationSet, config: SafeGeneConfig) -> int:
+    splits = [split for split in (data.task, data.harmful, data.benign) if split]
+    samples = [sample for split in splits for sample in (*split.fit, *split.held_out)]
+    tokens = max(len(sample.input_ids) for sample in samples)
+    responses = max(sum(sample.is_response) for sample in samples)
+    return fitting(config.batch_size, base_model(attachment.model), tokens, responses, attachment.sharding)
 
 
 class _Search:
@@ -267,6 +291,7 @@ class _Search:
         self.start = np.array([first[name] for name in self.names]).clip(low, high)
         self.history: list[dict] = []
         self.touched = np.zeros(len(self.names), dtype=bool)
+        self.roomy: int | None = None  # batch size for which there is memory without gradient checkpointing
 
     def _attach(self, point: np.ndarray) -> AbstractContextManager[None]:
         values = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
@@ -276,8 +301,9 @@ class _Search:
         self.history, self.touched = [], np.zeros(len(self.names), dtype=bool)
         self.attachment.evidence = Evidence()
         with frozen_for_calibration(self.model):
+            keep = batch_size == self.roomy
             fit, held_out = (
-                Side(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size)
+                Side(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size, keep)
                 for side in ("fit", "held_out")
             )
             before = held_out.losses(self.model)

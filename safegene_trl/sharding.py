@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
 
 from .errors import CalibrationDataError, ConfigError, PeerError, SafeGeneError, UnsupportedModelError
+from .models.memory import free_bytes
 
 
 _MESSAGE_BYTES = 2048
+ROOM_SHARE = 0.25  # of a GPU's free memory, that a tensor beside a live one may take
 _TURNS = itertools.count()  # of `Sharding.alone`, the same on every rank
 
 
@@ -39,6 +41,22 @@ def _together(error: Exception) -> Exception:
 def _restore(tensor: torch.Tensor, own: torch.Tensor) -> None:
     with torch.no_grad():
         tensor.detach().copy_(own)
+
+
+def _restore_gathered(tensor: Any, own: torch.Tensor) -> None:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+        _restore(tensor, own)
+
+
+def _put_back(tensor: torch.Tensor, live: torch.Tensor) -> None:
+    tensor.data = live
+
+
+def _has_room(live: torch.Tensor) -> bool:
+    """Whether another tensor like a live one can lie beside it; on a CPU one does in any case."""
+    return live.device.type != "cuda" or live.nbytes <= ROOM_SHARE * free_bytes(live.device)
 
 
 class Sharding:
@@ -72,23 +90,37 @@ class Sharding:
         """For the report."""
         return {"sharding": self.kind, "processes": self.world_size}
 
+    def least(self, number: int) -> int:
+        """Collective: the smallest of all ranks' whole numbers."""
+        own = torch.zeros(self.world_size, dtype=torch.long)
+        own[self.rank] = number
+        return int(self.sum(own).min())
+
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """Collective: the whole of a module's `tensors` on every rank while the block is open, to be read only."""
         yield list(tensors)
 
     @torch.no_grad()
-    def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None) -> Callable[[], None]:
-        """Collective: puts a whole tensor into the place of a live one; returns what puts its own bits back.
+    def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None, undo: ExitStack) -> None:
+        """Collective: puts a whole tensor into the place of a live one.
 
         Where weights are sharded rank 0's `whole` counts, and every rank keeps its own shard for the way back.
-        `whole` is None where the live tensor stays as it is.
+
+        Args:
+            tensor: The live one.
+            whole: What takes its place; None where it stays as it is.
+            undo: Is told beforehand what puts its own bits back: a signal may come at any moment.
         """
         if whole is None:
-            return lambda: None
-        own = tensor.detach().to("cpu", copy=True)
-        tensor.detach().copy_(whole)
-        return lambda: _restore(tensor, own)
+            return
+        live = tensor.data
+        if _has_room(live):  # the live one steps aside: nothing is copied
+            undo.callback(_put_back, tensor, live)
+            tensor.data = whole.to(live)
+            return
+        undo.callback(_restore, tensor, live.to("cpu", copy=True))
+        live.copy_(whole)
 
     def release(self) -> None:
         """After forward and backward passes: frees what they left gathered."""
@@ -265,27 +297,22 @@ class _Zero3(Sharding):
             yield list(tensors)
 
     @torch.no_grad()
-    def overwrite(self, tensor: Any, whole: torch.Tensor | None) -> Callable[[], None]:
+    def overwrite(self, tensor: Any, whole: torch.Tensor | None, undo: ExitStack) -> None:
         import deepspeed
 
         if not self._told(whole is not None):
-            return lambda: None
+            return
         if not hasattr(tensor, "ds_id"):  # a buffer, whole everywhere
-            return super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)))
+            super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo)
+            return
         own = tensor.ds_tensor.detach().to("cpu", copy=True)
+        if not tensor.ds_persist:
+            undo.callback(_restore, tensor.ds_tensor, own)
         with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
-            kept = tensor.detach().to("cpu", copy=True) if tensor.ds_persist else None
+            if tensor.ds_persist:  # also held whole by every rank
+                undo.callback(_restore_gathered, tensor, tensor.detach().to("cpu", copy=True))
             if whole is not None:
                 tensor.detach().copy_(whole)
-
-        def undo() -> None:
-            if kept is None:
-                _restore(tensor.ds_tensor, own)
-            else:  # also held whole by every rank
-                with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
-                    _restore(tensor, kept)
-
-        return undo
 
     def release(self) -> None:
         self._offload.release_backward_leftovers()
@@ -308,17 +335,17 @@ class _Fsdp2(Sharding):
         yield [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
     @torch.no_grad()
-    def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None) -> Callable[[], None]:
+    def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None, undo: ExitStack) -> None:
         if not self._told(whole is not None):
-            return lambda: None
+            return
         if not isinstance(tensor, DTensor):
-            return super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)))
+            super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo)
+            return
         local = tensor.to_local()
-        own = local.detach().to("cpu", copy=True)
+        undo.callback(_restore, local, local.detach().to("cpu", copy=True))
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         source = empty if whole is None else whole.to(empty)
         local.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements).to_local())
-        return lambda: _restore(local, own)
 
     def release(self) -> None:
         # A forward pass without a backward leaves the outermost weights whole: plain parameters, freed later on.

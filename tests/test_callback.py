@@ -11,6 +11,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from jsonschema import validate
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -24,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
 from safegene_trl.calibration import conversation, tokenize
 from safegene_trl.callback import DryRunComplete
-from safegene_trl.errors import RecalibrationError
+from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, UnsupportedModelError
 from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
 
@@ -419,3 +421,78 @@ def test_training_from_other_weights_is_refused_before_the_first_step(config, to
     assert run("aligned")["is_aligned_model"] is True
     base = run("other", allow_other_base=True)
     assert base["is_aligned_model"] is False and base["other_base_allowed"] is True
+
+
+class Averaging(TrainerCallback):
+    """Puts other weights in place when the training ends, as one does that averages them."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_another_callback_does_at_the_end_is_safeguarded(late, config, tokenizer, tmp_path):
+    callback, other = SafeGeneCallback(config()), Averaging()
+    trainer = sft(tmp_path, [callback] if late else [callback, other], tokenizer)
+    callback.attach(trainer)
+    if late:
+        trainer.add_callback(other)
+    trainer.train()
+    embedding = trainer.model.get_input_embeddings().weight
+    saved = load_file(tmp_path / "safeguarded" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(saved, embedding.detach())
+    kept = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(kept, embedding.detach())
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
+def test_a_callback_that_comes_in_the_middle_is_refused(event, config, tokenizer, tmp_path):
+    class Adding(TrainerCallback):
+        def add(self, args, state, control, **kwargs):
+            if state.global_step == args.max_steps - 1 and callback not in trainer.callback_handler.callbacks:
+                trainer.add_callback(callback)
+
+    setattr(Adding, event, Adding.add)
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path, [Adding()], tokenizer)
+    with pytest.raises(ConfigError, match="add it before"):
+        trainer.train()
+    assert not (tmp_path / "safeguarded").exists()
+
+
+def test_a_weight_that_is_not_finite_is_not_shipped(config, tokenizer, tmp_path):
+    """Of a token that no sample has, so that no logit shows it."""
+    model = make_model(tied=False)
+    make_vector(model, tokenizer).save_pretrained(tmp_path / "vector")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("¿")["input_ids"][-1]] = float("nan")
+    callback = SafeGeneCallback(config(vector=str(tmp_path / "vector")))
+    trainer = sft(tmp_path, [callback], tokenizer, model=model)
+    with pytest.raises(OutputError, match=r"embed_tokens.weight is not finite"):
+        trainer.train()
+    assert not (tmp_path / "safeguarded").exists() and (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["hook", "module", "setting", "scaling"])
+def test_a_model_that_is_more_than_its_weights_is_refused(kind, config, tokenizer, tmp_path):
+    model = make_model()
+    layer = model.model.layers[0]
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    elif kind == "module":
+
+        class Doubling(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        layer.mlp.up_proj.__class__ = Doubling
+    elif kind == "setting":
+        model.config.rms_norm_eps = 10.0
+    else:
+        layer.self_attn.scaling *= 20
+    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, model=model)
+    with pytest.raises(UnsupportedModelError, match="a hook, a module of your own or a setting"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -16,15 +16,18 @@ from ..sharding import Sharding
 from ..weights import canonical_modules
 from .coefficients import CoefficientSpace
 from .eager import running_eagerly
+from .factors import Factors
 from .low_rank import LowRankDelta
 from .verification import Evidence, check_effective, list_items
+
+
+_Pair = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # a module's factors, like a tensor
 
 
 class VectorAttachment:
     """A safety vector on a live model: its coefficients' space, its factors, and the hooks that add it.
 
-    Nothing is added to the model itself, and what is attached is always taken off. The factors stay where they were loaded
-    to and visit the accelerator one module at a time.
+    Nothing is added to the model itself, and what is attached is always taken off.
 
     Args:
         model: Plain or PEFT-wrapped model, unwrapped from any engine.
@@ -35,6 +38,7 @@ class VectorAttachment:
 
     Attributes:
         evidence: What the hooks have seen.
+        factors: The vector's factors; on the model's device from the first pass on, until they are released.
     """
 
     def __init__(
@@ -50,6 +54,9 @@ class VectorAttachment:
         self._held = space.values(self.carried).to(sharding.device)
         self._index = {name: space.index(name).to(sharding.device) for name in deltas}
         self.evidence = Evidence()
+        self.factors = Factors(deltas)
+        self._modules = canonical_modules(model)
+        self._items = list_items(deltas, self._modules)
 
     def applied(self, values: torch.Tensor) -> AbstractContextManager[None]:
         """While open, module `m` computes `m(x) + B diag(λ) A x` with the λ of its rank-one parts.
@@ -89,29 +96,25 @@ class VectorAttachment:
                             direction = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
                             torch.autograd.grad((logits.float() * direction).sum(), values)
                     self.sharding.release()
-                waiting = check_effective(self.evidence, self._items(), graded)
+                waiting = check_effective(self.evidence, self._items, graded)
         self.evidence = Evidence()
         return waiting
 
     def check_effective(self) -> list[str]:
         """Collective: the same of all passes since `evidence` was last emptied, over all ranks."""
-        items = self._items()
-        known = sorted({item for own in items.values() for item in own})
-        return check_effective(self.evidence.united(list(items), known, self.sharding), items)
-
-    def _items(self) -> dict[str, list[str]]:
-        return list_items(self.deltas, canonical_modules(self.model))
+        known = sorted({item for own in self._items.values() for item in own})
+        return check_effective(self.evidence.united(list(self._items), known, self.sharding), self._items)
 
     @contextmanager
     def _hooked(self, coefficients: torch.Tensor) -> Iterator[None]:
-        modules, evidence = canonical_modules(self.model), self.evidence
+        modules, evidence = self._modules, self.evidence
         with ExitStack() as hooks:
-            for item in {item for own in list_items(self.deltas, modules).values() for item in own}:
+            for item in {item for own in self._items.values() for item in own}:
                 note = _CallNote(evidence.called, item)
                 hooks.callback(modules[item].register_forward_pre_hook(note).remove)
-            for name, delta in self.deltas.items():
+            for name in self.deltas:
                 index = self._index[name].to(coefficients.device)
-                hook = _delta_hook(delta, coefficients, index, evidence, name)
+                hook = _delta_hook(partial(self.factors.of, name), coefficients, index, evidence, name)
                 hooks.callback(modules[name].register_forward_hook(hook).remove)
             yield
 
@@ -131,7 +134,7 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _delta_hook(
-    delta: LowRankDelta, coefficients: torch.Tensor, index: torch.Tensor, evidence: Evidence, name: str
+    factors: _Pair, coefficients: torch.Tensor, index: torch.Tensor, evidence: Evidence, name: str
 ) -> Callable[[nn.Module, tuple, torch.Tensor], torch.Tensor]:
     reached = partial(evidence.reached.add, name)
 
@@ -142,7 +145,7 @@ def _delta_hook(
             chosen = chosen[None]
         elif (inputs[0].numel() // inputs[0].shape[-1]) % len(chosen):
             chosen = chosen.mean(dim=0, keepdim=True)  # tokens of no even number per sample: shared out evenly
-        return _AddDelta.apply(inputs[0], output, chosen, delta, reached)
+        return _AddDelta.apply(inputs[0], output, chosen, factors, reached)
 
     return hook
 
@@ -152,8 +155,7 @@ class _AddDelta(torch.autograd.Function):
 
     λ is float32, samples×r, or 1 in the place of either: for all samples, for all r parts.
 
-    The factors stay where the vector was loaded to, in file-backed host memory that all ranks of a node share, and visit
-    the accelerator one module at a time: they are fetched anew for the backward pass, which keeps only `Ax` (…×r).
+    The graph holds no factors, which may be fetched for each pass: the backward pass keeps only `Ax` (…×r).
     """
 
     @staticmethod
@@ -162,13 +164,13 @@ class _AddDelta(torch.autograd.Function):
         x: torch.Tensor,
         output: torch.Tensor,
         coefficient: torch.Tensor,
-        delta: LowRankDelta,
+        factors: _Pair,
         reached: Callable[[], None],
     ):
-        a, b = delta.to(output)
+        a, b = factors(output)
         low = F.linear(x.to(output.dtype), a)
         ctx.save_for_backward(low, coefficient)
-        ctx.delta, ctx.x_dtype, ctx.reached = delta, x.dtype, reached
+        ctx.factors, ctx.x_dtype, ctx.reached = factors, x.dtype, reached
         # λ stays float32: in bfloat16 a step of 1e-4 near 0.5 would round to nothing.
         return output + F.linear(_scaled(low, coefficient), b)
 
@@ -177,7 +179,7 @@ class _AddDelta(torch.autograd.Function):
         (gradient,) = gradients
         ctx.reached()
         low, coefficient = ctx.saved_tensors
-        a, b = ctx.delta.to(gradient)
+        a, b = ctx.factors(gradient)
         low_gradient = gradient @ b
         x_gradient = None
         if ctx.needs_input_grad[0]:

@@ -1,4 +1,4 @@
-"""Running out of memory: the same work again in smaller batches, on every rank."""
+"""How many samples a pass takes: as many as memory is for, and fewer where it runs out all the same."""
 
 import gc
 import logging
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from ..errors import MemoryShortageError
 from ..sharding import Sharding
+from .memory import free_bytes
 
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,47 @@ _WORDS = (
     "CUDNN_STATUS_NOT_SUPPORTED",  # as `auto_find_batch_size` has it
     "Allocation failed",
 )
+
+
+ON_CPU = 8  # more at once is no faster there
+LARGEST, LARGEST_ANSWERING = 64, 128
+SHARE = 0.5  # of the memory that is free
+_LAYER_FACTOR = 17  # numbers that a layer keeps for a backward pass, per token and hidden unit (arXiv 2205.05198, 4.1)
+_LOGIT_COPIES = 6  # float32: logits, log-probabilities, their gradients and a reference's
+
+
+def fitting(wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding) -> int:
+    """Collective: how many samples to put through forward and backward passes at once, the same on every rank.
+
+    Args:
+        wanted: What the user asks for; None leaves it to the device. On a CPU that is 8.
+        model: For its sizes.
+        tokens: Of the longest sample.
+        responses: Of those, tokens whose logits are needed.
+        sharding: How the model is spread over ranks.
+    """
+    sizes = model.config.get_text_config()
+    layer = tokens * sizes.hidden_size * _LAYER_FACTOR * model.dtype.itemsize
+    logits = responses * sizes.vocab_size * 4
+    return wanted or _most(layer * sizes.num_hidden_layers + _LOGIT_COPIES * logits, LARGEST, sharding)
+
+
+def fitting_answers(
+    wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding
+) -> int:
+    """Collective: the same without backward passes: for prompts that are answered, `tokens` with their answers."""
+    sizes = model.config.get_text_config()
+    layer = tokens * sizes.hidden_size * _LAYER_FACTOR * model.dtype.itemsize
+    cache = 2 * tokens * sizes.hidden_size * sizes.num_hidden_layers * model.dtype.itemsize
+    logits = responses * sizes.vocab_size * 4
+    return wanted or _most(layer + cache + 2 * logits, LARGEST_ANSWERING, sharding)
+
+
+def _most(per_sample: int, largest: int, sharding: Sharding) -> int:
+    if sharding.device.type != "cuda":
+        return ON_CPU
+    room = int(SHARE * free_bytes(sharding.device))
+    return sharding.least(min(max(room // per_sample, 1), largest))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

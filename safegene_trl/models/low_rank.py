@@ -25,10 +25,6 @@ class LowRankDelta:
         a, b, other_a, other_b = (tensor.double() for tensor in (self.a, self.b, other.a, other.b))
         return float(((b.T @ other_b) * (a @ other_a.T)).sum())
 
-    def to(self, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`A` and `B` with the device and dtype of another tensor."""
-        return self.a.to(other), self.b.to(other)
-
 
 def deltas_from_main(deltas: Mapping[str, LowRankDelta], job: Sharding) -> dict[str, LowRankDelta]:
     """Collective: rank 0's deltas, in float32, on every rank."""

@@ -33,7 +33,7 @@ def replaced(
     """
     with ExitStack() as undo:
         for parameter in parameters:
-            undo.callback(sharding.overwrite(parameter.tensor, value(parameter)))
+            sharding.overwrite(parameter.tensor, value(parameter), undo)
         try:
             yield
         finally:

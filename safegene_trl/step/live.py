@@ -16,32 +16,31 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
-from ..calibration import Batch, Row, batches, padding_id
-from ..checkpoint import stored_tensors
+from ..calibration import Batch, Row, batches, padding_id, prompt_text
 from ..config import SafeGeneConfig
-from ..errors import CheckpointError, ConfigError, OutputError
+from ..errors import ConfigError, OutputError, UnsupportedModelError
 from ..gate import check_measurable, decide, independent_prompts
 from ..history import last_accepted, read_history
 from ..lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from ..merging import checkpoint_bytes, merged_tensor, save_adapter, save_merged
 from ..models.attachment import VectorAttachment, frozen_for_calibration
-from ..models.batch_size import halving
+from ..models.batch_size import fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta, deltas_from_main
+from ..models.reloaded import can_reload, reloaded
 from ..models.replacement import replaced, without_adapters
 from ..models.rounding import Rounding
 from ..recalibration import Recalibration, recalibrate, response_logits
 from ..sharding import Sharding
 from ..shots import Shots, gather_shots
-from ..streaming import RowReader, row_blocks
+from ..streaming import RowReader
 from ..vector import SafetyVector
 from ..weights import (
     Parameter,
-    as_stored,
     base_model,
     canonical_parameters,
     check_adapter_output,
@@ -52,11 +51,21 @@ from .measurement import measure
 from .plain import FinishedTraining, check_finished
 from .plan import Found, Origin, Plan, plan_step
 from .run import run
+from .written import WrittenTensors, read_adapter
 
 
 PROBE_SAMPLES = 4  # of the held-out refusals: enough to tell one model from another
 MERGED_TOLERANCE = 1e-3  # of the largest logit: other kernels, the same weights
 ADAPTER_TOLERANCE = 0.05  # the same of an adapter, whose factors another data type computes with
+RELOADED_TOLERANCE = 0.05  # autocast, fused kernels: what the live model has and a fresh one has not
+DAMAGED = (
+    "The written checkpoint is not the model that was measured (its logits differ by {distance}): do not use it; check the "
+    "disk, then run it again."
+)
+MORE_THAN_WEIGHTS = (
+    "A model loaded from the checkpoint is not the fine-tune (its logits differ by {distance}): a hook, a module of your own "
+    "or a setting changed after loading acts on the fine-tune; remove it, or set it in the config the model is made from."
+)
 Attach = Callable[[torch.Tensor], AbstractContextManager[None]]
 
 
@@ -130,8 +139,25 @@ def prepare(
         attachment = VectorAttachment(
             model, plan.vector.deltas, plan.vector.space(config.granularity), sharding, plan.carried
         )
-        attachment.verify(_shortest(shots, plan))
+        sample = _shortest(shots, plan)
+        _check_reloads(model, sample, sharding)
+        attachment.verify(sample)
     return Preparation(plan, shots, start)
+
+
+@torch.no_grad()
+def _check_reloads(model: nn.Module, sample: Batch, sharding: Sharding) -> None:
+    """Raises `UnsupportedModelError` where a model loaded from a checkpoint of the live one would compute something else."""
+    if not can_reload(model, sharding):
+        return
+    with frozen_for_calibration(model), without_adapters(model), sharding.agreed():
+        config = base_model(model).config
+        fresh = reloaded(model, type(config).from_dict(config.to_dict()))
+        # of a model that has diverged already something else is to be said
+        here, there = (response_logits(each, sample)[0].nan_to_num() for each in (model, fresh))
+        distance = float((here - there).abs().max())
+        if not distance <= RELOADED_TOLERANCE * max(1.0, float(here.abs().max())):
+            raise UnsupportedModelError(MORE_THAN_WEIGHTS.format(distance=f"{distance:.3g}"))
 
 
 def _shortest(shots: Shots, plan: Plan) -> Batch:
@@ -288,7 +314,7 @@ class LiveFineTune:
         measured = None
         if any(self.shots.unseen.counts.values()):
             measured = halving(
-                plan.config.batch_size,
+                self._answers_at_once(),
                 partial(measure, self.model, shipped, self.shots.unseen, plan.tokenizer, plan.config, self.sharding),
                 self.sharding,
             )
@@ -301,14 +327,29 @@ class LiveFineTune:
                     plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
 
+    def _answers_at_once(self) -> int:
+        """Prompts, or task samples, that are measured in one forward pass."""
+        config, tokenizer, unseen = self.plan.config, self.plan.tokenizer, self.shots.unseen
+        texts = [prompt_text(tokenizer, list(p.messages)) for kind in unseen.prompts.values() for p in kind]
+        prompts = [len(ids) + config.max_new_tokens for ids in tokenizer(texts)["input_ids"]] if texts else []
+        samples = [len(sample.input_ids) for sample in unseen.task]
+        responses = max((sum(sample.is_response) for sample in unseen.task), default=1)
+        return fitting_answers(
+            config.batch_size, base_model(self.model), max(prompts + samples), responses, self.sharding
+        )
+
     @torch.no_grad()
-    def _probe(self) -> torch.Tensor:
-        """Logits (tokens×vocabulary, float32, CPU) of a few held-out refusals. Collective where forward passes are."""
-        samples = self.shots.data.harmful.held_out[:PROBE_SAMPLES]
-        (batch,) = batches(samples, len(samples), padding_id(self.plan.tokenizer), self.sharding.device)
-        logits = response_logits(self.model, batch)[0].cpu()
-        self.sharding.release()
-        return logits
+    def _probe(self, model: nn.Module | None = None) -> torch.Tensor:
+        """Logits (tokens×vocabulary, float32, CPU) of a few held-out refusals. Collective where forward passes are.
+
+        One by one: where memory is short, nothing takes less.
+        """
+        pad, samples = padding_id(self.plan.tokenizer), self.shots.data.harmful.held_out[:PROBE_SAMPLES]
+        found = []
+        for batch in batches(samples, 1, pad, self.sharding.device):
+            found.append(response_logits(model or self.model, batch)[0].cpu())
+            self.sharding.release()
+        return torch.cat(found)
 
     def write(self, folder: Path, found: Found) -> None:
         """Writes the merged checkpoint, the adapter, or both."""
@@ -338,28 +379,32 @@ class LiveFineTune:
         with frozen_for_calibration(self.model):
             if self.plan.merges:
                 with self._as_written(folder):
-                    distances["merged"] = self._distance(MERGED_TOLERANCE)
+                    distances["merged"] = self._distance(self._probe(), MERGED_TOLERANCE, DAMAGED)
+                    if can_reload(self.model, self.sharding):
+                        answers = self._logits
+                        with self.sharding.agreed():
+                            if self.sharding.is_main:  # who alone has the files
+                                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                                answers = self._probe(reloaded(self.model, config))
+                        distances["reloaded"] = self._distance(answers, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS)
             if place := self.plan.adapter_place(folder):
                 with self._with_adapter(place):
-                    distances["adapter"] = self._distance(ADAPTER_TOLERANCE)
+                    distances["adapter"] = self._distance(self._probe(), ADAPTER_TOLERANCE, DAMAGED)
         return {"largest_logit_distance": max(distances.values()), "logit_distances": distances}
 
-    def _distance(self, tolerance: float) -> float:
-        written, size = self._probe(), max(1.0, float(self._logits.abs().max()))
-        own = torch.tensor([float((self._logits - written).abs().max()), size], dtype=torch.float64)
+    def _distance(self, logits: torch.Tensor, tolerance: float, otherwise: str) -> float:
+        size = max(1.0, float(self._logits.abs().max()))
+        own = torch.tensor([float((self._logits - logits).abs().max()), size], dtype=torch.float64)
         distance, size = self.sharding.from_main(own).tolist()  # whole weights are read back by rank 0 alone
         if not distance <= tolerance * size:
-            raise OutputError(
-                f"The written checkpoint is not the model that was measured (its logits differ by {distance:.3g}): do not use "
-                "it; check the disk, then run it again."
-            )
+            raise OutputError(otherwise.format(distance=f"{distance:.3g}"))
         return distance
 
     @contextmanager
     def _as_written(self, folder: Path) -> Iterator[None]:
         """While open, every live tensor holds what the checkpoint's files say."""
         with RowReader() as reader:
-            value = _Written(self.model, folder if self.sharding.is_main else None, reader)
+            value = WrittenTensors(self.model, folder if self.sharding.is_main else None, reader)
             with replaced(list(canonical_parameters(self.model)), value, self.sharding), without_adapters(self.model):
                 with self.sharding.agreed():
                     value.check_complete()
@@ -380,56 +425,3 @@ def by_rank(model: nn.Module, deltas: Mapping[str, LowRankDelta], sharding: Shar
     """An attachment with a coefficient for each rank-one part of every module, module by module."""
     rank = next(iter(deltas.values())).a.shape[0]
     return VectorAttachment(model, deltas, CoefficientSpace.of(deltas, [rank], "rank"), sharding)
-
-
-class _Written:
-    """The tensors of a written checkpoint as values of a live model's parameters; on rank 0 only."""
-
-    def __init__(self, model: nn.Module, folder: Path | None, reader: RowReader):
-        self._model, self._reader = model, reader
-        self._files = stored_tensors(folder) if folder else None
-        self._left = set(self._files or ())
-
-    def __call__(self, parameter: Parameter) -> torch.Tensor | None:
-        if self._files is None:
-            return None
-        if parameter.name in self._files:
-            return self._read(parameter.name)
-        mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
-        pieces = as_stored(self._model, parameter.name, mark)
-        if missing := sorted(set(pieces) - set(self._files)):
-            raise CheckpointError(f"The written checkpoint lacks {missing[0]}: run it again, and report this.")
-        if renamed := [name for name, piece in pieces.items() if piece is mark]:
-            return self._read(renamed[0])
-        self._left -= set(
-            pieces
-        )  # fused in the model: no vector and no LoRA acts on it, and the live one is what it was
-        return None
-
-    def _read(self, name: str) -> torch.Tensor:
-        assert self._files is not None
-        stored = self._files[name]
-        self._left.discard(name)
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
-        flat = whole.view(-1, stored.columns) if stored.num_rows else whole
-        for block in row_blocks(name, stored):
-            flat[block.first : block.stop] = self._reader.rows(stored, block)
-        return whole
-
-    def check_complete(self) -> None:
-        """Raises `CheckpointError` for a tensor in the files that the model has not."""
-        if self._left:
-            raise CheckpointError(
-                f"The written checkpoint holds {min(self._left)}, which the model has not: run it again, and report this."
-            )
-
-
-def read_adapter(place: Path) -> dict[str, LowRankDelta]:
-    """The low-rank deltas of an adapter folder of ours, by canonical module name."""
-    tensors = load_file(place / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
-    return {
-        name: LowRankDelta(tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"])
-        for name in names
-    }

@@ -44,7 +44,7 @@ FAULTS = {  # where: what is replaced
     "measuring": "safegene_trl.step.live.measure",
     "writing": "safegene_trl.step.live.save_merged",
     "hashing": "safegene_trl.step.run.sha256_of_file",
-    "reading back": "safegene_trl.step.live.stored_tensors",
+    "reading back": "safegene_trl.step.written.stored_tensors",
     "evidence": "safegene_trl.step.run.write_evidence",
 }
 ERRORS = {

@@ -1,0 +1,61 @@
+"""A vector's low-rank factors where a model's passes want them: on the module's device, in its data type."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .low_rank import LowRankDelta
+from .memory import free_bytes
+
+
+SHARE = 0.25  # of the memory that is free: more of it belongs to activations
+
+
+class Factors:
+    """The factors `A` and `B` of all modules, for one pass after another.
+
+    They are 0.5 to 2 % of the weights. Where there is room they are brought to their device once and
+    stay there until `release`; where not, each is fetched anew for every pass.
+
+    Args:
+        deltas: The vector's low-rank deltas by module name.
+
+    Attributes:
+        copies: How many factor pairs were copied or cast since the last `release`.
+    """
+
+    def __init__(self, deltas: Mapping[str, LowRankDelta]):
+        self._deltas = deltas
+        self._held: dict[tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stay: bool | None = None  # not known before the first pass
+        self.copies = 0
+
+    def of(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`A` (r×d_in) and `B` (d_out×r) of a module, with the device and data type of `like`."""
+        key = (name, like.device, like.dtype)
+        if (held := self._held.get(key)) is not None:
+            return held
+        if self._stay is None:
+            self._stay = self.num_bytes(like.dtype) <= SHARE * free_bytes(like.device)
+        delta = self._deltas[name]
+        # the device first: to change both at once torch would cast on the CPU
+        pair = delta.a.to(like.device).to(like.dtype), delta.b.to(like.device).to(like.dtype)
+        self.copies += 1
+        if self._stay:
+            self._held[key] = pair
+        return pair
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of all factors in a data type."""
+        numbers = sum(delta.a.numel() + delta.b.numel() for delta in self._deltas.values())
+        return numbers * dtype.itemsize
+
+    @property
+    def resident(self) -> bool:
+        """Whether they stay where they are computed with."""
+        return bool(self._held)
+
+    def release(self) -> None:
+        """Gives their memory back; the next pass decides anew."""
+        self._held.clear()
+        self._stay, self.copies = None, 0

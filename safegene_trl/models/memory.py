@@ -1,0 +1,12 @@
+"""How much memory a device has to spare."""
+
+import psutil
+import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that new tensors can take: of a GPU also what its allocator keeps for later; else of the host."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

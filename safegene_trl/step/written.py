@@ -1,0 +1,66 @@
+"""What was written, read back: a checkpoint's tensors for a live model, and an adapter's factors."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..checkpoint import stored_tensors
+from ..errors import CheckpointError
+from ..models.low_rank import LowRankDelta
+from ..streaming import RowReader, row_blocks
+from ..weights import Parameter, as_stored
+
+
+class WrittenTensors:
+    """The tensors of a written checkpoint as values of a live model's parameters; on rank 0 only."""
+
+    def __init__(self, model: nn.Module, folder: Path | None, reader: RowReader):
+        self._model, self._reader = model, reader
+        self._files = stored_tensors(folder) if folder else None
+        self._left = set(self._files or ())
+
+    def __call__(self, parameter: Parameter) -> torch.Tensor | None:
+        if self._files is None:
+            return None
+        if parameter.name in self._files:
+            return self._read(parameter.name)
+        mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+        pieces = as_stored(self._model, parameter.name, mark)
+        if missing := sorted(set(pieces) - set(self._files)):
+            raise CheckpointError(f"The written checkpoint lacks {missing[0]}: run it again, and report this.")
+        if renamed := [name for name, piece in pieces.items() if piece is mark]:
+            return self._read(renamed[0])
+        self._left -= set(
+            pieces
+        )  # fused in the model: no vector and no LoRA acts on it, and the live one is what it was
+        return None
+
+    def _read(self, name: str) -> torch.Tensor:
+        assert self._files is not None
+        stored = self._files[name]
+        self._left.discard(name)
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        flat = whole.view(-1, stored.columns) if stored.num_rows else whole
+        for block in row_blocks(name, stored):
+            flat[block.first : block.stop] = self._reader.rows(stored, block)
+        return whole
+
+    def check_complete(self) -> None:
+        """Raises `CheckpointError` for a tensor in the files that the model has not."""
+        if self._left:
+            raise CheckpointError(
+                f"The written checkpoint holds {min(self._left)}, which the model has not: run it again, and report this."
+            )
+
+
+def read_adapter(place: Path) -> dict[str, LowRankDelta]:
+    """The low-rank deltas of an adapter folder of ours, by canonical module name."""
+    tensors = load_file(place / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    return {
+        name: LowRankDelta(tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"])
+        for name in names
+    }
