@@ -6,12 +6,15 @@ crash in between leaves a line behind the seal, which the next release takes in;
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import SafeGeneError
 from .gate import EXIT_CODES
@@ -69,13 +72,28 @@ def read_seal(path: Path) -> Seal | None:
 
 def write_seal(path: Path, seal: Seal) -> None:
     """Replaces the seal of a history that this process has locked; whenever it is read, it is the old one or the new one."""
+    with prepared_seal(path, seal) as put:
+        put()
+
+
+@contextmanager
+def prepared_seal(path: Path, seal: Seal) -> Iterator[Callable[[], None]]:
+    """Writes the seal beside the history's; what is given puts it in its place, and after the block nothing else of it is left."""
     place = seal_path(path)
     unfinished = place.with_name(f".{place.name}.tmp")  # one name: what a crash leaves, the next release overwrites
-    with open(unfinished, "wb") as file:
-        file.write(json.dumps(asdict(seal)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(place)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(json.dumps(asdict(seal)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        def put() -> None:
+            unfinished.replace(place)
+
+        yield put
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def not_as_sealed(path: Path) -> SafeGeneError:
@@ -86,7 +104,7 @@ def not_as_sealed(path: Path) -> SafeGeneError:
     )
 
 
-def last_line(file: BinaryIO, end: int) -> bytes | None:
+def last_line(file: io.FileIO, end: int) -> bytes | None:
     """The line that ends at byte `end`, without its newline; None at the beginning, b"" where no line ends there."""
     if end == 0:
         return None

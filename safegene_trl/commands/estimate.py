@@ -17,6 +17,7 @@ from ..output import check_writable, replace_file
 from ..reporting.text import strict_json
 from ..shots import gather_shots
 from ..step.plan import read_vector
+from ..step.stored import check_measures_nothing
 from ..streaming import StoredModel
 from ..validation import Rule, check_value
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
@@ -110,6 +111,7 @@ def estimate_apply(
     probe = Probe(load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision), timed=timed)
     tokenizer = load_tokenizer(name, revision)
     if arguments.coefficients is not None:
+        check_measures_nothing(config)
         return estimate_stored_merge(probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
     if config.task_data is None:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")

@@ -355,6 +355,13 @@ def test_a_damaged_state_is_named(content, fleet, tmp_path, capsys):
             {"models": [{"model_name_or_path": "a/x", "safegene": {"dry_run": True}}]},
             "model x: `dry_run` writes nothing",
         ),
+        (
+            {
+                "models": [{"model_name_or_path": "a/x", "coefficients": 0.5}],
+                "safegene": {"vector": "v", "gate": {"min_refusal_rate": 0.9}},
+            },
+            "model x: `gate.min_refusal_rate` is set beside `coefficients`",
+        ),
         ({"safegene": []}, "`safegene` is []"),
         ({"memory": 3}, "memory_gib"),
         ({"memory_gib": -1}, "above 0"),
