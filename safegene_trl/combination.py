@@ -18,7 +18,7 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
     """One vector of several; where one leaves a module alone its part there is zero.
 
     Raises:
-        FamilyError: Fewer than two, or made from different aligned models.
+        FamilyError: Fewer than two, one of them twice, or made from different aligned models.
     """
     first = vectors[0]
     if len(vectors) < 2:
@@ -28,6 +28,9 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         for vector in vectors
     ):
         raise FamilyError("The vectors were made from different aligned models: combine vectors of one aligned model.")
+    named = [_weights(part) for vector in vectors for part in (vector.extraction.get("vectors") or [vector.describe()])]
+    if any(named.count(weights) > 1 for weights in named if weights is not None):
+        raise FamilyError("One vector is named twice, or is a part of another one: name each of them once.")
     shapes = {
         name: (delta.a.shape[1], delta.b.shape[0]) for vector in vectors for name, delta in vector.deltas.items()
     }

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a table; `--json FILE` writes it as well."""
     parser = argparse.ArgumentParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=written_path)
     own, rest = parser.parse_known_args(argv)
     command = rest[0] if rest else ""
     if command not in _ESTIMATES:

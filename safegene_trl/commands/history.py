@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints one line per release; exit code 0, or 3 where refusals drift."""
     parser = argparse.ArgumentParser(prog="safegene history", description="Say how a model line's releases went.")
     parser.add_argument("file", type=Path, help="The file that `history` names in the `safegene` block.")
-    parser.add_argument("--plot", type=Path, help="PNG file for the line.")
+    parser.add_argument("--plot", type=written_path, help="PNG file for the line.")
     parser.add_argument(
         "--seal",
         action="store_true",

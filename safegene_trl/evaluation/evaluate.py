@@ -94,6 +94,7 @@ class EvaluationConfig:
         "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
         "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT),
         "seed": Rule(at_least=0, at_most=2**32 - 1),
+        "output_dir": Rule(syntax=written_place),
     }
 
     def check(self) -> None:
