@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..combination import combined
 from ..output import VECTOR, atomic_directory, check_output, check_places
+from ..validation import written_path
 from ..vector import SafetyVector
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from trl import get_peft_config
@@ -19,7 +18,7 @@ from ..shots import gather_shots
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
 from ..streaming import StoredModel
-from ..validation import Rule, check_value
+from ..validation import Rule, check_value, written_path
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
 from . import apply, sft
 from .launching import OPTION, take_config, wants_launch

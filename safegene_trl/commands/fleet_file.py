@@ -11,7 +11,7 @@ from ..errors import ConfigError, SafeGeneError
 from ..output import FAILURE_SUFFIXES
 from ..reporting.text import printable
 from ..step.stored import check_measures_nothing
-from ..validation import LARGEST_COUNT, Rule, check_values, check_written, folder, reject_unknown_keys
+from ..validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys, written_place
 from .yaml_files import read_yaml
 
 
@@ -42,7 +42,7 @@ class Fleet:
     timeout_minutes: float = 24 * 60.0
 
     RULES: ClassVar[Mapping[str, Rule]] = {
-        "output_dir": Rule(syntax=folder),
+        "output_dir": Rule(syntax=written_place),
         "memory_gib": Rule(above=0),
         "processes": Rule(at_least=1, at_most=LARGEST_COUNT),
         "timeout_minutes": Rule(above=0),

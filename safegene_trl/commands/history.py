@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import SafeGeneError
 from ..history import Release, drift_warnings, history_warnings, read_history, seal_history
 from ..reporting.plots import history_plot
+from ..validation import written_path
 from .tables import HEADINGS, aligned, measured_cells
 
 

@@ -10,6 +10,7 @@ from ..output import MARKER
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
 from ..reporting.text import printable, printable_values, read_json
+from ..validation import written_path
 from ..vector import SafetyVector
 
 

@@ -17,6 +17,7 @@ from trl import (
 from ..callback import DryRunComplete, SafeGeneCallback
 from ..errors import CalibrationDataError, ConfigError, SafeGeneError, UnexpectedError
 from ..gate import EXIT_CODES
+from ..loading import check_readable
 from ..sharding import join_processes, leave_processes
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -38,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if not model.model_name_or_path:
         raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
+    check_readable(model.model_name_or_path, model.model_revision)
     config = safegene.config
     callbacks = [SafeGeneCallback(config)] if config else []
     dataset = training_data(script, mixture)

@@ -8,6 +8,7 @@ from ..output import check_writable, replace_file
 from ..reporting.plots import heat_map
 from ..reporting.text import printable, strict_json
 from ..similarity import cosine_table
+from ..validation import written_path
 from ..vector import SafetyVector
 
 

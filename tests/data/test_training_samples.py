@@ -311,7 +311,7 @@ class Lines(TorchIterableDataset):
     """The lines of a file that is open: every generator over it goes on where the last one stopped."""
 
     def __init__(self, path):
-        self.file = open(path)
+        self.file = open(path)  # noqa: SIM115  (that it stays open is the point)
 
     def __iter__(self):
         for line in self.file:

@@ -117,7 +117,12 @@ def test_limits_of_a_gate_are_refused_where_nothing_is_measured(dry_run, apply, 
 
 @pytest.mark.parametrize(
     ("coefficients", "message"),
-    [("0", "all 0"), ("1e-400", "all 0"), ("1e-30", "too small to be told from 0"), ("1.1e-5", "0 of .* would change")],
+    [
+        ("0", "all 0"),
+        ("1e-400", "all 0"),
+        ("1e-30", "too small to be told from 0"),
+        ("1.1e-5", "0 of .* would change"),
+    ],
 )
 @pytest.mark.parametrize("output_format", ["merged", "adapter"])
 def test_coefficients_that_change_no_weight_are_refused(
