@@ -8,6 +8,7 @@ checkpoint that the fine-tune started from, the report that `warm_start` names, 
 is *unverified*, and then no coefficient may get smaller than it claims to be: what would be taken out may never have been put in.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from .errors import ConfigError, FamilyError
 from .history import read_history
 from .output import MARKER
 from .provenance import sha256_of_json
-from .reporting.text import read_json
 from .vector import SafetyVector
 from .vector_files import WEIGHTS_FILE
 from .weights import base_model
@@ -280,7 +280,7 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients]:
         ConfigError: It is none, or a coefficient is no finite number from 0 to the largest that there can be.
     """
     try:
-        report = read_json(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
         found = dict(report["coefficients"].items())
         weights = report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256")
     except OSError as error:
