@@ -5,6 +5,7 @@ and component. Vectors from different degradations point at different parts of w
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,13 +13,14 @@ from .errors import FamilyError
 from .models.low_rank import LowRankDelta
 from .provenance import software_versions
 from .vector import SafetyVector
+from .vector_files import WEIGHTS_FILE
 
 
 def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
     """One vector of several; where one leaves a module alone its part there is zero.
 
     Raises:
-        FamilyError: Fewer than two, or made from different aligned models.
+        FamilyError: Fewer than two, one of them twice, or made from different aligned models.
     """
     first = vectors[0]
     if len(vectors) < 2:
@@ -28,6 +30,11 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         for vector in vectors
     ):
         raise FamilyError("The vectors were made from different aligned models: combine vectors of one aligned model.")
+    named = [
+        _weights(part) for vector in vectors for part in (vector.extraction.get("vectors") or [vector.describe()])
+    ]
+    if any(named.count(weights) > 1 for weights in named if weights is not None):
+        raise FamilyError("One vector is named twice, or is a part of another one: name each of them once.")
     shapes = {
         name: (delta.a.shape[1], delta.b.shape[0]) for vector in vectors for name, delta in vector.deltas.items()
     }
@@ -53,6 +60,11 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         prompts=sorted(prompts.values(), key=lambda row: row["kind"], reverse=True),
         software=software_versions(),
     )
+
+
+def _weights(record: dict[str, Any]) -> str | None:
+    """SHA-256 of the weights of a vector, as its record says; None for one that was never saved."""
+    return (record.get("files") or {}).get(WEIGHTS_FILE, {}).get("sha256")
 
 
 def _stacked(name: str, d_in: int, d_out: int, vectors: Sequence[SafetyVector]) -> LowRankDelta:

@@ -15,6 +15,7 @@ from .validation import (
     folder,
     reject_unknown_keys,
     repository,
+    written_place,
 )
 
 
@@ -147,6 +148,7 @@ class SafeGeneConfig:
         "num_test_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
         "max_new_tokens": _COUNT,
         "warm_start": Rule(may_be_null=True),
+        "history": Rule(syntax=written_place),
         "output_dir": Rule(syntax=folder, may_be_null=True),
         "max_shard_size": Rule(syntax=file_size),
         "hub_model_id": Rule(syntax=repository, may_be_null=True),

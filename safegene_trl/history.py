@@ -2,18 +2,29 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from scipy.stats import fisher_exact, kendalltau
 
-from .errors import SafeGeneError
-from .history_file import Release, Seal, last_line, not_as_sealed, parse_release, read_seal, seal_path, write_seal
-from .output import writing
+from .errors import OutputError, SafeGeneError
+from .history_file import (
+    Release,
+    Seal,
+    last_line,
+    not_as_sealed,
+    parse_release,
+    prepared_seal,
+    read_seal,
+    seal_path,
+    write_seal,
+)
 from .provenance import sha256_of_json, weight_hashes
 from .vector_files import WEIGHTS_FILE
 
@@ -55,15 +66,31 @@ def release_of(report: dict[str, Any], output: Path) -> Release:
 def append_release(path: Path, release: Release) -> None:
     """Adds a release, chained to the one before, and seals the file. Runs of one line may end at the same time.
 
+    Raises:
+        OutputError: The file cannot be written.
+        SafeGeneError: It is not the file that was sealed.
+    """
+    with prepared_release(path, release) as add:
+        add()
+
+
+@contextmanager
+def prepared_release(path: Path, release: Release) -> Iterator[Callable[[], None]]:
+    """All of `append_release` that needs space on the disk; what is given adds the release, by one byte and one renaming.
+
+    The line is written as one that a crash has cut off, which no reader takes for a release: a space stands where its newline goes.
+    Until the block ends the history is locked for others. A release that was not added by then is taken out again.
     Reads the seal and what lies behind it, never the whole file.
 
     Raises:
         OutputError: The file cannot be written.
         SafeGeneError: It is not the file that was sealed.
     """
-    with writing():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
+    with ExitStack() as held:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # not to append, as the line's last byte is written over; no buffer, which would be written once more at the end
+            file = held.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX)
             seal = _caught_up(file, path)
             if read_seal(path) != seal:  # before the line, so that a line with a number always has a seal
@@ -71,13 +98,46 @@ def append_release(path: Path, release: Release) -> None:
             line = release | {"sequence": seal.releases + 1, "previous": seal.last}
             content = json.dumps(line, ensure_ascii=False).encode()
             parse_release(content, "The new release's line")  # what cannot be read again is not to be written
-            file.write(content + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            write_seal(path, seal.after(content))
+            held.callback(_take_out_torn, file, seal.size)
+            _write_at(file, seal.size, content + b" ")
+            place_seal = held.enter_context(prepared_seal(path, seal.after(content)))
+
+        def add() -> None:
+            with _writing(path):
+                _write_at(file, seal.size + len(content), b"\n")
+                place_seal()
+
+        yield add
 
 
-def _caught_up(file: BinaryIO, path: Path) -> Seal:
+def _write_at(file: io.FileIO, position: int, content: bytes) -> None:
+    """Writes all of the content there, and to the disk."""
+    file.seek(position)
+    while content:
+        content = content[file.write(content) :]
+    os.fsync(file.fileno())
+
+
+def _take_out_torn(file: io.FileIO, size: int) -> None:
+    """Cuts a locked history back to `size` bytes where its last line has no newline."""
+    with suppress(OSError):  # the next release takes it out
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.truncate(size)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write the history into an `OutputError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"The history {path} cannot be written ({error.strerror or error}): free space there, or name another `history`."
+        ) from error
+
+
+def _caught_up(file: io.FileIO, path: Path) -> Seal:
     """The seal of the whole lines of an open history; a line that a crash cut off is taken out."""
     seal = read_seal(path) or Seal()
     size = file.seek(0, os.SEEK_END)
@@ -154,7 +214,7 @@ def seal_history(path: Path) -> int:
     Raises:
         SafeGeneError: It is no history, or its lines do not follow from each other.
     """
-    with writing(), open(path, "r+b") as file:
+    with _writing(path), open(path, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         seal = Seal()
         for _, line in _chained(file.read().split(b"\n")[:-1], path, seal):

@@ -6,15 +6,19 @@ crash in between leaves a line behind the seal, which the next release takes in;
 """
 
 import hashlib
+import io
 import json
-import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import SafeGeneError
 from .gate import EXIT_CODES
+from .reporting.text import read_json
+from .validation import LARGEST_COUNT
 
 
 Release = dict[str, Any]
@@ -53,7 +57,7 @@ def read_seal(path: Path) -> Seal | None:
     """
     place = seal_path(path)
     try:
-        seal = Seal(**json.loads(place.read_bytes()))
+        seal = Seal(**read_json(place.read_bytes()))
         counts = all(type(count) is int and count >= 0 for count in (seal.releases, seal.size))
         if not counts or not _is_hash(seal.last) or (seal.releases == 0) != (seal.last is None):
             raise ValueError
@@ -69,13 +73,28 @@ def read_seal(path: Path) -> Seal | None:
 
 def write_seal(path: Path, seal: Seal) -> None:
     """Replaces the seal of a history that this process has locked; whenever it is read, it is the old one or the new one."""
+    with prepared_seal(path, seal) as put:
+        put()
+
+
+@contextmanager
+def prepared_seal(path: Path, seal: Seal) -> Iterator[Callable[[], None]]:
+    """Writes the seal beside the history's; what is given puts it in its place, and after the block nothing else of it is left."""
     place = seal_path(path)
     unfinished = place.with_name(f".{place.name}.tmp")  # one name: what a crash leaves, the next release overwrites
-    with open(unfinished, "wb") as file:
-        file.write(json.dumps(asdict(seal)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(place)
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(json.dumps(asdict(seal)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        def put() -> None:
+            unfinished.replace(place)
+
+        yield put
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def not_as_sealed(path: Path) -> SafeGeneError:
@@ -86,7 +105,7 @@ def not_as_sealed(path: Path) -> SafeGeneError:
     )
 
 
-def last_line(file: BinaryIO, end: int) -> bytes | None:
+def last_line(file: io.FileIO, end: int) -> bytes | None:
     """The line that ends at byte `end`, without its newline; None at the beginning, b"" where no line ends there."""
     if end == 0:
         return None
@@ -106,10 +125,11 @@ def parse_release(line: bytes, where: str) -> Release:
         where: Names the line in an error.
 
     Raises:
-        SafeGeneError: It is no JSON, or a field is missing or of another type; NaN and infinity are no numbers.
+        SafeGeneError: It is no JSON, or a field is missing or of another type; NaN, infinity and what is larger than a float can be
+            are no numbers.
     """
     try:
-        release = json.loads(line, parse_constant=_no_constant)
+        release = read_json(line)
     except (ValueError, RecursionError) as error:
         raise SafeGeneError(f"{where} is damaged: restore the file.") from error
     if not isinstance(release, dict):
@@ -118,10 +138,6 @@ def parse_release(line: bytes, where: str) -> Release:
         if name not in release or not fits(release[name]):
             raise SafeGeneError(f"`{name}` in {where[0].lower()}{where[1:]} is not as it must be: restore the file.")
     return release
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(word)
 
 
 def _is_text(value: Any) -> bool:
@@ -137,7 +153,7 @@ def _is_hash(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float)
 
 
 def _holds(value: Any, names: tuple[str, ...]) -> bool:
@@ -146,7 +162,7 @@ def _holds(value: Any, names: tuple[str, ...]) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return _holds(value, _SHARE) and value["count"] > 0
+    return _holds(value, _SHARE) and type(value["count"]) is int and 0 < value["count"] <= LARGEST_COUNT
 
 
 def _is_rate(value: Any) -> bool:

@@ -27,6 +27,7 @@ from .checkpoint import StoredTensor, stored_tensors
 from .errors import UnsupportedModelError
 from .models.completeness import causal_architecture, check_loaded, empty_model, load_adapter, read_adapter_config
 from .sharding import Sharding, place
+from .validation import repository
 from .weights import changes_base, check_method, tie_saved_modules
 
 
@@ -41,8 +42,26 @@ UNREADABLE = (
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 
 
+def check_there(name_or_path: str) -> None:
+    """Raises `UnsupportedModelError` for what is no folder here and can be none of the hub's names, so that the hub is not asked."""
+    if Path(name_or_path).is_dir():
+        return
+    try:
+        repository(name_or_path)
+    except ValueError as error:
+        kind = "is a file" if Path(name_or_path).is_file() else "is not there"
+        raise UnsupportedModelError(
+            f"The model's folder {name_or_path} {kind}: name the folder of a checkpoint or adapter, or a hub id."
+        ) from error
+
+
 def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
-    """The base model that an adapter directory or repository names, None if it is no adapter."""
+    """The base model that an adapter directory or repository names, None if it is no adapter.
+
+    Raises:
+        UnsupportedModelError: There is no such folder, or the adapter's config is damaged.
+    """
+    check_there(name_or_path)
     path = Path(name_or_path)
     if not path.is_dir():
         try:
@@ -68,7 +87,27 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
 
 
 def _read_config(name_or_path: str, revision: str | None = None) -> PreTrainedConfig:
+    check_there(name_or_path)
     return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+
+
+def check_readable(name_or_path: str, revision: str | None = None) -> None:
+    """Raises `UnsupportedModelError` where neither a folder nor the hub has a model of this name; nothing more is checked."""
+    if adapter_base(name_or_path, revision) is not None or Path(name_or_path).is_dir():
+        return
+    try:
+        _read_config(name_or_path, revision)
+    except OSError as error:
+        raise _unreadable(name_or_path) from error
+    except ValueError:  # it is there; whether it can be trained is not told here
+        return
+
+
+def _unreadable(name_or_path: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The model {name_or_path} is neither a local directory nor a readable hub repository: check the name, the "
+        "revision and your access."
+    )
 
 
 def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
@@ -239,14 +278,12 @@ def snapshot(name_or_path: str, revision: str | None = None) -> Path:
         patterns = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json"]
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UnsupportedModelError(
-            f"The model {name_or_path} is neither a local directory nor a readable hub repository: check the name, the "
-            "revision and your access."
-        ) from error
+        raise _unreadable(name_or_path) from error
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; an adapter without one has its base model's."""
+    check_there(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

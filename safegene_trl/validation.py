@@ -126,8 +126,28 @@ def takes_text(hint: Any) -> bool:
     return all(kind in (str, type(None)) or isinstance(kind, str) for kind in _kinds(hint))
 
 
+def written_place(path: str) -> None:
+    """Raises `ValueError` for a path with `~`, which only a shell replaces: a folder of that name would be made."""
+    if path.startswith("~"):
+        raise ValueError("`~` stands for no folder here, so write the path out (`./~` for a name that begins so)")
+
+
+def written_path(text: str) -> Path:
+    """A path of a command line that is written to.
+
+    Raises:
+        ConfigError: It begins with `~`.
+    """
+    try:
+        written_place(text)
+    except ValueError as error:
+        raise ConfigError(f"`{text}` cannot be written: {error}.") from error
+    return Path(text)
+
+
 def folder(path: str) -> None:
-    """Raises `ValueError` for a path that names no folder of its own, like `.`."""
+    """Raises `ValueError` for a path that names no folder of its own, like `.`, or begins with `~`."""
+    written_place(path)
     if Path(path).name in ("", ".."):
         raise ValueError("it must name a folder of its own")
 

@@ -88,3 +88,15 @@ def test_what_cannot_be_combined(two, tmp_path):
     first.extraction = {"method": "combined", "rank": 2, "components": [1, 2]}
     with pytest.raises(VectorError, match="`extraction`"):
         first.save_pretrained(tmp_path / "vector")
+
+
+def test_a_vector_that_is_named_twice_is_refused(two, tmp_path, capsys):
+    for number, vector in enumerate(two):
+        vector.save_pretrained(tmp_path / str(number))
+    one, other = (SafetyVector.from_pretrained(tmp_path / str(number)) for number in range(2))
+    combined([one, other]).save_pretrained(tmp_path / "both")
+    for vectors in ([one, other, one], [one, SafetyVector.from_pretrained(tmp_path / "both")]):
+        with pytest.raises(FamilyError, match="is named twice"):
+            combined(vectors)
+    assert main(["combine", str(tmp_path / "0"), str(tmp_path / "0"), f"--output_dir={tmp_path / 'new'}"]) == 2
+    assert "is named twice" in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """The releases of a model line: chained, append-only, watched for drift."""
 
+import errno
 import json
 import multiprocessing
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 from safegene_trl import history, history_file
-from safegene_trl.errors import SafeGeneError
+from safegene_trl.errors import OutputError, SafeGeneError
 from safegene_trl.evaluation.intervals import Rate
 from safegene_trl.history import (
     append_release,
@@ -15,6 +16,7 @@ from safegene_trl.history import (
     drift_warnings,
     history_warnings,
     last_accepted,
+    prepared_release,
     read_history,
     seal_history,
 )
@@ -181,6 +183,10 @@ def test_an_old_history_is_read_with_a_warning_and_sealed_by_the_next_release(tm
         ("after", {"refusal_rate": Rate(9, 10).to_dict() | {"successes": "9"}}),
         ("after", {"refusal_rate": Rate(9, 10).to_dict() | {"count": 0}}),
         ("after", {"categories": {"a": None}}),
+        ("coefficients", {"layers.1": 10**400}),
+        ("after", {"refusal_rate": Rate(9, 10).to_dict() | {"count": 10**400}}),
+        ("after", {"refusal_rate": Rate(9, 10).to_dict() | {"count": 10**300}}),
+        ("after", {"refusal_rate": Rate(9, 10).to_dict() | {"share": 10**400}}),
         ("utility_loss", {"share": True, "low": 0.0, "high": 0.0, "count": 1}),
         ("report", None),
         ("previous", 5),
@@ -204,7 +210,7 @@ def test_infinity_is_no_number(tmp_path):
     path = tmp_path / "history.jsonl"
     line = json.dumps(release(coefficients={"layers.1": 9.5}) | {"previous": None}).replace("9.5", "1e999")
     path.write_text(line + "\n")
-    with pytest.raises(SafeGeneError, match="`coefficients` in line 1"):
+    with pytest.raises(SafeGeneError, match=r"Line 1 .* is damaged"):
         read_history(path)
 
 
@@ -295,3 +301,41 @@ def test_history_is_one_json_object_per_line(tmp_path):
     append_release(path, release(reason="línea\nnueva"))
     (line,) = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["reason"] == "línea\nnueva"
+
+
+def test_a_release_that_is_prepared_needs_no_more_space_and_is_none_before_it_is_added(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    append_release(path, release(number=0))
+    with prepared_release(path, release(number=1)) as add:
+        size, blocks = path.stat().st_size, path.stat().st_blocks
+        assert [entry["number"] for entry in read_history(path)] == [0]
+        add()
+        assert (path.stat().st_size, path.stat().st_blocks) == (size, blocks)
+    assert [entry["number"] for entry in read_history(path)] == [0, 1]
+    before = path.read_bytes()
+    with pytest.raises(KeyError), prepared_release(path, release(number=2)):
+        raise KeyError
+    assert path.read_bytes() == before
+    append_release(path, release(number=3))
+    assert [entry["number"] for entry in read_history(path)] == [0, 1, 3]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["history.jsonl", "history.jsonl.seal"]
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_full_disk_names_the_history_and_leaves_it_as_it_was(writes, tmp_path, monkeypatch):
+    path, done = tmp_path / "history.jsonl", []
+    append_release(path, release(number=0))
+    before = path.read_bytes(), seal_path(path).read_bytes()
+
+    def full(descriptor):
+        done.append(descriptor)
+        if len(done) > writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(history.os, "fsync", full)
+    with pytest.raises(
+        OutputError, match=r"The history .*history\.jsonl cannot be written \(No space left on device\)"
+    ):
+        append_release(path, release(number=1))
+    assert (path.read_bytes(), seal_path(path).read_bytes()) == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["history.jsonl", "history.jsonl.seal"]

@@ -202,7 +202,7 @@ def test_a_claim_that_is_too_large_subtracts_nothing(safeguarded, vector_dir, tm
         ]
         assert main(["apply", *words]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "second").exists()
-    claim(first, vector, dict.fromkeys(vector.deltas, 0.5))
+    claim(first, vector, dict.fromkeys(vector.deltas, 0.4))
     assert main(["apply", *words]) == 0  # nothing is taken out: a warning is enough
     report = report_of(tmp_path / "second")
     assert report["base"]["carried"] == {"claim": "unverified", "source": None}

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..combination import combined
 from ..output import VECTOR, atomic_directory, check_output, check_places
+from ..validation import written_path
 from ..vector import SafetyVector
 
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     """Saves the vector to `--output_dir`."""
     parser = argparse.ArgumentParser(prog="safegene combine", description="Make one safety vector of several.")
     parser.add_argument("vectors", nargs="+", help="Two or more safety vectors of one aligned model.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the vector goes.")
+    parser.add_argument("--output_dir", type=written_path, required=True, help="Where the vector goes.")
     arguments = parser.parse_args(list(argv))
     check_places(arguments.output_dir, {"the vector": arguments.vectors})
     check_output(arguments.output_dir, kind=VECTOR)

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from trl import get_peft_config
@@ -17,8 +16,9 @@ from ..output import check_writable, replace_file
 from ..reporting.text import strict_json
 from ..shots import gather_shots
 from ..step.plan import read_vector
+from ..step.stored import check_measures_nothing
 from ..streaming import StoredModel
-from ..validation import Rule, check_value
+from ..validation import Rule, check_value, written_path
 from ..weights import canonical_modules, layer_index, linear_shape, task_factors
 from . import apply, sft
 from .launching import OPTION, take_config, wants_launch
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a table; `--json FILE` writes it as well."""
     parser = argparse.ArgumentParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=written_path)
     own, rest = parser.parse_known_args(argv)
     command = rest[0] if rest else ""
     if command not in _ESTIMATES:
@@ -110,6 +110,7 @@ def estimate_apply(
     probe = Probe(load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision), timed=timed)
     tokenizer = load_tokenizer(name, revision)
     if arguments.coefficients is not None:
+        check_measures_nothing(config)
         return estimate_stored_merge(probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
     if config.task_data is None:
         raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")

@@ -1,6 +1,5 @@
 """`safegene apply --fleet models.yaml`: one vector, many finished fine-tunes, in parallel processes within a memory budget."""
 
-import json
 import logging
 import math
 import os
@@ -23,7 +22,7 @@ from ..interruption import Interrupted, undisturbed
 from ..locking import alone_in
 from ..output import MARKER, replace_file
 from ..provenance import sha256_of_file, sha256_of_json
-from ..reporting.text import one_line, strict_json
+from ..reporting.text import one_line, read_json, strict_json
 from ..step.plan import failure_path
 from .fleet_file import STATE, WORKSHOP, Fleet, overlap, sources
 from .process_group import ProcessGroup
@@ -259,7 +258,7 @@ def _report(target: Path, outcome: str) -> tuple[Path | None, dict[str, Any]]:
     found = []
     for place in [target / MARKER, *([failure_path(target)] if outcome == "rejected" else [])]:
         with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
-            report = json.loads(place.read_text(encoding="utf-8"))
+            report = read_json(place.read_text(encoding="utf-8"))
             if report["decision"]["outcome"] == outcome:
                 found.append((place.stat().st_mtime_ns, place, report))
     return max(found, key=lambda entry: entry[0])[1:] if found else (None, {})
@@ -280,7 +279,7 @@ def _table(members: Sequence[Member]) -> str:
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path.read_text(encoding="utf-8"))
         for entry in entries:
             texts = [entry[key] for key in ("name", "key", "outcome", "message")]
             if not all(isinstance(text, str) for text in texts) or not math.isfinite(entry["seconds"]):

@@ -10,7 +10,8 @@ from ..config import SafeGeneConfig
 from ..errors import ConfigError, SafeGeneError
 from ..output import FAILURE_SUFFIXES
 from ..reporting.text import printable
-from ..validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys
+from ..step.stored import check_measures_nothing
+from ..validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys, written_place
 from .yaml_files import read_yaml
 
 
@@ -41,6 +42,7 @@ class Fleet:
     timeout_minutes: float = 24 * 60.0
 
     RULES: ClassVar[Mapping[str, Rule]] = {
+        "output_dir": Rule(syntax=written_place),
         "memory_gib": Rule(above=0),
         "processes": Rule(at_least=1, at_most=LARGEST_COUNT),
         "timeout_minutes": Rule(above=0),
@@ -104,7 +106,10 @@ class Fleet:
         if not isinstance(member.get("safegene", {}), dict):
             raise ConfigError("`safegene` must be a block of keys and values.")
         recipe = self.recipe(member)
-        if SafeGeneConfig.from_dict(recipe["safegene"]).dry_run:
+        config = SafeGeneConfig.from_dict(recipe["safegene"])
+        if recipe.get("coefficients") is not None:
+            check_measures_nothing(config)
+        if config.dry_run:
             raise ConfigError("`dry_run` writes nothing: try one model by `safegene apply`, and leave it out here.")
         return recipe
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import SafeGeneError
 from ..history import Release, drift_warnings, history_warnings, read_history, seal_history
 from ..reporting.plots import history_plot
+from ..validation import written_path
 from .tables import HEADINGS, aligned, measured_cells
 
 
@@ -14,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints one line per release; exit code 0, or 3 where refusals drift."""
     parser = argparse.ArgumentParser(prog="safegene history", description="Say how a model line's releases went.")
     parser.add_argument("file", type=Path, help="The file that `history` names in the `safegene` block.")
-    parser.add_argument("--plot", type=Path, help="PNG file for the line.")
+    parser.add_argument("--plot", type=written_path, help="PNG file for the line.")
     parser.add_argument(
         "--seal",
         action="store_true",

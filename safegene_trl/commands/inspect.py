@@ -1,7 +1,6 @@
 """`safegene inspect DIR`: what a safety vector or a safeguarded checkpoint holds, after checking it."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from ..models.coefficients import by_component
 from ..output import MARKER
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
-from ..reporting.text import printable, printable_values
+from ..reporting.text import printable, printable_values, read_json
+from ..validation import written_path
 from ..vector import SafetyVector
 
 
@@ -19,12 +19,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="safegene inspect", description="Say what a vector or checkpoint holds.")
     parser.add_argument("directory", help="Safety vector (directory or hub id) or safeguarded checkpoint.")
     parser.add_argument("--revision", help="Branch, tag or commit of a vector on the hub.")
-    parser.add_argument("--plot", type=Path, help="PNG file for a vector's layer scores and their stability.")
+    parser.add_argument("--plot", type=written_path, help="PNG file for a vector's layer scores and their stability.")
     arguments = parser.parse_args(list(argv))
     report = Path(arguments.directory) / MARKER
     if report.is_file():
         try:
-            found = printable_values(json.loads(report.read_text(encoding="utf-8")))
+            found = printable_values(read_json(report.read_text(encoding="utf-8")))
             shown = {
                 f"{place}/{component}" if component else place: value
                 for component, values in by_component(found["coefficients"]).items()

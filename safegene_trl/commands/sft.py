@@ -17,6 +17,8 @@ from trl import (
 from ..callback import DryRunComplete, SafeGeneCallback
 from ..errors import CalibrationDataError, ConfigError, SafeGeneError, UnexpectedError
 from ..gate import EXIT_CODES
+from ..loading import check_readable
+from ..output import writing
 from ..sharding import join_processes, leave_processes
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
@@ -38,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if not model.model_name_or_path:
         raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
+    check_readable(model.model_name_or_path, model.model_revision)
     config = safegene.config
     callbacks = [SafeGeneCallback(config)] if config else []
     dataset = training_data(script, mixture)
@@ -71,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
         failure = error
     report = callbacks[0].report if callbacks else None
     if not (report and report.get("fine_tune") == str(training.output_dir)):  # else the step has put it there
-        trainer.save_model(training.output_dir)
+        with writing():
+            trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")

@@ -8,6 +8,7 @@ from ..output import check_writable, replace_file
 from ..reporting.plots import heat_map
 from ..reporting.text import printable, strict_json
 from ..similarity import cosine_table
+from ..validation import written_path
 from ..vector import SafetyVector
 
 
@@ -15,8 +16,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints the table; with `--plot` also a PNG, with `--json` all numbers to a file."""
     parser = argparse.ArgumentParser(prog="safegene similarity", description="Compare safety vectors of one family.")
     parser.add_argument("vectors", nargs="+", help="Two or more safety vectors: directories or hub ids.")
-    parser.add_argument("--plot", type=Path, help="PNG file for a heat map.")
-    parser.add_argument("--json", type=Path, help="JSON file for the table.")
+    parser.add_argument("--plot", type=written_path, help="PNG file for a heat map.")
+    parser.add_argument("--json", type=written_path, help="JSON file for the table.")
     arguments = parser.parse_args(list(argv))
     if len(arguments.vectors) < 2:
         parser.error("name two or more vectors")

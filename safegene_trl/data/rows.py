@@ -94,14 +94,15 @@ def stream(rows: Any, source: str) -> Iterator[Any]:
     """The rows of a stream from its start; the training reads them once more.
 
     Raises:
-        CalibrationDataError: It can be read only once: what is read here would be missing from the training.
+        CalibrationDataError: It is none of `datasets`. Nothing tells of any other, e.g. one that reads an open file, whether what
+            is read here would be missing from the training.
     """
-    iterator = iter(rows)
-    if not isinstance(rows, IterableDataset) and iterator is iter(rows):
+    if not isinstance(rows, IterableDataset):
         raise CalibrationDataError(
-            f"The {source} is a stream that can be read only once: set `task_data` to a data set of its own."
+            f"The {source} is a stream that the training may be able to read only once: set `task_data` to a data set of its own, or "
+            "make the stream one of `datasets`."
         )
-    return iterator
+    return iter(rows)
 
 
 def drawn(rows: Any, count: int, seed: int) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """A row that a trainer has tokenised: its ids, which of them are learnt, and where packed samples begin."""
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,29 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
 
 
-def tokens(row: Row) -> tuple[list[int], list[bool] | None, list[int]]:
+@dataclass(frozen=True)
+class Padding:
+    """The token that rows are filled up with, None where there is none, and whether it also ends, or begins, what is said."""
+
+    token: int | None
+    ends: bool = False
+    begins: bool = False
+
+    def kept(self, ids: list[int]) -> list[bool]:
+        """Which tokens are no filling at an end of a row; of a token that means something there too, one is none."""
+        first, after = 0, len(ids)
+        while after and ids[after - 1] == self.token:
+            after -= 1
+        while first < after and ids[first] == self.token:
+            first += 1
+        if first and self.begins:
+            first -= 1
+        if after < len(ids) and self.ends:
+            after += 1
+        return [first <= position < after for position in range(len(ids))]
+
+
+def tokens(row: Row, padding: Padding) -> tuple[list[int], list[bool] | None, list[int]]:
     """Ids, mask of the response (None if there is none) and boundaries of a tokenised row, padding left out."""
     ids = row["input_ids"]
     if not is_ids(ids):
@@ -37,7 +60,8 @@ def tokens(row: Row) -> tuple[list[int], list[bool] | None, list[int]]:
         if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
             raise UnreadableRowError("labels or masks of another length than the tokens")
     cuts = _cuts(row, len(ids))
-    kept = [i for i in range(len(ids)) if attention is None or attention[i]]
+    read = padding.kept(ids) if attention is None else attention
+    kept = [i for i in range(len(ids)) if read[i]]
     if len(kept) < len(ids):
         cuts = sorted({sum(i < cut for i in kept) for cut in cuts} - {0, len(kept)})
         ids, mask = [ids[i] for i in kept], None if mask is None else [mask[i] for i in kept]

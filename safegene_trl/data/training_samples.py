@@ -38,7 +38,7 @@ from .rows import (
     stream,
     unformatted,
 )
-from .token_rows import holds_tokens, is_ids, leaves_out, prompt_length, tokens
+from .token_rows import Padding, holds_tokens, is_ids, leaves_out, prompt_length, tokens
 from .turns import Span, Spelling, TurnMarks, rendered
 
 
@@ -67,6 +67,8 @@ class TrainingSamples:
     ):
         self._rows, self._tokenizer, self._source = unformatted(rows), tokenizer, source
         self._marks = TurnMarks.of(tokenizer) if tokenizer.chat_template else None
+        pad, ends = tokenizer.pad_token_id, self._marks.ends if self._marks else frozenset()
+        self._padding = Padding(pad, pad in ends | {tokenizer.eos_token_id}, pad in _beginnings(tokenizer))
         self._packed, self._is_chat = packed, False
         self.skipped = Skipped()
         self.read_by: Counter[str] = Counter()
@@ -147,7 +149,7 @@ class TrainingSamples:
             answer = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
             ids = [*row["prompt_ids"], *answer]
             return LABELS, [Sample(ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))])]
-        ids, mask, cuts = tokens(row)
+        ids, mask, cuts = tokens(row, self._padding)
         if not leaves_out(ids, mask, self._tokenizer.pad_token_id):
             mask = None
         elif not any(mask[1:]):  # type: ignore[index]
@@ -171,12 +173,13 @@ class TrainingSamples:
             return self._from_unmarked(ids, mask, row, is_whole)
         spelled = self._marks.spelled(ids)
         spans = self._marks.replies(spelled)
-        if mask is not None:
-            said = mask if spans is None else _intersected(mask, spans, spelled, self._marks)
-        elif spans is None:
-            raise UnreadableRowError("a reply that holds the mark of another")
-        else:
-            said = _mask(len(ids), spans)
+        whole = mask is None or _keeps_a_header(mask, spelled, self._marks)
+        if whole and spans is None:
+            raise UnreadableRowError("marks of replies that do not fit its turns")
+        said = mask or []
+        if whole:
+            replies = _mask(len(ids), spans or [])
+            said = replies if mask is None else [kept and reply for kept, reply in zip(mask, replies, strict=True)]
         bounds = {0, *self._marks.starts(spelled), len(ids)}
         begun = 0
         if self._packed and not is_whole and self._marks.start is None:
@@ -298,13 +301,18 @@ def _mask(length: int, spans: Sequence[Span]) -> list[bool]:
     return [token in said for token in range(length)]
 
 
-def _intersected(mask: list[bool], spans: Sequence[Span], spelled: Spelling, marks: TurnMarks) -> list[bool]:
-    """The mask as it is, or, where it keeps the header of a reply and so other turns, only its part in the replies."""
+def _keeps_a_header(mask: list[bool], spelled: Spelling, marks: TurnMarks) -> bool:
+    """Whether a mask keeps the header of a reply, and so other turns than the assistant's."""
     for at in spelled.find(marks.header):
         header = range(spelled.token_after(at), spelled.token_after(at + len(marks.header)))
         if all(mask[token] for token in header):
-            return [said and reply for said, reply in zip(mask, _mask(len(mask), spans), strict=True)]
-    return mask
+            return True
+    return False
+
+
+def _beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
+    """Tokens that a row may begin with and mean: the first of all, and the last of a text that was cut off before it."""
+    return tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
 def _short(error: Exception) -> str:

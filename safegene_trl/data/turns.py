@@ -17,6 +17,7 @@ Span = tuple[int, int]  # first token and the one after the last
 _SYSTEM, _ASKED, _SAID = "zqsystemzq", ("zqaskonezq", "zqasktwozq"), ("zqsayonezq", "zqsaytwozq")
 _UNIT = re.compile("\0[^\0]*\0|.", re.DOTALL)
 _SPACES = "▁Ġ "  # as SentencePiece, byte-level BPE and others spell them
+_WHITE_CHARACTERS = "▁ĠĊčĉ \t\r\n\v\f"
 _WHITE = re.compile(r"(?:[▁ĠĊčĉ\s]|<0x0A>)*")
 
 
@@ -50,8 +51,9 @@ class Speller:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
+        self.bos, self.special = tokenizer.bos_token, set(tokenizer.all_special_ids)
         self._marked = self.special | set(tokenizer.added_tokens_decoder)
+        self.filling = tuple(f"\0{token}\0" for token in (tokenizer.pad_token, tokenizer.eos_token) if token)
 
     def id_of(self, token: str) -> int:
         """The id of a token by its name."""
@@ -74,12 +76,13 @@ class TurnMarks:
         header: What stands before a reply, as a tokenizer spells it.
         start: What every conversation begins with and nothing else holds, None if there is no such thing.
         system: What every conversation with a system turn begins with and nothing else holds, or None.
+        ends: Ids of the tokens that end a reply.
     """
 
     def __init__(self, speller: Speller, probes: "_Probes"):
         self._speller = speller
         self.header = _header(probes)
-        self._ends, self._end_is_said = _ends(probes, speller)
+        self.ends, self._end_is_said = _ends(probes, speller)
         self._heads = [head for head in (probes.head, probes.system_head) if head]
         self.start = self.system = None
         common = _common_prefix(self._heads)
@@ -88,6 +91,25 @@ class TurnMarks:
             self.start = first if "\0" in first and probes.text.count(first) == 1 else common
         elif probes.system_text.count(probes.system_head) == 1 and probes.system_head not in probes.text:
             self.system = probes.system_head
+        self._learn_neighbours(probes)
+
+    def _learn_neighbours(self, probes: "_Probes") -> None:
+        """What stands before a header and after a reply, by which a header is told from one that somebody has written."""
+        lead = _special(_common_prefix(probes.before_reply).rpartition(self.header)[0])
+        ends = [name for text in (probes.after_reply, probes.tail) for name in _special(text)[:1]]
+        begins = {f"\0{self._speller.bos}\0"} - set(_special(self.header + probes.after_reply))
+        self._closers = tuple({*lead, *(ends if self._end_is_said else ()), *begins})
+        self._lead_is_marked = bool(lead)
+        self._speaks_after_end = bool(lead) or self.header.startswith(self._closers)
+        self._speaks = self.header
+        while self._speaks.startswith(self._closers):
+            self._speaks = _begun(_UNIT.sub("", self._speaks, count=1))
+        self._speaks = _begun(self._speaks)
+        turn = _begun(_UNIT.sub("", _begun(probes.after_reply), count=1) if self._end_is_said else probes.after_reply)
+        turn = re.split(r"\d", turn)[0]  # rounds may be numbered
+        self._next_is_marked = bool(turn)
+        heads = (_without_white(_begun(text)) for text in (turn, *self._heads, self._speaks))
+        self._heads_as_text = tuple(head for head in heads if head and not head.startswith("\0"))
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TurnMarks | None":
@@ -125,21 +147,46 @@ class TurnMarks:
         """Spans of the replies, each with the token that ends its turn; a reply cut short ends with the row.
 
         Returns:
-            None where a reply holds the header of another, so that it cannot be told which is real.
+            None where the headers do not fit the turns, so that it cannot be told which are real: a reply holds the header of
+            another, a header stands in the midst of a turn, or what ends a reply does. Somebody has written the marks.
         """
         headers = spelled.find(self.header)
         spans: list[Span] = []
         for number, at in enumerate(headers):
             first = spelled.token_after(at + len(self.header))
-            end = next((i for i in range(first, len(spelled.ids)) if spelled.ids[i] in self._ends), None)
+            end = next((i for i in range(first, len(spelled.ids)) if spelled.ids[i] in self.ends), None)
             after = len(spelled.ids) if end is None else end + self._end_is_said
             following = headers[number + 1] if number + 1 < len(headers) else len(spelled.text)
             reach = spelled.starts[end] if end is not None else len(spelled.text)
-            if following < reach:
+            if following < reach or not self._is_led(spelled.text[:at]):
+                return None
+            if False:
                 return None
             if after > first:
                 spans.append((first, after))
         return spans
+
+    def _is_led(self, before: str) -> bool:
+        """Whether a turn ends where a header begins, as far as the template marks the ends of turns before it."""
+        if not self._lead_is_marked:
+            return True
+        closing = _without_white(before)
+        # a row may begin in the midst of a packed conversation, with the rest of a turn's end
+        return not closing or closing.endswith(self._closers)
+
+    def _is_followed(self, rest: str) -> bool:
+        """Whether, after the mark that ends a reply and begins this text, another turn begins or nothing follows."""
+        if self._end_is_said:
+            rest = _UNIT.sub("", rest, count=1)
+        rest, closed = _begun(rest), False
+        while rest.startswith((*self._closers, *self._speller.filling)):
+            rest, closed = _begun(_UNIT.sub("", rest, count=1)), True
+        if not rest.startswith("\0"):
+            begins = any(rest.startswith(head) or head.startswith(rest) for head in self._heads_as_text)
+            return begins or not rest or not (self._next_is_marked or closed)
+        # The end of the user's turn and a reply: the reply before was a part of that turn. Two replies in a row are one too,
+        # where nothing marks the end of the turn before a reply.
+        return not rest.startswith(self._speaks) or (self._speaks_after_end and not closed)
 
     def after_reply(self, spelled: Spelling, span: Span) -> int:
         """The token at which the turn after a reply begins, white space between the two left out."""
@@ -224,10 +271,27 @@ def _ends(probes: _Probes, speller: Speller) -> tuple[frozenset[int], int]:
 
 
 def _leading_special(text: str, speller: Speller) -> int:
-    units = _units(text[_WHITE.match(text).end() :])  # type: ignore[union-attr]
+    units = _units(_begun(text))
     if not units or not units[0].startswith("\0"):
         raise ValueError("no special token ends a reply")
     return speller.id_of(units[0].strip("\0"))
+
+
+def _special(text: str) -> list[str]:
+    """The special tokens in a text, as they are spelled."""
+    return [unit for unit in _units(text) if unit.startswith("\0")]
+
+
+def _begun(text: str) -> str:
+    """The text without the white space that it begins with."""
+    return text[_WHITE.match(text).end() :]  # type: ignore[union-attr]
+
+
+def _without_white(text: str) -> str:
+    """The text without the white space that it ends with."""
+    while (shorter := text.removesuffix("<0x0A>").rstrip(_WHITE_CHARACTERS)) != text:
+        text = shorter
+    return text
 
 
 def _units(text: str) -> list[str]:

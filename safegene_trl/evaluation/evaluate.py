@@ -15,14 +15,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..calibration import prompt_text
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from ..loading import adapter_base, load_placed, load_tokenizer
 from ..locking import alone_in
 from ..output import replace_file
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..reporting.text import strict_json
 from ..sharding import Sharding, leave_processes
-from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values
+from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values, written_place
 from .generation import generate_answers
 from .judges import load_judge
 from .prompts import Prompt, kept_apart, load_prompts, prompts_used
@@ -94,6 +94,7 @@ class EvaluationConfig:
         "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
         "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT),
         "seed": Rule(at_least=0, at_most=2**32 - 1),
+        "output_dir": Rule(syntax=written_place),
     }
 
     def check(self) -> None:
@@ -127,6 +128,7 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
     with ExitStack() as held:
         with job.agreed():
             config.check()
+            _check_folder(folder, config)
             prompts, repeated = _prompts(config)
             judges = [load_judge(spec) for spec in config.judges] if job.is_main else []
             manager = check_tasks(config.tasks, config.tasks_dir) if config.tasks and job.is_main else None
@@ -161,6 +163,16 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
             result["utility"] = measure_utility(model, tokenizer, config.tasks, manager, count, samples, config.seed)
         replace_file(folder / RESULT, strict_json(result) + "\n")
     return result
+
+
+def _check_folder(folder: Path, config: EvaluationConfig) -> None:
+    """Raises `OutputError` for the folder of a model or of data, which the evaluation's files would become a part of."""
+    name = config.model_name_or_path
+    inputs = [name, adapter_base(name, config.model_revision), *config.exclude_data, config.tasks_dir]
+    inputs += [*config.harmful_data, *config.benign_data]
+    for one in inputs:
+        if one and folder.is_dir() and Path(one).is_dir() and folder.samefile(one):
+            raise OutputError(f"{folder} is read as {one}, and would be written into: choose another `output_dir`.")
 
 
 def _answer(

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,22 @@ def _figure(path: Path, rows: int, columns: int, width: float, height: float) ->
 
 
 def _write(figure: Any, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    """In one piece; where there was no plot before, under its own name from the start.
+
+    A folder that holds files of other names is not cleared away after a run that was killed.
+    """
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    replaces = path.exists()
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") if replaces else path
     try:
-        with open(unfinished, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-        os.replace(unfinished, path)
-    finally:
+        unfinished.write_bytes(drawn.getvalue())
+        if replaces:
+            os.replace(unfinished, path)
+    except BaseException:
         with suppress(OSError):
             unfinished.unlink()
+        raise
 
 
 def _said(error: Exception) -> str:

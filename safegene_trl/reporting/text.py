@@ -53,6 +53,31 @@ def code(text: Any) -> str:
     return f"`{text}`" if re.fullmatch(r"[\w.:/@#+-]+", str(text), re.ASCII) else markdown(text)
 
 
+def read_json(text: str | bytes) -> Any:
+    """What JSON holds, every number finite and of a size that a float has, as `strict_json` writes it.
+
+    Raises:
+        ValueError: It is no JSON, or a number is NaN, infinite or larger than a float can be.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite_number, parse_int=_sized_integer)
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite_number(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        _no_number(digits[:20])
+    return number
+
+
+def _sized_integer(digits: str) -> int:
+    _finite_number(digits)
+    return int(digits)
+
+
 def strict_json(value: Any, indent: int | None = 2) -> str:
     """JSON that every reader takes: in place of a number that is not finite stands null.
 

@@ -1,7 +1,6 @@
 """What a safety step is given and what it finds, whatever the fine-tune is: live in this job, or stored on a disk."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.renaming import moved_aside
+from ..checkpoints.renaming import moved_aside, temporary_folder
 from ..config import Granularity, SafeGeneConfig
 from ..family import Family
 from ..gate import Decision
 from ..history import base_warnings, history_warnings, read_history
 from ..lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
 from ..merging import save_record
-from ..output import CHECKPOINT, FAILURE_SUFFIXES, check_hub, check_output, check_places, check_writable
+from ..output import CHECKPOINT, FAILURE_SUFFIXES, check_hub, check_output, check_places, check_writable, writing
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.report import PhaseClock, Report
 from ..sharding import Sharding
@@ -240,8 +239,8 @@ def _try_output(
     check_output(target, needed_bytes, restore_earlier=not config.dry_run)
     if config.history:
         check_writable(Path(config.history))
-    with tempfile.TemporaryDirectory() as folder:
-        save_record(model, processor, Path(folder), None)
+    with writing(), temporary_folder(target) as folder:  # on the disk that it will be written to
+        save_record(model, processor, folder, None)
 
 
 def failure_path(target: Path) -> Path:

@@ -4,15 +4,15 @@ Whatever goes wrong in it ends in a failure report beside the checkpoint that is
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..gate import Decision
-from ..history import Release, append_release, read_history, release_of
+from ..history import Release, append_release, prepared_release, read_history, release_of
 from ..interruption import terminable
 from ..lineage import check_no_subtraction
 from ..models.batch_size import is_out_of_memory
@@ -30,7 +30,8 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
     """Finds the coefficients, decides, writes the checkpoint and verifies it; returns its report.
 
     Collective. After any failure, an interruption included, the report of what was known goes to `failure_path`, and no
-    checkpoint is left. What came of it is added to `config.history`.
+    checkpoint is left, but where only its upload failed. What came of it is added to `config.history`, whose space on the disk is
+    taken before the checkpoint appears.
 
     Raises:
         RejectedError: No coefficients are acceptable, or the gate's limits are not kept. No checkpoint is written.
@@ -49,7 +50,6 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         change = {name: value - plan.carried[name] for name, value in found.coefficients.items()}
         check_no_subtraction(change, plan.carried)
         _write(plan, fine_tune, found)
-        _add_to_history(plan)
         with plan.sharding.alone() as working:
             if working and plan.config.hub_model_id and not rejected:
                 upload(plan.target, plan.config.hub_model_id, plan.config.hub_private)
@@ -57,7 +57,19 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
 
 
 def _write(plan: Plan, fine_tune: FineTune, found: Found) -> None:
-    sharding, report = plan.sharding, plan.report
+    sharding = plan.sharding
+    with ExitStack() as held:
+        # what may still fail of the history fails before the checkpoint takes its place
+        add = _written(plan, fine_tune, found, held)
+        with sharding.agreed():
+            add()
+    if sharding.is_main:
+        _remove_failure(plan.target)
+
+
+def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> Callable[[], None]:
+    """Puts the checkpoint in its place; what is given then adds it to the history, which `held` keeps locked."""
+    sharding, report, add = plan.sharding, plan.report, _nothing
     with atomic_directory(plan.target, sharding=sharding) as folder:
         with plan.clock.phase("save"):
             fine_tune.write(folder, found)
@@ -70,8 +82,14 @@ def _write(plan: Plan, fine_tune: FineTune, found: Found) -> None:
         with sharding.agreed():
             if sharding.is_main:
                 write_evidence(report.to_dict(), folder, plan.target.name, _releases(plan))
-    if sharding.is_main:
-        _remove_failure(plan.target)
+                if plan.config.history:
+                    release = release_of(report.to_dict(), plan.target)
+                    add = held.enter_context(prepared_release(Path(plan.config.history), release))
+    return add
+
+
+def _nothing() -> None:
+    """What a line without a history has to add."""
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -7,11 +7,18 @@ import torch
 from peft import PeftModel
 
 from ..config import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from ..extraction.delta import adapter_delta, stored_delta
 from ..gate import Decision
 from ..interference import interference_coefficients
-from ..lineage import Coefficients, check_no_subtraction, check_not_safeguarded, reported_coefficients
+from ..lineage import (
+    ROUNDING,
+    Carried,
+    Coefficients,
+    check_no_subtraction,
+    check_not_safeguarded,
+    reported_coefficients,
+)
 from ..loading import adapter_base, load_tokenizer
 from ..merging import save_adapter
 from ..models.coefficients import CoefficientSpace
@@ -51,6 +58,7 @@ def safeguard_stored(
     Raises:
         SafeGeneError: One of its kinds, before anything is written.
     """
+    check_measures_nothing(config)
     check_not_safeguarded(name_or_path, revision)
     stored = StoredModel.open(name_or_path, revision)
     if config.output_format != "merged":
@@ -65,6 +73,15 @@ def safeguard_stored(
     with plan.clock.phase("prepare"):
         fine_tune.choose(given, base_model)
     return plan.report.to_dict() if config.dry_run else run(plan, fine_tune)
+
+
+def check_measures_nothing(config: SafeGeneConfig) -> None:
+    """Raises `ConfigError` for limits of a gate: with given coefficients nothing is measured that could keep them."""
+    if config.gate and config.gate.limits:
+        raise ConfigError(
+            f"`gate.{next(iter(config.gate.limits))}` is set beside `coefficients`, with which nothing is measured that could be held "
+            "against it: leave out the gate's limits, or leave out `coefficients`."
+        )
 
 
 class StoredFineTune:
@@ -89,6 +106,7 @@ class StoredFineTune:
         plan.find_carried(self.stored.model, granularity)
         change = {name: value - plan.carried[name] for name, value in self.coefficients.items()}
         check_no_subtraction(change, plan.carried)
+        _check_adds(self.coefficients, plan.carried)
         plan.report.coefficients = self.coefficients
 
     def keep(self) -> str:
@@ -109,6 +127,11 @@ class StoredFineTune:
             entry = plan.mark(found.coefficients)
             size = plan.config.max_shard_size
             self._rounding = write_merged(self.stored, deltas, found.by_module, plan.processor, folder, size, entry)
+            if not self._rounding.changed:  # not even by the float32 sum: else `write_merged` has refused it
+                raise OutputError(
+                    f"The safety vector vanishes beside the weights: 0 of {self._rounding.weights} would change even in float32; use "
+                    "larger coefficients."
+                )
         if place := plan.adapter_place(folder):
             model, base = self.stored.model, self.relative_to
             save_adapter(model, deltas, found.by_module, base, plan.processor, place, plan.sharding)
@@ -116,6 +139,20 @@ class StoredFineTune:
     def compare(self, folder: Path) -> dict[str, Any]:
         """What rounding has left; nothing was measured that the files could be held against."""
         return {} if self._rounding is None else {"rounding": self._rounding.check()}
+
+
+def _check_adds(coefficients: Coefficients, carried: Carried) -> None:
+    """Raises `ConfigError` where the weights hold all of it already: what was merged would be the fine-tune as it is."""
+    if any(abs(value - carried[name]) > ROUNDING for name, value in coefficients.items()):
+        return
+    largest = max(coefficients.values())
+    if any(carried.values()):
+        why = "the model's weights carry the vector with these coefficients already: there is nothing to add"
+    elif largest == 0:
+        why = "the coefficients are all 0: name larger ones"
+    else:
+        why = f"the largest coefficient is {largest:.3g}, too small to be told from 0: name larger ones"
+    raise ConfigError(f"No weight would change, because {why}.")
 
 
 def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRankDelta]:

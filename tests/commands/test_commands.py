@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import tempfile
 
+import huggingface_hub
 import pytest
 import torch
 from jsonschema import validate
@@ -18,10 +20,11 @@ from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.selection import LayerScores
 from safegene_trl.similarity import cosine
 
-from ..conftest import BENIGN, HARMFUL, make_model, with_lora
+from ..conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
+ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 LENIENT = [
     "--safegene.max_utility_loss=100",
     "--safegene.utility_weight=0",
@@ -249,8 +252,9 @@ def test_an_extraction_does_not_touch_what_it_reads(extraction, prompt_files, tm
         assert message in capsys.readouterr().err
 
 
-def test_combine_does_not_replace_a_vector_it_reads(vector_dir, tmp_path, capsys):
-    one, two = (shutil.copytree(vector_dir, tmp_path / name) for name in ("one", "two"))
+def test_combine_does_not_replace_a_vector_it_reads(vector_dir, tokenizer, tmp_path, capsys):
+    one, two = shutil.copytree(vector_dir, tmp_path / "one"), tmp_path / "two"
+    make_vector(make_model(), tokenizer, seed=9).save_pretrained(two)
     before = sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
     (tmp_path / "link").symlink_to(one)
     for output, message in (
@@ -349,6 +353,8 @@ def test_inspect_a_vector(vector_dir, capsys, tmp_path):
         '{"coefficients": {"a": null}, "decision": {}, "model": {}}',
         '{"coefficients": {}, "decision": {"outcome": 1, "reason": ""}, "model": 3}',
         "[" * 100_000,
+        '{"coefficients": {"a": 1' + "0" * 400 + "}}",
+        '{"coefficients": {"a": NaN}}',
     ],
 )
 def test_inspect_names_a_report_that_is_damaged(content, tmp_path, capsys):
@@ -460,3 +466,66 @@ def test_a_rejected_fine_tune_is_saved_all_the_same(model_dir, vector_dir, task_
     assert main(["sft", *words]) == 4
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "safeguarded").exists()
     assert "limits are not kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "apply"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("/no/such/model", "folder /no/such/model is not there"), ("./nope/", "folder ./nope/ is not there")],
+)
+def test_a_model_s_folder_that_is_not_there_is_named(command, name, message, vector_dir, task_file, capsys):
+    words = [command, "--model_name_or_path", name, f"--safegene.vector={vector_dir}"]
+    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={task_file.with_name('out')}"]
+    if command == "sft":
+        words += [
+            "--dataset_name",
+            str(task_file.parent),
+            "--output_dir",
+            str(task_file.with_name("trained")),
+            *ON_CPU,
+        ]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said and "Repo id" not in said and not task_file.with_name("trained").exists()
+
+
+def test_a_name_that_the_hub_does_not_have_is_said_plainly(task_file, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    words = ["--dataset_name", str(task_file.parent), "--output_dir", str(task_file.with_name("trained")), *ON_CPU]
+    assert main(["sft", "--model_name_or_path", "no/such", *words]) == 2
+    assert "The model no/such is neither a local directory nor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["apply", "--coefficients=0.5", "--safegene.output_dir=~/x"],
+        ["apply", "--coefficients=0.5", "--safegene.history=~/x/h.jsonl"],
+        ["extract", "--output_dir=~/x"],
+        ["evaluate", "--harmful_data=h.jsonl", "--output_dir=~x"],
+        ["combine", "v", "w", "--output_dir=~/x"],
+        ["inspect", "v", "--plot=~/x.png"],
+        ["history", "h.jsonl", "--plot=~/x.png"],
+        ["similarity", "v", "w", "--json=~/x.json"],
+    ],
+)
+def test_a_path_that_a_shell_would_have_replaced_is_not_written(
+    words, vector_dir, model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.jsonl").write_text('{"prompt": "a"}\n')
+    if words[0] == "apply":
+        words = [*words, f"--safegene.vector={vector_dir}"]
+    if words[0] in ("apply", "evaluate"):
+        words = [*words, "--model_name_or_path", str(model_dir)]
+    if words[0] == "extract":
+        words += ["--aligned_model=a", "--degraded_model=b", "--harmful_data=h.jsonl", "--benign_data=h.jsonl"]
+    assert main(words) == 2
+    assert "`~` stands for no folder here" in capsys.readouterr().err
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_no_other_folder_for_temporary_files_is_needed(model_dir, vector_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    words = ["--model_name_or_path", str(model_dir), "--coefficients=0.5", f"--safegene.vector={vector_dir}"]
+    assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'out'}"]) == 0

@@ -67,7 +67,7 @@ def test_five_with_two_broken(fleet, tmp_path, capsys):
     expected = {"a": "accepted", "second": "accepted", "c": "rejected", "damaged": "failed", "nowhere": "failed"}
     assert outcomes(releases) == expected
     printed = capsys.readouterr().out
-    assert "limits are not kept" in printed and "damaged: " in printed and "nowhere: The model" in printed
+    assert "limits are not kept" in printed and "damaged: " in printed and "nowhere: The model's folder" in printed
     for name, outcome in expected.items():
         assert (releases / name / "model.safetensors").is_file() == (outcome == "accepted")
     stamp = (releases / "a" / "safegene_report.json").stat().st_mtime_ns
@@ -355,6 +355,14 @@ def test_a_damaged_state_is_named(content, fleet, tmp_path, capsys):
             {"models": [{"model_name_or_path": "a/x", "safegene": {"dry_run": True}}]},
             "model x: `dry_run` writes nothing",
         ),
+        (
+            {
+                "models": [{"model_name_or_path": "a/x", "coefficients": 0.5}],
+                "safegene": {"vector": "v", "gate": {"min_refusal_rate": 0.9}},
+            },
+            "model x: `gate.min_refusal_rate` is set beside `coefficients`",
+        ),
+        ({"output_dir": "~/releases"}, "`~` stands for no folder here"),
         ({"safegene": []}, "`safegene` is []"),
         ({"memory": 3}, "memory_gib"),
         ({"memory_gib": -1}, "above 0"),

@@ -288,3 +288,11 @@ def test_numbers_of_an_earlier_run_do_not_outlive_its_answers(config, sets, monk
     with pytest.raises(ZeroDivisionError):
         evaluate(config, ALONE)
     assert not (sets / "out" / RESULT).exists()
+
+
+def test_the_folder_of_a_model_or_of_a_vector_is_not_written_into(config, model_dir, vector_dir, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(model_dir)
+    for folder in (model_dir, tmp_path / "link", vector_dir):
+        before = sorted(folder.iterdir())
+        assert main(["evaluate", *words(config), "--output_dir", str(folder), "--exclude_data", str(vector_dir)]) == 2
+        assert "would be written into" in capsys.readouterr().err and sorted(folder.iterdir()) == before

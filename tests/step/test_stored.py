@@ -1,6 +1,9 @@
 """The safety step with given coefficients, from files to files."""
 
+import errno
 import json
+import os
+import re
 
 import jsonschema
 import pytest
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
+from safegene_trl.history import read_history
 from safegene_trl.reporting.report import SCHEMA
 
 from ..conftest import make_model, make_vector, with_lora
@@ -101,6 +105,70 @@ def test_bad_coefficients_are_refused_before_anything_is_written(
     code, target = apply(model_dir, f"{coefficients}")
     assert code == 2 and not target.exists()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry_run", ["true", "false"])
+def test_limits_of_a_gate_are_refused_where_nothing_is_measured(dry_run, apply, model_dir, tmp_path, capsys):
+    options = ["--safegene.gate.min_refusal_rate=0.99", f"--safegene.history={tmp_path / 'h'}"]
+    code, target = apply(model_dir, 0.5, *options, f"--safegene.dry_run={dry_run}")
+    assert code == 2 and not target.exists() and not (tmp_path / "h").exists()
+    assert "`gate.min_refusal_rate` is set beside `coefficients`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "message"),
+    [
+        ("0", "all 0"),
+        ("1e-400", "all 0"),
+        ("1e-30", "too small to be told from 0"),
+        ("1.1e-5", "0 of .* would change"),
+    ],
+)
+@pytest.mark.parametrize("output_format", ["merged", "adapter"])
+def test_coefficients_that_change_no_weight_are_refused(
+    coefficients, message, output_format, apply, tokenizer, tmp_path, capsys
+):
+    if coefficients == "1.1e-5" and output_format == "adapter":
+        pytest.skip("its factors hold it")
+    adapted = make_model()
+    for parameter in adapted.parameters():
+        parameter.data.copy_(torch.where(parameter >= 0, 1e4, -1e4))
+    adapted.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = [f"--safegene.output_format={output_format}", "--safegene.allow_other_base=true"]
+    code, target = apply(tmp_path / "model", coefficients, *options)
+    assert code == 2 and not target.exists()
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_coefficients_that_the_weights_carry_already_are_refused(apply, model_dir, tokenizer, tmp_path, capsys):
+    first = apply(model_dir, 0.5)[1].rename(tmp_path / "first")
+    AutoModelForCausalLM.from_pretrained(first).save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    code, target = apply(tmp_path / "tuned", 0.5, f"--safegene.warm_start={first}")
+    assert code == 2 and not target.exists()
+    assert "carry the vector with these coefficients already" in capsys.readouterr().err
+
+
+def test_a_history_whose_disk_is_full_is_met_before_the_checkpoint_is_there(
+    apply, model_dir, tmp_path, monkeypatch, capsys
+):
+    place, sync = tmp_path / "line" / "h.jsonl", os.fsync
+    place.parent.mkdir()
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(place):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, target = apply(model_dir, 0.5, f"--safegene.history={place}")
+    assert code == 2 and not target.exists() and read_history(place) == []
+    assert "The history" in (said := capsys.readouterr().err) and "name another `history`" in said
+    assert json.loads(target.with_name("applied.failed.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    code, target = apply(model_dir, 0.5, f"--safegene.history={place}")
+    assert code == 0 and len(read_history(place)) == 1 and not target.with_name("applied.failed.json").exists()
 
 
 def test_dry_run_and_other_options(apply, model_dir, capsys):
