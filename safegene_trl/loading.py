@@ -33,6 +33,7 @@ from .weights import changes_base, check_method, tie_saved_modules
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
+_OF_A_MODEL = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 UNREADABLE = (
     OSError,
     ValueError,
@@ -281,9 +282,21 @@ def snapshot(name_or_path: str, revision: str | None = None) -> Path:
         raise _unreadable(name_or_path) from error
 
 
+def _check_holds_something(folder: Path) -> None:
+    """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only its checkpoints."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in _OF_A_MODEL):
+        return
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+    remedy = (
+        f"name {checkpoints[-1]}" if checkpoints else "name the folder that `save_model` or `save_pretrained` wrote"
+    )
+    raise UnsupportedModelError(f"{folder} holds no model: {remedy}.")
+
+
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; an adapter without one has its base model's."""
     check_there(name_or_path)
+    _check_holds_something(Path(name_or_path))
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from .provenance import sha256_of_json
 from .vector import SafetyVector
 
 
+REPEATED = "text that repeats, or nearly repeats, a prompt that was used"
 NO_RESPONSE, TOO_LONG = "no response", "more tokens than the model's context leaves room to answer"
 TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
 
@@ -195,7 +196,15 @@ class _GatePrompts:
         prompts = self._answerable(spread(prompts, len(prompts), self._config.seed), 2 * limit, skipped)
         if not prompts:
             raise CalibrationDataError(f"No prompt of {source} can be answered{skipped}: name other prompts.")
-        return kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in used])[0][:limit]
+        kept = kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in used])[0]
+        if repeated := len(prompts) - len(kept):
+            skipped[REPEATED] = repeated
+        if len(kept) < min(limit, len(prompts) / 2):
+            raise CalibrationDataError(
+                f"{repeated} of {len(prompts)} prompts of {source} repeat, or nearly repeat, prompts that the coefficients are "
+                f"fitted on or that come with the vector: name other prompts for the gate."
+            )
+        return kept[:limit]
 
     def _answerable(self, prompts: Sequence[Prompt], count: int, skipped: Skipped) -> list[Prompt]:
         """The first `count` prompts that the template accepts and the model has room to answer."""

@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import safegene_trl
 from safegene_trl.commands.main import main
 from safegene_trl.errors import CheckpointError, SafeGeneError, UnsupportedModelError
-from safegene_trl.loading import load_model, load_skeleton
+from safegene_trl.loading import load_model, load_skeleton, load_tokenizer
 from safegene_trl.streaming import StoredModel, write_merged
 from safegene_trl.weights import canonical_parameters
 
@@ -306,3 +306,12 @@ def test_commands_refuse_pickled_shards(command, shards, vector_dir, task_file, 
     assert main(words) == 2
     assert "allow_pickled_shards" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_a_model_is_named_with_what_it_holds(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="holds no model: name the folder"):
+        load_tokenizer(str(tmp_path))
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(UnsupportedModelError, match=r"holds no model: name .*checkpoint-10\."):
+        load_tokenizer(str(tmp_path))

@@ -50,7 +50,14 @@ def test_the_gates_own_prompts_do_not_repeat_a_shot(gather, tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shots = gather(gate=GateConfig(harmful_data=str(tmp_path / "own.jsonl")))
     assert [(p.text, p.category) for p in shots.unseen.prompts["harmful"]] == [("why do birds sing", "b")]
-    assert shots.record["unseen"]["harmful"] == {"source": str(tmp_path / "own.jsonl"), "count": 1}
+    skipped = {"text that repeats, or nearly repeats, a prompt that was used": 1}
+    assert shots.record["unseen"]["harmful"] == {"source": str(tmp_path / "own.jsonl"), "count": 1, "skipped": skipped}
+
+
+def test_a_gate_whose_prompts_are_mostly_used_ones_is_refused(gather, tmp_path):
+    rows = [{"prompt": text} for text in (*HARMFUL[:3], "why do birds sing")]
+    with pytest.raises(CalibrationDataError, match=r"3 of 4 prompts of .*own.jsonl repeat"):
+        gather(gate=GateConfig(harmful_data=lines(tmp_path / "own.jsonl", rows)))
 
 
 def test_counts_and_cuts(gather):
