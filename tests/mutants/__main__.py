@@ -161,6 +161,7 @@ def main() -> int:
         parser.error(f"no mutant is named {arguments.only}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)  # some tests become another user, who imports from here
         copy = Copy(Path(place).resolve() / "tree")
         shutil.copytree(ROOT, copy.root, ignore=LEFT_OUT)
         copy.check_imported()
