@@ -160,7 +160,7 @@ class TurnMarks:
             reach = spelled.starts[end] if end is not None else len(spelled.text)
             if following < reach or not self._is_led(spelled.text[:at]):
                 return None
-            if False:
+            if end is not None and not self._is_followed(spelled.text[spelled.starts[end] :]):
                 return None
             if after > first:
                 spans.append((first, after))
