@@ -286,7 +286,8 @@ def _check_holds_something(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only its checkpoints."""
     if not folder.is_dir() or any((folder / name).is_file() for name in _OF_A_MODEL):
         return
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
+    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints = sorted(steps, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     remedy = (
         f"name {checkpoints[-1]}" if checkpoints else "name the folder that `save_model` or `save_pretrained` wrote"
     )
