@@ -15,7 +15,7 @@ from trl import (
 )
 
 from ..callback import DryRunComplete, SafeGeneCallback
-from ..errors import CalibrationDataError, ConfigError, SafeGeneError, UnexpectedError
+from ..errors import CalibrationDataError, ConfigError, SafeGeneError, UnexpectedError, UnsupportedModelError
 from ..gate import EXIT_CODES
 from ..loading import check_readable
 from ..output import writing
@@ -50,14 +50,20 @@ def main(argv: Sequence[str]) -> int:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=dataset[script.dataset_train_split],
-        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=dataset[script.dataset_train_split],
+            eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"The training from {model.model_name_or_path} cannot begin ({reason}): check the files of model and tokenizer."
+        ) from error
     for callback in callbacks:
         callback.attach(trainer)
     failure = None

@@ -496,6 +496,15 @@ def test_a_name_that_the_hub_does_not_have_is_said_plainly(task_file, capsys, mo
     assert "The model no/such is neither a local directory nor" in capsys.readouterr().err
 
 
+def test_a_model_whose_config_cannot_be_read_is_said_plainly(task_file, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    words = ["--dataset_name", str(task_file.parent), "--output_dir", str(task_file.with_name("trained")), *ON_CPU]
+    assert main(["sft", "--model_name_or_path", str(folder), *words]) == 2
+    assert "cannot begin" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "words",
     [
