@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config import SafeGeneConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, RejectedError
 from ..gate import EXIT_CODES
 from ..lineage import check_not_safeguarded
 from ..loading import adapter_base, load_placed, load_tokenizer
@@ -99,7 +99,11 @@ def main(argv: Sequence[str]) -> int:
         if config.dry_run:
             message = dry_run_message(target)
         else:
-            report = safeguard(plan, model, adapter_base=base or name)
+            try:
+                report = safeguard(plan, model, adapter_base=base or name)
+            except RejectedError:  # on every rank
+                leave_processes()
+                raise
             message, code = _message(report, target), EXIT_CODES[report["decision"]["outcome"]]
     if sharding.is_main:
         print(message)

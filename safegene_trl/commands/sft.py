@@ -15,7 +15,14 @@ from trl import (
 )
 
 from ..callback import DryRunComplete, SafeGeneCallback
-from ..errors import CalibrationDataError, ConfigError, SafeGeneError, UnexpectedError, UnsupportedModelError
+from ..errors import (
+    CalibrationDataError,
+    ConfigError,
+    RejectedError,
+    SafeGeneError,
+    UnexpectedError,
+    UnsupportedModelError,
+)
 from ..gate import EXIT_CODES
 from ..loading import check_readable
 from ..output import writing
@@ -86,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
     if failure:
+        if isinstance(failure, RejectedError):  # on every rank
+            leave_processes()
         raise failure
     leave_processes()
     trainer.end()
