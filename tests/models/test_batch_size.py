@@ -6,7 +6,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from safegene_trl import recalibration
 from safegene_trl.errors import MemoryShortageError
-from safegene_trl.models.batch_size import halving, is_out_of_memory
+from safegene_trl.models import batch_size
+from safegene_trl.models.batch_size import fitting, fitting_answers, halving, is_out_of_memory
+from safegene_trl.sharding import Sharding
 
 from ..conftest import ALONE, make_model
 from ..test_recalibration import calibration_set, helpful_deltas, run
@@ -90,3 +92,25 @@ def test_memory_that_runs_out_in_the_backward_pass_counts_too(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
     assert run(make_model(), deltas, data, batch_size=8) == expected
+
+
+class OnGpu(Sharding):
+    """Whole weights, on a device that only says it is a GPU."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.device = torch.device("cuda")
+
+
+def test_a_gpu_takes_what_its_memory_is_for(monkeypatch):
+    model, free = make_model(), 2**30
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: free)
+    sizes = []
+    for shift in (0, 8, 9, 30):
+        free = 2**30 >> shift
+        sizes.append(fitting(None, model, 100, 50, OnGpu()))
+    assert sizes[0] == 64 and 64 > sizes[1] > sizes[2] >= 1 and sizes[3] == 1
+    free = 2**30
+    assert fitting_answers(None, model, 100, 50, OnGpu()) == 128
+    assert fitting(5, model, 100, 50, OnGpu()) == fitting_answers(5, model, 100, 50, OnGpu()) == 5
+    assert fitting(None, model, 100, 50, ALONE) == fitting_answers(None, model, 100, 50, ALONE) == 8

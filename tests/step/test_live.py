@@ -1,6 +1,7 @@
 """What is accepted is what is written."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback, SafeGeneConfig, sharding
 from safegene_trl.checkpoint import TensorFile
 from safegene_trl.errors import OutputError, RejectedError
 from safegene_trl.models.replacement import replaced, without_adapters
@@ -135,8 +136,10 @@ def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_
     assert any("w2" in name for name in names) and not any("down_proj" in name for name in names)
 
 
+@pytest.mark.parametrize("room", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
-def test_live_weights_come_back_bit_by_bit(lora):
+def test_live_weights_come_back_bit_by_bit(lora, room, monkeypatch):
+    monkeypatch.setattr(sharding, "_has_room", lambda live: room)
     model = with_lora(make_model()) if lora else make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = model(IDS).logits
@@ -151,6 +154,37 @@ def test_live_weights_come_back_bit_by_bit(lora):
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(model(IDS).logits, plain)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_an_interruption_in_the_middle_of_a_replacement_leaves_no_trace(room, monkeypatch):
+    """At every line of it; what a signal does."""
+    monkeypatch.setattr(sharding, "_has_room", lambda live: room)
+    model = make_model(layers=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tried = 0
+    while True:
+        left = tried = tried + 1
+
+        def trace(frame, event, argument):
+            nonlocal left
+            if frame.f_code.co_name == "overwrite" and event in ("line", "return"):
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        earlier = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE):
+                sys.settrace(earlier)
+            break
+        except KeyboardInterrupt:
+            assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()), tried
+        finally:
+            sys.settrace(earlier)
+    assert tried > 30
 
 
 def test_the_live_model_stays_the_plain_fine_tune(config, tokenizer, tmp_path):
