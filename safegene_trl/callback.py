@@ -90,7 +90,7 @@ class SafeGeneCallback(TrainerCallback):
         if self._trainer is not None:
             handler = self._trainer.callback_handler
             others = [each for each in handler.callbacks if each is not self]
-            handler.callbacks = [*sorted([*others, self], key=lambda each: (_is_tracker(each), each is self))]
+            handler.callbacks = sorted([*others, self], key=lambda each: (_is_tracker(each), each is self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
