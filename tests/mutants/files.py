@@ -75,7 +75,7 @@ OUTPUT = (
     _output("files not flushed", "output.py", "        sync(path)\n    sync(folder)", "    sync(folder)"),
     _output("folder not flushed", "output.py", "        sync(path)\n    sync(folder)", "        sync(path)"),
     _output("renaming not flushed", _RENAMING, "        sync(target.parent)\n    if earlier is not None:", "    if earlier is not None:"),
-    _output("unfinished folders left behind", _RENAMING, "        if folder is not None:\n            remove(folder)", "        pass"),
+    _output("unfinished folders left behind", _RENAMING, "undo.callback(remove, folder)", "pass"),
     _output("what was killed is not cleared away", _RENAMING, "for path in _abandoned(target, clear):", "for path in ():", "tests/test_output.py"),
     _output(
         "leftovers told by the beginning of their names",
