@@ -19,11 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safegene_trl.evaluation.intervals import rate
-from safegene_trl.evaluation.judges import Exchange, Judge, judged, load_judge
-from safegene_trl.evaluation.judges.embedding import EmbeddingJudge, fit, packaged_encoder
+from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.evaluation.statistics import kappa
-from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.judges import Exchange, Judge, judged, load_judge
+from safegene_trl.judges.embedding import EmbeddingJudge, fit, packaged_encoder
+from safegene_trl.judges.intervals import rate
 from safegene_trl.provenance import software_versions
 
 from .paper_table.lab import Lab

@@ -24,16 +24,16 @@ import torch
 import yaml
 from scipy.optimize import minimize
 
-from safegene_trl.calibration import padding_id
-from safegene_trl.config import SafeGeneConfig
-from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.checkpoints.loading import load_model, load_tokenizer
+from safegene_trl.config.settings import SafeGeneConfig
+from safegene_trl.data.shots import gather_shots
+from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.models.attachment import VectorAttachment, frozen_for_calibration
-from safegene_trl.optimization import minimize_in_box
+from safegene_trl.models.inputs import padding_id
 from safegene_trl.provenance import software_versions
-from safegene_trl.recalibration import Side, objective
-from safegene_trl.sharding import Sharding
-from safegene_trl.shots import gather_shots
-from safegene_trl.vector import SafetyVector
+from safegene_trl.recalibration.search import Side, objective
+from safegene_trl.recalibration.trust_region import minimize_in_box
+from safegene_trl.vectors.safety_vector import SafetyVector
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -77,9 +77,10 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
     from datasets import Dataset
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-    from safegene_trl import SafeGeneCallback, SafeGeneConfig, recalibration
+    from safegene_trl import SafeGeneCallback, SafeGeneConfig
+    from safegene_trl.distributed.layouts import join_processes, leave_processes
+    from safegene_trl.recalibration import search as recalibration
     from safegene_trl.reporting.report import PhaseClock
-    from safegene_trl.sharding import join_processes, leave_processes
 
     join_processes()
     recalibration._objection = lambda before, after, budget: ""  # random weights: nothing to improve
@@ -148,9 +149,9 @@ def prepare(folder: Path, size: str) -> int:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from safegene_trl.family import Family
     from safegene_trl.models.low_rank import LowRankDelta
-    from safegene_trl.vector import SafetyVector
+    from safegene_trl.vectors.family import Family
+    from safegene_trl.vectors.safety_vector import SafetyVector
 
     hidden, intermediate, layers, heads, vocabulary, *_ = SIZES[size]
     torch.manual_seed(0)

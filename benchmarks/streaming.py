@@ -28,13 +28,13 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safegene_trl import SafetyVector
-from safegene_trl.checkpoint import TensorFile, plan_files, stored_tensors
-from safegene_trl.family import Family
-from safegene_trl.loading import load_tokenizer
-from safegene_trl.merging import write_index
+from safegene_trl.checkpoints.live_merge import write_index
+from safegene_trl.checkpoints.loading import load_tokenizer
+from safegene_trl.checkpoints.stored_merge import RowReader, StoredModel
+from safegene_trl.checkpoints.tensor_file import TensorFile, plan_files, stored_tensors
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.streaming import RowReader, StoredModel
-from safegene_trl.weights import canonical_modules, layer_index, linear_shape
+from safegene_trl.models.parameters import canonical_modules, layer_index, linear_shape
+from safegene_trl.vectors.family import Family
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,10 +3,10 @@
 from importlib.metadata import version
 
 from .callback import SafeGeneCallback
-from .config import SafeGeneConfig
+from .config.settings import SafeGeneConfig
 from .errors import SafeGeneError
-from .gate import GateConfig
-from .vector import SafetyVector
+from .step.gate import GateConfig
+from .vectors.safety_vector import SafetyVector
 
 
 __version__ = version("safegene-trl")

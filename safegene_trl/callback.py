@@ -17,15 +17,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from .config import SafeGeneConfig
+from .checkpoints.loading import ADAPTER_CONFIG
+from .config.settings import SafeGeneConfig
+from .distributed.layouts import check_launch, sharding_of
 from .errors import ConfigError, FamilyError, OutputError, SafeGeneError, UnexpectedError
-from .loading import ADAPTER_CONFIG
+from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars, summary
-from .sharding import check_launch, sharding_of
 from .step.live import Preparation, prepare, safeguard
 from .step.plain import FinishedTraining
 from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message, failure_path
-from .weights import adapter_configs, base_model, uncompiled
 
 
 logger = logging.getLogger(__name__)

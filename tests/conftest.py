@@ -32,12 +32,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from safegene_trl.family import Family
+from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.sharding import Sharding
-from safegene_trl.vector import SafetyVector
+from safegene_trl.vectors.family import Family
+from safegene_trl.vectors.safety_vector import SafetyVector
 
 
 ARCHITECTURES = {

@@ -24,9 +24,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
-from safegene_trl.calibration import conversation, tokenize
 from safegene_trl.callback import DryRunComplete
 from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, UnsupportedModelError
+from safegene_trl.models.inputs import conversation, tokenize
 from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
 
@@ -304,7 +304,7 @@ def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp
     def full_disk(file, name, tensor, offset=0):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safegene_trl.merging.TensorFile.write", full_disk)
+    monkeypatch.setattr("safegene_trl.checkpoints.live_merge.TensorFile.write", full_disk)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config())], tokenizer)
     callback.attach(trainer)  # the trainer saves its own fine-tune
     with pytest.raises(SafeGeneError, match="No space left"):

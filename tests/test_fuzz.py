@@ -24,7 +24,7 @@ from safegene_trl import SafeGeneError, SafetyVector
 from .fuzzing.oracle import SIGNED, Outcome, content_of, plain_content
 from .fuzzing.random_changes import MUTATIONS, sign
 from .fuzzing.targeted import TARGETED
-from .test_signing import keys  # noqa: F401  (a fixture)
+from .vectors.test_signing import keys  # noqa: F401  (a fixture)
 
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))

@@ -12,7 +12,7 @@ from safegene_trl.callback import DryRunComplete
 from safegene_trl.commands.main import main
 from safegene_trl.commands.parsing import parse
 from safegene_trl.extraction.config import ExtractionConfig
-from safegene_trl.weights import canonical_modules
+from safegene_trl.models.parameters import canonical_modules
 
 from .conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafetyVector
-from safegene_trl.loading import load_tokenizer
+from safegene_trl.checkpoints.loading import load_tokenizer
 from safegene_trl.models.low_rank import LowRankDelta
 
 

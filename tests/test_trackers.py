@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, recalibration
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.recalibration import search as recalibration
 from safegene_trl.reporting.report import scalars
 
 from .conftest import make_model, make_tokenizer, task_dataset

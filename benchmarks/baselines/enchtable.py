@@ -8,8 +8,8 @@ interference`); here it is applied to the update.
 
 from collections.abc import Mapping
 
-from safegene_trl.interference import interference_coefficients
 from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.step.interference import interference_coefficients
 
 from . import Update
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from safegene_trl.calibration import Sample, batches
+from safegene_trl.models.inputs import Sample, batches
 
 
 @torch.no_grad()

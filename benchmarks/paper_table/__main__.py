@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
+from safegene_trl.checkpoints.output import replace_file
 from safegene_trl.errors import SafeGeneError
-from safegene_trl.output import replace_file
 from safegene_trl.provenance import software_versions
-from safegene_trl.similarity import cosine
+from safegene_trl.vectors.similarity import cosine
 
 from .lab import SETS, Lab, change
 from .methods import ABLATIONS, METHODS, VARIANTS, aligned, plain

@@ -15,15 +15,15 @@ from benchmarks.baselines import Update, norm
 from benchmarks.baselines.few_shot import adapter_factors, adapter_updates
 from benchmarks.baselines.moments import input_moments
 from safegene_trl import SafeGeneConfig, SafetyVector
-from safegene_trl.calibration import Sample, batches, conversation, draw, padding_id, tokenize
-from safegene_trl.evaluation.generation import generate_answers
-from safegene_trl.evaluation.judges import Exchange, judged
-from safegene_trl.evaluation.judges.refusal_phrases import RefusalPhrases
-from safegene_trl.evaluation.prompts import Prompt, kept_apart, load_prompts, prompts_used, spread
-from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.checkpoints.loading import load_model, load_tokenizer
+from safegene_trl.data.prompts import Prompt, kept_apart, load_prompts, prompts_used, spread
+from safegene_trl.data.shots import Shots, gather_shots
+from safegene_trl.judges import Exchange, judged
+from safegene_trl.judges.refusal_phrases import RefusalPhrases
+from safegene_trl.models.generation import generate_answers
+from safegene_trl.models.inputs import Sample, batches, conversation, draw, padding_id, tokenize
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration import response_logits
-from safegene_trl.shots import Shots, gather_shots
+from safegene_trl.recalibration.search import response_logits
 
 from .tasks import MODELS, Task, prompt_source, read_jsonl, splits, training_file, write_jsonl
 from .vectors import SHIPPED

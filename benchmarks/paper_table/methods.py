@@ -22,10 +22,10 @@ from benchmarks.baselines.safelora import safelora
 from benchmarks.baselines.safemerge import safemerge
 from benchmarks.baselines.salora import insert
 from safegene_trl import SafeGeneConfig, SafetyVector
-from safegene_trl.calibration import Sample, batches, conversation, padding_id, tokenize
-from safegene_trl.evaluation.prompts import kept_apart, load_prompts
+from safegene_trl.data.prompts import kept_apart, load_prompts
+from safegene_trl.models.inputs import Sample, batches, conversation, padding_id, tokenize
 from safegene_trl.provenance import sha256_of_json
-from safegene_trl.recalibration import cross_entropy
+from safegene_trl.recalibration.search import cross_entropy
 
 from .lab import SHOTS, Lab
 from .tasks import (

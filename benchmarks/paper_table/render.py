@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from safegene_trl.evaluation.intervals import mean_interval, mean_of_sets_interval
+from safegene_trl.checkpoints.output import replace_file
 from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
-from safegene_trl.output import replace_file
+from safegene_trl.judges.intervals import mean_interval, mean_of_sets_interval
 
 from .methods import ABLATIONS, METHODS, VARIANTS
 from .tasks import ROOT, TASKS

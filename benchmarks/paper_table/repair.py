@@ -16,13 +16,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.baselines.few_shot import adapter_factors
-from safegene_trl.calibration import Sample, batches, conversation, padding_id, shortened, tokenize
-from safegene_trl.evaluation.judges import Exchange, judged
-from safegene_trl.evaluation.judges.refusal_phrases import RefusalPhrases
+from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
-from safegene_trl.loading import load_model, load_tokenizer
+from safegene_trl.judges import Exchange, judged
+from safegene_trl.judges.refusal_phrases import RefusalPhrases
+from safegene_trl.models.inputs import Sample, batches, conversation, padding_id, shortened, tokenize
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration import cross_entropy, divergence, response_logits
+from safegene_trl.recalibration.search import cross_entropy, divergence, response_logits
 
 from .tasks import MODELS, WORK, Row, instructions_file, read_jsonl, sft
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from safegene_trl import SafetyVector
-from safegene_trl.combination import combined
+from safegene_trl.vectors.combination import combined
 
 from .repair import repair
 from .tasks import MODELS, RECIPE, TASKS, WORK, fine_tuned, safegene, sft, turn, write_jsonl

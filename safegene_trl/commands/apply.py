@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..config import SafeGeneConfig
+from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
+from ..config.settings import SafeGeneConfig
+from ..config.validation import DTYPES, Rule, check_values
+from ..distributed.layouts import join_processes, leave_processes, this_job
 from ..errors import ConfigError, RejectedError
-from ..gate import EXIT_CODES
-from ..lineage import check_not_safeguarded
-from ..loading import adapter_base, load_placed, load_tokenizer
 from ..reporting.report import summary
-from ..sharding import join_processes, leave_processes, this_job
+from ..step.gate import EXIT_CODES
+from ..step.lineage import check_not_safeguarded
 from ..step.live import prepare, safeguard
 from ..step.plan import FINE_TUNE, Origin, dry_run_message
 from ..step.stored import safeguard_stored
-from ..validation import DTYPES, Rule, check_values
 from .fleet import run_fleet
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse

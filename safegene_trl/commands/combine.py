@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from ..combination import combined
-from ..output import VECTOR, atomic_directory, check_output, check_places
-from ..validation import written_path
-from ..vector import SafetyVector
+from ..checkpoints.output import VECTOR, atomic_directory, check_output, check_places
+from ..config.validation import written_path
+from ..vectors.combination import combined
+from ..vectors.safety_vector import SafetyVector
 
 
 def main(argv: Sequence[str]) -> int:

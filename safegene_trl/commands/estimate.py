@@ -6,20 +6,20 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..config import SafeGeneConfig
+from ..checkpoints.loading import load_skeleton, load_tokenizer, resolve_dtype
+from ..checkpoints.output import check_writable, replace_file
+from ..checkpoints.stored_merge import StoredModel
+from ..config.settings import SafeGeneConfig
+from ..config.validation import Rule, check_value, written_path
+from ..data.shots import gather_shots
 from ..errors import CalibrationDataError, ConfigError
-from ..estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
+from ..estimation.estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
-from ..loading import load_skeleton, load_tokenizer, resolve_dtype
-from ..output import check_writable, replace_file
-from ..reporting.text import strict_json
-from ..shots import gather_shots
+from ..models.parameters import canonical_modules, layer_index, linear_shape, task_factors
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
-from ..streaming import StoredModel
-from ..validation import Rule, check_value, written_path
-from ..weights import canonical_modules, layer_index, linear_shape, task_factors
+from ..text import strict_json
 from . import apply, sft
 from .launching import OPTION, take_config, wants_launch
 from .parsing import parse

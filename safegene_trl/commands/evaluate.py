@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..distributed.layouts import join_processes, this_job
 from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
-from ..reporting.text import printable
-from ..sharding import join_processes, this_job
+from ..text import printable
 from .launching import launch, wants_launch
 from .parsing import make_parser, parse
 

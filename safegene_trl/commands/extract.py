@@ -4,11 +4,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.output import VECTOR, atomic_directory, check_output, check_places
+from ..distributed.layouts import join_processes, leave_processes, this_job
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import extract
-from ..output import VECTOR, atomic_directory, check_output, check_places
-from ..sharding import join_processes, leave_processes, this_job
-from ..vector import SafetyVector
+from ..vectors.safety_vector import SafetyVector
 from .launching import launch, wants_launch
 from .parsing import make_parser, parse
 

@@ -16,14 +16,14 @@ import psutil
 import torch
 import yaml
 
+from ..checkpoints.locking import alone_in
+from ..checkpoints.output import MARKER, replace_file
 from ..errors import ConfigError, SafeGeneError
-from ..gate import EXIT_CODES
 from ..interruption import Interrupted, undisturbed
-from ..locking import alone_in
-from ..output import MARKER, replace_file
 from ..provenance import sha256_of_file, sha256_of_json
-from ..reporting.text import one_line, read_json, strict_json
+from ..step.gate import EXIT_CODES
 from ..step.plan import failure_path
+from ..text import one_line, read_json, strict_json
 from .fleet_file import STATE, WORKSHOP, Fleet, overlap, sources
 from .process_group import ProcessGroup
 from .tables import HEADINGS, aligned, measured_cells

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..config import SafeGeneConfig
+from ..checkpoints.output import FAILURE_SUFFIXES
+from ..config.settings import SafeGeneConfig
+from ..config.validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys, written_place
 from ..errors import ConfigError, SafeGeneError
-from ..output import FAILURE_SUFFIXES
-from ..reporting.text import printable
 from ..step.stored import check_measures_nothing
-from ..validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys, written_place
+from ..text import printable
 from .yaml_files import read_yaml
 
 

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.validation import written_path
 from ..errors import SafeGeneError
-from ..history import Release, drift_warnings, history_warnings, read_history, seal_history
 from ..reporting.plots import history_plot
-from ..validation import written_path
+from ..step.history import Release, drift_warnings, history_warnings, read_history, seal_history
 from .tables import HEADINGS, aligned, measured_cells
 
 

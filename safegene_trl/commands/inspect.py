@@ -4,14 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.output import MARKER
+from ..config.validation import written_path
 from ..errors import SafeGeneError
 from ..models.coefficients import by_component
-from ..output import MARKER
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
-from ..reporting.text import printable, printable_values, read_json
-from ..validation import written_path
-from ..vector import SafetyVector
+from ..text import printable, printable_values, read_json
+from ..vectors.safety_vector import SafetyVector
 
 
 def main(argv: Sequence[str]) -> int:

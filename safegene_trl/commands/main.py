@@ -11,9 +11,9 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
-from ..gate import EXIT_CODES
 from ..interruption import Interrupted, interruptible
-from ..reporting.text import one_line
+from ..step.gate import EXIT_CODES
+from ..text import one_line
 
 
 COMMANDS = {

@@ -15,6 +15,9 @@ from trl import (
 )
 
 from ..callback import DryRunComplete, SafeGeneCallback
+from ..checkpoints.loading import check_readable
+from ..checkpoints.output import writing
+from ..distributed.layouts import join_processes, leave_processes
 from ..errors import (
     CalibrationDataError,
     ConfigError,
@@ -23,10 +26,7 @@ from ..errors import (
     UnexpectedError,
     UnsupportedModelError,
 )
-from ..gate import EXIT_CODES
-from ..loading import check_readable
-from ..output import writing
-from ..sharding import join_processes, leave_processes
+from ..step.gate import EXIT_CODES
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
 

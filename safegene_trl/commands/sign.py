@@ -5,11 +5,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.output import replace_file
 from ..errors import ConfigError
-from ..output import replace_file
-from ..signing import SIGNATURE_FILE, signature_of
-from ..vector import SafetyVector
-from ..vector_files import SIGNED_FILES, read_files
+from ..vectors.files import SIGNED_FILES, read_files
+from ..vectors.safety_vector import SafetyVector
+from ..vectors.signing import SIGNATURE_FILE, signature_of
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..output import check_writable, replace_file
+from ..checkpoints.output import check_writable, replace_file
+from ..config.validation import written_path
 from ..reporting.plots import heat_map
-from ..reporting.text import printable, strict_json
-from ..similarity import cosine_table
-from ..validation import written_path
-from ..vector import SafetyVector
+from ..text import printable, strict_json
+from ..vectors.safety_vector import SafetyVector
+from ..vectors.similarity import cosine_table
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..reporting.metrics import METRICS
-from ..reporting.text import printable
+from ..config.metrics import METRICS
+from ..text import printable
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from ..vector import SafetyVector
+from ..vectors.safety_vector import SafetyVector
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,8 +22,8 @@ from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import Sample, shortened, tokenize
 from ..errors import CalibrationDataError
+from ..models.inputs import Sample, shortened, tokenize
 from .rows import (
     Conversation,
     Message,

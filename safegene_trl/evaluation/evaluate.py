@@ -14,18 +14,18 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import prompt_text
+from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
+from ..checkpoints.locking import alone_in
+from ..checkpoints.output import replace_file
+from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, written_place
+from ..data.prompts import Prompt, kept_apart, load_prompts, prompts_used
+from ..distributed.layouts import Sharding, leave_processes
 from ..errors import ConfigError, OutputError
-from ..loading import adapter_base, load_placed, load_tokenizer
-from ..locking import alone_in
-from ..output import replace_file
+from ..judges import load_judge
+from ..models.generation import generate_answers
+from ..models.inputs import prompt_text
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
-from ..reporting.text import strict_json
-from ..sharding import Sharding, leave_processes
-from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values, written_place
-from .generation import generate_answers
-from .judges import load_judge
-from .prompts import Prompt, kept_apart, load_prompts, prompts_used
+from ..text import strict_json
 from .records import GENERATIONS, RESULT, SETTINGS, VERDICTS, Records, read_answers
 from .results import agreement, summary
 from .utility import check_tasks, measure_utility
@@ -52,7 +52,7 @@ class EvaluationConfig:
         exclude_data: Data sets, or safety vectors, whose prompts the model or its vector was made with: prompts that repeat one
             of them, wholly or nearly, are left out and listed.
         num_prompts: Prompts drawn from each set. Default: all.
-        judges: Judges, see `safegene_trl.evaluation.judges.load_judge`. The first one's numbers are printed.
+        judges: Judges, see `safegene_trl.judges.load_judge`. The first one's numbers are printed.
         task_labels: A classifier's labels: an answer that is nothing but one of them is off-task.
         tasks: Utility: tasks of lm-eval.
         tasks_dir: Folder with task files of your own.

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.output import writing
 from ..errors import OutputError
-from ..output import writing
-from ..reporting.text import strict_json
+from ..text import strict_json
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

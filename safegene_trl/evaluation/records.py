@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from ..checkpoints.output import replace_file, writing
+from ..data.prompts import Prompt
 from ..errors import OutputError, SafeGeneError
-from ..output import replace_file, writing
+from ..judges import Exchange, Judge, Label, Verdict, judged
 from ..provenance import sha256_of_json
-from ..reporting.text import one_line, strict_json
+from ..text import one_line, strict_json
 from .json_lines import append_lines, read_lines
-from .judges import Exchange, Judge, Label, Verdict, judged
-from .prompts import Prompt
 
 
 GENERATIONS, VERDICTS, RESULT, SETTINGS = "generations.jsonl", "verdicts.jsonl", "evaluation.json", "settings.json"

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import mean_of_sets_interval, rate
-from .judges import ATTACK_SUCCEEDED, Verdict
-from .prompts import Prompt
+from ..data.prompts import Prompt
+from ..judges import ATTACK_SUCCEEDED, Verdict
+from ..judges.intervals import mean_of_sets_interval, rate
 from .statistics import kappa
 
 

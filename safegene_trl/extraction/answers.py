@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..distributed.layouts import Sharding
 from ..errors import FamilyError
-from ..evaluation.generation import generate_answers
-from ..evaluation.judges.refusal_phrases import is_refusal
-from ..sharding import Sharding
+from ..judges.refusal_phrases import is_refusal
+from ..models.generation import generate_answers
 
 
 def own_answers(

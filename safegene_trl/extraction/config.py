@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
+from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder
 from ..errors import ConfigError
-from ..selection import METHODS
-from ..validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder
 from .linearization import Blocks
+from .selection import METHODS
 
 
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)

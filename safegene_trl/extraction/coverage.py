@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 
+from ..checkpoints.stored_merge import Block, RowReader, StoredModel, in_threads, row_blocks
 from ..errors import CheckpointError, FamilyError
+from ..models.parameters import canonical_modules, layer_index, task_factors
 from ..models.rounding import is_finite
-from ..streaming import Block, RowReader, StoredModel, in_threads, row_blocks
-from ..weights import canonical_modules, layer_index, task_factors
 from .svd import Truncation, factors_at_rank
 
 

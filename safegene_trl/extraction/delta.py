@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
+from ..checkpoints.stored_merge import RowReader, StoredModel, in_threads
 from ..errors import CheckpointError, FamilyError
+from ..models.parameters import canonical_modules, layer_index, linear_shape, task_factors
 from ..models.rounding import is_finite
-from ..streaming import RowReader, StoredModel, in_threads
-from ..weights import canonical_modules, layer_index, linear_shape, task_factors
 from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd
 

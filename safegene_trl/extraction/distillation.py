@@ -23,12 +23,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..calibration import Batch, Sample, batches
+from ..distributed.layouts import Sharding, sharding_of
 from ..errors import ConfigError
+from ..models.inputs import Batch, Sample, batches
 from ..models.low_rank import LowRankDelta
-from ..recalibration import divergence, response_logits
-from ..sharding import Sharding, sharding_of
-from ..weights import canonical_modules
+from ..models.parameters import canonical_modules
+from ..recalibration.search import divergence, response_logits
 from .linearization import Blocks, blocks_of, linearized
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import jvp
 
 from ..errors import UnsupportedModelError
-from ..weights import base_model, canonical_modules, layer_index
+from ..models.parameters import base_model, canonical_modules, layer_index
 
 
 Blocks = Literal["attention", "mlp", "both"]

@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
+from ..checkpoints.loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
+from ..checkpoints.stored_merge import StoredModel
+from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError
-from ..family import Family
-from ..loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
+from ..models.inputs import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, deltas_from_main
+from ..models.parameters import layer_index
 from ..provenance import model_reference, sha256_of_json, software_versions
-from ..selection import (
+from ..vectors.family import Family
+from ..vectors.safety_vector import SafetyVector
+from .answers import own_answers
+from .config import ExtractionConfig
+from .coverage import Coverage, adapter_coverage
+from .delta import adapter_delta, stored_difference
+from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
+from .isolation import isolated
+from .selection import (
     LayerScores,
     activation_contrast,
     at_random,
@@ -30,16 +40,6 @@ from ..selection import (
     num_layers,
     top_layers,
 )
-from ..sharding import Sharding
-from ..streaming import StoredModel
-from ..vector import SafetyVector
-from ..weights import layer_index
-from .answers import own_answers
-from .config import ExtractionConfig
-from .coverage import Coverage, adapter_coverage
-from .delta import adapter_delta, stored_difference
-from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
-from .isolation import isolated
 from .soundness import check_runs, in_dtype
 from .svd import Truncation
 

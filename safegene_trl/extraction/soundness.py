@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import prompt_text
+from ..distributed.layouts import Sharding
 from ..errors import FamilyError, VectorError
+from ..models.inputs import prompt_text
 from ..models.low_rank import LowRankDelta
 from ..models.rounding import is_finite
-from ..sharding import Sharding
 
 
 LOST = 0.1  # share of a factor's norm that the stored type may lose

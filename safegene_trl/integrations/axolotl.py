@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from transformers import Trainer, TrainerCallback
 
 from ..callback import SafeGeneCallback
-from ..config import SafeGeneConfig
+from ..config.settings import SafeGeneConfig
 from ..errors import ConfigError
 
 

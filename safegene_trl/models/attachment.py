@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..calibration import Batch
-from ..sharding import Sharding
-from ..weights import canonical_modules
+from ..distributed.layouts import Sharding
 from .coefficients import CoefficientSpace
 from .eager import running_eagerly
 from .factors import Factors
+from .inputs import Batch
 from .low_rank import LowRankDelta
+from .parameters import canonical_modules
 from .verification import Evidence, check_effective, list_items
 
 

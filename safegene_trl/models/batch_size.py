@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from ..distributed.layouts import Sharding
+from ..distributed.memory import free_bytes
 from ..errors import MemoryShortageError
-from ..sharding import Sharding
-from .memory import free_bytes
 
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import get_args
 
 import torch
 
-from ..config import Granularity
-from ..weights import layer_index
+from ..config.settings import Granularity
+from .parameters import layer_index
 
 
 class CoefficientSpace:

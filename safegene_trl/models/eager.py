@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..weights import base_model
+from .parameters import base_model
 
 
 @contextmanager

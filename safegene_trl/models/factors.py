@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ..distributed.memory import free_bytes
 from .low_rank import LowRankDelta
-from .memory import free_bytes
 
 
 SHARE = 0.25  # of the memory that is free: more of it belongs to activations

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sharding import Sharding
+from ..distributed.layouts import Sharding
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..sharding import Sharding
-from ..weights import Parameter
+from ..distributed.layouts import Sharding
+from .parameters import Parameter
 
 
 @contextmanager

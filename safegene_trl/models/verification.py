@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
-from ..sharding import Sharding
 
 
 SWITCH_OFF = (

@@ -7,12 +7,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .metrics import SHARES
-from .text import code, markdown, one_line
+from ..config.metrics import SHARES
+from ..text import code, markdown, one_line
 
 
 if TYPE_CHECKING:
-    from ..vector import SafetyVector
+    from ..vectors.safety_vector import SafetyVector
 
 
 def vector_card(vector: "SafetyVector") -> ModelCard:

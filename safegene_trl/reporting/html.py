@@ -8,9 +8,9 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ..config.metrics import SHARES
 from ..models.coefficients import are_of_parts, by_component
-from .metrics import SHARES
-from .text import printable
+from ..text import printable
 
 
 OUTCOMES = {

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ..config.metrics import SHARES
 from ..errors import PlotError
 from ..models.coefficients import by_component
-from .metrics import SHARES
-from .text import printable
+from ..text import printable
 
 
 MOST_POINTS = 100  # of a line: with more of them their intervals cannot be told apart

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ..output import MARKER
+from ..checkpoints.output import MARKER
+from ..config.metrics import METRICS
+from ..text import printable, strict_json
 from .cards import checkpoint_card
 from .html import render
-from .metrics import METRICS
 from .plots import coefficients_plot, history_plot
-from .text import printable, strict_json
 
 
 logger = logging.getLogger(__name__)

@@ -20,26 +20,19 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..calibration import Batch, Row, batches, padding_id, prompt_text
-from ..config import SafeGeneConfig
+from ..checkpoints.live_merge import checkpoint_bytes, merged_tensor, save_adapter, save_merged
+from ..checkpoints.reloaded import can_reload, reloaded
+from ..checkpoints.stored_merge import RowReader
+from ..config.settings import SafeGeneConfig
+from ..data.shots import Shots, gather_shots
+from ..distributed.layouts import Sharding
 from ..errors import ConfigError, OutputError, UnsupportedModelError
-from ..gate import check_measurable, decide, independent_prompts
-from ..history import last_accepted, read_history
-from ..lineage import Coefficients, check_verified, reported_coefficients, vector_id
-from ..merging import checkpoint_bytes, merged_tensor, save_adapter, save_merged
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
+from ..models.inputs import Batch, Row, batches, padding_id, prompt_text
 from ..models.low_rank import LowRankDelta, deltas_from_main
-from ..models.reloaded import can_reload, reloaded
-from ..models.replacement import replaced, without_adapters
-from ..models.rounding import Rounding
-from ..recalibration import Recalibration, recalibrate, response_logits
-from ..sharding import Sharding
-from ..shots import Shots, gather_shots
-from ..streaming import RowReader
-from ..vector import SafetyVector
-from ..weights import (
+from ..models.parameters import (
     Parameter,
     base_model,
     canonical_parameters,
@@ -47,6 +40,13 @@ from ..weights import (
     check_supported,
     task_factors,
 )
+from ..models.replacement import replaced, without_adapters
+from ..models.rounding import Rounding
+from ..recalibration.search import Recalibration, recalibrate, response_logits
+from ..vectors.safety_vector import SafetyVector
+from .gate import check_measurable, decide, independent_prompts
+from .history import last_accepted, read_history
+from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from .measurement import measure
 from .plain import FinishedTraining, check_finished
 from .plan import Found, Origin, Plan, plan_step

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration import Batch, batches, padding_id
-from ..config import SafeGeneConfig
-from ..evaluation.generation import generate_answers
-from ..evaluation.intervals import mean_interval, rate
-from ..evaluation.judges import Exchange, judged
-from ..evaluation.judges.refusal_phrases import RefusalPhrases
+from ..config.settings import SafeGeneConfig
+from ..data.shots import Unseen
+from ..distributed.layouts import Sharding
+from ..judges import Exchange, judged
+from ..judges.intervals import mean_interval, rate
+from ..judges.refusal_phrases import RefusalPhrases
 from ..models.attachment import frozen_for_calibration
-from ..recalibration import response_logits
-from ..sharding import Sharding
-from ..shots import Unseen
+from ..models.generation import generate_answers
+from ..models.inputs import Batch, batches, padding_id
+from ..recalibration.search import response_logits
 
 
 def measure(

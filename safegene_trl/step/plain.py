@@ -11,12 +11,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
 
+from ..checkpoints.live_merge import save_merged
+from ..checkpoints.output import writing
+from ..distributed.layouts import Sharding
 from ..errors import OutputError
-from ..merging import save_merged
-from ..output import writing
-from ..reporting.text import one_line
-from ..sharding import Sharding
-from ..weights import adapter_configs, base_model, check_held
+from ..models.parameters import adapter_configs, base_model, check_held
+from ..text import one_line
 
 
 _FULL = ("model.safetensors", "model.safetensors.index.json")

@@ -10,19 +10,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.live_merge import save_record
+from ..checkpoints.output import (
+    CHECKPOINT,
+    FAILURE_SUFFIXES,
+    check_hub,
+    check_output,
+    check_places,
+    check_writable,
+    writing,
+)
 from ..checkpoints.renaming import moved_aside, temporary_folder
-from ..config import Granularity, SafeGeneConfig
-from ..family import Family
-from ..gate import Decision
-from ..history import base_warnings, history_warnings, read_history
-from ..lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
-from ..merging import save_record
-from ..output import CHECKPOINT, FAILURE_SUFFIXES, check_hub, check_output, check_places, check_writable, writing
+from ..config.settings import Granularity, SafeGeneConfig
+from ..distributed.layouts import Sharding
+from ..models.parameters import canonical_modules, check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.report import PhaseClock, Report
-from ..sharding import Sharding
-from ..vector import SafetyVector
-from ..weights import canonical_modules, check_untied
+from ..vectors.family import Family
+from ..vectors.safety_vector import SafetyVector
+from .gate import Decision
+from .history import base_warnings, history_warnings, read_history
+from .lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
 
 
 TRAINERS_OUTPUT, FINE_TUNE = "the trainer's `output_dir`", "the fine-tune"

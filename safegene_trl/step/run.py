@@ -10,16 +10,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.output import FAILURE_SUFFIXES, atomic_directory, upload
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
-from ..gate import Decision
-from ..history import Release, append_release, prepared_release, read_history, release_of
 from ..interruption import terminable
-from ..lineage import check_no_subtraction
 from ..models.batch_size import is_out_of_memory
-from ..output import FAILURE_SUFFIXES, atomic_directory, upload
 from ..provenance import sha256_of_file
 from ..reporting.report import write_evidence, write_report
-from ..reporting.text import one_line
+from ..text import one_line
+from .gate import Decision
+from .history import Release, append_release, prepared_release, read_history, release_of
+from .lineage import check_no_subtraction
 from .plan import FineTune, Found, Plan, failure_path
 
 

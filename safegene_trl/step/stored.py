@@ -6,12 +6,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..config import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
+from ..checkpoints.live_merge import save_adapter
+from ..checkpoints.loading import adapter_base, load_tokenizer
+from ..checkpoints.stored_merge import StoredModel, write_merged
+from ..config.settings import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
+from ..distributed.layouts import Sharding
 from ..errors import ConfigError, OutputError
 from ..extraction.delta import adapter_delta, stored_delta
-from ..gate import Decision
-from ..interference import interference_coefficients
-from ..lineage import (
+from ..models.coefficients import CoefficientSpace
+from ..models.low_rank import LowRankDelta
+from ..models.parameters import check_adapter_output
+from ..models.rounding import Rounding
+from ..vectors.safety_vector import SafetyVector
+from .gate import Decision
+from .interference import interference_coefficients
+from .lineage import (
     ROUNDING,
     Carried,
     Coefficients,
@@ -19,15 +28,6 @@ from ..lineage import (
     check_not_safeguarded,
     reported_coefficients,
 )
-from ..loading import adapter_base, load_tokenizer
-from ..merging import save_adapter
-from ..models.coefficients import CoefficientSpace
-from ..models.low_rank import LowRankDelta
-from ..models.rounding import Rounding
-from ..sharding import Sharding
-from ..streaming import StoredModel, write_merged
-from ..vector import SafetyVector
-from ..weights import check_adapter_output
 from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
 from .run import run
 

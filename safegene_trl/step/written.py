@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoint import stored_tensors
+from ..checkpoints.stored_merge import RowReader, row_blocks
+from ..checkpoints.tensor_file import stored_tensors
 from ..errors import CheckpointError
 from ..models.low_rank import LowRankDelta
-from ..streaming import RowReader, row_blocks
-from ..weights import Parameter, as_stored
+from ..models.parameters import Parameter, as_stored
 
 
 class WrittenTensors:

@@ -25,7 +25,7 @@ from benchmarks.paper_table.render import (
     with_tables,
 )
 from benchmarks.paper_table.tasks import TASKS, poisoned, splits
-from safegene_trl.evaluation.prompts import Prompt
+from safegene_trl.data.prompts import Prompt
 
 
 def cell(method, labels, utility, seed=0, task="sst2", mark=None):

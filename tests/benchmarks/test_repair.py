@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.paper_table import repair
-from safegene_trl.calibration import batches, tokenize
-from safegene_trl.recalibration import cross_entropy, divergence, response_logits
+from safegene_trl.models.inputs import batches, tokenize
+from safegene_trl.recalibration.search import cross_entropy, divergence, response_logits
 
 from ..conftest import BENIGN, HARMFUL, TASK, attached, make_model
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from safegene_trl.checkpoints.contents import CHECKPOINT, MARKER, VECTOR, check_replaceable, foreign_file
+from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
 from safegene_trl.errors import OutputError
-from safegene_trl.merging import save_adapter, save_merged
 
 from ..conftest import ALONE, make_deltas, make_model
 

@@ -5,8 +5,8 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 
+from safegene_trl.checkpoints.output import check_hub, upload
 from safegene_trl.errors import OutputError
-from safegene_trl.output import check_hub, upload
 
 
 REQUEST = httpx.Request("GET", "https://hub")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from safegene_trl.checkpoints import places
+from safegene_trl.checkpoints.output import check_places
 from safegene_trl.errors import OutputError
-from safegene_trl.output import check_places
 
 from .mounts import with_mounts
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from safegene_trl.checkpoints import trial
+from safegene_trl.checkpoints.output import MARKER, check_output, check_writable
 from safegene_trl.errors import OutputError
-from safegene_trl.output import MARKER, check_output, check_writable
 
 from .mounts import with_mounts
 

@@ -16,9 +16,9 @@ import safegene_trl
 from safegene_trl import SafetyVector
 from safegene_trl.commands.inspect import _describe_vector
 from safegene_trl.commands.main import main
+from safegene_trl.extraction.selection import LayerScores
 from safegene_trl.reporting.report import SCHEMA
-from safegene_trl.selection import LayerScores
-from safegene_trl.similarity import cosine
+from safegene_trl.vectors.similarity import cosine
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
 
@@ -35,7 +35,7 @@ LENIENT = [
 
 @pytest.fixture(autouse=True)
 def every_vector_helps(monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda before, after, budget: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda before, after, budget: "")
 
 
 @pytest.fixture

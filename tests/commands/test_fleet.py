@@ -15,7 +15,7 @@ import yaml
 from safegene_trl.commands import fleet as module
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_group import ProcessGroup
-from safegene_trl.estimation import Cost
+from safegene_trl.estimation.estimation import Cost
 
 from ..conftest import make_model, make_tokenizer
 

@@ -3,8 +3,8 @@
 import json
 
 from safegene_trl.commands.main import main
-from safegene_trl.evaluation.intervals import Rate
-from safegene_trl.history import append_release
+from safegene_trl.judges.intervals import Rate
+from safegene_trl.step.history import append_release
 
 
 def release(refused, outcome="accepted"):

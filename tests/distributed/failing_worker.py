@@ -12,7 +12,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from safegene_trl import merging, optimization, recalibration
+from safegene_trl.checkpoints import live_merge as merging
+from safegene_trl.recalibration import search as recalibration
+from safegene_trl.recalibration import trust_region as optimization
 from safegene_trl.step import live
 
 from .backends import DEEPSPEED

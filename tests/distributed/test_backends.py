@@ -10,12 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from safegene_trl import SafeGeneConfig, recalibration
-from safegene_trl.merging import save_merged
+from safegene_trl import SafeGeneConfig
+from safegene_trl.checkpoints.live_merge import save_merged
+from safegene_trl.data.shots import gather_shots
 from safegene_trl.models.attachment import VectorAttachment
-from safegene_trl.recalibration import recalibrate
-from safegene_trl.shots import gather_shots
-from safegene_trl.vector import SafetyVector
+from safegene_trl.recalibration import search as recalibration
+from safegene_trl.recalibration.search import recalibrate
+from safegene_trl.vectors.safety_vector import SafetyVector
 
 from ..conftest import ALONE, make_model, make_tokenizer, make_vector, task_dataset
 from .launching import run_plans

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from safegene_trl.calibration import batches, tokenize
 from safegene_trl.commands.main import main
-from safegene_trl.recalibration import cross_entropy
-from safegene_trl.vector import SafetyVector
+from safegene_trl.models.inputs import batches, tokenize
+from safegene_trl.recalibration.search import cross_entropy
+from safegene_trl.vectors.safety_vector import SafetyVector
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, with_lora
 from .launching import MODULE, run_together

@@ -11,7 +11,7 @@ from accelerate.utils.other import get_free_port
 from safetensors.torch import load_file
 
 from safegene_trl.commands.main import main
-from safegene_trl.history import read_history
+from safegene_trl.step.history import read_history
 
 from ..conftest import make_model, make_tokenizer, make_vector, task_dataset
 from .backends import deepspeed_config

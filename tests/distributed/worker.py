@@ -18,8 +18,9 @@ from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, recalibration
-from safegene_trl.sharding import sharding_of
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.distributed.layouts import sharding_of
+from safegene_trl.recalibration import search as recalibration
 
 from ..conftest import task_dataset
 from .backends import DEEPSPEED, launch_fsdp2, training_arguments

@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 
+from safegene_trl.checkpoints.locking import alone_in
 from safegene_trl.commands.main import main
 from safegene_trl.evaluation import evaluate as module
 from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT, SETTINGS, VERDICTS, EvaluationConfig, evaluate
 from safegene_trl.evaluation.json_lines import read_lines
-from safegene_trl.evaluation.judges import Verdict
-from safegene_trl.locking import alone_in
+from safegene_trl.judges import Verdict
 
 from ..conftest import ALONE, BENIGN, HARMFUL, make_model, save_utility_task, with_lora
 
@@ -185,7 +185,7 @@ def asked(monkeypatch):
 
     judge = Counting()
     monkeypatch.setattr(module, "load_judge", lambda spec: judge)
-    monkeypatch.setattr("safegene_trl.evaluation.judges.is_incoherent", lambda answer: False)
+    monkeypatch.setattr("safegene_trl.judges.is_incoherent", lambda answer: False)
     return judge
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from safegene_trl.evaluation.judges import Verdict
-from safegene_trl.evaluation.prompts import Prompt
+from safegene_trl.data.prompts import Prompt
 from safegene_trl.evaluation.results import agreement, summary
+from safegene_trl.judges import Verdict
 
 
 def made(name, kind, labels, category=None):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from safegene_trl.evaluation.intervals import Rate, mean_interval, mean_of_sets_interval, rate
 from safegene_trl.evaluation.statistics import holm, kappa, paired_p, signed_rank_p
+from safegene_trl.judges.intervals import Rate, mean_interval, mean_of_sets_interval, rate
 
 
 def test_wilson_interval():

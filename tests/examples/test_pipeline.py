@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from safegene_trl.history import read_history
+from safegene_trl.step.history import read_history
 
 from ..conftest import task_dataset
 

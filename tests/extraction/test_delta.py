@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from safegene_trl.checkpoints.stored_merge import StoredModel
 from safegene_trl.errors import FamilyError
 from safegene_trl.extraction.delta import adapter_delta, stored_delta
-from safegene_trl.streaming import StoredModel
 
 from ..conftest import make_model, with_lora
 

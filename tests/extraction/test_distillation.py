@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from safegene_trl.calibration import tokenize
 from safegene_trl.extraction.delta import adapter_delta
 from safegene_trl.extraction.distillation import DistillationSettings, distilled, mean_divergence, reference_batches
+from safegene_trl.models.inputs import tokenize
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration import response_logits
+from safegene_trl.recalibration.search import response_logits
 
 from ..conftest import ALONE, BENIGN, HARMFUL, attached, make_model, with_lora
 

@@ -9,7 +9,7 @@ from safegene_trl.extraction.delta import adapter_delta
 from safegene_trl.extraction.distillation import DistillationSettings, distilled, reference_batches
 from safegene_trl.extraction.linearization import blocks_of, linearized
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.weights import canonical_modules
+from safegene_trl.models.parameters import canonical_modules
 
 from ..conftest import ALONE, make_model, with_lora
 

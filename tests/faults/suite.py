@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safegene_trl.errors import SafeGeneError
-from safegene_trl.history import read_history
+from safegene_trl.step.history import read_history
 
 from .events import KINDS, PHASES, Strike, Trace, trace
 from .reader import Reader

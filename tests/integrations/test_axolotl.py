@@ -9,8 +9,8 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from safegene_trl.calibration import conversation, tokenize
 from safegene_trl.errors import ConfigError
+from safegene_trl.models.inputs import conversation, tokenize
 
 from ..conftest import make_model, task_dataset
 

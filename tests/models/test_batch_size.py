@@ -4,14 +4,14 @@ import pytest
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from safegene_trl import recalibration
+from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.errors import MemoryShortageError
 from safegene_trl.models import batch_size
 from safegene_trl.models.batch_size import fitting, fitting_answers, halving, is_out_of_memory
-from safegene_trl.sharding import Sharding
+from safegene_trl.recalibration import search as recalibration
 
 from ..conftest import ALONE, make_model
-from ..test_recalibration import calibration_set, helpful_deltas, run
+from ..recalibration.test_search import calibration_set, helpful_deltas, run
 
 
 ERRORS = [

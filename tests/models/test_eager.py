@@ -6,12 +6,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
-from safegene_trl.family import Family
 from safegene_trl.models.eager import running_eagerly
-from safegene_trl.weights import base_model, canonical_modules, canonical_parameters, uncompiled
+from safegene_trl.models.parameters import base_model, canonical_modules, canonical_parameters, uncompiled
+from safegene_trl.vectors.family import Family
 
 from ..conftest import attachment_of, make_deltas, make_model, make_vector, with_lora
-from ..test_recalibration import calibration_set, helpful_deltas, run
+from ..recalibration.test_search import calibration_set, helpful_deltas, run
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -159,7 +159,7 @@ def test_uncompiled():
 
 @pytest.mark.parametrize("given", ["torch_compile", "compiled model", "compiled layers"])
 def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda *args: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: "")
     make_vector(make_model(), tokenizer).save_pretrained(tmp_path / "vector")
     model = {"compiled model": whole, "compiled layers": replaced_layers}.get(given, lambda model: model)(make_model())
 

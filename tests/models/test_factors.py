@@ -8,7 +8,7 @@ from safegene_trl.models.factors import Factors
 from safegene_trl.models.low_rank import LowRankDelta
 
 from ..conftest import make_model
-from ..test_recalibration import calibration_set, helpful_deltas, run
+from ..recalibration.test_search import calibration_set, helpful_deltas, run
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from safegene_trl.calibration import Sample, batches
-from safegene_trl.config import SafeGeneConfig
+from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import UnsupportedModelError
+from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration import recalibrate
-from safegene_trl.weights import base_model, canonical_modules, linear_shape
+from safegene_trl.models.parameters import base_model, canonical_modules, linear_shape
+from safegene_trl.recalibration.search import recalibrate
 
 from ..conftest import attachment_of, make_deltas, make_model, with_lora
-from ..test_recalibration import calibration_set
+from ..recalibration.test_search import calibration_set
 
 
 BATCH = batches([Sample(list(range(5, 15)), [False] * 6 + [True] * 4)], 1, 0, torch.device("cpu"))[0]
@@ -179,7 +179,7 @@ def test_a_mixture_none_of_whose_experts_is_called_is_bypassed():
 @pytest.mark.parametrize("held", [0.0, 0.2])
 def test_an_expert_that_no_shot_reaches_keeps_what_is_carried(held, monkeypatch):
     objections = iter(["too much", ""])  # shrunk once, towards the lower bound
-    monkeypatch.setattr("safegene_trl.recalibration._objection", lambda *args: next(objections))
+    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: next(objections))
     model = mixture()
     deltas = deltas_of(model, [name for name in every_linear(model) if ".experts." in name])
     carried = dict.fromkeys(deltas, held) if held else None

@@ -8,7 +8,7 @@ LONG_FAULTS = ("-m", "tests.faults", "--count", "120")
 FUZZ, FAULTS = "tests/test_fuzz.py", "tests/test_faults.py"
 
 
-def _vector(name: str, old: str, new: str, file: str = "vector_files.py") -> Mutant:
+def _vector(name: str, old: str, new: str, file: str = "vectors/files.py") -> Mutant:
     """A check of a vector's files."""
     return Mutant(f"vector: {name}", (Edit(file, old, new),), (FUZZ,), (LONG_FUZZ,))
 
@@ -57,8 +57,8 @@ VECTOR = (
         'LowRankDelta(half["lora_A"], half["lora_B"])',
         'LowRankDelta(half["lora_A"], half["lora_B"].abs())',
     ),
-    _vector("signature of fewer files", "    if unsigned:", "    if False:", "signing.py"),
-    _vector("signature not asked for", "if public_key is not None:", "if False:", "vector.py"),
+    _vector("signature of fewer files", "    if unsigned:", "    if False:", "vectors/signing.py"),
+    _vector("signature not asked for", "if public_key is not None:", "if False:", "vectors/safety_vector.py"),
     _vector("devices and pipes", "if not stat.S_ISREG(status.st_mode):", "if False:"),
 )
 
@@ -72,25 +72,25 @@ OUTPUT = (
         "    shutil.rmtree(target)\n    folder.rename(target)\n    return None\n    if exchange(folder, target):",
     ),
     _output("the earlier checkpoint is moved aside first", _RENAMING, _PLACED, _PLACED.replace("exchange(folder, target)", "False")),
-    _output("files not flushed", "output.py", "        sync(path)\n    sync(folder)", "    sync(folder)"),
-    _output("folder not flushed", "output.py", "        sync(path)\n    sync(folder)", "        sync(path)"),
+    _output("files not flushed", "checkpoints/output.py", "        sync(path)\n    sync(folder)", "    sync(folder)"),
+    _output("folder not flushed", "checkpoints/output.py", "        sync(path)\n    sync(folder)", "        sync(path)"),
     _output("renaming not flushed", _RENAMING, "        sync(target.parent)\n    if earlier is not None:", "    if earlier is not None:"),
     _output("unfinished folders left behind", _RENAMING, "undo.callback(remove, folder)", "pass"),
-    _output("what was killed is not cleared away", _RENAMING, "for path in _abandoned(target, clear):", "for path in ():", "tests/test_output.py"),
+    _output("what was killed is not cleared away", _RENAMING, "for path in _abandoned(target, clear):", "for path in ():", "tests/checkpoints/test_output.py"),
     _output(
         "leftovers told by the beginning of their names",
         _RENAMING,
         "if parse_temporary_name(path.name) == (target.name, state):",
         "if f\".{state}.{target.name}\" in path.name:",
-        "tests/test_output.py",
+        "tests/checkpoints/test_output.py",
     ),
     _output("files of others are replaced", "checkpoints/contents.py", "    if foreign is not None:", "    if False:", "tests/checkpoints"),
-    _output("short writes taken for whole", "checkpoint.py", "rest, position = rest[written:], position + written", "break"),
+    _output("short writes taken for whole", "checkpoints/tensor_file.py", "rest, position = rest[written:], position + written", "break"),
     Mutant(
         "output: written in place",
         (
-            Edit("output.py", "folder = held.enter_context(temporary_folder(target, clear=kind))", "folder.mkdir(parents=True, exist_ok=True)"),
-            Edit("output.py", "                install(folder, target, kind)", "                pass"),
+            Edit("checkpoints/output.py", "folder = held.enter_context(temporary_folder(target, clear=kind))", "folder.mkdir(parents=True, exist_ok=True)"),
+            Edit("checkpoints/output.py", "                install(folder, target, kind)", "                pass"),
         ),
         (FAULTS,),
         (LONG_FAULTS,),

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from safegene_trl.evaluation.intervals import Rate
+from safegene_trl.judges.intervals import Rate
 from safegene_trl.reporting.html import render
 from safegene_trl.reporting.report import write_report
 

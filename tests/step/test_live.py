@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, sharding
-from safegene_trl.checkpoint import TensorFile
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.checkpoints.tensor_file import TensorFile
+from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
+from safegene_trl.models.parameters import canonical_parameters
 from safegene_trl.models.replacement import replaced, without_adapters
 from safegene_trl.step import live
-from safegene_trl.weights import canonical_parameters
 
 from ..conftest import ALONE, make_model, make_vector, with_lora
 from ..test_callback import sft

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from safegene_trl.calibration import batches
-from safegene_trl.config import SafeGeneConfig
-from safegene_trl.shots import gather_shots
+from safegene_trl.config.settings import SafeGeneConfig
+from safegene_trl.data.shots import gather_shots
+from safegene_trl.models.inputs import batches
 from safegene_trl.step import measurement
 from safegene_trl.step.measurement import measure
 

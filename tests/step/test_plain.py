@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
-from safegene_trl.loading import load_model
+from safegene_trl.checkpoints.loading import load_model
 
 from ..conftest import make_model, with_lora
 from ..test_callback import sft

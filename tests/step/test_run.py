@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
-from safegene_trl.history import read_history
 from safegene_trl.interruption import terminable
 from safegene_trl.reporting.report import SCHEMA
+from safegene_trl.step.history import read_history
 
 from ..conftest import make_model
 from ..test_callback import sft
@@ -232,7 +232,7 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
             saved.append(Path(folder))
             tokenizer.save_pretrained(folder)
 
-    from safegene_trl.sharding import Sharding
+    from safegene_trl.distributed.layouts import Sharding
     from safegene_trl.step.live import prepare, safeguard
 
     from ..conftest import task_dataset

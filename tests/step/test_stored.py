@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
-from safegene_trl.history import read_history
 from safegene_trl.reporting.report import SCHEMA
+from safegene_trl.step.history import read_history
 
 from ..conftest import make_model, make_vector, with_lora
 

@@ -1,0 +1,128 @@
+"""Where results go: folders that appear whole or not at all."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from ..distributed.layouts import Sharding
+from ..errors import OutputError, SafeGeneError
+from .contents import CHECKPOINT, MARKER, VECTOR, FolderKind, check_replaceable
+from .hub import check_hub, upload
+from .places import FAILURE_SUFFIXES, check_places
+from .renaming import (
+    LONGEST_WAIT,
+    install,
+    leftovers,
+    locked,
+    restore,
+    sync,
+    temporary_folder,
+    temporary_name,
+)
+from .trial import check_name, check_output, check_writable, nearest_folder
+
+
+__all__ = [
+    "CHECKPOINT",
+    "FAILURE_SUFFIXES",
+    "MARKER",
+    "VECTOR",
+    "atomic_directory",
+    "check_hub",
+    "check_output",
+    "check_places",
+    "check_writable",
+    "nearest_folder",
+    "replace_file",
+    "saving",
+    "upload",
+    "writing",
+]
+
+
+@contextmanager
+def atomic_directory(target: Path, kind: FolderKind = CHECKPOINT, sharding: Sharding | None = None) -> Iterator[Path]:
+    """Gives a temporary sibling of `target` to write in, and puts it at `target` when the block ends well.
+
+    An earlier folder of ours at `target` is there until its successor takes its place in one operation. After a failure nothing of
+    the new one is left; a failure to write, e.g. a full disk, becomes an `OutputError`. What a run that was killed has left beside
+    `target` is cleared away, and an earlier folder that it had moved aside is put back. Collective where a `sharding` is given:
+    the folder exists on rank 0 only, and takes its place only after all ranks have come to the end.
+    """
+    sharding = sharding or Sharding(torch.device("cpu"))
+    folder = target
+    with ExitStack() as held:
+        with sharding.agreed(), writing():
+            if sharding.is_main:
+                check_name(target)
+                restore(target, kind)
+                check_replaceable(target, kind)
+                folder = held.enter_context(temporary_folder(target, clear=kind))
+        with writing():
+            yield folder
+        with sharding.agreed(), writing():
+            if sharding.is_main:
+                _finish(folder)
+        with sharding.agreed(), writing():
+            if sharding.is_main:
+                install(folder, target, kind)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a text file that is, whenever it is read, the old one or the new one; also after a loss of power."""
+    with writing():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent, LONGEST_WAIT) as alone:
+            for left in leftovers(path, folders=False) if alone else ():  # of runs that were killed
+                left.unlink(missing_ok=True)
+            unfinished = temporary_name(path)
+            try:
+                unfinished.write_text(text, encoding="utf-8")
+                sync(unfinished)
+                unfinished.replace(path)
+                sync(path.parent)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Turns a failure to write into an `OutputError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"Writing the output failed ({error}): free space or choose another `output_dir`."
+        ) from error
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turns whatever a writer of another library raises into an `OutputError` that names what was to be saved.
+
+    They have no errors of their own: of a full disk `tokenizers` raises a plain `Exception`, and of a value that it refuses to save
+    transformers a `ValueError`. So nothing but the saving itself belongs into the block.
+    """
+    try:
+        yield
+    except SafeGeneError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise OutputError(
+            f"Saving {what} failed ({type(error).__name__}: {reason}): correct what it names, free space, or choose another `output_dir`."
+        ) from error
+
+
+def _finish(folder: Path) -> None:
+    """Flushes all files to disk, each as readable as the folder is: safetensors makes them for their owner alone."""
+    readable = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(PermissionError):  # file systems without modes
+                path.chmod(readable)
+        sync(path)
+    sync(folder)

@@ -1,0 +1,84 @@
+"""A live model as somebody will have it who loads its checkpoint: its tensors in a model made from the config alone.
+
+A hook on a layer, a module of somebody's own, a setting changed after loading: a live model may compute
+with what no checkpoint holds. Then what was measured on it is not what the checkpoint answers.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..distributed.layouts import Sharding
+from ..errors import UnsupportedModelError
+from ..models.parameters import base_model, canonical_parameters
+from .completeness import causal_architecture
+
+
+def can_reload(model: nn.Module, sharding: Sharding) -> bool:
+    """Whether `reloaded` works: on whole weights that lie on one device."""
+    devices = {tensor.device for tensor in model.parameters()}
+    return not sharding.collective_forward and len(devices) == 1
+
+
+def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that `from_pretrained` makes of a config, in eval mode, on the live tensors: nothing is copied.
+
+    Adapters and hooks of the live model are not in it.
+
+    Args:
+        model: The live model, plain or PEFT-wrapped, on one device.
+        config: Of the checkpoint; changed by the making.
+
+    Raises:
+        UnsupportedModelError: The config makes a model with other tensors.
+    """
+    live = base_model(model)
+    config._attn_implementation = live.config._attn_implementation
+    config._experts_implementation = live.config._experts_implementation
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        fresh: PreTrainedModel = _architecture(live, config)._from_config(config, dtype=live.dtype)
+    for parameter in canonical_parameters(model):
+        _put(fresh, parameter.name, parameter.tensor.detach())
+    fresh.tie_weights()
+    missing = [name for name, tensor in fresh.named_parameters() if tensor.is_meta]
+    if missing:
+        raise UnsupportedModelError(
+            f"A model made from the fine-tune's config has a tensor {missing[0]}, which the fine-tune lacks: change the "
+            "model by its config, not after it was made."
+        )
+    for module in fresh.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(live.device)
+    return fresh.eval()
+
+
+def _architecture(live: PreTrainedModel, config: PreTrainedConfig) -> Any:
+    """The class that loads the checkpoint: a class of somebody's own is not found by those who load it."""
+    own = next(kind for kind in type(live).__mro__ if issubclass(kind, PreTrainedModel))
+    if own.__module__.startswith("transformers.") or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return own
+    architecture, _ = causal_architecture(config)
+    return architecture
+
+
+def _put(fresh: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    place, _, leaf = name.rpartition(".")
+    try:
+        module = fresh.get_submodule(place)
+        there = getattr(module, leaf)
+    except AttributeError:
+        there = None
+    if there is None or there.shape != tensor.shape:
+        raise UnsupportedModelError(
+            f"The fine-tune has a tensor {name} that a model made from its config lacks: change the model by its config, not "
+            "after it was made."
+        )
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

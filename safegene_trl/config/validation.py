@@ -1,0 +1,263 @@
+"""One way of checking settings: the type of every value by the dataclass's own type hints, its range by a table of `Rule`s.
+
+A dataclass of settings has a class variable `RULES` with a `Rule` for every field that its type says too little about. Whatever is not
+known to be right is refused: a quoted boolean, a number in quotes, NaN, an empty string, a string where a list belongs.
+"""
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import ConfigError
+
+
+LARGEST_COUNT = 2**31 - 1
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be beyond its type.
+
+    Attributes:
+        at_least, at_most, above, below: Bounds of a number, or of every number in a list.
+        choices: The strings that are possible.
+        syntax: Raises `ValueError`, with what a string must be, for one that is not.
+        share: Whether it is said of a number between 0 and 1 that it is a share.
+        or_number: Whether a string may also be written as a number.
+        may_be_null: Whether somebody may write the key without a value. Only where nothing is checked, judged or pinned by it.
+    """
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    syntax: Callable[[str], None] | None = None
+    share: bool = False
+    or_number: bool = False
+    may_be_null: bool = False
+
+
+class Settings(Protocol):
+    """A dataclass with a table of rules."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    RULES: ClassVar[Mapping[str, Rule]]
+
+
+def check_values(settings: Settings, prefix: str = "") -> None:
+    """Raises `ConfigError` for the first field whose value has not the type of its hint, or breaks its rule.
+
+    A field that still has its default "" is left to whoever needs it.
+
+    Args:
+        settings: A dataclass with its table `RULES`.
+        prefix: Goes before every name in a message, e.g. `gate.`.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        if value == "" and settings.__dataclass_fields__[name].default == "":
+            continue
+        check_value(prefix + name, value, hint, rule_of(type(settings), name))
+
+
+def check_written(values: Mapping[str, Any], kind: type[Settings], where: str) -> None:
+    """Raises `ConfigError` for what somebody wrote and cannot have meant: an unknown key, or one without a value.
+
+    Args:
+        values: Keys and values as they were written.
+        kind: The dataclass whose fields they are.
+        where: Names the place in a message.
+    """
+    reject_unknown_keys(values, list(_hints(kind)), where)
+    for name, value in values.items():
+        if value is None and not (rule_of(kind, name).may_be_null and kind.__dataclass_fields__[name].default is None):
+            raise ConfigError(f"`{name}` in {where} has no value: write one, or leave the key out.")
+
+
+def check_value(name: str, value: Any, hint: Any, rule: Rule = Rule()) -> None:
+    """Raises `ConfigError` unless a value has the type of a hint and keeps a rule."""
+    if value is None and _allows_none(hint):
+        return
+    wanted = [kind for kind in _kinds(hint) if kind is not type(None)]
+    if rule.or_number and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return
+    if isinstance(value, str) and str in wanted and not value.strip():
+        raise ConfigError(f"`{name}` is empty: give it a value, or leave it out.")
+    if not any(_fits(value, kind) for kind in wanted):
+        raise ConfigError(f"`{name}` is {_shown(value)}: {_must_be(value, wanted, rule)}")
+    for item in value if isinstance(value, list) else [value]:
+        _check_rule(name, item, rule)
+
+
+def reject_unknown_keys(values: Mapping[Any, Any], known: list[str], where: str) -> None:
+    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key."""
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
+            raise ConfigError(f"Unknown key `{key}` in {where}{hint}")
+
+
+def hint_of(kind: type[Settings], name: str) -> Any:
+    """The type hint of a field, None where there is no such field."""
+    return _hints(kind).get(name)
+
+
+def rule_of(kind: type[Settings], name: str) -> Rule:
+    """The rule of a field; the choices that argparse is told are one too."""
+    rule = kind.RULES.get(name)
+    if rule is None:
+        rule = Rule(choices=tuple(kind.__dataclass_fields__[name].metadata.get("choices", ())))
+    return rule
+
+
+def takes_text(hint: Any) -> bool:
+    """Whether a value of this hint is text and nothing else, so that digits of a command line are no number in it."""
+    return all(kind in (str, type(None)) or isinstance(kind, str) for kind in _kinds(hint))
+
+
+def written_place(path: str) -> None:
+    """Raises `ValueError` for a path with `~`, which only a shell replaces: a folder of that name would be made."""
+    if path.startswith("~"):
+        raise ValueError("`~` stands for no folder here, so write the path out (`./~` for a name that begins so)")
+
+
+def written_path(text: str) -> Path:
+    """A path of a command line that is written to.
+
+    Raises:
+        ConfigError: It begins with `~`.
+    """
+    try:
+        written_place(text)
+    except ValueError as error:
+        raise ConfigError(f"`{text}` cannot be written: {error}.") from error
+    return Path(text)
+
+
+def folder(path: str) -> None:
+    """Raises `ValueError` for a path that names no folder of its own, like `.`, or begins with `~`."""
+    written_place(path)
+    if Path(path).name in ("", ".."):
+        raise ValueError("it must name a folder of its own")
+
+
+def repository(name: str) -> None:
+    """Raises `ValueError` for what the hub takes as no repository's name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError("it must be the name of a repository on the hub, like `owner/name`") from error
+
+
+def file_size(size: str) -> None:
+    """Raises `ValueError` unless `save_pretrained` understands the size."""
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", size, re.IGNORECASE) or float(size[:-2]) <= 0:
+        raise ValueError("it must be a size like `5GB` or `500MB`")
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {each.name: hints[each.name] for each in fields(kind)}
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The single types of a union; the strings of a `Literal`."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return [kind for each in get_args(hint) for kind in _kinds(each)]
+    return list(get_args(hint)) if origin is Literal else [hint]
+
+
+def _allows_none(hint: Any) -> bool:
+    return type(None) in _kinds(hint)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, str):  # of a `Literal`
+        return isinstance(value, str) and value == kind
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if kind is str:
+        return isinstance(value, str) and _is_writable(value)
+    return type(value) is kind
+
+
+def _is_writable(text: str) -> bool:
+    """Whether a text can stand in a file and in a path: no NUL, and nothing that UTF-8 lacks."""
+    return bool(text.strip()) and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _must_be(value: Any, wanted: list[Any], rule: Rule) -> str:
+    """What a value of the wrong type must be instead, as the end of a sentence."""
+    choices = rule.choices or tuple(kind for kind in wanted if isinstance(kind, str))
+    if choices:
+        return f"use one of {', '.join(choices)}."
+    kind = wanted[0]
+    if isinstance(value, list) and str in wanted:
+        return "it must be one string, not a list."
+    if isinstance(value, str) and kind in (bool, int, float) and _is_unquoted(value, kind):
+        return f"it must be {_NAMES[kind]}, without quotes."
+    if kind is str and isinstance(value, str):
+        return "it must be text without NUL or broken characters."
+    if kind is str and isinstance(value, bool | int | float):
+        return "it must be a string: put it in quotes."
+    if get_origin(kind) is list:
+        return "it must be a list of strings that are not empty."
+    if rule.share:
+        return "it must be a share between 0 and 1."
+    return f"it must be {_NAMES.get(kind, 'a block of keys and values')}."
+
+
+_NAMES = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
+
+
+def _is_unquoted(text: str, kind: type) -> bool:
+    """Whether a text would have been right without its quotes."""
+    if kind is bool:
+        return text.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1")
+    try:
+        return math.isfinite(kind(text))
+    except ValueError:
+        return False
+
+
+def _check_rule(name: str, value: Any, rule: Rule) -> None:
+    if rule.choices and value not in rule.choices:
+        raise ConfigError(f"`{name}` is {_shown(value)}: use one of {', '.join(rule.choices)}.")
+    if rule.syntax is not None and isinstance(value, str):
+        try:
+            rule.syntax(value)
+        except ValueError as error:
+            raise ConfigError(f"`{name}` is {_shown(value)}: {error}.") from error
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    for bound, right, words in (
+        (rule.at_least, lambda bound: value >= bound, "at least"),
+        (rule.above, lambda bound: value > bound, "above"),
+        (rule.at_most, lambda bound: value <= bound, "at most"),
+        (rule.below, lambda bound: value < bound, "below"),
+    ):
+        if bound is not None and not right(bound):
+            must = "a share between 0 and 1" if rule.share else f"{words} {bound}"
+            raise ConfigError(f"`{name}` is {_shown(value)}: it must be {must}.")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, short."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

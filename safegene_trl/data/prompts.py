@@ -1,0 +1,168 @@
+"""Prompt sets for evaluating, and keeping them apart from what a model or vector was made with."""
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import CalibrationDataError
+from ..models.inputs import draw, load_rows
+from ..provenance import sha256_of_json
+from ..vectors.files import CONFIG_FILE
+from ..vectors.safety_vector import SafetyVector
+from .rows import Row, Skipped, UnreadableRowError, prompt_of
+
+
+logger = logging.getLogger(__name__)
+Kind = Literal["harmful", "benign"]
+NEAR = 0.5  # Jaccard index of character 5-grams from which two prompts count as one
+GRAM = 5
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a set.
+
+    Attributes:
+        set: Name of the prompt set.
+        kind: Whether it ought to be refused (`harmful`) or answered (`benign`).
+        category: The set's own category, if it has any.
+        messages: The conversation up to where the model speaks.
+    """
+
+    set: str
+    kind: Kind
+    category: str | None
+    messages: tuple[dict[str, str], ...]
+
+    @property
+    def key(self) -> str:
+        """Names the prompt in files: a hash of its set and messages."""
+        return sha256_of_json([self.set, list(self.messages)])[:16]
+
+    @property
+    def text(self) -> str:
+        """What the user says last."""
+        return self.messages[-1]["content"]
+
+
+def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> list[Prompt]:
+    """Prompts of a data set (local file or hub id), in any format that `safety_data` may have, each once.
+
+    Rows without a prompt that can be read are left out, with a warning.
+
+    Args:
+        source: The data set. Its name is the file's, or the hub id's last part.
+        kind: Which kind of prompts it holds.
+        split: Split of a hub data set.
+        limit: How many are drawn at random, as evenly over the categories as can be. Default: all.
+        seed: For drawing.
+
+    Raises:
+        CalibrationDataError: The data cannot be read or has no prompts.
+    """
+    prompts, skipped = read_prompts(source, kind, split, limit, seed)
+    if skipped:
+        logger.warning("%d rows of %s are left out%s.", skipped.total(), source, skipped)
+    return prompts
+
+
+def read_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> tuple[list[Prompt], Skipped]:
+    """As `load_prompts`, with the rows that are left out, because they hold no prompt that can be read, counted."""
+    found: dict[str, Prompt] = {}
+    skipped = Skipped()
+    for row in load_rows(source, split):
+        category = row.get("category")
+        try:
+            messages = tuple(prompt_of(row))
+        except UnreadableRowError as error:
+            skipped.add(error)
+            continue
+        prompt = Prompt(Path(source).stem, kind, None if category is None else str(category), messages)
+        found.setdefault(prompt.key, prompt)
+    if not found:
+        raise CalibrationDataError(f"The data set {source} has no prompt that can be read{skipped}: name another one.")
+    prompts = list(found.values())
+    return (prompts if limit is None else spread(prompts, limit, seed)), skipped
+
+
+def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """Up to `count` prompts in seeded order, taken in turn from the categories."""
+    groups: dict[str | None, list[Prompt]] = defaultdict(list)
+    shuffled: list[Prompt] = draw(prompts, len(prompts), seed)
+    for prompt in shuffled:
+        groups[prompt.category].append(prompt)
+    turns = [(turn, prompt) for group in groups.values() for turn, prompt in enumerate(group)]
+    return [prompt for _, prompt in sorted(turns, key=lambda item: item[0])][:count]
+
+
+def prompts_used(sources: Iterable[str], split: str = "train") -> list[str]:
+    """Texts of prompts that evaluation must not repeat: those of data sets, or of safety vectors."""
+    texts = []
+    for source in sources:
+        if (Path(source) / CONFIG_FILE).is_file():
+            texts += [row["prompt"] for row in SafetyVector.from_pretrained(source).prompts]
+        else:
+            texts += [text for row in load_rows(source, split) for text in _prompt_texts(row)]
+    return texts
+
+
+def _prompt_texts(row: Row) -> list[str]:
+    """The row's prompt as a list of one; a row that holds none repeats none."""
+    try:
+        return [prompt_of(row)[-1]["content"]]
+    except UnreadableRowError:
+        return []
+
+
+def near_duplicates(
+    texts: Sequence[str], used: Sequence[str], threshold: float = NEAR
+) -> dict[int, tuple[str, float]]:
+    """Which of `texts` repeat one of `used`, wholly or nearly.
+
+    Compared are the sets of character 5-grams of the lower-case words, by their Jaccard index.
+
+    Returns:
+        By index in `texts`: the nearest used text and the index (0–1) with it, from `threshold` on.
+    """
+    grams = [_grams(text) for text in used]
+    holders: dict[str, list[int]] = defaultdict(list)
+    for i, own in enumerate(grams):
+        for gram in own:
+            holders[gram].append(i)
+    found = {}
+    for position, text in enumerate(texts):
+        own = _grams(text)
+        shared = Counter(i for gram in own for i in holders.get(gram, ()))
+        best = max(((count / (len(own) + len(grams[i]) - count), i) for i, count in shared.items()), default=(0.0, 0))
+        if best[0] >= threshold:
+            found[position] = (used[best[1]], best[0])
+    return found
+
+
+def kept_apart(prompts: Sequence[Prompt], used: Sequence[str]) -> tuple[list[Prompt], list[dict[str, object]]]:
+    """The prompts that do not repeat a used one, and a record of those that do.
+
+    Raises:
+        CalibrationDataError: None is left of a set.
+    """
+    repeated = near_duplicates([prompt.text for prompt in prompts], used)
+    left = [prompt for i, prompt in enumerate(prompts) if i not in repeated]
+    for name in {prompt.set for prompt in prompts} - {prompt.set for prompt in left}:
+        raise CalibrationDataError(
+            f"Every prompt of {name} repeats one that the model or vector was made with: evaluate on other prompts."
+        )
+    record: list[dict[str, object]] = [
+        {"set": prompts[i].set, "prompt": prompts[i].text, "used": text, "similarity": round(similarity, 3)}
+        for i, (text, similarity) in repeated.items()
+    ]
+    return left, record
+
+
+def _grams(text: str) -> set[str]:
+    words = re.findall(r"[^\W_]+", text.lower())
+    plain = f" {' '.join(words)} "
+    return {plain[i : i + GRAM] for i in range(max(1, len(plain) - GRAM + 1))}

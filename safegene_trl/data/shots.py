@@ -1,0 +1,243 @@
+"""The shots of one recalibration: drawn, tokenised and split, from what the user names or what comes with the vector."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from datasets import IterableDataset
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config.settings import SafeGeneConfig
+from ..errors import CalibrationDataError
+from ..models.inputs import CalibrationSet, Sample, Split, check_context, load_rows, shortened, split_samples
+from ..provenance import sha256_of_json
+from ..step.gate import GateConfig
+from ..vectors.safety_vector import SafetyVector
+from .prompts import Kind, Prompt, kept_apart, read_prompts, spread
+from .rows import Row, Skipped, UnreadableRowError, conversation, drawn, prompt_of
+from .training_samples import TrainingSamples, templated
+
+
+REPEATED = "text that repeats, or nearly repeats, a prompt that was used"
+NO_RESPONSE, TOO_LONG = "no response", "more tokens than the model's context leaves room to answer"
+TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What no coefficient is fitted on: `harmful` and `benign` prompts for answers, task samples for token accuracy."""
+
+    prompts: dict[str, list[Prompt]]
+    task: list[Sample]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {**{kind: len(prompts) for kind, prompts in self.prompts.items()}, "task": len(self.task)}
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Samples for the losses, further ones to measure on, and a record for the report."""
+
+    data: CalibrationSet
+    unseen: Unseen
+    record: dict[str, Any]
+
+
+def gather_shots(
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    task_rows: TaskRows | None,
+    packed: bool | None = None,
+) -> Shots:
+    """Draws harmful, benign and task shots.
+
+    Args:
+        config: How many, and from where.
+        vector: Brings harmful prompts with refusals and benign prompts with answers.
+        tokenizer: The model's.
+        context: The model's context length in tokens, None if it has no limit.
+        task_rows: The training set, used where `config.task_data` names no other: as the trainer holds it, or raw.
+        packed: Whether its rows hold several samples without saying where each begins; None where that is not known.
+
+    Raises:
+        CalibrationDataError: Data is missing, empty, cannot be read or is too long for the model.
+    """
+    extra = config.num_test_prompts
+    harmful, harmful_source = _safety_data(config, vector, tokenizer)
+    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
+    count = config.num_benign_shots + extra
+    benign = _readable(drawn(shipped, count, config.seed), count, tokenizer, "benign prompts")
+    for read in (harmful, benign):
+        check_context(read.samples, context, read.what)
+    harmful_split, harmful_left = _divided(harmful, context, config.num_safety_shots, config)
+    benign_split, benign_left = None, benign.rows
+    if min(len(benign.rows), config.num_benign_shots) > 1:
+        benign_split, benign_left = _divided(benign, config.max_length, config.num_benign_shots, config)
+    training, task_source = _training_samples(config, tokenizer, task_rows, packed)
+    task = training.take(config.num_task_shots + extra, config.seed, config.max_length, config.max_response_tokens)
+    check_context(task, context, "task data")
+    task_split = split_samples(task[: config.num_task_shots], config.holdout_share, "task data", training.skipped)
+    gate = _GatePrompts(config, tokenizer, context)
+    harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
+    benign_prompts = gate.of("benign", list(vector.prompts), benign_left)
+    unseen = Unseen({"harmful": harmful_prompts, "benign": benign_prompts}, task[len(task_split.fit) :][:extra])
+    sources = {
+        "harmful": gate.settings.harmful_data or harmful_source,
+        "benign": gate.settings.benign_data or "vector",
+        "task": task_source,
+    }
+    record = {
+        "safety": _record(harmful_source, harmful_split, harmful.skipped),
+        "task": {**_record(task_source, task_split, training.skipped), "read_by": dict(training.read_by)},
+        "benign": _record("vector", benign_split, benign.skipped) if benign_split else None,
+        "unseen": {
+            kind: {"source": source, "count": unseen.counts[kind], **_skips(gate.skipped.get(kind, Skipped()))}
+            for kind, source in sources.items()
+        },
+    }
+    return Shots(CalibrationSet(harmful_split, task_split, benign_split), unseen, record)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows with a prompt and a response, the sample of each, and what was left out."""
+
+    what: str
+    rows: list[Row]
+    samples: list[Sample]
+    skipped: Skipped
+
+
+def _safety_data(
+    config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
+) -> tuple[_Read, str]:
+    """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets one of the vector's."""
+    count = config.num_safety_shots + config.num_test_prompts
+    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
+    if config.safety_data is None:
+        if not shipped:
+            raise CalibrationDataError("The safety vector comes without harmful prompts: set `safety_data`.")
+        return _readable(drawn(shipped, count, config.seed), count, tokenizer, "safety data"), "vector"
+    rows = drawn(load_rows(config.safety_data, config.safety_data_split), count, config.seed)
+    refusals = [row["response"] for row in shipped]
+    read = _readable(rows, count, tokenizer, "safety data", refusals)
+    if not read.rows and set(read.skipped) == {NO_RESPONSE}:
+        raise CalibrationDataError(f"{config.safety_data} has prompts without refusals: add a column `response`.")
+    return read, config.safety_data
+
+
+def _readable(
+    rows: Iterable[Row], count: int, tokenizer: PreTrainedTokenizerBase, what: str, responses: Sequence[str] = ()
+) -> _Read:
+    """The first `count` rows that can be read; those without a response get one of `responses` in turn."""
+    read = _Read(what, [], [], Skipped())
+    for row in rows:
+        if len(read.rows) == count:
+            break
+        try:
+            messages, response = prompt_of(row), conversation(row)[1]
+            if not response and not responses:
+                raise UnreadableRowError(NO_RESPONSE)
+            response = response or responses[len(read.rows) % len(responses)]
+            sample = templated(tokenizer, messages, response)
+        except UnreadableRowError as error:
+            read.skipped.add(error)
+            continue
+        read.rows.append({"prompt": messages, "response": response, "category": row.get("category")})
+        read.samples.append(sample)
+    return read
+
+
+def _divided(read: _Read, max_length: int | None, count: int, config: SafeGeneConfig) -> tuple[Split, list[Row]]:
+    """The first `count` samples with a response left as shots, and the rows that nothing will be fitted on."""
+    cut = [shortened(sample, max_length, config.max_refusal_tokens) for sample in read.samples]
+    usable = [(row, sample) for row, sample in zip(read.rows, cut, strict=True) if sample]
+    split = split_samples([sample for _, sample in usable[:count]], config.holdout_share, read.what, read.skipped)
+    return split, [row for row, _ in usable[len(split.fit) :]]
+
+
+def _training_samples(
+    config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, task_rows: TaskRows | None, packed: bool | None
+) -> tuple[TrainingSamples, str]:
+    if config.task_data is not None:
+        rows = load_rows(config.task_data, config.task_data_split)
+        return TrainingSamples(rows, tokenizer, f"task data {config.task_data}"), config.task_data
+    if task_rows is None:
+        raise CalibrationDataError("There is no training set to draw task samples from: set `task_data`.")
+    return TrainingSamples(task_rows, tokenizer, packed=packed), "training set"
+
+
+class _GatePrompts:
+    """Prompts to measure on, each short enough for the model to answer, and what was left out of each kind."""
+
+    def __init__(self, config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None):
+        self.settings = config.gate or GateConfig()
+        self.skipped: dict[str, Skipped] = {}
+        self._config, self._tokenizer, self._context = config, tokenizer, context
+
+    def of(self, kind: Kind, used: Sequence[Row], left: Sequence[Row]) -> list[Prompt]:
+        """Prompts of the data that the gate names, those near a used one left out; else what the shots' data has left.
+
+        Raises:
+            CalibrationDataError: The gate names data, and none of its prompts can be used.
+        """
+        limit, settings = self._config.num_test_prompts, self.settings
+        source = settings.harmful_data if kind == "harmful" else settings.benign_data
+        split = settings.harmful_data_split if kind == "harmful" else settings.benign_data_split
+        skipped = self.skipped[kind] = Skipped()
+        if source is None or not limit:
+            return self._answerable([_prompt(row, kind) for row in left], limit, skipped)
+        prompts, unread = read_prompts(source, kind, split, None, self._config.seed)
+        skipped.update(unread)
+        prompts = self._answerable(spread(prompts, len(prompts), self._config.seed), 2 * limit, skipped)
+        if not prompts:
+            raise CalibrationDataError(f"No prompt of {source} can be answered{skipped}: name other prompts.")
+        kept = kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in used])[0]
+        if repeated := len(prompts) - len(kept):
+            skipped[REPEATED] = repeated
+        if len(kept) < min(limit, len(prompts) / 2):
+            raise CalibrationDataError(
+                f"{repeated} of {len(prompts)} prompts of {source} repeat, or nearly repeat, prompts that the coefficients are "
+                f"fitted on or that come with the vector: name other prompts for the gate."
+            )
+        return kept[:limit]
+
+    def _answerable(self, prompts: Sequence[Prompt], count: int, skipped: Skipped) -> list[Prompt]:
+        """The first `count` prompts that the template accepts and the model has room to answer."""
+        left: list[Prompt] = []
+        for prompt in prompts:
+            if len(left) == count:
+                break
+            try:
+                sample = templated(self._tokenizer, list(prompt.messages), "")
+                length = sum(not said for said in sample.is_response)
+                if self._context is not None and length + self._config.max_new_tokens > self._context:
+                    raise UnreadableRowError(TOO_LONG)
+            except UnreadableRowError as error:
+                skipped.add(error)
+                continue
+            left.append(prompt)
+        return left
+
+
+def _prompt(row: Row, kind: Kind) -> Prompt:
+    category = row.get("category")
+    return Prompt("calibration", kind, None if category is None else str(category), tuple(conversation(row)[0]))
+
+
+def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:
+    return {
+        "source": source,
+        "sha256": sha256_of_json([sample.input_ids for sample in (*split.fit, *split.held_out)]),
+        "fit": len(split.fit),
+        "held_out": len(split.held_out),
+        **_skips(skipped),
+    }
+
+
+def _skips(skipped: Skipped) -> dict[str, dict[str, int]]:
+    return {"skipped": dict(skipped)} if skipped else {}

@@ -1,0 +1,1 @@
+"""A command's time, memory and disk, told before it runs."""

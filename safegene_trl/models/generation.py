@@ -1,0 +1,96 @@
+"""Batched greedy decoding with left padding, whatever a checkpoint's generation config says."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..distributed.layouts import Sharding
+from .inputs import padding_id, prompt_text
+from .parameters import base_model
+
+
+Messages = list[dict[str, str]]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    max_new_tokens: int,
+    batch_size: int,
+    sharding: Sharding | None = None,
+) -> list[str]:
+    """Plain greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer.
+
+    Of the checkpoint's generation config nothing counts but the tokens that end an answer: a repetition
+    penalty or suppressed tokens would change what is measured.
+
+    With a `sharding` it is collective: the batches are shared out over the ranks, and the answers that another rank
+    generates are empty here.
+    """
+    sharding = sharding or Sharding(base_model(model).device)
+    answers = [""] * len(prompts)
+    texts = [prompt_text(tokenizer, messages) for messages in prompts]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=padding_id(tokenizer),
+    )
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with plain_decoding(model), sharding.forward_passes():
+        for index in sharding.share(len(groups)):
+            group = groups[index or 0]
+            padded = _left_padded(tokenizer, [texts[i] for i in group], settings.pad_token_id)
+            ids, attention = padded.to(sharding.device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=attention,
+                generation_config=settings,
+                synced_gpus=sharding.collective_forward,
+            )
+            sharding.release()
+            decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, answer in zip(group, decoded, strict=True):
+                answers[i] = "" if index is None else answer.strip()
+    return answers
+
+
+@contextmanager
+def plain_decoding(model: Any) -> Iterator[None]:
+    """While the block is open the model has a generation config in which nothing is set.
+
+    `generate` takes whatever its argument leaves open from the model's own config.
+    """
+    # A PEFT model may have a config of its own, which it hands to its base model before it generates.
+    holders = {id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)}
+    kept = [(each, each.generation_config) for each in holders.values()]
+    try:
+        for each, _ in kept:
+            each.generation_config = GenerationConfig()
+        yield
+    finally:
+        for each, config in kept:
+            each.generation_config = config
+
+
+def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that the generation config, the config or the tokenizer names as the end of an answer."""
+    base = base_model(model)
+    sources = (base.generation_config, base.config, base.config.get_text_config(), tokenizer)
+    named = [getattr(source, "eos_token_id", None) for source in sources]
+    tokens = [token for each in named for token in (each if isinstance(each, (list, tuple)) else [each])]
+    return sorted({token for token in tokens if token is not None})
+
+
+def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str], pad_id: int) -> torch.Tensor:
+    encoded = [tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"] for text in texts]
+    width = max(len(ids) for ids in encoded)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in encoded])
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+    return torch.stack((ids, attention))

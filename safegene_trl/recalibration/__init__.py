@@ -1,0 +1,1 @@
+"""The few coefficients of a vector, found on a few samples."""

@@ -1,0 +1,191 @@
+"""The gate: limits that a safeguarded model must keep, and the outcome for one that does or does not.
+
+Measured are answers and samples that no coefficient was fitted on, so few that chance plays a part. A limit is kept for sure only
+where the whole 95 % interval keeps it.
+
+Prompts that come with a vector are its maker's choice, and a dishonest maker could choose such as the vector makes look well. So where
+they are all that a limit was held against, the verdict says so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from ..config.metrics import METRICS
+from ..config.validation import Rule, check_values
+from ..errors import ConfigError
+
+
+Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
+EXIT_CODES: Mapping[str, int] = {"accepted": 0, "accepted_best_effort": 3, "rejected": 4}
+LEAST, LARGEST = "least", "largest"
+FROM_VECTOR = "vector"  # source of prompts, in the record of the shots, that came with the vector
+_DEPENDENT = (
+    "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
+    "and `gate.benign_data` to prompts of your own."
+)
+_PROMPTS = {
+    metric.limit: metric.kinds for metric in METRICS if metric.kinds != ("task",)
+}  # which prompts a limit is measured on
+_LIMITS = {  # limit: what is measured, which side of the limit is right
+    metric.limit: (metric.key, LEAST if metric.better == "more" else LARGEST) for metric in METRICS
+}
+
+
+@dataclass
+class GateConfig:
+    """Limits on what the safeguarded model does; None leaves one out. All are shares (0–1).
+
+    Args:
+        min_refusal_rate: Least share of harmful prompts that it refuses.
+        max_over_refusal: Largest share of benign prompts that it refuses.
+        max_incoherent: Largest share of incoherent answers among all.
+        max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as it was (0.01 is one point).
+        harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the calibration's that nothing was
+            fitted on.
+        harmful_data_split: Split of `harmful_data` to read.
+        benign_data: The same of benign prompts.
+        benign_data_split: Split of `benign_data` to read.
+        write_rejected: Write the checkpoint even if it is rejected. Its report says so.
+    """
+
+    min_refusal_rate: float | None = None
+    max_over_refusal: float | None = None
+    max_incoherent: float | None = None
+    max_utility_loss: float | None = None
+    harmful_data: str | None = None
+    harmful_data_split: str = "train"
+    benign_data: str | None = None
+    benign_data_split: str = "train"
+    write_rejected: bool = False
+
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(_LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
+
+    def __post_init__(self):
+        check_values(self, prefix="gate.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set."""
+        return {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit held against its measurement; `verdict` is `kept`, `unsure` (the interval reaches over it) or `broken`."""
+
+    limit: str
+    value: float
+    measured: float
+    low: float
+    high: float
+    verdict: Literal["kept", "unsure", "broken"]
+
+    @classmethod
+    def of(cls, limit: str, value: float, measured: Mapping[str, float]) -> "Check":
+        share, low, high = measured["share"], measured["low"], measured["high"]
+        at_least = _LIMITS[limit][1] == LEAST
+        right = share >= value if at_least else share <= value
+        surely = low >= value if at_least else high <= value
+        return cls(limit, value, share, low, high, "kept" if surely else "unsure" if right else "broken")
+
+    def __str__(self) -> str:
+        what, side = _LIMITS[self.limit]
+        measured = f"{what.replace('_', ' ')} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{measured}, {side} allowed {self.value:.1%}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a safeguarded model, and why in a few sentences.
+
+    `independent_prompts` says whether it rests on other prompts than the vector's own; None where no prompts were measured.
+    """
+
+    outcome: Outcome
+    reason: str
+    checks: tuple[Check, ...] = ()
+    independent_prompts: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [asdict(check) for check in self.checks]
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "checks": checks,
+            "independent_prompts": self.independent_prompts,
+        }
+
+
+def measured_after(measured: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """What the limits are held against, by name: shares with intervals of the model with the vector on."""
+    found = {metric.key: metric.measured(measured) for metric in METRICS}
+    return {name: share for name, share in found.items() if share is not None}
+
+
+def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
+    """Raises `ConfigError` for a limit that there is nothing to measure on; `kinds`: test items of each kind."""
+    for metric in METRICS:
+        if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
+            raise ConfigError(
+                f"`gate.{metric.limit}` has no {metric.items} data left to be measured on: raise `num_test_prompts`, or give "
+                "more data."
+            )
+
+
+def independent_prompts(gate: GateConfig | None, unseen: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Whether what decides is measured on other prompts than those that came with the vector.
+
+    Args:
+        gate: The limits, if any. Without limits it is the harmful prompts that count.
+        unseen: By kind of prompts their `source` and `count`, as in the record of the shots.
+
+    Returns:
+        None where no prompts decide anything.
+    """
+    limits = gate.limits if gate else {}
+    kinds = {kind for limit in limits for kind in _PROMPTS.get(limit, ())} if limits else {"harmful"}
+    sources = [unseen[kind]["source"] for kind in sorted(kinds) if unseen[kind]["count"]]
+    return all(source != FROM_VECTOR for source in sources) if sources else None
+
+
+def decide(
+    gate: GateConfig | None,
+    found: bool,
+    scale: float,
+    reason: str,
+    measured: Mapping[str, Any] | None,
+    independent: bool | None,
+) -> Decision:
+    """Accepts or rejects.
+
+    With limits these alone decide, so that a fine-tune that has lost nothing and needs no coefficients passes. Without limits it is
+    the recalibration: taken in full, shrunk (best effort), or nothing acceptable.
+
+    Args:
+        gate: The limits, if any.
+        found: Whether the recalibration found acceptable coefficients.
+        scale: The share of them that was taken.
+        reason: Its reason.
+        measured: From `measurement.measure`.
+        independent: From `independent_prompts`. Where it is False and there are limits, the reason says so; the outcome stays.
+    """
+    limits = gate.limits if gate else {}
+    if not limits or measured is None:
+        outcome: Outcome = "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
+        return Decision(outcome, reason, independent_prompts=independent)
+    after = measured_after(measured)
+    checks = tuple(Check.of(limit, value, after[_LIMITS[limit][0]]) for limit, value in limits.items())
+    broken, unsure = ([check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure"))
+    outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"
+    if broken:
+        reason += f" The gate's limits are not kept: {'; '.join(map(str, broken))}."
+    elif not found:
+        reason = "The fine-tune needs no repair: it keeps the gate's limits without the vector."
+    if unsure and not broken:
+        reason += f" Too few prompts to be sure of every limit: {'; '.join(map(str, unsure))}."
+    elif found and not broken:
+        reason += " All limits of the gate are kept."
+    if independent is False:
+        reason += f" {_DEPENDENT}"
+    return Decision(outcome, reason, checks, independent)

@@ -1,0 +1,296 @@
+"""What a checkpoint says about the vector in its weights, so that a vector is never added twice.
+
+A safeguarded checkpoint's `config.json` names its vector and coefficients, and a fine-tune of it inherits that entry. Such a
+fine-tune is *re-based*: its coefficients stay those of the whole vector, bounds included, and only their change is added.
+
+The entry is a claim, and −V removes refusals. So it is held against what is known of the earlier release: the report beside the
+checkpoint that the fine-tune started from, the report that `warm_start` names, the releases in `history`. What none of them confirms
+is *unverified*, and then no coefficient may get smaller than it claims to be: what would be taken out may never have been put in.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+
+from ..checkpoints.output import MARKER
+from ..config.settings import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
+from ..errors import ConfigError, FamilyError
+from ..models.parameters import base_model
+from ..provenance import sha256_of_json
+from ..vectors.files import WEIGHTS_FILE
+from ..vectors.safety_vector import SafetyVector
+from .history import read_history
+
+
+CONFIG_KEY = "safegene"
+Coefficients = dict[str, float]
+# Coefficients pass through float32 (2⁻²⁴ of their size) and JSON: taking the same ones again gives changes of about 1e-7 times them.
+ROUNDING = 1e-5
+_BESIDE = "the report beside"
+
+
+class Carried(dict[str, float]):
+    """Coefficients with which a model's weights hold the vector already, by name.
+
+    Attributes:
+        source: What confirms them, e.g. the report beside the checkpoint; None where nothing does, or nothing is carried.
+    """
+
+    def __init__(self, coefficients: Mapping[str, float], source: str | None = None):
+        super().__init__(coefficients)
+        self.source = source
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether something confirms them; None where the weights claim to hold nothing."""
+        return self.source is not None if any(self.values()) else None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """For the report: whether they are verified, and by what; None where nothing is carried."""
+        words = {True: "verified", False: "unverified"}
+        return None if self.verified is None else {"claim": words[self.verified], "source": self.source}
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence where nothing confirms them."""
+        if self.verified is not False:
+            return []
+        return [
+            "Nothing confirms the coefficients that the model's config.json says its weights carry (no report of the earlier release, "
+            "no history): no coefficient is taken below them."
+        ]
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What an earlier release says that it has put into its weights."""
+
+    source: str
+    vector: str | None
+    coefficients: Coefficients
+
+
+def mark(vector: SafetyVector, coefficients: Mapping[str, float]) -> dict[str, Any]:
+    """What goes into the `config.json` of a checkpoint that holds the vector with these coefficients."""
+    entry = {"vector": vector_id(vector), "coefficients": dict(coefficients)}
+    return {CONFIG_KEY: entry | {"sha256": sha256_of_json(entry)}}
+
+
+def vector_id(vector: SafetyVector) -> str | None:
+    """SHA-256 of the vector's weights: what coefficients belong to. None for one that was never saved."""
+    return vector.files.get(WEIGHTS_FILE, {}).get("sha256")
+
+
+def carried_coefficients(
+    model: nn.Module,
+    vector: SafetyVector,
+    granularity: Granularity,
+    config: SafeGeneConfig | None = None,
+    base_name: str | None = None,
+    base_revision: str | None = None,
+) -> Carried:
+    """The coefficients with which the model's weights hold the vector already, by name; all 0 where it holds none.
+
+    Args:
+        model: Its `config` may have the entry of an earlier safety step.
+        vector: The vector.
+        granularity: Of the coefficients that are wanted.
+        config: Brings the bound of coefficients, and `warm_start` and `history` to hold the entry against.
+        base_name: Directory or hub id of the checkpoint that the fine-tune started from, whose report it is held against.
+        base_revision: Its revision.
+
+    Raises:
+        FamilyError: The weights hold another vector, or this one with coefficients of another granularity, out of bounds, or others
+            than the earlier release's report says.
+        SafeGeneError: The history cannot be read.
+    """
+    space = vector.space(granularity)
+    entry = getattr(base_model(model).config, CONFIG_KEY, None)
+    if entry is None:
+        return Carried(dict.fromkeys(space.names, 0.0))
+    claimed = _claimed(entry, vector)
+    fitting = space.refined(claimed)
+    if fitting is None:
+        raise FamilyError(
+            "The fine-tune started from a checkpoint that holds this vector with other kinds of coefficients: set `granularity` to "
+            "that of the earlier release."
+        )
+    largest = LARGEST_COEFFICIENT if config is None else config.max_coefficient
+    for name, value in claimed.items():
+        if value > largest + ROUNDING:
+            raise FamilyError(
+                f"The model's config.json says that its weights hold {value:g} times the vector at `{name}`, more than "
+                f"`max_coefficient` ({largest:g}): fine-tune the checkpoint as it was released, or raise the bound if that is right."
+            )
+    source = None
+    for evidence in _evidence(vector, config, base_name, base_revision):
+        difference = _difference(claimed, evidence.coefficients)
+        if evidence.vector == vector_id(vector) and difference is None:
+            source = evidence.source
+            break
+        if evidence.source.startswith(_BESIDE):
+            raise FamilyError(
+                f"The model's config.json and {evidence.source} do not say the same about the vector in its weights"
+                f"{f' (`{difference}`)' if difference else ''}: fine-tune the checkpoint as it was released."
+            )
+    return Carried(fitting, source)
+
+
+def check_verified(carried: Carried) -> None:
+    """Raises `FamilyError` where nothing confirms what is carried: a search that may not take less would be cut off, or refused after it."""
+    if carried.verified is False:
+        raise FamilyError(
+            "The model's config.json says that its weights hold the vector already, and nothing confirms how much of it: name the "
+            "report of the release that the fine-tune started from as `warm_start`, or the `history` that it is in."
+        )
+
+
+def check_no_subtraction(change: Mapping[str, float], carried: Carried | None = None) -> None:
+    """Raises `FamilyError` where a step would take out of the weights what they may never have held.
+
+    Where the carried coefficients are verified a change may take back as much as they are: the sum stays 0 or more. Otherwise no change
+    may be negative.
+
+    Args:
+        change: What is about to be added to the weights, in vectors, by coefficient name.
+        carried: From `carried_coefficients`.
+    """
+    held: Mapping[str, float] = carried if carried is not None and carried.verified else {}
+    for name, value in change.items():
+        if not math.isfinite(value):
+            raise FamilyError(f"The change of the coefficient of `{name}` is {value}: it must be a finite number.")
+        if value < -held.get(name, 0.0) - ROUNDING:
+            raise FamilyError(
+                f"This would subtract {-value:.3g} times the vector at `{name}`, and nothing confirms that the weights hold so much of "
+                "it: name the report of the release that the fine-tune started from as `warm_start`, or its `history`, or give no "
+                "smaller coefficients."
+            )
+
+
+def _claimed(entry: Any, vector: SafetyVector) -> Coefficients:
+    """The coefficients in an entry of a `config.json`, if it is whole and about this vector."""
+    try:
+        found = dict(entry["coefficients"].items())
+        sound = bool(found) and all(isinstance(name, str) and _is_coefficient(value) for name, value in found.items())
+        body = {key: entry[key] for key in ("vector", "coefficients")}
+        sound = sound and entry.get("sha256", sha256_of_json(body)) == sha256_of_json(body)
+        same = entry["vector"] == vector_id(vector)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged() from error
+    if not sound:
+        raise _damaged()
+    if not same:
+        raise FamilyError(
+            "The fine-tune started from a checkpoint that holds another safety vector: fine-tune the plain checkpoint, or go on "
+            "with the vector that is in it."
+        )
+    return found
+
+
+def _damaged() -> FamilyError:
+    return FamilyError(
+        f"The entry `{CONFIG_KEY}` in the model's config.json is damaged: start from the checkpoint as it was written."
+    )
+
+
+def _is_coefficient(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LARGEST_COEFFICIENT
+
+
+def _difference(ones: Coefficients, others: Coefficients) -> str | None:
+    """The first name at which two sets of coefficients differ by more than rounding, None where they are the same."""
+    for name in [*ones, *others]:
+        if name not in ones or name not in others or not abs(ones[name] - others[name]) <= ROUNDING:
+            return name
+    return None
+
+
+def _evidence(
+    vector: SafetyVector, config: SafeGeneConfig | None, base_name: str | None, base_revision: str | None
+) -> Iterator[_Evidence]:
+    """What is known of earlier releases, the nearest first."""
+    report = None if base_name is None else _report_beside(base_name, base_revision)
+    if report is not None:
+        yield _Evidence(f"{_BESIDE} {base_name}", *_report_content(report))
+    if config is not None and config.warm_start is not None:
+        yield _Evidence(
+            f"the report {config.warm_start}", vector_id(vector), reported_coefficients(config.warm_start, vector)
+        )
+    if config is not None and config.history is not None:
+        for release in reversed(read_history(Path(config.history))):
+            yield _Evidence(f"the history {config.history}", release["vector"]["sha256"], release["coefficients"])
+
+
+def _report_beside(name_or_path: str, revision: str | None) -> Path | None:
+    """The report beside a checkpoint's weights; None where there is none, or it is not to be had."""
+    path = Path(name_or_path)
+    if not path.is_dir():
+        try:
+            return Path(hf_hub_download(name_or_path, MARKER, revision=revision))
+        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            return None
+    return path / MARKER if (path / MARKER).is_file() else None
+
+
+def carries_vector(model: nn.Module) -> bool:
+    """Whether the model says that its weights hold a vector."""
+    return getattr(base_model(model).config, CONFIG_KEY, None) is not None
+
+
+def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> None:
+    """Raises `ConfigError` for a checkpoint or adapter that a safety step has written."""
+    path = Path(name_or_path)
+    if not path.is_dir():
+        try:
+            hf_hub_download(name_or_path, MARKER, revision=revision)
+        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
+            return
+    elif not (path / MARKER).is_file():
+        return
+    raise ConfigError(
+        f"{name_or_path} is a safeguarded checkpoint already: name the fine-tune that it was made from, or fine-tune it first."
+    )
+
+
+def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
+    """The coefficients in the report of an earlier safety step with this vector: a file, or the folder it lies in.
+
+    Raises:
+        ConfigError: There is no such report, or it is about another vector.
+    """
+    path = Path(given) / MARKER if Path(given).is_dir() else Path(given)
+    weights, found = _report_content(path)
+    if weights != vector_id(vector):
+        raise ConfigError(f"{path} is about another safety vector: coefficients mean nothing beside another vector.")
+    return found
+
+
+def _report_content(path: Path) -> tuple[str | None, Coefficients]:
+    """The vector's id and the coefficients in a report.
+
+    Raises:
+        ConfigError: It is none, or a coefficient is no finite number from 0 to the largest that there can be.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        found = dict(report["coefficients"].items())
+        weights = report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256")
+    except OSError as error:
+        raise ConfigError(f"{path} is no readable report of a safety step: name a {MARKER} or its folder.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no report of a safety step: name a {MARKER} or its folder.") from error
+    for name, value in found.items():
+        if not _is_coefficient(value):
+            raise ConfigError(
+                f"The coefficient of `{name}` in {path} is {value!r}: it must be a number from 0 to {LARGEST_COEFFICIENT:g}; name "
+                "another report."
+            )
+    return weights, found

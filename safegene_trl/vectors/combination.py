@@ -1,0 +1,78 @@
+"""Several safety vectors of one family as one, each a component with coefficients of its own.
+
+`V_m = Σ_c B_{m,c} A_{m,c}` by stacking the factors, `[B_1 … B_C] [A_1; …; A_C]`; recalibration then finds `λ_{l,c}` for every layer
+and component. Vectors from different degradations point at different parts of what keeps a model safe.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import FamilyError
+from ..models.low_rank import LowRankDelta
+from ..provenance import software_versions
+from .files import WEIGHTS_FILE
+from .safety_vector import SafetyVector
+
+
+def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
+    """One vector of several; where one leaves a module alone its part there is zero.
+
+    Raises:
+        FamilyError: Fewer than two, one of them twice, or made from different aligned models.
+    """
+    first = vectors[0]
+    if len(vectors) < 2:
+        raise FamilyError("One vector alone cannot be combined: name two or more.")
+    if any(
+        vector.family != first.family or vector.aligned_model["files"] != first.aligned_model["files"]
+        for vector in vectors
+    ):
+        raise FamilyError("The vectors were made from different aligned models: combine vectors of one aligned model.")
+    named = [
+        _weights(part) for vector in vectors for part in (vector.extraction.get("vectors") or [vector.describe()])
+    ]
+    if any(named.count(weights) > 1 for weights in named if weights is not None):
+        raise FamilyError("One vector is named twice, or is a part of another one: name each of them once.")
+    shapes = {
+        name: (delta.a.shape[1], delta.b.shape[0]) for vector in vectors for name, delta in vector.deltas.items()
+    }
+    prompts = {(row["kind"], row["prompt"]): row for vector in reversed(vectors) for row in vector.prompts}
+    components = [rank for vector in vectors for rank in vector.components]
+    return SafetyVector(
+        deltas={name: _stacked(name, d_in, d_out, vectors) for name, (d_in, d_out) in shapes.items()},
+        family=first.family,
+        aligned_model=first.aligned_model,
+        degraded_model={"name": "of the components", "revision": None, "files": {}},
+        extraction={
+            "method": "combined",
+            "rank": sum(components),
+            "components": components,
+            "vectors": [vector.describe() for vector in vectors],
+        },
+        selection={
+            "method": "combined",
+            "scores": [],
+            "selected_layers": sorted({layer for vector in vectors for layer in vector.layers}),
+            "layer_share": 1.0,
+        },
+        prompts=sorted(prompts.values(), key=lambda row: row["kind"], reverse=True),
+        software=software_versions(),
+    )
+
+
+def _weights(record: dict[str, Any]) -> str | None:
+    """SHA-256 of the weights of a vector, as its record says; None for one that was never saved."""
+    return (record.get("files") or {}).get(WEIGHTS_FILE, {}).get("sha256")
+
+
+def _stacked(name: str, d_in: int, d_out: int, vectors: Sequence[SafetyVector]) -> LowRankDelta:
+    dtype = next(iter(vectors[0].deltas.values())).a.dtype
+    parts = [
+        vector.deltas.get(name, LowRankDelta(torch.zeros(vector.rank, d_in), torch.zeros(d_out, vector.rank)))
+        for vector in vectors
+    ]
+    return LowRankDelta(
+        torch.cat([part.a.to(dtype) for part in parts]), torch.cat([part.b.to(dtype) for part in parts], dim=1)
+    )

@@ -1,0 +1,340 @@
+"""The files of a safety vector, read with distrust: whatever is not exactly what `save_pretrained` writes is refused.
+
+Nothing here runs code from a file, follows a name in a file to another file, or reads more than a file may hold. What cannot
+be told from the files alone, a vector that was changed into another valid one, is what signatures are for.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from ..errors import SafeGeneError, VectorError
+from ..judges.refusal_phrases import is_refusal
+from ..models.low_rank import LowRankDelta
+from ..provenance import sha256_of_bytes, sha256_of_file
+from .signing import SIGNATURE_FILE
+
+
+FORMAT_VERSION = 2
+CONFIG_FILE = "safegene_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PROMPTS_FILE = "safety_prompts.jsonl"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+HASHED_FILES = (WEIGHTS_FILE, PROMPTS_FILE, ADAPTER_CONFIG_FILE)
+SIGNED_FILES = (CONFIG_FILE, *HASHED_FILES)
+PREFIX = "base_model.model."
+SECTIONS = ("family", "aligned_model", "degraded_model", "extraction", "selection", "software", "files")
+
+_MOST_BYTES = {
+    CONFIG_FILE: 2**24,
+    WEIGHTS_FILE: 2**34,
+    PROMPTS_FILE: 2**26,
+    ADAPTER_CONFIG_FILE: 2**20,
+    SIGNATURE_FILE: 2**20,
+}
+_MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_HASH = re.compile(r"[0-9a-f]{64}")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
+    """The files of a vector by name, each opened once and read whole; downloaded if it is a hub id.
+
+    All that is checked or used afterwards are these bytes, so it does not matter what happens to the files.
+
+    Args:
+        name_or_path: Local directory or hub id.
+        **kwargs: Of `snapshot_download`.
+
+    Returns:
+        `SIGNED_FILES`, and `SIGNATURE_FILE` where there is one.
+
+    Raises:
+        VectorError: One is missing, no plain file, larger than any such file, or cannot be read.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name_or_path, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise VectorError(
+                f"The safety vector {name_or_path} is neither a local directory nor a readable hub repository: check the "
+                "name, the revision and your access."
+            ) from error
+    try:
+        # the folder is opened once as well: a link to it that is changed meanwhile gives no mixture of two vectors
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise VectorError(f"The safety vector {name_or_path} cannot be read ({error.strerror}).") from error
+    try:
+        found = {file: _read_whole(opened, file, name_or_path) for file in (*SIGNED_FILES, SIGNATURE_FILE)}
+    finally:
+        os.close(opened)
+    if found[CONFIG_FILE] is None:
+        raise VectorError(
+            f"{name_or_path} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`."
+        )
+    if missing := [file for file in SIGNED_FILES if found[file] is None]:
+        raise VectorError(f"The safety vector {name_or_path} lacks {missing[0]}: download or make it again.")
+    return {file: data for file, data in found.items() if data is not None}
+
+
+def _read_whole(folder: int, file: str, name: str) -> bytes | None:
+    """All of a plain file that is not larger than any such file; None where there is none.
+
+    Links are followed, because the hub's cache consists of them: to plain files only, never to a device or a pipe.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a pipe must not be waited for
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise VectorError(f"{file} of the safety vector {name} cannot be read ({error.strerror}).") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise VectorError(f"{file} of {name} is no plain file: download or make the vector again.")
+        if status.st_size > _MOST_BYTES[file]:
+            raise VectorError(f"{file} of {name} is larger than any such file: download or make the vector again.")
+        with open(descriptor, "rb", closefd=False) as opened:
+            data = opened.read(status.st_size + 1)
+    except (OSError, MemoryError) as error:
+        raise VectorError(f"{file} of the safety vector {name} cannot be read ({error}).") from error
+    finally:
+        os.close(descriptor)
+    if len(data) != status.st_size:
+        raise VectorError(f"{file} of the safety vector {name} was changed while it was read: read it again.")
+    return data
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as the config keeps them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def sort_modules(adapter_config: Path) -> None:
+    """PEFT writes a set in whatever order it has in this process: sorted, one vector is one file whoever saves it."""
+    content = json.loads(adapter_config.read_text(encoding="utf-8"))
+    content["target_modules"] = sorted(content["target_modules"])
+    adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config(data: bytes, name: str) -> dict[str, Any]:
+    """The content of `safegene_config.json`, every field of the type it must have."""
+    config = _json(_text(data, CONFIG_FILE, name), f"{CONFIG_FILE} of {name}")
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version is True or version != FORMAT_VERSION:
+        raise VectorError(
+            f"The safety vector {name} has format version {str(version)[:20]} and this safegene-trl reads {FORMAT_VERSION}: "
+            "install the version it was made with, or make it again."
+        )
+    if set(config) != {"format_version", *SECTIONS}:
+        odd = sorted(set(config) ^ {"format_version", *SECTIONS})[0]
+        raise VectorError(f"{CONFIG_FILE} of {name} lacks or adds `{odd[:40]}`: download or make the vector again.")
+    for section in SECTIONS:
+        if not isinstance(config[section], dict) or not _VALID[section](config[section]):
+            raise VectorError(
+                f"`{section}` in {CONFIG_FILE} of {name} is not as it must be: download or make the vector again."
+            )
+    return config
+
+
+def check_files(contents: Mapping[str, bytes], name: str, records: dict[str, Any]) -> None:
+    """Raises `VectorError` unless every file has the size and hash that the config says."""
+    for file, record in records.items():
+        data = contents[file]
+        if len(data) != record["bytes"] or sha256_of_bytes(data) != record["sha256"]:
+            raise VectorError(
+                f"{file} of the safety vector {name} is truncated or was changed after it was made: download or make it again."
+            )
+
+
+def read_deltas(data: bytes, name: str) -> dict[str, LowRankDelta]:
+    """The low-rank deltas by canonical module name: pairs of finite matrices of one rank and one floating-point type."""
+    try:
+        tensors = load(data)
+    except (SafetensorError, UnicodeError, RuntimeError, ValueError, KeyError) as error:
+        raise VectorError(f"{WEIGHTS_FILE} of {name} cannot be read: download or make the vector again.") from error
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if (
+            f"{PREFIX}{module}.{side}.weight" != key
+            or side not in ("lora_A", "lora_B")
+            or not _MODULE.fullmatch(module)
+        ):
+            raise VectorError(f"The safety vector {name} holds an unexpected tensor {key[:60]!r}: make it again.")
+        halves.setdefault(module, {})[side] = tensor
+    deltas = {}
+    for module, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
+        if set(half) != {"lora_A", "lora_B"} or not _is_pair(half["lora_A"], half["lora_B"]):
+            raise VectorError(f"`{module}` of the safety vector {name} is not a pair B·A: make the vector again.")
+        if not all(math.isfinite(tensor.float().sum().item()) for tensor in half.values()):
+            raise VectorError(f"`{module}` of the safety vector {name} holds NaN or infinity: make the vector again.")
+        deltas[module] = LowRankDelta(half["lora_A"], half["lora_B"])
+    if not deltas:
+        raise VectorError(f"The safety vector {name} is empty: make it again.")
+    if len({delta.a.shape[0] for delta in deltas.values()}) > 1:
+        raise VectorError(f"The modules of the safety vector {name} differ in rank: make it again with one rank.")
+    return deltas
+
+
+def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
+    """The prompts with the aligned model's own answers; a harmful prompt must have a refusal."""
+    lines = _text(data, PROMPTS_FILE, name).split("\n")
+    rows = [_json(line, f"{PROMPTS_FILE} of {name}") for line in lines if line.strip()]
+    for row in rows:
+        if not (_is_mapping(row, str) and set(row) - {"category"} == {"prompt", "response", "kind"}):
+            raise VectorError(f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again.")
+        if row["kind"] not in ("harmful", "benign"):
+            raise VectorError(f"A row of {PROMPTS_FILE} is of kind {row['kind'][:20]!r}: make the vector again.")
+        if is_refusal(row["response"]) != (row["kind"] == "harmful"):
+            found = (
+                "answers a harmful prompt with something else than"
+                if row["kind"] == "harmful"
+                else "answers a benign prompt with"
+            )
+            raise VectorError(f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector.")
+    return rows
+
+
+def _is_pair(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
+        return False
+    return a.shape[0] == b.shape[1] and a.dtype == b.dtype and a.dtype in _DTYPES
+
+
+def _text(data: bytes, file: str, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeError as error:
+        raise VectorError(f"{file} of {name} is not UTF-8: download or make the vector again.") from error
+
+
+def _json(text: str, what: str) -> Any:
+    def unlike_json(word: str) -> None:
+        raise ValueError(word)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, parse_constant=unlike_json, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise VectorError(f"{what} is not valid JSON: download or make the vector again.") from error
+
+
+def _is_mapping(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def _valid_family(family: dict[str, Any]) -> bool:
+    texts = [family.get(key) for key in ("architecture", "fingerprint", "tokenizer")]
+    template = family.get("chat_template")
+    known = {"architecture", "fingerprint", "tokenizer", "chat_template", "vocab_size"}
+    return (
+        set(family) == known
+        and all(isinstance(text, str) for text in texts)
+        and (template is None or isinstance(template, str))
+        and _is_count(family["vocab_size"])
+    )
+
+
+def _valid_reference(reference: dict[str, Any]) -> bool:
+    revision = reference.get("revision")
+    return (
+        set(reference) == {"name", "revision", "files"}
+        and isinstance(reference["name"], str)
+        and (revision is None or isinstance(revision, str))
+        and _is_mapping(reference["files"], str)
+        and all(
+            Path(file).name == file not in ("", "..") and _HASH.fullmatch(value)
+            for file, value in reference["files"].items()
+        )
+    )
+
+
+def _valid_extraction(extraction: dict[str, Any]) -> bool:
+    rank = extraction.get("rank")
+    components = extraction.get("components", [rank])
+    return (
+        isinstance(extraction.get("method"), str)
+        and _is_count(rank)
+        and isinstance(components, list)
+        and all(_is_count(part) and part > 0 for part in components)
+        and sum(components) == rank
+    )
+
+
+def _valid_selection(selection: dict[str, Any]) -> bool:
+    scores, layers = selection.get("scores"), selection.get("selected_layers")
+    return (
+        isinstance(selection.get("method"), str)
+        and isinstance(scores, list)
+        and all(map(_is_number, scores))
+        and isinstance(layers, list)
+        and all(map(_is_count, layers))
+    )
+
+
+def _valid_files(files: dict[str, Any]) -> bool:
+    return set(files) == set(HASHED_FILES) and all(
+        isinstance(record, dict)
+        and set(record) == {"bytes", "sha256"}
+        and _is_count(record["bytes"])
+        and isinstance(record["sha256"], str)
+        and bool(_HASH.fullmatch(record["sha256"]))
+        for record in files.values()
+    )
+
+
+_VALID = {
+    "family": _valid_family,
+    "aligned_model": _valid_reference,
+    "degraded_model": _valid_reference,
+    "extraction": _valid_extraction,
+    "selection": _valid_selection,
+    "software": lambda software: _is_mapping(software, str),
+    "files": _valid_files,
+}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def check_consistent(config: dict[str, Any], deltas: dict[str, LowRankDelta], layers: list[int], name: str) -> None:
+    """Raises `VectorError` unless the weights are those that the config describes."""
+    rank = next(iter(deltas.values())).a.shape[0]
+    if config["extraction"]["rank"] != rank or config["selection"]["selected_layers"] != layers:
+        raise VectorError(
+            f"{CONFIG_FILE} of {name} describes other weights than {WEIGHTS_FILE} holds: download or make the vector again."
+        )
+
+
+def reject_unknown_arguments(kwargs: dict[str, Any]) -> None:
+    """Raises `SafeGeneError` for an argument that loading does not take, `trust_remote_code` above all."""
+    allowed = {"revision", "token", "cache_dir", "local_files_only", "force_download", "public_key"}
+    if unknown := set(kwargs) - allowed:
+        raise SafeGeneError(f"Unknown argument `{unknown.pop()}`: use one of {', '.join(sorted(allowed))}.")

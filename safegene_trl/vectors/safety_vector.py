@@ -1,0 +1,211 @@
+"""`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA directory."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from ..config.settings import Granularity
+from ..errors import FamilyError
+from ..models.coefficients import CoefficientSpace
+from ..models.low_rank import LowRankDelta
+from ..models.parameters import layer_index, linear_shape
+from ..provenance import sha256_of_bytes, sha256_of_file
+from . import files as vector_files
+from .family import Family
+from .files import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    HASHED_FILES,
+    PREFIX,
+    PROMPTS_FILE,
+    SIGNED_FILES,
+    WEIGHTS_FILE,
+)
+from .signing import SIGNATURE_FILE, verify
+
+
+@dataclass
+class SafetyVector(
+    ModelHubMixin,
+    library_name="safegene-trl",
+    tags=["safegene", "safety-vector", "lora"],
+):
+    """A family's safety vector: `V_m = B_m A_m` for every module `m` of the selected layers (arXiv 2606.06519).
+
+    Attributes:
+        deltas: Low-rank deltas by canonical module name; all of one rank.
+        family: The model family it fits.
+        aligned_model: Name, revision and file hashes of the aligned model.
+        degraded_model: The same of the degraded model.
+        extraction: How the deltas were made: method, rank, energy kept per module.
+        selection: How the layers were selected: method, scores per layer, selected layers.
+        prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with `category`; the responses are the
+            aligned model's own. Harmful rows carry refusals only.
+        software: Versions it was made with.
+        files: Size and SHA-256 of every other file of a saved vector.
+        signature: The content of the signature file it was loaded with, None where there was none. It is saved again with the files
+            that it was loaded with, and with no others.
+    """
+
+    deltas: dict[str, LowRankDelta]
+    family: Family
+    aligned_model: dict[str, Any]
+    degraded_model: dict[str, Any]
+    extraction: dict[str, Any]
+    selection: dict[str, Any]
+    prompts: list[dict[str, str]]
+    software: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    signature: bytes | None = None
+    _signed_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.deltas.values())).a.shape[0]
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers it acts in, in order."""
+        return sorted({index for name in self.deltas if (index := layer_index(name)) is not None})
+
+    @property
+    def layer_ranges(self) -> str:
+        """The same for people: `0–3, 7`."""
+        # neighbours have the same difference between layer and place
+        runs = [
+            [layer for _, layer in run] for _, run in groupby(enumerate(self.layers), lambda pair: pair[1] - pair[0])
+        ]
+        return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+    @property
+    def components(self) -> list[int]:
+        """Ranks of its components, which have coefficients of their own; as a rule there is one."""
+        return list(self.extraction.get("components", [self.rank]))
+
+    def space(self, granularity: Granularity) -> CoefficientSpace:
+        """Its coefficients at one granularity: `layer`, `module` or `rank`."""
+        return CoefficientSpace(self.deltas, self.components, granularity)
+
+    def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
+        """Raises `FamilyError` unless every delta has a linear module of its name and shape in the model."""
+        for name, delta in self.deltas.items():
+            shape = linear_shape(modules[name]) if name in modules else None
+            if shape is None:
+                raise FamilyError(f"The model has no linear layer `{name}`: use a safety vector of its own family.")
+            if shape != (delta.b.shape[0], delta.a.shape[1]):
+                raise FamilyError(
+                    f"`{name}` is {shape[0]}×{shape[1]} in the model and {delta.b.shape[0]}×{delta.a.shape[1]} in the "
+                    "safety vector: use a vector of the model's own family."
+                )
+
+    # Saving and loading go through huggingface_hub's mixin: `save_pretrained`, `from_pretrained`, `push_to_hub`.
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {}
+        for name, delta in self.deltas.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
+        save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        # alpha = rank, so that PEFT and vLLM apply B A unscaled.
+        LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank,
+            target_modules=sorted(self.deltas),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=self.aligned_model["name"],
+        ).save_pretrained(str(save_directory))
+        vector_files.sort_modules(save_directory / ADAPTER_CONFIG_FILE)
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts)
+        (save_directory / PROMPTS_FILE).write_text(rows, encoding="utf-8")
+        self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
+        (save_directory / CONFIG_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
+        # What cannot be loaded again is not to be saved.
+        config = vector_files.read_config((save_directory / CONFIG_FILE).read_bytes(), str(save_directory))
+        vector_files.check_consistent(config, self.deltas, self.layers, str(save_directory))
+        self._save_signature(save_directory)
+
+    def _save_signature(self, folder: Path) -> None:
+        """Only with the very files that were signed; an earlier one in the folder is of other files."""
+        hashes = {name: sha256_of_file(folder / name) for name in SIGNED_FILES}
+        if self.signature is not None and hashes == self._signed_hashes:
+            (folder / SIGNATURE_FILE).write_bytes(self.signature)
+        else:
+            (folder / SIGNATURE_FILE).unlink(missing_ok=True)
+
+    def describe(self) -> dict[str, Any]:
+        """The content of `safegene_config.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "family": self.family.to_dict(),
+            "aligned_model": self.aligned_model,
+            "degraded_model": self.degraded_model,
+            "extraction": self.extraction,
+            "selection": self.selection,
+            "software": self.software,
+            "files": self.files,
+        }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SafetyVector":
+        """Loads and checks a vector.
+
+        Args:
+            pretrained_model_name_or_path: Local directory or hub id.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `public_key`, a PEM file that
+                the vector's signature is checked with, before anything else is read.
+
+        Raises:
+            SignatureError: It is not signed, or not with that key, or was changed since.
+            VectorError: Missing, altered, truncated, of another format version, or with NaN or infinite values.
+        """
+        vector_files.reject_unknown_arguments(kwargs)
+        # The mixin's own lookup of a config.json is skipped: a vector has none.
+        return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, public_key: str | Path | None = None, **kwargs: Any) -> "SafetyVector":
+        contents = vector_files.read_files(model_id, **kwargs)
+        return cls.from_files(contents, model_id, None if public_key is None else Path(public_key))
+
+    @classmethod
+    def from_files(cls, contents: Mapping[str, bytes], name: str, public_key: Path | None = None) -> "SafetyVector":
+        """From the bytes of its files, as `vector_files.read_files` gives them; checked as by `from_pretrained`.
+
+        Args:
+            contents: The files' bytes by name.
+            name: Where they come from, for messages.
+            public_key: PEM file that the signature is checked with.
+        """
+        signed, signature = {file: contents[file] for file in SIGNED_FILES}, contents.get(SIGNATURE_FILE)
+        if public_key is not None:
+            verify(signed, signature, public_key, name)
+        config = vector_files.read_config(contents[CONFIG_FILE], name)
+        vector_files.check_files(contents, name, config["files"])
+        vector = cls(
+            deltas=vector_files.read_deltas(contents[WEIGHTS_FILE], name),
+            prompts=vector_files.read_prompts(contents[PROMPTS_FILE], name),
+            signature=signature,
+            **{key: config[key] for key in vector_files.SECTIONS} | {"family": Family.from_dict(config["family"])},
+        )
+        vector_files.check_consistent(config, vector.deltas, vector.layers, name)
+        if signature is not None:
+            vector._signed_hashes = {file: sha256_of_bytes(data) for file, data in signed.items()}
+        return vector
+
+    def generate_model_card(self, *args: Any, **kwargs: Any):
+        from ..reporting.cards import vector_card
+
+        return vector_card(self)

@@ -1,0 +1,205 @@
+"""Every impossible setting is refused with a sentence that names it."""
+
+from dataclasses import fields
+
+import pytest
+
+from safegene_trl import SafeGeneConfig, SafeGeneError
+from safegene_trl.commands.apply import ApplyArguments
+from safegene_trl.config.validation import hint_of
+from safegene_trl.evaluation.evaluate import EvaluationConfig
+from safegene_trl.extraction.config import ExtractionConfig
+from safegene_trl.step.gate import GateConfig
+
+
+EXTRACTION = dict.fromkeys(("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"), "x")
+EVALUATION = {"model_name_or_path": "m", "harmful_data": ["d"]}
+
+
+def extraction(**values):
+    return ExtractionConfig(**{**EXTRACTION, **values}).check()
+
+
+def evaluation(**values):
+    return EvaluationConfig(**{**EVALUATION, **values}).check()
+
+
+def safegene(**values):
+    return SafeGeneConfig(**{"vector": "v", **values})
+
+
+MAKERS = {
+    SafeGeneConfig: safegene,
+    GateConfig: GateConfig,
+    ExtractionConfig: extraction,
+    EvaluationConfig: evaluation,
+    ApplyArguments: ApplyArguments,
+}
+NUMBERS = {("coefficients", int), ("coefficients", float), ("max_shard_size", int)}  # strings that may be numbers
+KEYS = [(kind, each.name) for kind in MAKERS for each in fields(kind)]
+
+
+def wrong_values(hint):
+    """Values that no field of this hint may have, whatever its range."""
+    text = str(hint)
+    yield from ({}, object(), "\0", "", " ", [""], [1])
+    if "str" not in text:
+        yield from (float("nan"), float("inf"), -float("inf"))
+    if "bool" not in text:
+        yield True
+    if "str" not in text and "Literal" not in text:
+        yield from ("false", "no", "0", "8", "0.5", "null", "1e-4")
+    if "list" not in text:
+        yield from (["x"], [])
+    if "list" in text or "Literal" in text:
+        yield "x"
+    if hint in (int, int | None):
+        yield from (0.5, 2**40, -(2**40))
+    if "int" not in text and "float" not in text:
+        yield from (1, 0, 2.5)
+    if "None" not in text:
+        yield None
+
+
+@pytest.mark.parametrize(("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS])
+def test_no_key_takes_a_value_of_the_wrong_type(kind, name):
+    hint, default = hint_of(kind, name), kind.__dataclass_fields__[name].default
+    for value in wrong_values(hint):
+        if value == default == "" or (name, type(value)) in NUMBERS:
+            continue
+        with pytest.raises(SafeGeneError, match=f"`(gate\\.)?{name}`|No .* is named|nothing to evaluate") as caught:
+            MAKERS[kind](**{name: value})
+        assert str(caught.value).endswith((".", "`")) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS])
+def test_every_default_is_possible(kind, name):
+    default = kind.__dataclass_fields__[name].default
+    if isinstance(default, str | int | float | None):
+        MAKERS[kind](**({} if default == "" else {name: default}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vector": ""}, "No safety vector"),
+        ({"min_coefficient": -0.1}, "never negative"),
+        ({"max_coefficient": -1.0}, "never negative"),
+        ({"min_coefficient": 1.0, "max_coefficient": 0.5}, "must be smaller"),
+        ({"min_coefficient": 0.5, "max_coefficient": 0.5}, "must be smaller"),
+        ({"max_coefficient": float("nan")}, "finite number"),
+        ({"initial_coefficient": 9.0}, "must lie between"),
+        ({"granularity": "head"}, "use one of layer, module"),
+        ({"output_format": "gguf"}, "use one of merged, adapter, both"),
+        ({"on_failure": "ignore"}, "use one of raise, warn"),
+        ({"num_safety_shots": 0}, "at least 1"),
+        ({"num_safety_shots": 1}, "at least 2"),
+        ({"num_task_shots": 2.5}, "whole number"),
+        ({"batch_size": True}, "whole number"),
+        ({"holdout_share": 1.0}, "strictly between"),
+        ({"utility_weight": -1.0}, "at least 0"),
+        ({"utility_temperature": 0.5}, "at least 1"),
+        ({"max_coefficient": 1e308}, "at most 100"),
+        ({"public_key": ""}, "`public_key` is empty"),
+        ({"dry_run": "false"}, "without quotes"),
+        ({"require_signature": "no"}, "without quotes"),
+        ({"batch_size": "8"}, "whole number, without quotes"),
+        ({"safety_data": ["a.jsonl"]}, "one string, not a list"),
+        ({"vector_revision": 7}, "a string: put it in quotes"),
+        ({"max_shard_size": "5 Gigs"}, "a size like `5GB`"),
+        ({"max_shard_size": "5"}, "a size like `5GB`"),
+        ({"max_shard_size": "0GB"}, "a size like `5GB`"),
+        ({"max_shard_size": "-5GB"}, "a size like `5GB`"),
+        ({"max_shard_size": 0}, "`max_shard_size` is 0"),
+        ({"hub_model_id": "a/b/c"}, "`hub_model_id`.*like `owner/name`"),
+        ({"hub_model_id": "two words"}, "like `owner/name`"),
+        ({"output_dir": "."}, "a folder of its own"),
+        ({"output_dir": "out/.."}, "a folder of its own"),
+        ({"output_dir": "/"}, "a folder of its own"),
+        ({"output_dir": "a\0b"}, "without NUL"),
+        ({"seed": -1}, "at least 0"),
+        ({"gate": {}}, "`gate` is empty"),
+        ({"gate": {"min_refusal_rate": "0.8"}}, "`gate.min_refusal_rate`.*without quotes"),
+        ({"gate": {"write_rejected": "no"}}, "`gate.write_rejected`.*without quotes"),
+        ({"gate": {"harmful_data": ""}}, "`gate.harmful_data` is empty"),
+    ],
+)
+def test_impossible_values(values, message):
+    with pytest.raises(SafeGeneError, match=message):
+        SafeGeneConfig(**{"vector": "v", **values})
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(SafeGeneError, match=r"`max_coeficient`.*did you mean `max_coefficient`"):
+        SafeGeneConfig.from_dict({"vector": "v", "max_coeficient": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("values", "start"), [({}, 0.3), ({"min_coefficient": 0.5}, 0.5), ({"max_coefficient": 0.1}, 0.1)]
+)
+def test_search_starts_inside_the_bounds(values, start):
+    assert SafeGeneConfig(vector="v", **values).start == start
+
+
+@pytest.mark.parametrize(("size", "kept"), [("5GB", "5GB"), ("1.5 gb", "1.5 gb"), (5_000_000_000, "5000000.0KB")])
+def test_sizes_that_are_understood(size, kept):
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    assert safegene(max_shard_size=size).max_shard_size == kept
+    assert parse_size_to_int(kept) == (1_500_000_000 if size == "1.5 gb" else 5_000_000_000)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {name: None}
+        for name in (
+            "vector",
+            "vector_revision",
+            "public_key",
+            "require_signature",
+            "safety_data",
+            "gate",
+            "history",
+            "seed",
+        )
+    ]
+    + [
+        {"gate": {"min_refusal_rate": 0.8, name: None}}
+        for name in ("max_over_refusal", "harmful_data", "write_rejected")
+    ],
+)
+def test_a_key_that_was_written_without_a_value_is_refused(values):
+    with pytest.raises(SafeGeneError, match=r"has no value"):
+        SafeGeneConfig.from_dict({"vector": "v", **values})
+
+
+def test_where_nothing_depends_on_it_a_key_may_be_without_a_value():
+    values = dict.fromkeys(("initial_coefficient", "warm_start", "output_dir", "hub_model_id"))
+    assert SafeGeneConfig.from_dict({"vector": "v", **values}) == SafeGeneConfig(vector="v")
+
+
+def test_a_report_brings_its_config_back():
+    config = SafeGeneConfig(
+        vector="v", num_safety_shots=8, output_format="both", gate=GateConfig(min_refusal_rate=0.5)
+    )
+    assert SafeGeneConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "magic"}, "use one of delta, distill, linearized"),
+        ({"layer_share": 0.0}, "above 0"),
+        ({"layer_share": 1.5}, "at most 1"),
+        ({"rank": 0}, "at least 1"),
+        ({"isolate_from": "one-model"}, "a list of strings"),
+        ({"dtype": "fp32"}, "use one of auto, float32"),
+        ({"weights_dtype": "auto"}, "use one of float32"),
+        ({"output_dir": "."}, "a folder of its own"),
+        ({"degraded_model": ""}, "`degraded_model` is not set"),
+    ],
+)
+def test_impossible_extractions(values, message):
+    with pytest.raises(SafeGeneError, match=message):
+        extraction(**values)

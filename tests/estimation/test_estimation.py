@@ -1,0 +1,291 @@
+"""Estimates against what the steps take: operations in place of seconds, which `benchmarks/estimation.py` measures, and bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safegene_trl.commands.main import main
+from safegene_trl.config.settings import SafeGeneConfig
+from safegene_trl.data.shots import gather_shots
+from safegene_trl.estimation.estimation import Launch, Probe, _Allocations, estimate_safeguard
+from safegene_trl.models.attachment import VectorAttachment
+from safegene_trl.recalibration.search import recalibrate
+from safegene_trl.step.live import prepare, safeguard
+
+from ..conftest import ALONE, ARCHITECTURES, BENIGN, HARMFUL, make_model, make_vector, with_lora
+
+
+LAYERS = 12
+ONE = Launch()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=1999,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    long = [{"prompt": "sort " + "item into box " * 20, "response": "into a box " * 8} for _ in range(24)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    return SafeGeneConfig(
+        vector=str(tmp_path / "vector"),
+        task_data=str(tmp_path / "task.jsonl"),
+        output_dir=str(tmp_path / "out"),
+        num_safety_shots=12,
+        num_task_shots=24,
+        num_benign_shots=8,
+        max_evaluations=3,
+        max_utility_loss=1e9,
+        max_new_tokens=8,
+        allow_other_base=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    monkeypatch.setattr("safegene_trl.estimation.estimation.REPETITIONS", 1)
+
+
+@pytest.fixture
+def operation_clock(monkeypatch):
+    """Counts floating-point operations in place of seconds: a step takes the same number every time."""
+    monkeypatch.setattr(Probe, "_seconds", lambda probe, run: operations(run))
+
+
+def vector_for(model, tokenizer, settings, layers):
+    vector = make_vector(model, tokenizer, layers=layers, std=0.01)
+    vector.selection["selected_layers"] = list(layers)
+    vector.save_pretrained(settings.vector)
+    return vector
+
+
+def estimated(model, tokenizer, settings, vector, launch=ONE):
+    shots = gather_shots(settings, vector, tokenizer, None, None)
+    return estimate_safeguard(Probe(model, "float32"), settings, vector, tokenizer, shots, launch)
+
+
+@pytest.mark.parametrize("layers", [range(LAYERS), range(6, LAYERS)], ids=["all layers", "upper half"])
+def test_work_is_what_the_step_does(layers, model, tokenizer, settings, operation_clock, monkeypatch):
+    vector = vector_for(model, tokenizer, settings, layers)
+    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: "")
+    monkeypatch.setattr("safegene_trl.recalibration.trust_region.TOLERANCE", -1.0)  # never early
+    plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
+    costs = estimated(model, tokenizer, settings, vector)
+    assert set(costs) == {"recalibrate", "measure", "save"}
+    attachment = VectorAttachment(model, vector.deltas, vector.space(settings.granularity), ALONE)
+    search = operations(lambda: recalibrate(attachment, plan.shots.data, settings, 0))
+    assert costs["recalibrate"].seconds == pytest.approx(search, rel=0.1)
+    whole = operations(lambda: safeguard(plan, model, "base", show_progress=False))
+    assert sum(cost.seconds for cost in costs.values()) == pytest.approx(whole, rel=0.1)
+    written = sum(path.stat().st_size for path in plan.target.glob("*.safetensors"))
+    assert costs["save"].disk == pytest.approx(written, rel=0.01)
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("layers", [range(LAYERS), range(6, LAYERS)], ids=["all layers", "upper half"])
+def test_bytes_of_the_search(layers, model, tokenizer, settings):
+    """What tensors hold at most while the coefficients are searched, beyond what was there before."""
+    vector = vector_for(model, tokenizer, settings, layers)
+    plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
+    probe = Probe(model, "float32", timed=False)
+    cost = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)["recalibrate"]
+    assert cost.seconds == 0
+    factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
+    with _Allocations() as allocations:
+        attachment = VectorAttachment(model, vector.deltas, vector.space(settings.granularity), ALONE)
+        recalibrate(attachment, plan.shots.data, settings, 0)
+    assert cost.memory - probe.process - probe.weights - factors == pytest.approx(allocations.peak, rel=0.25)
+
+
+def test_tensors_are_counted_while_they_live():
+    with _Allocations() as allocations:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            torch.ones(2000)
+        kept.view(10, 100)
+        weight = torch.randn(50, 50, requires_grad=True)
+        (weight @ weight).relu().sum().backward()
+    assert 4000 + 8000 <= allocations.peak < 4000 + 5 * 10000 + 8000
+    del kept
+
+
+def test_ranks_share_the_work_and_zero3_the_weights(model, tokenizer, settings, operation_clock):
+    vector = vector_for(model, tokenizer, settings, range(LAYERS))
+    alone = estimated(model, tokenizer, settings, vector)["recalibrate"]
+    four = estimated(model, tokenizer, settings, vector, Launch(4))["recalibrate"]
+    assert 0.25 <= four.seconds / alone.seconds < 0.7  # a whole number of batches each
+    assert Launch(4, sharded=True).held(10**12, 2) == 10**12 // 4 + 2 * 10**9
+    assert Launch(4).held(10**12, 2) == 10**12
+    assert [Launch(4).share(items) for items in (1, 4, 6)] == [1.0, 0.25, 1 / 3]
+
+
+def run(*words):
+    """A command in a process of its own, in which the C library gives back at once what tensors no longer need."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "safegene_trl", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_commands(model, tokenizer, settings, tmp_path):
+    """`estimate apply …` against `apply …`, by the peak of resident memory in its report, and the bytes it wrote."""
+    vector_for(model, tokenizer, settings, range(LAYERS))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--model_name_or_path", tmp_path / "model"]
+    for key in ("vector", "task_data", "output_dir", "num_safety_shots", "num_task_shots", "max_evaluations"):
+        options += [f"--safegene.{key}", getattr(settings, key)]
+    options += ["--safegene.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
+    printed = run("estimate", "apply", *options, "--json", tmp_path / "costs.json")
+    assert "recalibrate" in printed and "together" in printed and "measure" not in printed
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    merged = run("estimate", "apply", *options, "--coefficients", "0.2", "--json", tmp_path / "merge.json")
+    assert "save" in merged and "recalibrate" not in merged
+    assert not (tmp_path / "out").exists()
+    run("apply", *options, "--coefficients", "0.2")
+    phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
+    merge = json.loads((tmp_path / "merge.json").read_text())["save"]
+    assert merge["memory"] / 2**20 == pytest.approx(phases["save"]["peak_memory_mib"], rel=0.25)
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"]["disk"] == pytest.approx(size, rel=0.01)
+    run("apply", *options, "--safegene.max_utility_loss", "1000000", "--safegene.num_benign_shots", "0")
+    phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
+    assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(phases["recalibrate"]["peak_memory_mib"], rel=0.25)
+
+
+@pytest.mark.parametrize("method", ["delta", "distill", "linearized"])
+def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
+    """Each step of an extraction is told, from adapters and from checkpoints, and the vector's size."""
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("aligned")
+    tokenizer.save_pretrained("aligned")
+    degraded = with_lora(LlamaForCausalLM.from_pretrained("aligned"))
+    degraded.peft_config["default"].base_model_name_or_path = "aligned"
+    degraded.save_pretrained("degraded")
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    words = [
+        "estimate",
+        "extract",
+        "--aligned_model",
+        "aligned",
+        "--degraded_model",
+        "degraded",
+        "--json",
+        "costs.json",
+    ]
+    words += ["--harmful_data", "harmful.jsonl", "--benign_data", "benign.jsonl", "--output_dir", "vector"]
+    words += ["--method", method, "--distill_steps", "2", "--max_new_tokens", "4"]
+    assert main([*words, "--selection", "gradient"]) == 0
+    costs = json.loads(Path("costs.json").read_text())
+    assert set(costs) == {"difference", "answers", "selection", "save"} | (
+        {"distillation"} if method != "delta" else set()
+    )
+    # half of the layers, rank 4, float16; key and value projections are half as wide
+    per_layer = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)
+    assert costs["save"]["disk"] == LAYERS // 2 * per_layer * 4 * 2
+    assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
+    assert "GiB" in capsys.readouterr().out and not Path("vector").exists()
+
+
+def test_training_recipe(tokenizer, tmp_path, monkeypatch):
+    """A recipe's safety step, with the shots from its own training data; two sharing processes take less each."""
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    make_vector(make_model(), tokenizer).save_pretrained("vector")
+    rows = [{"prompt": f"sort item {i}", "completion": " into a box"} for i in range(12)]
+    Path("task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model_name_or_path": "model",
+        "datasets": [{"path": "json", "data_files": "task.jsonl", "split": "train"}],
+        "output_dir": "out",
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "safegene": {"vector": "vector", "num_task_shots": 8, "max_new_tokens": 2},
+    }
+    Path("sft.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["estimate", "sft", "--config", "sft.yaml", "--json", "costs.json"]
+    assert main([*words, "--accelerate_config", "zero3", "--num_processes", "2"]) == 0
+    costs = json.loads(Path("costs.json").read_text())
+    assert set(costs) == {"recalibrate", "measure", "save"} and all(cost["seconds"] > 0 for cost in costs.values())
+    assert not Path("out").exists()
+    Path("sft.yaml").write_text(yaml.safe_dump({key: value for key, value in recipe.items() if key != "safegene"}))
+    assert main(words) == 2
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_has_a_small_likeness(kind):
+    model = make_model(kind)
+    probe = Probe(with_lora(model), "float32")
+    few, more = probe.deltas(["model.layers.2.mlp.down_proj", "model.layers.2.self_attn.q_proj"], rank=2)
+    assert len(few) == 2 and len(more) == 6 and probe.layers == 3
+    name = "model.layers.0.mlp.down_proj"
+    assert few[name].a.shape[1] == model.get_submodule(name).weight.shape[1]
+
+
+def test_bad_use(capsys):
+    assert main(["estimate"]) == 2 and main(["estimate", "inspect"]) == 2
+    assert "followed by sft, apply, extract" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "message"),
+    [
+        (["--num_processes", "0"], None, "`--num_processes` is 0: it must be at least 1"),
+        (["--json", "."], None, "cannot be"),
+        ([], "num_processes: two", "must be a whole number"),
+        ([], "num_processes: 2\nnum_processes: 3", "has the key `num_processes` twice"),
+        ([], "deepspeed_config: 3", "`deepspeed_config` in the launch configuration"),
+        ([], "- 1", "must hold keys and values"),
+        ([], "{", "is not valid YAML"),
+        ([], b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_run(words, config, message, tmp_path, capsys):
+    if config is not None:
+        (tmp_path / "launch.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
+    launch = ["--accelerate_config", str(tmp_path / "launch.yaml")] if config is not None else []
+    assert main(["estimate", *words, "apply", "--model_name_or_path", "nowhere", *launch]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path, model_dir, vector_dir, task_file, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {model_dir}\ndatasets: [{{path: json, data_files: {task_file}, split: train}}]\n"
+        f"dataset_train_split: other\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\nbf16: false\nsafegene: {{vector: {vector_dir}}}\n"
+    )
+    assert main(["estimate", "sft", "--config", str(recipe)]) == 2
+    assert "has no split `other`" in capsys.readouterr().err

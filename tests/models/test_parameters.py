@@ -1,0 +1,294 @@
+"""Checkpoint names of live weights, and fine-tunes that are refused by name."""
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
+from safegene_trl.checkpoints.tensor_file import stored_tensors
+from safegene_trl.errors import UnsupportedModelError
+from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.models.parameters import (
+    canonical_modules,
+    canonical_parameters,
+    check_adapter_output,
+    check_supported,
+    check_untied,
+    is_transposed,
+    layer_index,
+    linear_shape,
+    task_factors,
+    tied_weights,
+)
+
+from ..conftest import ALONE, attached, make_deltas, make_model, with_lora
+
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_lora_does_not_change_the_names(tied):
+    plain = [(p.name, p.tensor.shape) for p in canonical_parameters(make_model(tied=tied))]
+    adapted = [(p.name, p.tensor.shape) for p in canonical_parameters(with_lora(make_model(tied=tied)))]
+    assert sorted(plain) == sorted(adapted)
+    assert ("lm_head.weight" in dict(plain)) == (not tied)
+    modules = canonical_modules(with_lora(make_model()))
+    assert linear_shape(modules["model.layers.0.mlp.up_proj"]) == (48, 32)
+    assert linear_shape(modules["model.norm"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("model.layers.12.mlp.up_proj", 12), ("transformer.h.3.attn.c_attn", 3), ("lm_head", None), ("a.block2.b", None)],
+)
+def test_layer_index(name, index):
+    assert layer_index(name) == index
+
+
+def test_only_active_unmerged_adapters_count():
+    model = with_lora(make_model())
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    name = "model.layers.0.mlp.up_proj"
+    assert len(task_factors(canonical_modules(model)[name])) == 1
+    model.base_model.set_adapter(["default", "other"])
+    assert len(task_factors(canonical_modules(model)[name])) == 2
+    model.merge_adapter()
+    assert task_factors(canonical_modules(model)[name]) == []
+
+
+def test_rank_stabilised_scaling_is_in_the_factors():
+    model = with_lora(make_model(), use_rslora=True)
+    module = canonical_modules(model)["model.layers.0.mlp.up_proj"]
+    (factors,) = task_factors(module)
+    a, b = factors.pair()
+    torch.testing.assert_close(b @ a, module.get_delta_weight("default"))
+
+
+def test_transposed_layers_merge_right(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 320,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config(**shape)), config).eval()
+    module = canonical_modules(model)["transformer.h.0.attn.c_attn"]
+    assert is_transposed(module) and linear_shape(module) == (96, 32)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_modules_to_save_are_merged_when_untied(tokenizer, tmp_path):
+    model = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.add_(0.1)
+    check_supported(model)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_is_folded(tokenizer, tmp_path):
+    model = with_lora(make_model(), use_dora=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.2)
+    deltas = make_deltas(make_model())
+    coefficients = dict.fromkeys(deltas, 0.5)
+    check_supported(model)
+    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad(), attached(model, deltas, 0.5):
+        torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UnsupportedModelError, match="DoRA"):
+        check_adapter_output(model)
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["PiSSA", "biases"])
+def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(make_model("qwen2"), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.01))
+    check_supported(model)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    if "init_lora_weights" in options:
+        with pytest.raises(UnsupportedModelError, match="pissa"):
+            check_adapter_output(model)
+
+
+@pytest.mark.parametrize("kind", [(MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)])
+def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = kind[0](
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    model = kind[1](config).eval()
+    name = "model.layers.1.self_attn.o_proj"
+    deltas = {name: LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))}
+    check_supported(model)
+    merged_dir = tmp_path / "merged"
+    merged_dir.mkdir()
+    model.save_pretrained(tmp_path / "own")
+    save_merged(model, deltas, {name: 0.5}, tokenizer, merged_dir, "20KB", ALONE)
+    own, merged = stored_tensors(tmp_path / "own"), stored_tensors(merged_dir)
+    assert own.keys() == merged.keys() and any("experts.3" in tensor for tensor in own)
+    loaded, info = kind[1].from_pretrained(merged_dir, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad(), attached(model, deltas, 0.5):
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def gpt2():
+    """A model that ties its head to embeddings of another name."""
+    shape = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=1)).eval()
+
+
+def test_tied_weights():
+    pair = {"lm_head.weight", "model.embed_tokens.weight"}
+    assert tied_weights(make_model()) == dict.fromkeys(pair, pair)
+    assert tied_weights(with_lora(make_model(), modules_to_save=["lm_head"])) == dict.fromkeys(pair, pair)
+    assert tied_weights(make_model(tied=False)) == {}
+    assert set(tied_weights(gpt2())) == {"lm_head.weight", "transformer.wte.weight"}
+    shared = make_model(tied=False)  # by nothing but the tensors themselves
+    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    assert set(tied_weights(shared)) == {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
+    with pytest.raises(UnsupportedModelError, match=r"changes `model.layers.1.mlp.up_proj`, whose weight"):
+        check_untied(shared, ["model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj"])
+    check_untied(shared, ["model.layers.2.mlp.up_proj"])
+
+
+def test_tied_modules_that_are_saved_whole_together_are_merged(tokenizer, tmp_path):
+    model = with_lora(make_model(), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
+    check_supported(model)
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def refused():
+    quantised = make_model()
+    quantised.is_quantized = True
+    yield "quantised", quantised, "16-bit base"
+    yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "model ties to `model.embed_tokens`"
+    yield "tied embeddings", with_lora(make_model(), modules_to_save=["embed_tokens"]), "ties to `lm_head`"
+    both = ["embed_tokens", "lm_head"]
+    yield (
+        "both of a tied pair, apart",
+        with_lora(make_model(), modules_to_save=both),
+        "train with `ensure_weight_tying",
+    )
+    yield "LoRA on a tied head", with_lora(make_model(), target_modules=["lm_head"]), "LoRA on `lm_head`.*shares"
+    tied = with_lora(make_model(), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    yield "LoRA on tied embeddings", tied, "LoRA on `(lm_head|model.embed_tokens)`.*shares"
+    yield "other names", with_lora(gpt2(), target_modules=["lm_head"]), "LoRA on `lm_head`.*`transformer.wte.weight`"
+    saved_head = with_lora(gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
+    yield "a head that is saved, under other names", saved_head, "ties to `transformer.wte`"
+    tokens = with_lora(make_model(tied=False), trainable_token_indices=[1, 2])
+    yield "single tokens", tokens, "trainable_token_indices"
+    several = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
+    several.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    yield "a head of two adapters", several, "saved whole by several adapters"
+    two = with_lora(make_model(), use_dora=True)
+    two.add_adapter("second", two.peft_config["default"])
+    two.base_model.set_adapter(["default", "second"])
+    yield "two DoRA adapters", two, "the one active adapter"
+    yield "LoRA bias", with_lora(make_model(), lora_bias=True, bias="none"), "lora_bias"
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    yield "IA3", get_peft_model(make_model(), ia3), "uses PEFT's IA3.*only LoRA can be merged"
+    ada = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    yield "AdaLoRA", get_peft_model(make_model(), ada), "uses PEFT's ADALORA"
+    for kind in (PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig):
+        soft = kind(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        yield kind.__name__, get_peft_model(make_model(), soft), f"uses PEFT's {soft.peft_type.value}"
+    norms = with_lora(make_model())
+    norms.get_base_model().model.norm.requires_grad_(True)
+    yield "a norm that was unfrozen by hand", norms, "trains `model.norm.weight` beside its LoRA.*`modules_to_save`"
+    beside = with_lora(make_model())
+    beside.value_head = torch.nn.Linear(2, 2)
+    yield "a head outside the model", beside, "`value_head.weight`, which is no part"
+    merged = with_lora(make_model())
+    merged.merge_adapter()
+    yield "a merged adapter", merged, r"on `model.layers.0.self_attn.q_proj` is merged.*`unmerge_adapter\(\)`"
+    yield "no transformers model", torch.nn.Linear(2, 2), "not a transformers model"
+
+
+@pytest.mark.parametrize(("model", "message"), [case[1:] for case in refused()], ids=[case[0] for case in refused()])
+def test_refused_by_name(model, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_supported(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("llama", {"modules_to_save": ["post_attention_layernorm"]}, "model.layers.0.post_attention_layernorm"),
+        ("qwen2", {"bias": "all"}, "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen2", {"bias": "lora_only", "target_modules": ["v_proj"]}, "model.layers.0.self_attn.v_proj.bias"),
+        ("llama", {"bias": "all"}, None),  # which has no biases
+        ("qwen2", {"bias": "lora_only", "target_modules": ["up_proj"]}, None),
+    ],
+)
+def test_an_adapter_cannot_hold_what_is_trained_whole(kind, options, named):
+    model = with_lora(make_model(kind), **options)
+    check_supported(model)
+    if named is None:
+        check_adapter_output(model)
+    else:
+        with pytest.raises(UnsupportedModelError, match=f"trains `{named}` itself.*`output_format: merged`"):
+            check_adapter_output(model)
+
+
+def test_supported_models_pass(tokenizer, tmp_path):
+    for model in (make_model(), with_lora(make_model()), with_lora(make_model("qwen2"), use_rslora=True)):
+        check_supported(model)
+    save_adapter(with_lora(make_model()), {}, {}, "base", tokenizer, tmp_path, ALONE)

@@ -1,0 +1,115 @@
+"""What the gate accepts and what it rejects."""
+
+import pytest
+
+from safegene_trl.config.settings import SafeGeneConfig
+from safegene_trl.errors import ConfigError
+from safegene_trl.judges.intervals import Rate
+from safegene_trl.step.gate import GateConfig, check_measurable, decide, independent_prompts
+
+
+REASON = "Held-out safety improved."
+
+
+def measured(refused: int, over_refused: int = 0, incoherent: int = 0, loss: float = 0.0, count: int = 100) -> dict:
+    after = {
+        "refusal_rate": Rate(refused, count).to_dict(),
+        "over_refusal": Rate(over_refused, count).to_dict(),
+        "incoherent": Rate(incoherent, 2 * count).to_dict(),
+    }
+    utility = {"share": loss, "low": loss - 0.01, "high": loss + 0.01, "count": count}
+    return {"before": after, "after": after, "utility_loss": utility}
+
+
+@pytest.mark.parametrize(
+    ("limits", "found", "outcome"),
+    [
+        ({"min_refusal_rate": 0.8}, measured(95), "accepted"),
+        ({"min_refusal_rate": 0.8}, measured(83), "accepted_best_effort"),  # Wilson's interval begins at 0.745
+        ({"min_refusal_rate": 0.8}, measured(79), "rejected"),
+        ({"max_over_refusal": 0.2}, measured(0, over_refused=5), "accepted"),
+        ({"max_over_refusal": 0.2}, measured(0, over_refused=18), "accepted_best_effort"),
+        ({"max_over_refusal": 0.2}, measured(100, over_refused=21), "rejected"),
+        ({"max_incoherent": 0.05}, measured(0, incoherent=0), "accepted"),
+        ({"max_incoherent": 0.05}, measured(0, incoherent=20), "rejected"),
+        ({"max_utility_loss": 0.02}, measured(0, loss=0.005), "accepted"),
+        ({"max_utility_loss": 0.02}, measured(0, loss=0.015), "accepted_best_effort"),
+        ({"max_utility_loss": 0.02}, measured(0, loss=0.03), "rejected"),
+        ({"min_refusal_rate": 0.8, "max_over_refusal": 0.1}, measured(99, over_refused=50), "rejected"),
+    ],
+)
+def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
+    assert decision.outcome == outcome
+    assert [check.limit for check in decision.checks] == list(limits)
+    if outcome != "accepted":
+        assert "%" in decision.reason and decision.reason.startswith(REASON)
+    else:
+        assert decision.reason == f"{REASON} All limits of the gate are kept."
+
+
+def test_without_limits_the_recalibration_decides():
+    assert decide(None, True, 1.0, REASON, None, None).outcome == "accepted"
+    assert decide(GateConfig(), True, 0.6, REASON, measured(0), True).outcome == "accepted_best_effort"
+    assert decide(None, False, 0.0, "None helps.", None, None).outcome == "rejected"
+
+
+def test_a_fine_tune_that_lost_nothing_passes():
+    decision = decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(98), True)
+    assert decision.outcome == "accepted" and "needs no repair" in decision.reason
+    assert (
+        decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(50), True).outcome == "rejected"
+    )
+
+
+@pytest.mark.parametrize(("refused", "found"), [(95, True), (83, True), (50, True), (98, False)])
+def test_a_verdict_that_rests_on_the_vectors_own_prompts_says_so(refused, found):
+    gate = GateConfig(min_refusal_rate=0.8)
+    own, other = (decide(gate, found, 1.0, REASON, measured(refused), sure) for sure in (False, True))
+    assert own.outcome == other.outcome and own.checks == other.checks  # nobody's exit code changes
+    assert own.reason.startswith(other.reason) and "came with the vector itself" in own.reason
+    assert "came with the vector" not in other.reason
+    assert own.to_dict()["independent_prompts"] is False and other.to_dict()["independent_prompts"] is True
+
+
+@pytest.mark.parametrize(
+    ("limits", "sources", "independent"),
+    [
+        ({}, ("vector", "vector"), False),
+        ({}, ("own.jsonl", "vector"), True),
+        ({"min_refusal_rate": 0.8}, ("vector", "own.jsonl"), False),
+        ({"min_refusal_rate": 0.8}, ("own.jsonl", "vector"), True),
+        ({"max_over_refusal": 0.8}, ("own.jsonl", "vector"), False),
+        ({"min_refusal_rate": 0.8, "max_over_refusal": 0.8}, ("own.jsonl", "vector"), False),
+        ({"max_incoherent": 0.1}, ("vector", "own.jsonl"), False),
+        ({"max_incoherent": 0.1}, ("own.jsonl", "own.jsonl"), True),
+        ({"max_utility_loss": 0.1}, ("vector", "vector"), None),
+    ],
+)
+def test_whose_prompts_decide(limits, sources, independent):
+    unseen = {
+        kind: {"source": source, "count": 5} for kind, source in zip(("harmful", "benign"), sources, strict=True)
+    }
+    assert independent_prompts(GateConfig(**limits), unseen) is independent
+    nothing = {kind: entry | {"count": 0} for kind, entry in unseen.items()}
+    assert independent_prompts(GateConfig(**limits), nothing) is None
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "much", float("nan")])
+def test_a_limit_is_a_share(value):
+    with pytest.raises(ConfigError, match="share between 0 and 1"):
+        GateConfig(min_refusal_rate=value)
+
+
+def test_settings_that_cannot_be_kept_are_named():
+    with pytest.raises(ConfigError, match="min_refusal_rate"):
+        SafeGeneConfig.from_dict({"vector": "v", "gate": {"min_refusal": 0.9}})
+    with pytest.raises(ConfigError, match="block"):
+        SafeGeneConfig.from_dict({"vector": "v", "gate": 0.9})
+    with pytest.raises(ConfigError, match="num_test_prompts"):
+        SafeGeneConfig(vector="v", num_test_prompts=0, gate=GateConfig(max_incoherent=0.1))
+    with pytest.raises(ConfigError, match="no benign data"):
+        check_measurable(GateConfig(max_over_refusal=0.1), {"harmful": 5, "benign": 0, "task": 5})
+    assert SafeGeneConfig.from_dict({"vector": "v", "gate": {"min_refusal_rate": 0.9}}).gate.limits == {
+        "min_refusal_rate": 0.9
+    }

@@ -1,0 +1,64 @@
+"""Cosines between vectors against the dense matrices, the command and its plots."""
+
+import json
+
+import pytest
+import torch
+
+from safegene_trl import SafetyVector
+from safegene_trl.commands.main import main
+from safegene_trl.vectors.similarity import cosine
+
+from ..conftest import make_model, make_vector
+
+
+@pytest.fixture
+def vectors(tokenizer, tmp_path):
+    places = {"one": {"seed": 1}, "two": {"seed": 2}, "deep": {"seed": 1, "layers": (2,)}}
+    for name, options in places.items():
+        vector = make_vector(make_model(), tokenizer, **options)
+        vector.selection["selected_layers"] = vector.layers
+        vector.selection["stability"] = {"mean_jaccard": 0.8, "inclusion": [0.0, 0.9, 1.0], "resamples": 10}
+        vector.save_pretrained(tmp_path / name)
+    return [tmp_path / name for name in places]
+
+
+def test_cosine_of_factors_is_that_of_the_matrices(vectors):
+    one, two = (SafetyVector.from_pretrained(folder) for folder in vectors[:2])
+
+    def flat(vector, layer):
+        names = [name for name in one.deltas if layer is None or f"layers.{layer}." in name]
+        return torch.cat([vector.deltas[name].dense().flatten() for name in names])
+
+    for layer in (None, 1, 2):
+        expected = torch.nn.functional.cosine_similarity(flat(one, layer), flat(two, layer), dim=0)
+        assert cosine(one.deltas, two.deltas, layer) == pytest.approx(float(expected), abs=1e-6)
+        assert cosine(one.deltas, one.deltas, layer) == pytest.approx(1)
+    assert cosine(one.deltas, two.deltas, 0) is None
+
+
+def test_command(vectors, tmp_path, capsys):
+    files = ["--plot", str(tmp_path / "heat.png"), "--json", str(tmp_path / "table.json")]
+    assert main(["similarity", *map(str, vectors), *files]) == 0
+    printed = capsys.readouterr().out
+    table = json.loads((tmp_path / "table.json").read_text())["cosines"]
+    assert list(table) == ["overall", "layers.1", "layers.2"] and "one · two" in printed
+    assert f"{table['overall'][0][1]:.3f}" in printed and "–" in printed
+    assert table["layers.1"][0][2] is None and table["layers.2"][0][0] == pytest.approx(1)
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_family(vectors, tokenizer, tmp_path, capsys):
+    make_vector(make_model("qwen2"), tokenizer).save_pretrained(tmp_path / "qwen")
+    assert main(["similarity", str(vectors[0]), str(tmp_path / "qwen")]) == 2
+    assert "different families" in capsys.readouterr().err
+
+
+def test_selection_is_plotted(vectors, tmp_path, capsys, vector_dir):
+    assert main(["inspect", str(vectors[0]), "--plot", str(tmp_path / "selection.png")]) == 0
+    assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
+    assert "mean Jaccard index 0.80" in capsys.readouterr().out
+    assert main(["inspect", str(vector_dir), "--plot", str(tmp_path / "none.png")]) == 2
+    assert "keeps no stability" in capsys.readouterr().err
+    assert main(["inspect", str(vectors[0]), "--plot", str(tmp_path / "no" / "such.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
