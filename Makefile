@@ -61,6 +61,7 @@ lint: environment
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-cache
 
 format: environment
 	$(BIN)/python -m ruff format .

@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.commands.history import describe
+from safegene_trl.config.gate import GateConfig
 from safegene_trl.errors import SafeGeneError
-from safegene_trl.step.gate import GateConfig
 from safegene_trl.step.history import drift_warnings, last_accepted, read_history
 
 

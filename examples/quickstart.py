@@ -21,9 +21,10 @@ from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
+from safegene_trl.data.rows import conversation
+from safegene_trl.data.sources import draw, load_rows
 from safegene_trl.judges.refusal_phrases import refusal_rate
 from safegene_trl.models.generation import generate_answers
-from safegene_trl.models.inputs import conversation, draw, load_rows
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,9 +3,9 @@
 from importlib.metadata import version
 
 from .callback import SafeGeneCallback
+from .config.gate import GateConfig
 from .config.settings import SafeGeneConfig
 from .errors import SafeGeneError
-from .step.gate import GateConfig
 from .vectors.safety_vector import SafetyVector
 
 

@@ -25,8 +25,9 @@ from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
 from safegene_trl.callback import DryRunComplete
+from safegene_trl.data.rows import conversation
 from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, UnsupportedModelError
-from safegene_trl.models.inputs import conversation, tokenize
+from safegene_trl.models.inputs import tokenize
 from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
 

@@ -5,7 +5,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from safegene_trl.models.inputs import CalibrationSet, Sample, batches
+from safegene_trl.data.calibration import CalibrationSet
+from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import canonical_modules, task_factors
 from safegene_trl.recalibration.search import cross_entropy

@@ -17,11 +17,13 @@ from benchmarks.baselines.moments import input_moments
 from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.data.prompts import Prompt, kept_apart, load_prompts, prompts_used, spread
+from safegene_trl.data.rows import conversation
 from safegene_trl.data.shots import Shots, gather_shots
+from safegene_trl.data.sources import draw
 from safegene_trl.judges import Exchange, judged
 from safegene_trl.judges.refusal_phrases import RefusalPhrases
 from safegene_trl.models.generation import generate_answers
-from safegene_trl.models.inputs import Sample, batches, conversation, draw, padding_id, tokenize
+from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration.search import response_logits
 

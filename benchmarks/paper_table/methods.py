@@ -23,7 +23,8 @@ from benchmarks.baselines.safemerge import safemerge
 from benchmarks.baselines.salora import insert
 from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.data.prompts import kept_apart, load_prompts
-from safegene_trl.models.inputs import Sample, batches, conversation, padding_id, tokenize
+from safegene_trl.data.rows import conversation
+from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
 from safegene_trl.provenance import sha256_of_json
 from safegene_trl.recalibration.search import cross_entropy
 

@@ -1,13 +1,11 @@
 """`safegene apply`: the safety step on a finished checkpoint or adapter."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
 from ..config.settings import SafeGeneConfig
-from ..config.validation import DTYPES, Rule, check_values
 from ..distributed.layouts import join_processes, leave_processes, this_job
 from ..errors import ConfigError, RejectedError
 from ..reporting.report import summary
@@ -16,51 +14,10 @@ from ..step.lineage import check_not_safeguarded
 from ..step.live import prepare, safeguard
 from ..step.plan import FINE_TUNE, Origin, dry_run_message
 from ..step.stored import safeguard_stored
+from .apply_arguments import ARGUMENTS, ApplyArguments
 from .fleet import run_fleet
 from .launching import launch, wants_launch
-from .parsing import SafeGeneArguments, make_parser, parse
-
-
-@dataclass
-class ApplyArguments:
-    """What to safeguard.
-
-    Args:
-        model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
-        model_revision: Its branch, tag or commit on the hub.
-        dtype: Data type to load and save it in.
-        coefficients: Coefficients to take as they are, instead of recalibrating: a number for every layer, the report of an
-            earlier safety step with the same vector, or `interference` (EnchTable's rule). The weights are then merged
-            from file to file.
-        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They are pickle files, which can
-            run code: only for files of your own.
-        base_model: The aligned model; only for `interference` on a full fine-tune.
-        fleet: A YAML file of many fine-tunes, done in parallel (see `commands/fleet.py`); no other option goes with it.
-    """
-
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Finished checkpoint or adapter: directory or hub id."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
-    coefficients: str | None = field(
-        default=None, metadata={"help": "Do not recalibrate: a number, an earlier report, or `interference`."}
-    )
-    allow_pickled_shards: bool = field(
-        default=False, metadata={"help": "Read DeepSpeed's shards, pickle files that can run code: only your own."}
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
-    )
-    fleet: str | None = field(default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."})
-
-    RULES: ClassVar[Mapping[str, Rule]] = {"dtype": Rule(choices=DTYPES), "coefficients": Rule(or_number=True)}
-
-    def __post_init__(self):
-        check_values(self)
-
-
-ARGUMENTS = (ApplyArguments, SafeGeneArguments)
+from .parsing import make_parser, parse
 
 
 def main(argv: Sequence[str]) -> int:

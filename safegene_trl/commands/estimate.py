@@ -20,7 +20,8 @@ from ..models.parameters import canonical_modules, layer_index, linear_shape, ta
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
 from ..text import strict_json
-from . import apply, sft
+from . import sft
+from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
 from .launching import OPTION, take_config, wants_launch
 from .parsing import parse
 from .yaml_files import read_yaml
@@ -103,7 +104,7 @@ def estimate_apply(
     timed: bool = True,
 ) -> dict[str, Cost]:
     """Costs of `safegene apply` with these options; untimed a quarter of the work, for the bytes alone."""
-    arguments, block = parse(apply.ARGUMENTS, argv, "safegene estimate apply", "")
+    arguments, block = parse(APPLY_ARGUMENTS, argv, "safegene estimate apply", "")
     config, name, revision = block.config, arguments.model_name_or_path, arguments.model_revision
     if not name or config is None:
         raise ConfigError("No model or no safety vector is named: set `model_name_or_path` and `safegene`.")

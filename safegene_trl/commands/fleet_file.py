@@ -12,6 +12,7 @@ from ..config.validation import LARGEST_COUNT, Rule, check_values, check_written
 from ..errors import ConfigError, SafeGeneError
 from ..step.stored import check_measures_nothing
 from ..text import printable
+from .apply_arguments import ApplyArguments
 from .yaml_files import read_yaml
 
 
@@ -96,8 +97,6 @@ class Fleet:
         return own | {"safegene": {"output_dir": target, **self.safegene, **(member.get("safegene") or {})}}
 
     def _checked_recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
-        from .apply import ApplyArguments  # which imports the fleet
-
         own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
         known = [each.name for each in fields(ApplyArguments) if each.name != "fleet"]
         reject_unknown_keys(own, [*known, "name", "safegene"], where="its block")

@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 
 from trl import TrlParser
 
+from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
 from ..config.validation import check_value, check_written, hint_of, reject_unknown_keys, rule_of, takes_text
 from ..errors import ConfigError
-from ..step.gate import GateConfig
 from .yaml_files import parse_yaml, read_yaml
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError
-from ..step.gate import GateConfig
+from .gate import GateConfig
 from .validation import (
     LARGEST_COUNT,
     Rule,

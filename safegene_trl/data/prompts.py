@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
-from ..models.inputs import draw, load_rows
 from ..provenance import sha256_of_json
 from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector

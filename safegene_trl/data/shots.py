@@ -8,11 +8,13 @@ from datasets import IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
+from ..data.calibration import CalibrationSet, Split, check_context, split_samples
+from ..data.sources import load_rows
 from ..errors import CalibrationDataError
-from ..models.inputs import CalibrationSet, Sample, Split, check_context, load_rows, shortened, split_samples
+from ..models.inputs import Sample, shortened
 from ..provenance import sha256_of_json
-from ..step.gate import GateConfig
 from ..vectors.safety_vector import SafetyVector
 from .prompts import Kind, Prompt, kept_apart, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation, drawn, prompt_of

@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
 from ..checkpoints.stored_merge import StoredModel
+from ..data.rows import conversation
+from ..data.sources import draw, load_rows
 from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError
-from ..models.inputs import Sample, conversation, draw, load_rows, padding_id, shortened, tokenize
+from ..models.inputs import Sample, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..models.parameters import layer_index
 from ..provenance import model_reference, sha256_of_json, software_versions

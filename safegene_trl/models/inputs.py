@@ -1,22 +1,11 @@
-"""The few samples that recalibration reads: tokenised, bounded in length, split into fitting and held-out."""
+"""What a model reads: a prompt as text, samples as tokens, samples of like length in batches."""
 
 import math
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
-
-from ..data.rows import Row as Row  # read from here by many
-from ..data.rows import conversation as conversation
-from ..errors import CalibrationDataError
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,23 +14,6 @@ class Sample:
 
     input_ids: list[int]
     is_response: list[bool]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Samples to fit the coefficients on and samples to judge them on."""
-
-    fit: list[Sample]
-    held_out: list[Sample]
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """What recalibration reads. `benign` may be None; the other two never are."""
-
-    harmful: Split
-    task: Split
-    benign: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -61,41 +33,6 @@ class Batch:
     position_ids: torch.Tensor
     target_mask: torch.Tensor
     kept: int
-
-
-def load_rows(source: str, split: str) -> Dataset:
-    """Reads a local file or directory, or a hub data set; raises `CalibrationDataError` in plain words.
-
-    Args:
-        source: Path or hub id. `ID:CONFIG@SPLIT` names one configuration and one split, each of which may be left out.
-        split: Split to read where `source` names none.
-    """
-    path = Path(source)
-    name, config, split = (source, None, split) if path.exists() else _parts(source, split)
-    try:
-        if path.is_file():
-            kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix, path.suffix.lstrip("."))
-            data = load_dataset(kind, data_files=str(path), split="train")
-        elif path.is_dir() and (path / "state.json").exists():
-            data = load_from_disk(source)
-        else:
-            data = load_dataset(name, config, split=split)
-    except Exception as error:  # datasets raises dozens of kinds; each means the same to the user
-        raise CalibrationDataError(
-            f"The data set {source} (split {split}) cannot be read or is empty: check the path or hub id, the configuration (`ID:CONFIG@SPLIT` "
-            f"names one), the split and the file format "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    if len(data) == 0:
-        raise CalibrationDataError(f"The data set {source} (split {split}) is empty: give at least 2 samples.")
-    return data
-
-
-def _parts(source: str, split: str) -> tuple[str, str | None, str]:
-    """Name, configuration (None where it is not named) and split (`split` where it is not) of `NAME:CONFIG@SPLIT`."""
-    named, _, own_split = source.partition("@")
-    name, _, config = named.partition(":")
-    return name, config or None, own_split or split
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
@@ -127,31 +64,6 @@ def shortened(sample: Sample, max_length: int | None, max_response_tokens: int) 
     end = responses[:max_response_tokens][-1] + 1 if responses else 0
     cut = Sample(sample.input_ids[:end], [False, *sample.is_response[1:end]])
     return cut if any(cut.is_response) else None
-
-
-def check_context(samples: Iterable[Sample], context: int | None, what: str) -> None:
-    """Raises `CalibrationDataError` if a sample is longer than the model's context, in tokens."""
-    longest = max((len(sample.input_ids) for sample in samples), default=0)
-    if context is not None and longest > context:
-        raise CalibrationDataError(
-            f"A sample of the {what} has {longest} tokens and the model's context is {context}: shorten or remove it."
-        )
-
-
-def draw(data: Sequence[T] | IterableDataset, count: int, seed: int) -> list[T]:
-    """Up to `count` items in seeded random order; from a stream, its first ones. The global RNG is not used."""
-    if isinstance(data, IterableDataset):
-        return list(data.take(count))
-    indices = random.Random(seed).sample(range(len(data)), min(count, len(data)))
-    return [data[index] for index in indices]
-
-
-def split_samples(samples: list[Sample], holdout_share: float, what: str, skipped: object = "") -> Split:
-    """Splits samples in the order given; at least one on each side. `skipped` tells in the error what was left out."""
-    if len(samples) < 2:
-        raise CalibrationDataError(f"The {what} has {len(samples)} usable samples{skipped}: give at least 2.")
-    held_out = min(max(round(len(samples) * holdout_share), 1), len(samples) - 1)
-    return Split(samples[:-held_out], samples[-held_out:])
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

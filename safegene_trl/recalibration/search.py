@@ -29,12 +29,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..config.settings import SafeGeneConfig
+from ..data.calibration import CalibrationSet
 from ..distributed.layouts import Sharding
 from ..distributed.memory import free_bytes
 from ..errors import RecalibrationError
 from ..models.attachment import VectorAttachment, frozen_for_calibration, recomputing
 from ..models.batch_size import ON_CPU, fitting, halving
-from ..models.inputs import Batch, CalibrationSet, batches
+from ..models.inputs import Batch, batches
 from ..models.parameters import base_model
 from ..models.verification import Evidence
 from .trust_region import minimize_in_box

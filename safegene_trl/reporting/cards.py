@@ -1,7 +1,7 @@
-"""Model cards, through `huggingface_hub`. All that comes from files and settings is inert in them: names, categories, reasons."""
+"""The model card of a checkpoint. All that comes from files and settings is inert in it: names, reasons."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -9,67 +9,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.metrics import SHARES
 from ..text import code, markdown, one_line
-
-
-if TYPE_CHECKING:
-    from ..vectors.safety_vector import SafetyVector
-
-
-def vector_card(vector: "SafetyVector") -> ModelCard:
-    """Card of a safety vector: what it is, what it was made from, how it must not be used."""
-    data = ModelCardData(
-        base_model=_repository(vector.aligned_model["name"]),
-        base_model_relation="adapter",
-        library_name="peft",
-        tags=["safegene-trl", "safety-vector", "lora"],
-    )
-    harmful = sum(row["kind"] == "harmful" for row in vector.prompts)
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# Safety vector for {markdown(vector.aligned_model["name"])}
-
-Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of {code(vector.family.architecture)},
-pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with learned
-coefficients, one per module:
-
-```python
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
-
-callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTTrainer or Trainer
-```
-
-- Made by: {code(vector.extraction["method"])}; layers selected by {code(vector.selection["method"])}.
-- Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
-  prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
-{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
-
-## Limits
-
-It restores refusals that a fine-tune of *this* family has weakened, as far as the prompts it was made from cover them. It
-does not make a model safe against determined attacks. Subtracting it would remove refusals: coefficients are never
-negative in `safegene-trl`, and it must not be used that way elsewhere.
-"""
-    )
-
-
-def _categories(vector: "SafetyVector") -> str:
-    """A line about the harm categories that it was made from, where they are known."""
-    records = [record["selection"] for record in vector.extraction.get("vectors", [])] or [vector.selection]
-    found: dict[str, list[int]] = {}
-    for counts in (record.get("categories", {}) for record in records):
-        for name, count in counts.items():
-            asked, refused = found.setdefault(name, [0, 0])
-            found[name] = [asked + int(count["asked"]), refused + int(count["refused"])]
-    if not found:
-        return ""
-    listed = ", ".join(f"{markdown(name)} ({refused} of {asked})" for name, (asked, refused) in sorted(found.items()))
-    return (
-        f"- Harm categories of its prompts, with how many the aligned model refused: {listed}. It is weak in those that the aligned model "
-        "refuses less, and in those that are not among them.\n"
-    )
 
 
 def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
@@ -95,7 +34,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
     ]
     adapter = report["config"]["output_format"] == "adapter"
     data = ModelCardData(
-        base_model=_repository(base["name"]),
+        base_model=hub_id(base["name"]),
         base_model_relation="adapter" if adapter else "merge",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -141,7 +80,7 @@ twice.
     )
 
 
-def _repository(name: str | None) -> str | None:
+def hub_id(name: str | None) -> str | None:
     """A name that the hub takes for a model, else None: a card with another one cannot be uploaded."""
     try:
         validate_repo_id(name or "")

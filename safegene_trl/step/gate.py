@@ -9,16 +9,15 @@ they are all that a limit was held against, the verdict says so.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
+from ..config.gate import LEAST, LIMITS, GateConfig
 from ..config.metrics import METRICS
-from ..config.validation import Rule, check_values
 from ..errors import ConfigError
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
 EXIT_CODES: Mapping[str, int] = {"accepted": 0, "accepted_best_effort": 3, "rejected": 4}
-LEAST, LARGEST = "least", "largest"
 FROM_VECTOR = "vector"  # source of prompts, in the record of the shots, that came with the vector
 _DEPENDENT = (
     "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
@@ -27,47 +26,6 @@ _DEPENDENT = (
 _PROMPTS = {
     metric.limit: metric.kinds for metric in METRICS if metric.kinds != ("task",)
 }  # which prompts a limit is measured on
-_LIMITS = {  # limit: what is measured, which side of the limit is right
-    metric.limit: (metric.key, LEAST if metric.better == "more" else LARGEST) for metric in METRICS
-}
-
-
-@dataclass
-class GateConfig:
-    """Limits on what the safeguarded model does; None leaves one out. All are shares (0–1).
-
-    Args:
-        min_refusal_rate: Least share of harmful prompts that it refuses.
-        max_over_refusal: Largest share of benign prompts that it refuses.
-        max_incoherent: Largest share of incoherent answers among all.
-        max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as it was (0.01 is one point).
-        harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the calibration's that nothing was
-            fitted on.
-        harmful_data_split: Split of `harmful_data` to read.
-        benign_data: The same of benign prompts.
-        benign_data_split: Split of `benign_data` to read.
-        write_rejected: Write the checkpoint even if it is rejected. Its report says so.
-    """
-
-    min_refusal_rate: float | None = None
-    max_over_refusal: float | None = None
-    max_incoherent: float | None = None
-    max_utility_loss: float | None = None
-    harmful_data: str | None = None
-    harmful_data_split: str = "train"
-    benign_data: str | None = None
-    benign_data_split: str = "train"
-    write_rejected: bool = False
-
-    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(_LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
-
-    def __post_init__(self):
-        check_values(self, prefix="gate.")
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are set."""
-        return {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -84,13 +42,13 @@ class Check:
     @classmethod
     def of(cls, limit: str, value: float, measured: Mapping[str, float]) -> "Check":
         share, low, high = measured["share"], measured["low"], measured["high"]
-        at_least = _LIMITS[limit][1] == LEAST
+        at_least = LIMITS[limit][1] == LEAST
         right = share >= value if at_least else share <= value
         surely = low >= value if at_least else high <= value
         return cls(limit, value, share, low, high, "kept" if surely else "unsure" if right else "broken")
 
     def __str__(self) -> str:
-        what, side = _LIMITS[self.limit]
+        what, side = LIMITS[self.limit]
         measured = f"{what.replace('_', ' ')} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
         return f"{measured}, {side} allowed {self.value:.1%}"
 
@@ -175,7 +133,7 @@ def decide(
         outcome: Outcome = "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
-    checks = tuple(Check.of(limit, value, after[_LIMITS[limit][0]]) for limit, value in limits.items())
+    checks = tuple(Check.of(limit, value, after[LIMITS[limit][0]]) for limit, value in limits.items())
     broken, unsure = ([check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure"))
     outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"
     if broken:

@@ -24,13 +24,14 @@ from ..checkpoints.live_merge import checkpoint_bytes, merged_tensor, save_adapt
 from ..checkpoints.reloaded import can_reload, reloaded
 from ..checkpoints.stored_merge import RowReader
 from ..config.settings import SafeGeneConfig
+from ..data.rows import Row
 from ..data.shots import Shots, gather_shots
 from ..distributed.layouts import Sharding
 from ..errors import ConfigError, OutputError, UnsupportedModelError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
-from ..models.inputs import Batch, Row, batches, padding_id, prompt_text
+from ..models.inputs import Batch, batches, padding_id, prompt_text
 from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..models.parameters import (
     Parameter,

@@ -19,6 +19,7 @@ from ..models.low_rank import LowRankDelta
 from ..models.parameters import layer_index, linear_shape
 from ..provenance import sha256_of_bytes, sha256_of_file
 from . import files as vector_files
+from .card import vector_card
 from .family import Family
 from .files import (
     ADAPTER_CONFIG_FILE,
@@ -206,6 +207,4 @@ class SafetyVector(
         return vector
 
     def generate_model_card(self, *args: Any, **kwargs: Any):
-        from ..reporting.cards import vector_card
-
         return vector_card(self)

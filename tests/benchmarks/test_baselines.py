@@ -17,7 +17,8 @@ from benchmarks.baselines.safe_delta import compensated, damped, safe_delta
 from benchmarks.baselines.safelora import safelora
 from benchmarks.baselines.safemerge import safemerge
 from benchmarks.baselines.salora import SaLoRALinear, insert, safety_basis, task_start
-from safegene_trl.models.inputs import CalibrationSet, Sample, Split
+from safegene_trl.data.calibration import CalibrationSet, Split
+from safegene_trl.models.inputs import Sample
 from safegene_trl.models.low_rank import LowRankDelta
 
 from ..conftest import make_deltas, make_model, with_lora

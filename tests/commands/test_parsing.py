@@ -3,7 +3,7 @@
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from safegene_trl.commands.apply import ApplyArguments
+from safegene_trl.commands.apply_arguments import ApplyArguments
 from safegene_trl.commands.main import main
 from safegene_trl.commands.parsing import SafeGeneArguments, parse
 from safegene_trl.commands.yaml_files import parse_yaml, read_yaml

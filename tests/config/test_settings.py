@@ -5,11 +5,11 @@ from dataclasses import fields
 import pytest
 
 from safegene_trl import SafeGeneConfig, SafeGeneError
-from safegene_trl.commands.apply import ApplyArguments
+from safegene_trl.commands.apply_arguments import ApplyArguments
+from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.validation import hint_of
 from safegene_trl.evaluation.evaluate import EvaluationConfig
 from safegene_trl.extraction.config import ExtractionConfig
-from safegene_trl.step.gate import GateConfig
 
 
 EXTRACTION = dict.fromkeys(("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"), "x")

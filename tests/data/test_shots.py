@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.errors import CalibrationDataError
-from safegene_trl.step.gate import GateConfig
 
 from ..conftest import HARMFUL, make_model, make_vector, task_dataset
 

@@ -13,10 +13,11 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import BatchEncoding
 from trl import SFTConfig, SFTTrainer
 
+from safegene_trl.data.sources import draw
 from safegene_trl.data.training_samples import TrainingSamples
 from safegene_trl.data.turns import TurnMarks
 from safegene_trl.errors import CalibrationDataError
-from safegene_trl.models.inputs import Sample, draw
+from safegene_trl.models.inputs import Sample
 
 from ..conftest import make_model, make_tokenizer
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from safegene_trl.commands.main import COMMANDS
+from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.settings import SafeGeneConfig
-from safegene_trl.step.gate import GateConfig
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -9,8 +9,9 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from safegene_trl.data.rows import conversation
 from safegene_trl.errors import ConfigError
-from safegene_trl.models.inputs import conversation, tokenize
+from safegene_trl.models.inputs import tokenize
 
 from ..conftest import make_model, task_dataset
 

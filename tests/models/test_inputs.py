@@ -6,18 +6,11 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 
+from safegene_trl.data.calibration import check_context, split_samples
+from safegene_trl.data.rows import conversation
+from safegene_trl.data.sources import draw, load_rows
 from safegene_trl.errors import CalibrationDataError
-from safegene_trl.models.inputs import (
-    Sample,
-    batches,
-    check_context,
-    conversation,
-    draw,
-    load_rows,
-    shortened,
-    split_samples,
-    tokenize,
-)
+from safegene_trl.models.inputs import Sample, batches, shortened, tokenize
 
 
 USER = [{"role": "user", "content": "hello"}]

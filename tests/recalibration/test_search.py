@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from safegene_trl.config.settings import SafeGeneConfig
+from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.errors import RecalibrationError
 from safegene_trl.models.attachment import frozen_for_calibration, recomputing
-from safegene_trl.models.inputs import CalibrationSet, Sample, Split, batches
+from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import base_model
 from safegene_trl.recalibration import search as recalibration

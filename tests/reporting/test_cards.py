@@ -1,6 +1,7 @@
 """What the cards say."""
 
-from safegene_trl.reporting.cards import checkpoint_card, vector_card
+from safegene_trl.reporting.cards import checkpoint_card
+from safegene_trl.vectors.card import vector_card
 
 from ..conftest import make_model, make_vector
 from .test_html import report_of

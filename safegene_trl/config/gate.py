@@ -1,0 +1,52 @@
+"""What users set of the gate: limits that a safeguarded model must keep."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .metrics import METRICS
+from .validation import Rule, check_values
+
+
+LEAST, LARGEST = "least", "largest"
+LIMITS = {  # limit: what is measured, which side of the limit is right
+    metric.limit: (metric.key, LEAST if metric.better == "more" else LARGEST) for metric in METRICS
+}
+
+
+@dataclass
+class GateConfig:
+    """Limits on what the safeguarded model does; None leaves one out. All are shares (0–1).
+
+    Args:
+        min_refusal_rate: Least share of harmful prompts that it refuses.
+        max_over_refusal: Largest share of benign prompts that it refuses.
+        max_incoherent: Largest share of incoherent answers among all.
+        max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as it was (0.01 is one point).
+        harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the calibration's that nothing was
+            fitted on.
+        harmful_data_split: Split of `harmful_data` to read.
+        benign_data: The same of benign prompts.
+        benign_data_split: Split of `benign_data` to read.
+        write_rejected: Write the checkpoint even if it is rejected. Its report says so.
+    """
+
+    min_refusal_rate: float | None = None
+    max_over_refusal: float | None = None
+    max_incoherent: float | None = None
+    max_utility_loss: float | None = None
+    harmful_data: str | None = None
+    harmful_data_split: str = "train"
+    benign_data: str | None = None
+    benign_data_split: str = "train"
+    write_rejected: bool = False
+
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
+
+    def __post_init__(self):
+        check_values(self, prefix="gate.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set."""
+        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}

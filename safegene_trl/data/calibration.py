@@ -1,0 +1,41 @@
+"""The few samples that recalibration reads: to fit the coefficients on, and held out to judge them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import CalibrationDataError
+from ..models.inputs import Sample
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples to fit the coefficients on and samples to judge them on."""
+
+    fit: list[Sample]
+    held_out: list[Sample]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What recalibration reads. `benign` may be None; the other two never are."""
+
+    harmful: Split
+    task: Split
+    benign: Split | None = None
+
+
+def check_context(samples: Iterable[Sample], context: int | None, what: str) -> None:
+    """Raises `CalibrationDataError` if a sample is longer than the model's context, in tokens."""
+    longest = max((len(sample.input_ids) for sample in samples), default=0)
+    if context is not None and longest > context:
+        raise CalibrationDataError(
+            f"A sample of the {what} has {longest} tokens and the model's context is {context}: shorten or remove it."
+        )
+
+
+def split_samples(samples: list[Sample], holdout_share: float, what: str, skipped: object = "") -> Split:
+    """Splits samples in the order given; at least one on each side. `skipped` tells in the error what was left out."""
+    if len(samples) < 2:
+        raise CalibrationDataError(f"The {what} has {len(samples)} usable samples{skipped}: give at least 2.")
+    held_out = min(max(round(len(samples) * holdout_share), 1), len(samples) - 1)
+    return Split(samples[:-held_out], samples[-held_out:])

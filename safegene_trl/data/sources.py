@@ -1,0 +1,56 @@
+"""Rows from where users have them: a file, a folder, or a data set of the hub."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+
+from ..errors import CalibrationDataError
+
+
+T = TypeVar("T")
+
+
+def load_rows(source: str, split: str) -> Dataset:
+    """Reads a local file or directory, or a hub data set; raises `CalibrationDataError` in plain words.
+
+    Args:
+        source: Path or hub id. `ID:CONFIG@SPLIT` names one configuration and one split, each of which may be left out.
+        split: Split to read where `source` names none.
+    """
+    path = Path(source)
+    name, config, split = (source, None, split) if path.exists() else _parts(source, split)
+    try:
+        if path.is_file():
+            kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix, path.suffix.lstrip("."))
+            data = load_dataset(kind, data_files=str(path), split="train")
+        elif path.is_dir() and (path / "state.json").exists():
+            data = load_from_disk(source)
+        else:
+            data = load_dataset(name, config, split=split)
+    except Exception as error:  # datasets raises dozens of kinds; each means the same to the user
+        raise CalibrationDataError(
+            f"The data set {source} (split {split}) cannot be read or is empty: check the path or hub id, the configuration (`ID:CONFIG@SPLIT` "
+            f"names one), the split and the file format "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if len(data) == 0:
+        raise CalibrationDataError(f"The data set {source} (split {split}) is empty: give at least 2 samples.")
+    return data
+
+
+def _parts(source: str, split: str) -> tuple[str, str | None, str]:
+    """Name, configuration (None where it is not named) and split (`split` where it is not) of `NAME:CONFIG@SPLIT`."""
+    named, _, own_split = source.partition("@")
+    name, _, config = named.partition(":")
+    return name, config or None, own_split or split
+
+
+def draw(data: Sequence[T] | IterableDataset, count: int, seed: int) -> list[T]:
+    """Up to `count` items in seeded random order; from a stream, its first ones. The global RNG is not used."""
+    if isinstance(data, IterableDataset):
+        return list(data.take(count))
+    indices = random.Random(seed).sample(range(len(data)), min(count, len(data)))
+    return [data[index] for index in indices]

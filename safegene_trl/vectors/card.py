@@ -1,0 +1,85 @@
+"""The model card of a safety vector. All that comes from its files is inert in it: names, categories."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..reporting.cards import hub_id
+from ..text import code, markdown
+from .family import Family
+
+
+class Described(Protocol):
+    """What the card tells of a safety vector."""
+
+    aligned_model: dict[str, Any]
+    family: Family
+    extraction: dict[str, Any]
+    selection: dict[str, Any]
+
+    @property
+    def prompts(self) -> Sequence[dict[str, Any]]: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def layer_ranges(self) -> str: ...
+
+
+def vector_card(vector: Described) -> ModelCard:
+    """Card of a safety vector: what it is, what it was made from, how it must not be used."""
+    data = ModelCardData(
+        base_model=hub_id(vector.aligned_model["name"]),
+        base_model_relation="adapter",
+        library_name="peft",
+        tags=["safegene-trl", "safety-vector", "lora"],
+    )
+    harmful = sum(row["kind"] == "harmful" for row in vector.prompts)
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# Safety vector for {markdown(vector.aligned_model["name"])}
+
+Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of {code(vector.family.architecture)},
+pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with learned
+coefficients, one per module:
+
+```python
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
+
+callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTTrainer or Trainer
+```
+
+- Made by: {code(vector.extraction["method"])}; layers selected by {code(vector.selection["method"])}.
+- Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
+  prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
+{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
+
+## Limits
+
+It restores refusals that a fine-tune of *this* family has weakened, as far as the prompts it was made from cover them. It
+does not make a model safe against determined attacks. Subtracting it would remove refusals: coefficients are never
+negative in `safegene-trl`, and it must not be used that way elsewhere.
+"""
+    )
+
+
+def _categories(vector: Described) -> str:
+    """A line about the harm categories that it was made from, where they are known."""
+    records = [record["selection"] for record in vector.extraction.get("vectors", [])] or [vector.selection]
+    found: dict[str, list[int]] = {}
+    for counts in (record.get("categories", {}) for record in records):
+        for name, count in counts.items():
+            asked, refused = found.setdefault(name, [0, 0])
+            found[name] = [asked + int(count["asked"]), refused + int(count["refused"])]
+    if not found:
+        return ""
+    listed = ", ".join(f"{markdown(name)} ({refused} of {asked})" for name, (asked, refused) in sorted(found.items()))
+    return (
+        f"- Harm categories of its prompts, with how many the aligned model refused: {listed}. It is weak in those that the aligned model "
+        "refuses less, and in those that are not among them.\n"
+    )
