@@ -78,7 +78,7 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
     from safegene_trl import SafeGeneCallback, SafeGeneConfig
-    from safegene_trl.distributed.layouts import join_processes, leave_processes
+    from safegene_trl.distributed.processes import join_processes, leave_processes
     from safegene_trl.recalibration import search as recalibration
     from safegene_trl.reporting.report import PhaseClock
 

@@ -19,7 +19,8 @@ from transformers import (
 
 from .checkpoints.loading import ADAPTER_CONFIG
 from .config.settings import SafeGeneConfig
-from .distributed.layouts import check_launch, sharding_of
+from .distributed.layouts import sharding_of
+from .distributed.processes import check_launch
 from .errors import ConfigError, FamilyError, OutputError, SafeGeneError, UnexpectedError
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars, summary

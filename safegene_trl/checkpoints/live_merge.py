@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..distributed.layouts import Sharding, class_name
+from ..distributed.layouts import Sharding
+from ..distributed.shapes import class_name
 from ..errors import OutputError
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import (

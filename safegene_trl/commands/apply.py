@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
 from ..config.settings import SafeGeneConfig
-from ..distributed.layouts import join_processes, leave_processes, this_job
+from ..distributed.processes import join_processes, leave_processes, this_job
 from ..errors import ConfigError, RejectedError
 from ..reporting.report import summary
 from ..step.gate import EXIT_CODES

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..distributed.layouts import join_processes, this_job
+from ..distributed.processes import join_processes, this_job
 from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
 from ..text import printable
 from .launching import launch, wants_launch

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoints.output import VECTOR, atomic_directory, check_output, check_places
-from ..distributed.layouts import join_processes, leave_processes, this_job
+from ..distributed.processes import join_processes, leave_processes, this_job
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import extract
 from ..vectors.safety_vector import SafetyVector

@@ -17,7 +17,7 @@ from trl import (
 from ..callback import DryRunComplete, SafeGeneCallback
 from ..checkpoints.loading import check_readable
 from ..checkpoints.output import writing
-from ..distributed.layouts import join_processes, leave_processes
+from ..distributed.processes import join_processes, leave_processes
 from ..errors import (
     CalibrationDataError,
     ConfigError,

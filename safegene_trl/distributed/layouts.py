@@ -1,41 +1,27 @@
-"""How a model is spread over processes, and the little the safety step needs to know and do about it.
+"""How a live model is spread over processes, and the little the safety step needs to know and do about it.
 
 Nothing else in the package knows how a live model is spread. A model is either *whole* in every process (one process, DDP, ZeRO-1,
 ZeRO-2) or *sharded* (ZeRO-3, FSDP2): then every forward pass and every look at a weight is a collective operation, which
 all ranks must reach in the same order and equally often.
 """
 
-import hashlib
-import itertools
-import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
+from accelerate.utils import DeepSpeedPlugin
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import TrainingArguments
 
-from ..errors import CalibrationDataError, ConfigError, PeerError, SafeGeneError, UnsupportedModelError
+from ..errors import UnsupportedModelError
+from .communicator import Communicator
 from .memory import free_bytes
 
 
-_MESSAGE_BYTES = 2048
 ROOM_SHARE = 0.25  # of a GPU's free memory, that a tensor beside a live one may take
-_TURNS = itertools.count()  # of `Sharding.alone`, the same on every rank
-
-
-def _together(error: Exception) -> Exception:
-    """Marks an error as one that every rank raises, so that all of them can go on after it."""
-    error.on_all_ranks = True  # type: ignore[attr-defined]
-    return error
 
 
 def _restore(tensor: torch.Tensor, own: torch.Tensor) -> None:
@@ -59,11 +45,8 @@ def _has_room(live: torch.Tensor) -> bool:
     return live.device.type != "cuda" or live.nbytes <= ROOM_SHARE * free_bytes(live.device)
 
 
-class Sharding:
+class Sharding(Communicator):
     """The model is whole in every process: one process, DDP, ZeRO-1 or ZeRO-2.
-
-    Args:
-        device: Where this rank computes.
 
     Attributes:
         kind: Name of the way the model is spread, for the report.
@@ -75,26 +58,9 @@ class Sharding:
     collective_forward = False
     first_pass_decides = False
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank is the one that writes."""
-        return self.rank == 0
-
     def describe(self) -> dict[str, Any]:
         """For the report."""
         return {"sharding": self.kind, "processes": self.world_size}
-
-    def least(self, number: int) -> int:
-        """Collective: the smallest of all ranks' whole numbers."""
-        own = torch.zeros(self.world_size, dtype=torch.long)
-        own[self.rank] = number
-        return int(self.sum(own).min())
 
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -125,10 +91,6 @@ class Sharding:
     def release(self) -> None:
         """After forward and backward passes: frees what they left gathered."""
 
-    def share(self, count: int) -> list[int | None]:
-        """Which of `count` items this rank works on; as many on every rank, None where one has to mark time."""
-        return [i if i < count else None for i in range(self.rank, self._padded(count), self.world_size)]
-
     def values(self, count: int, value: Callable[[int], torch.Tensor], idle: int = 0) -> torch.Tensor:
         """Collective: `value(i)`, a scalar from forward passes, for every i below `count`: float64, on the CPU.
 
@@ -143,137 +105,9 @@ class Sharding:
                     found[index] = float(current.detach())
         return self.sum(found)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Collective: the sum over ranks, on the CPU."""
-        if self.world_size == 1:
-            return tensor.cpu()
-        total = tensor.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.cpu()
-
-    def from_main(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Collective: rank 0's values of a tensor that has one shape everywhere, on the CPU."""
-        return self.sum(tensor if self.is_main else torch.zeros_like(tensor))
-
-    def _told(self, flag: bool) -> bool:
-        """Collective: rank 0's yes or no."""
-        return bool(self.from_main(torch.tensor([int(flag)])).item())
-
-    def text_from_main(self, text: str) -> str:
-        """Collective: rank 0's text, of any length."""
-        own = torch.tensor(list(text.encode()) if self.is_main else [], dtype=torch.uint8)
-        (size,) = self.from_main(torch.tensor([len(own)])).tolist()
-        return bytes(self.from_main(own if self.is_main else own.new_zeros(size)).tolist()).decode()
-
-    def united(self, texts: Sequence[str]) -> list[str]:
-        """Collective: texts of which every rank has its share and empty ones in the others' places."""
-        if self.world_size == 1:
-            return list(texts)
-        message = json.dumps(list(texts)).encode()
-        sizes = torch.zeros(self.world_size, dtype=torch.long)
-        sizes[self.rank] = len(message)
-        rows = self._exchange(message, int(self.sum(sizes).max()))
-        return ["".join(parts) for parts in zip(*map(json.loads, rows), strict=True)]
-
-    @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """Collective at its end: all ranks leave the block well, or every rank raises.
-
-        Inside go things that can fail on one rank alone: files, shapes, data. No collective operation may be inside.
-
-        Raises:
-            SafeGeneError: This rank's own error; or `PeerError`, naming the rank and the cause, if another's was a
-                `SafeGeneError`.
-            RuntimeError: Another rank failed with any other error.
-        """
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        if self.world_size > 1:
-            self._raise_for_peers(failure)
-        if failure is not None:
-            raise failure
-
     def forward_passes(self) -> AbstractContextManager:
         """Around forward passes. Where those are collective a failing rank cannot tell the others: it ends the job."""
         return nullcontext() if self.collective_forward else self.agreed()
-
-    @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Collective at its end: rank 0 works in the block, which gets True there, and the others wait as long as it takes.
-
-        For what may take longer than a collective operation may wait: hashing a large checkpoint, an upload. The others
-        look at the process group's store, so that no operation's time-out runs. If it fails every rank raises, as with
-        `agreed`.
-        """
-        failure: Exception | None = None
-        try:
-            yield self.is_main
-        except Exception as error:
-            failure = error
-        if self.world_size > 1:
-            self._wait_for_main()
-            self._raise_for_peers(failure)
-        if failure is not None:
-            raise failure
-
-    def _wait_for_main(self) -> None:
-        store = dist.distributed_c10d._get_default_store()
-        key = f"safegene/{next(_TURNS)}"
-        if self.is_main:
-            store.set(key, "done")
-        else:
-            while not store.check([key]):
-                time.sleep(0.05)
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Adds to every error that leaves the block which rank it was on."""
-        try:
-            yield
-        except Exception as error:
-            if self.world_size > 1:
-                error.add_note(f"SafeGene: this was rank {self.rank} of {self.world_size}.")
-            raise
-
-    def check_same(self, what: str, text: str) -> None:
-        """Collective: raises `CalibrationDataError` on every rank unless all have the same `text`."""
-        if self.world_size == 1:
-            return
-        digests = self._exchange(hashlib.sha256(text.encode()).hexdigest().encode())
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if odd:
-            raise CalibrationDataError(
-                f"Rank {odd[0]} has other {what} than rank 0: give every rank the same files, and a `task_data` file if the "
-                "training set differs from rank to rank."
-            )
-
-    def _padded(self, count: int) -> int:
-        return -(-count // self.world_size) * self.world_size
-
-    def _raise_for_peers(self, failure: Exception | None) -> None:
-        prefix = b"" if failure is None else b"s" if isinstance(failure, SafeGeneError) else b"x"
-        cause = "" if failure is None else str(failure) if prefix == b"s" else f"{type(failure).__name__}: {failure}"
-        messages = self._exchange(prefix + cause.encode())
-        failed = [rank for rank, message in enumerate(messages) if message]
-        if failure is None and failed:
-            message = messages[failed[0]].decode(errors="replace")
-            text = f"Rank {failed[0]} of {self.world_size} failed: {message[1:]}"
-            raise PeerError(text) if message.startswith("s") else _together(RuntimeError(text))
-        if failure is not None:
-            _together(failure)
-
-    def _exchange(self, message: bytes, size: int = _MESSAGE_BYTES) -> list[bytes]:
-        """Collective: every rank's message, cut to `size` bytes."""
-        row = torch.zeros(size, dtype=torch.uint8)
-        cut = message[:size]
-        row[: len(cut)] = torch.tensor(list(cut), dtype=torch.uint8)
-        own = row.to(self.device)
-        rows = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(rows, own)
-        return [bytes(row.tolist()).rstrip(b"\0") for row in rows]
 
 
 class _Zero3(Sharding):
@@ -354,42 +188,6 @@ class _Fsdp2(Sharding):
                 module.reshard()
 
 
-def join_processes() -> None:
-    """On a machine without an accelerator, joins the process group that a launcher has prepared.
-
-    There accelerate would take every rank for a job of its own, and DeepSpeed would compile shared-memory operations for
-    minutes; with an accelerator both do the right thing by themselves.
-    """
-    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
-        return
-    if not is_deepspeed_available():
-        dist.init_process_group("gloo")
-        return
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-
-
-def leave_processes() -> None:
-    """Leaves the process group together with the other ranks; without it some abort on exit.
-
-    To be called while the trainer is still alive. DDP's reducer may be the group's last owner: it is freed with the
-    interpreter's lock held and joins gloo's threads, which need that lock to free the tensors of the last collectives. The
-    pause lets them have it; without it about one process in thirty hung.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        if dist.get_backend() == "gloo":
-            time.sleep(0.2)
-        dist.destroy_process_group()
-
-
-def this_job() -> Sharding:
-    """The processes of this job, with no model in them yet."""
-    return Sharding(PartialState().device)
-
-
 def place(load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding) -> tuple[nn.Module, Sharding]:
     """Loads a finished checkpoint the way this process was launched: whole on its device, or sharded by ZeRO-3.
 
@@ -438,43 +236,3 @@ def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer:
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return _Fsdp2(device, model)
     return Sharding(device)
-
-
-def full_shape(tensor: torch.Tensor) -> torch.Size:
-    """Shape of the whole tensor, whatever part of it this rank holds."""
-    return getattr(tensor, "ds_shape", tensor.shape)
-
-
-def class_name(model: nn.Module) -> str:
-    """Name of the model's own class; `fully_shard` puts another in front of it."""
-    return next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
-
-
-def check_launch(model: nn.Module, args: TrainingArguments) -> None:
-    """Raises, by name, for a way of spreading a model that cannot be safeguarded in place.
-
-    Raises:
-        UnsupportedModelError: Tensor, context or sequence parallelism, or FSDP version 1.
-        ConfigError: Every process takes itself for a job of its own.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.world_size < launched:
-        raise ConfigError(
-            f"The launcher started {launched} processes and the trainer sees {args.world_size}: set `use_cpu: true` where "
-            "there is no accelerator."
-        )
-    if isinstance(model, FullyShardedDataParallel):
-        raise UnsupportedModelError(
-            "The training uses FSDP version 1, which hides the weights: set `fsdp_version: 2`, or run `safegene apply` on "
-            "the finished checkpoint."
-        )
-    parallelism = getattr(args, "parallelism_config", None)
-    sizes = {"tensor": "tp_size", "context": "cp_size", "sequence": "sp_size"}
-    found = next((name for name, key in sizes.items() if (getattr(parallelism, key, None) or 1) > 1), None)
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        found = "tensor"
-    if found:
-        raise UnsupportedModelError(
-            f"The training uses {found} parallelism, which cannot be safeguarded in place: run `safegene apply` on the "
-            "finished checkpoint."
-        )

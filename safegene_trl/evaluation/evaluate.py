@@ -19,7 +19,8 @@ from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, written_place
 from ..data.prompts import Prompt, kept_apart, load_prompts, prompts_used
-from ..distributed.layouts import Sharding, leave_processes
+from ..distributed.layouts import Sharding
+from ..distributed.processes import leave_processes
 from ..errors import ConfigError, OutputError
 from ..judges import load_judge
 from ..models.generation import generate_answers

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed.layouts import full_shape
+from ..distributed.shapes import full_shape
 from ..errors import UnsupportedModelError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..distributed.layouts import class_name, full_shape
+from ..distributed.shapes import class_name, full_shape
 from ..errors import FamilyError, VectorError
 from ..models.parameters import base_model, canonical_parameters
 from ..provenance import chat_template_hash, sha256_of_json, tokenizer_hash

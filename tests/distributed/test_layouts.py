@@ -7,7 +7,9 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from safegene_trl.distributed.layouts import Sharding, check_launch, class_name, full_shape, place, sharding_of
+from safegene_trl.distributed.layouts import Sharding, place, sharding_of
+from safegene_trl.distributed.processes import check_launch
+from safegene_trl.distributed.shapes import class_name, full_shape
 from safegene_trl.errors import ConfigError, UnsupportedModelError
 
 from ..conftest import ALONE, make_model, with_lora
