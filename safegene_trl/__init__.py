@@ -1,13 +1,31 @@
 """Reusable safety vectors for the Hugging Face training stack."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from .callback import SafeGeneCallback
-from .config.gate import GateConfig
-from .config.settings import SafeGeneConfig
-from .errors import SafeGeneError
-from .vectors.safety_vector import SafetyVector
+
+if TYPE_CHECKING:
+    from .callback import SafeGeneCallback
+    from .config.gate import GateConfig
+    from .config.settings import SafeGeneConfig
+    from .errors import SafeGeneError
+    from .vectors.safety_vector import SafetyVector
 
 
 __version__ = version("safegene-trl")
 __all__ = ["GateConfig", "SafeGeneCallback", "SafeGeneConfig", "SafeGeneError", "SafetyVector"]
+_MODULES = {
+    "GateConfig": "config.gate",
+    "SafeGeneCallback": "callback",
+    "SafeGeneConfig": "config.settings",
+    "SafeGeneError": "errors",
+    "SafetyVector": "vectors.safety_vector",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What is public, read when it is first asked for: else `safegene --help` would wait for torch and transformers."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
+    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -30,6 +31,7 @@ from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, Un
 from safegene_trl.models.inputs import tokenize
 from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
+from safegene_trl.step import live
 
 from .conftest import make_model, make_tokenizer, make_vector, task_dataset, with_lora
 
@@ -497,3 +499,64 @@ def test_a_model_that_is_more_than_its_weights_is_refused(kind, config, tokenize
     with pytest.raises(UnsupportedModelError, match="a hook, a module of your own or a setting"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+ROWS = {
+    "plain": {},
+    "packed": {"packing": True, "max_length": 120},
+    "wrapped": {"packing": True, "max_length": 120, "packing_strategy": "wrapped"},
+}
+
+
+@pytest.mark.parametrize("mode", ROWS)
+@pytest.mark.parametrize("lora", [True, False])
+def test_of_messages_the_step_reads_the_assistants_words(mode, lora, config, tokenizer, tmp_path, monkeypatch):
+    """Whose labels are the whole conversation, as TRL makes them."""
+    seen = []
+    gather = live.gather_shots
+
+    def recorded(*args):
+        seen.append(gather(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(live, "gather_shots", recorded)
+    rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in task_dataset()]
+    callback = SafeGeneCallback(config(num_task_shots=8, num_test_prompts=2, max_new_tokens=2))
+    trainer = SFTTrainer(
+        model=make_model(),
+        args=SFTConfig(**QUICK, output_dir=str(tmp_path), save_strategy="no", **ROWS[mode]),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        callbacks=[callback],
+    )
+    trainer.train()
+    (shots,) = seen
+    samples = [*shots.data.task.fit, *shots.data.task.held_out, *shots.unseen.task]
+    for sample in samples:
+        said = [token for token, mark in zip(sample.input_ids, sample.is_response, strict=True) if mark]
+        assert tokenizer.decode(said) in {f"box {i}<|end|>" for i in range(3)}
+        assert tokenizer.decode(sample.input_ids).count("<|user|>") == 1  # one conversation, not what was packed
+    assert len(samples) >= 8 and set(callback.report["data"]["task"]["read_by"]) == {"chat template"}
+
+
+class Processor(ProcessorMixin):
+    """A processor as vision-language models have it, of a tokenizer alone."""
+
+    attributes = ("tokenizer",)
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer=None):
+        super().__init__(tokenizer)
+
+    def save_pretrained(self, folder, **kwargs):
+        super().save_pretrained(folder, **kwargs)
+        (Path(folder) / "processor_config.json").write_text('{"processor_class": "Processor"}')
+
+
+def test_the_trainers_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
+    trainer = sft(tmp_path, [SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
+    trainer.processing_class = trainer.callback_handler.processing_class = Processor(tokenizer)
+    trainer.train()
+    names = {path.name for path in (tmp_path / "safeguarded").iterdir()}
+    assert {"processor_config.json", "tokenizer.json", "model.safetensors"} <= names

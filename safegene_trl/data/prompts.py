@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
 from ..provenance import sha256_of_json
 from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector
 from .rows import Row, Skipped, UnreadableRowError, prompt_of
+from .sources import draw, load_rows
 
 
 logger = logging.getLogger(__name__)

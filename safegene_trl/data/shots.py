@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
-from ..data.calibration import CalibrationSet, Split, check_context, split_samples
-from ..data.sources import load_rows
 from ..errors import CalibrationDataError
 from ..models.inputs import Sample, shortened
 from ..provenance import sha256_of_json
 from ..vectors.safety_vector import SafetyVector
+from .calibration import CalibrationSet, Split, check_context, split_samples
 from .prompts import Kind, Prompt, kept_apart, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation, drawn, prompt_of
+from .sources import load_rows
 from .training_samples import TrainingSamples, templated
 
 

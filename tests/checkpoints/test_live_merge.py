@@ -179,3 +179,13 @@ def test_products_are_float32_whatever_the_trainer_allows(before, monkeypatch):
         assert seen and set(seen) == {"ieee"} and backend.fp32_precision == before
     finally:
         backend.fp32_precision = own
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_config_names_the_class_of_a_model_that_was_built_from_a_config(lora, tokenizer, tmp_path):
+    model = with_lora(make_model()) if lora else make_model()
+    base = model.get_base_model() if lora else model
+    assert base.config.architectures is None
+    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert base.config.architectures is None  # the live model stays as it is

@@ -538,3 +538,26 @@ def test_no_other_folder_for_temporary_files_is_needed(model_dir, vector_dir, tm
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     words = ["--model_name_or_path", str(model_dir), "--coefficients=0.5", f"--safegene.vector={vector_dir}"]
     assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'out'}"]) == 0
+
+
+@pytest.mark.parametrize(("on_failure", "code"), [("raise", 2), ("warn", 0)])
+def test_an_error_that_is_no_one_of_ours_costs_no_fine_tune(
+    on_failure, code, model_dir, vector_dir, task_file, tmp_path, monkeypatch, capsys, caplog
+):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("safegene_trl.step.live.recalibrate", broken)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"datasets: [{{path: json, data_files: {task_file}, split: train}}]\n")
+    words = ["--config", str(recipe), "--model_name_or_path", str(model_dir), "--dtype=float32", *ON_CPU]
+    words += [f"--output_dir={tmp_path / 'out'}", "--max_steps=1", "--save_strategy=no", "--report_to=none"]
+    words += ["--disable_tqdm=true", "--gradient_checkpointing=false", f"--safegene.vector={vector_dir}", *LENIENT]
+    assert main(["sft", *words, f"--safegene.on_failure={on_failure}"]) == code
+    said = capsys.readouterr().err if on_failure == "raise" else caplog.text
+    assert "failed unexpectedly (ZeroDivisionError: division by zero)" in said
+    out = tmp_path / "out"
+    report = json.loads((out / "safeguarded.failed.json").read_text())
+    assert report["status"] == "failed" and report["fine_tune"] == str(out) and not (out / "safeguarded").exists()
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_dir, out))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)

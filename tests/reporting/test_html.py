@@ -181,6 +181,15 @@ def test_names_are_text_and_numbers_that_are_none_are_dashes():
     assert "\\x1b[2J\\u202e\\ud800" in text and text.count(">–<") == 3
 
 
+def test_a_report_with_numbers_that_are_none_is_json_all_the_same(tmp_path):
+    report = report_of(coefficients={"layers.1": float("inf"), "layers.2": 0.5})
+    write_report(report, tmp_path / "deep" / "safegene_report.json")
+    text = (tmp_path / "deep" / "safegene_report.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found["coefficients"] == {"layers.1": None, "layers.2": 0.5}
+    assert found["not_finite"] == ["/coefficients/layers.1"]
+
+
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]

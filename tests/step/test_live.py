@@ -15,7 +15,7 @@ from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
 from safegene_trl.models.parameters import canonical_parameters
 from safegene_trl.models.replacement import replaced, without_adapters
-from safegene_trl.step import live
+from safegene_trl.step import live, measurement
 
 from ..conftest import ALONE, make_model, make_vector, with_lora
 from ..test_callback import sft
@@ -194,3 +194,83 @@ def test_the_live_model_stays_the_plain_fine_tune(config, tokenizer, tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     state = trainer.model.state_dict()
     assert all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+@pytest.mark.parametrize("output_format", ["merged", "adapter"])
+def test_the_gate_measures_the_model_that_is_shipped(output_format, config, tokenizer, tmp_path, monkeypatch):
+    """In bfloat16, where hooks and merged weights give other logits."""
+    answering = []
+
+    @torch.no_grad()
+    def answers(model, tokenizer, prompts, *rest):
+        answering.append(model(input_ids=IDS).logits)
+        return ["Take a pan."] * len(prompts)
+
+    monkeypatch.setattr(measurement, "generate_answers", answers)
+    make_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    callback = SafeGeneCallback(config(output_format=output_format, min_coefficient=0.2))
+    sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA).train()
+    fine_tune, harmful, benign = answering[0], *answering[2:]  # harmful and benign prompts, before and after
+    assert len(answering) == 4 and torch.equal(harmful, benign) and not torch.equal(harmful, fine_tune)
+    if output_format == "merged":
+        shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "safeguarded", dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(shipped.eval()(IDS).logits, harmful)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+        with torch.no_grad():
+            found = PeftModel.from_pretrained(base, tmp_path / "safeguarded").eval()(IDS).logits
+        assert (found - harmful).abs().max() < (found - fine_tune).abs().max()
+
+
+def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(config, tokenizer, tmp_path, monkeypatch):
+    sizes, generate = [], measurement.generate_answers
+
+    def small(model, tokenizer, prompts, new_tokens, batch_size, sharding):
+        sizes.append(batch_size)
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(model, tokenizer, prompts, new_tokens, batch_size, sharding)
+
+    reports = []
+    for name, batch_size in (("plain", 2), ("short", 8)):
+        callback = SafeGeneCallback(config(min_coefficient=0.2, num_test_prompts=4, batch_size=batch_size))
+        sft(tmp_path / name, [callback], tokenizer).train()
+        reports.append(callback.report)
+        monkeypatch.setattr(measurement, "generate_answers", small)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
+    measured = [report["measured"] for report in reports]
+    assert measured[1] == measured[0] and measured[0]["after"]["refusal_rate"]["count"] > 2
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_report_says_whether_the_vectors_own_prompts_decided(own, config, tokenizer, tmp_path):
+    gate = {"max_over_refusal": 1.0}
+    if own:
+        rows = [{"prompt": f"name the {word} river"} for word in ("longest", "oldest", "coldest")]
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        gate["benign_data"] = str(tmp_path / "own.jsonl")
+    callback = SafeGeneCallback(config(gate=gate, min_coefficient=0.2, num_benign_shots=4))
+    sft(tmp_path, [callback], tokenizer).train()
+    decision = callback.report["decision"]
+    assert decision["independent_prompts"] is own
+    assert ("came with the vector itself" in decision["reason"]) != own
+    card = (tmp_path / "safeguarded" / "README.md").read_text()
+    assert ("came with the vector itself" in card) != own
+
+
+@pytest.mark.parametrize("plots", [True, False])
+def test_a_plot_that_cannot_be_written_costs_no_checkpoint(plots, config, tokenizer, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("matplotlib")
+
+    def full(figure, file, **options):
+        raise OSError(28, "No space left on device")
+
+    if not plots:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    callback = SafeGeneCallback(config(min_coefficient=0.2))
+    sft(tmp_path, [callback], tokenizer).train()
+    folder = tmp_path / "safeguarded"
+    assert callback.report["status"] == "safeguarded" and (folder / "model.safetensors").is_file()
+    assert bool(list(folder.glob("*.png"))) == plots and ("could not be drawn" in caplog.text) != plots

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
@@ -143,3 +144,16 @@ def test_a_full_fine_tune_beside_an_earlier_adapter_is_refused_at_the_start(trai
     with_lora(make_model()).save_pretrained(tmp_path / "out")
     trainer, _ = train(make_model(), fails="holds the adapter of an earlier training.*name another folder")
     assert trainer.state.global_step == 0 and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_training_that_diverged_is_told_from_a_bug_and_is_kept(lora, train, tmp_path):
+    def diverge(model):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    model = with_lora(make_model()) if lora else make_model()
+    _, report = train(model, diverge, fails="has diverged")
+    assert report["error"]["kind"] == "RecalibrationError" and report["fine_tune"] == str(tmp_path / "out")
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert any(tensor.isnan().any() for tensor in load_file(tmp_path / "out" / name).values())
