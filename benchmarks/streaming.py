@@ -57,7 +57,7 @@ EXTRACT = """
 import json, sys, time
 from pathlib import Path
 from safegene_trl.extraction.delta import stored_delta
-from safegene_trl.streaming import StoredModel
+from safegene_trl.checkpoints.stored_merge import StoredModel
 from safetensors.torch import save_file
 aligned, degraded, rank, out = sys.argv[1:]
 started = time.perf_counter()

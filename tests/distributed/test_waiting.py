@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from safegene_trl.errors import SafeGeneError
-from safegene_trl.sharding import Sharding
+from safegene_trl.distributed.layouts import Sharding
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=2))
 job = Sharding(torch.device("cpu"))

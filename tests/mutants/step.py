@@ -1,7 +1,7 @@
 """Mutants of the safety step: what it keeps, reports, compares and refuses."""
 
 from .files import FAULTS, LONG_FAULTS
-from .mutant import Edit, Mutant
+from .mutant import Edit, Mutant, simple
 
 
 _TESTS = ("tests/step", "tests/test_callback.py", FAULTS)
@@ -73,11 +73,13 @@ STEP = (
     _step(
         "a callback added in mid-training works", "callback.py", "        if not self._begun:\n", "        if False:\n"
     ),
-    _step(
-        "the callback stands where it was added",
+    simple(
+        "callback: it stands where it was added",
         "callback.py",
         "key=lambda each: (_is_tracker(each), each is self)",
         "key=lambda each: 0",
+        "tests/test_trackers.py",
+        "tests/test_callback.py",
     ),
     _step(
         "coefficients that change nothing are added",

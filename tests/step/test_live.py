@@ -127,7 +127,7 @@ def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_
     def renamed(model, name, tensor):
         return {name.replace("down_proj", "w2"): tensor}
 
-    for module in ("step.written", "merging"):
+    for module in ("step.written", "checkpoints.live_merge"):
         monkeypatch.setattr(f"safegene_trl.{module}.as_stored", renamed)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
     callback.attach(trainer)
