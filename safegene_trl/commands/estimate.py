@@ -12,7 +12,7 @@ from ..checkpoints.stored_merge import StoredModel
 from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, written_path
 from ..data.shots import gather_shots
-from ..errors import CalibrationDataError, ConfigError
+from ..errors import ConfigError
 from ..estimation.estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
@@ -24,6 +24,7 @@ from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
 from .launching import OPTION, take_config, wants_launch
 from .parsing import parse
+from .training_data import split_of, training_data
 from .yaml_files import read_yaml
 
 
@@ -84,18 +85,11 @@ def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     if not name or config is None:
         raise ConfigError("The recipe names no model or has no `safegene` block: there is no safety step to estimate.")
     dtype = resolve_dtype(model.dtype, name, revision)
-    rows = None if config.task_data else _training_rows(script, mixture)
+    rows = None
+    if not config.task_data:
+        rows = split_of(training_data(script, mixture), script.dataset_train_split, "dataset_train_split")
     probe = Probe(load_skeleton(name, revision), dtype, get_peft_config(model), training.gradient_checkpointing)
     return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
-
-
-def _training_rows(script: Any, mixture: Any) -> Any:
-    splits = sft.training_data(script, mixture)
-    if script.dataset_train_split not in splits:
-        raise CalibrationDataError(
-            f"The training data has no split `{script.dataset_train_split}`: set `dataset_train_split` to one of {', '.join(splits)}."
-        )
-    return splits[script.dataset_train_split]
 
 
 def estimate_apply(

@@ -1,15 +1,14 @@
 """`safegene sft --config recipe.yaml`: TRL's SFT script with the safety step at its end."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from datasets import DatasetDict, load_dataset
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
@@ -19,7 +18,6 @@ from ..checkpoints.loading import check_readable
 from ..checkpoints.output import writing
 from ..distributed.processes import join_processes, leave_processes
 from ..errors import (
-    CalibrationDataError,
     ConfigError,
     RejectedError,
     SafeGeneError,
@@ -29,6 +27,7 @@ from ..errors import (
 from ..step.gate import EXIT_CODES
 from .launching import launch, wants_launch
 from .parsing import SafeGeneArguments, make_parser, parse
+from .training_data import check_rows, split_of, training_data
 
 
 ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SafeGeneArguments)
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     check_readable(model.model_name_or_path, model.model_revision)
     config = safegene.config
     callbacks = [SafeGeneCallback(config)] if config else []
-    dataset = training_data(script, mixture)
+    train_rows, eval_rows = _rows(script, training, model, mixture)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -61,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
         trainer = SFTTrainer(
             model=model.model_name_or_path,
             args=training,
-            train_dataset=dataset[script.dataset_train_split],
-            eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
@@ -101,18 +100,16 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_CODES[report["decision"]["outcome"]] if report and report["status"] == "safeguarded" else 0
 
 
-def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
-    """The splits that the recipe's `datasets`, or its `dataset_name`, stand for.
-
-    Raises:
-        ConfigError: The recipe names no data.
-        CalibrationDataError: The data cannot be read.
-    """
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if not script.dataset_name:
-        raise ConfigError("No training data is named: set `dataset_name` or `datasets`.")
-    try:
-        return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    except (OSError, ValueError) as error:
-        raise CalibrationDataError(f"The data set {script.dataset_name} cannot be read: {error}") from error
+def _rows(
+    script: ScriptArguments, training: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig
+) -> tuple[Any, Any]:
+    """What is trained on and, where the recipe evaluates, what is evaluated on; checked before the model is loaded."""
+    splits = training_data(script, mixture)
+    name, revision = str(model.model_name_or_path), model.model_revision
+    train_rows = split_of(splits, script.dataset_train_split, "dataset_train_split")
+    check_rows(train_rows, "training data", training, name, revision)
+    if training.eval_strategy == "no":
+        return train_rows, None
+    eval_rows = split_of(splits, script.dataset_test_split, "dataset_test_split")
+    check_rows(eval_rows, "evaluation data", training, name, revision)
+    return train_rows, eval_rows

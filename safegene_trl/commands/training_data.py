@@ -1,0 +1,114 @@
+"""The training data of `safegene sft`: read, and held against what TRL's trainer will look for in it."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import DatasetDict, load_dataset
+from transformers import AutoProcessor
+from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
+from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
+
+from ..checkpoints.loading import UNREADABLE, adapter_base
+from ..errors import CalibrationDataError, ConfigError, UnsupportedModelError
+from ..text import one_line
+
+
+def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
+    """The splits that the recipe's `datasets`, or its `dataset_name`, stand for.
+
+    Raises:
+        ConfigError: The recipe names no data.
+        CalibrationDataError: The data cannot be read.
+    """
+    if not mixture.datasets and not script.dataset_name:
+        raise ConfigError("No training data is named: set `dataset_name` or `datasets`.")
+    named = script.dataset_name
+    try:
+        if mixture.datasets:
+            named = ", ".join(str(each.path) for each in mixture.datasets)
+            return get_dataset(mixture)
+        return load_dataset(named, name=script.dataset_config, streaming=script.dataset_streaming)
+    except Exception as error:  # datasets raises dozens of kinds; each means the same to the user
+        raise CalibrationDataError(f"The data set {named} cannot be read: {one_line(error)}") from error
+
+
+def split_of(splits: Mapping[str, Any], name: str, setting: str) -> Any:
+    """The rows of a split; `setting` is the option that names it."""
+    if name not in splits:
+        raise CalibrationDataError(
+            f"The training data has no split `{name}`: set `{setting}` to one of {', '.join(splits)}."
+        )
+    return splits[name]
+
+
+def check_rows(rows: Any, what: str, training: SFTConfig, model: str, revision: str | None) -> None:
+    """Tells before the model is loaded whether the trainer finds its columns and can read them, by the first row.
+
+    Args:
+        rows: Data set or stream.
+        what: Names it in messages, e.g. `training data`.
+        training: The trainer's settings.
+        model: Directory or hub id of the model, whose tokenizer must have a chat template for conversations.
+        revision: Its branch, tag or commit on the hub.
+
+    Raises:
+        CalibrationDataError: There is no row, or not the column that is read.
+        UnsupportedModelError: The rows are conversations, and no chat template is to be had.
+    """
+    row = _first(rows, what)
+    prepared = (training.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    if prepared or any(column in row for column in ("input_ids", "image", "images")):
+        return  # no column is looked for, or by a processor of images
+    columns = ", ".join(f"`{column}`" for column in row)
+    try:
+        if is_conversational_from_value(row):
+            row = maybe_convert_to_chatml(copy.deepcopy(row))
+        chat = is_conversational(row)
+    except IndexError as error:
+        raise CalibrationDataError(
+            f"The first row of the {what} holds a conversation without turns: remove such rows."
+        ) from error
+    if chat and ("messages" in row or {"prompt", "completion"} <= set(row)):
+        _check_template(row, what, training, model, revision)
+        return
+    field = training.dataset_text_field
+    read = ["prompt", "completion"] if "prompt" in row else ["messages" if chat else field]
+    for column in (column for column in read if column not in row):
+        said = f"`dataset_text_field` is `{field}`" if column == field else f"the trainer reads `{column}`"
+        raise CalibrationDataError(
+            f"The {what} has no column `{column}`, only {columns}, and {said}: set `dataset_text_field` to the column "
+            "with the text, or name the columns `messages`, or `prompt` and `completion`."
+        )
+    for column in read:
+        if not isinstance(row[column], str):
+            kind = type(row[column]).__name__
+            raise CalibrationDataError(
+                f"`{column}` in the first row of the {what} is no text but {kind}: give text, or conversations as lists "
+                "of turns with `role` and `content`."
+            )
+
+
+def _first(rows: Any, what: str) -> dict[str, Any]:
+    try:
+        row = next(iter(rows), None)
+    except Exception as error:  # a stream opens its files only now
+        raise CalibrationDataError(f"The {what} cannot be read: {one_line(error)}") from error
+    if row is None:
+        raise CalibrationDataError(f"The {what} has no rows: name other data, or another split.")
+    return dict(row)
+
+
+def _check_template(row: Mapping[str, Any], what: str, training: SFTConfig, model: str, revision: str | None) -> None:
+    if training.chat_template_path or (row.get("chat_template_kwargs") or {}).get("chat_template"):
+        return
+    base = adapter_base(model, revision)
+    try:  # as the trainer gets it
+        processor = AutoProcessor.from_pretrained(base or model, revision=None if base else revision)
+    except UNREADABLE:  # the trainer says what is wrong with it
+        return
+    if not processor.chat_template:
+        raise UnsupportedModelError(
+            f"The {what} holds conversations, and the tokenizer of {base or model} has no chat template: set "
+            "`chat_template_path` to a template's file or to a model that has one, or give plain text."
+        )
