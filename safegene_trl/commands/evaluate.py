@@ -41,20 +41,26 @@ def text(result: dict[str, Any]) -> str:
         if others:
             lines[-1] += "   " + ", ".join(f"{count} {label.replace('_', '-')}" for label, count in others.items())
     for measure in ("attack_success", "over_refusal"):
-        if judge[measure]:
-            lines.append(f"{measure.replace('_', ' ')}, mean over the sets: {_share(judge[measure])}")
+        mean = judge[measure]
+        if mean and mean["sets"] > 1:  # of one set it stands above
+            lines.append(f"{measure.replace('_', ' ')}, mean over {mean['sets']} sets: {_share(mean)}")
     for pair in result["agreement"]:
         kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
         lines.append(f"Cohen's κ of {printable(' and '.join(pair['judges']))}: {kappa} on {pair['answers']} answers")
     for task, metrics in result.get("utility", {}).get("results", {}).items():
         shown = ", ".join(f"{key.split(',')[0]} {value:.4g}" for key, value in metrics.items())
         lines.append(f"utility {printable(task)}: {printable(shown)}")
+    if result["settings"]["chat_template"] is None:
+        lines.append("The tokenizer has no chat template: prompts went to the model as plain text.")
     if result["left_out_as_repeated"]:
         lines.append(f"{len(result['left_out_as_repeated'])} prompts left out, because they repeat excluded ones.")
     return "\n".join(lines)
 
 
-def _share(found: dict[str, float] | None) -> str:
+def _share(found: dict[str, float | None] | None) -> str:
+    """A share with its interval and the number of answers that it is of."""
     if found is None:
-        return "–"
-    return f"{100 * found['share']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+        return "– of 0"
+    share, low, high, count = (found[key] for key in ("share", "low", "high", "count"))
+    interval = "(no interval: every set is all alike)" if low is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * share:.1f} {interval} of {count}"

@@ -4,12 +4,17 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CalibrationDataError
-from ..provenance import sha256_of_json
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.output import MARKER
+from ..errors import CalibrationDataError, FamilyError
+from ..provenance import sha256_of_json, tokenizer_hash
+from ..text import read_json
 from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector
 from .rows import Row, Skipped, UnreadableRowError, prompt_of
@@ -20,6 +25,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["harmful", "benign"]
 NEAR = 0.5  # Jaccard index of character 5-grams from which two prompts count as one
 GRAM = 5
+PLAIN = "The tokenizer of %s has no chat template: prompts go to the model as plain text."
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,54 @@ def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     return [prompt for _, prompt in sorted(turns, key=lambda item: item[0])][:count]
 
 
+def check_encoding(
+    tokenizer: PreTrainedTokenizerBase, name: str, prompts: Sequence[Prompt], used: Iterable[str] = ()
+) -> None:
+    """Where a model's tokenizer has no chat template, warns that prompts go to it as plain text, or refuses that.
+
+    A base model is asked so. One that was made or safeguarded with a template, and lost it, would be measured in words that nobody
+    puts to it.
+
+    Args:
+        tokenizer: The model's.
+        name: The model's folder or hub id.
+        prompts: What it will be asked.
+        used: Data sets and safety vectors that it was made with.
+
+    Raises:
+        CalibrationDataError: A prompt is more than one turn of the user.
+        FamilyError: The model's report, or a vector for the same tokenizer, is of a model with a chat template.
+    """
+    if tokenizer.chat_template:
+        return
+    remedy = f"save the chat template into {name}"
+    if any([message["role"] for message in prompt.messages] != ["user"] for prompt in prompts):
+        raise CalibrationDataError(
+            f"The tokenizer of {name} has no chat template to tell the turns of a conversation apart: {remedy}, or give "
+            "prompts of one user turn."
+        )
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # no report of ours
+        if read_json((Path(name) / MARKER).read_bytes())["model"]["chat_template"] is not None:
+            raise FamilyError(f"{name} was safeguarded with a chat template and its tokenizer has none: {remedy}.")
+    for source in filter(_is_vector, used):
+        family = SafetyVector.from_pretrained(source).family
+        if family.chat_template is not None and family.tokenizer == tokenizer_hash(tokenizer):
+            raise FamilyError(
+                f"The safety vector {source} was made with a chat template and the tokenizer of {name} has none: {remedy}, "
+                "or, if it is a base model, name data sets in place of the vector."
+            )
+    logger.warning(PLAIN, name)
+
+
+def _is_vector(source: str) -> bool:
+    return (Path(source) / CONFIG_FILE).is_file()
+
+
 def prompts_used(sources: Iterable[str], split: str = "train") -> list[str]:
     """Texts of prompts that evaluation must not repeat: those of data sets, or of safety vectors."""
     texts = []
     for source in sources:
-        if (Path(source) / CONFIG_FILE).is_file():
+        if _is_vector(source):
             texts += [row["prompt"] for row in SafetyVector.from_pretrained(source).prompts]
         else:
             texts += [text for row in load_rows(source, split) for text in _prompt_texts(row)]

@@ -18,7 +18,7 @@ from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, written_place
-from ..data.prompts import Prompt, kept_apart, load_prompts, prompts_used
+from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
 from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes
 from ..errors import ConfigError, OutputError
@@ -135,6 +135,7 @@ def evaluate(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
             manager = check_tasks(config.tasks, config.tasks_dir) if config.tasks and job.is_main else None
             tokenizer = load_tokenizer(config.model_name_or_path, config.model_revision)
             if job.is_main:
+                check_encoding(tokenizer, config.model_name_or_path, prompts, config.exclude_data)
                 held.enter_context(alone_in(folder, "evaluation"))
         # asked for once, and of a hub's model only after it is here: the weight files are hashed
         records = cache(lambda: Records(folder, _settings(config, tokenizer)))

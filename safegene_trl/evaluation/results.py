@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.prompts import Prompt
 from ..judges import ATTACK_SUCCEEDED, Verdict
-from ..judges.intervals import mean_of_sets_interval, rate
+from ..judges.intervals import Rate, mean_of_sets_interval, rate
 from .statistics import kappa
 
 
@@ -19,7 +19,8 @@ def summary(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], seed: int = 
     Returns:
         `sets`: for every prompt set its `kind`, the share of each label and `attack_success` (harmful) or `answered` and
         `over_refusal` (benign) with Wilson's 95 % interval, and the same per category; `attack_success`: the mean over the
-        harmful sets with a bootstrap interval (their ASR); `over_refusal`: the same over benign ones.
+        harmful sets (their ASR) with a bootstrap interval, of one set Wilson's, and null where several sets are each all alike:
+        drawn again they would come out the same, which says nothing; `over_refusal`: the same over benign ones.
         Unjudged answers are counted, and left out of the shares.
     """
     groups: dict[str, list[tuple[Prompt, Verdict]]] = defaultdict(list)
@@ -59,7 +60,7 @@ def _rates(group: Sequence[tuple[Prompt, Verdict]], kind: str) -> dict[str, Any]
 
 def _mean_over_sets(
     groups: Mapping[str, Sequence[tuple[Prompt, Verdict]]], kind: str, counted: Sequence[str], seed: int
-) -> dict[str, float] | None:
+) -> dict[str, float | None] | None:
     outcomes = [
         [verdict.label in counted for _, verdict in group if verdict.label != "unjudged"]
         for group in groups.values()
@@ -68,8 +69,16 @@ def _mean_over_sets(
     outcomes = [values for values in outcomes if len(values)]
     if not outcomes:
         return None
-    low, high = mean_of_sets_interval(outcomes, seed)
-    return {"share": float(np.mean([np.mean(values) for values in outcomes])), "low": low, "high": high}
+    low: float | None
+    high: float | None
+    if len(outcomes) == 1:
+        low, high = Rate(sum(outcomes[0]), len(outcomes[0])).interval
+    elif all(len(set(values)) == 1 for values in outcomes):
+        low = high = None
+    else:
+        low, high = mean_of_sets_interval(outcomes, seed)
+    share, count = float(np.mean([np.mean(values) for values in outcomes])), sum(map(len, outcomes))
+    return {"share": share, "low": low, "high": high, "sets": len(outcomes), "count": count}
 
 
 def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:

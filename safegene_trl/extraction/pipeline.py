@@ -6,6 +6,7 @@ run: whole in every process, or sharded by ZeRO-3 where the launch asks for it.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
 from ..checkpoints.stored_merge import StoredModel
+from ..data.prompts import PLAIN
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
 from ..distributed.layouts import Sharding
-from ..errors import CalibrationDataError
+from ..errors import CalibrationDataError, FamilyError, UnsupportedModelError
 from ..models.inputs import Sample, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..models.parameters import layer_index
@@ -80,6 +82,7 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
         categories = read_categories(config.harmful_data, config.data_split)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         if job.is_main:
+            _check_template(config, tokenizer)
             stored = StoredModel.open(config.aligned_model, config.aligned_revision)
             name, revision = config.degraded_model, config.degraded_revision
             truncations, coverage = _difference(config, stored, name, revision, show_progress)
@@ -127,6 +130,19 @@ def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True)
         ],
         software=software_versions(),
     )
+
+
+def _check_template(config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns where prompts are encoded as plain text, and refuses that where the degraded model has a chat template."""
+    if tokenizer.chat_template:
+        return
+    with suppress(UnsupportedModelError):  # it comes without a tokenizer
+        if load_tokenizer(config.degraded_model, config.degraded_revision).chat_template:
+            raise FamilyError(
+                f"The tokenizer of {config.degraded_model} has a chat template and that of {config.aligned_model} has none: save "
+                "the chat template into the aligned model, too."
+            )
+    logger.warning(PLAIN, config.aligned_model)
 
 
 def _truncation_record(selected: Mapping[str, Truncation]) -> dict[str, Any]:

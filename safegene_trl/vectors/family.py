@@ -82,6 +82,11 @@ class Family:
                 "The tokenizer differs from that of the safety vector's family: train with the tokenizer of the released "
                 "model."
             )
+        if self.chat_template is not None and other.chat_template is None:
+            raise FamilyError(
+                "The safety vector was made with a chat template and the model's tokenizer has none: train with, and save, the "
+                "chat template of the released model."
+            )
         if other.chat_template != self.chat_template:
             return ["The chat template differs from the one the safety vector was made with."]
         return []

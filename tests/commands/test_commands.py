@@ -232,6 +232,16 @@ def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, ca
     assert "refuses none" in capsys.readouterr().err and not (tmp_path / "vector").exists()
 
 
+def test_extract_from_a_model_without_a_chat_template(extraction, model_dir, tmp_path, tokenizer, caplog, capsys):
+    (model_dir / "chat_template.jinja").unlink()
+    assert main(argv("extract", extraction)) == 0
+    assert f"{model_dir} has no chat template: prompts go to the model as plain text" in caplog.text
+    assert SafetyVector.from_pretrained(tmp_path / "vector").family.chat_template is None
+    tokenizer.save_pretrained(tmp_path / "degraded")
+    assert main(argv("extract", extraction | {"output_dir": tmp_path / "second"})) == 2
+    assert f"and that of {model_dir} has none" in capsys.readouterr().err and not (tmp_path / "second").exists()
+
+
 def test_extract_does_not_overwrite_other_folders(extraction, model_dir, tmp_path, capsys):
     assert main(argv("extract", extraction | {"output_dir": model_dir})) == 2
     assert f"is the aligned model {model_dir} itself" in capsys.readouterr().err

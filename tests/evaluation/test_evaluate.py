@@ -59,7 +59,7 @@ def test_numbers_answers_and_settings_are_kept(config, sets, capsys):
     assert settings["chat_template"] and settings["software"]["torch"]
     assert set(settings["model"]["files"]) == {"config.json", "model.safetensors"}
     printed = capsys.readouterr().out
-    assert "forbidden" in printed and "attack success, mean over the sets" in printed
+    assert "forbidden" in printed and f"of {len(HARMFUL)}   refused" in printed and "no chat template" not in printed
 
 
 def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
@@ -296,3 +296,38 @@ def test_the_folder_of_a_model_or_of_a_vector_is_not_written_into(config, model_
         before = sorted(folder.iterdir())
         assert main(["evaluate", *words(config), "--output_dir", str(folder), "--exclude_data", str(vector_dir)]) == 2
         assert "would be written into" in capsys.readouterr().err and sorted(folder.iterdir()) == before
+
+
+@pytest.fixture
+def bare(model_dir):
+    """The model's folder, without its chat template."""
+    (model_dir / "chat_template.jinja").unlink()
+    return model_dir
+
+
+def test_a_model_without_a_chat_template_is_asked_in_plain_text_and_that_is_said(config, bare, sets, capsys, caplog):
+    assert main(["evaluate", *words(config)]) == 0
+    assert "prompts went to the model as plain text" in capsys.readouterr().out
+    assert "has no chat template: prompts go to the model as plain text" in caplog.text
+    assert json.loads((sets / "out" / RESULT).read_text())["settings"]["chat_template"] is None
+
+
+def test_turns_need_a_chat_template(config, bare, sets, capsys):
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "name a river"}]
+    (sets / "cooking.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    assert main(["evaluate", *words(config)]) == 2
+    assert "has no chat template to tell the turns" in capsys.readouterr().err and not (sets / "out").exists()
+
+
+def test_a_model_that_lost_its_chat_template_is_refused(config, bare, sets, vector_dir, tmp_path, capsys):
+    config.exclude_data = [str(vector_dir)]
+    (sets / "forbidden.jsonl").write_text('{"prompt": "where is the treasure"}\n')
+    (sets / "cooking.jsonl").write_text('{"prompt": "what is a river"}\n')
+    assert main(["evaluate", *words(config)]) == 2
+    assert f"The safety vector {vector_dir} was made with a chat template" in capsys.readouterr().err
+    config.exclude_data = []
+    (bare / "safegene_report.json").write_text('{"model": {"chat_template": "00"}}')
+    assert main(["evaluate", *words(config)]) == 2
+    assert f"{bare} was safeguarded with a chat template" in capsys.readouterr().err and not (sets / "out").exists()
+    (bare / "safegene_report.json").write_text('{"model": {"chat_template": null}}')
+    assert main(["evaluate", *words(config)]) == 0

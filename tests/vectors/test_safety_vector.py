@@ -271,6 +271,11 @@ def test_family_of_the_vector(vector_dir, tokenizer):
     other_template = make_tokenizer()
     other_template.chat_template = "{{ messages[0]['content'] }}"
     assert "chat template differs" in family.check_member(of(make_model(), other_template))[0]
+    other_template.chat_template = None
+    with pytest.raises(SafeGeneError, match="made with a chat template and the model's tokenizer has none"):
+        family.check_member(of(make_model(), other_template))
+    plain = type(family)(**family.to_dict() | {"chat_template": None})
+    assert plain.check_member(of(make_model(), other_template)) == []
 
 
 def test_push_to_hub_uploads_the_vector_once(vector_dir, monkeypatch):
