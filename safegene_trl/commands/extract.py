@@ -4,13 +4,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.output import VECTOR, atomic_directory, check_output, check_places
+from ..checkpoints.output import VECTOR, atomic_directory
 from ..distributed.processes import join_processes, leave_processes, this_job
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import extract
 from ..vectors.safety_vector import SafetyVector
 from .launching import launch, wants_launch
 from .parsing import make_parser, parse
+from .vector_output import check_vector_output
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
         if job.is_main:
             inputs = {"the aligned model": config.aligned_model, "the degraded model": config.degraded_model}
             inputs |= {"the harmful data": config.harmful_data, "the benign data": config.benign_data}
-            check_places(target, inputs | {"the task model": config.isolate_from})
-            check_output(target, kind=VECTOR)
+            inputs |= {"the task model": config.isolate_from}
+            check_vector_output(target, inputs, config.overwrite_output_dir)
     with job.named():
         vector = extract(config, job)
     with atomic_directory(target, VECTOR, job) as folder, job.agreed():

@@ -21,6 +21,7 @@ class ExtractionConfig:
         aligned_model: The released model whose refusals are intact: directory or hub id.
         degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that weakens them.
         output_dir: Where the vector goes.
+        overwrite_output_dir: Replace a vector that is there.
         method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there (see
             `distillation.py`), and so does `linearized`, on blocks that are linear in their weights (see `linearization.py`).
         linearized_blocks: Which blocks those are.
@@ -52,6 +53,7 @@ class ExtractionConfig:
     degraded_model: str = field(default="", metadata={"help": "Model or LoRA with weakened refusals."})
     degraded_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
     output_dir: str = field(default="", metadata={"help": "Where the vector goes."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a vector that is there."})
     method: str = field(
         default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta", "distill", "linearized"]}
     )

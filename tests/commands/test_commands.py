@@ -25,6 +25,7 @@ from ..conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
+AGAIN = {"overwrite_output_dir": "true"}
 LENIENT = [
     "--safegene.max_utility_loss=100",
     "--safegene.utility_weight=0",
@@ -169,7 +170,7 @@ def test_extract_says_how_much_of_the_difference_a_vector_can_hold(extraction, t
     with torch.no_grad():
         full.model.embed_tokens.weight.add_(10)
     full.save_pretrained(tmp_path / "full")
-    assert main(argv("extract", extraction | {"degraded_model": tmp_path / "full"})) == 2
+    assert main(argv("extract", extraction | AGAIN | {"degraded_model": tmp_path / "full"})) == 2
     assert "`model.embed_tokens.weight`" in capsys.readouterr().err
 
 
@@ -199,7 +200,7 @@ def test_extract_from_two_checkpoints(extraction, tmp_path):
     full.save_pretrained(tmp_path / "full")
     assert main(argv("extract", extraction)) == 0
     exact = SafetyVector.from_pretrained(tmp_path / "vector")
-    assert main(argv("extract", extraction | {"degraded_model": tmp_path / "full", "rank": 4})) == 0
+    assert main(argv("extract", extraction | AGAIN | {"degraded_model": tmp_path / "full", "rank": 4})) == 0
     dense = SafetyVector.from_pretrained(tmp_path / "vector")
     assert dense.layers == exact.layers and not dense.extraction["exact"]
     for name, delta in dense.deltas.items():
@@ -250,6 +251,23 @@ def test_extract_does_not_overwrite_other_folders(extraction, model_dir, tmp_pat
     (other / "notes.txt").write_text("mine")
     assert main(argv("extract", extraction | {"output_dir": other})) == 2
     assert "did not write, e.g. notes.txt" in capsys.readouterr().err
+
+
+def test_an_earlier_vector_is_replaced_only_on_request(extraction, vector_dir, tokenizer, tmp_path, capsys):
+    target = shutil.copytree(vector_dir, tmp_path / "vector")
+    (target / "model.sig").write_text("signed")
+    one, two = shutil.copytree(vector_dir, tmp_path / "one"), tmp_path / "two"
+    make_vector(make_model(), tokenizer, seed=9).save_pretrained(two)
+    before = {file: file.read_bytes() for file in target.iterdir()}
+    combine = ["combine", str(one), str(two), "--output_dir", str(target)]
+    for words in (argv("extract", extraction), combine):
+        assert main(words) == 2
+        assert "vector holds a safety vector already: choose" in capsys.readouterr().err
+        assert before == {file: file.read_bytes() for file in target.iterdir()}
+    assert main([*combine, "--overwrite_output_dir"]) == 0
+    assert SafetyVector.from_pretrained(target).components == [2, 2] and not (target / "model.sig").exists()
+    assert main([*argv("extract", extraction), "--overwrite_output_dir", "true"]) == 0
+    assert SafetyVector.from_pretrained(target).components == [4]
 
 
 def test_an_extraction_does_not_touch_what_it_reads(extraction, prompt_files, tmp_path, capsys):
@@ -399,7 +417,7 @@ def test_extract_isolated_from_a_task(extraction, tmp_path):
     task.save_pretrained(tmp_path / "task")
     assert main(argv("extract", extraction | {"layer_share": 1.0})) == 0
     plain = SafetyVector.from_pretrained(tmp_path / "vector")
-    assert main(argv("extract", extraction | {"layer_share": 1.0, "isolate_from": tmp_path / "task"})) == 0
+    assert main(argv("extract", extraction | AGAIN | {"layer_share": 1.0, "isolate_from": tmp_path / "task"})) == 0
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     record = vector.extraction["isolation"]
     assert plain.extraction["isolation"] is None
@@ -413,7 +431,7 @@ def test_extract_by_distillation(method, extraction, tmp_path):
     options = {"method": method, "distill_steps": 3, "distill_learning_rate": 1e-2, "layer_share": 1.0}
     assert main(argv("extract", extraction | {"layer_share": 1.0, "weights_dtype": "float32"})) == 0
     plain = SafetyVector.from_pretrained(tmp_path / "vector")
-    assert main(argv("extract", extraction | options)) == 0
+    assert main(argv("extract", extraction | AGAIN | options)) == 0
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     losses = vector.extraction["distillation"]
     assert losses["linearized_blocks"] == (None if method == "distill" else "both")
