@@ -1,51 +1,129 @@
 """`safegene inspect DIR`: what a safety vector or a safeguarded checkpoint holds, after checking it."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
+from ..checkpoints.loading import ADAPTER_CONFIG
 from ..checkpoints.output import MARKER
-from ..config.validation import written_path
+from ..config.validation import repository, written_path
 from ..errors import SafeGeneError
+from ..evaluation.records import RESULT
 from ..models.coefficients import by_component
 from ..reporting.plots import selection_plot
 from ..reporting.report import summary
+from ..step.plan import failure_path
 from ..text import printable, printable_values, read_json
+from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector
+from .fleet_file import STATE
+
+
+MOST_LINES = 100  # of coefficients; more of them are summed up
+LARGEST = 5
+_TRAINERS_FOLDERS = ("safeguarded", "_safeguarded")  # in a trainer's `output_dir`
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a summary; a vector that is damaged is an error."""
+    """Prints a summary; a vector that is damaged is an error, and so is a folder that is neither: the message says what it is."""
     parser = argparse.ArgumentParser(prog="safegene inspect", description="Say what a vector or checkpoint holds.")
-    parser.add_argument("directory", help="Safety vector (directory or hub id) or safeguarded checkpoint.")
+    parser.add_argument(
+        "directory",
+        help="Safety vector (directory or hub id), safeguarded checkpoint, or the report of a safety step.",
+    )
     parser.add_argument("--revision", help="Branch, tag or commit of a vector on the hub.")
     parser.add_argument("--plot", type=written_path, help="PNG file for a vector's layer scores and their stability.")
     arguments = parser.parse_args(list(argv))
-    report = Path(arguments.directory) / MARKER
+    place = Path(arguments.directory)
+    report = place if place.is_file() and place.suffix == ".json" else place / MARKER
     if report.is_file():
-        try:
-            found = printable_values(read_json(report.read_text(encoding="utf-8")))
-            shown = {
-                f"{place}/{component}" if component else place: value
-                for component, values in by_component(found["coefficients"]).items()
-                for place, value in values.items()
-            }
-            width = max(map(len, shown), default=0)
-            coefficients = [f"  {name:<{width}}  λ = {value:.3f}" for name, value in shown.items()]
-            described = "\n".join([summary(found), *coefficients])
-        except OSError as error:
-            raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error
-        print(described)
-    else:
-        vector = SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)
-        print(_describe_vector(vector))
         if arguments.plot:
-            if "stability" not in vector.selection:
-                raise SafeGeneError("This vector keeps no stability of its selection: make it again to plot it.")
-            selection_plot(vector.selection, arguments.plot)
+            raise SafeGeneError(f"`--plot` draws a vector's layer scores, and {report} is a report: leave it out.")
+        print(_describe_report(report))
+        return 0
+    _check_may_be_vector(place)
+    vector = SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)
+    print(_describe_vector(vector))
+    if arguments.plot:
+        if "stability" not in vector.selection:
+            raise SafeGeneError("This vector keeps no stability of its selection: make it again to plot it.")
+        selection_plot(vector.selection, arguments.plot)
     return 0
+
+
+def _describe_report(report: Path) -> str:
+    try:
+        found = printable_values(read_json(report.read_text(encoding="utf-8")))
+        failed = found.get("status") == "failed"
+        if failed and (found.get("decision") or {}).get("outcome") != "rejected":
+            return f"failed: {found['error']['message']}"
+        coefficients = (found.get("coefficients") or {}) if failed else found["coefficients"]
+        return "\n".join([summary(found), *_describe_coefficients(coefficients, report)])
+    except OSError as error:
+        raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error
+
+
+def _describe_coefficients(coefficients: Mapping[str, float], report: Path) -> list[str]:
+    """A line for each, or where there are many what they come to."""
+    parts = by_component(coefficients)
+    shown = {
+        f"{place}/{component}" if component else place: value
+        for component, values in parts.items()
+        for place, value in values.items()
+    }
+    width = max(map(len, shown), default=0)
+    lines = [f"  {name:<{width}}  λ = {value:.3f}" for name, value in shown.items()]
+    if len(lines) <= MOST_LINES:
+        return lines
+    found = []
+    for component, values in parts.items():
+        own = sorted(values.values())
+        of = f" of component {component}" if component else ""
+        found.append(f"  {len(own)} λ{of}: least {own[0]:.3f}, median {median(own):.3f}, largest {own[-1]:.3f}")
+    ranked = sorted(zip(shown.values(), lines, strict=True), key=lambda pair: -abs(pair[0]))
+    return [*found, f"the {LARGEST} strongest ({report} has all):", *(line for _, line in ranked[:LARGEST])]
+
+
+def _check_may_be_vector(place: Path) -> None:
+    """Raises `SafeGeneError`, with what it is and which command it is for, for what lies here and is no vector."""
+    if (place / CONFIG_FILE).is_file():
+        return
+    if place.is_file():
+        raise SafeGeneError(f"{place} is a file: name a folder, or give a history to `safegene history`.")
+    for target in (place, *(place / name for name in _TRAINERS_FOLDERS)):
+        if (target / MARKER).is_file():
+            raise SafeGeneError(f"{place} is a plain fine-tune: its safeguarded checkpoint is {target}, inspect that.")
+        if failure_path(target).is_file():
+            what = f"{place} is a plain fine-tune" if place.is_dir() else f"There is no checkpoint at {place}"
+            raise SafeGeneError(
+                f"{what}, because its safety step was rejected or failed: inspect {failure_path(target)}, which says why."
+            )
+    if place.is_dir():
+        raise SafeGeneError(_other_folder(place))
+    try:
+        repository(str(place))
+    except ValueError as error:
+        raise SafeGeneError(f"{place} is not there: name a safety vector or a safeguarded checkpoint.") from error
+
+
+def _other_folder(folder: Path) -> str:
+    if (folder / RESULT).is_file():
+        return f"{folder} holds an evaluation: read {folder / RESULT}, or run `safegene evaluate` again to print it."
+    if (folder / STATE).is_file():
+        return f"{folder} is a fleet's: inspect the folder of one of its models."
+    for name, kind in ((ADAPTER_CONFIG, "an adapter"), ("config.json", "a checkpoint")):
+        if (folder / name).is_file():
+            return (
+                f"{folder} is {kind} without the safety step: `safegene apply` safeguards it, and `safegene evaluate` "
+                "measures it."
+            )
+    return (
+        f"{folder} holds neither a safety vector nor a safeguarded checkpoint: name the folder that `safegene extract`, "
+        "`sft` or `apply` wrote."
+    )
 
 
 def _describe_vector(vector: SafetyVector) -> str:
