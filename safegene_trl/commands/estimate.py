@@ -10,7 +10,7 @@ from ..checkpoints.loading import load_skeleton, load_tokenizer, resolve_dtype
 from ..checkpoints.output import check_writable, replace_file
 from ..checkpoints.stored_merge import StoredModel
 from ..config.settings import SafeGeneConfig
-from ..config.validation import Rule, check_value, written_path
+from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
 from ..errors import ConfigError
 from ..estimation.estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
@@ -35,11 +35,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=written_path)
     own, rest = parser.parse_known_args(argv)
     command = rest[0] if rest else ""
+    usage = (
+        f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "
+        f"`{OPTION} NAME --num_processes N` for more than one process and `--json FILE` for a file."
+    )
+    if command in ("-h", "--help"):
+        print(usage)
+        return 0
     if command not in _ESTIMATES:
-        raise ConfigError(
-            f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "
-            f"`{OPTION} NAME --num_processes N` for more than one process and `--json FILE` for a file."
-        )
+        said = f"`{command}` cannot be estimated{nearest(command, _ESTIMATES)} " if command else ""
+        raise ConfigError(said + usage)
     if own.num_processes is not None and own.num_processes < 1:
         raise ConfigError(f"`--num_processes` is {own.num_processes}: it must be at least 1.")
     if own.json is not None:

@@ -46,6 +46,8 @@ class Member:
         key: Hash of all that its result depends on; a finished one with the same key is not done again.
         report: SHA-256 of the report of a finished one, which says whether what lies there is still that.
         outcome: One of the gate's, `failed`, or `interrupted`; empty before it was started.
+        seconds: How long its process took, in whichever run that was.
+        done_before: Whether that was an earlier run, whose result is still good.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Member:
     outcome: str = ""
     message: str = ""
     seconds: float = 0.0
+    done_before: bool = False
 
     @property
     def log(self) -> Path:
@@ -98,7 +101,7 @@ def _member(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, 
     if earlier.get("key") == member.key and earlier.get("outcome") in EXIT_CODES:
         place, _ = _report(target, earlier["outcome"])
         if place is not None and sha256_of_file(place) == earlier.get("report"):
-            member.report, member.seconds = earlier["report"], earlier["seconds"]
+            member.report, member.seconds, member.done_before = earlier["report"], earlier["seconds"], True
             member.finish(earlier["outcome"], earlier["message"])
     return member
 
@@ -270,7 +273,8 @@ def _table(members: Sequence[Member]) -> str:
         place, report = _report(member.target, member.outcome) if member.outcome in EXIT_CODES else (None, {})
         output = str(member.target) if place == member.target / MARKER else ""
         measured = measured_cells(report.get("measured") or {})
-        rows.append([member.name, member.outcome, *measured, f"{member.seconds:.0f}", output])
+        seconds = "already done" if member.done_before else f"{member.seconds:.0f}"
+        rows.append([member.name, member.outcome, *measured, seconds, output])
     notes = [
         f"{m.name}: {one_line(m.message)}" for m in members if m.outcome not in ("accepted", "accepted_best_effort")
     ]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 
-from ..errors import RejectedError, SafeGeneError, UnexpectedError
+from ..config.validation import nearest
+from ..errors import ConfigError, RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import Interrupted, interruptible
 from ..step.gate import EXIT_CODES
 from ..text import one_line
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else argv
     argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
-    name = " ".join(["safegene", *argv[:1]])
+    name = " ".join(["safegene", *(word for word in argv[:1] if word in COMMANDS)])
     try:
         with interruptible():
             code = _run(argv)
@@ -73,10 +74,14 @@ def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["--version"]:
         print(f"safegene-trl {version('safegene-trl')}")
         return 0
-    if not argv or argv[0] not in COMMANDS:
+    if argv[:1] in ([], ["-h"], ["--help"]):
         listing = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
         print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")
-        return 0 if argv[:1] in ([], ["-h"], ["--help"]) else 2
+        return 0
+    if argv[0] not in COMMANDS:
+        raise ConfigError(
+            f"There is no command `{argv[0]}`{nearest(argv[0], COMMANDS)} `safegene --help` lists the commands."
+        )
     return importlib.import_module(f".{argv[0]}", package=__package__).main(argv[1:])
 
 

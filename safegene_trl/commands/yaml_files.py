@@ -13,7 +13,13 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Reader(yaml.SafeLoader):
-    """The safe loader, which by itself lets the last of several equal keys win without a word."""
+    """The safe loader, which by itself lets the last of several equal keys win without a word, and of a bad date tells no line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -76,6 +82,24 @@ def parse_yaml(text: str, what: str) -> Any:
             f"on lines {twice.first} and {twice.second}" if twice.first != twice.second else f"on line {twice.first}"
         )
         raise ConfigError(f"{what} has the key `{twice.key}` twice, {lines}: keep one of them.") from twice
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{what} is not valid YAML{_fault(error, text)}.") from error
+    except yaml.reader.ReaderError as error:
+        line, code = text.count("\n", 0, error.position) + 1, f"U+{error.character:04X}"
+        raise ConfigError(f"{what} is not valid YAML in line {line}: it holds the character {code}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         words = " ".join(str(error).split())
         raise ConfigError(f"{what} is not valid YAML: {words}.") from error
+
+
+def _fault(error: yaml.MarkedYAMLError, text: str) -> str:
+    """In which line something is wrong, and what, as a part of a sentence."""
+    mark, begun = error.problem_mark or error.context_mark, error.context_mark
+    line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+    where = f" in line {mark.line + 1}: " if mark else ": "
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return f"{where}it begins with a tab, so indent it by spaces"
+    problem = " ".join(str(error.problem or error.context).split())
+    if mark and begun and begun.line != mark.line:
+        problem += f" ({error.context} that begins in line {begun.line + 1})"
+    return where + problem

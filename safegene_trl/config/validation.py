@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
@@ -103,9 +103,13 @@ def reject_unknown_keys(values: Mapping[Any, Any], known: list[str], where: str)
     """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key."""
     for key in values:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
-            raise ConfigError(f"Unknown key `{key}` in {where}{hint}")
+            raise ConfigError(f"Unknown key `{key}` in {where}{nearest(str(key), known, cutoff=0.0)}")
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a sentence about a word that is not known: the nearest one that is, if any is near (0–1, 1 the same)."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean `{found[0]}`?" if found else "."
 
 
 def hint_of(kind: type[Settings], name: str) -> Any:

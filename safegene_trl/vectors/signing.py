@@ -50,6 +50,7 @@ def signature_of(contents: Mapping[str, bytes], private_key: Path, password: str
         SignatureError: The key cannot be read.
     """
     signing, _, hashing = _model_signing()
+    _check_key_file(private_key, "private")
     with _private_copy(contents) as (folder, signature):
         try:
             # the library hands the password on to one that takes bytes only
@@ -57,9 +58,10 @@ def signature_of(contents: Mapping[str, bytes], private_key: Path, password: str
             signer = signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
             signer.set_hashing_config(_plainly(hashing)).sign(folder, signature)
             return signature.read_bytes()
-        except (ValueError, TypeError, OSError) as error:
+        except Exception as error:  # the library raises what its parsers raise
             raise SignatureError(
-                f"Signing with {private_key} failed ({_first_line(error)}): give an elliptic-curve private key in PEM format."
+                f"Signing with {private_key} failed ({_first_line(error)}): give an elliptic-curve private key in PEM format, "
+                "and by `--password_env` the password of one that has it."
             ) from error
 
 
@@ -76,8 +78,14 @@ def verify(contents: Mapping[str, bytes], signature: bytes | None, public_key: P
         SignatureError: No signature, another key, or a file that was changed, added to or taken from the signed ones.
     """
     _, verifying, hashing = _model_signing()
-    if not public_key.is_file():
-        raise SignatureError(f"The public key {public_key} cannot be read: name a PEM file.")
+    _check_key_file(public_key, "public")
+    try:
+        verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except Exception as error:  # of the key itself, whatever its parser raises: it says nothing about the files
+        raise SignatureError(
+            f"{public_key} is no public key ({_first_line(error)}): give the elliptic-curve public key in PEM format that "
+            f"the maker of {name} has published."
+        ) from error
     if signature is None:
         raise SignatureError(f"{name} is not signed: sign it by `safegene sign`, or get a signed one.")
     try:
@@ -89,10 +97,19 @@ def verify(contents: Mapping[str, bytes], signature: bytes | None, public_key: P
     with _private_copy(contents) as (folder, file):
         try:
             file.write_bytes(signature)
-            verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
             verifier.set_hashing_config(_plainly(hashing)).verify(folder, file)
         except Exception as error:  # the library raises what its parsers raise; each means that nothing is proven
             raise _invalid(name, public_key, error) from error
+
+
+def _check_key_file(key: Path, kind: str) -> None:
+    try:
+        key.read_bytes()
+    except (OSError, ValueError) as error:
+        raise SignatureError(
+            f"The {kind} key {key} cannot be read ({getattr(error, 'strerror', None) or error}): name the PEM file of an "
+            f"elliptic-curve {kind} key."
+        ) from error
 
 
 def _invalid(name: str, public_key: Path, error: Exception) -> SignatureError:

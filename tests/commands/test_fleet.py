@@ -97,6 +97,11 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     entry = {"key": member.key, "outcome": "accepted", "message": "", "seconds": 1.0}
     report = module.sha256_of_file(target / "safegene_report.json")
     assert module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome == "accepted"
+    done = module._member(read, read.models[0], {"a": entry | {"report": report, "seconds": 41.0}})
+    row = module._table([done]).splitlines()[1]
+    assert "already done" in row and "41" not in row
+    done.done_before = False
+    assert "41" in module._table([done]).splitlines()[1]
     save_report(target, reason="somebody else's")
     assert module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome == "" and words
 

@@ -156,3 +156,30 @@ def test_what_is_public_is_there_when_it_is_asked_for():
         assert getattr(safegene_trl, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         safegene_trl.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("inspekt", "There is no command `inspekt`; did you mean `inspect`? `safegene --help` lists"),
+        ("--helps", "There is no command `--helps`. `safegene --help` lists"),
+    ],
+)
+def test_an_unknown_command_is_one_line_with_the_nearest_one(word, said, capsys):
+    assert main([word]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"safegene: {said}") and len(printed.err.splitlines()) == 1 and not printed.out
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands(words, capsys):
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in module.COMMANDS)
+
+
+def test_estimate_has_help_and_names_the_nearest_command(capsys):
+    assert main(["estimate", "--help"]) == 0
+    assert "is followed by sft, apply, extract" in capsys.readouterr().out
+    assert main(["estimate", "aply"]) == 2
+    assert "estimate: `aply` cannot be estimated; did you mean `apply`? `safegene" in capsys.readouterr().err

@@ -155,6 +155,33 @@ def test_merge_keys_are_no_double_keys():
             parse_yaml(text, "It")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\n\tb: 2\n", "in line 2: it begins with a tab, so indent it by spaces."),
+        ("a: 1\nc:\n  \tb: [1\n", "in line 3: it begins with a tab, so indent it by spaces."),
+        (
+            "a: 1\nb: [1\nc: 3\n",
+            "in line 3: expected ',' or ']', but got ':' (while parsing a flow sequence that begins",
+        ),
+        ("a: 1\nb: c: d\n", "in line 2: mapping values are not allowed here."),
+        (
+            'a: 1\nb: "x\n',
+            "in line 3: found unexpected end of stream (while scanning a quoted scalar that begins in line 2).",
+        ),
+        ("a: 1\nb: \x07\n", "in line 2: it holds the character U+0007."),
+        ("a: 1\nb: 2020-13-45\n", "in line 2: month must be in 1..12."),
+        ("a: 1\nb: *x\n", "in line 2: found undefined alias 'x'."),
+    ],
+)
+def test_a_fault_in_yaml_is_told_with_file_and_line(text, said, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        read_yaml(tmp_path / "r.yaml", "The recipe")
+    assert f"The recipe {tmp_path / 'r.yaml'} is not valid YAML {said}" in str(raised.value)
+    assert "unicode string" not in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match="not UTF-8"):

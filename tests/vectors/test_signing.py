@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.commands.main import main
@@ -26,6 +26,8 @@ def keys(tmp_path_factory):
     """Two key pairs: `maker.pem` with `maker.pub`, `other.pem` with `other.pub`; `locked.pem` is the maker's with a password."""
     folder = tmp_path_factory.mktemp("keys")
     pem, format = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    other_kind = rsa.generate_private_key(65537, 2048)
+    (folder / "rsa.pem").write_bytes(other_kind.private_bytes(pem, format, serialization.NoEncryption()))
     for name in ("maker", "other"):
         key = ec.generate_private_key(ec.SECP256R1())
         (folder / f"{name}.pem").write_bytes(key.private_bytes(pem, format, serialization.NoEncryption()))
@@ -210,9 +212,11 @@ def test_configuration(signed, keys, model_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--private_key", "no-such.pem"], "elliptic-curve private key"),
+        (["--private_key", "no-such.pem"], "key no-such.pem cannot be read (No such file or directory): name the PEM"),
+        (["--private_key", "{keys}"], "cannot be read (Is a directory)"),
+        (["--private_key", "{keys}/rsa.pem"], "elliptic-curve private key"),
         (["--private_key", "{keys}/maker.pub"], "elliptic-curve private key"),
-        (["--private_key", "{keys}/locked.pem"], "elliptic-curve private key"),
+        (["--private_key", "{keys}/locked.pem"], "by `--password_env` the password"),
         (["--private_key", "{keys}/maker.pem", "--password_env", "NO_SUCH"], "NO_SUCH is not set"),
     ],
 )
@@ -222,4 +226,11 @@ def test_bad_keys(arguments, message, vector_dir, keys, tmp_path, capsys):
     assert main(["sign", str(folder), *(word.format(keys=keys) for word in arguments)]) == 2
     assert message in capsys.readouterr().err and not (folder / SIGNATURE_FILE).exists()
     assert main(["verify", str(folder), "--public_key", "no-such.pub"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "public key no-such.pub cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["maker.pem", "rsa.pem", "locked.pem"])
+def test_a_file_that_is_no_public_key_says_nothing_about_the_vector(key, signed, keys, capsys):
+    assert main(["verify", str(signed), "--public_key", str(keys / key)]) == 2
+    said = capsys.readouterr().err
+    assert f"{keys / key} is no public key" in said and "do not use it" not in said
