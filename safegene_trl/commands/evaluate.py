@@ -57,7 +57,7 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _share(found: dict[str, float | None] | None) -> str:
+def _share(found: dict[str, Any] | None) -> str:
     """A share with its interval and the number of answers that it is of."""
     if found is None:
         return "– of 0"

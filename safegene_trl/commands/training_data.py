@@ -57,7 +57,8 @@ def check_rows(rows: Any, what: str, training: SFTConfig, model: str, revision: 
         UnsupportedModelError: The rows are conversations, and no chat template is to be had.
     """
     row = _first(rows, what)
-    prepared = (training.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    options = training.dataset_kwargs
+    prepared = isinstance(options, dict) and options.get("skip_prepare_dataset", False)
     if prepared or any(column in row for column in ("input_ids", "image", "images")):
         return  # no column is looked for, or by a processor of images
     columns = ", ".join(f"`{column}`" for column in row)
