@@ -149,6 +149,8 @@ def test_numbers_are_the_reports_and_nothing_is_loaded():
         ({"outcome": "accepted_best_effort"}, "Accepted as best effort"),
         ({"outcome": "rejected", "error": {"kind": "RejectedError", "message": "limits"}}, "Rejected"),
         ({"error": {"kind": "OutputError", "message": "disk"}}, "Failed"),
+        ({"measured": None}, "Accepted without a measurement of refusals"),
+        ({"measured": None, "outcome": "rejected"}, "Rejected"),
     ],
 )
 def test_verdict_comes_first(changes, verdict):
