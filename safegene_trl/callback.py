@@ -19,6 +19,7 @@ from transformers import (
 
 from .checkpoints.loading import ADAPTER_CONFIG
 from .config.settings import SafeGeneConfig
+from .config.validation import shown
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_launch
 from .errors import ConfigError, FamilyError, OutputError, RejectedError, SafeGeneError, UnexpectedError
@@ -65,6 +66,11 @@ class SafeGeneCallback(TrainerCallback):
     """
 
     def __init__(self, config: SafeGeneConfig):
+        if not isinstance(config, SafeGeneConfig):
+            raise ConfigError(
+                f"SafeGeneCallback was given {shown(config)}: give it a SafeGeneConfig, as in "
+                "`SafeGeneCallback(SafeGeneConfig(vector=…))`."
+            )
         self.config = config
         self.report: dict[str, Any] | None = None
         self._prepared: Preparation | None = None
@@ -81,7 +87,15 @@ class SafeGeneCallback(TrainerCallback):
 
         Args:
             trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this callback already.
+
+        Raises:
+            ConfigError: It is no `Trainer`.
         """
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(
+                f"`attach` was given {shown(trainer)}: give it the trainer, before `trainer.train()`; the output folder is "
+                "`SafeGeneConfig.output_dir`."
+            )
         self._trainer = trainer
         self._stand_in_line()
         return self
