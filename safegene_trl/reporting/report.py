@@ -48,6 +48,7 @@ class Report:
         coefficients: λ by name, of the whole vector in the weights.
         held_out: Losses before and after, nats per response token.
         history: The search's evaluations.
+        search: How the search's passes were made: size of the batches, and what stayed in memory between them.
         untouched: Names of coefficients that no sample reached.
         measured: Answers and accuracy before and after (see `metrics.METRICS`).
         decision: Outcome and reason.
@@ -70,6 +71,7 @@ class Report:
     coefficients: dict[str, float] | None = None
     held_out: dict[str, dict[str, float]] | None = None
     history: list[dict[str, Any]] | None = None
+    search: dict[str, Any] | None = None
     untouched: list[str] | None = None
     measured: dict[str, Any] | None = None
     decision: dict[str, Any] | None = None

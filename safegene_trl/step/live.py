@@ -236,7 +236,7 @@ class LiveFineTune:
         self.sharding.release()
         result = self._recalibrate()
         report.coefficients, report.history = result.coefficients, result.history
-        report.untouched = result.untouched or None
+        report.untouched, report.search = result.untouched or None, result.passes
         report.held_out = {"before": result.held_out_before.to_dict(), "after": result.held_out_after.to_dict()}
         by_module = self._lacking(result.coefficients)
         with plan.clock.phase("measure"):
