@@ -176,7 +176,7 @@ def check_complete(name_or_path: str, revision: str | None = None) -> None:
     """
     base = adapter_base(name_or_path, revision)
     named, revision = base or name_or_path, None if base else revision
-    if is_deepspeed_zero3_enabled() or (base is None and _holds_only_zero_shards(Path(named))):
+    if is_deepspeed_zero3_enabled() or (base is None and holds_only_zero_shards(Path(named))):
         return
     try:
         config = _read_config(named, revision)
@@ -211,7 +211,7 @@ def load_model(
         "output_loading_info": True,
     }
     try:
-        if base is None and _holds_only_zero_shards(Path(name_or_path)):
+        if base is None and holds_only_zero_shards(Path(name_or_path)):
             architecture, config = causal_architecture(_read_config(name_or_path))
             weights = _zero_weights(Path(name_or_path), kwargs["dtype"], allow_pickle)
             model, info = architecture.from_pretrained(None, config=config, state_dict=weights, **kwargs)
@@ -336,7 +336,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         return load_tokenizer(base)
 
 
-def _holds_only_zero_shards(folder: Path) -> bool:
+def holds_only_zero_shards(folder: Path) -> bool:
+    """Whether a checkpoint is one of DeepSpeed's own, which neither transformers nor PEFT can load."""
     return (folder / "latest").is_file() and not any(folder.glob("*.safetensors"))
 
 

@@ -30,7 +30,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.errors import CheckpointError, SafeGeneError, UnsupportedModelError
 from safegene_trl.models.parameters import canonical_parameters
 
-from ..conftest import make_model, with_lora
+from ..conftest import ALONE, make_model, with_lora
 
 
 @pytest.fixture
@@ -338,6 +338,15 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(reached,
     message = str(raised.value)
     assert "neither a local directory nor a readable hub repository (the folder runs here holds no last)" in message
     assert ("connect to the hub" in message) == (not reached) and "http" not in message
+
+
+@pytest.mark.parametrize("output_format", ["adapter", "both"])
+def test_shards_are_no_base_of_an_adapter(output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("safegene_trl.commands.apply.load_placed", lambda *args: (make_model(), ALONE))
+    words = ["--allow_pickled_shards", "--model_name_or_path", str(shards), f"--safegene.vector={vector_dir}"]
+    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={tmp_path / 'out'}"]
+    assert main(["apply", *words, f"--safegene.output_format={output_format}"]) == 2
+    assert "only DeepSpeed's own shards, which PEFT cannot load" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_named_with_what_it_holds(tmp_path):
