@@ -214,7 +214,7 @@ def test_extract_from_two_checkpoints(extraction, tmp_path):
         ({"bootstrap_resamples": 0}, "at least 1"),
         ({"layer_share": 0}, "above 0"),
         ({"weights_dtype": "int8"}, "use one of"),
-        ({"aligned_model": "no/such-model"}, "cannot be loaded"),
+        ({"aligned_model": "no/such-model"}, "neither a local directory nor a readable hub repository"),
         ({"harmful_data": "no/such-data"}, "cannot be read"),
     ],
 )
