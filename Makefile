@@ -11,6 +11,7 @@ environment: $(VENV)/ready
 
 # torch first and pinned: another package asking for plain `torch` would pull its newest, several GB larger build.
 $(VENV)/ready: pyproject.toml recipes/smollm2-135m/requirements.txt
+	@echo "Makes the environment in $(VENV): torch and some hundred packages, a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
@@ -19,10 +20,12 @@ $(VENV)/ready: pyproject.toml recipes/smollm2-135m/requirements.txt
 
 # Fine-tunes an aligned SmolLM2 on a small real task and gives it its refusals back: at most 10 minutes on 2 idle cores.
 quickstart: environment
+	@echo "The quickstart, in four stages: 4 to 11 minutes on 2 CPU cores."
 	$(BIN)/python examples/quickstart.py
 
 # The same in a few steps on a few prompts: shows that it runs, not what it achieves.
 quickstart-short: environment
+	@echo "The quickstart in a few steps, in four stages: a minute or two."
 	$(BIN)/python examples/quickstart.py --short
 
 # Wheel and sdist, and the short quickstart by the two alone in an environment of its own.

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
@@ -47,6 +48,18 @@ def step_settings(short: bool) -> dict:
     }
 
 
+def say(stage: int, what: str) -> None:
+    """One line before every stage: minutes pass in some of them."""
+    print(f"\n[{stage}/4] {what}", flush=True)
+
+
+class SayWhatFollows(TrainerCallback):
+    """Stands before the safety step where the training ends."""
+
+    def on_train_end(self, *args, **kwargs) -> None:
+        say(3, "The safety step: finds the vector's coefficients and writes the safeguarded model, up to 5 minutes.")
+
+
 def fine_tune(short: bool) -> dict:
     """One LoRA fine-tune with the callback; returns the callback's report."""
     shutil.rmtree(OUT, ignore_errors=True)
@@ -69,7 +82,7 @@ def fine_tune(short: bool) -> dict:
         ),
         train_dataset=load_dataset("json", data_files=str(BUILD / "reviews_train.jsonl"), split="train"),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[callback],
+        callbacks=[SayWhatFollows(), callback],
     )
     trainer.train()
     trainer.save_model()  # the plain fine-tune, for comparison
@@ -91,6 +104,7 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
     ]
     data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.task_data", BUILD / "reviews_train.jsonl"]
     safegene("sft", *launcher, "--config", RECIPE / "sft.yaml", *training, *data, *step)
+    say(3, "One process finds the coefficients of the same fine-tune, to be compared: up to 5 minutes.")
     safegene("apply", "--model_name_or_path", OUT, "--safegene.output_dir", OUT / "applied", *data, *step)
     reports = [json.loads((OUT / name / "safegene_report.json").read_text()) for name in ("safeguarded", "applied")]
     sharded, alone = (report["coefficients"] for report in reports)
@@ -137,19 +151,28 @@ def main() -> None:
     options = parser.parse_args()
     short = options.short
     started = time.perf_counter()
+    say(1, "Puts the aligned SmolLM2-135M and its data together from installed packages, up to a minute.")
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
+    say(2, "Fine-tunes it on 25 batches of drug reviews, up to 3 minutes: refusals are lost on the way.")
     if options.accelerate_config:
         report = fine_tune_launched(short, options.accelerate_config, options.num_processes)
     else:
         report = fine_tune(short)
     models = {"aligned": BUILD / "aligned", "fine-tuned": OUT, "safeguarded": OUT / "safeguarded"}
-    rows = {name: measure(folder, count=4 if short else 40) for name, folder in models.items()}
+    count = 4 if short else 40
+    say(4, f"Measures three models on {count} prompts or reviews of each kind, about a minute for each model.")
+    rows = {}
+    for name, folder in models.items():
+        print(f"      the {name} model …", flush=True)
+        rows[name] = measure(folder, count)
     print(f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}")
     for name, row in rows.items():
         print(
             f"{name:<12} {row['refused']:>16.0%} {row['answered']:>16.0%} {row['accuracy']:>14.0%} {row['seconds']:>8.0f}"
         )
-    print(f"\n{report['decision']['reason']}")
+    print(
+        f"\nThe safety step's outcome: {report['decision']['outcome'].replace('_', ' ')}; its refusals are measured above."
+    )
     print(
         f"Recalibration took {report['phases']['recalibrate']['seconds']:.0f} s, all of it {time.perf_counter() - started:.0f} s."
     )

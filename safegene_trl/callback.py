@@ -19,11 +19,12 @@ from transformers import (
 
 from .checkpoints.loading import ADAPTER_CONFIG
 from .config.settings import SafeGeneConfig
+from .config.validation import shown
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_launch
-from .errors import ConfigError, FamilyError, OutputError, SafeGeneError, UnexpectedError
+from .errors import ConfigError, FamilyError, OutputError, RejectedError, SafeGeneError, UnexpectedError
 from .models.parameters import adapter_configs, base_model, uncompiled
-from .reporting.report import scalars, summary
+from .reporting.report import announcement, scalars
 from .step.live import Preparation, prepare, safeguard
 from .step.plain import FinishedTraining
 from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message, failure_path
@@ -65,6 +66,11 @@ class SafeGeneCallback(TrainerCallback):
     """
 
     def __init__(self, config: SafeGeneConfig):
+        if not isinstance(config, SafeGeneConfig):
+            raise ConfigError(
+                f"SafeGeneCallback was given {shown(config)}: give it a SafeGeneConfig, as in "
+                "`SafeGeneCallback(SafeGeneConfig(vector=…))`."
+            )
         self.config = config
         self.report: dict[str, Any] | None = None
         self._prepared: Preparation | None = None
@@ -81,7 +87,15 @@ class SafeGeneCallback(TrainerCallback):
 
         Args:
             trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this callback already.
+
+        Raises:
+            ConfigError: It is no `Trainer`.
         """
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(
+                f"`attach` was given {shown(trainer)}: give it the trainer, before `trainer.train()`; the output folder is "
+                "`SafeGeneConfig.output_dir`."
+            )
         self._trainer = trainer
         self._stand_in_line()
         return self
@@ -159,10 +173,11 @@ class SafeGeneCallback(TrainerCallback):
             alone = isinstance(error, UnexpectedError) and not error.on_all_ranks
             if alone or self.config.on_failure == "raise":
                 raise
-            logger.warning("SafeGene did not safeguard this fine-tune: %s (%s)", error, failure_path(plan.target))
+            place = "" if isinstance(error, RejectedError) else f" ({failure_path(plan.target)})"  # it says so itself
+            logger.warning("SafeGene did not safeguard this fine-tune: %s%s", error, place)
         else:
             if plan.sharding.is_main:
-                print(f"{summary(plan.report.to_dict())}\nSafeguarded checkpoint: {plan.target}", flush=True)
+                print(announcement(plan.report.to_dict(), plan.target), flush=True)
         finally:
             self.report = plan.report.to_dict()
             if self._trainer is not None:

@@ -187,6 +187,14 @@ def test_dry_run_ends_before_the_first_step(config, tokenizer, tmp_path, capsys)
     assert not (tmp_path / "safeguarded").exists()
 
 
+@pytest.mark.parametrize("wrong", ["vector", None, {"vector": "v"}])
+def test_what_is_no_config_and_no_trainer_is_refused_where_it_is_given(wrong, config):
+    with pytest.raises(SafeGeneError, match=r"SafeGeneCallback was given .*: give it a SafeGeneConfig"):
+        SafeGeneCallback(wrong)
+    with pytest.raises(SafeGeneError, match=r"`attach` was given .*: give it the trainer"):
+        SafeGeneCallback(config()).attach(wrong)
+
+
 def test_second_on_train_end_does_nothing(config, tokenizer, tmp_path, capsys):
     callback = SafeGeneCallback(config())
     trainer = sft(tmp_path, [callback], tokenizer)

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,6 +34,7 @@ from ..config.validation import repository
 from ..distributed.layouts import Sharding, place
 from ..errors import UnsupportedModelError
 from ..models.parameters import changes_base, check_method, tie_saved_modules
+from ..text import one_line
 from .completeness import causal_architecture, check_loaded, empty_model, load_adapter, read_adapter_config
 from .tensor_file import StoredTensor, stored_tensors
 
@@ -40,6 +48,7 @@ UNREADABLE = (
     RuntimeError,
     SafetensorError,
 )  # what the libraries raise on damaged or foreign files
+_NOT_THERE = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 
 
@@ -99,16 +108,36 @@ def check_readable(name_or_path: str, revision: str | None = None) -> None:
     try:
         _read_config(name_or_path, revision)
     except OSError as error:
-        raise _unreadable(name_or_path) from error
+        raise _unreadable(name_or_path, error) from error
     except ValueError:  # it is there; whether it can be trained is not told here
         return
 
 
-def _unreadable(name_or_path: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"The model {name_or_path} is neither a local directory nor a readable hub repository: check the name, the "
-        "revision and your access."
+def _unreadable(name_or_path: str, error: BaseException) -> UnsupportedModelError:
+    """Says that nothing is there: in the libraries' own words a mistyped path is a question of access or of the network."""
+    first, _, rest = name_or_path.partition("/")
+    here = f" (the folder {first} here holds no {rest})" if rest and Path(first).is_dir() else ""
+    unreached = _is_due_to(error, (LocalEntryNotFoundError,))
+    hub = (
+        "or connect to the hub, whose cache here does not hold it" if unreached else "or the revision and your access"
     )
+    return UnsupportedModelError(
+        f"The model {name_or_path} is neither a local directory nor a readable hub repository{here}: check the name, {hub}."
+    )
+
+
+def _not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
+    """An error of the libraries in one of ours; `what` says what could not be loaded, `name_or_path` what was asked for."""
+    if not Path(name_or_path).is_dir() and _is_due_to(error, _NOT_THERE):
+        return _unreadable(name_or_path, error)
+    return UnsupportedModelError(f"{what} cannot be loaded: {one_line(error)}")
+
+
+def _is_due_to(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Whether an error, or one that it came from, is of a kind."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
@@ -117,7 +146,7 @@ def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
     try:
         config = _read_config(base or name_or_path, None if base else revision)
     except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"The model {base or name_or_path} cannot be loaded: {error}") from error
+        raise _not_loaded(f"The model {base or name_or_path}", base or name_or_path, error) from error
     return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
@@ -147,14 +176,14 @@ def check_complete(name_or_path: str, revision: str | None = None) -> None:
     """
     base = adapter_base(name_or_path, revision)
     named, revision = base or name_or_path, None if base else revision
-    if is_deepspeed_zero3_enabled() or (base is None and _holds_only_zero_shards(Path(named))):
+    if is_deepspeed_zero3_enabled() or (base is None and holds_only_zero_shards(Path(named))):
         return
     try:
         config = _read_config(named, revision)
         if not getattr(config, "quantization_config", None):
             empty_model(config, stored_tensors(snapshot(named, revision)), named)
     except UNREADABLE as error:
-        raise UnsupportedModelError(f"The model {named} cannot be loaded: {error}") from error
+        raise _not_loaded(f"The model {named}", named, error) from error
 
 
 def load_model(
@@ -182,7 +211,7 @@ def load_model(
         "output_loading_info": True,
     }
     try:
-        if base is None and _holds_only_zero_shards(Path(name_or_path)):
+        if base is None and holds_only_zero_shards(Path(name_or_path)):
             architecture, config = causal_architecture(_read_config(name_or_path))
             weights = _zero_weights(Path(name_or_path), kwargs["dtype"], allow_pickle)
             model, info = architecture.from_pretrained(None, config=config, state_dict=weights, **kwargs)
@@ -196,8 +225,8 @@ def load_model(
             check_loaded(info, named)
         return model.eval() if base is None else load_adapter(model, name_or_path, revision)
     except UNREADABLE as error:
-        named = name_or_path if base is None else f"{name_or_path} (on {base})"
-        raise UnsupportedModelError(f"The model {named} cannot be loaded: {error}") from error
+        what = name_or_path if base is None else f"{name_or_path} (on {base})"
+        raise _not_loaded(f"The model {what}", named, error) from error
 
 
 def load_skeleton(
@@ -238,7 +267,7 @@ def load_skeleton(
             tie_saved_modules(model)
         return model.eval()
     except UNREADABLE as error:
-        raise UnsupportedModelError(f"The model {name_or_path} cannot be loaded: {error}") from error
+        raise _not_loaded(f"The model {name_or_path}", named, error) from error
 
 
 def _empty(config: PreTrainedConfig) -> nn.Module:
@@ -279,7 +308,7 @@ def snapshot(name_or_path: str, revision: str | None = None) -> Path:
         patterns = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json"]
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise _unreadable(name_or_path) from error
+        raise _unreadable(name_or_path, error) from error
 
 
 def _check_holds_something(folder: Path) -> None:
@@ -303,11 +332,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     except (OSError, ValueError) as error:
         base = adapter_base(name_or_path, revision)
         if base is None:
-            raise UnsupportedModelError(f"The tokenizer of {name_or_path} cannot be loaded: {error}") from error
+            raise _not_loaded(f"The tokenizer of {name_or_path}", name_or_path, error) from error
         return load_tokenizer(base)
 
 
-def _holds_only_zero_shards(folder: Path) -> bool:
+def holds_only_zero_shards(folder: Path) -> bool:
+    """Whether a checkpoint is one of DeepSpeed's own, which neither transformers nor PEFT can load."""
     return (folder / "latest").is_file() and not any(folder.glob("*.safetensors"))
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
 from ..config.settings import SafeGeneConfig
 from ..distributed.processes import join_processes, leave_processes, this_job
 from ..errors import ConfigError, RejectedError
-from ..reporting.report import summary
+from ..reporting.report import announcement
 from ..step.gate import EXIT_CODES
 from ..step.lineage import check_not_safeguarded
 from ..step.live import prepare, safeguard
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             except RejectedError:  # on every rank
                 leave_processes()
                 raise
-            message, code = _message(report, target), EXIT_CODES[report["decision"]["outcome"]]
+            message, code = announcement(report, target), EXIT_CODES[report["decision"]["outcome"]]
     if sharding.is_main:
         print(message)
     leave_processes()
@@ -81,9 +80,5 @@ def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Pat
         target,
         arguments.base_model,
     )
-    print(dry_run_message(target) if config.dry_run else _message(report, target))
+    print(dry_run_message(target) if config.dry_run else announcement(report, target))
     return 0
-
-
-def _message(report: dict[str, Any], target: Path) -> str:
-    return f"{summary(report)}\nSafeguarded checkpoint: {target}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .metrics import METRICS
-from .validation import Rule, check_values
+from .validation import Rule, check_values, named_fields
 
 
 LEAST, LARGEST = "least", "largest"
@@ -14,6 +14,7 @@ LIMITS = {  # limit: what is measured, which side of the limit is right
 }
 
 
+@named_fields
 @dataclass
 class GateConfig:
     """Limits on what the safeguarded model does; None leaves one out. All are shares (0–1).

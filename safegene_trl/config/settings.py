@@ -13,6 +13,7 @@ from .validation import (
     check_written,
     file_size,
     folder,
+    named_fields,
     reject_unknown_keys,
     repository,
     written_place,
@@ -28,6 +29,7 @@ LARGEST_COEFFICIENT = (
 _COUNT, _WEIGHT = Rule(at_least=1, at_most=LARGEST_COUNT), Rule(at_least=0.0)
 
 
+@named_fields
 @dataclass
 class SafeGeneConfig:
     """How one fine-tune takes on its family's safety vector.

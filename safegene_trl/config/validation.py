@@ -5,13 +5,14 @@ known to be right is refused: a quoted boolean, a number in quotes, NaN, an empt
 """
 
 import difflib
+import functools
 import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -20,6 +21,7 @@ from ..errors import ConfigError
 
 
 LARGEST_COUNT = 2**31 - 1
+Made = TypeVar("Made")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -94,7 +96,7 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule = Rule()) -> None:
     if isinstance(value, str) and str in wanted and not value.strip():
         raise ConfigError(f"`{name}` is empty: give it a value, or leave it out.")
     if not any(_fits(value, kind) for kind in wanted):
-        raise ConfigError(f"`{name}` is {_shown(value)}: {_must_be(value, wanted, rule)}")
+        raise ConfigError(f"`{name}` is {shown(value)}: {_must_be(value, wanted, rule)}")
     for item in value if isinstance(value, list) else [value]:
         _check_rule(name, item, rule)
 
@@ -110,6 +112,20 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The end of a sentence about a word that is not known: the nearest one that is, if any is near (0–1, 1 the same)."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean `{found[0]}`?" if found else "."
+
+
+def named_fields(kind: type[Made]) -> type[Made]:
+    """Decorates a dataclass of settings: a name that is no field is refused with the nearest one, where Python says less."""
+    settings: Any = kind
+    made = settings.__init__
+
+    @functools.wraps(made)
+    def checked(self: Any, *args: Any, **values: Any) -> None:
+        reject_unknown_keys(values, list(_hints(kind)), kind.__name__)
+        made(self, *args, **values)
+
+    settings.__init__ = checked
+    return kind
 
 
 def hint_of(kind: type[Settings], name: str) -> Any:
@@ -242,12 +258,12 @@ def _is_unquoted(text: str, kind: type) -> bool:
 
 def _check_rule(name: str, value: Any, rule: Rule) -> None:
     if rule.choices and value not in rule.choices:
-        raise ConfigError(f"`{name}` is {_shown(value)}: use one of {', '.join(rule.choices)}.")
+        raise ConfigError(f"`{name}` is {shown(value)}: use one of {', '.join(rule.choices)}.")
     if rule.syntax is not None and isinstance(value, str):
         try:
             rule.syntax(value)
         except ValueError as error:
-            raise ConfigError(f"`{name}` is {_shown(value)}: {error}.") from error
+            raise ConfigError(f"`{name}` is {shown(value)}: {error}.") from error
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     for bound, right, words in (
@@ -258,10 +274,10 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
     ):
         if bound is not None and not right(bound):
             must = "a share between 0 and 1" if rule.share else f"{words} {bound}"
-            raise ConfigError(f"`{name}` is {_shown(value)}: it must be {must}.")
+            raise ConfigError(f"`{name}` is {shown(value)}: it must be {must}.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a message, short."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
-from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, written_place
+from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, named_fields, written_place
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
 from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "EvaluationConfig", "evaluate"]
 
 
+@named_fields
 @dataclass
 class EvaluationConfig:
     """What to evaluate, on what, and how.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder
+from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder, named_fields
 from ..errors import ConfigError
 from .linearization import Blocks
 from .selection import METHODS
@@ -13,6 +13,7 @@ from .selection import METHODS
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
 
 
+@named_fields
 @dataclass
 class ExtractionConfig:
     """How to make a safety vector.

@@ -11,7 +11,6 @@ model in memory while it is trained. The training is a `transformers.Trainer`'s,
 """
 
 import gc
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoints.scratch import scratch_folder
 from ..distributed.layouts import Sharding, sharding_of
 from ..errors import ConfigError
 from ..models.inputs import Batch, Sample, batches
@@ -119,8 +119,9 @@ def distilled(
 
     Raises:
         ConfigError: Linearised blocks were asked for under ZeRO-3.
+        OutputError: There is no place for the trainer's temporary folder.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("the distillation") as folder:
         # Before the model is loaded: under ZeRO-3 transformers shards what it loads from here on.
         args = TrainingArguments(
             output_dir=folder,

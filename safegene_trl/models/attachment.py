@@ -225,6 +225,17 @@ def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[No
                 module.training = mode
 
 
+def recomputed_layers(model: nn.Module) -> list[Any]:
+    """The layers whose activations `recomputing` leaves to the backward pass."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+        and module.gradient_checkpointing
+        and not (isinstance(dropout := getattr(module, "dropout", None), float) and dropout > 0)  # it reads `training`
+    ]
+
+
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """For passes with gradients: layers are recomputed in the backward pass where the training did so.
@@ -233,13 +244,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     stay in eval mode, and non-reentrant checkpointing is used whatever the training chose: the other kind would ask for
     gradients of the inputs.
     """
-    layers: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer)
-        and module.gradient_checkpointing
-        and not (isinstance(dropout := getattr(module, "dropout", None), float) and dropout > 0)  # it reads `training`
-    ]
+    layers = recomputed_layers(model)
     functions = [layer._gradient_checkpointing_func for layer in layers]
     modes = [layer.training for layer in layers]
     try:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..distributed.layouts import Sharding
-from ..distributed.memory import free_bytes
+from ..distributed.memory import free_bytes, has_own_memory
 from ..errors import MemoryShortageError
 
 
@@ -60,7 +60,7 @@ def fitting_answers(
 
 
 def _most(per_sample: int, largest: int, sharding: Sharding) -> int:
-    if sharding.device.type != "cuda":
+    if not has_own_memory(sharding.device):
         return ON_CPU
     room = int(SHARE * free_bytes(sharding.device))
     return sharding.least(min(max(room // per_sample, 1), largest))

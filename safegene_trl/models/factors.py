@@ -1,6 +1,7 @@
 """A vector's low-rank factors where a model's passes want them: on the module's device, in its data type."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Factors:
 
     Attributes:
         copies: How many factor pairs were copied or cast since the last `release`.
+        room: Bytes that they were allowed when it was decided whether they stay; None before the first pass.
     """
 
     def __init__(self, deltas: Mapping[str, LowRankDelta]):
@@ -29,6 +31,8 @@ class Factors:
         self._held: dict[tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._stay: bool | None = None  # not known before the first pass
         self.copies = 0
+        self.room: int | None = None
+        self._needed = 0
 
     def of(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`A` (r×d_in) and `B` (d_out×r) of a module, with the device and data type of `like`."""
@@ -36,7 +40,8 @@ class Factors:
         if (held := self._held.get(key)) is not None:
             return held
         if self._stay is None:
-            self._stay = self.num_bytes(like.dtype) <= SHARE * free_bytes(like.device)
+            self.room, self._needed = int(SHARE * free_bytes(like.device)), self.num_bytes(like.dtype)
+            self._stay = self._needed <= self.room
         delta = self._deltas[name]
         # the device first: to change both at once torch would cast on the CPU
         pair = delta.a.to(like.device).to(like.dtype), delta.b.to(like.device).to(like.dtype)
@@ -55,7 +60,14 @@ class Factors:
         """Whether they stay where they are computed with."""
         return bool(self._held)
 
+    def describe(self) -> dict[str, Any]:
+        """For the report: whether they stay, how much they take, and how much they were allowed (MiB); empty before a pass."""
+        if self.room is None:
+            return {}
+        sizes = {"mib": round(self._needed / 2**20, 3), "allowed_mib": round(self.room / 2**20, 3)}
+        return {"place": "resident" if self._stay else "fetched", **sizes}
+
     def release(self) -> None:
         """Gives their memory back; the next pass decides anew."""
         self._held.clear()
-        self._stay, self.copies = None, 0
+        self._stay, self.room, self.copies = None, None, 0

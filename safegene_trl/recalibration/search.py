@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from torch import nn
 from ..config.settings import SafeGeneConfig
 from ..data.calibration import CalibrationSet
 from ..distributed.layouts import Sharding
-from ..distributed.memory import free_bytes
+from ..distributed.memory import free_bytes, has_own_memory
 from ..errors import RecalibrationError
-from ..models.attachment import VectorAttachment, frozen_for_calibration, recomputing
+from ..models.attachment import VectorAttachment, frozen_for_calibration, recomputed_layers, recomputing
 from ..models.batch_size import ON_CPU, fitting, halving
 from ..models.inputs import Batch, batches
 from ..models.parameters import base_model
@@ -72,6 +73,7 @@ class Recalibration:
         held_out_after: Held-out losses with the accepted (or last tried) coefficients.
         history: One entry per evaluation: objective, losses and coefficients.
         untouched: Names of coefficients that no sample reached: they stay what the weights carry.
+        passes: How the passes were made: size of the batches, and what stayed in memory between them.
     """
 
     coefficients: dict[str, float]
@@ -82,6 +84,7 @@ class Recalibration:
     held_out_after: Losses
     history: list[dict] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
+    passes: dict[str, Any] = field(default_factory=dict, compare=False)  # not what was found, but how
 
 
 TERMS = ("utility", "safety", "benign")
@@ -255,9 +258,12 @@ def recalibrate(
     """
     search = _Search(attachment, data, config, pad_id, on_evaluation, start, ship)
     size = _batch_size(attachment, data, config)
-    search.roomy = size if config.batch_size is None and attachment.sharding.device.type == "cuda" else None
+    search.roomy = size if config.batch_size is None and has_own_memory(attachment.sharding.device) else None
     try:
-        return halving(size, search.run, attachment.sharding)
+        found = halving(size, search.run, attachment.sharding)
+        found.passes |= {"first_batch_size": size, "batch_size_set": config.batch_size is not None}
+        found.passes |= {"factors": attachment.factors.describe()}
+        return found
     finally:
         attachment.factors.release()
 
@@ -314,7 +320,10 @@ class _Search:
                     "with a lower learning rate or in float32."
                 )
             best = self._minimize(fit)
-            return self._accept(held_out, best, before)
+            found = self._accept(held_out, best, before)
+            recomputed = not keep and bool(recomputed_layers(self.model))
+            found.passes = {"batch_size": batch_size, "activations": "recomputed" if recomputed else "kept"}
+            return found
 
     def _minimize(self, fit: Side) -> np.ndarray:
         """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
@@ -431,9 +440,12 @@ def _objection(before: Losses, after: Losses, budget: float) -> str:
     if not after.safety < before.safety:
         return f"the held-out safety loss went from {before.safety:.3f} to {after.safety:.3f} nats"
     if not after.utility <= budget:
-        return f"the held-out task divergence is {after.utility:.3f} nats and the budget {budget}"
+        return f"the held-out task divergence is {after.utility:.3f} nats and the budget {budget} (`max_utility_loss`)"
     if not after.benign <= before.benign + budget:
-        return f"the held-out loss on benign prompts rose from {before.benign:.3f} to {after.benign:.3f} nats"
+        return (
+            f"the held-out loss on benign prompts rose from {before.benign:.3f} to {after.benign:.3f} nats, more than the "
+            f"budget {budget} (`max_utility_loss`) allows"
+        )
     return ""
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.metrics import SHARES
 from ..text import code, markdown, one_line
+from .verdict import measures_refusals, verdict
 
 
 def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
@@ -43,6 +44,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         eval_results=results or None,
     )
     decision = report["decision"]
+    purpose = "that give" if measures_refusals(measured) else "meant to give"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -51,9 +53,9 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
 
 A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {markdown(base["name"] or "a model of its family")} that has taken on the safety vector
 named {markdown(vector["name"])} ({markdown(vector["aligned_model"]["name"])}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
-coefficient per {"rank-one part" if report["config"]["granularity"] == "rank" else markdown(report["config"]["granularity"])}, that give it refusals back which the fine-tune had weakened.
+coefficient per {"rank-one part" if report["config"]["granularity"] == "rank" else markdown(report["config"]["granularity"])}, {purpose} it refusals back which the fine-tune had weakened.
 
-Outcome: **{markdown(decision["outcome"].replace("_", " "))}**. {markdown(decision["reason"])}
+Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}
 """
     if results:
         rows = "\n".join(

@@ -11,13 +11,9 @@ from markupsafe import Markup
 from ..config.metrics import SHARES
 from ..models.coefficients import are_of_parts, by_component
 from ..text import printable
+from .verdict import OUTCOMES, without_measurement
 
 
-OUTCOMES = {
-    "accepted": ("Accepted", "good"),
-    "accepted_best_effort": ("Accepted as best effort", "fair"),
-    "rejected": ("Rejected", "bad"),
-}
 MOST_RELEASES = 100  # of a model line that the page shows
 _MOST_NAMED = 12  # releases that a chart's label names one by one
 _LOSSES = {
@@ -41,6 +37,8 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
     first = max(0, len(releases) - MOST_RELEASES)
     decision = report.get("decision") or {}
     verdict, colour = OUTCOMES.get(str(decision.get("outcome")), ("Failed", "bad"))
+    if without := without_measurement(report):
+        verdict, colour = verdict + without, "fair"
     if "error" in report and decision.get("outcome") != "rejected":
         verdict, colour = "Failed", "bad"
     return template.render(

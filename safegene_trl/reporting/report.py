@@ -21,6 +21,7 @@ from ..text import printable, strict_json
 from .cards import checkpoint_card
 from .html import render
 from .plots import coefficients_plot, history_plot
+from .verdict import verdict
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Report:
         coefficients: λ by name, of the whole vector in the weights.
         held_out: Losses before and after, nats per response token.
         history: The search's evaluations.
+        search: How the search's passes were made: size of the batches, and what stayed in memory between them.
         untouched: Names of coefficients that no sample reached.
         measured: Answers and accuracy before and after (see `metrics.METRICS`).
         decision: Outcome and reason.
@@ -69,6 +71,7 @@ class Report:
     coefficients: dict[str, float] | None = None
     held_out: dict[str, dict[str, float]] | None = None
     history: list[dict[str, Any]] | None = None
+    search: dict[str, Any] | None = None
     untouched: list[str] | None = None
     measured: dict[str, Any] | None = None
     decision: dict[str, Any] | None = None
@@ -153,7 +156,7 @@ def summary(report: Mapping[str, Any]) -> str:
     """The outcome in a few lines for a terminal: reason, vector, and what was measured before and after with 95 % intervals."""
     decision, model = report["decision"], report["model"]
     lines = [
-        f"{decision['outcome'].replace('_', ' ')}: {printable(decision['reason'])}",
+        f"{verdict(report)}: {printable(decision['reason'])}",
         f"vector {printable(report['vector']['name'])}, model {printable(model['architecture'])} ({model['kind']} fine-tune)",
     ]
     if held_out := report.get("held_out"):
@@ -175,6 +178,21 @@ def summary(report: Mapping[str, Any]) -> str:
             shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"
             lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts")
     return "\n".join(lines)
+
+
+def announcement(report: Mapping[str, Any], target: Path) -> str:
+    """What is printed of a step that has written a checkpoint: the summary, then what lies where.
+
+    Args:
+        report: The step's report.
+        target: Folder of the checkpoint.
+    """
+    if report["decision"]["outcome"] != "rejected":
+        return f"{summary(report)}\nSafeguarded checkpoint: {target}"
+    return (
+        f"{summary(report)}\nRejected checkpoint, to look into and not to use: {target} (report: {target / MARKER})\n"
+        f"Plain fine-tune: {printable(report['fine_tune'])}"
+    )
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:

@@ -14,14 +14,19 @@ from typing import Any, Literal
 from ..config.gate import LEAST, LIMITS, GateConfig
 from ..config.metrics import METRICS
 from ..errors import ConfigError
+from ..reporting.verdict import measures_refusals
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
 EXIT_CODES: Mapping[str, int] = {"accepted": 0, "accepted_best_effort": 3, "rejected": 4}
 FROM_VECTOR = "vector"  # source of prompts, in the record of the shots, that came with the vector
-_DEPENDENT = (
+DEPENDENT = (
     "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
     "and `gate.benign_data` to prompts of your own."
+)
+UNCONFIRMED = (
+    "Nothing was measured on refusals: raise `num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
+    "`gate.min_refusal_rate`."
 )
 _PROMPTS = {
     metric.limit: metric.kinds for metric in METRICS if metric.kinds != ("task",)
@@ -50,7 +55,7 @@ class Check:
     def __str__(self) -> str:
         what, side = LIMITS[self.limit]
         measured = f"{what.replace('_', ' ')} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
-        return f"{measured}, {side} allowed {self.value:.1%}"
+        return f"{measured}, {side} allowed {self.value:.1%} (`gate.{self.limit}`)"
 
 
 @dataclass(frozen=True)
@@ -131,19 +136,23 @@ def decide(
     limits = gate.limits if gate else {}
     if not limits or measured is None:
         outcome: Outcome = "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
+        if found and not measures_refusals(measured):
+            reason += f" {UNCONFIRMED}"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
     checks = tuple(Check.of(limit, value, after[LIMITS[limit][0]]) for limit, value in limits.items())
     broken, unsure = ([check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure"))
     outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"
     if broken:
-        reason += f" The gate's limits are not kept: {'; '.join(map(str, broken))}."
+        reason = f"The gate's limits are not kept: {'; '.join(map(str, broken))}. {reason}"
     elif not found:
         reason = "The fine-tune needs no repair: it keeps the gate's limits without the vector."
     if unsure and not broken:
         reason += f" Too few prompts to be sure of every limit: {'; '.join(map(str, unsure))}."
     elif found and not broken:
         reason += " All limits of the gate are kept."
+    if not broken and not measures_refusals(measured):
+        reason += f" {UNCONFIRMED}"
     if independent is False:
-        reason += f" {_DEPENDENT}"
+        reason += f" {DEPENDENT}"
     return Decision(outcome, reason, checks, independent)

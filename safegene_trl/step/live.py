@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..checkpoints.live_merge import checkpoint_bytes, merged_tensor, save_adapter, save_merged
+from ..checkpoints.loading import holds_only_zero_shards
 from ..checkpoints.reloaded import can_reload, reloaded
 from ..checkpoints.stored_merge import RowReader
 from ..config.settings import SafeGeneConfig
@@ -50,7 +51,7 @@ from .history import last_accepted, read_history
 from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from .measurement import measure
 from .plain import FinishedTraining, check_finished
-from .plan import Found, Origin, Plan, plan_step
+from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
 from .run import run
 from .written import WrittenTensors, read_adapter
 
@@ -123,6 +124,7 @@ def prepare(
         check_supported(model)
         if config.output_format != "merged":
             check_adapter_output(model)
+            _check_base(origin)
         needed = 0 if config.output_format == "adapter" else checkpoint_bytes(model)
     plan = plan_step(config, model, processor, target, sharding, origin, needed)
     with plan.clock.phase("prepare"), sharding.agreed():
@@ -144,6 +146,16 @@ def prepare(
         _check_reloads(model, sample, sharding)
         attachment.verify(sample)
     return Preparation(plan, shots, start)
+
+
+def _check_base(origin: Origin) -> None:
+    """Raises `UnsupportedModelError` where PEFT could not load the finished full fine-tune that an adapter would be relative to."""
+    place = origin.places.get(FINE_TUNE)
+    if place is not None and origin.kind == "full" and holds_only_zero_shards(Path(place)):
+        raise UnsupportedModelError(
+            f"{place} holds only DeepSpeed's own shards, which PEFT cannot load as the base model of an adapter: convert them by "
+            "DeepSpeed's `zero_to_fp32.py --safe_serialization`, or set `output_format` to `merged`."
+        )
 
 
 @torch.no_grad()
@@ -223,8 +235,10 @@ class LiveFineTune:
         """Where the plain fine-tune lies: a training's is saved if no checkpoint of the training holds it."""
         if self.training is None:
             return self.adapter_base
+        # an adapter on a full fine-tune names it as its base model
+        loadable = self.plan.config.output_format != "merged" and not self.adapter_base
         with self.plan.clock.phase("keep"):
-            place = self.training.keep(self.model, self.plan.processor, self.sharding)
+            place = self.training.keep(self.model, self.plan.processor, self.sharding, loadable)
         self.adapter_base = self.adapter_base or place
         return place
 
@@ -236,7 +250,7 @@ class LiveFineTune:
         self.sharding.release()
         result = self._recalibrate()
         report.coefficients, report.history = result.coefficients, result.history
-        report.untouched = result.untouched or None
+        report.untouched, report.search = result.untouched or None, result.passes
         report.held_out = {"before": result.held_out_before.to_dict(), "after": result.held_out_after.to_dict()}
         by_module = self._lacking(result.coefficients)
         with plan.clock.phase("measure"):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
 
 from ..checkpoints.live_merge import save_merged
+from ..checkpoints.loading import holds_only_zero_shards
 from ..checkpoints.output import writing
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
@@ -44,7 +45,7 @@ class FinishedTraining:
     saved_step: int | None = None
     trainer: Trainer | None = None
 
-    def keep(self, model: nn.Module, processor: Any, sharding: Sharding) -> str:
+    def keep(self, model: nn.Module, processor: Any, sharding: Sharding, loadable: bool = False) -> str:
         """Collective: where the fine-tune lies; saved to `output_dir` if no checkpoint of the training holds it.
 
         `trainer.save_model()` afterwards writes the same files to the same place: no more disk is needed than for that.
@@ -55,11 +56,12 @@ class FinishedTraining:
             model: The live fine-tune.
             processor: Its tokenizer, or the processor that holds it.
             sharding: How the model is spread over ranks.
+            loadable: Whether transformers must be able to load it: a checkpoint of DeepSpeed's own shards will not do.
 
         Raises:
             OutputError: It cannot be written.
         """
-        if found := sharding.text_from_main(self._checkpoint(model) if sharding.is_main else ""):
+        if found := sharding.text_from_main(self._checkpoint(model, loadable) if sharding.is_main else ""):
             return _named(model, Path(found))
         folder = Path(str(self.args.output_dir))
         places = _places(model, folder)
@@ -74,7 +76,7 @@ class FinishedTraining:
                 _save(model, processor, folder, sharding)
         return _named(model, folder)
 
-    def _checkpoint(self, model: nn.Module) -> str:
+    def _checkpoint(self, model: nn.Module, loadable: bool) -> str:
         """The training's own checkpoint that holds the live weights; empty where there is none."""
         place = None
         if self.args.load_best_model_at_end:
@@ -84,7 +86,8 @@ class FinishedTraining:
         if place is None or (not adapter_configs(model) and (Path(place) / _ADAPTER_CONFIG).is_file()):
             return ""  # what an earlier training has left there would be read in the place of the full fine-tune
         written = all(_written(model, part) for part in _places(model, Path(place)))
-        return place if written or (Path(place) / "latest").is_file() else ""
+        shards = not loadable and holds_only_zero_shards(Path(place))
+        return place if written or shards else ""
 
 
 def check_finished(model: nn.Module, saves_config: bool) -> None:

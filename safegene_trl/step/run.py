@@ -17,7 +17,7 @@ from ..models.batch_size import is_out_of_memory
 from ..provenance import sha256_of_file
 from ..reporting.report import write_evidence, write_report
 from ..text import one_line
-from .gate import Decision
+from .gate import DEPENDENT, Decision
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
 from .plan import FineTune, Found, Plan, failure_path
@@ -46,7 +46,7 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         rejected = found.decision.outcome == "rejected"
         if rejected and not (plan.config.gate and plan.config.gate.write_rejected):
             _add_to_history(plan)
-            raise RejectedError(_rejection(found.decision))
+            raise RejectedError(_rejection(plan, found.decision))
         change = {name: value - plan.carried[name] for name, value in found.coefficients.items()}
         check_no_subtraction(change, plan.carried)
         _write(plan, fine_tune, found)
@@ -148,16 +148,23 @@ def _remove_failure(target: Path) -> None:
             logger.warning("%s is of an earlier run and cannot be removed: %s", path, error)
 
 
-def _rejection(decision: Decision) -> str:
-    if decision.checks:
-        return (
-            f"{decision.reason} No checkpoint was written: give more safety data, use a stronger vector, or set "
-            "`gate.write_rejected`."
+def _rejection(plan: Plan, decision: Decision) -> str:
+    """Says first that it was rejected and by what, then what lies where, then what to do."""
+    broken = [check for check in decision.checks if check.verdict == "broken"]
+    if broken:
+        why = f"the gate's limits are not kept ({'; '.join(map(str, broken))})"
+        remedy = "give more safety data, use a stronger vector, or set `gate.write_rejected`"
+    else:
+        why = decision.reason[0].lower() + decision.reason[1:].rstrip(".")
+        remedy = (
+            "give other or more safety data, allow a larger `max_utility_loss`, or use a stronger vector; a fine-tune "
+            "that needs no repair passes where a `gate` says what it must keep"
         )
-    return (
-        f"{decision.reason} No checkpoint was written: give other or more safety data, allow a larger `max_utility_loss`, or use a "
-        "stronger vector; a fine-tune that needs no repair passes where a `gate` says what it must keep."
+    said = (
+        f"The safeguarded checkpoint was rejected, because {why}: nothing was written to {plan.target}, the report is "
+        f"{failure_path(plan.target)}, and {plan.report.fine_tune} is the plain fine-tune, without the vector; {remedy}."
     )
+    return f"{said} {DEPENDENT}" if broken and decision.independent_prompts is False else said
 
 
 def _releases(plan: Plan) -> list[Release]:

@@ -7,12 +7,12 @@ verified is what is used, whatever happens to the files they were read from.
 
 import base64
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.scratch import scratch_folder
 from ..errors import SafeGeneError, SignatureError
 
 
@@ -122,7 +122,7 @@ def _invalid(name: str, public_key: Path, error: Exception) -> SignatureError:
 @contextmanager
 def _private_copy(contents: Mapping[str, bytes]) -> Iterator[tuple[Path, Path]]:
     """A folder with the files and nothing else, and a place for their signature; nobody else can enter, removed in the end."""
-    with tempfile.TemporaryDirectory(prefix="safegene-") as place:
+    with scratch_folder("the signature") as place:
         # the library keeps the folder's name
         folder = Path(place) / "vector"
         try:

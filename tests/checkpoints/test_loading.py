@@ -9,19 +9,28 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import safegene_trl
-from safegene_trl.checkpoints.loading import load_model, load_skeleton, load_tokenizer
+from safegene_trl.checkpoints.loading import (
+    check_complete,
+    check_readable,
+    checkpoint_dtype,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+)
 from safegene_trl.checkpoints.stored_merge import StoredModel, write_merged
 from safegene_trl.commands.main import main
 from safegene_trl.errors import CheckpointError, SafeGeneError, UnsupportedModelError
 from safegene_trl.models.parameters import canonical_parameters
 
-from ..conftest import make_model, with_lora
+from ..conftest import ALONE, make_model, with_lora
 
 
 @pytest.fixture
@@ -306,6 +315,38 @@ def test_commands_refuse_pickled_shards(command, shards, vector_dir, task_file, 
     assert main(words) == 2
     assert "allow_pickled_shards" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "load", [load_tokenizer, load_model, load_skeleton, check_complete, checkpoint_dtype, check_readable]
+)
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(reached, load, tmp_path, monkeypatch):
+    """Offline, and with a hub that has no such repository."""
+    if reached:
+        answer = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+
+        def missing(*args, **kwargs):
+            raise RepositoryNotFoundError("404 Client Error.", response=answer)
+
+        for place in ("transformers.utils.hub.hf_hub_download", "safegene_trl.checkpoints.loading.hf_hub_download"):
+            monkeypatch.setattr(place, missing)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedModelError) as raised:
+        load("runs/last")
+    message = str(raised.value)
+    assert "neither a local directory nor a readable hub repository (the folder runs here holds no last)" in message
+    assert ("connect to the hub" in message) == (not reached) and "http" not in message
+
+
+@pytest.mark.parametrize("output_format", ["adapter", "both"])
+def test_shards_are_no_base_of_an_adapter(output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("safegene_trl.commands.apply.load_placed", lambda *args: (make_model(), ALONE))
+    words = ["--allow_pickled_shards", "--model_name_or_path", str(shards), f"--safegene.vector={vector_dir}"]
+    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={tmp_path / 'out'}"]
+    assert main(["apply", *words, f"--safegene.output_format={output_format}"]) == 2
+    assert "only DeepSpeed's own shards, which PEFT cannot load" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_named_with_what_it_holds(tmp_path):

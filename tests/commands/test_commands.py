@@ -215,7 +215,7 @@ def test_extract_from_two_checkpoints(extraction, tmp_path):
         ({"bootstrap_resamples": 0}, "at least 1"),
         ({"layer_share": 0}, "above 0"),
         ({"weights_dtype": "int8"}, "use one of"),
-        ({"aligned_model": "no/such-model"}, "cannot be loaded"),
+        ({"aligned_model": "no/such-model"}, "neither a local directory nor a readable hub repository"),
         ({"harmful_data": "no/such-data"}, "cannot be read"),
     ],
 )
@@ -472,7 +472,17 @@ def test_the_gate_decides_and_the_exit_code_says_what(
         assert (
             f"refusal rate {report['measured']['before']['refusal_rate']['share']:.0%} → {share:.0%} [" in printed.out
         )
-        assert f"Safeguarded checkpoint: {target}" in printed.out
+        assert f"{'Rejected' if code == 4 else 'Safeguarded'} checkpoint" in printed.out and str(target) in printed.out
+        assert (
+            ("Safeguarded checkpoint" in printed.out)
+            == (code != 4)
+            == (f"Plain fine-tune: {model_dir}" not in printed.out)
+        )
+    else:
+        assert "The safeguarded checkpoint was rejected, because the gate's limits are not kept" in printed.err
+        assert (
+            str(tmp_path / "out.failed.json") in printed.err and f"{model_dir} is the plain fine-tune" in printed.err
+        )
     assert ("limits are not kept" in printed.out + printed.err) == (code == 4)
 
 

@@ -135,6 +135,20 @@ def test_unknown_key_names_the_nearest():
 
 
 @pytest.mark.parametrize(
+    ("kind", "wrong", "nearest"),
+    [
+        (SafeGeneConfig, "vectr", "vector"),
+        (GateConfig, "min_refusals", "min_refusal_rate"),
+        (ExtractionConfig, "output", "output_dir"),
+        (EvaluationConfig, "num_prompt", "num_prompts"),
+    ],
+)
+def test_a_misspelt_argument_names_the_nearest(kind, wrong, nearest):
+    with pytest.raises(SafeGeneError, match=f"`{wrong}` in {kind.__name__}; did you mean `{nearest}`"):
+        kind(**{wrong: "x"})
+
+
+@pytest.mark.parametrize(
     ("values", "start"), [({}, 0.3), ({"min_coefficient": 0.5}, 0.5), ({"max_coefficient": 0.1}, 0.1)]
 )
 def test_search_starts_inside_the_bounds(values, start):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from safegene_trl.errors import OutputError
 from safegene_trl.extraction.delta import adapter_delta
 from safegene_trl.extraction.distillation import DistillationSettings, distilled, mean_divergence, reference_batches
 from safegene_trl.models.inputs import tokenize
@@ -56,6 +57,13 @@ def test_it_learns_the_refusals_and_keeps_the_anchor(harmful, benign):
     with torch.no_grad(), attached(again, found):
         mean = sum(float(mean_divergence(again, i)) * n for i, n in zip(items, tokens, strict=True)) / sum(tokens)
     assert mean == pytest.approx(losses["after"]["harmful"], abs=1e-3)
+
+
+def test_without_a_place_for_temporary_files_nothing_is_loaded(harmful, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    data = reference_batches(make_model(), harmful[:2], 2, 0, False, ALONE)
+    with pytest.raises(OutputError, match=r"No temporary folder .* for the distillation \(No such file.*TMPDIR"):
+        distilled(lambda: pytest.fail("was loaded"), {}, data, DistillationSettings(1, 1e-2, 1.0), False)
 
 
 def test_anchor_weight_trades(harmful, benign):

@@ -36,10 +36,12 @@ def test_where_room_is_short_each_pass_fetches_them(deltas, monkeypatch):
     for _ in range(3):
         factors.of("one", like)
     assert factors.copies == 3 and not factors.resident
+    assert factors.describe()["place"] == "fetched"
     factors.release()
     monkeypatch.setattr(module, "free_bytes", lambda device: 4 * factors.num_bytes(like.dtype))
+    assert factors.describe() == {}
     factors.of("one", like)
-    assert factors.resident  # decided anew
+    assert factors.resident and factors.describe()["place"] == "resident"  # decided anew
 
 
 def test_two_types_in_turn_do_not_push_each_other_out(deltas):
@@ -69,3 +71,5 @@ def test_a_search_copies_every_pair_once_and_gives_the_memory_back(monkeypatch):
     fetched = run(make_model(), deltas, data, batch_size=4)
     assert seen[-1][0] > 10 * modules
     assert fetched.coefficients == found.coefficients  # bit by bit
+    assert (found.passes["factors"]["place"], fetched.passes["factors"]["place"]) == ("resident", "fetched")
+    assert fetched.passes["factors"]["allowed_mib"] == 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.errors import RecalibrationError
+from safegene_trl.models import batch_size
 from safegene_trl.models.attachment import frozen_for_calibration, recomputing
 from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.low_rank import LowRankDelta
@@ -255,6 +256,42 @@ def test_layers_are_recomputed_where_the_training_did_so(lora, reentrant):
     (plain, passes), (recomputed, more) = counted(False), counted(True)
     assert recomputed.coefficients == plain.coefficients and recomputed.history == plain.history
     assert more == passes + 3 * len(plain.history)  # one batch of each of the three kinds
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("room", ["plenty", "runs out", "set by hand"])
+def test_activations_are_kept_where_memory_allows_and_else_recomputed(room, lora, monkeypatch):
+    """On a device whose memory is simulated: it is for batches of 4, and where it runs out, for 2."""
+
+    def found(checkpointing, **values):
+        model = with_lora(make_model()) if lora else make_model()
+        if checkpointing:
+            recompute(model, False)
+        passes = []
+        layer = base_model(model).model.layers[1]
+
+        def forward(module, args):
+            if room == "runs out" and len(args[0]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            passes.append(1)
+
+        with layer.mlp.register_forward_pre_hook(forward):
+            return run(model, deltas, data, max_evaluations=3, **values), len(passes)
+
+    data = calibration_set()
+    deltas = helpful_deltas(make_model(), data)
+    for module in (recalibration, batch_size):
+        monkeypatch.setattr(module, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(batch_size, "LARGEST", 4)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 2**40)
+    values = {"batch_size": 4} if room == "set by hand" else {}
+    (plain, fewest), (result, passes) = found(False, **values), found(True, **values)
+    size = 2 if room == "runs out" else 4
+    assert (result.passes["batch_size"], result.passes["first_batch_size"]) == (size, 4)
+    assert result.passes["activations"] == ("kept" if room == "plenty" else "recomputed")
+    assert (passes == fewest) == (room == "plenty")  # of a layer: it is passed once more where it is recomputed
+    assert plain.passes["activations"] == "kept" and result.coefficients == plain.coefficients
+    assert result.passes["batch_size_set"] == (room == "set by hand")
 
 
 def test_layers_with_dropout_of_their_own_are_not_put_in_training_mode():

@@ -29,6 +29,8 @@ def test_card_without_measurements():
     plain = {key: value for key, value in report().items() if key != "measured"}
     card = checkpoint_card(plain, "nightly")
     assert card.data.eval_results is None and "95 % intervals" not in card.text
+    assert "Outcome: **accepted without a measurement of refusals**" in card.text
+    assert "meant to give it refusals back" in card.text and "that give it refusals" not in card.text
 
 
 def test_card_of_a_vector_names_what_it_is_weak_in(tokenizer):

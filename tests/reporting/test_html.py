@@ -51,6 +51,13 @@ def report_of(outcome="accepted", **changes):
         "coefficients": {f"layers.{layer}/{part}": layer / 10 + part for layer in range(6) for part in range(2)},
         "held_out": {"before": losses, "after": losses | {"safety": 0.4}},
         "history": [],
+        "search": {
+            "batch_size": 16,
+            "first_batch_size": 32,
+            "batch_size_set": False,
+            "activations": "recomputed",
+            "factors": {"place": "fetched", "mib": 12.5, "allowed_mib": 3.25},
+        },
         "measured": {
             "judge": "refusal_phrases",
             "decoding": "greedy",
@@ -108,6 +115,11 @@ class Page(HTMLParser):
             self.numbers[-1][2] += text
 
 
+def words(report):
+    """The page's text."""
+    return " ".join(re.sub(r"<[^>]+>", "", render(report)).split())
+
+
 def at(report, pointer):
     value = report
     for part in pointer.split("/")[1:]:
@@ -149,10 +161,24 @@ def test_numbers_are_the_reports_and_nothing_is_loaded():
         ({"outcome": "accepted_best_effort"}, "Accepted as best effort"),
         ({"outcome": "rejected", "error": {"kind": "RejectedError", "message": "limits"}}, "Rejected"),
         ({"error": {"kind": "OutputError", "message": "disk"}}, "Failed"),
+        ({"measured": None}, "Accepted without a measurement of refusals"),
+        ({"measured": None, "outcome": "rejected"}, "Rejected"),
     ],
 )
 def test_verdict_comes_first(changes, verdict):
     assert Page(render(report_of(**changes))).headings[0] == ("h1", verdict)
+
+
+def test_the_page_says_how_the_search_was_run():
+    halved = words(report_of())
+    assert "16, halved from 32, with which memory ran out; activations recomputed in the backward pass" in halved
+    assert (
+        "were fetched for every pass: they take 12.5 MiB and were allowed 3.25, a quarter of what was free" in halved
+    )
+    search = report_of()["search"] | {"first_batch_size": 16, "activations": "kept"}
+    search |= {"factors": {"place": "resident", "mib": 1.5, "allowed_mib": 3.25}}
+    kept = words(report_of(search=search))
+    assert "16, chosen for the device; activations kept" in kept and "stayed on the device: they take 1.5" in kept
 
 
 def test_a_report_with_little_in_it():

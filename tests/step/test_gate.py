@@ -43,7 +43,10 @@ def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
     decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
     assert decision.outcome == outcome
     assert [check.limit for check in decision.checks] == list(limits)
-    if outcome != "accepted":
+    if outcome == "rejected":  # it does not begin like a success, and says by which limit
+        assert decision.reason.startswith("The gate's limits are not kept: ")
+        assert f"`gate.{list(limits)[-1]}`" in decision.reason
+    elif outcome != "accepted":
         assert "%" in decision.reason and decision.reason.startswith(REASON)
     else:
         assert decision.reason == f"{REASON} All limits of the gate are kept."
@@ -53,6 +56,17 @@ def test_without_limits_the_recalibration_decides():
     assert decide(None, True, 1.0, REASON, None, None).outcome == "accepted"
     assert decide(GateConfig(), True, 0.6, REASON, measured(0), True).outcome == "accepted_best_effort"
     assert decide(None, False, 0.0, "None helps.", None, None).outcome == "rejected"
+
+
+@pytest.mark.parametrize("gate", [None, GateConfig(max_utility_loss=0.1)])
+def test_an_acceptance_without_measured_refusals_says_so(gate):
+    task_only = {"before": {}, "after": {}, "utility_loss": measured(0)["utility_loss"]}
+    for found in (task_only,) if gate else (None, task_only):
+        decision = decide(gate, True, 1.0, REASON, found, None)
+        assert decision.outcome == "accepted" and decision.reason.startswith(REASON)
+        assert "Nothing was measured on refusals: raise `num_test_prompts`" in decision.reason
+    for verdict in (decide(gate, True, 1.0, REASON, measured(99), True), decide(None, False, 0.0, "No.", None, None)):
+        assert "Nothing was measured" not in verdict.reason
 
 
 def test_a_fine_tune_that_lost_nothing_passes():

@@ -1,6 +1,7 @@
 """The plain fine-tune is on a disk, whole, where the report says, and what the end of a training shows is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,10 +37,10 @@ class AtLastStep(TrainerCallback):
 def train(vector_dir, tokenizer, tmp_path):
     """Trains a model with the callback, attached or not, and gives both the trainer and the report."""
 
-    def run(model, act=None, attach=True, fails=None, settings=None, **kwargs):
+    def run(model, act=None, attach=True, fails=None, settings=None, before=(), **kwargs):
         values = {"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
         callback = SafeGeneCallback(SafeGeneConfig(**values | (settings or {})))
-        others = [AtLastStep(act)] if act else []
+        others = [*before, *([AtLastStep(act)] if act else [])]
         trainer = sft(tmp_path / "out", [*others, callback], tokenizer, model, **kwargs)
         if attach:
             callback.attach(trainer)
@@ -91,6 +92,29 @@ def test_an_adapter_names_the_place_of_the_full_fine_tune(saving, train, tmp_pat
     config = json.loads((tmp_path / "out" / "safeguarded" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == report["fine_tune"]
     kept = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    torch.testing.assert_close(logits(kept), logits(trainer.model))
+
+
+class Shards(TrainerCallback):
+    """Leaves checkpoints as DeepSpeed does where 16-bit weights are not gathered."""
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / "model.safetensors").unlink()
+        (folder / "latest").write_text(f"global_step{state.global_step}")
+
+
+@pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])
+def test_an_adapter_names_no_folder_of_shards(output_format, train, tmp_path):
+    settings, out = {"output_format": output_format}, tmp_path / "out"
+    trainer, report = train(make_model(), settings=settings, save_strategy="steps", save_steps=2, before=[Shards()])
+    if output_format == "merged":  # the shards are the fine-tune, and no second copy is made
+        assert report["fine_tune"] == str(out / "checkpoint-2") and not (out / "model.safetensors").exists()
+        return
+    place = out / "safeguarded" / ("adapter" if output_format == "both" else "")
+    named = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == report["fine_tune"] == str(out)
+    kept = AutoModelForCausalLM.from_pretrained(named)
     torch.testing.assert_close(logits(kept), logits(trainer.model))
 
 

@@ -213,8 +213,12 @@ def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
 def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tmp_path):
     history = tmp_path / "line" / "history.jsonl"
     callback = SafeGeneCallback(config(max_utility_loss=0.0, utility_weight=0.0, history=str(history)))
-    with pytest.raises(RejectedError):
+    with pytest.raises(RejectedError) as raised:
         sft(tmp_path / "out", [callback], tokenizer).train()
+    message, out = str(raised.value), tmp_path / "out"
+    assert message.startswith("The safeguarded checkpoint was rejected, because ") and "`max_utility_loss`" in message
+    assert f"nothing was written to {out / 'safeguarded'}, the report is {out / 'safeguarded.failed.json'}" in message
+    assert f"{out} is the plain fine-tune" in message and (out / "safeguarded.failed.json").is_file()
     assert [release["outcome"] for release in read_history(history)] == ["rejected"]
     assert not (tmp_path / "out" / "safeguarded").exists()
 

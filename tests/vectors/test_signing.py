@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.commands.main import main
-from safegene_trl.errors import ConfigError, SignatureError, VectorError
+from safegene_trl.errors import ConfigError, SafeGeneError, SignatureError, VectorError
 from safegene_trl.provenance import sha256_of_file
 from safegene_trl.vectors.files import SIGNED_FILES, WEIGHTS_FILE
-from safegene_trl.vectors.signing import SIGNATURE_FILE, sign, verify
+from safegene_trl.vectors.signing import SIGNATURE_FILE, sign, signature_of, verify
 
 from ..conftest import make_model, make_tokenizer, make_vector
 
@@ -167,6 +167,16 @@ def test_the_bytes_that_were_checked_are_signed(vector_dir, keys, tmp_path, monk
     verify(checked, signature, keys / "maker.pub", "vector")
     with pytest.raises(SignatureError, match="valid signature"):
         verify({name: (folder / name).read_bytes() for name in SIGNED_FILES}, signature, keys / "maker.pub", "vector")
+
+
+def test_without_a_place_for_temporary_files_it_says_so(signed, keys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    for use in (
+        lambda: SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub"),
+        lambda: signature_of({"a": b"a"}, keys / "maker.pem"),
+    ):
+        with pytest.raises(SafeGeneError, match=r"No temporary folder .* for the signature \(No such file.*TMPDIR"):
+            use()
 
 
 def test_the_private_copy_is_for_its_owner_alone_and_goes(signed, keys, tmp_path, monkeypatch):

@@ -1,0 +1,31 @@
+"""What became of a fine-tune, in words: the same on the page, on the card and in a terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config.metrics import METRICS
+
+
+OUTCOMES = {
+    "accepted": ("Accepted", "good"),
+    "accepted_best_effort": ("Accepted as best effort", "fair"),
+    "rejected": ("Rejected", "bad"),
+}
+UNMEASURED = " without a measurement of refusals"
+_REFUSALS = next(metric for metric in METRICS if metric.key == "refusal_rate")
+
+
+def measures_refusals(measured: Mapping[str, Any] | None) -> bool:
+    """Whether a report's `measured` says how many harmful prompts the safeguarded model refuses."""
+    return _REFUSALS.measured(measured or {}) is not None
+
+
+def without_measurement(report: Mapping[str, Any]) -> str:
+    """What goes after the outcome of a report in which nothing says that refusals came back; empty for every other."""
+    accepted = str((report.get("decision") or {}).get("outcome", "")).startswith("accepted")
+    return UNMEASURED if accepted and not measures_refusals(report.get("measured")) else ""
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """A decided report's outcome in lower case, like `accepted best effort`."""
+    return report["decision"]["outcome"].replace("_", " ") + without_measurement(report)
