@@ -246,7 +246,7 @@ def test_remote_code_is_not_run_even_if_asked(name, model_dir, tmp_path):
     script = (
         "import sys\nfrom safegene_trl.errors import SafeGeneError\n"
         "from safegene_trl.checkpoints.loading import load_model, load_placed, load_skeleton, load_tokenizer, resolve_dtype\n"
-        "from safegene_trl.distributed.layouts import this_job\n"
+        "from safegene_trl.distributed.processes import this_job\n"
         "name = sys.argv[1]\n"
         "for load in (load_tokenizer, load_model, load_skeleton, lambda name: resolve_dtype('auto', name),\n"
         "             lambda name: load_placed(name, None, 'float32', this_job())):\n"
