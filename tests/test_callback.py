@@ -509,6 +509,20 @@ def test_a_model_that_is_more_than_its_weights_is_refused(kind, config, tokenize
     assert trainer.state.global_step == 0
 
 
+def test_a_hook_that_comes_while_it_is_trained_is_refused(config, tokenizer, tmp_path):
+    """What is written is loaded as anybody will load it, and says something else than what was measured."""
+
+    class Hooking(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+    trainer = sft(tmp_path, [SafeGeneCallback(config()), Hooking()], tokenizer)
+    with pytest.raises(OutputError, match="a hook, a module of your own or a setting"):
+        trainer.train()
+    assert not (tmp_path / "safeguarded").exists() and (tmp_path / "model.safetensors").is_file()
+
+
 ROWS = {
     "plain": {},
     "packed": {"packing": True, "max_length": 120},

@@ -22,13 +22,15 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from ..config.validation import repository
 from ..distributed.layouts import Sharding, place
@@ -334,6 +336,32 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         if base is None:
             raise _not_loaded(f"The tokenizer of {name_or_path}", name_or_path, error) from error
         return load_tokenizer(base)
+
+
+def load_processor(name_or_path: str, revision: str | None = None) -> Any:
+    """What stands between text or images and a checkpoint: its processor where it has one, else its tokenizer.
+
+    Raises:
+        UnsupportedModelError: One of the two cannot be read.
+    """
+    tokenizer = load_tokenizer(name_or_path, revision)
+    if not any(_has_file(name_or_path, revision, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+        base = adapter_base(name_or_path, revision)
+        return tokenizer if base is None else load_processor(base)
+    try:
+        processor = AutoProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loaded(f"The processor of {name_or_path}", name_or_path, error) from error
+    return processor if isinstance(processor, ProcessorMixin) else tokenizer
+
+
+def _has_file(name_or_path: str, revision: str | None, file: str) -> bool:
+    if Path(name_or_path).is_dir():
+        return (Path(name_or_path) / file).is_file()
+    try:
+        return bool(hf_hub_download(name_or_path, file, revision=revision))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return False
 
 
 def holds_only_zero_shards(folder: Path) -> bool:

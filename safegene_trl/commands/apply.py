@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
+from ..checkpoints.loading import adapter_base, load_placed, load_processor
 from ..config.settings import SafeGeneConfig
 from ..distributed.processes import join_processes, leave_processes, this_job
 from ..errors import ConfigError, RejectedError
@@ -47,11 +47,11 @@ def main(argv: Sequence[str]) -> int:
     revision, job, code = arguments.model_revision, this_job(), 0
     with job.agreed():
         check_not_safeguarded(name, revision)
-        tokenizer, base = load_tokenizer(name, revision), adapter_base(name, revision)
+        processor, base = load_processor(name, revision), adapter_base(name, revision)
     model, sharding = load_placed(name, revision, arguments.dtype, job, arguments.allow_pickled_shards)
     with sharding.named():
         origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name})
-        plan = prepare(config, model, tokenizer, target, sharding, origin)
+        plan = prepare(config, model, processor, target, sharding, origin)
         if config.dry_run:
             message = dry_run_message(target)
         else:

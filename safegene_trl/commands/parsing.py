@@ -65,6 +65,7 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     check_value("env", recipe.get("env", {}), dict[str, Any])
     for kind in dataclasses:
         _check_recipe(recipe, kind)
+    _check_single(argv, parser)
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     options = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
     reject_unknown_keys(options, known, where="the command line")
@@ -74,6 +75,15 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
         if isinstance(arguments, SafeGeneArguments):
             _set_block(arguments, recipe, overrides)
     return tuple(parsed)
+
+
+def _check_single(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raises `ConfigError` for an option that is there twice: argparse would take the last without a word."""
+    names = {option: action.dest for action in parser._actions for option in action.option_strings}
+    given = [names[name] for word in argv if (name := word.split("=")[0]) in names]
+    for name in given:
+        if given.count(name) > 1:
+            raise ConfigError(f"`--{name}` is on the command line twice: leave one of them out.")
 
 
 def _set_block(arguments: SafeGeneArguments, recipe: Mapping[str, Any], overrides: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from ..checkpoints.live_merge import save_adapter
-from ..checkpoints.loading import adapter_base, load_tokenizer
+from ..checkpoints.loading import adapter_base, load_processor
 from ..checkpoints.stored_merge import StoredModel, write_merged
 from ..config.settings import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
 from ..distributed.layouts import Sharding
@@ -68,7 +68,7 @@ def safeguard_stored(
     origin = Origin(base_model or started_from, None, "lora" if is_lora else "full", {FINE_TUNE: name_or_path})
     needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
     alone = Sharding(torch.device("cpu"))
-    plan = plan_step(config, stored.model, load_tokenizer(name_or_path, revision), target, alone, origin, needed)
+    plan = plan_step(config, stored.model, load_processor(name_or_path, revision), target, alone, origin, needed)
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
     with plan.clock.phase("prepare"):
         fine_tune.choose(given, base_model)

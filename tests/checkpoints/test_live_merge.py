@@ -109,6 +109,20 @@ def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
     assert float(run.stdout) == pytest.approx(32.0)
 
 
+def test_a_tensor_that_is_not_finite_is_not_merged(tokenizer, tmp_path):
+    """Neither the vector's modules nor any sample need touch it."""
+    model = make_model(tied=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1] = float("nan")
+    deltas, merged, plain = make_deltas(model), tmp_path / "merged", tmp_path / "plain"
+    merged.mkdir()
+    plain.mkdir()
+    with pytest.raises(OutputError, match="not finite, so nothing is written"):
+        save_merged(model, deltas, random_coefficients(deltas), tokenizer, merged, "5GB", ALONE)
+    save_merged(model, {}, {}, tokenizer, plain, "5GB", ALONE)  # a plain fine-tune is kept as it is
+    assert (plain / "model.safetensors").is_file()
+
+
 def test_a_full_disk_leaves_nothing(tmp_path):
     target = tmp_path / "safeguarded"
     with pytest.raises(OutputError, match="free space"), atomic_directory(target) as folder:

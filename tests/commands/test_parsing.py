@@ -206,6 +206,7 @@ def test_a_file_that_is_no_text(tmp_path):
             "`safegene.gate.min_refusal_rate` is set twice",
         ),
         (["--safegene.gate.min_refusal_rate=0", "--safegene.gate={min_refusal_rate: 1}"], "is set twice"),
+        (["--dtype", "float32", "--dtype=bfloat16"], "`--dtype` is on the command line twice"),
         (["--safegene.gate=1", "--safegene.gate.min_refusal_rate=0"], "`safegene.gate` is set twice"),
         (["--safegene", "{seed: 1}", "--safegene.seed", "2"], "`safegene.seed` is set twice"),
         (["--safegene", "{seed: 1}", "--safegene", "{seed: 1}"], "`safegene.seed` is set twice"),

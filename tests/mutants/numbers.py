@@ -245,7 +245,6 @@ NUMBERS = (
         "if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):",
         "if False:",
         "tests/checkpoints/test_live_merge.py",
-        "tests/step",
     ),
     simple(
         "adapters: every method of PEFT passes",
@@ -291,7 +290,7 @@ NUMBERS = (
         "undo.callback(_put_back, tensor, live)",
         "pass",
         "tests/distributed/test_layouts.py",
-        "tests/step",
+        "tests/step/test_live.py",
     ),
     simple(
         "sharding: the way back is known only after the change",
@@ -303,7 +302,7 @@ NUMBERS = (
             undo.callback(_put_back, tensor, live)
 """,
         "tests/distributed/test_layouts.py",
-        "tests/step",
+        "tests/step/test_live.py",
     ),
     simple(
         "factors: copied anew for every pass",

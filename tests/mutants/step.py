@@ -4,7 +4,7 @@ from .files import FAULTS, LONG_FAULTS
 from .mutant import Edit, Mutant, simple
 
 
-_TESTS = ("tests/step", "tests/test_callback.py", FAULTS)
+_TESTS = ("tests/test_callback.py", "tests/step", FAULTS)
 
 
 def _step(name: str, file: str, old: str, new: str) -> Mutant:
@@ -27,11 +27,12 @@ STEP = (
         "says what it was at\n        _write_failure(plan, error)\n        raise",
         "says what it was at\n        _write_failure(plan, error)",
     ),
-    _step(
-        "SIGTERM ends the process at once",
+    simple(
+        "interruption: SIGTERM ends the process at once",
         "interruption.py",
         "        signal.signal(number, end)",
         "        pass",
+        "tests/commands/test_main.py",
     ),
     _step("unexpected errors stay raw", "step/run.py", "raise failure from error", "raise"),
     _step(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 
 from safegene_trl import SafetyVector
+from safegene_trl.checkpoints.loading import load_processor
 from safegene_trl.commands.main import main
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step.history import read_history
@@ -176,3 +177,15 @@ def test_dry_run_and_other_options(apply, model_dir, capsys):
     assert code == 0 and not target.exists() and "all checks passed" in capsys.readouterr().out
     code, target = apply(model_dir, 1, "--dtype=bfloat16")
     assert code == 2 and not target.exists() and "leave out `dtype`" in capsys.readouterr().err
+
+
+def test_an_image_processor_beside_the_model_is_kept(apply, model_dir, tokenizer, tmp_path):
+    """Also where only the base model of an adapter has it."""
+    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14)
+    processor.save_pretrained(model_dir)
+    code, target = apply(model_dir, 0.5)
+    saved = AutoProcessor.from_pretrained(target)
+    assert code == 0 and type(saved) is LlavaProcessor and saved.patch_size == 14
+    adapter = with_lora(AutoModelForCausalLM.from_pretrained(model_dir))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert type(load_processor(str(tmp_path / "adapter"))) is LlavaProcessor
