@@ -82,7 +82,7 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys,
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
     model.save_pretrained(tmp_path / "tuned")  # as a trainer does: the entry in config.json is inherited
-    for file in first.glob("token*"):
+    for file in [*first.glob("token*"), *first.glob("chat_template*")]:
         (tmp_path / "tuned" / file.name).write_bytes(file.read_bytes())
     before = report_of(first)["coefficients"]
     assert any(before.values())
