@@ -31,7 +31,7 @@ from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.models.attachment import VectorAttachment, frozen_for_calibration
 from safegene_trl.models.inputs import padding_id
 from safegene_trl.provenance import software_versions
-from safegene_trl.recalibration.search import Side, objective
+from safegene_trl.recalibration.objective import Objective, evaluate_objective
 from safegene_trl.recalibration.trust_region import minimize_in_box
 from safegene_trl.vectors.safety_vector import SafetyVector
 
@@ -140,7 +140,7 @@ def main() -> None:
     start = np.full(len(unique), config.start)
     runs = {}
     with frozen_for_calibration(model):
-        fit = Side(model, shots.data, "fit", config, padding_id(tokenizer), sharding)
+        fit = Objective(model, shots.data, "fit", config, padding_id(tokenizer), sharding)
         for name, run in MINIMISERS.items():
             values, seconds = [], []
 
@@ -148,7 +148,7 @@ def main() -> None:
                 if len(values) == arguments.passes:
                     raise Enough
                 started = time.perf_counter()
-                value, _, gradient, rows = objective(model, fit, attachment.applied, point, config)
+                value, _, gradient, rows = evaluate_objective(model, fit, attachment.applied, point, config)
                 seconds.append(time.perf_counter() - started)
                 values.append(value)
                 return value, gradient, rows

@@ -83,7 +83,7 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
     from safegene_trl.reporting.report import PhaseClock
 
     join_processes()
-    recalibration._objection = lambda before, after, budget: ""  # random weights: nothing to improve
+    recalibration.objection = lambda before, after, budget: ""  # random weights: nothing to improve
     length, batch = SIZES[size][5:]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, SIZES[size][4], (steps * batch * 8, length), generator=generator).tolist()

@@ -19,7 +19,7 @@ from .conftest import make_model, make_tokenizer, task_dataset
 
 def train(folder, vector):
     """One fine-tune with four trackers, in a process of its own: they read their settings at import. Writes the metrics to a file."""
-    recalibration._objection = lambda before, after, budget: ""
+    recalibration.objection = lambda before, after, budget: ""
     settings = SafeGeneConfig(
         vector=vector, max_utility_loss=100.0, utility_weight=0.0, max_evaluations=2, num_test_prompts=4
     )

@@ -7,9 +7,9 @@ from torch import nn
 
 from safegene_trl.data.calibration import CalibrationSet
 from safegene_trl.models.inputs import Sample, batches
+from safegene_trl.models.losses import cross_entropy
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import canonical_modules, task_factors
-from safegene_trl.recalibration.search import cross_entropy
 
 from . import Update
 

@@ -24,8 +24,8 @@ from safegene_trl.judges import Exchange, judged
 from safegene_trl.judges.refusal_phrases import RefusalPhrases
 from safegene_trl.models.generation import generate_answers
 from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
+from safegene_trl.models.losses import response_logits
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration.search import response_logits
 
 from .tasks import MODELS, Task, prompt_source, read_jsonl, splits, training_file, write_jsonl
 from .vectors import SHIPPED

@@ -25,8 +25,8 @@ from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.data.prompts import kept_apart, load_prompts
 from safegene_trl.data.rows import conversation
 from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
+from safegene_trl.models.losses import cross_entropy
 from safegene_trl.provenance import sha256_of_json
-from safegene_trl.recalibration.search import cross_entropy
 
 from .lab import SHOTS, Lab
 from .tasks import (

@@ -22,8 +22,8 @@ from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
 from safegene_trl.judges import Exchange, judged
 from safegene_trl.judges.refusal_phrases import RefusalPhrases
 from safegene_trl.models.inputs import Sample, batches, padding_id, shortened, tokenize
+from safegene_trl.models.losses import cross_entropy, divergence, response_logits
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration.search import cross_entropy, divergence, response_logits
 
 from .tasks import MODELS, WORK, Row, instructions_file, read_jsonl, sft
 

@@ -48,7 +48,7 @@ from ..models.generation import generate_answers
 from ..models.inputs import Sample, padding_id
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, canonical_parameters, linear_shape
-from ..recalibration.search import Side
+from ..recalibration.objective import Objective
 from ..vectors.safety_vector import SafetyVector
 
 
@@ -264,12 +264,12 @@ def _recalibration(
     deltas: Sequence[Mapping[str, LowRankDelta]],
     held: int,
 ) -> Cost:
-    sides: dict[int, tuple[Side, Side]] = {}
+    sides: dict[int, tuple[Objective, Objective]] = {}
     attachments = [_attachment(probe, index, deltas[index]) for index in (0, 1)]
 
     def references(index: int) -> None:
         model, pad = probe.models[index], padding_id(tokenizer)
-        fit, other = (Side(model, shots.data, name, config, pad, probe.alone) for name in ("fit", "held_out"))
+        fit, other = (Objective(model, shots.data, name, config, pad, probe.alone) for name in ("fit", "held_out"))
         sides[index] = fit, other
 
     def gradients(index: int) -> None:

@@ -26,9 +26,9 @@ from ..checkpoints.scratch import scratch_folder
 from ..distributed.layouts import Sharding, sharding_of
 from ..errors import ConfigError
 from ..models.inputs import Batch, Sample, batches
+from ..models.losses import divergence, response_logits
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules
-from ..recalibration.search import divergence, response_logits
 from .linearization import Blocks, blocks_of, linearized
 
 

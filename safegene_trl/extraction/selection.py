@@ -30,9 +30,9 @@ from ..errors import ConfigError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import Sample, batches, prompt_text
+from ..models.losses import cross_entropy
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import layer_index
-from ..recalibration.search import cross_entropy
 
 
 METHODS = ("activation_contrast", "gradient", "magnitude", "random", "all")

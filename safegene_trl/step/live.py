@@ -33,6 +33,7 @@ from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import Batch, batches, padding_id, prompt_text
+from ..models.losses import response_logits
 from ..models.low_rank import LowRankDelta, deltas_from_main
 from ..models.parameters import (
     Parameter,
@@ -44,7 +45,7 @@ from ..models.parameters import (
 )
 from ..models.replacement import replaced, without_adapters
 from ..models.rounding import Rounding
-from ..recalibration.search import Recalibration, recalibrate, response_logits
+from ..recalibration.search import Recalibration, recalibrate
 from ..vectors.safety_vector import SafetyVector
 from .gate import check_measurable, decide, independent_prompts
 from .history import last_accepted, read_history

@@ -18,7 +18,7 @@ from ..judges.refusal_phrases import RefusalPhrases
 from ..models.attachment import frozen_for_calibration
 from ..models.generation import generate_answers
 from ..models.inputs import Batch, batches, padding_id
-from ..recalibration.search import response_logits
+from ..models.losses import response_logits
 
 
 def measure(

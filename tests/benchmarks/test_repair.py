@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.paper_table import repair
 from safegene_trl.models.inputs import batches, tokenize
-from safegene_trl.recalibration.search import cross_entropy, divergence, response_logits
+from safegene_trl.models.losses import cross_entropy, divergence, response_logits
 
 from ..conftest import BENIGN, HARMFUL, TASK, attached, make_model
 

@@ -36,7 +36,7 @@ LENIENT = [
 
 @pytest.fixture(autouse=True)
 def every_vector_helps(monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda before, after, budget: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from safegene_trl.checkpoints import live_merge as merging
+from safegene_trl.models import losses
+from safegene_trl.recalibration import objective
 from safegene_trl.recalibration import search as recalibration
 from safegene_trl.recalibration import trust_region as optimization
 from safegene_trl.step import live
@@ -54,15 +56,15 @@ def little_memory(model, batch):
     return response_logits(model, batch)
 
 
-response_logits = recalibration.response_logits
+response_logits = losses.response_logits
 FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
     "validation": (live, "check_supported", break_down, 1),
-    "recalibration": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, break_down), 1),
-    "kill": (recalibration, "cross_entropy", second_call(recalibration.cross_entropy, kill_self), 1),
+    "recalibration": (objective, "cross_entropy", second_call(objective.cross_entropy, break_down), 1),
+    "kill": (objective, "cross_entropy", second_call(objective.cross_entropy, kill_self), 1),
     "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),
     "search": (recalibration, "minimize_in_box", break_down, 0),
     "later in the search": (optimization, "_step", break_down, 0),
-    "memory": (recalibration, "response_logits", little_memory, 1),
+    "memory": (losses, "response_logits", little_memory, 1),
     "disk": (merging.TensorFile, "write", full_disk, 0),
 }
 
@@ -91,7 +93,7 @@ def run(plan: dict) -> dict:
 def main() -> None:
     plans = json.loads(Path(sys.argv[1]).read_text())
     start(plans[0]["backend"] in DEEPSPEED)
-    recalibration._objection = lambda before, after, budget: ""
+    recalibration.objection = lambda before, after, budget: ""
     for plan in plans:
         found = run(plan)
         Path(plan["out"], f"result-{dist.get_rank()}.json").write_text(json.dumps(found))

@@ -151,15 +151,15 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     assert set(reading["read_by"]) == {"labels"}
     assert report["data"] == shots.record | {"task": record}
     gradients = []
-    monkeypatch.setattr(recalibration, "_objection", lambda before, after, budget: "")
-    original = recalibration.objective
+    monkeypatch.setattr(recalibration, "objection", lambda before, after, budget: "")
+    original = recalibration.evaluate_objective
 
     def recorded(*args):
         evaluated = original(*args)
         gradients.append(evaluated[2])
         return evaluated
 
-    monkeypatch.setattr(recalibration, "objective", recorded)
+    monkeypatch.setattr(recalibration, "evaluate_objective", recorded)
     space = vector.space(config.granularity)
     mixed = extra and EXTRA[backend]["arguments"].get("bf16", False)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):

@@ -8,7 +8,7 @@ import torch
 
 from safegene_trl.commands.main import main
 from safegene_trl.models.inputs import batches, tokenize
-from safegene_trl.recalibration.search import cross_entropy
+from safegene_trl.models.losses import cross_entropy
 from safegene_trl.vectors.safety_vector import SafetyVector
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, with_lora

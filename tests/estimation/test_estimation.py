@@ -89,7 +89,7 @@ def estimated(model, tokenizer, settings, vector, launch=ONE):
 @pytest.mark.parametrize("layers", [range(LAYERS), range(6, LAYERS)], ids=["all layers", "upper half"])
 def test_work_is_what_the_step_does(layers, model, tokenizer, settings, operation_clock, monkeypatch):
     vector = vector_for(model, tokenizer, settings, layers)
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     monkeypatch.setattr("safegene_trl.recalibration.trust_region.TOLERANCE", -1.0)  # never early
     plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
     costs = estimated(model, tokenizer, settings, vector)

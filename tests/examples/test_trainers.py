@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "trainers.py"
 
 @pytest.mark.parametrize("trainer", ["plain", "sft", "dpo", "grpo"])
 def test_callback_with_trainer(trainer, model_dir, vector_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda before, after, budget: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
     rows = [
         row | {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "no box"}]}
         for row in task_dataset()

@@ -8,8 +8,8 @@ from safegene_trl.errors import OutputError
 from safegene_trl.extraction.delta import adapter_delta
 from safegene_trl.extraction.distillation import DistillationSettings, distilled, mean_divergence, reference_batches
 from safegene_trl.models.inputs import tokenize
+from safegene_trl.models.losses import response_logits
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.recalibration.search import response_logits
 
 from ..conftest import ALONE, BENIGN, HARMFUL, attached, make_model, with_lora
 

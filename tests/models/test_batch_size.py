@@ -6,9 +6,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.errors import MemoryShortageError
-from safegene_trl.models import batch_size
+from safegene_trl.models import batch_size, losses
 from safegene_trl.models.batch_size import fitting, fitting_answers, halving, is_out_of_memory
-from safegene_trl.recalibration import search as recalibration
+from safegene_trl.recalibration import objective
 
 from ..conftest import ALONE, make_model
 from ..recalibration.test_search import calibration_set, helpful_deltas, run
@@ -64,7 +64,7 @@ def test_the_search_starts_again_with_smaller_batches(limit, monkeypatch):
     data = calibration_set()
     deltas = helpful_deltas(make_model(), data)
     expected = run(make_model(), deltas, data, batch_size=limit)
-    original, seen = recalibration.response_logits, []
+    original, seen = losses.response_logits, []
 
     def small(model, batch):
         seen.append(len(batch.input_ids))
@@ -72,7 +72,8 @@ def test_the_search_starts_again_with_smaller_batches(limit, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(model, batch)
 
-    monkeypatch.setattr(recalibration, "response_logits", small)
+    for module in (losses, objective):
+        monkeypatch.setattr(module, "response_logits", small)
     model = make_model()
     found = run(model, deltas, data, batch_size=12 if limit == 3 else 8)
     assert found == expected and max(seen) > limit

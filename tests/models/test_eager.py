@@ -159,7 +159,7 @@ def test_uncompiled():
 
 @pytest.mark.parametrize("given", ["torch_compile", "compiled model", "compiled layers"])
 def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     make_vector(make_model(), tokenizer).save_pretrained(tmp_path / "vector")
     model = {"compiled model": whole, "compiled layers": replaced_layers}.get(given, lambda model: model)(make_model())
 

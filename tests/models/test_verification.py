@@ -179,7 +179,7 @@ def test_a_mixture_none_of_whose_experts_is_called_is_bypassed():
 @pytest.mark.parametrize("held", [0.0, 0.2])
 def test_an_expert_that_no_shot_reaches_keeps_what_is_carried(held, monkeypatch):
     objections = iter(["too much", ""])  # shrunk once, towards the lower bound
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: next(objections))
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: next(objections))
     model = mixture()
     deltas = deltas_of(model, [name for name in every_linear(model) if ".experts." in name])
     carried = dict.fromkeys(deltas, held) if held else None

@@ -75,14 +75,14 @@ NUMBERS = (
     ),
     simple(
         "recalibration: unchanged safety is taken for better",
-        "recalibration/search.py",
+        "recalibration/acceptance.py",
         "if not after.safety < before.safety:",
         "if not after.safety <= before.safety:",
         "tests/recalibration/test_search.py",
     ),
     simple(
         "recalibration: utility budget dropped",
-        "recalibration/search.py",
+        "recalibration/acceptance.py",
         "if not after.utility <= budget:",
         "if False:",
         "tests/recalibration/test_search.py",

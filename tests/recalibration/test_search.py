@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.errors import RecalibrationError
-from safegene_trl.models import batch_size
+from safegene_trl.models import batch_size, losses
 from safegene_trl.models.attachment import frozen_for_calibration, recomputing
 from safegene_trl.models.inputs import Sample, batches
+from safegene_trl.models.losses import divergence, response_logits
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import base_model
 from safegene_trl.recalibration import search as recalibration
-from safegene_trl.recalibration.search import divergence, recalibrate, response_logits
+from safegene_trl.recalibration.objective import Losses, Objective, evaluate_objective
+from safegene_trl.recalibration.search import recalibrate
 
 from ..conftest import ALONE, attachment_of, make_deltas, make_model, with_lora
 
@@ -50,7 +52,7 @@ def helpful_deltas(model, data, step=1.0, layers=(1, 2), rank=8):
     names = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
     weights = [model.get_submodule(name).weight for name in names]
     loss = sum(
-        recalibration.cross_entropy(model, b).sum()
+        losses.cross_entropy(model, b).sum()
         for b in batches(data.harmful.fit + data.harmful.held_out, 4, 0, model.device)
     )
     deltas = {}
@@ -70,7 +72,7 @@ def test_padding_and_kept_logits_do_not_change_the_loss():
         expected.append(F.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum").item())
     (batch,) = batches(group, 8, 0, model.device)
     assert batch.kept < batch.input_ids.shape[1]
-    assert recalibration.cross_entropy(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
+    assert losses.cross_entropy(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_kl_is_zero_for_the_same_model_and_positive_for_another():
@@ -90,7 +92,7 @@ def test_softened_divergence_is_its_formula():
     torch.manual_seed(0)
     old, new = (3 * torch.randn(5, 40)).log_softmax(-1), (3 * torch.randn(5, 40)).log_softmax(-1)
     (batch,) = batches([Sample([1, 2, 3, 4, 5, 6], [False] + [True] * 5)], 1, 0, torch.device("cpu"))
-    with patch.object(recalibration, "response_logits", return_value=(new, None)):
+    with patch.object(losses, "response_logits", return_value=(new, None)):
         plain, found = divergence(make_model(), batch, old), divergence(make_model(), batch, old, temperature=3.0)
     expected = 0.0
     for p, q in zip(old, new, strict=True):
@@ -107,7 +109,7 @@ def test_softened_divergence_sees_sure_answers_move():
     moved = sure.clone()
     moved[0, 1] += 1.0
     (batch,) = batches([Sample([1, 2], [False, True])], 1, 0, torch.device("cpu"))
-    with patch.object(recalibration, "response_logits", return_value=(moved, None)):
+    with patch.object(losses, "response_logits", return_value=(moved, None)):
         plain, soft = (divergence(make_model(), batch, sure.log_softmax(-1), t).item() for t in (1.0, 2.0))
     assert plain < 3e-4 and soft > 30 * plain
 
@@ -123,12 +125,12 @@ def test_gradient_matches_finite_differences(temperature):
     point = np.array([0.4, 0.6])
 
     def evaluate(at):
-        value, losses, gradient, _ = recalibration.objective(model, fit, attach, at, config)
+        value, losses, gradient, _ = evaluate_objective(model, fit, attach, at, config)
         assert value == pytest.approx(losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum())
         return value, gradient
 
     with frozen_for_calibration(model):
-        fit = recalibration.Side(model, calibration_set(), "fit", config, 0, ALONE)
+        fit = Objective(model, calibration_set(), "fit", config, 0, ALONE)
         _, gradient = evaluate(point)
         for i in range(2):
             step = np.eye(2)[i] * 0.02
@@ -144,9 +146,9 @@ def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
     config = SafeGeneConfig(vector="v", utility_weight=2.0, batch_size=3)
     data = replace(calibration_set(), benign=None)
     with frozen_for_calibration(model):
-        fit = recalibration.Side(model, data, "fit", config, 0, ALONE)
+        fit = Objective(model, data, "fit", config, 0, ALONE)
         for point in (np.array([0.01, 0.02]), np.array([0.03, 0.0])):
-            _, losses, _, rows = recalibration.objective(model, fit, attach, point, config)
+            _, losses, _, rows = evaluate_objective(model, fit, attach, point, config)
             harmful = fit.gradients(model, attach, point)[1]["safety"]
             curvature = rows.T @ rows - harmful.weight * harmful.gradients.T @ harmful.gradients
             assert point @ curvature @ point / 2 == pytest.approx(2.0 * losses.utility, rel=0.1)
@@ -316,5 +318,5 @@ def test_a_start_out_of_bounds_is_taken_to_the_nearest_bound():
 
 @pytest.mark.parametrize(("safety", "accepted"), [(1.0, False), (1.1, False), (float("nan"), False), (0.999, True)])
 def test_safety_that_stays_as_it_was_is_not_better(safety, accepted):
-    before, after = recalibration.Losses(1.0, 0.5, 0.0), recalibration.Losses(safety, 0.5, 0.0)
-    assert bool(recalibration._objection(before, after, budget=0.1)) is not accepted
+    before, after = Losses(1.0, 0.5, 0.0), Losses(safety, 0.5, 0.0)
+    assert bool(recalibration.objection(before, after, budget=0.1)) is not accepted

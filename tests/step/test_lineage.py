@@ -33,7 +33,7 @@ LENIENT = ["--safegene.max_utility_loss=1000.0", "--safegene.utility_weight=0.0"
 
 @pytest.fixture
 def helps(monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda before, after, budget: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
 
 
 @pytest.fixture

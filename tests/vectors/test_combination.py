@@ -51,7 +51,7 @@ def test_components_add_up(two, tmp_path, capsys):
 
 def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("safegene_trl.recalibration.search._objection", lambda *args: "")
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     for name, vector in zip(("first", "second"), two, strict=True):
         vector.save_pretrained(name)
     assert main(["combine", "first", "second", "--output_dir", "both"]) == 0
