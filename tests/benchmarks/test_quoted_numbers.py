@@ -317,9 +317,19 @@ def test_every_link_to_a_result_is_checked():
 
 def test_no_result_is_named_without_a_link():
     """A path in a command or a sentence that is no link is not looked up by the test above."""
-    for path in (*PAGES.values(), ROOT / "benchmarks" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile"):
+    for path in (*PAGES.values(), ROOT / "CONTRIBUTING.md", ROOT / "Makefile"):
         for file in re.findall(r"benchmarks/results/(\w+\.\w+)", path.read_text(encoding="utf-8")):
             assert (records.RESULTS / file).is_file(), f"{path.name} names {file}, which is not there"
+
+
+def test_the_readme_tells_of_every_result():
+    rows = {}
+    for line in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines():
+        rows |= dict.fromkeys(re.findall(r"`([\w.]+)`", line.split("|")[1] if line.startswith("| `") else ""), line)
+    assert sorted(rows) == sorted(path.name for path in records.RESULTS.iterdir())
+    for kind, names in records.listed().items():
+        if not kind.startswith("paper_table"):
+            assert all(f"`{name}`" in rows[f"{kind}.jsonl"] for name in names), f"a record of {kind} is not told of"
 
 
 @pytest.mark.parametrize("link", QUOTED, ids=lambda link: "-".join((link[0], link[1], *link[2])))
