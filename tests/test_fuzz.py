@@ -4,7 +4,6 @@
 records how they ended. See `fuzzing/` for the mutations and for how the right outcome is known.
 """
 
-import json
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.records import save
 from safegene_trl import SafeGeneError, SafetyVector
 
 from .fuzzing.oracle import SIGNED, Outcome, content_of, plain_content
@@ -109,7 +109,7 @@ def tally():
             **{name: round(value, 3) for name, value in worst.items()},
             "python": platform.python_version(),
         }
-        Path(RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        save(Path(RECORD), record)
 
 
 @pytest.mark.timeout(3600)

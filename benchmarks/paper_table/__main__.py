@@ -7,13 +7,12 @@
     python -m benchmarks.paper_table render                                 # table and plot from the cells
     python -m benchmarks.paper_table cosines                                # how alike the fine-tunes are that have been made
 
-One cell (task, seed, method) is one file in `benchmarks/results/paper_table/`; delete it to measure it again. Models, vectors and the
-models' answers stay in `build/paper_table/`. Without --data the data sets come from the hub. Several runs may work on different
-seeds or tasks at once.
+One cell (task, seed, method) is one record in `benchmarks/results/paper_table.jsonl`, named TASK-SEED-METHOD; delete its line to
+measure it again. A run that was cut off goes on where it stopped. Models, vectors and the models' answers stay in
+`build/paper_table/`. Without --data the data sets come from the hub. Several runs may work on different seeds or tasks at once.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -22,14 +21,15 @@ from pathlib import Path
 
 import torch
 
-from safegene_trl.checkpoints.output import replace_file
+from benchmarks import records
+from benchmarks.records import RESULTS
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.provenance import software_versions
 from safegene_trl.vectors.similarity import cosine
 
 from .lab import SETS, Lab, change
 from .methods import ABLATIONS, METHODS, VARIANTS, aligned, plain
-from .render import CELLS, RESULTS, UTILITY, render
+from .render import CELLS, UTILITY, render
 from .tasks import STEPS, TASKS, TRAINING, WORK
 
 
@@ -42,7 +42,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what is missing")
     counting = commands.add_parser("utility", help="utility alone, on more test samples")
-    commands.add_parser("cosines", help="how alike the fine-tunes are")
+    drawing = commands.add_parser("render", help="table and plot")
+    comparing = commands.add_parser("cosines", help="how alike the fine-tunes are")
+    for command in (run, counting, drawing, comparing):
+        command.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     for wanted in (run, counting):
         wanted.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
         wanted.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -54,15 +57,12 @@ def main() -> None:
             help="`table`, `variants` (of SafeGene), `ablations` (of one component), or rows by name",
         )
     run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
-    run.add_argument("--cells", type=Path, default=CELLS)
-    drawing = commands.add_parser("render", help="table and plot")
-    drawing.add_argument("--cells", type=Path, default=CELLS)
     arguments = parser.parse_args()
     if arguments.command == "render":
-        render(arguments.cells)
+        render(arguments.results)
         return
     if arguments.command == "cosines":
-        cosines(Lab(None))
+        cosines(Lab(None), arguments.results)
         return
     groups = {"table": ["aligned", *METHODS], "variants": list(VARIANTS), "ablations": list(ABLATIONS)}
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
@@ -70,18 +70,18 @@ def main() -> None:
     if arguments.command == "utility":
         lab = Lab(arguments.data, test_rows=MORE_TEST_ROWS, free_rows=MORE_FREE_ROWS)
         for task, seed, method in cells:
-            utility_cell(lab, task, seed, method)
+            utility_cell(lab, task, seed, method, arguments.results)
         return
     lab = Lab(arguments.data, scale=arguments.scale)
     for task, seed, method in cells:
-        cell(lab, task, seed, method, arguments.cells)
+        cell(lab, task, seed, method, arguments.results)
 
 
 def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None:
     """Measures one cell unless it is there. A method that fails leaves no cell, and the run goes on."""
-    name = f"{task_name}-{seed}-{slug(method)}"
-    target = folder / f"{name}.json"
-    if target.is_file() or method == f"vector: {task_name}" or (method == "aligned" and seed):
+    name = cell_name(task_name, seed, method)
+    measured_already = name in records.load(CELLS, folder)
+    if measured_already or method == f"vector: {task_name}" or (method == "aligned" and seed):
         return  # the aligned model is the same for every seed
     task, started = TASKS[task_name], time.perf_counter()
     try:
@@ -100,39 +100,40 @@ def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None
     record["training"] = {"steps": STEPS, "batch_size": task.batch, "learning_rate": TRAINING["learning_rate"]}
     record |= {"prompts": {column: len(prompts) for column, prompts in lab.prompts.items()}, "sets": SETS}
     record["software"] = software_versions()
-    replace_file(target, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    records.write(CELLS, name, record, folder)
     shares = {column: f"{letters.count('a') / len(letters):.0%}" for column, letters in measured["labels"].items()}
     utility = sum(measured["utility"]) / len(measured["utility"])
     print(f"{name}: answered {shares}, utility {utility:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def utility_cell(lab: Lab, task_name: str, seed: int, method: str) -> None:
+def utility_cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None:
     """Measures the utility on as many test samples as the lab takes, unless that has been done."""
-    target = UTILITY / f"{task_name}-{seed}-{slug(method)}.json"
-    task = TASKS[task_name]
-    if target.is_file():
+    name, task = cell_name(task_name, seed, method), TASKS[task_name]
+    if name in records.load(UTILITY, folder):
         return
     with lab.updated(ROWS[method](lab, task, seed)[0]) as model:
         found = lab.utility(model, task)
     scores = "".join(str(int(value)) for value in found) if task.labels else found
     record = {"task": task_name, "seed": seed, "method": method, "utility_measure": task.utility, "scores": scores}
-    replace_file(target, json.dumps(record | {"software": software_versions()}, indent=1) + "\n")
-    print(f"{target.stem}: {sum(found) / len(found):.4f} of {len(found)}", flush=True)
+    records.write(UTILITY, name, record | {"software": software_versions()}, folder)
+    print(f"{name}: {sum(found) / len(found):.4f} of {len(found)}", flush=True)
 
 
-def cosines(lab: Lab) -> None:
+def cosines(lab: Lab, results: Path) -> None:
     """Pairwise cosines of the fine-tunes' updates; with the sign turned round each is a vector of one component."""
     folders = sorted(path.parent for path in (WORK / "fine-tuned").glob("*/adapter_config.json"))
     names, updates = [folder.name for folder in folders], [lab.factors_of(folder) for folder in folders]
     table = [[round(cosine(one, two) or 0.0, 4) for two in updates] for one in updates]
     record = {"fine_tunes": names, "cosines": table, "software": software_versions()}
-    replace_file(RESULTS / "cosines.json", json.dumps(record, indent=1) + "\n")
+    records.write("cosines", "fine-tunes", record, results)
     for name, row in zip(names, table, strict=True):
         print(f"{name:12}" + "".join(f"{value:8.3f}" for value in row))
 
 
-def slug(method: str) -> str:
-    return re.sub(r"[^\w]+", "-", method.replace("λ", "lambda")).strip("-").lower()
+def cell_name(task: str, seed: int, method: str) -> str:
+    """A cell's name among the records, and that of the file with its answers."""
+    slug = re.sub(r"[^\w]+", "-", method.replace("λ", "lambda")).strip("-").lower()
+    return f"{task}-{seed}-{slug}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """From cells to the table, its statistics and the plot."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import records
+from benchmarks.records import RESULTS
 from safegene_trl.checkpoints.output import replace_file
 from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
 from safegene_trl.judges.intervals import mean_interval, mean_of_sets_interval
@@ -18,9 +19,7 @@ from .methods import ABLATIONS, METHODS, VARIANTS
 from .tasks import ROOT, TASKS
 
 
-RESULTS = ROOT / "benchmarks" / "results"
-CELLS = RESULTS / "paper_table"
-UTILITY = RESULTS / "paper_table_utility"
+CELLS, UTILITY = "paper_table", "paper_table_utility"  # kinds of records
 FINDINGS = ROOT / "docs" / "findings.md"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
 OURS, ONE = "SafeGene", "one component"
@@ -85,10 +84,9 @@ class Row:
 
 
 def load(folder: Path) -> dict[str, dict[str, Row]]:
-    """Rows by task and method."""
+    """Rows by task and method, from the cells among a folder's records."""
     found: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
+    for cell in records.load(CELLS, folder).values():
         found[cell["task"]][cell["method"]].append(cell)
     return {
         task: {
@@ -290,8 +288,7 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
     samples has many tokens.
     """
     scores: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
-    for path in sorted(folder.glob("*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
+    for cell in records.load(UTILITY, folder).values():
         scores[cell["task"], cell["method"]][cell["seed"]] = np.array([float(score) for score in cell["scores"]])
     counted = {method for _, method in scores}
     for task, rows in tasks.items():
@@ -324,9 +321,9 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
     return lines if counted else []
 
 
-def render(cells: Path) -> None:
-    """Writes `paper_table.md` and `paper_table.png` beside the folder of cells; from the table's own also the findings' tables."""
-    tasks = load(cells)
+def render(folder: Path) -> None:
+    """Writes `paper_table.md` and `paper_table.png` beside the cells; from the project's own also the findings' tables."""
+    tasks = load(folder)
     main = {
         task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
         for task, rows in tasks.items()
@@ -334,7 +331,7 @@ def render(cells: Path) -> None:
     lines = [
         "# Attack success, over-refusal and utility of every method",
         "",
-        "Made by `python -m benchmarks.paper_table render` from the cells in `paper_table/`. All shares in %. Utility: accuracy of "
+        "Made by `python -m benchmarks.paper_table render` from the cells in `paper_table.jsonl`. All shares in %. Utility: accuracy of "
         "classifiers, else the share of response tokens that are the most likely ones. ASR: mean of BT and DR, with a bootstrap interval over "
         "prompts, like the others'; seeds are averaged. Keeps: O, no more over-refusal than the aligned model; U, at most half a point of utility lost; "
         "C, at most 5 % of the answers incoherent or off-task. Removed: share of the attack success added by the fine-tune. p: two-sided, against SafeGene or the row that the heading names, over the same prompts (McNemar; Wilcoxon over prompts where seeds are averaged) "
@@ -346,7 +343,7 @@ def render(cells: Path) -> None:
     mean = means(complete) if complete else {}
     if mean:
         lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(mean), ""]
-    if precise := utility_lost(cells.with_name(f"{cells.name}_utility"), tasks):
+    if precise := utility_lost(folder, tasks):
         lines += [
             "## Utility lost, mostly on more test samples than below (Wilcoxon over samples, not corrected)",
             "",
@@ -362,10 +359,10 @@ def render(cells: Path) -> None:
                 named = {m: rows[m] for m in ("aligned", "fine-tuned", reference, *changed) if m in rows}
                 title = f"## Ablations on {TASKS[task].title}, p against “{reference}”"
                 lines += [title, "", *table(named, reference), ""]
-    cells.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / f"{CELLS}.md").write_text("\n".join(lines), encoding="utf-8")
     if drawn:
-        plot(drawn, mean, cells.with_suffix(".png"))
-    if cells == CELLS:
+        plot(drawn, mean, folder / f"{CELLS}.png")
+    if folder.resolve() == RESULTS:
         replace_file(FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), mean, tasks["sst2"]))
     print("\n".join(lines))
 

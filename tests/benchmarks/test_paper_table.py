@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import records
+from benchmarks.paper_table import __main__ as command
 from benchmarks.paper_table import lab, methods, tasks, vectors
 from benchmarks.paper_table.lab import change
-from benchmarks.paper_table.render import CELLS as CELLS_FOLDER
+from benchmarks.paper_table.render import CELLS as KIND
 from benchmarks.paper_table.render import (
     FINDINGS,
+    UTILITY,
     Row,
     harmless,
     kept,
@@ -52,11 +55,9 @@ CELLS = [
 
 @pytest.fixture
 def folder(tmp_path):
-    place = tmp_path / "paper_table"
-    place.mkdir()
-    for i, one in enumerate(CELLS):
-        (place / f"{i}.json").write_text(json.dumps(one))
-    return place
+    for one in CELLS:
+        records.write(KIND, one["method"], one, tmp_path)
+    return tmp_path
 
 
 def test_shares(folder):
@@ -155,18 +156,43 @@ def test_means_over_tasks_and_seeds():
 def test_table_and_plot_are_written(folder):
     pytest.importorskip("matplotlib")
     render(folder)
-    text = folder.with_suffix(".md").read_text()
+    text = (folder / "paper_table.md").read_text()
     assert "| RESTA (changes nothing) | 1 | 50.0 [50.0, 50.0] | 75.0 | 50.0 |" in text
     assert "| SafeGene | 1 | 75.0 [" in text and "] | 0.0 | 5.0 | 2.5 [" in text
-    assert folder.with_suffix(".png").stat().st_size > 10_000
+    assert (folder / "paper_table.png").stat().st_size > 10_000
 
 
 def test_findings_hold_the_tables_of_the_cells():
     page = FINDINGS.read_text(encoding="utf-8")
-    cells = load(CELLS_FOLDER)
+    cells = load(records.RESULTS)
     assert (
         with_tables(page, means(harmless(cells)), cells["sst2"]) == page
     )  # else: python -m benchmarks.paper_table render
+
+
+def test_a_run_measures_only_the_cells_that_are_missing(tmp_path, monkeypatch):
+    """A run that was cut off goes on; a cell is found by task, seed and method, whatever signs the method's name has."""
+    measured = {"labels": {"BT": "ra"}, "utility": [1.0]}
+    table = SimpleNamespace(
+        scale=1.0, prompts={"BT": ["a", "b"]}, measure=lambda *words: asked.append(words) or measured
+    )
+    monkeypatch.setattr(command, "plain", lambda lab, task, seed: ({}, {}))
+    monkeypatch.setitem(command.ROWS, "uniform λ", lambda lab, task, seed: ({}, {"weight": 1.0}))
+    asked: list = []
+    for seed in (0, 0, 1):
+        command.cell(table, "sst2", seed, "uniform λ", tmp_path)
+    found = records.load(KIND, tmp_path)
+    assert list(found) == ["sst2-0-uniform-lambda", "sst2-1-uniform-lambda"] and len(asked) == 2
+    assert found["sst2-0-uniform-lambda"]["method"] == "uniform λ" and load(tmp_path)["sst2"]["uniform λ"].seeds == {
+        0,
+        1,
+    }
+
+
+def test_every_cell_stands_under_its_own_name():
+    for kind in (KIND, UTILITY):
+        for name, cell in records.load(kind).items():
+            assert name == command.cell_name(cell["task"], cell["seed"], cell["method"])
 
 
 def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
@@ -178,7 +204,7 @@ def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
         ("RESTA", 2, "1111" * 5),  # there is nothing to hold it against
     ]:
         record = {"task": "sst2", "method": method, "seed": seed, "scores": right}
-        (tmp_path / f"{method}-{seed}.json").write_text(json.dumps(record))
+        records.write(UTILITY, f"{method}-{seed}", record, tmp_path)
     free = {  # the table's own cells, where answers are free
         "fine-tuned": Row("fine-tuned", [cell("fine-tuned", ["r"] * 4, [0.5, 0.7, 0.6], task="gsm8k")]),
         "SafeGene": Row("SafeGene", [cell("SafeGene", ["r"] * 4, [0.5, 0.4, 0.3], task="gsm8k")]),
@@ -190,7 +216,7 @@ def test_utility_lost_is_paired_by_seed_and_sample(tmp_path):
     assert found[4].startswith("| SafeGene | mean without poisoned | | | | +10.00 [") and len(found) == 5
     for method, scores in [("fine-tuned", [0.5, 0.5]), ("SafeGene", [0.5, 0.25])]:
         record = {"task": "gsm8k", "method": method, "seed": 0, "scores": scores}
-        (tmp_path / f"gsm8k {method}.json").write_text(json.dumps(record))
+        records.write(UTILITY, f"gsm8k {method}", record, tmp_path)
     assert utility_lost(tmp_path, {"gsm8k": free})[3].startswith("| SafeGene | GSM8K | 1 | 2 | 37.5 | +12.50 [")
     assert utility_lost(tmp_path / "nowhere", {"gsm8k": free}) == []
 

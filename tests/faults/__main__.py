@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.records import save
 from safegene_trl.provenance import software_versions
 
 from . import __doc__ as purpose
@@ -49,10 +50,9 @@ def main() -> int:
             "seconds_before_the_first": round(ready),
             "software": software_versions(),
         }
-        text = json.dumps(result, indent=1)
-        print(text)
+        print(json.dumps(result, indent=1))
         if record:
-            record.write_text(text + "\n")
+            save(record, result)
         return int(bool(result["wrong"] or result["wrong_without_a_fault"]))
 
 

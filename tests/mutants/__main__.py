@@ -5,7 +5,6 @@ mutation are told, left out, and make this command fail as well. Ends with 0 whe
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import save
 from safegene_trl.provenance import software_versions
 
 from .table import MUTANTS, Mutant
@@ -188,9 +188,8 @@ def main() -> int:
         "seconds": round(time.monotonic() - started),
         "software": software_versions(),
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
     if arguments.record:
-        arguments.record.write_text(text + "\n", encoding="utf-8")
+        save(arguments.record, record)
     share = by_stage.count("make test") / len(results)
     print(f"{share:.0%} of {len(results)} mutants caught by make test, {len(record['not_caught'])} not caught")
     enough = share >= AT_LEAST_QUICK if arguments.quick else not record["not_caught"] and share >= AT_LEAST_QUICK
