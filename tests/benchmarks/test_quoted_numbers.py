@@ -112,8 +112,8 @@ def evaluated(record: dict) -> list[str]:
 
 
 def judges(record: dict) -> list[str]:
-    ours, words, embedding = (  # cut to two digits: an agreement is not rounded up
-        f"{math.floor(100 * record['judges'][name]['kappa']) / 100:.2f}"
+    ours, words, embedding = (
+        f"{record['judges'][name]['kappa']:.2f}"
         for name in ("refusal_phrases", "word list", "embedding, cross-fitted")
     )
     return [
@@ -224,7 +224,7 @@ def sharded(record: dict) -> list[str]:
         rank, ranks = run["ranks_timed"][0], run["processes"]
         moved = [rank["phases"]["recalibrate"], rank["phases"]["save"]]
         sizes = [*(phase["bytes_moved"] for phase in moved), rank["training_bytes_moved"]]
-        told = ", ".join(str(size // 2**20) for size in sizes) + " MiB"
+        told = ", ".join(f"{size / 2**20:.0f}" for size in sizes) + " MiB"
         rows.append(
             f"| {names[run['backend']]}{f', {ranks} ranks' if ranks > 1 else ''} | {run['recalibrate_seconds']:.1f} s | "
             f"{run['merge_seconds']:.1f} s | {run['training_steps_that_take_as_long']:.1f} | "
