@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl.distributed.communicator import Communicator
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
 from safegene_trl.interruption import terminable
 from safegene_trl.reporting.report import SCHEMA
@@ -247,3 +250,35 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
     )
     safeguard(prepared, model, "somewhere")
     assert len(saved) == 2 and saved[1].parent == tmp_path  # tried at the start, then beside the weights
+
+
+def test_what_may_take_long_keeps_no_other_process_in_a_collective(config, tokenizer, tmp_path, monkeypatch):
+    """Hashing a base, asking the hub, hashing what was written and uploading it: while rank 0 works alone."""
+    alone, within = [], {}
+    original = Communicator.alone
+
+    @contextmanager
+    def watched(self):
+        with original(self) as working:
+            alone.append(True)
+            yield working
+            alone.pop()
+
+    def watch(name, result=None):
+        module, _, function = name.rpartition(".")
+        real = getattr(import_module(module), function)
+
+        def seen(*args, **kwargs):
+            within[function] = bool(alone)
+            return real(*args, **kwargs) if result is None else result
+
+        monkeypatch.setattr(name, seen)
+
+    monkeypatch.setattr(Communicator, "alone", watched)
+    for name in ("plan.check_base", "run.hashes"):
+        watch(f"safegene_trl.step.{name}")
+    for name in ("plan.check_hub", "run.upload"):
+        watch(f"safegene_trl.step.{name}", result=True)
+    settings = config(hub_model_id="me/release")
+    sft(tmp_path, [SafeGeneCallback(settings)], tokenizer).train()
+    assert within == dict.fromkeys(("check_base", "hashes", "check_hub", "upload"), True)
