@@ -36,11 +36,11 @@ from ..errors import UnsupportedModelError
 from ..models.parameters import changes_base, check_method, tie_saved_modules
 from ..text import one_line
 from .completeness import causal_architecture, check_loaded, empty_model, load_adapter, read_adapter_config
+from .contents import ADAPTER_CONFIG
 from .tensor_file import StoredTensor, stored_tensors
 
 
 logger = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
 _OF_A_MODEL = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 UNREADABLE = (
     OSError,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..models.low_rank import LowRankDelta
+from ..models.names import layer_index
 from ..models.parameters import (
     Parameter,
     as_stored,
@@ -27,7 +28,6 @@ from ..models.parameters import (
     check_supported,
     check_untied,
     is_transposed,
-    layer_index,
     task_factors,
     tied_weights,
 )

@@ -7,7 +7,7 @@ from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
 from ..config.settings import SafeGeneConfig
 from ..distributed.processes import join_processes, leave_processes, this_job
 from ..errors import ConfigError, RejectedError
-from ..reporting.report import announcement
+from ..reporting.summary import announcement
 from ..step.gate import EXIT_CODES
 from ..step.lineage import check_not_safeguarded
 from ..step.live import prepare, safeguard

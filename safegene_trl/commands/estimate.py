@@ -16,7 +16,8 @@ from ..errors import ConfigError
 from ..estimation.estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
-from ..models.parameters import canonical_modules, layer_index, linear_shape, task_factors
+from ..models.names import layer_index
+from ..models.parameters import canonical_modules, linear_shape, task_factors
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
 from ..text import strict_json

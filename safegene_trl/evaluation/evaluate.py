@@ -27,7 +27,8 @@ from ..models.generation import generate_answers
 from ..models.inputs import prompt_text
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
-from .records import GENERATIONS, RESULT, SETTINGS, VERDICTS, Records, read_answers
+from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
+from .records import Records, read_answers
 from .results import agreement, summary
 from .utility import check_tasks, measure_utility
 

@@ -23,7 +23,7 @@ from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError, FamilyError, UnsupportedModelError
 from ..models.inputs import Sample, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, deltas_from_main
-from ..models.parameters import layer_index
+from ..models.names import layer_index
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector

@@ -31,7 +31,7 @@ from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import Sample, batches, prompt_text
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import layer_index
+from ..models.names import layer_index
 from ..recalibration.search import cross_entropy
 
 

@@ -15,7 +15,7 @@ from safegene_trl.extraction.selection import (
     top_layers,
 )
 from safegene_trl.models.inputs import batches, tokenize
-from safegene_trl.models.parameters import layer_index
+from safegene_trl.models.names import layer_index
 from safegene_trl.recalibration.search import cross_entropy
 
 from ..conftest import ALONE, attachment_of, make_deltas, make_model

@@ -73,7 +73,7 @@ def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
         asked.append((repo_id, sorted(allow_patterns), kwargs))
         return str(vector_dir)
 
-    monkeypatch.setattr("safegene_trl.vectors.files.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     vector = SafetyVector.from_pretrained("me/vector", revision="v1.0")
     ((repo_id, patterns, kwargs),) = asked
     assert repo_id == "me/vector" and kwargs == {"revision": "v1.0"} and vector.rank == 2
