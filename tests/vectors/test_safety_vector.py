@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from safegene_trl import SafeGeneError, SafetyVector
@@ -64,6 +64,19 @@ def test_peft_opens_it_and_applies_it_unscaled(vector_dir):
         for name, delta in vector.deltas.items():
             model.get_submodule(name).weight += delta.dense()
         torch.testing.assert_close(adapted(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_its_adapter_config_is_what_peft_itself_would_write(vector_dir):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    expected = LoraConfig(
+        r=vector.rank,
+        lora_alpha=vector.rank,
+        target_modules=sorted(vector.deltas),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path="tiny-aligned",
+    )
+    assert LoraConfig.from_pretrained(vector_dir) == expected
 
 
 def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
