@@ -23,7 +23,7 @@ from ..step.stored import check_measures_nothing
 from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
-from .launching import OPTION, take_config, wants_launch
+from .launch_option import OPTION, take_config, wants_launch
 from .parsing import parse
 from .training_data import split_of, training_data
 from .yaml_files import read_yaml

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
+from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
+from ..checkpoints.source import adapter_base
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, named_fields, written_place
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
 from ..distributed.layouts import Sharding

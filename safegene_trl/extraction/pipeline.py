@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
+from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
+from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_merge import StoredModel
 from ..data.prompts import PLAIN
 from ..data.rows import conversation
