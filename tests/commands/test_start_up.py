@@ -134,3 +134,26 @@ def test_similarity_and_combine(vectors, tmp_path):
 def test_plots_import_nothing_but_matplotlib(vectors, tmp_path):
     words = ["similarity", vectors / "3", vectors / "4", "--plot", tmp_path / "cosines.png"]
     assert imported(*words) == WITH_TORCH | {"matplotlib"}
+
+
+FIRST_WEIGHTS = f"""
+import sys
+
+def opened(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("model/model.safetensors"):
+        print("weights:", *sorted({LARGE!r} & set(sys.modules)), file=sys.stderr)
+
+sys.addaudithook(opened)
+"""
+
+
+def test_given_coefficients_open_the_weights_before_the_model_s_code_is_imported(vectors, model_dir, tmp_path):
+    words = ["apply", "--model_name_or_path", model_dir, "--coefficients", "0.5"]
+    words += ["--safegene.vector", vectors / "3", "--safegene.output_dir", tmp_path / "out"]
+    command = [sys.executable, "-c", FIRST_WEIGHTS + START, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    first = next(line for line in done.stderr.splitlines() if line.startswith("weights:"))
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 0 and (tmp_path / "out").is_dir(), done.stderr[-2000:]
+    assert set(first.split()[1:]) == WITH_TORCH | {"trl"}
+    assert "datasets" not in last.split()
