@@ -81,7 +81,7 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
     from safegene_trl import SafeGeneCallback, SafeGeneConfig
     from safegene_trl.distributed.processes import join_processes, leave_processes
     from safegene_trl.recalibration import search as recalibration
-    from safegene_trl.reporting.report import PhaseClock
+    from safegene_trl.reporting.clock import PhaseClock
 
     join_processes()
     recalibration.objection = lambda before, after, budget: ""  # random weights: nothing to improve

@@ -36,7 +36,8 @@ from safegene_trl.checkpoints.loading import load_tokenizer
 from safegene_trl.checkpoints.stored_merge import RowReader, StoredModel
 from safegene_trl.checkpoints.tensor_file import TensorFile, plan_files, stored_tensors
 from safegene_trl.models.low_rank import LowRankDelta
-from safegene_trl.models.parameters import canonical_modules, layer_index, linear_shape
+from safegene_trl.models.names import layer_index
+from safegene_trl.models.parameters import canonical_modules, linear_shape
 from safegene_trl.vectors.family import Family
 
 

@@ -19,7 +19,8 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.commands.history import describe
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.errors import SafeGeneError
-from safegene_trl.step.history import drift_warnings, last_accepted, read_history
+from safegene_trl.step.drift import drift_warnings
+from safegene_trl.step.history import last_accepted, read_history
 
 
 def release(number: int, data: Path, learning_rate: float, options: argparse.Namespace) -> str:

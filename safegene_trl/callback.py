@@ -17,17 +17,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from .checkpoints.loading import ADAPTER_CONFIG
+from .checkpoints.contents import ADAPTER_CONFIG
+from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
 from .config.validation import shown
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_launch
 from .errors import ConfigError, FamilyError, OutputError, RejectedError, SafeGeneError, UnexpectedError
 from .models.parameters import adapter_configs, base_model, uncompiled
-from .reporting.report import announcement, scalars
+from .reporting.report import scalars
+from .reporting.summary import announcement
 from .step.live import Preparation, prepare, safeguard
 from .step.plain import FinishedTraining
-from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message, failure_path
+from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message
 
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,13 @@ import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from .errors import FamilyError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash of the token → id table, added tokens included. Padding side and chat template do not enter."""
     return sha256_of_json(tokenizer.get_vocab())
 
 
-def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def chat_template_hash(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Hash of the chat template, None where there is none."""
     return sha256_of_json(tokenizer.chat_template) if tokenizer.chat_template else None
 
@@ -56,6 +56,8 @@ def model_reference(name_or_path: str, revision: str | None = None) -> dict[str,
     if path.is_dir():
         folder, name = path, path.resolve().name
     else:
+        from huggingface_hub import snapshot_download
+
         folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
         name, revision = name_or_path, folder.name
     files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
@@ -96,6 +98,8 @@ def check_base(
     """
     reference: dict[str, Any] = {"name": name, "revision": revision, "files": {}}
     if name and hash_files:
+        from huggingface_hub.errors import HFValidationError
+
         try:
             reference = model_reference(name, revision)
         except (OSError, HFValidationError):  # trained from an object in memory, or its files are gone

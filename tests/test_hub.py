@@ -66,7 +66,7 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
 CHECK = """
 import sys
 from safegene_trl.errors import OutputError
-from safegene_trl.checkpoints.output import check_hub, upload
+from safegene_trl.checkpoints.hub import check_hub, upload
 from pathlib import Path
 for repository in sys.argv[2:]:
     try:

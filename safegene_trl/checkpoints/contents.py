@@ -13,6 +13,7 @@ from ..errors import OutputError
 
 
 MARKER = "safegene_report.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 _EVIDENCE = r"safegene_report\.(json|html|coefficients\.png|history\.png)|README\.md"
 _WEIGHTS = r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"

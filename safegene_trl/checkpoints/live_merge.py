@@ -13,7 +13,6 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..distributed.layouts import Sharding
 from ..distributed.shapes import class_name
@@ -31,7 +30,7 @@ from ..models.parameters import (
 )
 from ..models.rounding import Rounding
 from .output import saving, writing
-from .tensor_file import TensorFile, plan_files
+from .tensor_file import SAFE_WEIGHTS_INDEX_NAME, TensorFile, plan_files
 
 
 @dataclass(frozen=True)

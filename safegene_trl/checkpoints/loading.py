@@ -1,6 +1,5 @@
 """Finished checkpoints and adapters as live models."""
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -8,15 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,17 +23,17 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from ..config.validation import repository
 from ..distributed.layouts import Sharding, place
 from ..errors import UnsupportedModelError
 from ..models.parameters import changes_base, check_method, tie_saved_modules
 from ..text import one_line
 from .completeness import causal_architecture, check_loaded, empty_model, load_adapter, read_adapter_config
+from .contents import ADAPTER_CONFIG
+from .source import adapter_base, check_there, is_due_to, snapshot, stored_file, unreadable
 from .tensor_file import StoredTensor, stored_tensors
 
 
 logger = logging.getLogger(__name__)
-ADAPTER_CONFIG = "adapter_config.json"
 _OF_A_MODEL = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 UNREADABLE = (
     OSError,
@@ -52,50 +43,6 @@ UNREADABLE = (
 )  # what the libraries raise on damaged or foreign files
 _NOT_THERE = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
-
-
-def check_there(name_or_path: str) -> None:
-    """Raises `UnsupportedModelError` for what is no folder here and can be none of the hub's names, so that the hub is not asked."""
-    if Path(name_or_path).is_dir():
-        return
-    try:
-        repository(name_or_path)
-    except ValueError as error:
-        kind = "is a file" if Path(name_or_path).is_file() else "is not there"
-        raise UnsupportedModelError(
-            f"The model's folder {name_or_path} {kind}: name the folder of a checkpoint or adapter, or a hub id."
-        ) from error
-
-
-def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
-    """The base model that an adapter directory or repository names, None if it is no adapter.
-
-    Raises:
-        UnsupportedModelError: There is no such folder, or the adapter's config is damaged.
-    """
-    check_there(name_or_path)
-    path = Path(name_or_path)
-    if not path.is_dir():
-        try:
-            file = Path(hf_hub_download(name_or_path, ADAPTER_CONFIG, revision=revision))
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
-            return None
-    else:
-        file = path / ADAPTER_CONFIG
-    if not file.is_file():
-        return None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedModelError(f"{file} is damaged: save the adapter again.") from error
-    if not (isinstance(base, str) and base):
-        raise UnsupportedModelError(f"{file} names no base model: set `base_model_name_or_path` in it.")
-    if (Path(base) / ADAPTER_CONFIG).is_file():
-        raise UnsupportedModelError(
-            f"{file} names {base} as its base model, which is an adapter itself: merge that one first and name the merged "
-            "model in its place."
-        )
-    return base
 
 
 def _read_config(name_or_path: str, revision: str | None = None) -> PreTrainedConfig:
@@ -110,36 +57,16 @@ def check_readable(name_or_path: str, revision: str | None = None) -> None:
     try:
         _read_config(name_or_path, revision)
     except OSError as error:
-        raise _unreadable(name_or_path, error) from error
+        raise unreadable(name_or_path, error) from error
     except ValueError:  # it is there; whether it can be trained is not told here
         return
 
 
-def _unreadable(name_or_path: str, error: BaseException) -> UnsupportedModelError:
-    """Says that nothing is there: in the libraries' own words a mistyped path is a question of access or of the network."""
-    first, _, rest = name_or_path.partition("/")
-    here = f" (the folder {first} here holds no {rest})" if rest and Path(first).is_dir() else ""
-    unreached = _is_due_to(error, (LocalEntryNotFoundError,))
-    hub = (
-        "or connect to the hub, whose cache here does not hold it" if unreached else "or the revision and your access"
-    )
-    return UnsupportedModelError(
-        f"The model {name_or_path} is neither a local directory nor a readable hub repository{here}: check the name, {hub}."
-    )
-
-
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
     """An error of the libraries in one of ours; `what` says what could not be loaded, `name_or_path` what was asked for."""
-    if not Path(name_or_path).is_dir() and _is_due_to(error, _NOT_THERE):
-        return _unreadable(name_or_path, error)
+    if not Path(name_or_path).is_dir() and is_due_to(error, _NOT_THERE):
+        return unreadable(name_or_path, error)
     return UnsupportedModelError(f"{what} cannot be loaded: {one_line(error)}")
-
-
-def _is_due_to(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> bool:
-    """Whether an error, or one that it came from, is of a kind."""
-    while error is not None and not isinstance(error, kinds):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
@@ -301,18 +228,6 @@ def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
     return _NOTHING.view(tensor.dtype)[0].expand(tensor.shape)
 
 
-def snapshot(name_or_path: str, revision: str | None = None) -> Path:
-    """The folder with a checkpoint's weight files; a hub id's are downloaded."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    try:
-        # By their usual names: some repositories hold the weights a second time, in another form.
-        patterns = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json"]
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise _unreadable(name_or_path, error) from error
-
-
 def _check_holds_something(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only its checkpoints."""
     if not folder.is_dir() or any((folder / name).is_file() for name in _OF_A_MODEL):
@@ -345,7 +260,7 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
         UnsupportedModelError: One of the two cannot be read.
     """
     tokenizer = load_tokenizer(name_or_path, revision)
-    if not any(_has_file(name_or_path, revision, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+    if not any(stored_file(name_or_path, revision, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
         base = adapter_base(name_or_path, revision)
         return tokenizer if base is None else load_processor(base)
     try:
@@ -353,15 +268,6 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(f"The processor of {name_or_path}", name_or_path, error) from error
     return processor if isinstance(processor, ProcessorMixin) else tokenizer
-
-
-def _has_file(name_or_path: str, revision: str | None, file: str) -> bool:
-    if Path(name_or_path).is_dir():
-        return (Path(name_or_path) / file).is_file()
-    try:
-        return bool(hf_hub_download(name_or_path, file, revision=revision))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
-        return False
 
 
 def holds_only_zero_shards(folder: Path) -> bool:

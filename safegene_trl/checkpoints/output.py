@@ -1,16 +1,14 @@
 """Where results go: folders that appear whole or not at all."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
-from ..distributed.layouts import Sharding
 from ..errors import OutputError, SafeGeneError
 from .contents import CHECKPOINT, MARKER, VECTOR, FolderKind, check_replaceable
-from .hub import check_hub, upload
 from .places import FAILURE_SUFFIXES, check_places
 from .renaming import (
     LONGEST_WAIT,
@@ -25,49 +23,51 @@ from .renaming import (
 from .trial import check_name, check_output, check_writable, nearest_folder
 
 
+if TYPE_CHECKING:
+    from ..distributed.communicator import Communicator
+
+
 __all__ = [
     "CHECKPOINT",
     "FAILURE_SUFFIXES",
     "MARKER",
     "VECTOR",
     "atomic_directory",
-    "check_hub",
     "check_output",
     "check_places",
     "check_writable",
     "nearest_folder",
     "replace_file",
     "saving",
-    "upload",
     "writing",
 ]
 
 
 @contextmanager
-def atomic_directory(target: Path, kind: FolderKind = CHECKPOINT, sharding: Sharding | None = None) -> Iterator[Path]:
+def atomic_directory(target: Path, kind: FolderKind = CHECKPOINT, job: "Communicator | None" = None) -> Iterator[Path]:
     """Gives a temporary sibling of `target` to write in, and puts it at `target` when the block ends well.
 
     An earlier folder of ours at `target` is there until its successor takes its place in one operation. After a failure nothing of
     the new one is left; a failure to write, e.g. a full disk, becomes an `OutputError`. What a run that was killed has left beside
-    `target` is cleared away, and an earlier folder that it had moved aside is put back. Collective where a `sharding` is given:
-    the folder exists on rank 0 only, and takes its place only after all ranks have come to the end.
+    `target` is cleared away, and an earlier folder that it had moved aside is put back. Collective where a `job` is given: the
+    folder exists on rank 0 only, and takes its place only after all ranks have come to the end.
     """
-    sharding = sharding or Sharding(torch.device("cpu"))
+    agreed, is_main = (nullcontext, True) if job is None else (job.agreed, job.is_main)
     folder = target
     with ExitStack() as held:
-        with sharding.agreed(), writing():
-            if sharding.is_main:
+        with agreed(), writing():
+            if is_main:
                 check_name(target)
                 restore(target, kind)
                 check_replaceable(target, kind)
                 folder = held.enter_context(temporary_folder(target, clear=kind))
         with writing():
             yield folder
-        with sharding.agreed(), writing():
-            if sharding.is_main:
+        with agreed(), writing():
+            if is_main:
                 _finish(folder)
-        with sharding.agreed(), writing():
-            if sharding.is_main:
+        with agreed(), writing():
+            if is_main:
                 install(folder, target, kind)
 
 

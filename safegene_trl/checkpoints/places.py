@@ -97,3 +97,8 @@ def _ignores_case(folder: Path) -> bool:
 
 def _with_letters(folder: Path) -> Iterator[Path]:
     return (path for path in (folder, *folder.parents) if path.name.swapcase() != path.name)
+
+
+def failure_path(target: Path) -> Path:
+    """Where the report of a failed safety step goes: beside the folder that was not written."""
+    return target.with_name(target.name + FAILURE_SUFFIXES[0])

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..models.low_rank import LowRankDelta
+from ..models.names import layer_index
 from ..models.parameters import (
     Parameter,
     as_stored,
@@ -27,15 +28,15 @@ from ..models.parameters import (
     check_supported,
     check_untied,
     is_transposed,
-    layer_index,
     task_factors,
     tied_weights,
 )
 from ..models.rounding import Rounding, is_finite
 from .completeness import stored_names
 from .live_merge import Coefficient, Term, add_terms, save_record, task_terms, vector_terms, write_index
-from .loading import adapter_base, is_placeholder, load_skeleton, snapshot
-from .tensor_file import StoredTensor, TensorFile, plan_files, stored_tensors
+from .loading import is_placeholder, load_skeleton
+from .source import adapter_base, stored_weights
+from .tensor_file import StoredTensor, TensorFile, plan_files
 
 
 BLOCK_ITEMS = 2**19  # 2 MiB in float32: what a core's own cache holds
@@ -58,26 +59,27 @@ class StoredModel:
     name: str
 
     @classmethod
-    def open(cls, name_or_path: str, revision: str | None = None) -> "StoredModel":
+    def open(
+        cls, name_or_path: str, revision: str | None = None, files: dict[str, StoredTensor] | None = None
+    ) -> "StoredModel":
         """Reads headers, config and adapter.
 
         Args:
             name_or_path: Directory or hub id of a checkpoint or LoRA adapter.
             revision: Branch, tag or commit on the hub.
+            files: Its headers from `stored_weights`, if they are read already.
 
         Raises:
             UnsupportedModelError: Quantised, or a fine-tune whose weights cannot be merged exactly.
             CheckpointError: A weight file is missing or damaged, lacks a tensor of the model, or holds one that is not its own.
         """
-        base = adapter_base(name_or_path, revision)
-        named = base or name_or_path
-        files = stored_tensors(snapshot(named, None if base else revision))
+        files = stored_weights(name_or_path, revision) if files is None else files
         model = load_skeleton(name_or_path, revision, files)
         check_supported(model)
         stored = cls(model, files, name_or_path)
         if unlike := sorted(stored.required_names - files.keys()):
             raise CheckpointError(
-                f"{named} has another name for `{unlike[0]}`: load it by transformers and save it by `save_pretrained` first."
+                f"{adapter_base(name_or_path, revision) or name_or_path} has another name for `{unlike[0]}`: load it by transformers and save it by `save_pretrained` first."
             )
         return stored
 

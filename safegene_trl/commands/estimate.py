@@ -16,13 +16,14 @@ from ..errors import ConfigError
 from ..estimation.estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
-from ..models.parameters import canonical_modules, layer_index, linear_shape, task_factors
+from ..models.names import layer_index
+from ..models.parameters import canonical_modules, linear_shape, task_factors
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
 from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
-from .launching import OPTION, take_config, wants_launch
+from .launch_option import OPTION, take_config, wants_launch
 from .parsing import parse
 from .training_data import split_of, training_data
 from .yaml_files import read_yaml

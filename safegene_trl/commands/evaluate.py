@@ -6,7 +6,8 @@ from typing import Any
 from ..distributed.processes import join_processes, this_job
 from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
 from ..text import printable
-from .launching import launch, wants_launch
+from .launch_option import wants_launch
+from .launching import launch
 from .parsing import make_parser, parse
 
 

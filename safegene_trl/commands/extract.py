@@ -9,7 +9,8 @@ from ..distributed.processes import join_processes, leave_processes, this_job
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import extract
 from ..vectors.safety_vector import SafetyVector
-from .launching import launch, wants_launch
+from .launch_option import wants_launch
+from .launching import launch
 from .parsing import make_parser, parse
 from .vector_output import check_vector_output
 

@@ -18,13 +18,14 @@ import yaml
 
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import MARKER, replace_file
+from ..checkpoints.places import failure_path
 from ..errors import ConfigError, SafeGeneError
 from ..interruption import Interrupted, undisturbed
 from ..provenance import sha256_of_file, sha256_of_json
 from ..step.gate import EXIT_CODES
-from ..step.plan import failure_path
 from ..text import one_line, read_json, strict_json
-from .fleet_file import STATE, WORKSHOP, Fleet, overlap, sources
+from .fleet_file import Fleet, overlap, sources
+from .fleet_folder import STATE, WORKSHOP
 from .process_group import ProcessGroup
 from .tables import HEADINGS, aligned, measured_cells
 

@@ -13,10 +13,10 @@ from ..errors import ConfigError, SafeGeneError
 from ..step.stored import check_measures_nothing
 from ..text import printable
 from .apply_arguments import ApplyArguments
+from .fleet_folder import STATE, WORKSHOP
 from .yaml_files import read_yaml
 
 
-STATE, WORKSHOP = "fleet.json", "fleet"
 _LONGEST_NAME = 200  # bytes, so that its reports have names as well
 
 

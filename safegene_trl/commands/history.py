@@ -7,7 +7,8 @@ from pathlib import Path
 from ..config.validation import written_path
 from ..errors import SafeGeneError
 from ..reporting.plots import history_plot
-from ..step.history import Release, drift_warnings, history_warnings, read_history, seal_history
+from ..step.drift import drift_warnings
+from ..step.history import Release, history_warnings, read_history, seal_history
 from .tables import HEADINGS, aligned, measured_cells
 
 

@@ -5,19 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from ..checkpoints.loading import ADAPTER_CONFIG
-from ..checkpoints.output import MARKER
+from ..checkpoints.contents import ADAPTER_CONFIG, MARKER
+from ..checkpoints.places import failure_path
 from ..config.validation import repository, written_path
 from ..errors import SafeGeneError
-from ..evaluation.records import RESULT
-from ..models.coefficients import by_component
+from ..evaluation.folder import RESULT
+from ..models.names import by_component, layer_ranges
 from ..reporting.plots import selection_plot
-from ..reporting.report import summary
-from ..step.plan import failure_path
+from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
-from ..vectors.files import CONFIG_FILE
-from ..vectors.safety_vector import SafetyVector
-from .fleet_file import STATE
+from ..vectors.files import CONFIG_FILE, read_files
+from ..vectors.record import VectorRecord, read_record
+from .fleet_folder import STATE
 
 
 MOST_LINES = 100  # of coefficients; more of them are summed up
@@ -43,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         print(_describe_report(report))
         return 0
     _check_may_be_vector(place)
-    vector = SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision)
+    contents = read_files(arguments.directory, revision=arguments.revision)
+    vector = read_record(contents, arguments.directory)
     print(_describe_vector(vector))
     if arguments.plot:
         if "stability" not in vector.selection:
@@ -126,12 +126,12 @@ def _other_folder(folder: Path) -> str:
     )
 
 
-def _describe_vector(vector: SafetyVector) -> str:
+def _describe_vector(vector: VectorRecord) -> str:
     kinds = [row["kind"] for row in vector.prompts]
     scores = vector.selection.get("scores", [])
     lines = [
         f"safety vector for {vector.family.architecture}, aligned model {vector.aligned_model['name']}",
-        f"rank {vector.rank}, {len(vector.deltas)} modules in layers {vector.layer_ranges}",
+        f"rank {vector.rank}, {len(vector.modules)} modules in layers {layer_ranges(vector.layers)}",
         f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
         f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers",
     ]

@@ -25,7 +25,8 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..step.gate import EXIT_CODES
-from .launching import launch, wants_launch
+from .launch_option import wants_launch
+from .launching import launch
 from .parsing import SafeGeneArguments, make_parser, parse
 from .training_data import check_rows, split_of, training_data
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoints.output import replace_file
 from ..errors import ConfigError
 from ..vectors.files import SIGNED_FILES, read_files
-from ..vectors.safety_vector import SafetyVector
+from ..vectors.record import read_record
 from ..vectors.signing import SIGNATURE_FILE, signature_of
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         )
     password = os.environ.get(arguments.password_env) if arguments.password_env else None
     contents = read_files(arguments.directory)
-    SafetyVector.from_files(contents, arguments.directory)
+    read_record(contents, arguments.directory)
     # the bytes that were checked are signed, whatever the files hold by now
     signed = {name: contents[name] for name in SIGNED_FILES}
     signature = signature_of(signed, Path(arguments.private_key), password)

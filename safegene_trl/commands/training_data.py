@@ -9,7 +9,8 @@ from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
 from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
-from ..checkpoints.loading import UNREADABLE, adapter_base
+from ..checkpoints.loading import UNREADABLE
+from ..checkpoints.source import adapter_base
 from ..errors import CalibrationDataError, ConfigError, UnsupportedModelError
 from ..text import one_line
 

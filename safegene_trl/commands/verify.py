@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from ..vectors.safety_vector import SafetyVector
+from ..vectors.files import read_files
+from ..vectors.record import read_record
 
 
 def main(argv: Sequence[str]) -> int:
@@ -13,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--public_key", required=True, help="PEM file of its maker's public key.")
     parser.add_argument("--revision", help="Branch, tag or commit on the hub.")
     arguments = parser.parse_args(list(argv))
-    SafetyVector.from_pretrained(arguments.directory, revision=arguments.revision, public_key=arguments.public_key)
+    contents = read_files(arguments.directory, revision=arguments.revision)
+    read_record(contents, arguments.directory, Path(arguments.public_key))
     print(f"{arguments.directory} is whole and signed with the key of {arguments.public_key}.")
     return 0

@@ -14,9 +14,6 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..errors import ConfigError
 
 
@@ -174,6 +171,9 @@ def folder(path: str) -> None:
 
 def repository(name: str) -> None:
     """Raises `ValueError` for what the hub takes as no repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError as error:

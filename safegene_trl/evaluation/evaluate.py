@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.loading import adapter_base, load_placed, load_tokenizer
+from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
+from ..checkpoints.source import adapter_base
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, named_fields, written_place
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
 from ..distributed.layouts import Sharding
@@ -27,7 +28,8 @@ from ..models.generation import generate_answers
 from ..models.inputs import prompt_text
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
-from .records import GENERATIONS, RESULT, SETTINGS, VERDICTS, Records, read_answers
+from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
+from .records import Records, read_answers
 from .results import agreement, summary
 from .utility import check_tasks, measure_utility
 

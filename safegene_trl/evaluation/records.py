@@ -14,10 +14,10 @@ from ..errors import OutputError, SafeGeneError
 from ..judges import Exchange, Judge, Label, Verdict, judged
 from ..provenance import sha256_of_json
 from ..text import one_line, strict_json
+from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
 from .json_lines import append_lines, read_lines
 
 
-GENERATIONS, VERDICTS, RESULT, SETTINGS = "generations.jsonl", "verdicts.jsonl", "evaluation.json", "settings.json"
 _OTHER_RUN = "choose another `output_dir`, or delete that folder"
 
 

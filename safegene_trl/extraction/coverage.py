@@ -13,7 +13,8 @@ import torch
 
 from ..checkpoints.stored_merge import Block, RowReader, StoredModel, in_threads, row_blocks
 from ..errors import CheckpointError, FamilyError
-from ..models.parameters import canonical_modules, layer_index, task_factors
+from ..models.names import layer_index
+from ..models.parameters import canonical_modules, task_factors
 from ..models.rounding import is_finite
 from .svd import Truncation, factors_at_rank
 

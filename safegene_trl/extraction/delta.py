@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.stored_merge import RowReader, StoredModel, in_threads
 from ..errors import CheckpointError, FamilyError
-from ..models.parameters import canonical_modules, layer_index, linear_shape, task_factors
+from ..models.names import layer_index
+from ..models.parameters import canonical_modules, linear_shape, task_factors
 from ..models.rounding import is_finite
 from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd

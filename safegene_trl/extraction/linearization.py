@@ -18,7 +18,8 @@ from torch import nn
 from torch.func import jvp
 
 from ..errors import UnsupportedModelError
-from ..models.parameters import base_model, canonical_modules, layer_index
+from ..models.names import layer_index
+from ..models.parameters import base_model, canonical_modules
 
 
 Blocks = Literal["attention", "mlp", "both"]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.loading import adapter_base, load_model, load_placed, load_tokenizer, resolve_dtype
+from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
+from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_merge import StoredModel
 from ..data.prompts import PLAIN
 from ..data.rows import conversation
@@ -23,7 +24,7 @@ from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError, FamilyError, UnsupportedModelError
 from ..models.inputs import Sample, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, deltas_from_main
-from ..models.parameters import layer_index
+from ..models.names import layer_index
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector

@@ -32,7 +32,7 @@ from ..models.coefficients import CoefficientSpace
 from ..models.inputs import Sample, batches, prompt_text
 from ..models.losses import cross_entropy
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import layer_index
+from ..models.names import layer_index
 
 
 METHODS = ("activation_contrast", "gradient", "magnitude", "random", "all")

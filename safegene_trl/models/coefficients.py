@@ -2,18 +2,16 @@
 
 One coefficient stands for a layer, a module, or one of the r rank-one parts of a module's delta; in a vector of several
 components, for that of one component. Its name says which: `layers.12`, `…up_proj`, `…up_proj#3`, and with components
-`layers.12/0`, `…up_proj/0#3`. Nothing else in the package makes or reads such a name.
+`layers.12/0`, `…up_proj/0#3`. Nothing but this module and `names.py` makes or reads such a name.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
 from typing import get_args
 
 import torch
 
 from ..config.settings import Granularity
-from .parameters import layer_index
+from .names import layer_index
 
 
 class CoefficientSpace:
@@ -89,17 +87,3 @@ class CoefficientSpace:
             if wanted == set(CoefficientSpace(modules, components, kind).names):
                 return kind
         return None
-
-
-def by_component(coefficients: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """As people look at coefficients: by component ("" where there is one) and layer or module, of rank-one parts the mean."""
-    parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name, value in coefficients.items():
-        place, _, component = name.partition("#")[0].partition("/")
-        parts[component][place].append(value)
-    return {component: {place: fmean(own) for place, own in places.items()} for component, places in parts.items()}
-
-
-def are_of_parts(coefficients: Iterable[str]) -> bool:
-    """Whether these are names of rank-one parts' coefficients."""
-    return any("#" in name for name in coefficients)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..distributed.layouts import Sharding
+from ..distributed.communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LowRankDelta:
         return float(((b.T @ other_b) * (a @ other_a.T)).sum())
 
 
-def deltas_from_main(deltas: Mapping[str, LowRankDelta], job: Sharding) -> dict[str, LowRankDelta]:
+def deltas_from_main(deltas: Mapping[str, LowRankDelta], job: Communicator) -> dict[str, LowRankDelta]:
     """Collective: rank 0's deltas, in float32, on every rank."""
     own = {name: (list(delta.a.shape), list(delta.b.shape)) for name, delta in deltas.items()}
     shapes = json.loads(job.text_from_main(json.dumps(own)))

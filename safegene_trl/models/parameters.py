@@ -21,7 +21,6 @@ from ..errors import UnsupportedModelError
 
 _WRAPPERS = re.compile(r"\.(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")  # FSDP's recomputation, `torch.compile`
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start a LoRA that change the base's weights
-_LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,6 @@ def task_factors(module: Any) -> list[TaskFactors]:
         for name in module.active_adapters
         if name in lora_a and name not in module.merged_adapters
     ]
-
-
-def layer_index(module_name: str) -> int | None:
-    """Index of the transformer layer a module belongs to: the first number in its dotted name."""
-    match = _LAYER_INDEX.search(module_name)
-    return int(match.group(1)) if match else None
 
 
 def check_supported(model: nn.Module) -> None:

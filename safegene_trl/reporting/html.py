@@ -9,7 +9,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..config.metrics import SHARES
-from ..models.coefficients import are_of_parts, by_component
+from ..models.names import are_of_parts, by_component
 from ..text import printable
 from .verdict import OUTCOMES, without_measurement
 

@@ -11,11 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config.metrics import SHARES
 from ..errors import PlotError
-from ..models.coefficients import by_component
+from ..models.names import by_component
 from ..text import printable
 
 
@@ -75,7 +73,8 @@ def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
         for row, (component, values) in zip(rows, shown, strict=True):
             heights = [_number(value) for value in values.values()]
             # one shape, whatever the number of bars
-            row.fill_between(np.arange(len(heights) + 1) - 0.5, [*heights, heights[-1]], step="post")
+            edges = [number - 0.5 for number in range(len(heights) + 1)]
+            row.fill_between(edges, [*heights, heights[-1]], step="post")
             row.set_ylabel(f"λ, component {printable(component)}" if component else "λ")
         left_out = f" (the first {len(shown)} of {len(components)} components)" if len(shown) < len(components) else ""
         rows[-1].set_xlabel(f"layer or module, in order{left_out}")
@@ -112,10 +111,11 @@ def _points(axes: Any, points: Sequence[tuple[int, float, float, float]], colour
     """Estimates with their intervals, all in one call: matplotlib takes a millisecond for each."""
     if not points:
         return
-    numbers, shares, lows, highs = np.array(points, dtype=float).T
-    ends = np.maximum(0, [shares - lows, highs - shares])
+    numbers, shares = [point[0] for point in points], [point[1] for point in points]
+    below = [max(0.0, share - low) for _, share, low, _ in points]
+    above = [max(0.0, high - share) for _, share, _, high in points]
     face = "white" if hollow else colour
-    axes.errorbar(numbers, shares, yerr=ends, fmt="o", color=colour, markerfacecolor=face, capsize=3)
+    axes.errorbar(numbers, shares, yerr=[below, above], fmt="o", color=colour, markerfacecolor=face, capsize=3)
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def _figure(path: Path, rows: int, columns: int, width: float, height: float) ->
             size = (min(width, LARGEST_SIDE), min(height, LARGEST_SIDE))
             figure = Figure(figsize=size, layout="constrained")
             FigureCanvasAgg(figure)
-            yield list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+            yield list(figure.subplots(rows, columns, squeeze=False).flat)
             _write(figure, path)
     except OSError as error:
         raise PlotError(f"The plot {path} cannot be written: {error.strerror or error}.") from error

@@ -13,20 +13,22 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import nn
 
 from ..checkpoints.output import MARKER
 from ..config.settings import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
 from ..errors import ConfigError, FamilyError
-from ..models.parameters import base_model
 from ..provenance import sha256_of_json
 from ..vectors.files import WEIGHTS_FILE
 from ..vectors.safety_vector import SafetyVector
 from .history import read_history
+
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 CONFIG_KEY = "safegene"
@@ -90,7 +92,7 @@ def vector_id(vector: SafetyVector) -> str | None:
 
 
 def carried_coefficients(
-    model: nn.Module,
+    model: "nn.Module",
     vector: SafetyVector,
     granularity: Granularity,
     config: SafeGeneConfig | None = None,
@@ -113,7 +115,7 @@ def carried_coefficients(
         SafeGeneError: The history cannot be read.
     """
     space = vector.space(granularity)
-    entry = getattr(base_model(model).config, CONFIG_KEY, None)
+    entry = _entry(model)
     if entry is None:
         return Carried(dict.fromkeys(space.names, 0.0))
     claimed = _claimed(entry, vector)
@@ -240,9 +242,15 @@ def _report_beside(name_or_path: str, revision: str | None) -> Path | None:
     return path / MARKER if (path / MARKER).is_file() else None
 
 
-def carries_vector(model: nn.Module) -> bool:
+def carries_vector(model: "nn.Module") -> bool:
     """Whether the model says that its weights hold a vector."""
-    return getattr(base_model(model).config, CONFIG_KEY, None) is not None
+    return _entry(model) is not None
+
+
+def _entry(model: "nn.Module") -> Any:
+    from ..models.parameters import base_model
+
+    return getattr(base_model(model).config, CONFIG_KEY, None)
 
 
 def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> None:

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.hub import check_hub
 from ..checkpoints.live_merge import save_record
 from ..checkpoints.output import (
     CHECKPOINT,
-    FAILURE_SUFFIXES,
-    check_hub,
     check_output,
     check_places,
     check_writable,
@@ -25,7 +24,8 @@ from ..config.settings import Granularity, SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..models.parameters import canonical_modules, check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
-from ..reporting.report import PhaseClock, Report
+from ..reporting.clock import PhaseClock
+from ..reporting.report import Report
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector
 from .gate import Decision
@@ -249,11 +249,6 @@ def _try_output(
         check_writable(Path(config.history))
     with writing(), temporary_folder(target) as folder:  # on the disk that it will be written to
         save_record(model, processor, folder, None)
-
-
-def failure_path(target: Path) -> Path:
-    """Where the report of a failed safety step goes: beside the folder that was not written."""
-    return target.with_name(target.name + FAILURE_SUFFIXES[0])
 
 
 def dry_run_message(target: Path) -> str:

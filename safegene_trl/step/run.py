@@ -10,7 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.output import FAILURE_SUFFIXES, atomic_directory, upload
+from ..checkpoints.hub import upload
+from ..checkpoints.output import FAILURE_SUFFIXES, atomic_directory
+from ..checkpoints.places import failure_path
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import terminable
 from ..models.batch_size import is_out_of_memory
@@ -20,7 +22,7 @@ from ..text import one_line
 from .gate import DEPENDENT, Decision
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
-from .plan import FineTune, Found, Plan, failure_path
+from .plan import FineTune, Found, Plan
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def _write(plan: Plan, fine_tune: FineTune, found: Found) -> None:
 def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> Callable[[], None]:
     """Puts the checkpoint in its place; what is given then adds it to the history, which `held` keeps locked."""
     sharding, report, add = plan.sharding, plan.report, _nothing
-    with atomic_directory(plan.target, sharding=sharding) as folder:
+    with atomic_directory(plan.target, job=sharding) as folder:
         with plan.clock.phase("save"):
             fine_tune.write(folder, found)
         with plan.clock.phase("verify"):

@@ -1,15 +1,15 @@
 """What makes two models one family: architecture, parameter names and shapes, tokenizer."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from ..distributed.shapes import class_name, full_shape
 from ..errors import FamilyError, VectorError
-from ..models.parameters import base_model, canonical_parameters
 from ..provenance import chat_template_hash, sha256_of_json, tokenizer_hash
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class Family:
     chat_template: str | None
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> "Family":
+    def of(cls, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase") -> "Family":
         """The family of a live model (plain or with a LoRA on it) and its tokenizer."""
+        from ..distributed.shapes import class_name, full_shape
+        from ..models.parameters import base_model, canonical_parameters
+
         base = base_model(model)
         embedding: Any = base.get_input_embeddings()
         vocab_size = full_shape(embedding.weight)[0]

@@ -5,23 +5,15 @@ be told from the files alone, a vector that was changed into another valid one, 
 """
 
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load
-
 from ..errors import SafeGeneError, VectorError
 from ..judges.refusal_phrases import is_refusal
-from ..models.low_rank import LowRankDelta
 from ..provenance import sha256_of_bytes, sha256_of_file
 from .signing import SIGNATURE_FILE
 
@@ -43,9 +35,7 @@ _MOST_BYTES = {
     ADAPTER_CONFIG_FILE: 2**20,
     SIGNATURE_FILE: 2**20,
 }
-_MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _HASH = re.compile(r"[0-9a-f]{64}")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
@@ -65,13 +55,7 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(name_or_path, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise VectorError(
-                f"The safety vector {name_or_path} is neither a local directory nor a readable hub repository: check the "
-                "name, the revision and your access."
-            ) from error
+        folder = _downloaded(name_or_path, **kwargs)
     try:
         # the folder is opened once as well: a link to it that is changed meanwhile gives no mixture of two vectors
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -88,6 +72,19 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
     if missing := [file for file in SIGNED_FILES if found[file] is None]:
         raise VectorError(f"The safety vector {name_or_path} lacks {missing[0]}: download or make it again.")
     return {file: data for file, data in found.items() if data is not None}
+
+
+def _downloaded(name: str, **kwargs: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise VectorError(
+            f"The safety vector {name} is neither a local directory nor a readable hub repository: check the "
+            "name, the revision and your access."
+        ) from error
 
 
 def _read_whole(folder: int, file: str, name: str) -> bytes | None:
@@ -123,11 +120,29 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def sort_modules(adapter_config: Path) -> None:
-    """PEFT writes a set in whatever order it has in this process: sorted, one vector is one file whoever saves it."""
-    content = json.loads(adapter_config.read_text(encoding="utf-8"))
-    content["target_modules"] = sorted(content["target_modules"])
-    adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def adapter_config(modules: Iterable[str], rank: int, base: str) -> str:
+    """The content of `adapter_config.json`: a plain LoRA on these modules, as PEFT, vLLM and others read it.
+
+    Alpha is the rank, so that they apply `B A` unscaled. What is left out is as PEFT has it by default. Sorted, one vector is one file
+    whoever saves it.
+    """
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return json.dumps(config, indent=2) + "\n"
 
 
 def read_config(data: bytes, name: str) -> dict[str, Any]:
@@ -160,36 +175,6 @@ def check_files(contents: Mapping[str, bytes], name: str, records: dict[str, Any
             )
 
 
-def read_deltas(data: bytes, name: str) -> dict[str, LowRankDelta]:
-    """The low-rank deltas by canonical module name: pairs of finite matrices of one rank and one floating-point type."""
-    try:
-        tensors = load(data)
-    except (SafetensorError, UnicodeError, RuntimeError, ValueError, KeyError) as error:
-        raise VectorError(f"{WEIGHTS_FILE} of {name} cannot be read: download or make the vector again.") from error
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if (
-            f"{PREFIX}{module}.{side}.weight" != key
-            or side not in ("lora_A", "lora_B")
-            or not _MODULE.fullmatch(module)
-        ):
-            raise VectorError(f"The safety vector {name} holds an unexpected tensor {key[:60]!r}: make it again.")
-        halves.setdefault(module, {})[side] = tensor
-    deltas = {}
-    for module, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
-        if set(half) != {"lora_A", "lora_B"} or not _is_pair(half["lora_A"], half["lora_B"]):
-            raise VectorError(f"`{module}` of the safety vector {name} is not a pair B·A: make the vector again.")
-        if not all(math.isfinite(tensor.float().sum().item()) for tensor in half.values()):
-            raise VectorError(f"`{module}` of the safety vector {name} holds NaN or infinity: make the vector again.")
-        deltas[module] = LowRankDelta(half["lora_A"], half["lora_B"])
-    if not deltas:
-        raise VectorError(f"The safety vector {name} is empty: make it again.")
-    if len({delta.a.shape[0] for delta in deltas.values()}) > 1:
-        raise VectorError(f"The modules of the safety vector {name} differ in rank: make it again with one rank.")
-    return deltas
-
-
 def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
     """The prompts with the aligned model's own answers; a harmful prompt must have a refusal."""
     lines = _text(data, PROMPTS_FILE, name).split("\n")
@@ -207,12 +192,6 @@ def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
             )
             raise VectorError(f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector.")
     return rows
-
-
-def _is_pair(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dim() != 2 or b.dim() != 2 or 0 in (*a.shape, *b.shape):
-        return False
-    return a.shape[0] == b.shape[1] and a.dtype == b.dtype and a.dtype in _DTYPES
 
 
 def _text(data: bytes, file: str, name: str) -> str:
@@ -320,13 +299,8 @@ _VALID = {
 }
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def check_consistent(config: dict[str, Any], deltas: dict[str, LowRankDelta], layers: list[int], name: str) -> None:
-    """Raises `VectorError` unless the weights are those that the config describes."""
-    rank = next(iter(deltas.values())).a.shape[0]
+def check_consistent(config: dict[str, Any], rank: int, layers: list[int], name: str) -> None:
+    """Raises `VectorError` unless the weights, of this rank and in these layers, are those that the config describes."""
     if config["extraction"]["rank"] != rank or config["selection"]["selected_layers"] != layers:
         raise VectorError(
             f"{CONFIG_FILE} of {name} describes other weights than {WEIGHTS_FILE} holds: download or make the vector again."

@@ -3,20 +3,18 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from ..config.settings import Granularity
 from ..errors import FamilyError
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import layer_index, linear_shape
+from ..models.names import layer_ranges, layers_of
 from ..provenance import sha256_of_bytes, sha256_of_file
 from . import files as vector_files
 from .card import vector_card
@@ -31,7 +29,8 @@ from .files import (
     SIGNED_FILES,
     WEIGHTS_FILE,
 )
-from .signing import SIGNATURE_FILE, verify
+from .record import components_of, read_record
+from .signing import SIGNATURE_FILE
 
 
 @dataclass
@@ -79,21 +78,17 @@ class SafetyVector(
     @property
     def layers(self) -> list[int]:
         """Indices of the layers it acts in, in order."""
-        return sorted({index for name in self.deltas if (index := layer_index(name)) is not None})
+        return layers_of(self.deltas)
 
     @property
     def layer_ranges(self) -> str:
         """The same for people: `0–3, 7`."""
-        # neighbours have the same difference between layer and place
-        runs = [
-            [layer for _, layer in run] for _, run in groupby(enumerate(self.layers), lambda pair: pair[1] - pair[0])
-        ]
-        return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+        return layer_ranges(self.layers)
 
     @property
     def components(self) -> list[int]:
         """Ranks of its components, which have coefficients of their own; as a rule there is one."""
-        return list(self.extraction.get("components", [self.rank]))
+        return components_of(self.extraction, self.rank)
 
     def space(self, granularity: Granularity) -> CoefficientSpace:
         """Its coefficients at one granularity: `layer`, `module` or `rank`."""
@@ -101,6 +96,8 @@ class SafetyVector(
 
     def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
         """Raises `FamilyError` unless every delta has a linear module of its name and shape in the model."""
+        from ..models.parameters import linear_shape
+
         for name, delta in self.deltas.items():
             shape = linear_shape(modules[name]) if name in modules else None
             if shape is None:
@@ -119,23 +116,15 @@ class SafetyVector(
             tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
         save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        # alpha = rank, so that PEFT and vLLM apply B A unscaled.
-        LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank,
-            target_modules=sorted(self.deltas),
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=self.aligned_model["name"],
-        ).save_pretrained(str(save_directory))
-        vector_files.sort_modules(save_directory / ADAPTER_CONFIG_FILE)
+        adapter_config = vector_files.adapter_config(self.deltas, self.rank, self.aligned_model["name"])
+        (save_directory / ADAPTER_CONFIG_FILE).write_text(adapter_config, encoding="utf-8")
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts)
         (save_directory / PROMPTS_FILE).write_text(rows, encoding="utf-8")
         self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
         (save_directory / CONFIG_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
         # What cannot be loaded again is not to be saved.
         config = vector_files.read_config((save_directory / CONFIG_FILE).read_bytes(), str(save_directory))
-        vector_files.check_consistent(config, self.deltas, self.layers, str(save_directory))
+        vector_files.check_consistent(config, self.rank, self.layers, str(save_directory))
         self._save_signature(save_directory)
 
     def _save_signature(self, folder: Path) -> None:
@@ -190,20 +179,19 @@ class SafetyVector(
             name: Where they come from, for messages.
             public_key: PEM file that the signature is checked with.
         """
-        signed, signature = {file: contents[file] for file in SIGNED_FILES}, contents.get(SIGNATURE_FILE)
-        if public_key is not None:
-            verify(signed, signature, public_key, name)
-        config = vector_files.read_config(contents[CONFIG_FILE], name)
-        vector_files.check_files(contents, name, config["files"])
+        record = read_record(contents, name, public_key)
+        tensors = load(contents[WEIGHTS_FILE])
         vector = cls(
-            deltas=vector_files.read_deltas(contents[WEIGHTS_FILE], name),
-            prompts=vector_files.read_prompts(contents[PROMPTS_FILE], name),
-            signature=signature,
-            **{key: config[key] for key in vector_files.SECTIONS} | {"family": Family.from_dict(config["family"])},
+            deltas={
+                module: LowRankDelta(*(tensors[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B")))
+                for module in record.modules
+            },
+            prompts=record.prompts,
+            signature=record.signature,
+            **{section: getattr(record, section) for section in vector_files.SECTIONS},
         )
-        vector_files.check_consistent(config, vector.deltas, vector.layers, name)
-        if signature is not None:
-            vector._signed_hashes = {file: sha256_of_bytes(data) for file, data in signed.items()}
+        if record.signature is not None:
+            vector._signed_hashes = {file: sha256_of_bytes(contents[file]) for file in SIGNED_FILES}
         return vector
 
     def generate_model_card(self, *args: Any, **kwargs: Any):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import FamilyError
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import layer_index
+from ..models.names import layer_index
 from .safety_vector import SafetyVector
 
 

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 
-from safegene_trl.checkpoints.output import check_hub, upload
+from safegene_trl.checkpoints.hub import check_hub, upload
 from safegene_trl.errors import OutputError
 
 

@@ -7,6 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from safegene_trl.commands import launching, sft
+from safegene_trl.commands.launch_option import wants_launch
 from safegene_trl.commands.parsing import make_parser
 from safegene_trl.errors import ConfigError
 
@@ -72,5 +73,5 @@ def test_exit_code_of_one_process_is_passed_on(code, monkeypatch):
 
 
 def test_command_without_the_option_is_not_launched():
-    assert not launching.wants_launch(["--config", "r.yaml", "--accelerator_config", "x"])
-    assert launching.wants_launch(["--accelerate_config=ddp"])
+    assert not wants_launch(["--config", "r.yaml", "--accelerator_config", "x"])
+    assert wants_launch(["--accelerate_config=ddp"])

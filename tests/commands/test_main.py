@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import safegene_trl
 from safegene_trl.commands import main as module
 from safegene_trl.commands.main import main
 from safegene_trl.errors import ConfigError, RejectedError, UnexpectedError
@@ -133,29 +132,6 @@ def test_a_pipe_of_another_kind_is_an_error(command, capsys):
     command(raising(BrokenPipeError(32, "Broken pipe")))
     assert main(["inspect"]) == 1
     assert "BrokenPipeError" in capsys.readouterr().err
-
-
-START = """
-import sys
-from safegene_trl.commands.main import main
-
-assert main([sys.argv[1]]) == 0
-print(sorted({"torch", "transformers", "peft", "trl", "scipy", "datasets"} & set(sys.modules)), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_wait_for_no_large_library(option):
-    done = subprocess.run([sys.executable, "-c", START, option], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout and done.stderr == "[]\n", done.stderr[-2000:]
-
-
-def test_what_is_public_is_there_when_it_is_asked_for():
-    assert len(safegene_trl.__all__) == 5
-    for name in safegene_trl.__all__:
-        assert getattr(safegene_trl, name).__name__ == name
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        safegene_trl.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safegene_trl.extraction.selection import (
 )
 from safegene_trl.models.inputs import batches, tokenize
 from safegene_trl.models.losses import cross_entropy
-from safegene_trl.models.parameters import layer_index
+from safegene_trl.models.names import layer_index
 
 from ..conftest import ALONE, attachment_of, make_deltas, make_model
 

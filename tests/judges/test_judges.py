@@ -15,8 +15,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForSequenceCla
 
 from safegene_trl.data.prompts import Prompt
 from safegene_trl.errors import ConfigError, SafeGeneError
+from safegene_trl.evaluation.folder import VERDICTS
 from safegene_trl.evaluation.json_lines import read_lines
-from safegene_trl.evaluation.records import VERDICTS, Records
+from safegene_trl.evaluation.records import Records
 from safegene_trl.judges import Exchange, Verdict, embedding, judged, load_judge, verdict_of_share
 from safegene_trl.judges.embedding import fit
 from safegene_trl.judges.openai_compatible import grade

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from safegene_trl.config.settings import Granularity
-from safegene_trl.models.coefficients import CoefficientSpace, by_component
+from safegene_trl.models.coefficients import CoefficientSpace
+from safegene_trl.models.names import by_component
 from safegene_trl.reporting.html import render
 
 from ..reporting.test_html import report_of

@@ -25,6 +25,7 @@ from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
 from safegene_trl.checkpoints.tensor_file import stored_tensors
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.models.names import layer_index
 from safegene_trl.models.parameters import (
     canonical_modules,
     canonical_parameters,
@@ -32,7 +33,6 @@ from safegene_trl.models.parameters import (
     check_supported,
     check_untied,
     is_transposed,
-    layer_index,
     linear_shape,
     task_factors,
     tied_weights,

@@ -84,7 +84,7 @@ STEP = (
     ),
     _step(
         "coefficients that change nothing are added",
-        "step/stored.py",
+        "step/stored_fine_tune.py",
         "if any(abs(value - carried[name]) > ROUNDING for name, value in coefficients.items()):",
         "if True:",
     ),

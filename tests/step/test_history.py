@@ -14,7 +14,6 @@ from safegene_trl.step import history, history_file
 from safegene_trl.step.history import (
     append_release,
     base_warnings,
-    drift_warnings,
     history_warnings,
     last_accepted,
     prepared_release,
@@ -268,16 +267,6 @@ def test_a_line_that_a_crash_cut_off_is_forgotten(tmp_path):
     seal_path(path).unlink()
     append_release(path, release(number=5))
     assert [entry["number"] for entry in read_history(path)] == [5]
-
-
-def test_drift_is_told_from_chance():
-    assert drift_warnings([]) == drift_warnings([release()]) == []
-    assert drift_warnings([release(90), release(88)]) == []
-    assert "78%" in drift_warnings([release(92), release(91), release(78)])[0]
-    slow = [release(refused) for refused in (95, 94, 92, 91, 90)]
-    assert "from release to release: 95%, 94%, 92%, 91%, 90%" in drift_warnings(slow)[0]
-    assert drift_warnings([*slow[:4], release(10, outcome="rejected")]) == []
-    assert drift_warnings([release(), {**release(), "after": None}]) == []
 
 
 def test_another_base_is_noticed():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from safegene_trl import SafeGeneError, SafetyVector
@@ -66,6 +66,19 @@ def test_peft_opens_it_and_applies_it_unscaled(vector_dir):
         torch.testing.assert_close(adapted(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_its_adapter_config_is_what_peft_itself_would_write(vector_dir):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    expected = LoraConfig(
+        r=vector.rank,
+        lora_alpha=vector.rank,
+        target_modules=sorted(vector.deltas),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path="tiny-aligned",
+    )
+    assert LoraConfig.from_pretrained(vector_dir) == expected
+
+
 def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
     asked = []
 
@@ -73,7 +86,7 @@ def test_hub_ids_are_fetched_at_their_revision(vector_dir, monkeypatch):
         asked.append((repo_id, sorted(allow_patterns), kwargs))
         return str(vector_dir)
 
-    monkeypatch.setattr("safegene_trl.vectors.files.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     vector = SafetyVector.from_pretrained("me/vector", revision="v1.0")
     ((repo_id, patterns, kwargs),) = asked
     assert repo_id == "me/vector" and kwargs == {"revision": "v1.0"} and vector.rank == 2

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from safegene_trl import SafeGeneConfig, SafetyVector
+from safegene_trl.commands import sign as sign_command
 from safegene_trl.commands.main import main
 from safegene_trl.errors import ConfigError, SafeGeneError, SignatureError, VectorError
 from safegene_trl.provenance import sha256_of_file
@@ -154,14 +155,14 @@ def test_a_link_that_is_flipped_never_passes_another_vector_for_the_signed_one(s
 def test_the_bytes_that_were_checked_are_signed(vector_dir, keys, tmp_path, monkeypatch):
     folder = shutil.copytree(vector_dir, tmp_path / "vector")
     checked = {name: (folder / name).read_bytes() for name in SIGNED_FILES}
-    plain = SafetyVector.from_files
+    plain = sign_command.read_record
 
     def changed_afterwards(*arguments):
-        vector = plain(*arguments)
+        record = plain(*arguments)
         change_adapter_config(folder)
-        return vector
+        return record
 
-    monkeypatch.setattr(SafetyVector, "from_files", changed_afterwards)
+    monkeypatch.setattr(sign_command, "read_record", changed_afterwards)
     assert main(["sign", str(folder), "--private_key", str(keys / "maker.pem")]) == 0
     signature = (folder / SIGNATURE_FILE).read_bytes()
     verify(checked, signature, keys / "maker.pub", "vector")

@@ -1,0 +1,3 @@
+"""What a fleet's folder holds beside its checkpoints."""
+
+STATE, WORKSHOP = "fleet.json", "fleet"

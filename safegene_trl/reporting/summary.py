@@ -1,0 +1,53 @@
+"""What a terminal shows of a report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.contents import MARKER
+from ..config.metrics import METRICS
+from ..text import printable
+from .verdict import verdict
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The outcome in a few lines for a terminal: reason, vector, and what was measured before and after with 95 % intervals."""
+    decision, model = report["decision"], report["model"]
+    lines = [
+        f"{verdict(report)}: {printable(decision['reason'])}",
+        f"vector {printable(report['vector']['name'])}, model {printable(model['architecture'])} ({model['kind']} fine-tune)",
+    ]
+    if held_out := report.get("held_out"):
+        before, after = held_out["before"], held_out["after"]
+        lines.append(
+            f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
+            f"task divergence {after['utility']:.4f} nats"
+        )
+    measured = report.get("measured", {})
+    for metric in METRICS:
+        if (after := metric.measured(measured)) is None:
+            continue
+        interval = f"[{after['low']:.1%}, {after['high']:.1%}]"
+        if (before := metric.measured(measured, "before")) is None:
+            lines.append(
+                f"task token accuracy lost {after['share']:.1%} {interval} on {after['count']} unseen samples"
+            )
+        else:
+            shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"
+            lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts")
+    return "\n".join(lines)
+
+
+def announcement(report: Mapping[str, Any], target: Path) -> str:
+    """What is printed of a step that has written a checkpoint: the summary, then what lies where.
+
+    Args:
+        report: The step's report.
+        target: Folder of the checkpoint.
+    """
+    if report["decision"]["outcome"] != "rejected":
+        return f"{summary(report)}\nSafeguarded checkpoint: {target}"
+    return (
+        f"{summary(report)}\nRejected checkpoint, to look into and not to use: {target} (report: {target / MARKER})\n"
+        f"Plain fine-tune: {printable(report['fine_tune'])}"
+    )

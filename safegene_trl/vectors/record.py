@@ -1,0 +1,88 @@
+"""What a safety vector says of itself, all its files checked: everything but its weights, so that nothing here needs torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.names import layers_of
+from .family import Family
+from .files import (
+    CONFIG_FILE,
+    PROMPTS_FILE,
+    SIGNED_FILES,
+    WEIGHTS_FILE,
+    check_consistent,
+    check_files,
+    read_config,
+    read_prompts,
+)
+from .signing import SIGNATURE_FILE, verify
+from .weights import check_weights
+
+
+@dataclass(frozen=True)
+class VectorRecord:
+    """A vector that is whole; see `SafetyVector` for what the attributes mean.
+
+    Attributes:
+        modules: Canonical names of the modules that it changes, in natural order.
+        rank: Of every module's delta.
+    """
+
+    modules: list[str]
+    rank: int
+    family: Family
+    aligned_model: dict[str, Any]
+    degraded_model: dict[str, Any]
+    extraction: dict[str, Any]
+    selection: dict[str, Any]
+    software: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    prompts: list[dict[str, str]]
+    signature: bytes | None
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the layers it acts in, in order."""
+        return layers_of(self.modules)
+
+    @property
+    def components(self) -> list[int]:
+        """Ranks of its components, which have coefficients of their own; as a rule there is one."""
+        return components_of(self.extraction, self.rank)
+
+
+def components_of(extraction: Mapping[str, Any], rank: int) -> list[int]:
+    """Ranks of a vector's components, by its record of how it was made."""
+    return list(extraction.get("components", [rank]))
+
+
+def read_record(contents: Mapping[str, bytes], name: str, public_key: Path | None = None) -> VectorRecord:
+    """From the bytes of a vector's files, as `files.read_files` gives them.
+
+    Args:
+        contents: The files' bytes by name.
+        name: Where they come from, for messages.
+        public_key: PEM file that the signature is checked with, before anything else is read.
+
+    Raises:
+        SignatureError: It is not signed, or not with that key, or was changed since.
+        VectorError: Altered, truncated, of another format version, or with NaN or infinite values.
+    """
+    signature = contents.get(SIGNATURE_FILE)
+    if public_key is not None:
+        verify({file: contents[file] for file in SIGNED_FILES}, signature, public_key, name)
+    config = read_config(contents[CONFIG_FILE], name)
+    check_files(contents, name, config["files"])
+    ranks = check_weights(contents[WEIGHTS_FILE], name)
+    sections = {key: value for key, value in config.items() if key != "format_version"}
+    record = VectorRecord(
+        modules=list(ranks),
+        rank=next(iter(ranks.values())),
+        prompts=read_prompts(contents[PROMPTS_FILE], name),
+        signature=signature,
+        **sections | {"family": Family.from_dict(config["family"])},
+    )
+    check_consistent(config, record.rank, record.layers, name)
+    return record
