@@ -403,7 +403,7 @@ def test_inspect_shows_text_of_strangers_as_text(vector_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(character.isprintable() or character == "\n" for character in printed)
     assert not any(line.startswith("accepted") for line in printed.splitlines()) and len(printed.splitlines()) == 3
-    vector = SafetyVector.from_pretrained(vector_dir)
+    vector = read_record(read_files(str(vector_dir)), "vector")
     vector.aligned_model["name"] = vector.extraction["method"] = hostile
     lines = _describe_vector(vector).splitlines()
     assert all(line.isprintable() for line in lines) and "\\x1b[2J" in lines[0]
