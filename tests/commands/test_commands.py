@@ -18,6 +18,8 @@ from safegene_trl.commands.inspect import _describe_vector
 from safegene_trl.commands.main import main
 from safegene_trl.extraction.selection import LayerScores
 from safegene_trl.reporting.report import SCHEMA
+from safegene_trl.vectors.files import read_files
+from safegene_trl.vectors.record import read_record
 from safegene_trl.vectors.similarity import cosine
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
