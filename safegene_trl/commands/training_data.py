@@ -106,7 +106,9 @@ def _check_template(row: Mapping[str, Any], what: str, training: SFTConfig, mode
         return
     base = adapter_base(model, revision)
     try:  # as the trainer gets it
-        processor = AutoProcessor.from_pretrained(base or model, revision=None if base else revision)
+        processor = AutoProcessor.from_pretrained(
+            base or model, revision=None if base else revision, trust_remote_code=False
+        )
     except UNREADABLE:  # the trainer says what is wrong with it
         return
     if not processor.chat_template:

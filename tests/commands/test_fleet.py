@@ -278,7 +278,7 @@ from pathlib import Path
 from safegene_trl.commands import fleet
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_group import ProcessGroup
-from safegene_trl.estimation import Cost
+from safegene_trl.estimation.estimation import Cost
 fleet._estimate = lambda members: None
 group = fleet.ProcessGroup
 child = Path(sys.argv[1]).with_name("child.py").read_text()
