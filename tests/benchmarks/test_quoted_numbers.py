@@ -264,6 +264,28 @@ def streaming(*found: dict) -> list[str]:
     ]
 
 
+def start_up(record: dict) -> list[str]:
+    seconds = record["seconds"]
+    whole = "safegene apply --coefficients ({})"
+    told = {
+        "`python -c pass`": seconds["python -c pass"],
+        "`import torch`": seconds["import torch"],
+        "`import safegene_trl`": seconds["import safegene_trl"],
+        "`safegene --help`, `--version`": seconds["safegene --help"],
+        "`history`": seconds["safegene history"],
+        "`inspect`": seconds["safegene inspect REPORT"],
+        "`sign`, `verify`": seconds["safegene verify"],
+    }
+    rounder = {
+        "`similarity`, `combine`": seconds["safegene combine"],
+        "`apply --coefficients` until it opens the first weight file": seconds[whole.format("first weight file")],
+        "`apply --coefficients`, all of it": seconds[whole.format("all of it")],
+    }
+    return [f"| {name} | {value:.2f} |" for name, value in told.items()] + [
+        f"| {name} | {value:.1f} |" for name, value in rounder.items()
+    ]
+
+
 def estimation(record: dict) -> list[str]:
     ratio = record["median_ratio"]
     search, measure, save = ({key: f"{value:.2f}" for key, value in ratio[step].items()} for step in ratio)
@@ -292,6 +314,7 @@ def fuzz(record: dict) -> list[str]:
 QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("README.md", "runs", ("quickstart",)): quickstart_table,
     ("commands.md", "runs", ("fleet",)): fleet,
+    ("commands.md", "start_up", ()): start_up,
     ("evaluation.md", "runs", ("evaluate_released",)): evaluated,
     ("findings.md", "judges", ()): judges,
     ("findings.md", "cosines", ("vectors",)): vector_cosines,
