@@ -120,7 +120,7 @@ def examine(mutant: Mutant, copy: Copy, quick: bool) -> dict[str, Any]:
         caught = _caught(code, printed)
         stage = "make test" if caught else None
         for words in () if caught or quick else mutant.long:
-            os.environ["FUZZ_EXAMPLES"] = "10000"
+            os.environ["FUZZ_EXAMPLES"] = "22000"
             code, printed = copy.python(words, LONG_SECONDS)
             os.environ.pop("FUZZ_EXAMPLES")
             if (
