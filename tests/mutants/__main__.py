@@ -148,10 +148,19 @@ def _caught(code: int | None, printed: str) -> str | None:
     return failed[1] if code == 1 and failed else None
 
 
+def _put_into(recorded: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is recorded of the other mutants that there still are, and the new results, in the table's order."""
+    by_name = {result["name"]: result for result in [*recorded, *results]}
+    return [by_name[mutant.name] for mutant in MUTANTS if mutant.name in by_name]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", action="append", default=[], help="A mutant's name, or a part of it; may be repeated."
+        "--only",
+        action="append",
+        default=[],
+        help="A mutant's name, or a part of it; may be repeated. A record keeps the others.",
     )
     parser.add_argument("--quick", action="store_true", help="Leave out the long runs.")
     parser.add_argument("--record", type=Path)
@@ -177,6 +186,8 @@ def main() -> int:
         for mutant in chosen:
             results.append(examine(mutant, copy, arguments.quick))
             print(f"{mutant.name}: {results[-1]['caught_by'] or results[-1].get('moved') or 'NOT CAUGHT'}", flush=True)
+    if arguments.only and arguments.record and arguments.record.is_file():
+        results = _put_into(json.loads(arguments.record.read_text(encoding="utf-8"))["results"], results)
     by_stage = [result.get("stage") for result in results]
     record = {
         "mutants": len(results),
