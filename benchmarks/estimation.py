@@ -70,7 +70,7 @@ def run(words: list[Any]) -> dict[str, Any]:
     """Per step: what was estimated, what was taken and the ratios of the two."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out"
-        words = [*words, "--safegene.output_dir", out]
+        words = [*words, "--safegene.output.output_dir", out]
         safegene("estimate", *words, "--json", Path(place) / "costs.json")
         costs = json.loads((Path(place) / "costs.json").read_text(encoding="utf-8"))
         safegene(*words)

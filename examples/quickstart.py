@@ -102,10 +102,10 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
         "--max_steps",
         2 if short else 25,
     ]
-    data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.task_data", BUILD / "reviews_train.jsonl"]
+    data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.data.task_data", BUILD / "reviews_train.jsonl"]
     safegene("sft", *launcher, "--config", RECIPE / "sft.yaml", *training, *data, *step)
     say(3, "One process finds the coefficients of the same fine-tune, to be compared: up to 5 minutes.")
-    safegene("apply", "--model_name_or_path", OUT, "--safegene.output_dir", OUT / "applied", *data, *step)
+    safegene("apply", "--model_name_or_path", OUT, "--safegene.output.output_dir", OUT / "applied", *data, *step)
     reports = [json.loads((OUT / name / "safegene_report.json").read_text()) for name in ("safeguarded", "applied")]
     sharded, alone = (report["coefficients"] for report in reports)
     apart = max(abs(sharded[name] - alone[name]) for name in alone)

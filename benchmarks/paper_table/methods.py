@@ -73,7 +73,7 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     if not (folder / "safegene_report.json").is_file():
         words = [word for key, value in block.items() for word in (f"--safegene.{key}", value)]
         try:
-            safegene("apply", "--model_name_or_path", model, "--safegene.output_dir", folder, *words)
+            safegene("apply", "--model_name_or_path", model, "--safegene.output.output_dir", folder, *words)
         except subprocess.CalledProcessError as error:
             if "held-out" not in (error.stderr or ""):
                 raise

@@ -29,10 +29,10 @@ IDS = torch.arange(24).reshape(2, 12) + 5
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 AGAIN = {"overwrite_output_dir": "true"}
 LENIENT = [
-    "--safegene.max_utility_loss=100",
-    "--safegene.utility_weight=0",
-    "--safegene.max_evaluations=2",
-    "--safegene.max_new_tokens=2",
+    "--safegene.search.max_utility_loss=100",
+    "--safegene.search.utility_weight=0",
+    "--safegene.search.max_evaluations=2",
+    "--safegene.measure.max_new_tokens=2",
 ]
 
 
@@ -330,8 +330,8 @@ safegene:
     first = tmp_path / "out" / "safeguarded"
     options = [
         f"--safegene.vector={vector_dir}",
-        f"--safegene.task_data={task_file}",
-        f"--safegene.output_dir={tmp_path / 'applied'}",
+        f"--safegene.data.task_data={task_file}",
+        f"--safegene.output.output_dir={tmp_path / 'applied'}",
     ]
     assert main(["apply", "--model_name_or_path", str(tmp_path / "out"), *options, *LENIENT]) == 0
     one, two = (AutoModelForCausalLM.from_pretrained(folder)(IDS).logits for folder in (first, tmp_path / "applied"))
@@ -354,7 +354,7 @@ def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_fi
     ):
         assert main(["apply", *options]) == 2
         assert message in capsys.readouterr().err
-    dry = [f"--safegene.vector={vector_dir}", f"--safegene.task_data={task_file}", "--safegene.dry_run=true"]
+    dry = [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}", "--safegene.dry_run=true"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *dry]) == 0
     assert not (tmp_path / "model-safeguarded").exists()
 
@@ -456,7 +456,7 @@ def test_the_gate_decides_and_the_exit_code_says_what(
     target, history = tmp_path / "out", tmp_path / "history.jsonl"
     options = [f"--safegene.{key}={value}" for key, value in (("vector", vector_dir), ("task_data", task_file))]
     options += [f"--safegene.gate.{key}={json.dumps(value)}" for key, value in gate.items()]
-    options += [f"--safegene.output_dir={target}", f"--safegene.history={history}", "--safegene.num_benign_shots=4"]
+    options += [f"--safegene.output.output_dir={target}", f"--safegene.output.history={history}", "--safegene.data.num_benign_shots=4"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *options, *LENIENT]) == code
     assert (target / "config.json").is_file() == written and target.exists() == written
     outcome = {0: "accepted", 3: "accepted_best_effort", 4: "rejected"}[code]
@@ -513,7 +513,7 @@ def test_a_rejected_fine_tune_is_saved_all_the_same(model_dir, vector_dir, task_
 )
 def test_a_model_s_folder_that_is_not_there_is_named(command, name, message, vector_dir, task_file, capsys):
     words = [command, "--model_name_or_path", name, f"--safegene.vector={vector_dir}"]
-    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={task_file.with_name('out')}"]
+    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={task_file.with_name('out')}"]
     if command == "sft":
         words += [
             "--dataset_name",
@@ -546,8 +546,8 @@ def test_a_model_whose_config_cannot_be_read_is_said_plainly(task_file, tmp_path
 @pytest.mark.parametrize(
     "words",
     [
-        ["apply", "--coefficients=0.5", "--safegene.output_dir=~/x"],
-        ["apply", "--coefficients=0.5", "--safegene.history=~/x/h.jsonl"],
+        ["apply", "--coefficients=0.5", "--safegene.output.output_dir=~/x"],
+        ["apply", "--coefficients=0.5", "--safegene.output.history=~/x/h.jsonl"],
         ["extract", "--output_dir=~/x"],
         ["evaluate", "--harmful_data=h.jsonl", "--output_dir=~x"],
         ["combine", "v", "w", "--output_dir=~/x"],
@@ -575,7 +575,7 @@ def test_a_path_that_a_shell_would_have_replaced_is_not_written(
 def test_no_other_folder_for_temporary_files_is_needed(model_dir, vector_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     words = ["--model_name_or_path", str(model_dir), "--coefficients=0.5", f"--safegene.vector={vector_dir}"]
-    assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'out'}"]) == 0
+    assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'out'}"]) == 0
 
 
 @pytest.mark.parametrize(("on_failure", "code"), [("raise", 2), ("warn", 0)])

@@ -36,7 +36,7 @@ def run(*argv):
 
 
 def test_recipe_and_overrides(recipe):
-    model, training, safegene = run("--config", recipe, "--learning_rate", "0.5", "--safegene.num_task_shots", "9")
+    model, training, safegene = run("--config", recipe, "--learning_rate", "0.5", "--safegene.data.num_task_shots", "9")
     assert model.model_name_or_path == "tiny" and training.learning_rate == 0.5
     assert safegene.config.vector == "v" and safegene.config.num_task_shots == 9
 
@@ -224,7 +224,7 @@ def test_an_override_that_cannot_mean_what_it_says(recipe, words, message):
 
 
 def test_text_on_the_command_line_stays_text(recipe):
-    words = ["--safegene.vector_revision", "1234567", "--safegene.history=12e4", "--safegene.output_dir=2030-01-01"]
+    words = ["--safegene.vector_revision", "1234567", "--safegene.output.history=12e4", "--safegene.output.output_dir=2030-01-01"]
     config = run("--config", recipe, *words)[-1].config
     assert (config.vector_revision, config.history, config.output_dir) == ("1234567", "12e4", "2030-01-01")
     with_block = run("--config", recipe, "--safegene", "{seed: 3}", "--safegene.dry_run=no")[-1].config

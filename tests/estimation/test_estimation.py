@@ -163,7 +163,7 @@ def test_commands(model, tokenizer, settings, tmp_path):
     options = ["--model_name_or_path", tmp_path / "model"]
     for key in ("vector", "task_data", "output_dir", "num_safety_shots", "num_task_shots", "max_evaluations"):
         options += [f"--safegene.{key}", getattr(settings, key)]
-    options += ["--safegene.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
+    options += ["--safegene.measure.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
     printed = run("estimate", "apply", *options, "--json", tmp_path / "costs.json")
     assert "recalibrate" in printed and "together" in printed and "measure" not in printed
     costs = json.loads((tmp_path / "costs.json").read_text())
@@ -176,7 +176,7 @@ def test_commands(model, tokenizer, settings, tmp_path):
     assert merge["memory"] / 2**20 == pytest.approx(phases["save"]["peak_memory_mib"], rel=0.25)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"]["disk"] == pytest.approx(size, rel=0.01)
-    run("apply", *options, "--safegene.max_utility_loss", "1000000", "--safegene.num_benign_shots", "0")
+    run("apply", *options, "--safegene.search.max_utility_loss", "1000000", "--safegene.data.num_benign_shots", "0")
     phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
     assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(phases["recalibrate"]["peak_memory_mib"], rel=0.25)
 

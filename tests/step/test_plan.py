@@ -142,7 +142,7 @@ def test_an_output_that_would_cost_an_input_is_refused(
     words += [f"--safegene.{key}={value}" for key, value in settings.items()]
     before = sorted(tmp_path.rglob("*"))
     for target, relation in ((place, "is"), (place.parent, "holds")):
-        assert main([*words, "--safegene.dry_run=true", f"--safegene.output_dir={target}"]) == 2
+        assert main([*words, "--safegene.dry_run=true", f"--safegene.output.output_dir={target}"]) == 2
         assert f"{target} {relation} {INPUTS[name]} {place}" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
