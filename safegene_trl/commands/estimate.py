@@ -114,7 +114,9 @@ def estimate_apply(
         check_measures_nothing(config)
         return estimate_stored_merge(probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
     if config.data.task_data is None:
-        raise ConfigError("`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
+        raise ConfigError(
+            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+        )
     return _safeguarding(probe, config, tokenizer, launch, None)
 
 

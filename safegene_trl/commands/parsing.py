@@ -31,12 +31,7 @@ class SafeGeneArguments:
     """
 
     safegene: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keys of SafeGeneConfig, as a YAML block or as JSON on the command line.",
-            "nargs": "?",
-            "const": "",
-        },
+        default=None, metadata={"help": "Keys of SafeGeneConfig, as a YAML block or as JSON on the command line."}
     )
 
     @property
@@ -72,11 +67,16 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     check_value("env", recipe.get("env", {}), dict[str, Any])
     for kind in dataclasses:
         _check_recipe(recipe, kind)
-    _check_single(argv, parser)
+    _check_words(argv, parser)
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     keys = vars(parsed.pop()) if len(parsed) > len(dataclasses) else {}
     strange = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
-    reject_unknown_keys(strange, options, where="the command line", elsewhere={_KEY + name: _KEY + place for name, place in PLACES.items()})
+    reject_unknown_keys(
+        strange,
+        options,
+        where="the command line",
+        elsewhere={_KEY + name: _KEY + place for name, place in PLACES.items()},
+    )
     if unknown:
         raise ConfigError(f"`{unknown[0]}` on the command line belongs to no option: write `--option value`.")
     for arguments in parsed:
@@ -85,19 +85,22 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     return tuple(parsed)
 
 
-def _check_single(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raises `ConfigError` for an option that is there twice: argparse would take the last without a word."""
+def _check_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raises `ConfigError` for an option that is there twice, of which argparse would take the last, and for a key without a value."""
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     given = [names[name] for word in argv if (name := word.split("=")[0]) in names]
     for name in given:
         if given.count(name) > 1:
             raise ConfigError(f"`--{name}` is on the command line twice: leave one of them out.")
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+        if names.get(word, "").startswith("safegene"):
+            _check_given(word, value)
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
-    """Makes every key of a `safegene` block an option; one without a value is told from one that is not there."""
+    """Makes every key of a `safegene` block an option."""
     options = parser.add_argument_group("safegene", "Keys of the recipe's `safegene` block.")
-    shared: dict[str, Any] = {"default": argparse.SUPPRESS, "nargs": "?", "const": "", "metavar": "VALUE"}
+    shared: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": "VALUE"}
     for path, meaning in described():
         options.add_argument(f"--{_KEY}{path}", dest=f"{_KEY}{path}", help=meaning.replace("%", "%%"), **shared)
     for name in PLACES:
@@ -154,10 +157,14 @@ def _check_recipe(recipe: Mapping[str, Any], kind: Any) -> None:
             check_value(name, value, hints[name])
 
 
-def _value(option: str, text: str, hint: Any) -> Any:
-    """The value of one option: text as it is where the key takes text, else YAML."""
+def _check_given(option: str, text: str) -> None:
     if not text.strip() or text.startswith("--"):
         raise ConfigError(f"`{option}` has no value: give it one, or leave the option out.")
+
+
+def _value(option: str, text: str, hint: Any) -> Any:
+    """The value of one option: text as it is where the key takes text, else YAML."""
+    _check_given(option, text)
     value = parse_yaml(text, f"`{option}`")
     return text if hint is not None and takes_text(hint) and not isinstance(value, str | None) else value
 

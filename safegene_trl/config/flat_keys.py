@@ -50,4 +50,6 @@ def merged(block: Mapping[str, Any], changes: Mapping[str, Any], once: str = "")
 def warn_of_flat_keys(flat: Iterable[str]) -> None:
     """One warning with the place of every flat key."""
     if moved := [f"`{key}` is now `{PLACES[key]}`" for key in dict.fromkeys(flat)]:
-        logger.warning("Settings stand in groups: %s. The next release no longer reads the old form.", ", ".join(moved))
+        logger.warning(
+            "Settings stand in groups: %s. The next release no longer reads the old form.", ", ".join(moved)
+        )

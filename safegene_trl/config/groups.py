@@ -74,9 +74,7 @@ class DataConfig:
     def __post_init__(self):
         check_values(self, prefix="data.")
         if not 0.0 < self.holdout_share < 1.0:
-            raise ConfigError(
-                f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1."
-            )
+            raise ConfigError(f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")
         for name in ("num_safety_shots", "num_task_shots"):
             if getattr(self, name) < 2:
                 raise ConfigError(f"`data.{name}` is 1: at least 2 are needed, one of them held out.")
@@ -152,9 +150,7 @@ class SearchConfig:
                 "swap or widen the bounds."
             )
         if first is not None and not low <= first <= high:
-            raise ConfigError(
-                f"`search.initial_coefficient` is {first}: it must lie between {low} and {high}."
-            )
+            raise ConfigError(f"`search.initial_coefficient` is {first}: it must lie between {low} and {high}.")
 
 
 @named_fields

@@ -2,20 +2,32 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError
 from .flat_keys import PLACES, grouped, warn_of_flat_keys
 from .gate import GateConfig
-from .help import meanings
 from .groups import GROUPS, DataConfig, MeasureConfig, OutputConfig, SearchConfig
-from .validation import LARGEST_COUNT, Rule, Settings, check_values, check_written, hint_of, names_of, reject_unknown_keys
+from .help import meanings
+from .validation import (
+    LARGEST_COUNT,
+    Rule,
+    Settings,
+    check_values,
+    check_written,
+    hint_of,
+    names_of,
+    reject_unknown_keys,
+)
 
 
 OnFailure = Literal["raise", "warn"]
 BLOCKS: dict[str, type[Settings]] = {**GROUPS, "gate": GateConfig}
-_ELSEWHERE = {**{name: f"gate.{name}" for name in names_of(GateConfig)}, **PLACES}  # for who names a key without its group
+_ELSEWHERE = {
+    **{name: f"gate.{name}" for name in names_of(GateConfig)},
+    **PLACES,
+}  # for who names a key without its group
 
 
 def _takes_flat_keys(kind: type["SafeGeneConfig"]) -> type["SafeGeneConfig"]:
@@ -126,10 +138,14 @@ def hint_at(path: str) -> Any:
 
 
 def described() -> Iterator[tuple[str, str]]:
-    """The path of every setting, groups included, and what it means; for `--help`."""
-    for name, meaning in meanings(SafeGeneConfig).items():
-        if name not in BLOCKS:
-            yield name, meaning
-            continue
-        yield name, f"{meaning} All of them, as YAML."
-        yield from ((f"{name}.{key}", text) for key, text in meanings(BLOCKS[name]).items())
+    """The path of every setting, groups included, and what it means, with its default; for `--help`."""
+    for name, meaning in _with_defaults(SafeGeneConfig):
+        yield name, f"{meaning} A block of keys and values." if name in BLOCKS else meaning
+        if name in BLOCKS:
+            yield from ((f"{name}.{key}", text) for key, text in _with_defaults(BLOCKS[name]))
+
+
+def _with_defaults(kind: type[Settings]) -> Iterator[tuple[str, str]]:
+    for name, meaning in meanings(kind).items():
+        default = kind.__dataclass_fields__[name].default
+        yield name, meaning if default in (None, "", MISSING) else f"{meaning} (default: {default})"

@@ -117,9 +117,7 @@ def reject_unknown_keys(
             raise ConfigError(f"Unknown key `{key}` in {where}{nearest(str(key), known, 0.0, elsewhere)}")
 
 
-def nearest(
-    word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None
-) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None) -> str:
     """The end of a sentence about a word that is not known: the nearest one that is, if any is near (0–1, 1 the same)."""
     written = {**(elsewhere or {}), **{name: name for name in known}}
     found = difflib.get_close_matches(word, list(written), n=1, cutoff=cutoff)

@@ -80,9 +80,13 @@ def gather_shots(
     if min(len(benign.rows), config.data.num_benign_shots) > 1:
         benign_split, benign_left = _divided(benign, config.data.max_length, config.data.num_benign_shots, config)
     training, task_source = _training_samples(config, tokenizer, task_rows, packed)
-    task = training.take(config.data.num_task_shots + extra, config.seed, config.data.max_length, config.data.max_response_tokens)
+    task = training.take(
+        config.data.num_task_shots + extra, config.seed, config.data.max_length, config.data.max_response_tokens
+    )
     check_context(task, context, "task data")
-    task_split = split_samples(task[: config.data.num_task_shots], config.data.holdout_share, "task data", training.skipped)
+    task_split = split_samples(
+        task[: config.data.num_task_shots], config.data.holdout_share, "task data", training.skipped
+    )
     gate = _GatePrompts(config, tokenizer, context)
     harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
     benign_prompts = gate.of("benign", list(vector.prompts), benign_left)

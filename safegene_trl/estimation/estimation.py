@@ -247,7 +247,9 @@ def estimate_safeguard(
     prompts = [[list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind]
     if prompts:
         answers = [
-            _generation(probe, tokenizer, messages, config.measure.max_new_tokens, config.batch_size or ON_CPU, launch, deltas)
+            _generation(
+                probe, tokenizer, messages, config.measure.max_new_tokens, config.batch_size or ON_CPU, launch, deltas
+            )
             for messages in prompts
         ]
         costs["measure"] = Cost(2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))

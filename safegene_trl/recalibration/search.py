@@ -184,7 +184,11 @@ class _Search:
         config, message = self.config, torch.zeros(length, dtype=torch.float64)
         try:
             minimize_in_box(
-                evaluate, self.start, config.search.min_coefficient, config.search.max_coefficient, config.search.max_evaluations
+                evaluate,
+                self.start,
+                config.search.min_coefficient,
+                config.search.max_coefficient,
+                config.search.max_evaluations,
             )
         except BaseException as error:
             if not together:

@@ -225,11 +225,15 @@ def _evidence(
         yield _Evidence(f"{_BESIDE} {base_name}", *_report_content(report))
     if config is not None and config.search.warm_start is not None:
         yield _Evidence(
-            f"the report {config.search.warm_start}", vector_id(vector), reported_coefficients(config.search.warm_start, vector)
+            f"the report {config.search.warm_start}",
+            vector_id(vector),
+            reported_coefficients(config.search.warm_start, vector),
         )
     if config is not None and config.output.history is not None:
         for release in reversed(read_history(Path(config.output.history))):
-            yield _Evidence(f"the history {config.output.history}", release["vector"]["sha256"], release["coefficients"])
+            yield _Evidence(
+                f"the history {config.output.history}", release["vector"]["sha256"], release["coefficients"]
+            )
 
 
 def _report_beside(name_or_path: str, revision: str | None) -> Path | None:

@@ -224,7 +224,17 @@ def plan_step(
         phases=clock.phases,
     )
     return Plan(
-        config, vector, tokenizer, processor, target, sharding, origin, config.search.granularity, Carried({}), report, clock
+        config,
+        vector,
+        tokenizer,
+        processor,
+        target,
+        sharding,
+        origin,
+        config.search.granularity,
+        Carried({}),
+        report,
+        clock,
     )
 
 

@@ -22,7 +22,7 @@ from safegene_trl.vectors.files import read_files
 from safegene_trl.vectors.record import read_record
 from safegene_trl.vectors.similarity import cosine
 
-from ..conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
+from ..conftest import BENIGN, HARMFUL, make_model, make_vector, options_of, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -323,7 +323,8 @@ report_to: none
 disable_tqdm: true
 safegene:
   vector: {vector_dir}
-  task_data: {task_file}
+  data:
+    task_data: {task_file}
 """
     )
     assert main(["sft", "--config", str(recipe), *LENIENT]) == 0
@@ -350,7 +351,7 @@ def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_fi
     for options, message in (
         ([], "No model is named"),
         (["--model_name_or_path", str(model_dir)], "No safety vector is named"),
-        (["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"], "`task_data` is not set"),
+        (["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"], "`data.task_data` is not set"),
     ):
         assert main(["apply", *options]) == 2
         assert message in capsys.readouterr().err
@@ -454,9 +455,9 @@ def test_the_gate_decides_and_the_exit_code_says_what(
     gate, code, written, model_dir, vector_dir, task_file, tmp_path, capsys
 ):
     target, history = tmp_path / "out", tmp_path / "history.jsonl"
-    options = [f"--safegene.{key}={value}" for key, value in (("vector", vector_dir), ("task_data", task_file))]
+    options = options_of({"vector": vector_dir, "task_data": task_file, "output_dir": target, "history": history})
     options += [f"--safegene.gate.{key}={json.dumps(value)}" for key, value in gate.items()]
-    options += [f"--safegene.output.output_dir={target}", f"--safegene.output.history={history}", "--safegene.data.num_benign_shots=4"]
+    options += ["--safegene.data.num_benign_shots=4"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *options, *LENIENT]) == code
     assert (target / "config.json").is_file() == written and target.exists() == written
     outcome = {0: "accepted", 3: "accepted_best_effort", 4: "rejected"}[code]

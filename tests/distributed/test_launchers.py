@@ -55,15 +55,12 @@ def recipe(tmp_path_factory):
 
 
 def block(root):
+    shots = {"num_safety_shots": 6, "num_benign_shots": 4, "num_task_shots": 6}
     return {
         "vector": str(root / "vector"),
-        "task_data": str(root / "task.jsonl"),
-        "num_safety_shots": 6,
-        "num_benign_shots": 4,
-        "num_task_shots": 6,
-        "max_evaluations": 2,
-        "max_utility_loss": 100.0,
-        "max_new_tokens": 4,
+        "data": {"task_data": str(root / "task.jsonl"), **shots},
+        "search": {"max_evaluations": 2, "max_utility_loss": 100.0},
+        "measure": {"max_new_tokens": 4},
     }
 
 

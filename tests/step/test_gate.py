@@ -122,7 +122,7 @@ def test_settings_that_cannot_be_kept_are_named():
     with pytest.raises(ConfigError, match="block"):
         SafeGeneConfig.from_dict({"vector": "v", "gate": 0.9})
     with pytest.raises(ConfigError, match="num_test_prompts"):
-        SafeGeneConfig(vector="v", num_test_prompts=0, gate=GateConfig(max_incoherent=0.1))
+        SafeGeneConfig(vector="v", measure={"num_test_prompts": 0}, gate=GateConfig(max_incoherent=0.1))
     with pytest.raises(ConfigError, match="no benign data"):
         check_measurable(GateConfig(max_over_refusal=0.1), {"harmful": 5, "benign": 0, "task": 5})
     assert SafeGeneConfig.from_dict({"vector": "v", "gate": {"min_refusal_rate": 0.9}}).gate.limits == {

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from safegene_trl.commands.main import main
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.errors import ConfigError, FamilyError
 from safegene_trl.models.attachment import VectorAttachment
@@ -24,11 +23,15 @@ from safegene_trl.step.lineage import (
 )
 from safegene_trl.vectors.safety_vector import SafetyVector
 
-from ..conftest import ALONE, make_model, make_vector, task_dataset, with_lora
+from ..conftest import ALONE, config_of, make_model, make_vector, task_dataset, with_lora
 from .test_history import release
 
 
-LENIENT = ["--safegene.search.max_utility_loss=1000.0", "--safegene.search.utility_weight=0.0", "--safegene.search.max_evaluations=2"]
+LENIENT = [
+    "--safegene.search.max_utility_loss=1000.0",
+    "--safegene.search.utility_weight=0.0",
+    "--safegene.search.max_evaluations=2",
+]
 
 
 @pytest.fixture
@@ -66,7 +69,13 @@ def test_a_safeguarded_checkpoint_says_so_and_is_refused(safeguarded, vector_dir
     entry = json.loads((first / "config.json").read_text())["safegene"]
     assert entry["coefficients"] == report_of(first)["coefficients"]
     for more in ([], ["--coefficients", "1"]):
-        words = ["--model_name_or_path", str(first), *options, f"--safegene.output.output_dir={tmp_path / 'second'}", *more]
+        words = [
+            "--model_name_or_path",
+            str(first),
+            *options,
+            f"--safegene.output.output_dir={tmp_path / 'second'}",
+            *more,
+        ]
         assert main(["apply", *words]) == 2
         assert "safeguarded checkpoint already" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
@@ -110,7 +119,7 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys,
 
 def test_carried_coefficients_leave_the_model_as_it_is_and_keep_the_bounds(vector_dir, tokenizer):
     model, vector = make_model(), SafetyVector.from_pretrained(vector_dir)
-    config = SafeGeneConfig(vector="v", max_coefficient=0.5, utility_weight=1.0, max_evaluations=4)
+    config = config_of(vector="v", max_coefficient=0.5, utility_weight=1.0, max_evaluations=4)
     data = gather_shots(config, vector, tokenizer, 256, task_dataset()).data
     space = vector.space("layer")
     held = {"layers.1": 0.4, "layers.2": 0.1}
@@ -170,7 +179,17 @@ def test_the_search_starts_at_the_last_release(safeguarded, model_dir, vector_di
     first, options = safeguarded
     history = tmp_path / "history.jsonl"
     words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.output.history={history}"]
-    assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'a'}", f"--safegene.search.warm_start={first}"]) == 0
+    assert (
+        main(
+            [
+                "apply",
+                *words,
+                f"--safegene.output.output_dir={tmp_path / 'a'}",
+                f"--safegene.search.warm_start={first}",
+            ]
+        )
+        == 0
+    )
     a = report_of(tmp_path / "a")
     assert a["history"][0]["coefficients"] == pytest.approx(report_of(first)["coefficients"])
     assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'b'}"]) == 0
@@ -221,7 +240,7 @@ def test_what_confirms_a_claim(safeguarded, vector_dir, tmp_path):
     append_release(tmp_path / "no.jsonl", release(coefficients=held | {next(iter(held)): 0.0123}, **own))
 
     def found(granularity="module", base=None, **values):
-        return carried_coefficients(model, vector, granularity, SafeGeneConfig(vector="v", **values), base)
+        return carried_coefficients(model, vector, granularity, config_of(vector="v", **values), base)
 
     assert found().verified is False and found().record == {"claim": "unverified", "source": None}
     assert found(base=str(tmp_path)).verified is False and found(base="no/where").verified is False

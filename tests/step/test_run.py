@@ -18,14 +18,14 @@ from jsonschema import validate
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.distributed.communicator import Communicator
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
 from safegene_trl.interruption import terminable
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step.history import read_history
 
-from ..conftest import make_model
+from ..conftest import config_of, make_model
 from ..test_callback import sft
 
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(vector_dir):
     def make(**values):
         quick = {"max_utility_loss": 100.0, "max_evaluations": 2, "num_test_prompts": 2, "max_new_tokens": 2}
-        return SafeGeneConfig(**{"vector": str(vector_dir)} | quick | values)
+        return config_of(**{"vector": str(vector_dir)} | quick | values)
 
     return make
 
@@ -129,7 +129,7 @@ def test_a_terminated_run_says_so(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.step import live
 from tests.conftest import make_model, make_tokenizer, make_vector
 from tests.test_callback import sft

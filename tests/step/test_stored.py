@@ -31,7 +31,9 @@ def apply(vector_dir, tmp_path):
     def run(model, coefficients, *options):
         target = tmp_path / "applied"
         words = ["apply", "--model_name_or_path", str(model), "--coefficients", str(coefficients)]
-        return main([*words, f"--safegene.vector={vector_dir}", f"--safegene.output.output_dir={target}", *options]), target
+        return main(
+            [*words, f"--safegene.vector={vector_dir}", f"--safegene.output.output_dir={target}", *options]
+        ), target
 
     return run
 
