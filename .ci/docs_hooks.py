@@ -6,7 +6,7 @@ who read in the repository; on the site their paths are shown instead. Pictures 
 
 import importlib
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -47,6 +47,8 @@ def table(name: str) -> str:
         default = field.default if field.default is not MISSING else None
         if field.default_factory is not MISSING:
             default = field.default_factory()
+        if is_dataclass(default):  # a group has a table of its own
+            default = None
         shown = "" if default is None or default == "" else f"`{default}`"
         meaning = (said[field.name] or field.metadata["help"]).replace("|", "\\|")
         rows.append(f"| `{field.name}` | {shown} | {meaning} |")
