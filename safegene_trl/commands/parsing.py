@@ -52,7 +52,7 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
 
     `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.GROUP.KEY VALUE` one of a group in it. They are
     options of TRL's parser like any other. Only their values are read here, since argparse neither joins blocks nor refuses a key that
-    is there twice, and OmegaConf's dot-lists, which do join them, let the last of two win and read digits as a number in every field.
+    is there twice, and OmegaConf's dot-lists, which do join them, let the last of two win and take 'false' in quotes for false.
 
     Raises:
         ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a value has the wrong type.
