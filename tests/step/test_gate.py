@@ -64,7 +64,7 @@ def test_an_acceptance_without_measured_refusals_says_so(gate):
     for found in (task_only,) if gate else (None, task_only):
         decision = decide(gate, True, 1.0, REASON, found, None)
         assert decision.outcome == "accepted" and decision.reason.startswith(REASON)
-        assert "Nothing was measured on refusals: raise `num_test_prompts`" in decision.reason
+        assert "Nothing was measured on refusals: raise `measure.num_test_prompts`" in decision.reason
     for verdict in (decide(gate, True, 1.0, REASON, measured(99), True), decide(None, False, 0.0, "No.", None, None)):
         assert "Nothing was measured" not in verdict.reason
 

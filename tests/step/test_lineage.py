@@ -98,7 +98,7 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys,
     words = ["--model_name_or_path", str(tmp_path / "tuned"), *options]
     words += [f"--safegene.output.output_dir={tmp_path / 'second'}", *(["--coefficients", "0.25"] if given else [])]
     assert main(["apply", *words]) == 2  # the fine-tune does not say where it started from
-    assert "as `warm_start`" in capsys.readouterr().err and not (tmp_path / "second").exists()
+    assert "as `search.warm_start`" in capsys.readouterr().err and not (tmp_path / "second").exists()
     assert main(["apply", *words, f"--safegene.search.warm_start={first}"]) == 0
     report = report_of(tmp_path / "second")
     assert report["base"]["carried"] == {"claim": "verified", "source": f"the report {first}"}
@@ -208,7 +208,7 @@ def test_a_claim_that_is_too_large_subtracts_nothing(safeguarded, vector_dir, tm
     for file in first.glob("*report*"):
         file.unlink()
     for value, more, message in (
-        (5.0, [], "more than `max_coefficient` (2)"),
+        (5.0, [], "more than `search.max_coefficient` (2)"),
         (5.0, ["--safegene.search.max_coefficient=6"], "would subtract 4.5 times the vector at `model.layers.1"),
         (1.9, [], "would subtract 1.4 times the vector at `model.layers.1"),
         (1.9, ["--granularity"], "would subtract"),
@@ -274,7 +274,7 @@ def test_nothing_is_subtracted_that_may_not_be_there():
                 check_no_subtraction(bad, carried)
     check_no_subtraction({"a": -0.5, "b": 0.0}, sure)
     for carried in (unsure, None):
-        with pytest.raises(FamilyError, match=r"subtract 0\.2 times the vector at `a`.*as `warm_start`"):
+        with pytest.raises(FamilyError, match=r"subtract 0\.2 times the vector at `a`.*as `search.warm_start`"):
             check_no_subtraction({"a": -0.2}, carried)
 
 

@@ -129,7 +129,7 @@ def test_a_terminated_run_says_so(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from safegene_trl import SafeGeneCallback
+from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.step import live
 from tests.conftest import make_model, make_tokenizer, make_vector
 from tests.test_callback import sft
@@ -219,7 +219,7 @@ def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tm
     with pytest.raises(RejectedError) as raised:
         sft(tmp_path / "out", [callback], tokenizer).train()
     message, out = str(raised.value), tmp_path / "out"
-    assert message.startswith("The safeguarded checkpoint was rejected, because ") and "`max_utility_loss`" in message
+    assert message.startswith("The safeguarded checkpoint was rejected, because ") and "`search.max_utility_loss`" in message
     assert f"nothing was written to {out / 'safeguarded'}, the report is {out / 'safeguarded.failed.json'}" in message
     assert f"{out} is the plain fine-tune" in message and (out / "safeguarded.failed.json").is_file()
     assert [release["outcome"] for release in read_history(history)] == ["rejected"]

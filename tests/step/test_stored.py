@@ -167,7 +167,7 @@ def test_a_history_whose_disk_is_full_is_met_before_the_checkpoint_is_there(
     monkeypatch.setattr(os, "fsync", full)
     code, target = apply(model_dir, 0.5, f"--safegene.output.history={place}")
     assert code == 2 and not target.exists() and read_history(place) == []
-    assert "The history" in (said := capsys.readouterr().err) and "name another `history`" in said
+    assert "The history" in (said := capsys.readouterr().err) and "name another `output.history`" in said
     assert json.loads(target.with_name("applied.failed.json").read_text())["status"] == "failed"
     monkeypatch.undo()
     code, target = apply(model_dir, 0.5, f"--safegene.output.history={place}")
