@@ -6,12 +6,13 @@ who read in the repository; on the site their paths are shown instead. Pictures 
 
 import importlib
 import re
-from dataclasses import MISSING, fields
-from inspect import getdoc
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from safegene_trl.config.help import meanings
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,29 +41,15 @@ def table(name: str) -> str:
     """Key, default and meaning of every field; one that neither docstring nor help text tells about is an error."""
     module, _, class_name = name.rpartition(".")
     owner = getattr(importlib.import_module(module), class_name)
-    meanings = documented(getdoc(owner) or "")
+    said = meanings(owner)
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
     for field in fields(owner):
         default = field.default if field.default is not MISSING else None
         if field.default_factory is not MISSING:
             default = field.default_factory()
+        if is_dataclass(default):  # a group has a table of its own
+            default = None
         shown = "" if default is None or default == "" else f"`{default}`"
-        meaning = meanings.get(field.name) or field.metadata["help"]
+        meaning = (said[field.name] or field.metadata["help"]).replace("|", "\\|")
         rows.append(f"| `{field.name}` | {shown} | {meaning} |")
     return "\n".join(rows)
-
-
-def documented(docstring: str) -> dict[str, str]:
-    """The arguments of a Google-style docstring."""
-    section = docstring.partition("Args:\n")[2]
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        if entry := re.match(r" {4}(\w+): (.*)", line):
-            name = entry[1]
-            found[name] = entry[2]
-        elif name and line.strip():
-            found[name] += " " + line.strip()
-    return {name: text.replace("|", "\\|") for name, text in found.items()}

@@ -38,9 +38,9 @@ def main() -> None:
     if model is None:
         model = ROOT / "build" / "recalibration" / "fine-tuned"
         fine_tuned(model)
-    settings = {"num_safety_shots": 16, "num_benign_shots": 8, "num_task_shots": 16, "num_test_prompts": 16}
-    settings |= {"max_utility_loss": 10, "allow_other_base": True}
-    files = {"vector": arguments.vector, "task_data": arguments.task_data}
+    settings: dict[str, Any] = {"data.num_safety_shots": 16, "data.num_benign_shots": 8, "data.num_task_shots": 16}
+    settings |= {"measure.num_test_prompts": 16, "search.max_utility_loss": 10, "allow_other_base": True}
+    files = {"vector": arguments.vector, "data.task_data": arguments.task_data}
     words = ["apply", "--model_name_or_path", model]
     words += [word for key, value in (files | settings).items() for word in (f"--safegene.{key}", value)]
     runs: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ def run(words: list[Any]) -> dict[str, Any]:
     """Per step: what was estimated, what was taken and the ratios of the two."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out"
-        words = [*words, "--safegene.output_dir", out]
+        words = [*words, "--safegene.output.output_dir", out]
         safegene("estimate", *words, "--json", Path(place) / "costs.json")
         costs = json.loads((Path(place) / "costs.json").read_text(encoding="utf-8"))
         safegene(*words)

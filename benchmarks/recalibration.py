@@ -24,6 +24,7 @@ import yaml
 from scipy.optimize import minimize
 
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
+from safegene_trl.config.groups import DataConfig, SearchConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
@@ -116,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
-    parser.add_argument("--granularity", default=SafeGeneConfig.granularity, choices=["layer", "module", "rank"])
+    parser.add_argument("--granularity", default=SearchConfig.granularity, choices=["layer", "module", "rank"])
     parser.add_argument("--passes", type=int, default=14)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     arguments = parser.parse_args()
@@ -126,20 +127,19 @@ def main() -> None:
         step_seconds = fine_tuned(folder)
     config = SafeGeneConfig(
         vector=str(arguments.vector),
-        granularity=arguments.granularity,
-        task_data=str(BUILD / "reviews_train.jsonl"),
-        num_safety_shots=24,
-        num_benign_shots=12,
-        num_task_shots=12,
+        search=SearchConfig(granularity=arguments.granularity),
+        data=DataConfig(
+            task_data=str(BUILD / "reviews_train.jsonl"), num_safety_shots=24, num_benign_shots=12, num_task_shots=12
+        ),
     )
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
     sharding = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
     model.to(sharding.device)
     vector = SafetyVector.from_pretrained(config.vector)
     shots = gather_shots(config, vector, tokenizer, None, None)
-    attachment = VectorAttachment(model, vector.deltas, vector.space(config.granularity), sharding)
+    attachment = VectorAttachment(model, vector.deltas, vector.space(config.search.granularity), sharding)
     unique = attachment.space.names
-    start = np.full(len(unique), config.start)
+    start = np.full(len(unique), config.search.start)
     runs = {}
     with frozen_for_calibration(model):
         fit = Objective(model, shots.data, "fit", config, padding_id(tokenizer), sharding)
@@ -175,12 +175,12 @@ def write(results: Path, runs: dict, step_seconds: float | None, config: SafeGen
     pass_seconds = float(np.median(own["seconds"]))
     record = {
         "lowest_objective": lowest,
-        "granularity": config.granularity,
+        "granularity": config.search.granularity,
         "unknowns": unknowns,
         "shots": {
-            "harmful": config.num_safety_shots,
-            "benign": config.num_benign_shots,
-            "task": config.num_task_shots,
+            "harmful": config.data.num_safety_shots,
+            "benign": config.data.num_benign_shots,
+            "task": config.data.num_task_shots,
         },
         "runs": runs,
         "pass_seconds": pass_seconds,
@@ -192,7 +192,7 @@ def write(results: Path, runs: dict, step_seconds: float | None, config: SafeGen
         "threads": torch.get_num_threads(),
         "software": software_versions(),
     }
-    records.write("recalibration", config.granularity, record, results)
+    records.write("recalibration", config.search.granularity, record, results)
 
 
 if __name__ == "__main__":

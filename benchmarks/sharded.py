@@ -78,7 +78,7 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
     from datasets import Dataset
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-    from safegene_trl import SafeGeneCallback, SafeGeneConfig
+    from safegene_trl import DataConfig, MeasureConfig, SafeGeneCallback, SafeGeneConfig, SearchConfig
     from safegene_trl.distributed.processes import join_processes, leave_processes
     from safegene_trl.recalibration import search as recalibration
     from safegene_trl.reporting.clock import PhaseClock
@@ -130,7 +130,12 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
         disable_tqdm=True,
         **arguments,
     )
-    config = SafeGeneConfig(vector=str(folder / "vector"), max_evaluations=3, num_test_prompts=0, **SHOTS)
+    config = SafeGeneConfig(
+        vector=str(folder / "vector"),
+        data=DataConfig(**SHOTS),
+        search=SearchConfig(max_evaluations=3),
+        measure=MeasureConfig(num_test_prompts=0),
+    )
     trainer = Trainer(
         model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if ON_GPU else torch.float32),
         args=args,

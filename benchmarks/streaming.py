@@ -203,7 +203,7 @@ def peak_kib(pid: int) -> int:
 def measure_apply(size: str, model: Path, vector: Path, work: Path, arguments: argparse.Namespace) -> dict:
     out = work / "out"
     ours = [sys.executable, "-m", "safegene_trl", "apply", "--model_name_or_path", model, "--coefficients", "1"]
-    ours += ["--safegene.vector", vector, "--safegene.output_dir", out]
+    ours += ["--safegene.vector", vector, "--safegene.output.output_dir", out]
     tools = {"cp": ["cp", "-r", model, out], "apply": ours}
     if float(size) <= arguments.peers_up_to:
         tools["peft"] = [sys.executable, "-c", PEFT_MERGE, model, vector, out]

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import OutputConfig, SafeGeneCallback, SafeGeneConfig
 from safegene_trl.commands.history import describe
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.errors import SafeGeneError
@@ -28,13 +28,14 @@ def release(number: int, data: Path, learning_rate: float, options: argparse.Nam
     line = Path(options.line)
     last = last_accepted(read_history(line / "history.jsonl"))
     start = options.model if last is None else last["output"]
+    settings = json.loads(options.settings)
+    place = {"output_dir": str(line / f"release-{number}"), "history": str(line / "history.jsonl")}
     config = SafeGeneConfig(
         vector=options.vector,
-        output_dir=str(line / f"release-{number}"),
-        history=str(line / "history.jsonl"),
+        output=OutputConfig(**place, **settings.pop("output", {})),
         gate=GateConfig(**json.loads(options.gate)),
         allow_other_base=options.allow_other_base,
-        **json.loads(options.settings),
+        **settings,
     )
     callback = SafeGeneCallback(config)
     trainer = SFTTrainer(

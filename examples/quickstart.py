@@ -38,12 +38,9 @@ def step_settings(short: bool) -> dict:
     """How the safety step is set; refusals are measured below, on prompts that it has not seen."""
     shots = (4, 4, 4) if short else (24, 12, 12)
     return {
-        "num_safety_shots": shots[0],
-        "num_benign_shots": shots[1],
-        "num_task_shots": shots[2],
-        "max_evaluations": 1 if short else 8,
-        "max_utility_loss": 10.0 if short else 0.1,
-        "num_test_prompts": 0,
+        "data": {"num_safety_shots": shots[0], "num_benign_shots": shots[1], "num_task_shots": shots[2]},
+        "search": {"max_evaluations": 1 if short else 8, "max_utility_loss": 10.0 if short else 0.1},
+        "measure": {"num_test_prompts": 0},
         "allow_other_base": True,  # put together on this machine: the last bits of a sum depend on the processor
     }
 
@@ -92,7 +89,7 @@ def fine_tune(short: bool) -> dict:
 def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> dict:
     """The same fine-tune in many processes, by the recipe; then one process finds the coefficients of what it saved."""
     shutil.rmtree(OUT, ignore_errors=True)
-    step = [word for key, value in step_settings(short).items() for word in (f"--safegene.{key}", str(value))]
+    step = ["--safegene", json.dumps(step_settings(short))]
     launcher = ["--accelerate_config", accelerate_config, "--num_processes", str(processes)]
     training = [
         "--output_dir",
@@ -102,10 +99,10 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
         "--max_steps",
         2 if short else 25,
     ]
-    data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.task_data", BUILD / "reviews_train.jsonl"]
+    data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.data.task_data", BUILD / "reviews_train.jsonl"]
     safegene("sft", *launcher, "--config", RECIPE / "sft.yaml", *training, *data, *step)
     say(3, "One process finds the coefficients of the same fine-tune, to be compared: up to 5 minutes.")
-    safegene("apply", "--model_name_or_path", OUT, "--safegene.output_dir", OUT / "applied", *data, *step)
+    safegene("apply", "--model_name_or_path", OUT, "--safegene.output.output_dir", OUT / "applied", *data, *step)
     reports = [json.loads((OUT / name / "safegene_report.json").read_text()) for name in ("safeguarded", "applied")]
     sharded, alone = (report["coefficients"] for report in reports)
     apart = max(abs(sharded[name] - alone[name]) for name in alone)

@@ -85,7 +85,7 @@ def main() -> None:
     trainer = TRAINERS[options.trainer](options.model, data, arguments)
     settings = json.loads(options.settings)
     if options.trainer == "grpo":
-        settings = {"task_data": options.data} | settings
+        settings["data"] = {"task_data": options.data} | settings.get("data", {})
     SafeGeneCallback(SafeGeneConfig(vector=options.vector, **settings)).attach(trainer)
     trainer.train()
     trainer.save_model()  # the plain fine-tune; the safeguarded checkpoint is in `safeguarded` beside it

@@ -8,19 +8,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .callback import SafeGeneCallback
     from .config.gate import GateConfig
+    from .config.groups import DataConfig, MeasureConfig, OutputConfig, SearchConfig
     from .config.settings import SafeGeneConfig
     from .errors import SafeGeneError
     from .vectors.safety_vector import SafetyVector
 
 
 __version__ = version("safegene-trl")
-__all__ = ["GateConfig", "SafeGeneCallback", "SafeGeneConfig", "SafeGeneError", "SafetyVector"]
+__all__ = [
+    "DataConfig",
+    "GateConfig",
+    "MeasureConfig",
+    "OutputConfig",
+    "SafeGeneCallback",
+    "SafeGeneConfig",
+    "SafeGeneError",
+    "SafetyVector",
+    "SearchConfig",
+]
 _MODULES = {
+    "DataConfig": "config.groups",
     "GateConfig": "config.gate",
+    "MeasureConfig": "config.groups",
+    "OutputConfig": "config.groups",
     "SafeGeneCallback": "callback",
     "SafeGeneConfig": "config.settings",
     "SafeGeneError": "errors",
     "SafetyVector": "vectors.safety_vector",
+    "SearchConfig": "config.groups",
 }
 
 

@@ -96,7 +96,7 @@ class SafeGeneCallback(TrainerCallback):
         if not isinstance(trainer, Trainer):
             raise ConfigError(
                 f"`attach` was given {shown(trainer)}: give it the trainer, before `trainer.train()`; the output folder is "
-                "`SafeGeneConfig.output_dir`."
+                "`SafeGeneConfig.output.output_dir`."
             )
         self._trainer = trainer
         self._stand_in_line()
@@ -186,8 +186,8 @@ class SafeGeneCallback(TrainerCallback):
                 self._trainer.log(scalars(self.report))
 
     def _target(self, args: TrainingArguments) -> Path:
-        if self.config.output_dir is not None:
-            return Path(self.config.output_dir)
+        if self.config.output.output_dir is not None:
+            return Path(self.config.output.output_dir)
         return Path(str(args.output_dir)) / ("_safeguarded" if args.push_to_hub else "safeguarded")
 
 

@@ -32,6 +32,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from safegene_trl.config.flat_keys import PLACES, grouped
+from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.models.coefficients import CoefficientSpace
@@ -152,6 +154,20 @@ def make_vector(model, tokenizer, **kwargs) -> SafetyVector:
         selection={"method": "activation_contrast", "scores": [0.0, 0.1, 0.2], "selected_layers": [1, 2]},
         prompts=prompts,
     )
+
+
+def in_groups(values: dict) -> dict:
+    """Settings with short keys, like `max_evaluations`, as a `safegene` block has them."""
+    return grouped(values)[0]
+
+
+def config_of(**values) -> SafeGeneConfig:
+    return SafeGeneConfig(**in_groups(values))
+
+
+def options_of(values: dict) -> list[str]:
+    """The same on a command line."""
+    return [f"--safegene.{PLACES.get(key, key)}={value}" for key, value in values.items()]
 
 
 def task_dataset() -> Dataset:

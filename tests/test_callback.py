@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
+from safegene_trl import SafeGeneCallback, SafeGeneError
 from safegene_trl.callback import DryRunComplete
 from safegene_trl.data.rows import conversation
 from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, UnsupportedModelError
@@ -33,7 +33,7 @@ from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step import live
 
-from .conftest import make_model, make_tokenizer, make_vector, task_dataset, with_lora
+from .conftest import config_of, make_model, make_tokenizer, make_vector, task_dataset, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -52,7 +52,7 @@ def config(vector_dir):
     """Accepts whatever a random vector does to a random model, so that the plumbing can be tested."""
 
     def make(**values):
-        return SafeGeneConfig(
+        return config_of(
             **{"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
             | values
         )

@@ -7,6 +7,7 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
+from .conftest import options_of
 from .hub import Hub
 
 
@@ -48,7 +49,7 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
         "max_evaluations": 1,
         "num_benign_shots": 4,
     }
-    words = [f"--safegene.{key}={value}" for key, value in settings.items()]
+    words = options_of(settings)
     done = python(hub, "-m", "safegene_trl", "apply", "--model_name_or_path", model_dir, *words)
     assert done.returncode == (2 if denied else 0), done.stderr[-2000:]
     assert (target / "model.safetensors").is_file()

@@ -13,9 +13,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafetyVector
+from safegene_trl import SafeGeneCallback, SafetyVector
 from safegene_trl.checkpoints.loading import load_tokenizer
 from safegene_trl.models.low_rank import LowRankDelta
+
+from .conftest import config_of
 
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +59,7 @@ def test_shipped_vector_is_whole_and_opens_with_peft(prepared):
 def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
     rows = load_dataset("json", data_files=str(BUILD / "reviews_train.jsonl"), split="train").select(range(16))
     callback = SafeGeneCallback(
-        SafeGeneConfig(
+        config_of(
             vector=str(RECIPE / "safety-vector"),
             num_safety_shots=4,
             num_benign_shots=2,

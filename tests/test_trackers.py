@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.recalibration import search as recalibration
 from safegene_trl.reporting.report import scalars
 
-from .conftest import make_model, make_tokenizer, task_dataset
+from .conftest import config_of, make_model, make_tokenizer, task_dataset
 
 
 def train(folder, vector):
     """One fine-tune with four trackers, in a process of its own: they read their settings at import. Writes the metrics to a file."""
     recalibration.objection = lambda before, after, budget: ""
-    settings = SafeGeneConfig(
+    settings = config_of(
         vector=vector, max_utility_loss=100.0, utility_weight=0.0, max_evaluations=2, num_test_prompts=4
     )
     trainer = SFTTrainer(

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.baselines import Update, norm
 from benchmarks.baselines.few_shot import adapter_factors, adapter_updates
 from benchmarks.baselines.moments import input_moments
-from safegene_trl import SafeGeneConfig, SafetyVector
+from safegene_trl import DataConfig, SafeGeneConfig, SafetyVector
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.data.prompts import Prompt, kept_apart, load_prompts, prompts_used, spread
 from safegene_trl.data.rows import conversation
@@ -83,7 +83,7 @@ class Lab:
     def shots(self, task: Task, seed: int) -> Shots:
         """The shots that `safegene apply` draws in the same setting."""
         rows = read_jsonl(training_file(task, seed, self.data))
-        config = SafeGeneConfig(vector=str(SHIPPED), **SHOTS, seed=seed)  # type: ignore[arg-type]
+        config = SafeGeneConfig(vector=str(SHIPPED), data=DataConfig(**SHOTS), seed=seed)
         context = self.model.config.max_position_embeddings
         return gather_shots(config, SafetyVector.from_pretrained(SHIPPED), self.tokenizer, context, rows)
 

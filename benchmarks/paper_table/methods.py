@@ -47,9 +47,9 @@ from .vectors import VECTORS, safety_lora, vector
 
 Made = tuple[Update, dict[str, Any]]  # the update and what is to be said about it
 BY_LAYER: dict[str, Any] = {
-    "granularity": "layer",
-    "utility_temperature": 1.0,
-    "max_evaluations": 8,
+    "search.granularity": "layer",
+    "search.utility_temperature": 1.0,
+    "search.max_evaluations": 8,
 }  # the paper's coefficients
 SALORA_MODULES = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # of its authors' code
 
@@ -73,7 +73,7 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     if not (folder / "safegene_report.json").is_file():
         words = [word for key, value in block.items() for word in (f"--safegene.{key}", value)]
         try:
-            safegene("apply", "--model_name_or_path", model, "--safegene.output_dir", folder, *words)
+            safegene("apply", "--model_name_or_path", model, "--safegene.output.output_dir", folder, *words)
         except subprocess.CalledProcessError as error:
             if "held-out" not in (error.stderr or ""):
                 raise
@@ -90,10 +90,21 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
 
 def settings(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> tuple[dict[str, Any], Path]:
     """The settings of a run of `safegene apply`, and its folder: one of its own for all settings, defaults included."""
-    block = SHOTS | {"vector": str(vector_folder), "task_data": str(training_file(task, seed, lab.data)), "seed": seed}
-    block |= {"num_test_prompts": 0, "output_format": "adapter", "max_utility_loss": 10.0} | options
-    every = sha256_of_json(SafeGeneConfig(**block).to_dict())[:8]
+    block: dict[str, Any] = {f"data.{key}": count for key, count in SHOTS.items()}
+    block |= {"vector": str(vector_folder), "data.task_data": str(training_file(task, seed, lab.data)), "seed": seed}
+    block |= {"measure.num_test_prompts": 0, "output.output_format": "adapter", "search.max_utility_loss": 10.0}
+    block |= options
+    config: dict[str, Any] = {}
+    for path, value in block.items():
+        group, _, key = path.rpartition(".")
+        (config.setdefault(group, {}) if group else config)[key] = value
+    every = sha256_of_json(SafeGeneConfig(**config).to_dict())[:8]
     return block, WORK / "safeguarded" / f"{task.name}-{seed}-{vector_folder.name}-{every}"
+
+
+def shots(count: int) -> dict[str, int]:
+    """As many of every kind."""
+    return {f"data.{key}": count for key in SHOTS}
 
 
 def many_shots_row(lab: Lab, task: Task, seed: int, count: int) -> Made:
@@ -104,8 +115,7 @@ def many_shots_row(lab: Lab, task: Task, seed: int, count: int) -> Made:
         found = load_prompts(prompt_source("harmful/catqa.jsonl", lab.data), "harmful", "train", None, 0)
         evaluated = [prompt.text for prompts in lab.prompts.values() for prompt in prompts]
         write_jsonl([{"prompt": prompt.text} for prompt in kept_apart(found, evaluated)[0]], path)
-    counts = dict.fromkeys(("num_safety_shots", "num_benign_shots", "num_task_shots"), count)
-    return ONE_COMPONENT(lab, task, seed, safety_data=str(path), **counts)
+    return ONE_COMPONENT(lab, task, seed, **{"data.safety_data": str(path)}, **shots(count))
 
 
 def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
@@ -114,7 +124,7 @@ def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
     folder = vector("three components", lab.data)
     applied(lab, other, seed, folder)
     report = settings(lab, other, seed, folder)[1] / "safegene_report.json"
-    return applied(lab, task, seed, folder, warm_start=str(report))
+    return applied(lab, task, seed, folder, **{"search.warm_start": str(report)})
 
 
 def dense(vector_folder: Path) -> Update:
@@ -246,34 +256,36 @@ METHODS: dict[str, Callable[[Lab, Task, int], Made]] = {
 }
 ONE_COMPONENT = partial(safegene_row, vector_name="puzzles", **BY_LAYER)
 THREE_COMPONENTS = partial(safegene_row, vector_name="three components", **BY_LAYER)
-UNSOFTENED = partial(THREE_COMPONENTS, granularity="module")
+UNSOFTENED = partial(THREE_COMPONENTS, **{"search.granularity": "module"})
 VARIANTS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of SafeGene as it is
-    "utility weight 4": partial(safegene_row, vector_name="three components", utility_weight=4.0),
+    "utility weight 4": partial(safegene_row, vector_name="three components", **{"search.utility_weight": 4.0}),
     "warm start": warm_start_row,
     "four components": partial(safegene_row, vector_name="four components"),
-    "four components, utility weight 4": partial(safegene_row, vector_name="four components", utility_weight=4.0),
-    "by rank": partial(safegene_row, vector_name="three components", granularity="rank"),
-    "by rank, utility weight 4": partial(
-        safegene_row, vector_name="three components", granularity="rank", utility_weight=4.0
+    "four components, utility weight 4": partial(
+        safegene_row, vector_name="four components", **{"search.utility_weight": 4.0}
     ),
-    "by layer": partial(safegene_row, vector_name="three components", granularity="layer"),
+    "by rank": partial(safegene_row, vector_name="three components", **{"search.granularity": "rank"}),
+    "by rank, utility weight 4": partial(
+        safegene_row, vector_name="three components", **{"search.granularity": "rank", "search.utility_weight": 4.0}
+    ),
+    "by layer": partial(safegene_row, vector_name="three components", **{"search.granularity": "layer"}),
     "by layer, T = 1": THREE_COMPONENTS,
     "by layer, T = 1, 128 task shots, utility weight 2": partial(
-        THREE_COMPONENTS, num_task_shots=128, utility_weight=2.0
+        THREE_COMPONENTS, **{"data.num_task_shots": 128, "search.utility_weight": 2.0}
     ),
-    **{f"by layer, T = 1, utility weight {w}": partial(THREE_COMPONENTS, utility_weight=float(w)) for w in (4, 16)},
+    **{
+        f"by layer, T = 1, utility weight {w}": partial(THREE_COMPONENTS, **{"search.utility_weight": float(w)})
+        for w in (4, 16)
+    },
     "T = 1": UNSOFTENED,
-    **{f"T = 1, utility weight {w}": partial(UNSOFTENED, utility_weight=float(w)) for w in (4, 16)},
+    **{f"T = 1, utility weight {w}": partial(UNSOFTENED, **{"search.utility_weight": float(w)}) for w in (4, 16)},
 }
 ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of the least: one component, λ by layer, T = 1
     "one component": ONE_COMPONENT,
     **{f"vector: {name}": partial(ONE_COMPONENT, vector_name=name) for name in VECTORS if name != "puzzles"},
-    **{
-        f"{count} shots": partial(ONE_COMPONENT, num_safety_shots=count, num_benign_shots=count, num_task_shots=count)
-        for count in (4, 8, 16, 64)
-    },
+    **{f"{count} shots": partial(ONE_COMPONENT, **shots(count)) for count in (4, 8, 16, 64)},
     "128 shots": partial(many_shots_row, count=128),
-    "coefficients by module": partial(ONE_COMPONENT, granularity="module"),
-    "without the utility term": partial(ONE_COMPONENT, utility_weight=0.0),
-    "without benign shots": partial(ONE_COMPONENT, num_benign_shots=0),
+    "coefficients by module": partial(ONE_COMPONENT, **{"search.granularity": "module"}),
+    "without the utility term": partial(ONE_COMPONENT, **{"search.utility_weight": 0.0}),
+    "without benign shots": partial(ONE_COMPONENT, **{"data.num_benign_shots": 0}),
 }

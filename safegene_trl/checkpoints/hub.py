@@ -23,7 +23,7 @@ def check_hub(repository: str) -> None:
     except Exception as error:  # as many kinds as there are libraries below
         raise OutputError(
             f"{repository} cannot be looked up on the hub ({_reason(error)}): check its name, your token (`hf auth login`) and the "
-            "network, or leave out `hub_model_id`."
+            "network, or leave out `output.hub_model_id`."
         ) from error
     if _role(user) == "read":
         raise OutputError(
@@ -31,7 +31,7 @@ def check_hub(repository: str) -> None:
         )
     if not exists and namespace not in (user["name"], *(group["name"] for group in user.get("orgs") or ())):
         raise OutputError(
-            f"{repository} is not on the hub and {user['name']} cannot make it in {namespace}: choose another `hub_model_id`."
+            f"{repository} is not on the hub and {user['name']} cannot make it in {namespace}: choose another `output.hub_model_id`."
         )
 
 

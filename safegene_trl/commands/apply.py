@@ -12,7 +12,7 @@ from .parsing import make_parser, parse
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the safeguarded checkpoint to `safegene.output_dir` (default: `<model>-safeguarded`); see `gate.EXIT_CODES`."""
+    """Writes the safeguarded checkpoint to `safegene.output.output_dir` (default: `<model>-safeguarded`); see `gate.EXIT_CODES`."""
     if wants_launch(argv):
         from .launching import launch
 
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     if not name:
         raise ConfigError("No model is named: set `model_name_or_path` to a finished checkpoint or adapter.")
     if config is None:
-        raise ConfigError("No safety vector is named: add a `safegene` block with `vector` and `task_data`.")
-    target = Path(config.output_dir or f"{Path(name).name}-safeguarded")
+        raise ConfigError("No safety vector is named: add a `safegene` block with `vector` and `data.task_data`.")
+    target = Path(config.output.output_dir or f"{Path(name).name}-safeguarded")
     if arguments.coefficients is not None:
         return _merge_stored(config, arguments, target)
     from .apply_loaded import apply_loaded

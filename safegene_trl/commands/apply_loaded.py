@@ -17,8 +17,10 @@ from .apply_arguments import ApplyArguments
 
 def apply_loaded(config: SafeGeneConfig, arguments: ApplyArguments, target: Path) -> int:
     """Writes the safeguarded checkpoint to `target`; see `gate.EXIT_CODES`."""
-    if config.task_data is None:
-        raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
+    if config.data.task_data is None:
+        raise ConfigError(
+            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+        )
     join_processes()
     name, revision, job, code = arguments.model_name_or_path, arguments.model_revision, this_job(), 0
     with job.agreed():

@@ -92,7 +92,7 @@ def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
         raise ConfigError("The recipe names no model or has no `safegene` block: there is no safety step to estimate.")
     dtype = resolve_dtype(model.dtype, name, revision)
     rows = None
-    if not config.task_data:
+    if not config.data.task_data:
         rows = split_of(training_data(script, mixture), script.dataset_train_split, "dataset_train_split")
     probe = Probe(load_skeleton(name, revision), dtype, get_peft_config(model), training.gradient_checkpointing)
     return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
@@ -113,8 +113,10 @@ def estimate_apply(
     if arguments.coefficients is not None:
         check_measures_nothing(config)
         return estimate_stored_merge(probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
-    if config.task_data is None:
-        raise ConfigError("`task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
+    if config.data.task_data is None:
+        raise ConfigError(
+            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+        )
     return _safeguarding(probe, config, tokenizer, launch, None)
 
 

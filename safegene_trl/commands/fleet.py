@@ -24,7 +24,7 @@ from ..interruption import Interrupted, undisturbed
 from ..provenance import sha256_of_file, sha256_of_json
 from ..step.gate import EXIT_CODES
 from ..text import one_line, read_json, strict_json
-from .fleet_file import Fleet, overlap, sources
+from .fleet_file import Fleet, overlap, sources, target_of
 from .fleet_folder import STATE, WORKSHOP
 from .process_group import ProcessGroup
 from .tables import HEADINGS, aligned, measured_cells
@@ -94,7 +94,7 @@ def _member(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, 
     name, recipe = fleet.name_of(entry), fleet.recipe(entry)
     file = Path(fleet.output_dir) / WORKSHOP / f"{name}.yaml"
     replace_file(file, yaml.safe_dump(recipe, sort_keys=False))
-    target = Path(recipe["safegene"]["output_dir"])
+    target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result
     inputs = [_stamps(source) for source in sources(recipe).values() if not overlap(Path(source), target)]
     member = Member(name, file, target, sha256_of_json([recipe, inputs]))

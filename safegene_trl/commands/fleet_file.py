@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..checkpoints.output import FAILURE_SUFFIXES
+from ..config.flat_keys import grouped, merged, warn_of_flat_keys
 from ..config.settings import SafeGeneConfig
 from ..config.validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys, written_place
 from ..errors import ConfigError, SafeGeneError
@@ -17,6 +18,11 @@ from .fleet_folder import STATE, WORKSHOP
 from .yaml_files import read_yaml
 
 
+_READ = {  # settings that name what is read, by their groups
+    "data": ("safety_data", "task_data"),
+    "search": ("warm_start",),
+    "gate": ("harmful_data", "benign_data"),
+}
 _LONGEST_NAME = 200  # bytes, so that its reports have names as well
 
 
@@ -62,6 +68,8 @@ class Fleet:
         fleet = cls(**content)
         check_values(fleet)
         fleet.check(path)
+        blocks = [fleet.safegene, *(member.get("safegene") or {} for member in fleet.models)]
+        warn_of_flat_keys([key for block in blocks for key in grouped(block)[1]])
         return fleet
 
     def check(self, file: Path) -> None:
@@ -93,8 +101,10 @@ class Fleet:
     def recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe of `safegene apply` for one model."""
         own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
-        target = str(Path(self.output_dir) / self.name_of(member))
-        return own | {"safegene": {"output_dir": target, **self.safegene, **(member.get("safegene") or {})}}
+        block: dict[str, Any] = {"output": {"output_dir": str(Path(self.output_dir) / self.name_of(member))}}
+        for part in (self.safegene, member.get("safegene") or {}):
+            block = merged(block, grouped(part)[0])
+        return own | {"safegene": block}
 
     def _checked_recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
@@ -116,16 +126,21 @@ class Fleet:
 def sources(recipe: Mapping[str, Any]) -> dict[str, str]:
     """All files, folders and hub ids that a recipe reads, by their keys. A history is written to as well and not among them."""
     block = recipe["safegene"]
-    gate = block.get("gate") or {}
     named = {key: recipe.get(key) for key in ("model_name_or_path", "base_model", "coefficients")}
-    named |= {key: block.get(key) for key in ("vector", "public_key", "safety_data", "task_data", "warm_start")}
-    named |= {f"gate.{key}": gate.get(key) for key in ("harmful_data", "benign_data")}
+    named |= {key: block.get(key) for key in ("vector", "public_key")}
+    for group, keys in _READ.items():
+        named |= {f"{group}.{key}": block.get(group, {}).get(key) for key in keys}
     return {key: value for key, value in named.items() if isinstance(value, str)}
+
+
+def target_of(recipe: Mapping[str, Any]) -> Path:
+    """Where a recipe of a member writes."""
+    return Path(recipe["safegene"]["output"]["output_dir"])
 
 
 def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises `ConfigError` where one member's checkpoint would replace what the fleet, or another member, writes or reads."""
-    targets = {name: Path(recipe["safegene"]["output_dir"]) for name, recipe in recipes.items()}
+    targets = {name: target_of(recipe) for name, recipe in recipes.items()}
     for name, target in targets.items():
         # what is there, or will be: the fleet's own places, and the fleet file, which must outlive the fleet
         for place, what in (
@@ -161,8 +176,8 @@ def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, A
 
 
 def _kept(recipe: Mapping[str, Any]) -> dict[str, str]:
-    history = recipe["safegene"].get("history")
-    return sources(recipe) | ({"history": history} if history else {})
+    history = recipe["safegene"]["output"].get("history")
+    return sources(recipe) | ({"output.history": history} if history else {})
 
 
 def overlap(one: Path, other: Path) -> bool:

@@ -11,15 +11,15 @@ from typing import Any, get_args, get_type_hints
 
 from trl import TrlParser
 
-from ..config.gate import GateConfig
-from ..config.settings import SafeGeneConfig
-from ..config.validation import check_value, check_written, hint_of, reject_unknown_keys, rule_of, takes_text
+from ..config.flat_keys import PLACES, grouped, merged, warn_of_flat_keys
+from ..config.settings import SafeGeneConfig, described, hint_at
+from ..config.validation import check_value, check_written, reject_unknown_keys, rule_of, takes_text
 from ..errors import ConfigError
 from .yaml_files import parse_yaml, read_yaml
 
 
 _OPTION = "--safegene"
-_OVERRIDE = f"{_OPTION}."
+_KEY = "safegene."
 
 
 @dataclass
@@ -34,64 +34,100 @@ class SafeGeneArguments:
         default=None, metadata={"help": "Keys of SafeGeneConfig, as a YAML block or as JSON on the command line."}
     )
 
-    def block(self) -> dict[str, Any]:
-        """The block's keys and values; empty without one."""
-        block = parse_yaml(self.safegene, "`safegene`") if isinstance(self.safegene, str) else self.safegene
-        return {} if self.safegene is None else _as_block(block)
-
     @property
     def config(self) -> SafeGeneConfig | None:
-        return None if self.safegene is None else SafeGeneConfig.from_dict(self.block())
+        return None if self.safegene is None else SafeGeneConfig.from_dict(_as_block(self.safegene))
 
 
 def make_parser(dataclasses: Sequence[Any], prog: str | None = None, description: str | None = None) -> TrlParser:
-    """The parser of a command whose options are the dataclasses' fields."""
-    return TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
+    """The parser of a command whose options are the dataclasses' fields, and every key of a `safegene` block among them."""
+    parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
+    if SafeGeneArguments in dataclasses:
+        _add_keys(parser)
+    return parser
 
 
 def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
-    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.gate.KEY VALUE` one of its `gate` block.
+    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.GROUP.KEY VALUE` one of a group in it. They are
+    options of TRL's parser like any other. Only their values are read here, since argparse neither joins blocks nor refuses a key that
+    is there twice, and OmegaConf's dot-lists, which do join them, let the last of two win and take 'false' in quotes for false.
 
     Raises:
         ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a value has the wrong type.
     """
     parser = make_parser(dataclasses, prog, description)
-    known = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
-    argv, overrides = _split_overrides(argv)
+    argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    options = [action.dest for action in shown if action.dest != "help"]
+    known = [name for name in options if not name.startswith(_KEY)]
     recipe = read_yaml(_recipe_path(argv), "The recipe") if "--config" in argv else {}
     reject_unknown_keys(recipe, [*known, "env"], where="the recipe")
     check_value("env", recipe.get("env", {}), dict[str, Any])
     for kind in dataclasses:
         _check_recipe(recipe, kind)
-    _check_single(argv, parser)
+    _check_words(argv, parser)
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    options = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
-    reject_unknown_keys(options, known, where="the command line")
+    keys = vars(parsed.pop()) if len(parsed) > len(dataclasses) else {}
+    strange = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
+    reject_unknown_keys(
+        strange,
+        options,
+        where="the command line",
+        elsewhere={_KEY + name: _KEY + place for name, place in PLACES.items()},
+    )
     if unknown:
         raise ConfigError(f"`{unknown[0]}` on the command line belongs to no option: write `--option value`.")
     for arguments in parsed:
         if isinstance(arguments, SafeGeneArguments):
-            _set_block(arguments, recipe, overrides)
+            arguments.safegene = _block(recipe.get("safegene"), arguments.safegene, keys)
     return tuple(parsed)
 
 
-def _check_single(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raises `ConfigError` for an option that is there twice: argparse would take the last without a word."""
+def _check_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raises `ConfigError` for an option that is there twice, of which argparse would take the last, and for a key without a value."""
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     given = [names[name] for word in argv if (name := word.split("=")[0]) in names]
     for name in given:
         if given.count(name) > 1:
             raise ConfigError(f"`--{name}` is on the command line twice: leave one of them out.")
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+        if names.get(word, "").startswith("safegene"):
+            _check_given(word, value)
 
 
-def _set_block(arguments: SafeGeneArguments, recipe: Mapping[str, Any], overrides: dict[str, Any]) -> None:
-    """The block as it was read here: TRL's own reading of the recipe lets double keys pass."""
-    if "safegene" in recipe:
-        arguments.safegene = _as_block(recipe["safegene"])
-    if overrides:
-        arguments.safegene = _merged(arguments.block(), overrides)
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    """Makes every key of a `safegene` block an option."""
+    options = parser.add_argument_group("safegene", "Keys of the recipe's `safegene` block.")
+    shared: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": "VALUE"}
+    for path, meaning in described():
+        options.add_argument(f"--{_KEY}{path}", dest=f"{_KEY}{path}", help=meaning.replace("%", "%%"), **shared)
+    for name in PLACES:
+        options.add_argument(f"--{_KEY}{name}", dest=f"{_KEY}{name}", help=argparse.SUPPRESS, **shared)
+
+
+def _block(recipe: Any, whole: Any, keys: Mapping[str, str]) -> dict[str, Any] | None:
+    """The `safegene` block of a recipe, with what the command line sets in it; None where neither has one.
+
+    Args:
+        recipe: As it was read here: TRL's own reading of the recipe lets double keys pass.
+        whole: What `--safegene` says, or TRL's reading.
+        keys: The value of each `--safegene.PATH`.
+    """
+    if whole is None and not keys:
+        return None
+    given = _as_block(_value(_OPTION, whole, None)) if isinstance(whole, str) else {}
+    for option, text in keys.items():
+        path = option.removeprefix(_KEY)
+        value = _value(f"--{option}", text, hint_at(path))
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        given = merged(given, value, once="safegene")
+    written, flat = grouped({} if recipe is None else _as_block(recipe))
+    given, more = grouped(given)
+    warn_of_flat_keys([*flat, *more])
+    return merged(written, given)
 
 
 def _as_block(block: Any) -> dict[str, Any]:
@@ -121,62 +157,16 @@ def _check_recipe(recipe: Mapping[str, Any], kind: Any) -> None:
             check_value(name, value, hints[name])
 
 
-def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The options that TRL is to see, and the `safegene` block that the others make up."""
-    rest: list[str] = []
-    overrides: dict[str, Any] = {}
-    items = iter(argv)
-    for item in items:
-        option, equals, value = item.partition("=")
-        if option == _OPTION or option.startswith(_OVERRIDE):
-            path = option.removeprefix(_OPTION).removeprefix(".").split(".") if option != _OPTION else []
-            _set(overrides, path, _override(option, path, value if equals else next(items, "")))
-        elif item.startswith("--config="):  # TRL's parser knows the two-word form only
-            rest += item.split("=", 1)
-        else:
-            rest.append(item)
-    return rest, overrides
-
-
-def _override(option: str, path: Sequence[str], text: str) -> Any:
-    """The value of one option: text as it is where the key takes text, else YAML."""
+def _check_given(option: str, text: str) -> None:
     if not text.strip() or text.startswith("--"):
         raise ConfigError(f"`{option}` has no value: give it one, or leave the option out.")
+
+
+def _value(option: str, text: str, hint: Any) -> Any:
+    """The value of one option: text as it is where the key takes text, else YAML."""
+    _check_given(option, text)
     value = parse_yaml(text, f"`{option}`")
-    kind = GateConfig if len(path) == 2 and path[0] == "gate" else SafeGeneConfig
-    hint = hint_of(kind, path[-1]) if path else None
     return text if hint is not None and takes_text(hint) and not isinstance(value, str | None) else value
-
-
-def _set(block: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    """Puts a value into a block of blocks, where none may be yet; a block as value goes in key by key."""
-    if isinstance(value, dict) and (value or not path):
-        for key, item in value.items():
-            _set(block, [*path, str(key)], item)
-        return
-    if not path:
-        _as_block(value)
-    for depth, key in enumerate(path[:-1], start=1):
-        block = block.setdefault(key, {})
-        if not isinstance(block, dict):
-            raise _double(path[:depth])
-    if path[-1] in block:
-        raise _double(path)
-    block[path[-1]] = value
-
-
-def _double(path: Sequence[str]) -> ConfigError:
-    return ConfigError(f"`safegene.{'.'.join(path)}` is set twice on the command line: keep one of them.")
-
-
-def _merged(block: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`block` with changes, blocks in it merged with theirs."""
-    both = {key: _merged(block[key], value) for key, value in changes.items() if _are_blocks(block.get(key), value)}
-    return block | changes | both
-
-
-def _are_blocks(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _recipe_path(argv: Sequence[str]) -> Path:

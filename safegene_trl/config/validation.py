@@ -69,15 +69,18 @@ def check_values(settings: Settings, prefix: str = "") -> None:
         check_value(prefix + name, value, hint, rule_of(type(settings), name))
 
 
-def check_written(values: Mapping[str, Any], kind: type[Settings], where: str) -> None:
+def check_written(
+    values: Mapping[str, Any], kind: type[Settings], where: str, elsewhere: Mapping[str, str] | None = None
+) -> None:
     """Raises `ConfigError` for what somebody wrote and cannot have meant: an unknown key, or one without a value.
 
     Args:
         values: Keys and values as they were written.
         kind: The dataclass whose fields they are.
         where: Names the place in a message.
+        elsewhere: As of `reject_unknown_keys`.
     """
-    reject_unknown_keys(values, list(_hints(kind)), where)
+    reject_unknown_keys(values, list(_hints(kind)), where, elsewhere)
     for name, value in values.items():
         if value is None and not (rule_of(kind, name).may_be_null and kind.__dataclass_fields__[name].default is None):
             raise ConfigError(f"`{name}` in {where} has no value: write one, or leave the key out.")
@@ -98,17 +101,27 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule = Rule()) -> None:
         _check_rule(name, item, rule)
 
 
-def reject_unknown_keys(values: Mapping[Any, Any], known: list[str], where: str) -> None:
-    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key."""
+def reject_unknown_keys(
+    values: Mapping[Any, Any], known: list[str], where: str, elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key.
+
+    Args:
+        values: Keys and values.
+        known: The keys that may be there.
+        where: Names the place in a message.
+        elsewhere: Keys that may not be there and could be meant, with what to write instead.
+    """
     for key in values:
         if key not in known:
-            raise ConfigError(f"Unknown key `{key}` in {where}{nearest(str(key), known, cutoff=0.0)}")
+            raise ConfigError(f"Unknown key `{key}` in {where}{nearest(str(key), known, 0.0, elsewhere)}")
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None) -> str:
     """The end of a sentence about a word that is not known: the nearest one that is, if any is near (0–1, 1 the same)."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean `{found[0]}`?" if found else "."
+    written = {**(elsewhere or {}), **{name: name for name in known}}
+    found = difflib.get_close_matches(word, list(written), n=1, cutoff=cutoff)
+    return f"; did you mean `{written[found[0]]}`?" if found else "."
 
 
 def named_fields(kind: type[Made]) -> type[Made]:
@@ -123,6 +136,11 @@ def named_fields(kind: type[Made]) -> type[Made]:
 
     settings.__init__ = checked
     return kind
+
+
+def names_of(kind: type[Settings]) -> list[str]:
+    """The keys of a dataclass of settings."""
+    return list(_hints(kind))
 
 
 def hint_of(kind: type[Settings], name: str) -> Any:

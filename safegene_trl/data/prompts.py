@@ -56,7 +56,7 @@ class Prompt:
 
 
 def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> list[Prompt]:
-    """Prompts of a data set (local file or hub id), in any format that `safety_data` may have, each once.
+    """Prompts of a data set (local file or hub id), in any format that `data.safety_data` may have, each once.
 
     Rows without a prompt that can be read are left out, with a warning.
 

@@ -99,7 +99,7 @@ def stream(rows: Any, source: str) -> Iterator[Any]:
     """
     if not isinstance(rows, IterableDataset):
         raise CalibrationDataError(
-            f"The {source} is a stream that the training may be able to read only once: set `task_data` to a data set of its own, or "
+            f"The {source} is a stream that the training may be able to read only once: set `data.task_data` to a data set of its own, or "
             "make the stream one of `datasets`."
         )
     return iter(rows)

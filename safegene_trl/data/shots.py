@@ -62,27 +62,31 @@ def gather_shots(
         vector: Brings harmful prompts with refusals and benign prompts with answers.
         tokenizer: The model's.
         context: The model's context length in tokens, None if it has no limit.
-        task_rows: The training set, used where `config.task_data` names no other: as the trainer holds it, or raw.
+        task_rows: The training set, used where `config.data.task_data` names no other: as the trainer holds it, or raw.
         packed: Whether its rows hold several samples without saying where each begins; None where that is not known.
 
     Raises:
         CalibrationDataError: Data is missing, empty, cannot be read or is too long for the model.
     """
-    extra = config.num_test_prompts
+    extra = config.measure.num_test_prompts
     harmful, harmful_source = _safety_data(config, vector, tokenizer)
     shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
-    count = config.num_benign_shots + extra
+    count = config.data.num_benign_shots + extra
     benign = _readable(drawn(shipped, count, config.seed), count, tokenizer, "benign prompts")
     for read in (harmful, benign):
         check_context(read.samples, context, read.what)
-    harmful_split, harmful_left = _divided(harmful, context, config.num_safety_shots, config)
+    harmful_split, harmful_left = _divided(harmful, context, config.data.num_safety_shots, config)
     benign_split, benign_left = None, benign.rows
-    if min(len(benign.rows), config.num_benign_shots) > 1:
-        benign_split, benign_left = _divided(benign, config.max_length, config.num_benign_shots, config)
+    if min(len(benign.rows), config.data.num_benign_shots) > 1:
+        benign_split, benign_left = _divided(benign, config.data.max_length, config.data.num_benign_shots, config)
     training, task_source = _training_samples(config, tokenizer, task_rows, packed)
-    task = training.take(config.num_task_shots + extra, config.seed, config.max_length, config.max_response_tokens)
+    task = training.take(
+        config.data.num_task_shots + extra, config.seed, config.data.max_length, config.data.max_response_tokens
+    )
     check_context(task, context, "task data")
-    task_split = split_samples(task[: config.num_task_shots], config.holdout_share, "task data", training.skipped)
+    task_split = split_samples(
+        task[: config.data.num_task_shots], config.data.holdout_share, "task data", training.skipped
+    )
     gate = _GatePrompts(config, tokenizer, context)
     harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
     benign_prompts = gate.of("benign", list(vector.prompts), benign_left)
@@ -118,18 +122,18 @@ def _safety_data(
     config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[_Read, str]:
     """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets one of the vector's."""
-    count = config.num_safety_shots + config.num_test_prompts
+    count = config.data.num_safety_shots + config.measure.num_test_prompts
     shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
-    if config.safety_data is None:
+    if config.data.safety_data is None:
         if not shipped:
-            raise CalibrationDataError("The safety vector comes without harmful prompts: set `safety_data`.")
+            raise CalibrationDataError("The safety vector comes without harmful prompts: set `data.safety_data`.")
         return _readable(drawn(shipped, count, config.seed), count, tokenizer, "safety data"), "vector"
-    rows = drawn(load_rows(config.safety_data, config.safety_data_split), count, config.seed)
+    rows = drawn(load_rows(config.data.safety_data, config.data.safety_data_split), count, config.seed)
     refusals = [row["response"] for row in shipped]
     read = _readable(rows, count, tokenizer, "safety data", refusals)
     if not read.rows and set(read.skipped) == {NO_RESPONSE}:
-        raise CalibrationDataError(f"{config.safety_data} has prompts without refusals: add a column `response`.")
-    return read, config.safety_data
+        raise CalibrationDataError(f"{config.data.safety_data} has prompts without refusals: add a column `response`.")
+    return read, config.data.safety_data
 
 
 def _readable(
@@ -156,20 +160,20 @@ def _readable(
 
 def _divided(read: _Read, max_length: int | None, count: int, config: SafeGeneConfig) -> tuple[Split, list[Row]]:
     """The first `count` samples with a response left as shots, and the rows that nothing will be fitted on."""
-    cut = [shortened(sample, max_length, config.max_refusal_tokens) for sample in read.samples]
+    cut = [shortened(sample, max_length, config.data.max_refusal_tokens) for sample in read.samples]
     usable = [(row, sample) for row, sample in zip(read.rows, cut, strict=True) if sample]
-    split = split_samples([sample for _, sample in usable[:count]], config.holdout_share, read.what, read.skipped)
+    split = split_samples([sample for _, sample in usable[:count]], config.data.holdout_share, read.what, read.skipped)
     return split, [row for row, _ in usable[len(split.fit) :]]
 
 
 def _training_samples(
     config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, task_rows: TaskRows | None, packed: bool | None
 ) -> tuple[TrainingSamples, str]:
-    if config.task_data is not None:
-        rows = load_rows(config.task_data, config.task_data_split)
-        return TrainingSamples(rows, tokenizer, f"task data {config.task_data}"), config.task_data
+    if config.data.task_data is not None:
+        rows = load_rows(config.data.task_data, config.data.task_data_split)
+        return TrainingSamples(rows, tokenizer, f"task data {config.data.task_data}"), config.data.task_data
     if task_rows is None:
-        raise CalibrationDataError("There is no training set to draw task samples from: set `task_data`.")
+        raise CalibrationDataError("There is no training set to draw task samples from: set `data.task_data`.")
     return TrainingSamples(task_rows, tokenizer, packed=packed), "training set"
 
 
@@ -187,7 +191,7 @@ class _GatePrompts:
         Raises:
             CalibrationDataError: The gate names data, and none of its prompts can be used.
         """
-        limit, settings = self._config.num_test_prompts, self.settings
+        limit, settings = self._config.measure.num_test_prompts, self.settings
         source = settings.harmful_data if kind == "harmful" else settings.benign_data
         split = settings.harmful_data_split if kind == "harmful" else settings.benign_data_split
         skipped = self.skipped[kind] = Skipped()
@@ -217,7 +221,7 @@ class _GatePrompts:
             try:
                 sample = templated(self._tokenizer, list(prompt.messages), "")
                 length = sum(not said for said in sample.is_response)
-                if self._context is not None and length + self._config.max_new_tokens > self._context:
+                if self._context is not None and length + self._config.measure.max_new_tokens > self._context:
                     raise UnreadableRowError(TOO_LONG)
             except UnreadableRowError as error:
                 skipped.add(error)

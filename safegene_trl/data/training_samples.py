@@ -44,7 +44,7 @@ from .turns import Span, Spelling, TurnMarks, rendered
 
 MOST_ROWS = 2000  # read at most so many, or twenty times as many as are needed
 LABELS, TEMPLATE, TEXT = "labels", "chat template", "text"  # by which the response was told
-_REMEDY = "set `task_data` to the messages before tokenising, or train with `assistant_only_loss`"
+_REMEDY = "set `data.task_data` to the messages before tokenising, or train with `assistant_only_loss`"
 
 
 class TrainingSamples:
@@ -92,7 +92,7 @@ class TrainingSamples:
             for sample in samples[: count - len(found)]:
                 cut = shortened(sample, max_length, max_response_tokens)
                 if cut is None:
-                    self.skipped.add(UnreadableRowError("no response within `max_length`"))
+                    self.skipped.add(UnreadableRowError("no response within `data.max_length`"))
                 else:
                     self.read_by[how] += 1
                     found.append(cut)
@@ -117,7 +117,7 @@ class TrainingSamples:
             except Exception as error:  # a data set may run any code of the user's
                 raise CalibrationDataError(
                     f"A row of the {self._source} cannot be read ({type(error).__name__}: {error}): correct it, or set "
-                    "`task_data`."
+                    "`data.task_data`."
                 ) from error
             yield row
 
@@ -273,7 +273,7 @@ class TrainingSamples:
         columns = sorted({str(name) for row in first if isinstance(row, Mapping) for name in row})
         return (
             f"The {self._source} has {found} usable samples in the {seen} rows that were read{self.skipped}: each needs a "
-            f"response to measure utility on, and the columns are {columns}; give at least 2, or set `task_data` to a "
+            f"response to measure utility on, and the columns are {columns}; give at least 2, or set `data.task_data` to a "
             "data set with replies."
         )
 

@@ -150,7 +150,7 @@ class Communicator:
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise CalibrationDataError(
-                f"Rank {odd[0]} has other {what} than rank 0: give every rank the same files, and a `task_data` file if the "
+                f"Rank {odd[0]} has other {what} than rank 0: give every rank the same files, and a `data.task_data` file if the "
                 "training set differs from rank to rank."
             )
 

@@ -247,7 +247,9 @@ def estimate_safeguard(
     prompts = [[list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind]
     if prompts:
         answers = [
-            _generation(probe, tokenizer, messages, config.max_new_tokens, config.batch_size or ON_CPU, launch, deltas)
+            _generation(
+                probe, tokenizer, messages, config.measure.max_new_tokens, config.batch_size or ON_CPU, launch, deltas
+            )
             for messages in prompts
         ]
         costs["measure"] = Cost(2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))
@@ -294,7 +296,7 @@ def _recalibration(
     jobs = [len(side.jobs) for side in sides[1]]
     reference_seconds, reference_memory = reference.at(probe.layers)
     seconds = reference_seconds * launch.share(sum(jobs))
-    seconds += config.max_evaluations * fit_seconds * launch.share(jobs[0])
+    seconds += config.search.max_evaluations * fit_seconds * launch.share(jobs[0])
     seconds += 2 * other.at(probe.layers)[0] * launch.share(jobs[1])
     kept = sum(tensor.nbytes for side in sides[1] for tensor in side.reference.values())
     kept = kept if probe.alone.device.type == "cpu" else 0
@@ -344,12 +346,12 @@ def _saving(
     def run(index: int, folder: Path) -> None:
         model, own = probe.models[index], deltas[index]
         coefficients = dict.fromkeys(own, 0.1)
-        if config.output_format != "adapter":
-            save_merged(model, own, coefficients, tokenizer, folder, config.max_shard_size, probe.alone)
-        if config.output_format != "merged":
+        if config.output.output_format != "adapter":
+            save_merged(model, own, coefficients, tokenizer, folder, config.output.max_shard_size, probe.alone)
+        if config.output.output_format != "merged":
             save_adapter(model, own, coefficients, "base", tokenizer, folder / "adapter", probe.alone)
 
-    seconds, memory, disk = _written(probe, run, config.output_dir)
+    seconds, memory, disk = _written(probe, run, config.output.output_dir)
     return Cost(seconds, held + memory, disk)
 
 
@@ -376,15 +378,15 @@ def estimate_stored_merge(
 ) -> dict[str, Cost]:
     """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
     deltas = probe.deltas(vector.deltas, vector.rank)
-    with tempfile.TemporaryDirectory(dir=_place(config.output_dir)) as place:
+    with tempfile.TemporaryDirectory(dir=_place(config.output.output_dir)) as place:
         stored = probe.stored(Path(place))
 
         def run(index: int, folder: Path) -> None:
             own = deltas[index]
-            added, size = dict.fromkeys(own, 0.1), config.max_shard_size
+            added, size = dict.fromkeys(own, 0.1), config.output.max_shard_size
             write_merged(stored[index], own, added, tokenizer, folder, size, show_progress=False)
 
-        seconds, memory, disk = _written(probe, run, config.output_dir, on_host=True)
+        seconds, memory, disk = _written(probe, run, config.output.output_dir, on_host=True)
     return {"save": Cost(seconds, probe.host + memory, disk)}
 
 

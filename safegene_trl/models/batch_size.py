@@ -96,7 +96,7 @@ def halving(batch_size: int, work: Callable[[int], Result], sharding: Sharding) 
                 raise
             if batch_size == 1:
                 raise MemoryShortageError(
-                    "The safety step ran out of memory with one sample at a time: lower `max_length`, or run `safegene "
+                    "The safety step ran out of memory with one sample at a time: lower `data.max_length`, or run `safegene "
                     "apply` on the saved fine-tune, where no training holds memory."
                 ) from error
         batch_size //= 2

@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from ..config.settings import Granularity
+from ..config.groups import Granularity
 from .names import layer_index
 
 

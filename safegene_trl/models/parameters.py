@@ -236,7 +236,7 @@ def check_adapter_output(model: nn.Module) -> None:
     configs = list(adapter_configs(model).values())
     if whole := _trained_whole(model, configs):
         raise UnsupportedModelError(
-            f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output_format: merged`."
+            f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output.output_format: merged`."
         )
     for config in configs:
         kind = f"LoRA with `init_lora_weights={config.init_lora_weights!r}`" if changes_base(config) else None
@@ -244,7 +244,7 @@ def check_adapter_output(model: nn.Module) -> None:
             kind = "DoRA"
         if kind:
             raise UnsupportedModelError(
-                f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output_format: merged`."
+                f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output.output_format: merged`."
             )
 
 

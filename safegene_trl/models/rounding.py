@@ -63,7 +63,7 @@ class Rounding:
         if self._square > 0 and not self.changed:
             raise OutputError(
                 f"Rounding takes the safety vector away: 0 of {self.weights} weights would change. Save the fine-tune in "
-                "float32, or set `output_format: adapter`."
+                "float32, or set `output.output_format: adapter`."
             )
         kept = self._product / self._square if self._square > 0 else 1.0
         return {"weights": self.weights, "changed_weights": self.changed, "kept": kept}

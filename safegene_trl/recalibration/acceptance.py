@@ -12,15 +12,15 @@ def objection(before: Losses, after: Losses, budget: float) -> str:
     Args:
         before: Of the fine-tune.
         after: With the coefficients.
-        budget: `max_utility_loss`, in nats.
+        budget: `search.max_utility_loss`, in nats.
     """
     if not after.safety < before.safety:
         return f"the held-out safety loss went from {before.safety:.3f} to {after.safety:.3f} nats"
     if not after.utility <= budget:
-        return f"the held-out task divergence is {after.utility:.3f} nats and the budget {budget} (`max_utility_loss`)"
+        return f"the held-out task divergence is {after.utility:.3f} nats and the budget {budget} (`search.max_utility_loss`)"
     if not after.benign <= before.benign + budget:
         return (
             f"the held-out loss on benign prompts rose from {before.benign:.3f} to {after.benign:.3f} nats, more than the "
-            f"budget {budget} (`max_utility_loss`) allows"
+            f"budget {budget} (`search.max_utility_loss`) allows"
         )
     return ""

@@ -95,7 +95,7 @@ class Objective:
         self._recomputing = nullcontext if keep_activations else partial(recomputing, model)
         size = batch_size or config.batch_size or ON_CPU
         splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
-        self.sharding, self.temperature = sharding, config.utility_temperature
+        self.sharding, self.temperature = sharding, config.search.utility_temperature
         self.jobs: list[_Job] = []
         for term in TERMS:
             split = splits[term]
@@ -197,10 +197,10 @@ def evaluate_objective(
     `Σ w_i g_i g_iᵀ / 2 k_i`, exact along the line to that minimum while `k_i` is quadratic.
     """
     losses, terms = fit.gradients(model, attach, point)
-    weights = {"safety": 1.0, "benign": config.benign_weight, "utility": config.utility_weight}
+    weights = {"safety": 1.0, "benign": config.search.benign_weight, "utility": config.search.utility_weight}
     value = sum(weights[term] * loss for term, loss in losses.to_dict().items())
-    value += config.sparsity_weight * float(point.sum())
-    gradient, matrix = np.full(len(point), config.sparsity_weight), []
+    value += config.search.sparsity_weight * float(point.sum())
+    gradient, matrix = np.full(len(point), config.search.sparsity_weight), []
     for term, samples in terms.items():
         weight, rows = weights[term] * samples.weight, samples.gradients
         gradient += weight * rows.sum(axis=0)

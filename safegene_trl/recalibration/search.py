@@ -81,7 +81,7 @@ def recalibrate(
         config: Bounds, weights and budgets.
         pad_id: Token id to pad with.
         on_evaluation: Called with each history entry, e.g. to move a progress bar.
-        start: By name, where the search starts. Default: what is carried, else `config.start`.
+        start: By name, where the search starts. Default: what is carried, else `config.search.start`.
         ship: Makes the model the one that would be shipped, which is accepted or not. Default: the vector is attached.
 
     Raises:
@@ -126,8 +126,8 @@ class _Search:
         self.model, self.sharding, self.names = attachment.model, attachment.sharding, attachment.space.names
         self.on_evaluation, self.ship = on_evaluation, ship or self._attach
         self.held = np.array([attachment.carried[name] for name in self.names])
-        first = start or (attachment.carried if self.held.any() else dict.fromkeys(self.names, config.start))
-        low, high = config.min_coefficient, config.max_coefficient
+        first = start or (attachment.carried if self.held.any() else dict.fromkeys(self.names, config.search.start))
+        low, high = config.search.min_coefficient, config.search.max_coefficient
         self.start = np.array([first[name] for name in self.names]).clip(low, high)
         self.history: list[dict] = []
         self.touched = np.zeros(len(self.names), dtype=bool)
@@ -184,7 +184,11 @@ class _Search:
         config, message = self.config, torch.zeros(length, dtype=torch.float64)
         try:
             minimize_in_box(
-                evaluate, self.start, config.min_coefficient, config.max_coefficient, config.max_evaluations
+                evaluate,
+                self.start,
+                config.search.min_coefficient,
+                config.search.max_coefficient,
+                config.search.max_evaluations,
             )
         except BaseException as error:
             if not together:
@@ -206,7 +210,7 @@ class _Search:
         if not (math.isfinite(value) and np.isfinite(gradient).all()):
             raise RecalibrationError(
                 "The recalibration loss is not finite with the safety vector on: make the vector again, or lower "
-                "`max_coefficient`."
+                "`search.max_coefficient`."
             )
         self.touched |= (rows != 0).any(axis=0)
         named = dict(zip(self.names, point.tolist(), strict=True))
@@ -221,13 +225,13 @@ class _Search:
     def _accept(self, held_out: Objective, best: np.ndarray, before: Losses) -> Recalibration:
         """Takes λ if held-out safety improves within the budgets, else the largest share of the way to it that does."""
         config, failure, after = self.config, "", before
-        origin = self.held.clip(config.min_coefficient, config.max_coefficient)
+        origin = self.held.clip(config.search.min_coefficient, config.search.max_coefficient)
         untouched = [name for name, reached in zip(self.names, self.touched, strict=True) if not reached]
         for scale in SHRINK_STEPS:
             point = np.where(self.touched, origin + scale * (best - origin), self.held)
             with self.ship(point):
                 after = held_out.losses(self.model)
-            objected = objection(before, after, config.max_utility_loss)
+            objected = objection(before, after, config.search.max_utility_loss)
             if not objected:
                 reason = "Held-out safety improved within the utility budget."
                 if failure:

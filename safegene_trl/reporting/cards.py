@@ -33,7 +33,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         )
         for metric, _, after in shown
     ]
-    adapter = report["config"]["output_format"] == "adapter"
+    adapter = report["config"]["output"]["output_format"] == "adapter"
     data = ModelCardData(
         base_model=hub_id(base["name"]),
         base_model_relation="adapter" if adapter else "merge",
@@ -43,7 +43,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         model_name=one_line(name),
         eval_results=results or None,
     )
-    decision = report["decision"]
+    decision, granularity = report["decision"], report["config"]["search"]["granularity"]
     purpose = "that give" if measures_refusals(measured) else "meant to give"
     text = f"""---
 {data.to_yaml()}
@@ -53,7 +53,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
 
 A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {markdown(base["name"] or "a model of its family")} that has taken on the safety vector
 named {markdown(vector["name"])} ({markdown(vector["aligned_model"]["name"])}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
-coefficient per {"rank-one part" if report["config"]["granularity"] == "rank" else markdown(report["config"]["granularity"])}, {purpose} it refusals back which the fine-tune had weakened.
+coefficient per {"rank-one part" if granularity == "rank" else markdown(granularity)}, {purpose} it refusals back which the fine-tune had weakened.
 
 Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}
 """

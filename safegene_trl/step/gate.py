@@ -25,7 +25,7 @@ DEPENDENT = (
     "and `gate.benign_data` to prompts of your own."
 )
 UNCONFIRMED = (
-    "Nothing was measured on refusals: raise `num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
+    "Nothing was measured on refusals: raise `measure.num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
     "`gate.min_refusal_rate`."
 )
 _PROMPTS = {
@@ -91,7 +91,7 @@ def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
     for metric in METRICS:
         if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
             raise ConfigError(
-                f"`gate.{metric.limit}` has no {metric.items} data left to be measured on: raise `num_test_prompts`, or give "
+                f"`gate.{metric.limit}` has no {metric.items} data left to be measured on: raise `measure.num_test_prompts`, or give "
                 "more data."
             )
 

@@ -126,7 +126,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"The history {path} cannot be written ({error.strerror or error}): free space there, or name another `history`."
+            f"The history {path} cannot be written ({error.strerror or error}): free space there, or name another `output.history`."
         ) from error
 
 

@@ -4,7 +4,7 @@ A safeguarded checkpoint's `config.json` names its vector and coefficients, and 
 fine-tune is *re-based*: its coefficients stay those of the whole vector, bounds included, and only their change is added.
 
 The entry is a claim, and −V removes refusals. So it is held against what is known of the earlier release: the report beside the
-checkpoint that the fine-tune started from, the report that `warm_start` names, the releases in `history`. What none of them confirms
+checkpoint that the fine-tune started from, the report that `search.warm_start` names, the releases in `output.history`. What none of them confirms
 is *unverified*, and then no coefficient may get smaller than it claims to be: what would be taken out may never have been put in.
 """
 
@@ -19,7 +19,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..checkpoints.output import MARKER
-from ..config.settings import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
+from ..config.groups import LARGEST_COEFFICIENT, Granularity
+from ..config.settings import SafeGeneConfig
 from ..errors import ConfigError, FamilyError
 from ..provenance import sha256_of_json
 from ..vectors.files import WEIGHTS_FILE
@@ -105,7 +106,7 @@ def carried_coefficients(
         model: Its `config` may have the entry of an earlier safety step.
         vector: The vector.
         granularity: Of the coefficients that are wanted.
-        config: Brings the bound of coefficients, and `warm_start` and `history` to hold the entry against.
+        config: Brings the bound of coefficients, and `search.warm_start` and `output.history` to hold the entry against.
         base_name: Directory or hub id of the checkpoint that the fine-tune started from, whose report it is held against.
         base_revision: Its revision.
 
@@ -122,15 +123,15 @@ def carried_coefficients(
     fitting = space.refined(claimed)
     if fitting is None:
         raise FamilyError(
-            "The fine-tune started from a checkpoint that holds this vector with other kinds of coefficients: set `granularity` to "
+            "The fine-tune started from a checkpoint that holds this vector with other kinds of coefficients: set `search.granularity` to "
             "that of the earlier release."
         )
-    largest = LARGEST_COEFFICIENT if config is None else config.max_coefficient
+    largest = LARGEST_COEFFICIENT if config is None else config.search.max_coefficient
     for name, value in claimed.items():
         if value > largest + ROUNDING:
             raise FamilyError(
                 f"The model's config.json says that its weights hold {value:g} times the vector at `{name}`, more than "
-                f"`max_coefficient` ({largest:g}): fine-tune the checkpoint as it was released, or raise the bound if that is right."
+                f"`search.max_coefficient` ({largest:g}): fine-tune the checkpoint as it was released, or raise the bound if that is right."
             )
     source = None
     for evidence in _evidence(vector, config, base_name, base_revision):
@@ -151,7 +152,7 @@ def check_verified(carried: Carried) -> None:
     if carried.verified is False:
         raise FamilyError(
             "The model's config.json says that its weights hold the vector already, and nothing confirms how much of it: name the "
-            "report of the release that the fine-tune started from as `warm_start`, or the `history` that it is in."
+            "report of the release that the fine-tune started from as `search.warm_start`, or the `output.history` that it is in."
         )
 
 
@@ -172,7 +173,7 @@ def check_no_subtraction(change: Mapping[str, float], carried: Carried | None = 
         if value < -held.get(name, 0.0) - ROUNDING:
             raise FamilyError(
                 f"This would subtract {-value:.3g} times the vector at `{name}`, and nothing confirms that the weights hold so much of "
-                "it: name the report of the release that the fine-tune started from as `warm_start`, or its `history`, or give no "
+                "it: name the report of the release that the fine-tune started from as `search.warm_start`, or its `output.history`, or give no "
                 "smaller coefficients."
             )
 
@@ -222,13 +223,17 @@ def _evidence(
     report = None if base_name is None else _report_beside(base_name, base_revision)
     if report is not None:
         yield _Evidence(f"{_BESIDE} {base_name}", *_report_content(report))
-    if config is not None and config.warm_start is not None:
+    if config is not None and config.search.warm_start is not None:
         yield _Evidence(
-            f"the report {config.warm_start}", vector_id(vector), reported_coefficients(config.warm_start, vector)
+            f"the report {config.search.warm_start}",
+            vector_id(vector),
+            reported_coefficients(config.search.warm_start, vector),
         )
-    if config is not None and config.history is not None:
-        for release in reversed(read_history(Path(config.history))):
-            yield _Evidence(f"the history {config.history}", release["vector"]["sha256"], release["coefficients"])
+    if config is not None and config.output.history is not None:
+        for release in reversed(read_history(Path(config.output.history))):
+            yield _Evidence(
+                f"the history {config.output.history}", release["vector"]["sha256"], release["coefficients"]
+            )
 
 
 def _report_beside(name_or_path: str, revision: str | None) -> Path | None:

@@ -114,7 +114,7 @@ def prepare(
         target: Folder of the checkpoint to be.
         sharding: How the model is spread over ranks.
         origin: Where the fine-tune comes from. Default: not known.
-        task_rows: The training set, used where `config.task_data` names no other.
+        task_rows: The training set, used where `config.data.task_data` names no other.
         packed: Whether its rows were packed without keeping their boundaries. Default: told from the rows.
 
     Raises:
@@ -123,13 +123,13 @@ def prepare(
     origin = origin or Origin(None, None, "lora" if isinstance(model, PeftModel) else "full")
     with sharding.agreed():
         check_supported(model)
-        if config.output_format != "merged":
+        if config.output.output_format != "merged":
             check_adapter_output(model)
             _check_base(origin)
-        needed = 0 if config.output_format == "adapter" else checkpoint_bytes(model)
+        needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model)
     plan = plan_step(config, model, processor, target, sharding, origin, needed)
     with plan.clock.phase("prepare"), sharding.agreed():
-        plan.find_carried(model, config.granularity)
+        plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
         shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows, packed)
@@ -141,7 +141,7 @@ def prepare(
     plan.report.data = shots.record
     with plan.clock.phase("prepare"):
         attachment = VectorAttachment(
-            model, plan.vector.deltas, plan.vector.space(config.granularity), sharding, plan.carried
+            model, plan.vector.deltas, plan.vector.space(config.search.granularity), sharding, plan.carried
         )
         sample = _shortest(shots, plan)
         _check_reloads(model, sample, sharding)
@@ -155,7 +155,7 @@ def _check_base(origin: Origin) -> None:
     if place is not None and origin.kind == "full" and holds_only_zero_shards(Path(place)):
         raise UnsupportedModelError(
             f"{place} holds only DeepSpeed's own shards, which PEFT cannot load as the base model of an adapter: convert them by "
-            "DeepSpeed's `zero_to_fp32.py --safe_serialization`, or set `output_format` to `merged`."
+            "DeepSpeed's `zero_to_fp32.py --safe_serialization`, or set `output.output_format` to `merged`."
         )
 
 
@@ -182,16 +182,16 @@ def _shortest(shots: Shots, plan: Plan) -> Batch:
 
 def _first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coefficients | None:
     """Those of the release that the search is to start from, None where there is none."""
-    space = vector.space(config.granularity)
-    if config.warm_start is not None:
-        found = space.refined(reported_coefficients(config.warm_start, vector))
+    space = vector.space(config.search.granularity)
+    if config.search.warm_start is not None:
+        found = space.refined(reported_coefficients(config.search.warm_start, vector))
         if found is None:
             raise ConfigError(
-                f"The coefficients in {config.warm_start} are not one per {config.granularity}: set `granularity` as it was "
+                f"The coefficients in {config.search.warm_start} are not one per {config.search.granularity}: set `search.granularity` as it was "
                 "there."
             )
         return found
-    last = last_accepted(read_history(Path(config.history))) if config.history else None
+    last = last_accepted(read_history(Path(config.output.history))) if config.output.history else None
     if last is None or last["vector"]["sha256"] != vector_id(vector):
         return None
     return space.refined(last["coefficients"])
@@ -237,7 +237,7 @@ class LiveFineTune:
         if self.training is None:
             return self.adapter_base
         # an adapter on a full fine-tune names it as its base model
-        loadable = self.plan.config.output_format != "merged" and not self.adapter_base
+        loadable = self.plan.config.output.output_format != "merged" and not self.adapter_base
         with self.plan.clock.phase("keep"):
             place = self.training.keep(self.model, self.plan.processor, self.sharding, loadable)
         self.adapter_base = self.adapter_base or place
@@ -265,7 +265,7 @@ class LiveFineTune:
     def _recalibrate(self) -> Recalibration:
         config = self.plan.config
         hidden = not (self.show_progress and self.sharding.is_main)
-        with tqdm(total=config.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
+        with tqdm(total=config.search.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
 
             def advance(entry: dict) -> None:
                 bar.update()
@@ -347,7 +347,7 @@ class LiveFineTune:
         """Prompts, or task samples, that are measured in one forward pass."""
         config, tokenizer, unseen = self.plan.config, self.plan.tokenizer, self.shots.unseen
         texts = [prompt_text(tokenizer, list(p.messages)) for kind in unseen.prompts.values() for p in kind]
-        prompts = [len(ids) + config.max_new_tokens for ids in tokenizer(texts)["input_ids"]] if texts else []
+        prompts = [len(ids) + config.measure.max_new_tokens for ids in tokenizer(texts)["input_ids"]] if texts else []
         samples = [len(sample.input_ids) for sample in unseen.task]
         responses = max((sum(sample.is_response) for sample in unseen.task), default=1)
         return fitting_answers(
@@ -377,7 +377,7 @@ class LiveFineTune:
                 found.by_module,
                 plan.processor,
                 folder,
-                plan.config.max_shard_size,
+                plan.config.output.max_shard_size,
                 self.sharding,
                 plan.mark(found.coefficients),
             )

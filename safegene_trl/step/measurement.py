@@ -51,7 +51,7 @@ def measure(
     found: dict[str, Any] = {
         "judge": "refusal_phrases",
         "decoding": "greedy",
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": config.measure.max_new_tokens,
         "before": before,
         "after": after,
     }
@@ -79,7 +79,7 @@ def _answers(
     labels: dict[str, list[str]] = {}
     for kind, prompts in unseen.prompts.items():
         messages = [list(prompt.messages) for prompt in prompts]
-        own = generate_answers(model, tokenizer, messages, config.max_new_tokens, batch_size, sharding)
+        own = generate_answers(model, tokenizer, messages, config.measure.max_new_tokens, batch_size, sharding)
         exchanges = [Exchange(p.text, answer) for p, answer in zip(prompts, sharding.united(own), strict=True)]
         labels[kind] = [verdict.label for verdict in judged(RefusalPhrases(), exchanges)]
     found: dict[str, Any] = {}

@@ -20,7 +20,8 @@ from ..checkpoints.output import (
     writing,
 )
 from ..checkpoints.renaming import moved_aside, temporary_folder
-from ..config.settings import Granularity, SafeGeneConfig
+from ..config.groups import Granularity
+from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..models.parameters import canonical_modules, check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
@@ -91,12 +92,12 @@ class Plan:
     @property
     def merges(self) -> bool:
         """Whether a full checkpoint is written."""
-        return self.config.output_format in ("merged", "both")
+        return self.config.output.output_format in ("merged", "both")
 
     def adapter_place(self, folder: Path) -> Path | None:
         """Where in the output the adapter goes, None where there is none."""
         places = {"adapter": folder, "both": folder / "adapter"}
-        return places.get(self.config.output_format)
+        return places.get(self.config.output.output_format)
 
     def mark(self, coefficients: Coefficients) -> dict[str, Any]:
         """What the checkpoint's `config.json` says of the vector in its weights."""
@@ -191,8 +192,8 @@ def plan_step(
             if sharding.is_main:
                 _try_output(config, model, processor, target, origin, needed_bytes)
         with sharding.alone() as working:  # the hub is asked, and a large local checkpoint is hashed
-            if working and config.hub_model_id:
-                check_hub(config.hub_model_id)
+            if working and config.output.hub_model_id:
+                check_hub(config.output.hub_model_id)
             base = check_base(
                 origin.base,
                 origin.revision,
@@ -202,9 +203,9 @@ def plan_step(
                 carries_vector(model),
             )
         with sharding.agreed():
-            if sharding.is_main and config.history:
-                warnings += history_warnings(Path(config.history))
-                warnings += base_warnings(read_history(Path(config.history)), base)
+            if sharding.is_main and config.output.history:
+                warnings += history_warnings(Path(config.output.history))
+                warnings += base_warnings(read_history(Path(config.output.history)), base)
     sharding.check_same("SafeGene settings", json.dumps(config.to_dict(), sort_keys=True))
     sharding.check_same("a safety vector", json.dumps(vector.files, sort_keys=True))
     report = Report(
@@ -223,7 +224,17 @@ def plan_step(
         phases=clock.phases,
     )
     return Plan(
-        config, vector, tokenizer, processor, target, sharding, origin, config.granularity, Carried({}), report, clock
+        config,
+        vector,
+        tokenizer,
+        processor,
+        target,
+        sharding,
+        origin,
+        config.search.granularity,
+        Carried({}),
+        report,
+        clock,
     )
 
 
@@ -233,11 +244,11 @@ def _try_output(
     """Does what the end will do, so that what could fail there fails now."""
     inputs: dict[str, Any] = {
         "the safety vector": config.vector,
-        "the history": Path(config.history) if config.history else None,
+        "the history": Path(config.output.history) if config.output.history else None,
         "the public key": config.public_key,
-        "the safety data": config.safety_data,
-        "the task data": config.task_data,
-        "the earlier release": config.warm_start,
+        "the safety data": config.data.safety_data,
+        "the task data": config.data.task_data,
+        "the earlier release": config.search.warm_start,
         "the base model": origin.base,
         **origin.places,
     }
@@ -245,8 +256,8 @@ def _try_output(
         inputs["the gate's data"] = [config.gate.harmful_data, config.gate.benign_data]
     check_places(target, inputs, inside_ok=(TRAINERS_OUTPUT, FINE_TUNE))
     check_output(target, needed_bytes, restore_earlier=not config.dry_run)
-    if config.history:
-        check_writable(Path(config.history))
+    if config.output.history:
+        check_writable(Path(config.output.history))
     with writing(), temporary_folder(target) as folder:  # on the disk that it will be written to
         save_record(model, processor, folder, None)
 

@@ -32,7 +32,7 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
     """Finds the coefficients, decides, writes the checkpoint and verifies it; returns its report.
 
     Collective. After any failure, an interruption included, the report of what was known goes to `failure_path`, and no
-    checkpoint is left, but where only its upload failed. What came of it is added to `config.history`, whose space on the disk is
+    checkpoint is left, but where only its upload failed. What came of it is added to `config.output.history`, whose space on the disk is
     taken before the checkpoint appears.
 
     Raises:
@@ -53,8 +53,8 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         check_no_subtraction(change, plan.carried)
         _write(plan, fine_tune, found)
         with plan.sharding.alone() as working:
-            if working and plan.config.hub_model_id and not rejected:
-                upload(plan.target, plan.config.hub_model_id, plan.config.hub_private)
+            if working and plan.config.output.hub_model_id and not rejected:
+                upload(plan.target, plan.config.output.hub_model_id, plan.config.output.hub_private)
     return plan.report.to_dict()
 
 
@@ -84,9 +84,9 @@ def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> 
         with sharding.agreed():
             if sharding.is_main:
                 write_evidence(report.to_dict(), folder, plan.target.name, _releases(plan))
-                if plan.config.history:
+                if plan.config.output.history:
                     release = release_of(report.to_dict(), plan.target)
-                    add = held.enter_context(prepared_release(Path(plan.config.history), release))
+                    add = held.enter_context(prepared_release(Path(plan.config.output.history), release))
     return add
 
 
@@ -159,7 +159,7 @@ def _rejection(plan: Plan, decision: Decision) -> str:
     else:
         why = decision.reason[0].lower() + decision.reason[1:].rstrip(".")
         remedy = (
-            "give other or more safety data, allow a larger `max_utility_loss`, or use a stronger vector; a fine-tune "
+            "give other or more safety data, allow a larger `search.max_utility_loss`, or use a stronger vector; a fine-tune "
             "that needs no repair passes where a `gate` says what it must keep"
         )
     said = (
@@ -171,16 +171,16 @@ def _rejection(plan: Plan, decision: Decision) -> str:
 
 def _releases(plan: Plan) -> list[Release]:
     """The model line as it will be with this release; empty where none is kept."""
-    if not plan.config.history:
+    if not plan.config.output.history:
         return []
-    earlier = read_history(Path(plan.config.history))
+    earlier = read_history(Path(plan.config.output.history))
     return [*earlier, release_of(plan.report.to_dict(), plan.target)] if plan.report.decision else earlier
 
 
 def _add_to_history(plan: Plan) -> None:
     with plan.sharding.agreed():
-        if plan.sharding.is_main and plan.config.history:
-            append_release(Path(plan.config.history), release_of(plan.report.to_dict(), plan.target))
+        if plan.sharding.is_main and plan.config.output.history:
+            append_release(Path(plan.config.output.history), release_of(plan.report.to_dict(), plan.target))
 
 
 def _write_failure(plan: Plan, error: BaseException) -> None:

@@ -11,7 +11,8 @@ from ..checkpoints.loading import load_processor
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_merge import StoredModel, write_merged
 from ..checkpoints.tensor_file import StoredTensor
-from ..config.settings import LARGEST_COEFFICIENT, Granularity, SafeGeneConfig
+from ..config.groups import LARGEST_COEFFICIENT, Granularity
+from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..errors import ConfigError, OutputError
 from ..extraction.delta import adapter_delta, stored_delta
@@ -48,12 +49,12 @@ def merge_stored(
 ) -> dict[str, Any]:
     """As `safeguard_stored`, on a checkpoint whose headers are read already (`files`)."""
     stored = StoredModel.open(name_or_path, revision, files)
-    if config.output_format != "merged":
+    if config.output.output_format != "merged":
         check_adapter_output(stored.model)
     started_from = adapter_base(name_or_path, revision)
     is_lora = isinstance(stored.model, PeftModel)
     origin = Origin(base_model or started_from, None, "lora" if is_lora else "full", {FINE_TUNE: name_or_path})
-    needed = 0 if config.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
+    needed = 0 if config.output.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
     alone = Sharding(torch.device("cpu"))
     plan = plan_step(config, stored.model, load_processor(name_or_path, revision), target, alone, origin, needed)
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
@@ -103,7 +104,7 @@ class StoredFineTune:
         plan, deltas = self.plan, self.plan.vector.deltas
         if plan.merges:
             entry = plan.mark(found.coefficients)
-            size = plan.config.max_shard_size
+            size = plan.config.output.max_shard_size
             self._rounding = write_merged(self.stored, deltas, found.by_module, plan.processor, folder, size, entry)
             if not self._rounding.changed:  # not even by the float32 sum: else `write_merged` has refused it
                 raise OutputError(

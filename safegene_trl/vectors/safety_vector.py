@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from safetensors.torch import load, save_file
 
-from ..config.settings import Granularity
+from ..config.groups import Granularity
 from ..errors import FamilyError
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta

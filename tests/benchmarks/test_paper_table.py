@@ -234,7 +234,10 @@ def test_a_run_is_found_again_by_all_its_settings(monkeypatch):
     hub, task = SimpleNamespace(data=None), TASKS["sst2"]
     block, folder = methods.settings(hub, task, 0, Path("family"))
     assert block["seed"] == 0 and folder == methods.settings(hub, task, 0, Path("family"))[1]
-    changed = {methods.settings(hub, task, 0, Path("family"), utility_weight=weight)[1] for weight in (1.0, 16.0)}
+    changed = {
+        methods.settings(hub, task, 0, Path("family"), **{"search.utility_weight": weight})[1]
+        for weight in (1.0, 16.0)
+    }
     assert len(changed) == 2 and folder in changed  # the default is a setting like any other
 
 

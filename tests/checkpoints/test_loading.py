@@ -308,8 +308,8 @@ def test_pickled_shards_need_a_switch(shards, tmp_path):
 def test_commands_refuse_pickled_shards(command, shards, vector_dir, task_file, tmp_path, capsys):
     words = [command, "--model_name_or_path", str(shards)]
     if command == "apply":
-        words += [f"--safegene.vector={vector_dir}", f"--safegene.task_data={task_file}"]
-        words += [f"--safegene.output_dir={tmp_path / 'out'}"]
+        words += [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}"]
+        words += [f"--safegene.output.output_dir={tmp_path / 'out'}"]
     else:
         words += ["--harmful_data", str(task_file), "--output_dir", str(tmp_path / "out")]
     assert main(words) == 2
@@ -344,8 +344,8 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(reached,
 def test_shards_are_no_base_of_an_adapter(output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("safegene_trl.commands.apply_loaded.load_placed", lambda *args: (make_model(), ALONE))
     words = ["--allow_pickled_shards", "--model_name_or_path", str(shards), f"--safegene.vector={vector_dir}"]
-    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={tmp_path / 'out'}"]
-    assert main(["apply", *words, f"--safegene.output_format={output_format}"]) == 2
+    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
+    assert main(["apply", *words, f"--safegene.output.output_format={output_format}"]) == 2
     assert "only DeepSpeed's own shards, which PEFT cannot load" in capsys.readouterr().err
 
 

@@ -22,17 +22,17 @@ from safegene_trl.vectors.files import read_files
 from safegene_trl.vectors.record import read_record
 from safegene_trl.vectors.similarity import cosine
 
-from ..conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
+from ..conftest import BENIGN, HARMFUL, make_model, make_vector, options_of, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 ON_CPU = ["--use_cpu", "true", "--bf16", "false"]
 AGAIN = {"overwrite_output_dir": "true"}
 LENIENT = [
-    "--safegene.max_utility_loss=100",
-    "--safegene.utility_weight=0",
-    "--safegene.max_evaluations=2",
-    "--safegene.max_new_tokens=2",
+    "--safegene.search.max_utility_loss=100",
+    "--safegene.search.utility_weight=0",
+    "--safegene.search.max_evaluations=2",
+    "--safegene.measure.max_new_tokens=2",
 ]
 
 
@@ -323,15 +323,16 @@ report_to: none
 disable_tqdm: true
 safegene:
   vector: {vector_dir}
-  task_data: {task_file}
+  data:
+    task_data: {task_file}
 """
     )
     assert main(["sft", "--config", str(recipe), *LENIENT]) == 0
     first = tmp_path / "out" / "safeguarded"
     options = [
         f"--safegene.vector={vector_dir}",
-        f"--safegene.task_data={task_file}",
-        f"--safegene.output_dir={tmp_path / 'applied'}",
+        f"--safegene.data.task_data={task_file}",
+        f"--safegene.output.output_dir={tmp_path / 'applied'}",
     ]
     assert main(["apply", "--model_name_or_path", str(tmp_path / "out"), *options, *LENIENT]) == 0
     one, two = (AutoModelForCausalLM.from_pretrained(folder)(IDS).logits for folder in (first, tmp_path / "applied"))
@@ -350,11 +351,11 @@ def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_fi
     for options, message in (
         ([], "No model is named"),
         (["--model_name_or_path", str(model_dir)], "No safety vector is named"),
-        (["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"], "`task_data` is not set"),
+        (["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"], "`data.task_data` is not set"),
     ):
         assert main(["apply", *options]) == 2
         assert message in capsys.readouterr().err
-    dry = [f"--safegene.vector={vector_dir}", f"--safegene.task_data={task_file}", "--safegene.dry_run=true"]
+    dry = [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}", "--safegene.dry_run=true"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *dry]) == 0
     assert not (tmp_path / "model-safeguarded").exists()
 
@@ -454,9 +455,9 @@ def test_the_gate_decides_and_the_exit_code_says_what(
     gate, code, written, model_dir, vector_dir, task_file, tmp_path, capsys
 ):
     target, history = tmp_path / "out", tmp_path / "history.jsonl"
-    options = [f"--safegene.{key}={value}" for key, value in (("vector", vector_dir), ("task_data", task_file))]
+    options = options_of({"vector": vector_dir, "task_data": task_file, "output_dir": target, "history": history})
     options += [f"--safegene.gate.{key}={json.dumps(value)}" for key, value in gate.items()]
-    options += [f"--safegene.output_dir={target}", f"--safegene.history={history}", "--safegene.num_benign_shots=4"]
+    options += ["--safegene.data.num_benign_shots=4"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *options, *LENIENT]) == code
     assert (target / "config.json").is_file() == written and target.exists() == written
     outcome = {0: "accepted", 3: "accepted_best_effort", 4: "rejected"}[code]
@@ -513,7 +514,7 @@ def test_a_rejected_fine_tune_is_saved_all_the_same(model_dir, vector_dir, task_
 )
 def test_a_model_s_folder_that_is_not_there_is_named(command, name, message, vector_dir, task_file, capsys):
     words = [command, "--model_name_or_path", name, f"--safegene.vector={vector_dir}"]
-    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={task_file.with_name('out')}"]
+    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={task_file.with_name('out')}"]
     if command == "sft":
         words += [
             "--dataset_name",
@@ -546,8 +547,8 @@ def test_a_model_whose_config_cannot_be_read_is_said_plainly(task_file, tmp_path
 @pytest.mark.parametrize(
     "words",
     [
-        ["apply", "--coefficients=0.5", "--safegene.output_dir=~/x"],
-        ["apply", "--coefficients=0.5", "--safegene.history=~/x/h.jsonl"],
+        ["apply", "--coefficients=0.5", "--safegene.output.output_dir=~/x"],
+        ["apply", "--coefficients=0.5", "--safegene.output.history=~/x/h.jsonl"],
         ["extract", "--output_dir=~/x"],
         ["evaluate", "--harmful_data=h.jsonl", "--output_dir=~x"],
         ["combine", "v", "w", "--output_dir=~/x"],
@@ -575,7 +576,7 @@ def test_a_path_that_a_shell_would_have_replaced_is_not_written(
 def test_no_other_folder_for_temporary_files_is_needed(model_dir, vector_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     words = ["--model_name_or_path", str(model_dir), "--coefficients=0.5", f"--safegene.vector={vector_dir}"]
-    assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'out'}"]) == 0
+    assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'out'}"]) == 0
 
 
 @pytest.mark.parametrize(("on_failure", "code"), [("raise", 2), ("warn", 0)])

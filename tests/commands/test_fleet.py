@@ -17,7 +17,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.commands.process_group import ProcessGroup
 from safegene_trl.estimation.estimation import Cost
 
-from ..conftest import make_model, make_tokenizer
+from ..conftest import in_groups, make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def fleet(model_dir, vector_dir, task_file, tmp_path):
         "output_dir": str(tmp_path / "releases"),
         "processes": 2,
         "timeout_minutes": 4,
-        "safegene": common,
+        "safegene": in_groups(common),
         "models": [
             {"model_name_or_path": str(tmp_path / "a")},
             {"model_name_or_path": str(tmp_path / "b"), "name": "second"},
@@ -395,7 +395,7 @@ def test_a_double_key_is_refused(fleet, tmp_path, capsys):
 
 def places(tmp_path, first=None, second=None, **names):
     def entry(name, block):
-        return {"model_name_or_path": str(tmp_path / name), "safegene": block or {}, **names.get(name, {})}
+        return {"model_name_or_path": str(tmp_path / name), "safegene": in_groups(block or {}), **names.get(name, {})}
 
     return {"models": [entry("a", first), entry("b", second)]}
 
@@ -424,7 +424,7 @@ def test_places_that_are_one_are_refused(first, second, common, fleet, tmp_path,
     (tmp_path / "out" / "history.jsonl").touch()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
-    words = fleet(safegene={"vector": "v", "task_data": "t", **common}, **places(tmp_path, first, second))
+    words = fleet(safegene=in_groups({"vector": "v", "task_data": "t", **common}), **places(tmp_path, first, second))
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "output_dir" in error or "choose another" in error or "another `name`" in error

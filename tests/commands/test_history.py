@@ -47,7 +47,7 @@ def test_releases_without_measurements(tmp_path, capsys):
 
 def test_no_history(tmp_path, capsys):
     assert main(["history", str(tmp_path / "none.jsonl")]) == 2
-    assert "set `history`" in capsys.readouterr().err
+    assert "set `output.history`" in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text(json.dumps({"a": 1}) + "\n")
     assert main(["history", str(tmp_path / "bad.jsonl")]) == 2
 

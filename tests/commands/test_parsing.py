@@ -20,7 +20,8 @@ bf16: false
 learning_rate: 1.0e-3
 safegene:
   vector: v
-  num_task_shots: 7
+  data:
+    num_task_shots: 7
 """
 
 
@@ -36,9 +37,11 @@ def run(*argv):
 
 
 def test_recipe_and_overrides(recipe):
-    model, training, safegene = run("--config", recipe, "--learning_rate", "0.5", "--safegene.num_task_shots", "9")
+    model, training, safegene = run(
+        "--config", recipe, "--learning_rate", "0.5", "--safegene.data.num_task_shots", "9"
+    )
     assert model.model_name_or_path == "tiny" and training.learning_rate == 0.5
-    assert safegene.config.vector == "v" and safegene.config.num_task_shots == 9
+    assert safegene.config.vector == "v" and safegene.config.data.num_task_shots == 9
 
 
 def test_one_word_config_option(recipe):
@@ -72,7 +75,7 @@ def test_unknown_recipe_key(recipe, line, message):
 
 
 def test_unknown_key_in_the_block(recipe):
-    recipe.write_text(RECIPE + "  num_task_shot: 3\n")
+    recipe.write_text(RECIPE + "    num_task_shot: 3\n")
     with pytest.raises(ConfigError, match="did you mean `num_task_shots`"):
         _ = run("--config", recipe)[-1].config
 
@@ -109,13 +112,13 @@ def test_main_prints_one_line_and_exits_with_2(recipe, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RECIPE + "bf16: true\n", "key `bf16` twice, on lines 5 and 10: keep one"),
-        (RECIPE + "safegene:\n  vector: w\n", "key `safegene` twice, on lines 7 and 10"),
-        (RECIPE + "  vector: w\n", "key `vector` twice, on lines 8 and 10"),
+        (RECIPE + "bf16: true\n", "key `bf16` twice, on lines 5 and 11: keep one"),
+        (RECIPE + "safegene:\n  vector: w\n", "key `safegene` twice, on lines 7 and 11"),
+        (RECIPE + "  vector: w\n", "key `vector` twice, on lines 8 and 11"),
         (RECIPE + "  gate: {min_refusal_rate: 0.9}\n  gate: {max_incoherent: 0.1}\n", "key `gate` twice"),
         (
             RECIPE + "  gate: {min_refusal_rate: 0.9, min_refusal_rate: 0.1}\n",
-            "key `min_refusal_rate` twice, on line 10",
+            "key `min_refusal_rate` twice, on line 11",
         ),
         (
             RECIPE.replace("bf16: false", 'bf16: "false"'),
@@ -140,9 +143,13 @@ def test_a_recipe_that_cannot_mean_what_it_says(recipe, text, message):
 
 
 def test_numbers_are_read_as_people_write_them(recipe):
-    recipe.write_text(RECIPE + '  sparsity_weight: 1e-3\n  max_utility_loss: 5E-2\n  vector_revision: "1e3"\n')
+    recipe.write_text(RECIPE + '  search: {sparsity_weight: 1e-3, max_utility_loss: 5E-2}\n  vector_revision: "1e3"\n')
     config = run("--config", recipe)[-1].config
-    assert (config.sparsity_weight, config.max_utility_loss, config.vector_revision) == (1e-3, 0.05, "1e3")
+    assert (config.search.sparsity_weight, config.search.max_utility_loss, config.vector_revision) == (
+        1e-3,
+        0.05,
+        "1e3",
+    )
 
 
 def test_merge_keys_are_no_double_keys():
@@ -200,7 +207,7 @@ def test_a_file_that_is_no_text(tmp_path):
         (["--safegene.gate={}"], "`gate` is empty"),
         (["--safegene="], "`--safegene` has no value"),
         (["--safegene.public_key=null"], "`public_key` in the safegene block has no value"),
-        (["--safegene.seed=1", "--safegene.seed=1"], "`safegene.seed` is set twice"),
+        (["--safegene.seed=1", "--safegene.seed=1"], "`--safegene.seed` is on the command line twice"),
         (
             ["--safegene.gate={min_refusal_rate: 1}", "--safegene.gate.min_refusal_rate=0"],
             "`safegene.gate.min_refusal_rate` is set twice",
@@ -209,13 +216,22 @@ def test_a_file_that_is_no_text(tmp_path):
         (["--dtype", "float32", "--dtype=bfloat16"], "`--dtype` is on the command line twice"),
         (["--safegene.gate=1", "--safegene.gate.min_refusal_rate=0"], "`safegene.gate` is set twice"),
         (["--safegene", "{seed: 1}", "--safegene.seed", "2"], "`safegene.seed` is set twice"),
-        (["--safegene", "{seed: 1}", "--safegene", "{seed: 1}"], "`safegene.seed` is set twice"),
+        (["--safegene", "{seed: 1}", "--safegene", "{seed: 1}"], "`--safegene` is on the command line twice"),
         (["--safegene", '{"seed": 1, "seed": 2}'], "key `seed` twice"),
         (["--safegene", "v"], "block of keys and values"),
         (["--safegene.seed='1'"], "whole number, without quotes"),
         (["--safegene.dry_run='false'"], "without quotes"),
-        (["--safegene.vector.x=1"], "`vector` is"),
-        (["--safegene.=1"], "Unknown key ``"),
+        (
+            ["--safegene.vector.x=1"],
+            "Unknown key `safegene.vector.x` in the command line; did you mean `safegene.vector`",
+        ),
+        (["--safegene.seed.=1"], "Unknown key `safegene.seed.`"),
+        (["--safegene"], "`--safegene` has no value"),
+        (["--safegene.search.max_evaluation=3"], "did you mean `safegene.search.max_evaluations`"),
+        (["--safegene.max_evaluation=3"], "did you mean `safegene.search.max_evaluations`"),
+        (["--safegene.search={max_evaluations: 1}", "--safegene.max_evaluations=1"], "are one setting"),
+        (["--safegene", "{search: {max_evaluations: 1}}", "--safegene.max_evaluations=1"], "are one setting"),
+        (["--safegene.=1"], "Unknown key `safegene.`"),
     ],
 )
 def test_an_override_that_cannot_mean_what_it_says(recipe, words, message):
@@ -224,11 +240,39 @@ def test_an_override_that_cannot_mean_what_it_says(recipe, words, message):
 
 
 def test_text_on_the_command_line_stays_text(recipe):
-    words = ["--safegene.vector_revision", "1234567", "--safegene.history=12e4", "--safegene.output_dir=2030-01-01"]
+    words = [
+        "--safegene.vector_revision",
+        "1234567",
+        "--safegene.output.history=12e4",
+        "--safegene.output.output_dir=2030-01-01",
+    ]
     config = run("--config", recipe, *words)[-1].config
-    assert (config.vector_revision, config.history, config.output_dir) == ("1234567", "12e4", "2030-01-01")
+    assert (config.vector_revision, config.output.history, config.output.output_dir) == (
+        "1234567",
+        "12e4",
+        "2030-01-01",
+    )
     with_block = run("--config", recipe, "--safegene", "{seed: 3}", "--safegene.dry_run=no")[-1].config
     assert (with_block.vector, with_block.seed, with_block.dry_run) == ("v", 3, False)
+
+
+def test_flat_keys_of_recipe_and_command_line_share_one_warning(recipe, caplog):
+    recipe.write_text(RECIPE + "  max_evaluations: 8\n  history: h\n")
+    words = ["--safegene.search.max_evaluations", "3", "--safegene.num_safety_shots", "9", "--safegene.history=g"]
+    config = run("--config", recipe, *words)[-1].config
+    assert (config.search.max_evaluations, config.data.num_safety_shots, config.output.history) == (3, 9, "g")
+    assert config.data.num_task_shots == 7
+    (said,) = [record.getMessage() for record in caplog.records if "groups" in record.getMessage()]
+    assert all(place in said for place in ("`search.max_evaluations`", "`data.num_safety_shots`", "`output.history`"))
+
+
+def test_help_lists_every_key_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--safegene.search.max_evaluations VALUE Upper limit of loss-and-gradient evaluations" in said
+    assert "--safegene.gate.min_refusal_rate VALUE Least share" in said and "--safegene.vector VALUE" in said
+    assert "--safegene.max_evaluations" not in said
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every impossible setting is refused with a sentence that names it."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -7,9 +8,14 @@ import pytest
 from safegene_trl import SafeGeneConfig, SafeGeneError
 from safegene_trl.commands.apply_arguments import ApplyArguments
 from safegene_trl.config.gate import GateConfig
-from safegene_trl.config.validation import hint_of
+from safegene_trl.config.groups import DataConfig, MeasureConfig, OutputConfig, SearchConfig
+from safegene_trl.config.help import meanings
+from safegene_trl.config.settings import BLOCKS
+from safegene_trl.config.validation import hint_of, names_of
 from safegene_trl.evaluation.evaluate import EvaluationConfig
 from safegene_trl.extraction.config import ExtractionConfig
+
+from ..conftest import config_of, in_groups
 
 
 EXTRACTION = dict.fromkeys(("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"), "x")
@@ -30,6 +36,10 @@ def safegene(**values):
 
 MAKERS = {
     SafeGeneConfig: safegene,
+    DataConfig: DataConfig,
+    SearchConfig: SearchConfig,
+    MeasureConfig: MeasureConfig,
+    OutputConfig: OutputConfig,
     GateConfig: GateConfig,
     ExtractionConfig: extraction,
     EvaluationConfig: evaluation,
@@ -67,7 +77,7 @@ def test_no_key_takes_a_value_of_the_wrong_type(kind, name):
     for value in wrong_values(hint):
         if value == default == "" or (name, type(value)) in NUMBERS:
             continue
-        with pytest.raises(SafeGeneError, match=f"`(gate\\.)?{name}`|No .* is named|nothing to evaluate") as caught:
+        with pytest.raises(SafeGeneError, match=f"`(\\w+\\.)?{name}`|No .* is named|nothing to evaluate") as caught:
             MAKERS[kind](**{name: value})
         assert str(caught.value).endswith((".", "`")) and "\n" not in str(caught.value)
 
@@ -75,7 +85,7 @@ def test_no_key_takes_a_value_of_the_wrong_type(kind, name):
 @pytest.mark.parametrize(("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS])
 def test_every_default_is_possible(kind, name):
     default = kind.__dataclass_fields__[name].default
-    if isinstance(default, str | int | float | None):
+    if isinstance(default, str | int | float | None):  # a group's own defaults are those of its class
         MAKERS[kind](**({} if default == "" else {name: default}))
 
 
@@ -110,8 +120,8 @@ def test_every_default_is_possible(kind, name):
         ({"max_shard_size": "5"}, "a size like `5GB`"),
         ({"max_shard_size": "0GB"}, "a size like `5GB`"),
         ({"max_shard_size": "-5GB"}, "a size like `5GB`"),
-        ({"max_shard_size": 0}, "`max_shard_size` is 0"),
-        ({"hub_model_id": "a/b/c"}, "`hub_model_id`.*like `owner/name`"),
+        ({"max_shard_size": 0}, "`output.max_shard_size` is 0"),
+        ({"hub_model_id": "a/b/c"}, "`output.hub_model_id`.*like `owner/name`"),
         ({"hub_model_id": "two words"}, "like `owner/name`"),
         ({"output_dir": "."}, "a folder of its own"),
         ({"output_dir": "out/.."}, "a folder of its own"),
@@ -126,12 +136,16 @@ def test_every_default_is_possible(kind, name):
 )
 def test_impossible_values(values, message):
     with pytest.raises(SafeGeneError, match=message):
-        SafeGeneConfig(**{"vector": "v", **values})
+        config_of(**{"vector": "v", **values})
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(SafeGeneError, match=r"`max_coeficient`.*did you mean `max_coefficient`"):
+    with pytest.raises(SafeGeneError, match=r"`max_coeficient`.*did you mean `search.max_coefficient`"):
         SafeGeneConfig.from_dict({"vector": "v", "max_coeficient": 1.0})
+    with pytest.raises(SafeGeneError, match=r"`min_refusal_rat`.*did you mean `gate.min_refusal_rate`"):
+        SafeGeneConfig.from_dict({"vector": "v", "min_refusal_rat": 1.0})
+    with pytest.raises(SafeGeneError, match=r"`max_lenght` in the search block; did you mean `data.max_length`"):
+        SafeGeneConfig.from_dict({"vector": "v", "search": {"max_lenght": 1}})
 
 
 @pytest.mark.parametrize(
@@ -152,14 +166,14 @@ def test_a_misspelt_argument_names_the_nearest(kind, wrong, nearest):
     ("values", "start"), [({}, 0.3), ({"min_coefficient": 0.5}, 0.5), ({"max_coefficient": 0.1}, 0.1)]
 )
 def test_search_starts_inside_the_bounds(values, start):
-    assert SafeGeneConfig(vector="v", **values).start == start
+    assert SearchConfig(**values).start == start
 
 
 @pytest.mark.parametrize(("size", "kept"), [("5GB", "5GB"), ("1.5 gb", "1.5 gb"), (5_000_000_000, "5000000.0KB")])
 def test_sizes_that_are_understood(size, kept):
     from huggingface_hub.serialization._base import parse_size_to_int
 
-    assert safegene(max_shard_size=size).max_shard_size == kept
+    assert OutputConfig(max_shard_size=size).max_shard_size == kept
     assert parse_size_to_int(kept) == (1_500_000_000 if size == "1.5 gb" else 5_000_000_000)
 
 
@@ -172,12 +186,12 @@ def test_sizes_that_are_understood(size, kept):
             "vector_revision",
             "public_key",
             "require_signature",
-            "safety_data",
             "gate",
-            "history",
+            "search",
             "seed",
         )
     ]
+    + [{"data": {"safety_data": None}}, {"output": {"history": None}}]
     + [
         {"gate": {"min_refusal_rate": 0.8, name: None}}
         for name in ("max_over_refusal", "harmful_data", "write_rejected")
@@ -189,15 +203,61 @@ def test_a_key_that_was_written_without_a_value_is_refused(values):
 
 
 def test_where_nothing_depends_on_it_a_key_may_be_without_a_value():
-    values = dict.fromkeys(("initial_coefficient", "warm_start", "output_dir", "hub_model_id"))
+    values = in_groups(dict.fromkeys(("initial_coefficient", "warm_start", "output_dir", "hub_model_id")))
     assert SafeGeneConfig.from_dict({"vector": "v", **values}) == SafeGeneConfig(vector="v")
 
 
 def test_a_report_brings_its_config_back():
     config = SafeGeneConfig(
-        vector="v", num_safety_shots=8, output_format="both", gate=GateConfig(min_refusal_rate=0.5)
+        vector="v",
+        data=DataConfig(num_safety_shots=8),
+        output={"output_format": "both"},
+        gate=GateConfig(min_refusal_rate=0.5),
     )
     assert SafeGeneConfig(**config.to_dict()) == config
+    # as reports had it before there were groups
+    found = config.to_dict()
+    groups = [found.pop(name) for name in ("data", "search", "measure", "output")]
+    flat = found | {key: value for group in groups for key, value in group.items()}
+    assert len(flat) == 40 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
+
+
+FLAT = {"vector": "v", "max_evaluations": 3, "history": "h.jsonl", "seed": 4}
+
+
+@pytest.mark.parametrize("make", [SafeGeneConfig.from_dict, lambda values: SafeGeneConfig(**values)])
+def test_flat_keys_work_with_one_warning_that_names_their_places(make, caplog):
+    config = make(FLAT)
+    assert (config.search.max_evaluations, config.output.history, config.seed) == (3, "h.jsonl", 4)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "`max_evaluations` is now `search.max_evaluations`, `history` is now `output.history`." in said
+    caplog.clear()
+    beside = make(FLAT | {"search": {"benign_weight": 0.5}})
+    assert (beside.search.benign_weight, beside.search.max_evaluations) == (0.5, 3)
+    caplog.clear()
+    make({"vector": "v", "search": {"max_evaluations": 3}, "gate": {"min_refusal_rate": 0.5}})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"max_evaluations": 3}, "`max_evaluations` and `search.max_evaluations` are one setting"),
+        (SearchConfig(), "`max_evaluations` stands beside `search`"),
+        ({}, None),
+    ],
+)
+def test_a_key_given_both_ways_is_refused(group, message):
+    if message is None:
+        assert SafeGeneConfig(vector="v", search=group, max_evaluations=3).search == SearchConfig(max_evaluations=3)
+        return
+    with pytest.raises(SafeGeneError, match=message):
+        SafeGeneConfig(vector="v", search=group, max_evaluations=3)
+
+
+@pytest.mark.parametrize("kind", [SafeGeneConfig, *BLOCKS.values()])
+def test_every_setting_says_what_it_means(kind):
+    assert all(meanings(kind).values()) and list(meanings(kind)) == names_of(kind)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ import json
 import pytest
 
 from safegene_trl.config.gate import GateConfig
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.errors import CalibrationDataError
 
-from ..conftest import HARMFUL, make_model, make_vector, task_dataset
+from ..conftest import HARMFUL, config_of, make_model, make_vector, task_dataset
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def gather(tokenizer):
 
     def run(task_rows=None, **values):
         rows = task_dataset() if task_rows is None else task_rows
-        return gather_shots(SafeGeneConfig(vector="v", **values), vector, tokenizer, 256, rows)
+        return gather_shots(config_of(vector="v", **values), vector, tokenizer, 256, rows)
 
     return run
 
@@ -100,8 +99,8 @@ def test_task_rows_without_responses_are_refused(gather):
 
 
 def test_no_task_data_at_all(tokenizer):
-    with pytest.raises(CalibrationDataError, match="set `task_data`"):
-        gather_shots(SafeGeneConfig(vector="v"), make_vector(make_model(), tokenizer), tokenizer, 256, None)
+    with pytest.raises(CalibrationDataError, match="set `data.task_data`"):
+        gather_shots(config_of(vector="v"), make_vector(make_model(), tokenizer), tokenizer, 256, None)
 
 
 def lines(file, rows):

@@ -160,7 +160,7 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
         return evaluated
 
     monkeypatch.setattr(recalibration, "evaluate_objective", recorded)
-    space = vector.space(config.granularity)
+    space = vector.space(config.search.granularity)
     mixed = extra and EXTRA[backend]["arguments"].get("bf16", False)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         attachment = VectorAttachment(model, vector.deltas, space, ALONE)
@@ -181,7 +181,7 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
 
     # The merged checkpoint is bit by bit the one that one process writes with these coefficients.
     by_module = space.by_module(report["coefficients"])
-    save_merged(model, vector.deltas, by_module, make_tokenizer(), tmp_path, config.max_shard_size, ALONE)
+    save_merged(model, vector.deltas, by_module, make_tokenizer(), tmp_path, config.output.max_shard_size, ALONE)
     written = sorted(path.name for path in (folder / "with" / "safeguarded").glob("*.safetensors"))
     assert written == sorted(path.name for path in tmp_path.glob("*.safetensors")) and len(written) > 2
     for name in written:

@@ -55,15 +55,12 @@ def recipe(tmp_path_factory):
 
 
 def block(root):
+    shots = {"num_safety_shots": 6, "num_benign_shots": 4, "num_task_shots": 6}
     return {
         "vector": str(root / "vector"),
-        "task_data": str(root / "task.jsonl"),
-        "num_safety_shots": 6,
-        "num_benign_shots": 4,
-        "num_task_shots": 6,
-        "max_evaluations": 2,
-        "max_utility_loss": 100.0,
-        "max_new_tokens": 4,
+        "data": {"task_data": str(root / "task.jsonl"), **shots},
+        "search": {"max_evaluations": 2, "max_utility_loss": 100.0},
+        "measure": {"max_new_tokens": 4},
     }
 
 
@@ -126,7 +123,7 @@ def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkey
     if launcher == "deepspeed zero3":
         source += ["--allow_pickled_shards", "true"]
     monkeypatch.chdir(tmp_path)
-    assert main(["apply", *source, "--safegene.output_dir", "alone"]) == 0
+    assert main(["apply", *source, "--safegene.output.output_dir", "alone"]) == 0
     alone = json.loads((tmp_path / "alone" / "safegene_report.json").read_text())
     assert alone["data"]["task"] == report["data"]["task"]
     assert report["coefficients"] == pytest.approx(alone["coefficients"], abs=2e-6)
@@ -152,9 +149,9 @@ def test_finished_checkpoint_is_safeguarded_in_many_processes(config, recipe, tm
     monkeypatch.chdir(tmp_path)
     source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
     launch = [sys.executable, *MODULE, "apply", "--accelerate_config", config, "--num_processes", "2"]
-    codes, printed = run_together([[*launch, *source, "--safegene.output_dir", str(tmp_path / "sharded")]])
+    codes, printed = run_together([[*launch, *source, "--safegene.output.output_dir", str(tmp_path / "sharded")]])
     assert codes == [0], printed[-6000:]
-    assert main(["apply", *source, "--safegene.output_dir", "alone"]) == 0
+    assert main(["apply", *source, "--safegene.output.output_dir", "alone"]) == 0
     reports = [json.loads((tmp_path / name / "safegene_report.json").read_text()) for name in ("sharded", "alone")]
     assert reports[0]["launch"] == {"sharding": "zero3" if config == "zero3" else "whole", "processes": 2}
     assert reports[0]["coefficients"] == pytest.approx(reports[1]["coefficients"], abs=2e-6)
@@ -169,8 +166,8 @@ def test_finished_checkpoint_is_safeguarded_in_many_processes(config, recipe, tm
 def test_the_gate_rejects_in_many_processes(recipe, tmp_path):
     launch = [sys.executable, *MODULE, "apply", "--accelerate_config", "ddp", "--num_processes", "2"]
     source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
-    gate = ["--safegene.gate.min_refusal_rate", "0.9", "--safegene.history", str(tmp_path / "history.jsonl")]
-    codes, printed = run_together([[*launch, *source, *gate, "--safegene.output_dir", str(tmp_path / "out")]])
+    gate = ["--safegene.gate.min_refusal_rate", "0.9", "--safegene.output.history", str(tmp_path / "history.jsonl")]
+    codes, printed = run_together([[*launch, *source, *gate, "--safegene.output.output_dir", str(tmp_path / "out")]])
     assert codes == [4], printed[-6000:]
     assert not (tmp_path / "out").exists() and (tmp_path / "out.failed.html").is_file()
     (release,) = read_history(tmp_path / "history.jsonl")

@@ -18,11 +18,11 @@ from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.distributed.layouts import sharding_of
 from safegene_trl.recalibration import search as recalibration
 
-from ..conftest import task_dataset
+from ..conftest import config_of, task_dataset
 from .backends import DEEPSPEED, launch_fsdp2, training_arguments
 
 
@@ -42,7 +42,7 @@ def start(deepspeed: bool) -> None:
 
 def callback_of(plan: dict) -> SafeGeneCallback:
     return SafeGeneCallback(
-        SafeGeneConfig(
+        config_of(
             vector=plan["vector"],
             max_utility_loss=100.0,
             max_evaluations=3,

@@ -13,14 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safegene_trl.commands.main import main
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.estimation.estimation import Launch, Probe, _Allocations, estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
 from safegene_trl.step.live import prepare, safeguard
 
-from ..conftest import ALONE, ARCHITECTURES, BENIGN, HARMFUL, make_model, make_vector, with_lora
+from ..conftest import ALONE, ARCHITECTURES, BENIGN, HARMFUL, config_of, make_model, make_vector, with_lora
 
 
 LAYERS = 12
@@ -49,7 +48,7 @@ def model():
 def settings(tmp_path):
     long = [{"prompt": "sort " + "item into box " * 20, "response": "into a box " * 8} for _ in range(24)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
-    return SafeGeneConfig(
+    return config_of(
         vector=str(tmp_path / "vector"),
         task_data=str(tmp_path / "task.jsonl"),
         output_dir=str(tmp_path / "out"),
@@ -91,10 +90,10 @@ def test_work_is_what_the_step_does(layers, model, tokenizer, settings, operatio
     vector = vector_for(model, tokenizer, settings, layers)
     monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     monkeypatch.setattr("safegene_trl.recalibration.trust_region.TOLERANCE", -1.0)  # never early
-    plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
+    plan = prepare(settings, model, tokenizer, Path(settings.output.output_dir), ALONE)
     costs = estimated(model, tokenizer, settings, vector)
     assert set(costs) == {"recalibrate", "measure", "save"}
-    attachment = VectorAttachment(model, vector.deltas, vector.space(settings.granularity), ALONE)
+    attachment = VectorAttachment(model, vector.deltas, vector.space(settings.search.granularity), ALONE)
     search = operations(lambda: recalibrate(attachment, plan.shots.data, settings, 0))
     assert costs["recalibrate"].seconds == pytest.approx(search, rel=0.1)
     whole = operations(lambda: safeguard(plan, model, "base", show_progress=False))
@@ -113,13 +112,13 @@ def operations(run):
 def test_bytes_of_the_search(layers, model, tokenizer, settings):
     """What tensors hold at most while the coefficients are searched, beyond what was there before."""
     vector = vector_for(model, tokenizer, settings, layers)
-    plan = prepare(settings, model, tokenizer, Path(settings.output_dir), ALONE)
+    plan = prepare(settings, model, tokenizer, Path(settings.output.output_dir), ALONE)
     probe = Probe(model, "float32", timed=False)
     cost = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)["recalibrate"]
     assert cost.seconds == 0
     factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
     with _Allocations() as allocations:
-        attachment = VectorAttachment(model, vector.deltas, vector.space(settings.granularity), ALONE)
+        attachment = VectorAttachment(model, vector.deltas, vector.space(settings.search.granularity), ALONE)
         recalibrate(attachment, plan.shots.data, settings, 0)
     assert cost.memory - probe.process - probe.weights - factors == pytest.approx(allocations.peak, rel=0.25)
 
@@ -161,9 +160,16 @@ def test_commands(model, tokenizer, settings, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     options = ["--model_name_or_path", tmp_path / "model"]
-    for key in ("vector", "task_data", "output_dir", "num_safety_shots", "num_task_shots", "max_evaluations"):
-        options += [f"--safegene.{key}", getattr(settings, key)]
-    options += ["--safegene.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
+    for group, key in (
+        ("data", "task_data"),
+        ("output", "output_dir"),
+        ("data", "num_safety_shots"),
+        ("data", "num_task_shots"),
+        ("search", "max_evaluations"),
+    ):
+        options += [f"--safegene.{group}.{key}", getattr(getattr(settings, group), key)]
+    options += ["--safegene.vector", settings.vector]
+    options += ["--safegene.measure.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
     printed = run("estimate", "apply", *options, "--json", tmp_path / "costs.json")
     assert "recalibrate" in printed and "together" in printed and "measure" not in printed
     costs = json.loads((tmp_path / "costs.json").read_text())
@@ -176,7 +182,7 @@ def test_commands(model, tokenizer, settings, tmp_path):
     assert merge["memory"] / 2**20 == pytest.approx(phases["save"]["peak_memory_mib"], rel=0.25)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"]["disk"] == pytest.approx(size, rel=0.01)
-    run("apply", *options, "--safegene.max_utility_loss", "1000000", "--safegene.num_benign_shots", "0")
+    run("apply", *options, "--safegene.search.max_utility_loss", "1000000", "--safegene.data.num_benign_shots", "0")
     phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
     assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(phases["recalibrate"]["peak_memory_mib"], rel=0.25)
 
@@ -233,7 +239,7 @@ def test_training_recipe(tokenizer, tmp_path, monkeypatch):
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",
-        "safegene": {"vector": "vector", "num_task_shots": 8, "max_new_tokens": 2},
+        "safegene": {"vector": "vector", "data": {"num_task_shots": 8}, "measure": {"max_new_tokens": 2}},
     }
     Path("sft.yaml").write_text(yaml.safe_dump(recipe))
     words = ["estimate", "sft", "--config", "sft.yaml", "--json", "costs.json"]

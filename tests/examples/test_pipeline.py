@@ -9,7 +9,7 @@ import pytest
 
 from safegene_trl.step.history import read_history
 
-from ..conftest import task_dataset
+from ..conftest import in_groups, task_dataset
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pipeline.py"
@@ -38,7 +38,7 @@ def pipeline(model_dir, vector_dir, tmp_path, monkeypatch):
     def run(count):
         files = [str(tmp_path / f"night{night}.jsonl") for night in range(count)]
         words = ["--model", str(model_dir), "--vector", str(vector_dir), "--line", str(tmp_path / "line"), "--use_cpu"]
-        words += ["--max_steps", "1", "--settings", json.dumps(settings), "--allow_other_base"]
+        words += ["--max_steps", "1", "--settings", json.dumps(in_groups(settings)), "--allow_other_base"]
         words += ["--gate", json.dumps({"min_refusal_rate": 0.5}), "--data", *files]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
         with pytest.raises(SystemExit) as end:

@@ -27,9 +27,9 @@ def test_options_of_the_workflow_are_known():
     steps = yaml.safe_load(text)["jobs"]["release"]["steps"]
     runs = "\n".join(step.get("run", "") for step in steps)
     assert set(re.findall(r"safegene (\w+) ", runs)) <= set(COMMANDS)
-    keys = dict.fromkeys(re.findall(r"--safegene\.(?!gate)(\w+)", runs), "x")
-    assert set(keys) == {"dry_run", "history", "hub_model_id"}
-    assert SafeGeneConfig.from_dict({"vector": "v", **keys, "dry_run": True})
+    keys = dict.fromkeys(re.findall(r"--safegene\.output\.(\w+)", runs), "x")
+    assert set(keys) == {"history", "hub_model_id"} and "--safegene.dry_run " in runs
+    assert SafeGeneConfig.from_dict({"vector": "v", "output": keys})
     gate = re.findall(r"--safegene\.gate\.(\w+) ([\d.]+)", runs)
     assert len(GateConfig(**{key: float(value) for key, value in gate}).limits) == 3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from ..conftest import task_dataset
+from ..conftest import in_groups, task_dataset
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "trainers.py"
@@ -31,7 +31,7 @@ def test_callback_with_trainer(trainer, model_dir, vector_dir, tmp_path, monkeyp
         "utility_weight": 0.0,
     }
     words = [trainer, "--model", str(model_dir), "--vector", str(vector_dir), "--data", str(data), "--use_cpu"]
-    words += ["--output", str(tmp_path / "out"), "--max_steps", "1", "--settings", json.dumps(settings)]
+    words += ["--output", str(tmp_path / "out"), "--max_steps", "1", "--settings", json.dumps(in_groups(settings))]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())

@@ -18,7 +18,7 @@ import yaml
 
 from safegene_trl.commands.main import main as safegene
 
-from ..conftest import make_model, make_tokenizer, make_vector, task_dataset
+from ..conftest import in_groups, make_model, make_tokenizer, make_vector, task_dataset
 
 
 MARKER = "safegene_report.json"
@@ -56,17 +56,14 @@ class World:
         self.fleet = root / "models.yaml"
         members = [{"model_name_or_path": str(self.model), "name": name} for name in "ab"]
         content = {"output_dir": str(self.output), "processes": 2, "memory_gib": 64, "models": members}
-        self.fleet.write_text(yaml.safe_dump(content | {"safegene": self._settings(nested=True)}))
+        self.fleet.write_text(yaml.safe_dump(content | {"safegene": in_groups(self._settings())}))
 
-    def _settings(self, nested: bool = False) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         found = {"vector": str(self.vector), "task_data": str(self.task), "max_evaluations": 2, "num_safety_shots": 4}
         found |= {"num_task_shots": 4, "num_benign_shots": 0, "num_test_prompts": 1, "max_new_tokens": 1}
         found |= {"max_utility_loss": 1000.0, "utility_weight": 0.0, "max_shard_size": "60KB"}
         # whether a random vector helps is chance: every outcome is written
-        gate = {"max_incoherent": 0.0, "write_rejected": True}
-        return found | (
-            {"gate": gate} if nested else {f"gate.{key}": json.dumps(value) for key, value in gate.items()}
-        )
+        return found | {"gate": {"max_incoherent": 0.0, "write_rejected": True}}
 
     def targets(self, job: str) -> list[Path]:
         return [self.output / name for name in (("a", "b") if job == "fleet" else ("safeguarded",))]
@@ -75,10 +72,11 @@ class World:
         if job == "fleet":
             return ["apply", "--fleet", str(self.fleet)]
         settings = self._settings() | {"output_dir": str(self.targets(job)[0]), "history": str(self.history)}
-        words = [f"--safegene.{key}={value}" for key, value in settings.items()]
-        words += ["--model_name_or_path", str(self.model)]
         if job == "coefficients":  # nothing is measured that limits could be held against
-            return ["apply", *(word for word in words if "gate." not in word), "--coefficients", "0.5"]
+            del settings["gate"]
+        words = ["--safegene", json.dumps(in_groups(settings)), "--model_name_or_path", str(self.model)]
+        if job == "coefficients":
+            return ["apply", *words, "--coefficients", "0.5"]
         if job == "apply":
             return ["apply", *words]
         data = json.dumps({"path": "json", "data_files": str(self.task), "split": "train"})

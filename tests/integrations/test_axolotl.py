@@ -13,7 +13,7 @@ from safegene_trl.data.rows import conversation
 from safegene_trl.errors import ConfigError
 from safegene_trl.models.inputs import tokenize
 
-from ..conftest import make_model, task_dataset
+from ..conftest import in_groups, make_model, task_dataset
 
 
 base = pytest.importorskip("axolotl.integrations.base")
@@ -30,7 +30,9 @@ def manager():
 
 @pytest.fixture
 def settings(vector_dir):
-    return {"vector": str(vector_dir), "max_evaluations": 1, "num_test_prompts": 2, "gate": {"max_over_refusal": 1.0}}
+    return in_groups(
+        {"vector": str(vector_dir), "max_evaluations": 1, "num_test_prompts": 2, "gate": {"max_over_refusal": 1.0}}
+    )
 
 
 def test_the_block_is_part_of_axolotls_yaml(manager, settings):

@@ -41,7 +41,11 @@ def test_training_ends_with_the_safety_step(model_dir, vector_dir, tmp_path, mon
         "preprocessing_num_workers": 1,
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(recipe))
-    settings = {"max_evaluations": 1, "num_test_prompts": 2, "gate": {"max_over_refusal": 1.0}}
+    settings = {
+        "search": {"max_evaluations": 1},
+        "measure": {"num_test_prompts": 2},
+        "gate": {"max_over_refusal": 1.0},
+    }
     words = [str(tmp_path / "train.yaml"), "--vector", str(vector_dir), "--settings", json.dumps(settings)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     runpy.run_path(str(SCRIPT), run_name="__main__")

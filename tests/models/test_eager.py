@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.models.eager import running_eagerly
 from safegene_trl.models.parameters import base_model, canonical_modules, canonical_parameters, uncompiled
 from safegene_trl.vectors.family import Family
 
-from ..conftest import attachment_of, make_deltas, make_model, make_vector, with_lora
+from ..conftest import attachment_of, config_of, make_deltas, make_model, make_vector, with_lora
 from ..recalibration.test_search import calibration_set, helpful_deltas, run
 
 
@@ -164,7 +164,7 @@ def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer
     model = {"compiled model": whole, "compiled layers": replaced_layers}.get(given, lambda model: model)(make_model())
 
     def report_of(model, name, **arguments):
-        config = SafeGeneConfig(
+        config = config_of(
             vector=str(tmp_path / "vector"),
             max_evaluations=2,
             num_test_prompts=0,

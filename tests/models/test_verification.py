@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import base_model, canonical_modules, linear_shape
 from safegene_trl.recalibration.search import recalibrate
 
-from ..conftest import attachment_of, make_deltas, make_model, with_lora
+from ..conftest import attachment_of, config_of, make_deltas, make_model, with_lora
 from ..recalibration.test_search import calibration_set
 
 
@@ -98,7 +97,7 @@ def test_what_is_bypassed_after_the_check_is_refused_in_the_search(bypass, messa
     attachment.verify(BATCH)
     mlp_of(model).forward = MethodType(bypass, mlp_of(model))
     with pytest.raises(UnsupportedModelError) as caught:
-        recalibrate(attachment, calibration_set(), SafeGeneConfig(vector="v", max_evaluations=3), 0)
+        recalibrate(attachment, calibration_set(), config_of(vector="v", max_evaluations=3), 0)
     assert message in str(caught.value)
 
 
@@ -185,7 +184,7 @@ def test_an_expert_that_no_shot_reaches_keeps_what_is_carried(held, monkeypatch)
     carried = dict.fromkeys(deltas, held) if held else None
     attachment = attachment_of(model, deltas, "module", carried)
     start = dict.fromkeys(deltas, 0.5)
-    config = SafeGeneConfig(vector="v", max_evaluations=3, min_coefficient=0.05)
+    config = config_of(vector="v", max_evaluations=3, min_coefficient=0.05)
     result = recalibrate(attachment, calibration_set(), config, 0, start=start)
     unreached = [name for name in deltas if ".experts.3." in name]
     assert result.scale == 0.8 and result.untouched == unreached and len(unreached) == 2

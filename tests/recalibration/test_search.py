@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.errors import RecalibrationError
 from safegene_trl.models import batch_size, losses
@@ -22,7 +21,7 @@ from safegene_trl.recalibration import search as recalibration
 from safegene_trl.recalibration.objective import Losses, Objective, evaluate_objective
 from safegene_trl.recalibration.search import recalibrate
 
-from ..conftest import ALONE, attachment_of, make_deltas, make_model, with_lora
+from ..conftest import ALONE, attachment_of, config_of, make_deltas, make_model, with_lora
 
 
 def samples(count, seed, response=6):
@@ -43,7 +42,7 @@ def calibration_set():
 
 
 def run(model, deltas, data=None, **values):
-    config = SafeGeneConfig(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1, **values})
+    config = config_of(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1, **values})
     return recalibrate(attachment_of(model, deltas), data or calibration_set(), config, 0)
 
 
@@ -118,7 +117,7 @@ def test_softened_divergence_sees_sure_answers_move():
 def test_gradient_matches_finite_differences(temperature):
     model = make_model()
     deltas = make_deltas(model)
-    config = SafeGeneConfig(
+    config = config_of(
         vector="v", utility_weight=0.7, utility_temperature=temperature, sparsity_weight=0.2, batch_size=3
     )
     attach = attachment_of(model, deltas).applied
@@ -143,7 +142,7 @@ def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
     model = make_model()
     deltas = make_deltas(model)
     attach = attachment_of(model, deltas).applied
-    config = SafeGeneConfig(vector="v", utility_weight=2.0, batch_size=3)
+    config = config_of(vector="v", utility_weight=2.0, batch_size=3)
     data = replace(calibration_set(), benign=None)
     with frozen_for_calibration(model):
         fit = Objective(model, data, "fit", config, 0, ALONE)
@@ -310,7 +309,7 @@ def test_layers_with_dropout_of_their_own_are_not_put_in_training_mode():
 def test_a_start_out_of_bounds_is_taken_to_the_nearest_bound():
     model = make_model()
     attachment = attachment_of(model, make_deltas(model))
-    config = SafeGeneConfig(vector="v", max_evaluations=1, max_coefficient=0.7, min_coefficient=0.1)
+    config = config_of(vector="v", max_evaluations=1, max_coefficient=0.7, min_coefficient=0.1)
     start = dict.fromkeys(attachment.space.names, 5.0) | {attachment.space.names[0]: 0.0}
     found = recalibrate(attachment, calibration_set(), config, 0, start=start)
     assert list(found.history[0]["coefficients"].values()) == [0.1, *[0.7] * (len(start) - 1)]

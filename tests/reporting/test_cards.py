@@ -8,7 +8,9 @@ from .test_html import report_of
 
 
 def report(**changes):
-    return report_of(**{"config": {"output_format": "merged", "granularity": "layer"}} | changes)
+    return report_of(
+        **{"config": {"output": {"output_format": "merged"}, "search": {"granularity": "layer"}}} | changes
+    )
 
 
 def test_card_of_a_checkpoint():
@@ -21,7 +23,9 @@ def test_card_of_a_checkpoint():
     }
     assert "Outcome: **accepted**" in card.text and "| 30.0% [18.1%, 45.4%] | 90.0% [76.9%, 96.0%] |" in card.text
     assert "no proof of safety" in card.text
-    adapter = checkpoint_card(report(config={"output_format": "adapter", "granularity": "module"}), "nightly")
+    adapter = checkpoint_card(
+        report(config={"output": {"output_format": "adapter"}, "search": {"granularity": "module"}}), "nightly"
+    )
     assert (adapter.data.base_model_relation, adapter.data.library_name) == ("adapter", "peft")
 
 

@@ -64,7 +64,7 @@ def test_an_acceptance_without_measured_refusals_says_so(gate):
     for found in (task_only,) if gate else (None, task_only):
         decision = decide(gate, True, 1.0, REASON, found, None)
         assert decision.outcome == "accepted" and decision.reason.startswith(REASON)
-        assert "Nothing was measured on refusals: raise `num_test_prompts`" in decision.reason
+        assert "Nothing was measured on refusals: raise `measure.num_test_prompts`" in decision.reason
     for verdict in (decide(gate, True, 1.0, REASON, measured(99), True), decide(None, False, 0.0, "No.", None, None)):
         assert "Nothing was measured" not in verdict.reason
 
@@ -122,7 +122,7 @@ def test_settings_that_cannot_be_kept_are_named():
     with pytest.raises(ConfigError, match="block"):
         SafeGeneConfig.from_dict({"vector": "v", "gate": 0.9})
     with pytest.raises(ConfigError, match="num_test_prompts"):
-        SafeGeneConfig(vector="v", num_test_prompts=0, gate=GateConfig(max_incoherent=0.1))
+        SafeGeneConfig(vector="v", measure={"num_test_prompts": 0}, gate=GateConfig(max_incoherent=0.1))
     with pytest.raises(ConfigError, match="no benign data"):
         check_measurable(GateConfig(max_over_refusal=0.1), {"harmful": 5, "benign": 0, "task": 5})
     assert SafeGeneConfig.from_dict({"vector": "v", "gate": {"min_refusal_rate": 0.9}}).gate.limits == {

@@ -69,7 +69,7 @@ def test_command(full, model_dir, vector_dir, tokenizer, tmp_path, capsys):
     for part in (tuned, tokenizer):
         part.save_pretrained(tmp_path / "tuned")
     words = ["apply", "--model_name_or_path", str(tmp_path / "tuned"), "--coefficients", "interference"]
-    words += [f"--safegene.vector={vector_dir}", f"--safegene.output_dir={tmp_path / 'out'}"]
+    words += [f"--safegene.vector={vector_dir}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
     if full:
         assert main(words) == 2
         assert "name it as `base_model`" in capsys.readouterr().err

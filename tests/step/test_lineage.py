@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from safegene_trl.commands.main import main
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.errors import ConfigError, FamilyError
 from safegene_trl.models.attachment import VectorAttachment
@@ -24,11 +23,15 @@ from safegene_trl.step.lineage import (
 )
 from safegene_trl.vectors.safety_vector import SafetyVector
 
-from ..conftest import ALONE, make_model, make_vector, task_dataset, with_lora
+from ..conftest import ALONE, config_of, make_model, make_vector, task_dataset, with_lora
 from .test_history import release
 
 
-LENIENT = ["--safegene.max_utility_loss=1000.0", "--safegene.utility_weight=0.0", "--safegene.max_evaluations=2"]
+LENIENT = [
+    "--safegene.search.max_utility_loss=1000.0",
+    "--safegene.search.utility_weight=0.0",
+    "--safegene.search.max_evaluations=2",
+]
 
 
 @pytest.fixture
@@ -39,8 +42,8 @@ def helps(monkeypatch):
 @pytest.fixture
 def safeguarded(model_dir, vector_dir, task_file, tmp_path, helps):
     """A first release, and the options for a next one."""
-    options = [f"--safegene.vector={vector_dir}", f"--safegene.task_data={task_file}", *LENIENT]
-    words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.output_dir={tmp_path / 'first'}"]
+    options = [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}", *LENIENT]
+    words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.output.output_dir={tmp_path / 'first'}"]
     assert main(["apply", *words]) == 0
     return tmp_path / "first", options
 
@@ -66,7 +69,13 @@ def test_a_safeguarded_checkpoint_says_so_and_is_refused(safeguarded, vector_dir
     entry = json.loads((first / "config.json").read_text())["safegene"]
     assert entry["coefficients"] == report_of(first)["coefficients"]
     for more in ([], ["--coefficients", "1"]):
-        words = ["--model_name_or_path", str(first), *options, f"--safegene.output_dir={tmp_path / 'second'}", *more]
+        words = [
+            "--model_name_or_path",
+            str(first),
+            *options,
+            f"--safegene.output.output_dir={tmp_path / 'second'}",
+            *more,
+        ]
         assert main(["apply", *words]) == 2
         assert "safeguarded checkpoint already" in capsys.readouterr().err
     assert not (tmp_path / "second").exists()
@@ -87,10 +96,10 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys,
     before = report_of(first)["coefficients"]
     assert any(before.values())
     words = ["--model_name_or_path", str(tmp_path / "tuned"), *options]
-    words += [f"--safegene.output_dir={tmp_path / 'second'}", *(["--coefficients", "0.25"] if given else [])]
+    words += [f"--safegene.output.output_dir={tmp_path / 'second'}", *(["--coefficients", "0.25"] if given else [])]
     assert main(["apply", *words]) == 2  # the fine-tune does not say where it started from
-    assert "as `warm_start`" in capsys.readouterr().err and not (tmp_path / "second").exists()
-    assert main(["apply", *words, f"--safegene.warm_start={first}"]) == 0
+    assert "as `search.warm_start`" in capsys.readouterr().err and not (tmp_path / "second").exists()
+    assert main(["apply", *words, f"--safegene.search.warm_start={first}"]) == 0
     report = report_of(tmp_path / "second")
     assert report["base"]["carried"] == {"claim": "verified", "source": f"the report {first}"}
     after = report["coefficients"]
@@ -110,7 +119,7 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys,
 
 def test_carried_coefficients_leave_the_model_as_it_is_and_keep_the_bounds(vector_dir, tokenizer):
     model, vector = make_model(), SafetyVector.from_pretrained(vector_dir)
-    config = SafeGeneConfig(vector="v", max_coefficient=0.5, utility_weight=1.0, max_evaluations=4)
+    config = config_of(vector="v", max_coefficient=0.5, utility_weight=1.0, max_evaluations=4)
     data = gather_shots(config, vector, tokenizer, 256, task_dataset()).data
     space = vector.space("layer")
     held = {"layers.1": 0.4, "layers.2": 0.1}
@@ -169,11 +178,21 @@ def test_another_vector_or_granularity_is_refused(vector_dir, tokenizer):
 def test_the_search_starts_at_the_last_release(safeguarded, model_dir, vector_dir, tmp_path):
     first, options = safeguarded
     history = tmp_path / "history.jsonl"
-    words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.history={history}"]
-    assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'a'}", f"--safegene.warm_start={first}"]) == 0
+    words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.output.history={history}"]
+    assert (
+        main(
+            [
+                "apply",
+                *words,
+                f"--safegene.output.output_dir={tmp_path / 'a'}",
+                f"--safegene.search.warm_start={first}",
+            ]
+        )
+        == 0
+    )
     a = report_of(tmp_path / "a")
     assert a["history"][0]["coefficients"] == pytest.approx(report_of(first)["coefficients"])
-    assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'b'}"]) == 0
+    assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'b'}"]) == 0
     assert report_of(tmp_path / "b")["history"][0]["coefficients"] == pytest.approx(a["coefficients"])
     lines = [json.loads(line) for line in history.read_text().splitlines()]
     assert [line["coefficients"] for line in lines] == [a["coefficients"], report_of(tmp_path / "b")["coefficients"]]
@@ -189,16 +208,16 @@ def test_a_claim_that_is_too_large_subtracts_nothing(safeguarded, vector_dir, tm
     for file in first.glob("*report*"):
         file.unlink()
     for value, more, message in (
-        (5.0, [], "more than `max_coefficient` (2)"),
-        (5.0, ["--safegene.max_coefficient=6"], "would subtract 4.5 times the vector at `model.layers.1"),
+        (5.0, [], "more than `search.max_coefficient` (2)"),
+        (5.0, ["--safegene.search.max_coefficient=6"], "would subtract 4.5 times the vector at `model.layers.1"),
         (1.9, [], "would subtract 1.4 times the vector at `model.layers.1"),
         (1.9, ["--granularity"], "would subtract"),
     ):
         claim(first, vector, dict.fromkeys(vector.deltas, value))
         words = ["--model_name_or_path", str(first), "--coefficients", "0.5", *options]
         words += [
-            f"--safegene.output_dir={tmp_path / 'second'}",
-            *(["--safegene.granularity=rank"] if more == ["--granularity"] else more),
+            f"--safegene.output.output_dir={tmp_path / 'second'}",
+            *(["--safegene.search.granularity=rank"] if more == ["--granularity"] else more),
         ]
         assert main(["apply", *words]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "second").exists()
@@ -221,7 +240,7 @@ def test_what_confirms_a_claim(safeguarded, vector_dir, tmp_path):
     append_release(tmp_path / "no.jsonl", release(coefficients=held | {next(iter(held)): 0.0123}, **own))
 
     def found(granularity="module", base=None, **values):
-        return carried_coefficients(model, vector, granularity, SafeGeneConfig(vector="v", **values), base)
+        return carried_coefficients(model, vector, granularity, config_of(vector="v", **values), base)
 
     assert found().verified is False and found().record == {"claim": "unverified", "source": None}
     assert found(base=str(tmp_path)).verified is False and found(base="no/where").verified is False
@@ -255,7 +274,7 @@ def test_nothing_is_subtracted_that_may_not_be_there():
                 check_no_subtraction(bad, carried)
     check_no_subtraction({"a": -0.5, "b": 0.0}, sure)
     for carried in (unsure, None):
-        with pytest.raises(FamilyError, match=r"subtract 0\.2 times the vector at `a`.*as `warm_start`"):
+        with pytest.raises(FamilyError, match=r"subtract 0\.2 times the vector at `a`.*as `search.warm_start`"):
             check_no_subtraction({"a": -0.2}, carried)
 
 
@@ -272,9 +291,9 @@ def test_it_is_named_at_the_start(model_dir, vector_dir, task_file, tmp_path, ca
     report = {"vector": {"files": SafetyVector.from_pretrained(vector_dir).files}, "coefficients": {"a": float("nan")}}
     (tmp_path / "warm.json").write_text(json.dumps(report))
     words = ["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}", *LENIENT]
-    words += [f"--safegene.task_data={task_file}", f"--safegene.output_dir={tmp_path / 'out'}"]
+    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
     for more in (
-        [f"--safegene.warm_start={tmp_path / 'warm.json'}", "--safegene.dry_run=true"],
+        [f"--safegene.search.warm_start={tmp_path / 'warm.json'}", "--safegene.dry_run=true"],
         ["--coefficients", str(tmp_path / "warm.json")],
     ):
         assert main(["apply", *words, *more]) == 2

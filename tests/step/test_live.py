@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.checkpoints.tensor_file import TensorFile
 from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
@@ -17,7 +17,7 @@ from safegene_trl.models.parameters import canonical_parameters
 from safegene_trl.models.replacement import replaced, without_adapters
 from safegene_trl.step import live, measurement
 
-from ..conftest import ALONE, make_model, make_vector, with_lora
+from ..conftest import ALONE, config_of, make_model, make_vector, with_lora
 from ..test_callback import sft
 
 
@@ -29,7 +29,7 @@ IDS = torch.arange(24).reshape(2, 12) + 5
 def config(vector_dir):
     def make(**values):
         quick = {"max_utility_loss": 100.0, "max_evaluations": 3, "num_test_prompts": 2, "max_new_tokens": 2}
-        return SafeGeneConfig(**{"vector": str(vector_dir), "utility_weight": 0.0} | quick | values)
+        return config_of(**{"vector": str(vector_dir), "utility_weight": 0.0} | quick | values)
 
     return make
 

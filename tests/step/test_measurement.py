@@ -5,13 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.models.inputs import batches
 from safegene_trl.step import measurement
 from safegene_trl.step.measurement import measure
 
-from ..conftest import ALONE, HARMFUL, make_model, make_vector, task_dataset
+from ..conftest import ALONE, HARMFUL, config_of, make_model, make_vector, task_dataset
 
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -20,7 +19,7 @@ REFUSAL = "I'm sorry, but I can't help with that."
 @pytest.fixture
 def setting(tokenizer):
     model = make_model()
-    config = SafeGeneConfig(vector="v", num_safety_shots=4, num_benign_shots=4, num_task_shots=4, num_test_prompts=8)
+    config = config_of(vector="v", num_safety_shots=4, num_benign_shots=4, num_task_shots=4, num_test_prompts=8)
     vector = make_vector(model, tokenizer)
     for number, row in enumerate(vector.prompts):
         row["category"] = f"category {number % 2}"

@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError
+from safegene_trl import SafeGeneCallback, SafeGeneError
 from safegene_trl.checkpoints.loading import load_model
 
-from ..conftest import make_model, with_lora
+from ..conftest import config_of, make_model, with_lora
 from ..test_callback import sft
 
 
@@ -39,7 +39,7 @@ def train(vector_dir, tokenizer, tmp_path):
 
     def run(model, act=None, attach=True, fails=None, settings=None, before=(), **kwargs):
         values = {"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
-        callback = SafeGeneCallback(SafeGeneConfig(**values | (settings or {})))
+        callback = SafeGeneCallback(config_of(**values | (settings or {})))
         others = [*before, *([AtLastStep(act)] if act else [])]
         trainer = sft(tmp_path / "out", [*others, callback], tokenizer, model, **kwargs)
         if attach:

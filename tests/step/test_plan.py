@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig, SafeGeneError, SafetyVector
+from safegene_trl import SafeGeneCallback, SafeGeneError, SafetyVector
 from safegene_trl.checkpoints.output import MARKER
 from safegene_trl.checkpoints.renaming import temporary_name
 from safegene_trl.commands.main import main
 from safegene_trl.errors import RejectedError
 from safegene_trl.models.low_rank import LowRankDelta
 
-from ..conftest import make_model, make_vector
+from ..conftest import config_of, make_model, make_vector, options_of
 from ..test_callback import sft
 
 
@@ -22,7 +22,7 @@ from ..test_callback import sft
 def config(vector_dir):
     def make(**values):
         quick = {"max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 2, "num_test_prompts": 0}
-        return SafeGeneConfig(**{"vector": str(vector_dir)} | quick | values)
+        return config_of(**{"vector": str(vector_dir)} | quick | values)
 
     return make
 
@@ -139,10 +139,10 @@ def test_an_output_that_would_cost_an_input_is_refused(
         for part in (make_model(), tokenizer):
             part.save_pretrained(place)
     words = ["apply", "--model_name_or_path", str(place if name == "model" else model_dir), "--coefficients=0.5"]
-    words += [f"--safegene.{key}={value}" for key, value in settings.items()]
+    words += options_of(settings)
     before = sorted(tmp_path.rglob("*"))
     for target, relation in ((place, "is"), (place.parent, "holds")):
-        assert main([*words, "--safegene.dry_run=true", f"--safegene.output_dir={target}"]) == 2
+        assert main([*words, "--safegene.dry_run=true", f"--safegene.output.output_dir={target}"]) == 2
         assert f"{target} {relation} {INPUTS[name]} {place}" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 

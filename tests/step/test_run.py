@@ -18,14 +18,14 @@ from jsonschema import validate
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from safegene_trl import SafeGeneCallback, SafeGeneConfig
+from safegene_trl import SafeGeneCallback
 from safegene_trl.distributed.communicator import Communicator
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
 from safegene_trl.interruption import terminable
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step.history import read_history
 
-from ..conftest import make_model
+from ..conftest import config_of, make_model
 from ..test_callback import sft
 
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(vector_dir):
     def make(**values):
         quick = {"max_utility_loss": 100.0, "max_evaluations": 2, "num_test_prompts": 2, "max_new_tokens": 2}
-        return SafeGeneConfig(**{"vector": str(vector_dir)} | quick | values)
+        return config_of(**{"vector": str(vector_dir)} | quick | values)
 
     return make
 
@@ -219,7 +219,7 @@ def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tm
     with pytest.raises(RejectedError) as raised:
         sft(tmp_path / "out", [callback], tokenizer).train()
     message, out = str(raised.value), tmp_path / "out"
-    assert message.startswith("The safeguarded checkpoint was rejected, because ") and "`max_utility_loss`" in message
+    assert message.startswith("The safeguarded checkpoint was rejected, because ") and "`search.max_utility_loss`" in message
     assert f"nothing was written to {out / 'safeguarded'}, the report is {out / 'safeguarded.failed.json'}" in message
     assert f"{out} is the plain fine-tune" in message and (out / "safeguarded.failed.json").is_file()
     assert [release["outcome"] for release in read_history(history)] == ["rejected"]

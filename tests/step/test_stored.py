@@ -31,7 +31,9 @@ def apply(vector_dir, tmp_path):
     def run(model, coefficients, *options):
         target = tmp_path / "applied"
         words = ["apply", "--model_name_or_path", str(model), "--coefficients", str(coefficients)]
-        return main([*words, f"--safegene.vector={vector_dir}", f"--safegene.output_dir={target}", *options]), target
+        return main(
+            [*words, f"--safegene.vector={vector_dir}", f"--safegene.output.output_dir={target}", *options]
+        ), target
 
     return run
 
@@ -67,7 +69,7 @@ def test_an_earlier_report_gives_the_same_weights(output_format, apply, model_di
     report = json.loads((found / "safegene_report.json").read_text())
     report["coefficients"] = {"layers.1": 0.7, "layers.2": 0.1}
     (earlier / "safegene_report.json").write_text(json.dumps(report))
-    code, target = apply(tmp_path / "adapter", earlier, f"--safegene.output_format={output_format}")
+    code, target = apply(tmp_path / "adapter", earlier, f"--safegene.output.output_format={output_format}")
     assert code == 0
     expected = adapted.merge_and_unload()
     for name, delta in make_vector(make_model(), tokenizer).deltas.items():
@@ -110,7 +112,7 @@ def test_bad_coefficients_are_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])
 def test_limits_of_a_gate_are_refused_where_nothing_is_measured(dry_run, apply, model_dir, tmp_path, capsys):
-    options = ["--safegene.gate.min_refusal_rate=0.99", f"--safegene.history={tmp_path / 'h'}"]
+    options = ["--safegene.gate.min_refusal_rate=0.99", f"--safegene.output.history={tmp_path / 'h'}"]
     code, target = apply(model_dir, 0.5, *options, f"--safegene.dry_run={dry_run}")
     assert code == 2 and not target.exists() and not (tmp_path / "h").exists()
     assert "`gate.min_refusal_rate` is set beside `coefficients`" in capsys.readouterr().err
@@ -136,7 +138,7 @@ def test_coefficients_that_change_no_weight_are_refused(
         parameter.data.copy_(torch.where(parameter >= 0, 1e4, -1e4))
     adapted.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    options = [f"--safegene.output_format={output_format}", "--safegene.allow_other_base=true"]
+    options = [f"--safegene.output.output_format={output_format}", "--safegene.allow_other_base=true"]
     code, target = apply(tmp_path / "model", coefficients, *options)
     assert code == 2 and not target.exists()
     assert re.search(message, capsys.readouterr().err)
@@ -146,7 +148,7 @@ def test_coefficients_that_the_weights_carry_already_are_refused(apply, model_di
     first = apply(model_dir, 0.5)[1].rename(tmp_path / "first")
     AutoModelForCausalLM.from_pretrained(first).save_pretrained(tmp_path / "tuned")
     tokenizer.save_pretrained(tmp_path / "tuned")
-    code, target = apply(tmp_path / "tuned", 0.5, f"--safegene.warm_start={first}")
+    code, target = apply(tmp_path / "tuned", 0.5, f"--safegene.search.warm_start={first}")
     assert code == 2 and not target.exists()
     assert "carry the vector with these coefficients already" in capsys.readouterr().err
 
@@ -163,12 +165,12 @@ def test_a_history_whose_disk_is_full_is_met_before_the_checkpoint_is_there(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    code, target = apply(model_dir, 0.5, f"--safegene.history={place}")
+    code, target = apply(model_dir, 0.5, f"--safegene.output.history={place}")
     assert code == 2 and not target.exists() and read_history(place) == []
-    assert "The history" in (said := capsys.readouterr().err) and "name another `history`" in said
+    assert "The history" in (said := capsys.readouterr().err) and "name another `output.history`" in said
     assert json.loads(target.with_name("applied.failed.json").read_text())["status"] == "failed"
     monkeypatch.undo()
-    code, target = apply(model_dir, 0.5, f"--safegene.history={place}")
+    code, target = apply(model_dir, 0.5, f"--safegene.output.history={place}")
     assert code == 0 and len(read_history(place)) == 1 and not target.with_name("applied.failed.json").exists()
 
 

@@ -60,8 +60,8 @@ def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, mon
     rows = [{"prompt": f"sort item {i}", "response": "into a box"} for i in range(6)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--model_name_or_path", "model", "--safegene.vector", "both", "--safegene.allow_other_base", "true"]
-    options += ["--safegene.task_data", "task.jsonl", "--safegene.max_new_tokens", "2"]
-    assert main(["apply", *options, "--safegene.output_dir", "out"]) == 0
+    options += ["--safegene.data.task_data", "task.jsonl", "--safegene.measure.max_new_tokens", "2"]
+    assert main(["apply", *options, "--safegene.output.output_dir", "out"]) == 0
     report = json.loads((tmp_path / "out" / "safegene_report.json").read_text())
     coefficients = report["coefficients"]
     assert set(coefficients) == {f"{name}/{part}" for name in {**two[0].deltas, **two[1].deltas} for part in range(2)}
@@ -73,7 +73,7 @@ def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, mon
         coefficients[f"{name}/{part}"] * vector.deltas[name].dense() for part, vector in enumerate(two)
     )
     torch.testing.assert_close(merged[f"{name}.weight"], expected)
-    assert main(["apply", *options, "--coefficients", "out", "--safegene.output_dir", "again"]) == 0
+    assert main(["apply", *options, "--coefficients", "out", "--safegene.output.output_dir", "again"]) == 0
     again = load_file("again/model.safetensors")
     assert all(torch.allclose(again[key], merged[key], atol=1e-6) for key in merged)
 

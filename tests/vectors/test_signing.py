@@ -210,7 +210,7 @@ def test_configuration(signed, keys, model_dir, tmp_path, capsys):
     with pytest.raises(ConfigError, match="without a `public_key`"):
         SafeGeneConfig(vector="x", require_signature=True)
     words = ["apply", "--model_name_or_path", str(model_dir), "--coefficients", "0.5"]
-    words += [f"--safegene.vector={signed}", f"--safegene.output_dir={tmp_path / 'out'}"]
+    words += [f"--safegene.vector={signed}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
     words += ["--safegene.require_signature=true"]
     assert main([*words, f"--safegene.public_key={keys / 'maker.pub'}"]) == 0
     report = json.loads((tmp_path / "out" / "safegene_report.json").read_text())
