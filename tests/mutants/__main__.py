@@ -5,6 +5,7 @@ mutation are told, left out, and make this command fail as well. Ends with 0 whe
 """
 
 import argparse
+import json
 import os
 import re
 import shutil

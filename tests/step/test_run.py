@@ -219,7 +219,10 @@ def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tm
     with pytest.raises(RejectedError) as raised:
         sft(tmp_path / "out", [callback], tokenizer).train()
     message, out = str(raised.value), tmp_path / "out"
-    assert message.startswith("The safeguarded checkpoint was rejected, because ") and "`search.max_utility_loss`" in message
+    assert (
+        message.startswith("The safeguarded checkpoint was rejected, because ")
+        and "`search.max_utility_loss`" in message
+    )
     assert f"nothing was written to {out / 'safeguarded'}, the report is {out / 'safeguarded.failed.json'}" in message
     assert f"{out} is the plain fine-tune" in message and (out / "safeguarded.failed.json").is_file()
     assert [release["outcome"] for release in read_history(history)] == ["rejected"]
