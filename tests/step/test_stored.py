@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 
 import jsonschema
 import pytest
@@ -183,11 +184,11 @@ def test_dry_run_and_other_options(apply, model_dir, capsys):
 
 def test_an_image_processor_beside_the_model_is_kept(apply, model_dir, tokenizer, tmp_path):
     """Also where only the base model of an adapter has it."""
-    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14)
-    processor.save_pretrained(model_dir)
-    code, target = apply(model_dir, 0.5)
+    place = shutil.copytree(model_dir, tmp_path / "model")
+    LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14).save_pretrained(place)
+    code, target = apply(place, 0.5)
     saved = AutoProcessor.from_pretrained(target)
     assert code == 0 and type(saved) is LlavaProcessor and saved.patch_size == 14
-    adapter = with_lora(AutoModelForCausalLM.from_pretrained(model_dir))
+    adapter = with_lora(AutoModelForCausalLM.from_pretrained(place))
     adapter.save_pretrained(tmp_path / "adapter")
     assert type(load_processor(str(tmp_path / "adapter"))) is LlavaProcessor
