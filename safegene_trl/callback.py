@@ -20,7 +20,7 @@ from transformers import (
 from .checkpoints.contents import ADAPTER_CONFIG
 from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
-from .config.validation import shown
+from .config.validation import check_is, shown
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_launch
 from .errors import ConfigError, FamilyError, OutputError, RejectedError, SafeGeneError, UnexpectedError
@@ -68,11 +68,7 @@ class SafeGeneCallback(TrainerCallback):
     """
 
     def __init__(self, config: SafeGeneConfig):
-        if not isinstance(config, SafeGeneConfig):
-            raise ConfigError(
-                f"SafeGeneCallback was given {shown(config)}: give it a SafeGeneConfig, as in "
-                "`SafeGeneCallback(SafeGeneConfig(vector=…))`."
-            )
+        check_is(config, SafeGeneConfig, "SafeGeneCallback")
         self.config = config
         self.report: dict[str, Any] | None = None
         self._prepared: Preparation | None = None
