@@ -56,11 +56,13 @@ class SafeGeneCallback(TrainerCallback):
         config: What to do.
 
     Attributes:
-        report: The report of the last run, None before it.
+        report: The report of the last run, as in `safegene_report.json`; None before it.
 
     Raises:
-        SafeGeneError: At the start of the training for anything that can be checked then, with any `on_failure`; at its
-            end with `on_failure="raise"`.
+        ConfigError: `config` is no `SafeGeneConfig`.
+        SafeGeneError: One of its kinds: at the start of the training for anything that can be checked then, with any
+            `on_failure`; at its end with `on_failure="raise"`, a `RejectedError` where the gate's limits are not kept.
+        SystemExit: With code 0 before the first step, after a dry run's checks have passed.
 
     Example:
         >>> trainer = SFTTrainer(model, train_dataset=data, callbacks=[SafeGeneCallback(SafeGeneConfig(vector="…"))])

@@ -98,7 +98,8 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
 
 def _weights(record: dict[str, Any]) -> str | None:
     """SHA-256 of the weights of a vector, as its record says; None for one that was never saved."""
-    return (record.get("files") or {}).get(WEIGHTS_FILE, {}).get("sha256")
+    found: str | None = (record.get("files") or {}).get(WEIGHTS_FILE, {}).get("sha256")
+    return found
 
 
 def _stacked(name: str, d_in: int, d_out: int, vectors: Sequence[SafetyVector]) -> LowRankDelta:
