@@ -149,7 +149,7 @@ def test_apply_refuses_what_cannot_be_meant(vector_dir, model_dir, monkeypatch):
     for values, message in (
         ({"dtype": "float64"}, "`dtype` is 'float64': use one of auto"),
         ({"coefficients": 0.5, "dtype": "float32"}, "leave out `dtype`"),
-        ({}, "task_data` is not set"),
+        ({}, "data.task_data` is not set"),
     ):
         with pytest.raises(ConfigError, match=message):
             apply(config, model_dir, **values)
@@ -221,9 +221,9 @@ def test_the_example_of_the_page_and_of_the_readme_runs(workplace):
 
 
 def test_apply_from_python_writes_what_the_command_writes(model_dir, vector_dir, tmp_path, capsys):
-    config = SafeGeneConfig(vector=str(vector_dir), output_dir=str(tmp_path / "python"))
+    config = SafeGeneConfig(vector=str(vector_dir), output={"output_dir": str(tmp_path / "python")})
     dry = apply(
-        SafeGeneConfig(vector=str(vector_dir), output_dir=str(tmp_path / "no"), dry_run=True),
+        SafeGeneConfig(vector=str(vector_dir), output={"output_dir": str(tmp_path / "no")}, dry_run=True),
         model_dir,
         coefficients=0.5,
     )
@@ -232,7 +232,7 @@ def test_apply_from_python_writes_what_the_command_writes(model_dir, vector_dir,
     assert report["status"] == "safeguarded" and set(report["coefficients"].values()) == {0.5}
     assert capsys.readouterr().out == ""
     words = ["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}", "--coefficients=0.5"]
-    assert main(["apply", *words, f"--safegene.output_dir={tmp_path / 'command'}"]) == 0
+    assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'command'}"]) == 0
     weights = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("python", "command")]
     assert weights[0] == weights[1]
     assert apply(config, str(model_dir), coefficients=tmp_path / "command")["coefficients"] == report["coefficients"]

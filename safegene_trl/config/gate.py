@@ -32,7 +32,7 @@ class GateConfig:
         write_rejected: Write the checkpoint even if it is rejected. Its report says so.
 
     Raises:
-        ConfigError: A limit is no share, or a value of another type than its field.
+        ConfigError: A name is no setting (the nearest one is named), a limit is no share, or a value is impossible.
     """
 
     min_refusal_rate: float | None = None

@@ -35,7 +35,9 @@ def safeguard_loaded(
         SafeGeneError: One of its kinds.
     """
     if config.data.task_data is None:
-        raise ConfigError("`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility.")
+        raise ConfigError(
+            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+        )
     job = this_job()
     with job.agreed():
         check_not_safeguarded(name_or_path, revision)
