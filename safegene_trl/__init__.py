@@ -10,32 +10,102 @@ if TYPE_CHECKING:
     from .config.gate import GateConfig
     from .config.groups import DataConfig, MeasureConfig, OutputConfig, SearchConfig
     from .config.settings import SafeGeneConfig
-    from .errors import SafeGeneError
+    from .errors import (
+        CalibrationDataError,
+        CheckpointError,
+        ConfigError,
+        FamilyError,
+        MemoryShortageError,
+        OutputError,
+        PeerError,
+        PlotError,
+        RecalibrationError,
+        RejectedError,
+        SafeGeneError,
+        SignatureError,
+        UnexpectedError,
+        UnsupportedModelError,
+        VectorError,
+    )
+    from .evaluation.evaluate import EvaluationConfig, evaluate
+    from .extraction.config import ExtractionConfig
+    from .extraction.extract import extract
+    from .judges import Exchange, Judge, Verdict, load_judge
+    from .step.apply import apply
+    from .vectors.combination import combine
     from .vectors.safety_vector import SafetyVector
 
 
 __version__ = version("safegene-trl")
 __all__ = [
+    "CalibrationDataError",
+    "CheckpointError",
+    "ConfigError",
     "DataConfig",
+    "EvaluationConfig",
+    "Exchange",
+    "ExtractionConfig",
+    "FamilyError",
     "GateConfig",
+    "Judge",
     "MeasureConfig",
+    "MemoryShortageError",
     "OutputConfig",
+    "OutputError",
+    "PeerError",
+    "PlotError",
+    "RecalibrationError",
+    "RejectedError",
     "SafeGeneCallback",
     "SafeGeneConfig",
     "SafeGeneError",
     "SafetyVector",
     "SearchConfig",
+    "SignatureError",
+    "UnexpectedError",
+    "UnsupportedModelError",
+    "VectorError",
+    "Verdict",
+    "apply",
+    "combine",
+    "evaluate",
+    "extract",
+    "load_judge",
 ]
 _MODULES = {
+    "CalibrationDataError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
     "DataConfig": "config.groups",
+    "EvaluationConfig": "evaluation.evaluate",
+    "Exchange": "judges",
+    "ExtractionConfig": "extraction.config",
+    "FamilyError": "errors",
     "GateConfig": "config.gate",
+    "Judge": "judges",
     "MeasureConfig": "config.groups",
+    "MemoryShortageError": "errors",
     "OutputConfig": "config.groups",
+    "OutputError": "errors",
+    "PeerError": "errors",
+    "PlotError": "errors",
+    "RecalibrationError": "errors",
+    "RejectedError": "errors",
     "SafeGeneCallback": "callback",
     "SafeGeneConfig": "config.settings",
     "SafeGeneError": "errors",
     "SafetyVector": "vectors.safety_vector",
     "SearchConfig": "config.groups",
+    "SignatureError": "errors",
+    "UnexpectedError": "errors",
+    "UnsupportedModelError": "errors",
+    "VectorError": "errors",
+    "Verdict": "judges",
+    "apply": "step.apply",
+    "combine": "vectors.combination",
+    "evaluate": "evaluation.evaluate",
+    "extract": "extraction.extract",
+    "load_judge": "judges",
 }
 
 
@@ -44,3 +114,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

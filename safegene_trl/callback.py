@@ -20,7 +20,7 @@ from transformers import (
 from .checkpoints.contents import ADAPTER_CONFIG
 from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
-from .config.validation import shown
+from .config.validation import check_is, shown
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_launch
 from .errors import ConfigError, FamilyError, OutputError, RejectedError, SafeGeneError, UnexpectedError
@@ -56,11 +56,13 @@ class SafeGeneCallback(TrainerCallback):
         config: What to do.
 
     Attributes:
-        report: The report of the last run, None before it.
+        report: The report of the last run, as in `safegene_report.json`; None before it.
 
     Raises:
-        SafeGeneError: At the start of the training for anything that can be checked then, with any `on_failure`; at its
-            end with `on_failure="raise"`.
+        ConfigError: `config` is no `SafeGeneConfig`.
+        SafeGeneError: One of its kinds: at the start of the training for anything that can be checked then, with any
+            `on_failure`; at its end with `on_failure="raise"`, a `RejectedError` where the gate's limits are not kept.
+        SystemExit: With code 0 before the first step, after a dry run's checks have passed.
 
     Example:
         >>> trainer = SFTTrainer(model, train_dataset=data, callbacks=[SafeGeneCallback(SafeGeneConfig(vector="…"))])
@@ -68,11 +70,7 @@ class SafeGeneCallback(TrainerCallback):
     """
 
     def __init__(self, config: SafeGeneConfig):
-        if not isinstance(config, SafeGeneConfig):
-            raise ConfigError(
-                f"SafeGeneCallback was given {shown(config)}: give it a SafeGeneConfig, as in "
-                "`SafeGeneCallback(SafeGeneConfig(vector=…))`."
-            )
+        check_is(config, SafeGeneConfig, "SafeGeneCallback")
         self.config = config
         self.report: dict[str, Any] | None = None
         self._prepared: Preparation | None = None

@@ -60,10 +60,14 @@ class MemoryShortageError(SafeGeneError):
 class UnexpectedError(SafeGeneError):
     """The safety step failed by an error that nothing here foresaw; its cause is chained to it.
 
+    Args:
+        message: One sentence that says what failed and what to do.
+        on_all_ranks: As the attribute.
+
     Attributes:
         on_all_ranks: Whether every rank of the job raises it, so that all of them can go on.
     """
 
     def __init__(self, message: str, on_all_ranks: bool = True):
         super().__init__(message)
-        self.on_all_ranks = on_all_ranks
+        self.on_all_ranks: bool = on_all_ranks

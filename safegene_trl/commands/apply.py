@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.settings import SafeGeneConfig
-from ..errors import ConfigError
+from ..distributed.launched import launched_processes
+from ..errors import ConfigError, RejectedError
 from ..reporting.summary import announcement
+from ..step.apply import NO_MODEL, apply, output_of
 from .apply_arguments import ARGUMENTS, ApplyArguments
-from .launch_option import launched_processes, wants_launch
+from .launch_option import wants_launch
 from .parsing import make_parser, parse
 
 
@@ -31,33 +33,39 @@ def main(argv: Sequence[str]) -> int:
         return run_fleet(Path(arguments.fleet))
     name, config = arguments.model_name_or_path, block.config
     if not name:
-        raise ConfigError("No model is named: set `model_name_or_path` to a finished checkpoint or adapter.")
+        raise ConfigError(NO_MODEL)
     if config is None:
         raise ConfigError("No safety vector is named: add a `safegene` block with `vector` and `data.task_data`.")
-    target = Path(config.output.output_dir or f"{Path(name).name}-safeguarded")
     if arguments.coefficients is not None:
-        return _merge_stored(config, arguments, target)
-    from .apply_loaded import apply_loaded
+        return _applied(config, arguments)
+    from ..distributed.processes import join_processes, leave_processes, this_job
 
-    return apply_loaded(config, arguments, target)
+    join_processes()
+    try:
+        code = _applied(config, arguments, this_job().is_main)
+    except RejectedError:  # on every rank
+        leave_processes()
+        raise
+    leave_processes()
+    return code
 
 
-def _merge_stored(config: SafeGeneConfig, arguments: ApplyArguments, target: Path) -> int:
-    from ..step.stored import safeguard_stored
-
-    if launched_processes() > 1:
-        raise ConfigError("`coefficients` are merged from file to file by one process: leave out the launcher.")
-    if arguments.dtype != "auto":
-        raise ConfigError("With `coefficients` the checkpoint keeps its own data type: leave out `dtype`.")
-    report = safeguard_stored(
+def _applied(config: SafeGeneConfig, arguments: ApplyArguments, is_main: bool = True) -> int:
+    """Safeguards the model; the first process says what came of it."""
+    name = arguments.model_name_or_path
+    report = apply(
         config,
-        arguments.model_name_or_path,
-        arguments.model_revision,
-        str(arguments.coefficients),
-        target,
-        arguments.base_model,
+        name,
+        model_revision=arguments.model_revision,
+        dtype=arguments.dtype,
+        coefficients=arguments.coefficients,
+        base_model=arguments.base_model,
+        allow_pickled_shards=arguments.allow_pickled_shards,
     )
+    from ..step.gate import EXIT_CODES
     from ..step.plan import dry_run_message
 
-    print(dry_run_message(target) if config.dry_run else announcement(report, target))
-    return 0
+    target = output_of(config, name)
+    if is_main:
+        print(dry_run_message(target) if config.dry_run else announcement(report, target))
+    return 0 if config.dry_run else EXIT_CODES[report["decision"]["outcome"]]

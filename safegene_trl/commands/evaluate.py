@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..distributed.processes import join_processes, this_job
+from ..distributed.processes import join_processes
 from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
 from ..text import printable
 from .launch_option import wants_launch
@@ -19,9 +19,7 @@ def main(argv: Sequence[str]) -> int:
     (config,) = parse(
         (EvaluationConfig,), argv, prog="safegene evaluate", description="Measure refusals, over-refusal and utility."
     )
-    job = this_job()
-    with job.named():
-        result = evaluate(config, job)
+    result = evaluate(config)
     if result is not None:
         print(text(result))
         print(f"\nAnswers, verdicts and all numbers: {config.output_dir} ({RESULT})")

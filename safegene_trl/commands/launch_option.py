@@ -1,6 +1,5 @@
-"""The option `--accelerate_config`, and in how many processes this one was launched."""
+"""The option `--accelerate_config`."""
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -30,8 +29,3 @@ def take_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
             f"`{OPTION} {named}` is neither a file nor one of {', '.join(sorted(shipped))}: write one of these."
         )
     return path, rest
-
-
-def launched_processes() -> int:
-    """How many processes a launcher has started, this one among them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

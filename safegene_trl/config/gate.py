@@ -30,6 +30,9 @@ class GateConfig:
         benign_data: The same of benign prompts.
         benign_data_split: Split of `benign_data` to read.
         write_rejected: Write the checkpoint even if it is rejected. Its report says so.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), a limit is no share, or a value is impossible.
     """
 
     min_refusal_rate: float | None = None
@@ -44,7 +47,7 @@ class GateConfig:
 
     RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_values(self, prefix="gate.")
 
     @property

@@ -47,6 +47,9 @@ class DataConfig:
         max_refusal_tokens: The safety terms read this many first tokens of a refusal or benign answer: whether a model
             refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
     """
 
     safety_data: str | None = None
@@ -71,7 +74,7 @@ class DataConfig:
         "max_response_tokens": _COUNT,
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_values(self, prefix="data.")
         if not 0.0 < self.holdout_share < 1.0:
             raise ConfigError(f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")
@@ -103,6 +106,9 @@ class SearchConfig:
         sparsity_weight: γ, weight of Σλ in the objective.
         max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task samples, in nats per
             response token.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
     """
 
     granularity: Granularity = "module"
@@ -135,7 +141,7 @@ class SearchConfig:
         wanted = 0.3 if self.initial_coefficient is None else self.initial_coefficient
         return min(max(wanted, self.min_coefficient), self.max_coefficient)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_values(self, prefix="search.")
         for name in ("min_coefficient", "max_coefficient"):
             value = getattr(self, name)
@@ -162,6 +168,9 @@ class MeasureConfig:
         num_test_prompts: How many harmful prompts, benign prompts and task samples, of each and at most, the model is
             measured on: none of those that the coefficients were fitted on. 0 leaves measuring out.
         max_new_tokens: Tokens generated for each answer.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
     """
 
     num_test_prompts: int = 64
@@ -169,7 +178,7 @@ class MeasureConfig:
 
     RULES: ClassVar[Mapping[str, Rule]] = {"num_test_prompts": _COUNT_OR_NONE, "max_new_tokens": _COUNT}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_values(self, prefix="measure.")
 
 
@@ -187,6 +196,9 @@ class OutputConfig:
         hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it is rejected. `Trainer`'s own
             `push_to_hub` uploads the plain fine-tune.
         hub_private: Whether a repository made for it is private.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
     """
 
     output_dir: str | None = None
@@ -203,9 +215,10 @@ class OutputConfig:
         "hub_model_id": Rule(syntax=repository, may_be_null=True),
     }
 
-    def __post_init__(self):
-        if type(self.max_shard_size) is int and self.max_shard_size > 0:
-            self.max_shard_size = f"{self.max_shard_size / 1000}KB"
+    def __post_init__(self) -> None:
+        size: object = self.max_shard_size  # a recipe may have a number
+        if type(size) is int and size > 0:
+            self.max_shard_size = f"{size / 1000}KB"
         check_values(self, prefix="output.")
 
 

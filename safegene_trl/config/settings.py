@@ -68,6 +68,10 @@ class SafeGeneConfig:
         dry_run: Check everything before the first training step, then stop the training.
         on_failure: `raise` stops the script; `warn` ends the fine-tune normally, the report says what failed.
         seed: Seed for drawing shots.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is missing, impossible, or contradicts
+            another one.
     """
 
     vector: str = ""
@@ -94,6 +98,9 @@ class SafeGeneConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "SafeGeneConfig":
         """Builds a config from a block that somebody wrote.
 
+        Args:
+            values: Keys and values, as in a recipe's `safegene` block.
+
         Raises:
             ConfigError: A key is unknown (the nearest known one is named), has no value, or one that is impossible.
         """
@@ -106,9 +113,10 @@ class SafeGeneConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, groups as mappings; `SafeGeneConfig(**values)` brings them back."""
         return asdict(self)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, kind in BLOCKS.items():
             block = getattr(self, name)
             if isinstance(block, Mapping):

@@ -295,6 +295,21 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
             raise ConfigError(f"`{name}` is {shown(value)}: it must be {must}.")
 
 
+def check_is(given: object, kind: type, where: str) -> None:
+    """Raises `ConfigError` unless a function or class was given the config that it takes.
+
+    Args:
+        given: What it was given.
+        kind: The dataclass that it takes.
+        where: The function's or class's name.
+    """
+    if not isinstance(given, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ConfigError(
+            f"{where} was given {shown(given)}: give it {article} {kind.__name__}, as in `{where}({kind.__name__}(…))`."
+        )
+
+
 def shown(value: Any) -> str:
     """A value in a message, short."""
     text = repr(value)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, UnsupportedModelError
+from .launched import launched_processes
 from .layouts import Sharding
 
 
@@ -47,8 +48,18 @@ def leave_processes() -> None:
 
 
 def this_job() -> Sharding:
-    """The processes of this job, with no model in them yet."""
-    return Sharding(PartialState().device)
+    """The processes of this job, with no model in them yet.
+
+    Raises:
+        ConfigError: A launcher has started several, and every one takes itself for a job of its own.
+    """
+    state = PartialState()
+    if state.num_processes < launched_processes():
+        raise ConfigError(
+            f"The launcher started {launched_processes()} processes and this one sees {state.num_processes}: call "
+            '`torch.distributed.init_process_group("gloo")` first, or run the script without a launcher.'
+        )
+    return Sharding(state.device)
 
 
 def check_launch(model: nn.Module, args: TrainingArguments) -> None:
@@ -58,7 +69,7 @@ def check_launch(model: nn.Module, args: TrainingArguments) -> None:
         UnsupportedModelError: Tensor, context or sequence parallelism, or FSDP version 1.
         ConfigError: Every process takes itself for a job of its own.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launched_processes()
     if args.world_size < launched:
         raise ConfigError(
             f"The launcher started {launched} processes and the trainer sees {args.world_size}: set `use_cpu: true` where "

@@ -20,7 +20,9 @@ class ExtractionConfig:
 
     Args:
         aligned_model: The released model whose refusals are intact: directory or hub id.
+        aligned_revision: Its branch, tag or commit on the hub.
         degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that weakens them.
+        degraded_revision: Its branch, tag or commit on the hub.
         output_dir: Where the vector goes.
         overwrite_output_dir: Replace a vector that is there.
         method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there (see
@@ -39,6 +41,7 @@ class ExtractionConfig:
         bootstrap_resamples: How often the prompts are drawn again to see how stable the selection is.
         harmful_data: Harmful prompts: a column `prompt`, no answers needed.
         benign_data: Benign prompts, look-alikes above all.
+        data_split: Split of both data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
         num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned model refuses.
         num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned model answers.
@@ -47,6 +50,9 @@ class ExtractionConfig:
         dtype: Data type to load the models in.
         weights_dtype: Data type to store the vector in.
         seed: Seed for drawing prompts.
+
+    Raises:
+        ConfigError: A name is no setting. Values are checked by `check`, with which `extract` begins.
     """
 
     aligned_model: str = field(default="", metadata={"help": "Model with intact refusals: directory or hub id."})
@@ -117,7 +123,11 @@ class ExtractionConfig:
         return 1.0 if self.selection == "all" else self.layer_share
 
     def check(self) -> None:
-        """Raises `ConfigError` for a missing or impossible value."""
+        """Checks every value.
+
+        Raises:
+            ConfigError: One is missing or impossible.
+        """
         for name in ("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"):
             if not getattr(self, name):
                 raise ConfigError(f"`{name}` is not set.")

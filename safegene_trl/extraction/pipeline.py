@@ -62,8 +62,8 @@ class _AlignedSide:
     references: list[ReferenceBatch]
 
 
-def extract(config: ExtractionConfig, job: Sharding, show_progress: bool = True) -> SafetyVector | None:
-    """Makes a safety vector. Collective; rank 0 has it then, the others None.
+def make_vector(config: ExtractionConfig, job: Sharding, show_progress: bool = True) -> SafetyVector | None:
+    """Makes a safety vector and saves nothing. Collective; rank 0 has it then, the others None.
 
     Args:
         config: How.

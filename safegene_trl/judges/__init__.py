@@ -22,7 +22,13 @@ ATTACK_SUCCEEDED = ("answered", "harmful")  # not refused and coherent; for a ju
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt, its answer, and the words that count as a classifier's label there."""
+    """What a judge is asked about.
+
+    Attributes:
+        prompt: The last user turn, as plain text.
+        answer: What the model said, without special tokens.
+        labels: Words that are a classifier's label as an answer, and no answer.
+    """
 
     prompt: str
     answer: str
@@ -44,7 +50,7 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Judges coherent, on-task answers.
+    """Judges coherent, on-task answers; any object of this form will do.
 
     Attributes:
         name: As the user wrote it, for the record.
@@ -56,10 +62,19 @@ class Judge(Protocol):
     sees: Literal["refusals", "harm"]
     batch: int
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]: ...
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """A verdict on every exchange, in their order.
+
+        Args:
+            exchanges: Prompts and answers; an empty sequence gives an empty list.
+
+        Raises:
+            SafeGeneError: The judge cannot be asked; what it gives no usable reply to is `unjudged` instead.
+        """
+        ...
 
     def describe(self) -> dict[str, Any]:
-        """What another person needs to judge again in the same way."""
+        """What another person needs to judge again in the same way: names, versions, hashes, thresholds; JSON-able."""
         ...
 
 
@@ -98,9 +113,10 @@ def verdict_of_share(share: Any, sees: Literal["refusals", "harm"]) -> Verdict:
 def load_judge(spec: str) -> Judge:
     """The judge that `name` or `name:argument` stands for.
 
-    `refusal_phrases`; `embedding:HEAD` (folder made by `safegene_trl.judges.embedding.fit`);
-    `hf:MODEL` (a sequence classifier); `judgezoo:NAME` (e.g. `harmbench`, `llama_guard_3`);
-    `openai_compatible:MODEL` (server from `OPENAI_BASE_URL` and `OPENAI_API_KEY`).
+    Args:
+        spec: `refusal_phrases`; `embedding:HEAD` (folder made by `safegene_trl.judges.embedding.fit`); `hf:MODEL` (a
+            sequence classifier); `judgezoo:NAME` (e.g. `harmbench`, `llama_guard_3`); `openai_compatible:MODEL` (server from
+            `OPENAI_BASE_URL` and `OPENAI_API_KEY`; StrongREJECT's rubric, arXiv 2402.10260).
 
     Raises:
         ConfigError: There is no such judge, what it needs is missing, or it cannot be loaded.

@@ -126,7 +126,8 @@ class EmbeddingJudge:
         return [verdict_of_share(share, self.sees) for share in shares]
 
     def describe(self) -> dict[str, Any]:
-        return self._record
+        record: dict[str, Any] = self._record
+        return record
 
 
 def fit(

@@ -5,15 +5,49 @@ and component. Vectors from different degradations point at different parts of w
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import FamilyError
+from ..checkpoints.output import VECTOR, atomic_directory
+from ..config.validation import shown, written_path
+from ..errors import ConfigError, FamilyError
 from ..models.low_rank import LowRankDelta
 from ..provenance import software_versions
 from .files import WEIGHTS_FILE
+from .output import check_vector_output
 from .safety_vector import SafetyVector
+
+
+def combine(vectors: Sequence[str | Path], output_dir: str | Path, overwrite_output_dir: bool = False) -> SafetyVector:
+    """Makes several safety vectors of one aligned model the components of one, and saves that to `output_dir`.
+
+    `V_m = Σ_c B_{m,c} A_{m,c}`, stacked as `[B_1 … B_C] [A_1; …; A_C]` (`(d_out, Σ r_c)` and `(Σ r_c, d_in)`, in the first
+    vector's data type); a fine-tune then takes on each component with coefficients of its own.
+
+    Args:
+        vectors: Directories or hub ids of two or more vectors.
+        output_dir: Folder of the vector to be.
+        overwrite_output_dir: Replace a vector that is there.
+
+    Returns:
+        The vector of all of them; `components` has their ranks.
+
+    Raises:
+        ConfigError: `vectors` is one name and not a list of them, or `output_dir` begins with `~`.
+        VectorError: A vector is missing, incomplete or altered.
+        FamilyError: Fewer than two, one of them twice, or made from different aligned models.
+        OutputError: The vector cannot be put there without losing something.
+    """
+    if isinstance(vectors, str | Path):
+        raise ConfigError(f"combine was given {shown(vectors)}: give it a list of two or more vectors.")
+    target = written_path(str(output_dir))
+    check_vector_output(target, {"the vector": list(vectors)}, overwrite_output_dir)
+    vector = combined([SafetyVector.from_pretrained(name) for name in vectors])
+    with atomic_directory(target, kind=VECTOR) as folder:
+        vector.save_pretrained(folder)
+    return vector
 
 
 def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
@@ -22,9 +56,9 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
     Raises:
         FamilyError: Fewer than two, one of them twice, or made from different aligned models.
     """
-    first = vectors[0]
     if len(vectors) < 2:
         raise FamilyError("One vector alone cannot be combined: name two or more.")
+    first = vectors[0]
     if any(
         vector.family != first.family or vector.aligned_model["files"] != first.aligned_model["files"]
         for vector in vectors
@@ -64,7 +98,8 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
 
 def _weights(record: dict[str, Any]) -> str | None:
     """SHA-256 of the weights of a vector, as its record says; None for one that was never saved."""
-    return (record.get("files") or {}).get(WEIGHTS_FILE, {}).get("sha256")
+    found: str | None = (record.get("files") or {}).get(WEIGHTS_FILE, {}).get("sha256")
+    return found
 
 
 def _stacked(name: str, d_in: int, d_out: int, vectors: Sequence[SafetyVector]) -> LowRankDelta:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import load, save_file
 
 from ..config.groups import Granularity
@@ -41,17 +41,21 @@ class SafetyVector(
 ):
     """A family's safety vector: `V_m = B_m A_m` for every module `m` of the selected layers (arXiv 2606.06519).
 
+    On disk it is an ordinary PEFT LoRA directory with a record of its making, the aligned model's prompts and answers, and
+    perhaps a signature. `save_pretrained` and `push_to_hub` are huggingface_hub's.
+
     Attributes:
-        deltas: Low-rank deltas by canonical module name; all of one rank.
-        family: The model family it fits.
+        deltas: By canonical module name the factors `a` (`(r, d_in)`) and `b` (`(d_out, r)`) of its delta: float16, bfloat16
+            or float32, on the CPU; one rank r for all.
+        family: The model family it fits: architecture, shapes, tokenizer and chat template, as hashes.
         aligned_model: Name, revision and file hashes of the aligned model.
         degraded_model: The same of the degraded model.
-        extraction: How the deltas were made: method, rank, energy kept per module.
+        extraction: How the deltas were made: method, rank, share (0–1) of `‖ΔW‖²` kept per module.
         selection: How the layers were selected: method, scores per layer, selected layers.
         prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with `category`; the responses are the
             aligned model's own. Harmful rows carry refusals only.
         software: Versions it was made with.
-        files: Size and SHA-256 of every other file of a saved vector.
+        files: Size (bytes) and SHA-256 of every other file of a saved vector.
         signature: The content of the signature file it was loaded with, None where there was none. It is saved again with the files
             that it was loaded with, and with no others.
     """
@@ -68,11 +72,12 @@ class SafetyVector(
     signature: bytes | None = None
     _signed_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
 
     @property
     def rank(self) -> int:
+        """r, the rank of every delta."""
         return next(iter(self.deltas.values())).a.shape[0]
 
     @property
@@ -91,11 +96,22 @@ class SafetyVector(
         return components_of(self.extraction, self.rank)
 
     def space(self, granularity: Granularity) -> CoefficientSpace:
-        """Its coefficients at one granularity: `layer`, `module` or `rank`."""
+        """Its coefficients at one granularity.
+
+        Args:
+            granularity: `layer`, `module` or `rank`.
+        """
         return CoefficientSpace(self.deltas, self.components, granularity)
 
     def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
-        """Raises `FamilyError` unless every delta has a linear module of its name and shape in the model."""
+        """Checks that every delta has a linear module of its name and shape in a model.
+
+        Args:
+            modules: The model's modules by canonical name.
+
+        Raises:
+            FamilyError: One has not.
+        """
         from ..models.parameters import linear_shape
 
         for name, delta in self.deltas.items():
@@ -157,7 +173,11 @@ class SafetyVector(
             **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `public_key`, a PEM file that
                 the vector's signature is checked with, before anything else is read.
 
+        Returns:
+            The vector, its factors on the CPU in the data type they were saved in.
+
         Raises:
+            ConfigError: An argument is unknown.
             SignatureError: It is not signed, or not with that key, or was changed since.
             VectorError: Missing, altered, truncated, of another format version, or with NaN or infinite values.
         """
@@ -178,6 +198,10 @@ class SafetyVector(
             contents: The files' bytes by name.
             name: Where they come from, for messages.
             public_key: PEM file that the signature is checked with.
+
+        Raises:
+            SignatureError: It is not signed, or not with that key, or was changed since.
+            VectorError: Altered, truncated, of another format version, or with NaN or infinite values.
         """
         record = read_record(contents, name, public_key)
         tensors = load(contents[WEIGHTS_FILE])
@@ -194,5 +218,11 @@ class SafetyVector(
             vector._signed_hashes = {file: sha256_of_bytes(contents[file]) for file in SIGNED_FILES}
         return vector
 
-    def generate_model_card(self, *args: Any, **kwargs: Any):
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that lies beside a saved vector: family, makers, numbers, licence of the aligned model.
+
+        Args:
+            *args: As huggingface_hub passes them; not used.
+            **kwargs: The same.
+        """
         return vector_card(self)

@@ -342,7 +342,7 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(reached,
 
 @pytest.mark.parametrize("output_format", ["adapter", "both"])
 def test_shards_are_no_base_of_an_adapter(output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("safegene_trl.commands.apply_loaded.load_placed", lambda *args: (make_model(), ALONE))
+    monkeypatch.setattr("safegene_trl.step.loaded.load_placed", lambda *args: (make_model(), ALONE))
     words = ["--allow_pickled_shards", "--model_name_or_path", str(shards), f"--safegene.vector={vector_dir}"]
     words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
     assert main(["apply", *words, f"--safegene.output.output_format={output_format}"]) == 2

@@ -12,7 +12,7 @@ from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT, SETTINGS, VERD
 from safegene_trl.evaluation.json_lines import read_lines
 from safegene_trl.judges import Verdict
 
-from ..conftest import ALONE, BENIGN, HARMFUL, make_model, save_utility_task, with_lora
+from ..conftest import BENIGN, HARMFUL, make_model, save_utility_task, with_lora
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_numbers_answers_and_settings_are_kept(config, sets, capsys):
 
 
 def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
-    evaluate(config, ALONE)
+    evaluate(config)
     whole = (sets / "out" / RESULT).read_bytes()
     lines = (sets / "out" / GENERATIONS).read_text().splitlines(keepends=True)
     (sets / "out" / GENERATIONS).write_text("".join(lines[:6]) + lines[6][:25])  # killed in the middle of a line
@@ -76,24 +76,24 @@ def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
         return generate(model, tokenizer, messages, *rest)
 
     monkeypatch.setattr(module, "generate_answers", counted)
-    evaluate(config, ALONE)
+    evaluate(config)
     assert len(asked) == len(HARMFUL) + len(BENIGN) - 6
     assert (sets / "out" / RESULT).read_bytes() == whole
 
 
 def test_judging_again_needs_no_model(config, monkeypatch):
-    evaluate(config, ALONE)
+    evaluate(config)
 
     def load(*arguments):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(module, "load_placed", load)
     config.task_labels = ["positive"]
-    assert evaluate(config, ALONE) is not None
+    assert evaluate(config) is not None
 
 
 def test_answers_of_another_run_are_refused(config, sets, model_dir, capsys):
-    evaluate(config, ALONE)
+    evaluate(config)
     config.max_new_tokens = 5
     assert main(["evaluate", *words(config)]) == 2
     assert "another `max_new_tokens`: choose another `output_dir`" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_an_adapter(config, sets, model_dir, tokenizer):
     model.peft_config["default"].base_model_name_or_path = str(model_dir)
     model.save_pretrained(sets / "adapter")
     config.model_name_or_path = str(sets / "adapter")
-    found = evaluate(config, ALONE)
+    found = evaluate(config)
     assert found["settings"]["base_model"]["name"] == "model"
     assert "adapter_model.safetensors" in found["settings"]["model"]["files"]
 
@@ -151,7 +151,7 @@ def test_utility_by_a_task_of_ones_own(config, sets):
     pytest.importorskip("lm_eval")
     save_utility_task(sets / "tasks")
     config.tasks, config.tasks_dir = ["boxes"], str(sets / "tasks")
-    found = evaluate(config, ALONE)["utility"]
+    found = evaluate(config)["utility"]
     assert 0 <= found["results"]["boxes"]["acc,none"] <= 1 and found["samples"]["boxes"] == 6
     assert found["versions"]["lm_eval"]
 
@@ -196,20 +196,20 @@ def test_what_a_judge_said_before_it_failed_is_kept(config, asked, sets, capsys)
     assert "The judge counting failed (RuntimeError: CUDA out of memory. Tried" in error.splitlines()[-1]
     assert len(read_lines(sets / "out" / VERDICTS)) == 5
     asked.fails = None
-    evaluate(config, ALONE)
+    evaluate(config)
     assert len(asked.asked) == len(HARMFUL) + len(BENIGN)
-    evaluate(config, ALONE)
+    evaluate(config)
     assert len(asked.asked) == len(HARMFUL) + len(BENIGN)
 
 
 def test_verdicts_are_about_their_very_answers(config, asked, sets, model_dir, monkeypatch, capsys):
-    evaluate(config, ALONE)
+    evaluate(config)
     count = len(asked.asked)
     rows = read_lines(sets / "out" / GENERATIONS)
     # one answer is edited: its verdict is none any more
     rows[3]["answer"] = "something else"
     (sets / "out" / GENERATIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate(config, ALONE)
+    evaluate(config)
     assert [exchange.answer for exchange in asked.asked[count:]] == ["something else"]
     # only the answers are deleted, and the model is another one
     (sets / "out" / GENERATIONS).unlink()
@@ -225,11 +225,11 @@ def test_verdicts_are_about_their_very_answers(config, asked, sets, model_dir, m
 
 
 def test_answers_from_another_folder_are_refused(config, sets, model_dir, capsys):
-    evaluate(config, ALONE)
+    evaluate(config)
     rows = read_lines(sets / "out" / GENERATIONS)
     make_model(seed=5).save_pretrained(model_dir)
     config.output_dir = str(sets / "second")
-    evaluate(config, ALONE)
+    evaluate(config)
     (sets / "second" / GENERATIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["evaluate", *words(config)]) == 2
     assert "answers or verdicts of another run" in capsys.readouterr().err
@@ -246,7 +246,7 @@ def test_answers_from_another_folder_are_refused(config, sets, model_dir, capsys
     ],
 )
 def test_damage_in_the_middle_is_named(file, line, message, config, sets, capsys):
-    evaluate(config, ALONE)
+    evaluate(config)
     lines = (sets / "out" / file).read_text().splitlines()
     (sets / "out" / file).write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
     assert main(["evaluate", *words(config)]) == 2
@@ -254,7 +254,7 @@ def test_damage_in_the_middle_is_named(file, line, message, config, sets, capsys
 
 
 def test_a_verdict_of_another_shape_is_named(config, sets, capsys):
-    evaluate(config, ALONE)
+    evaluate(config)
     rows = read_lines(sets / "out" / VERDICTS)
     for change in ({"label": "good"}, {"score": "high"}, {"answer": 3}):
         text = "".join(json.dumps(row | (change if number == 1 else {})) + "\n" for number, row in enumerate(rows))
@@ -264,11 +264,11 @@ def test_a_verdict_of_another_shape_is_named(config, sets, capsys):
 
 
 def test_torn_verdicts_are_given_again(config, asked, sets):
-    evaluate(config, ALONE)
+    evaluate(config)
     count = len(asked.asked)
     text = (sets / "out" / VERDICTS).read_text()
     (sets / "out" / VERDICTS).write_text(text[: text.rindex("{") + 9])
-    evaluate(config, ALONE)
+    evaluate(config)
     assert len(asked.asked) == count + 1 and len(read_lines(sets / "out" / VERDICTS)) == count
 
 
@@ -281,12 +281,12 @@ def test_one_evaluation_at_a_time_in_a_folder(config, sets, capsys):
 
 
 def test_numbers_of_an_earlier_run_do_not_outlive_its_answers(config, sets, monkeypatch):
-    evaluate(config, ALONE)
+    evaluate(config)
     for name in (GENERATIONS, VERDICTS):
         (sets / "out" / name).unlink()
     monkeypatch.setattr(module, "_generated", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluate(config, ALONE)
+        evaluate(config)
     assert not (sets / "out" / RESULT).exists()
 
 

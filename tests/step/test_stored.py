@@ -184,7 +184,7 @@ def test_dry_run_and_other_options(apply, model_dir, capsys):
 
 def test_an_image_processor_beside_the_model_is_kept(apply, model_dir, tokenizer, tmp_path):
     """Also where only the base model of an adapter has it."""
-    place = shutil.copytree(model_dir, tmp_path / "model")
+    place = shutil.copytree(model_dir, tmp_path / "seeing")
     LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14).save_pretrained(place)
     code, target = apply(place, 0.5)
     saved = AutoProcessor.from_pretrained(target)

@@ -1,0 +1,85 @@
+"""`extract`: a safety vector, from what somebody has set to the folder that holds it."""
+
+import logging
+from pathlib import Path
+
+from ..checkpoints.output import VECTOR, atomic_directory
+from ..config.validation import check_is
+from ..distributed.processes import this_job
+from ..vectors.output import check_vector_output
+from ..vectors.safety_vector import SafetyVector
+from .config import ExtractionConfig
+from .pipeline import make_vector
+
+
+logger = logging.getLogger(__name__)
+STABLE = 0.7  # mean Jaccard index below which a selection is called unstable
+
+
+def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVector | None:
+    """Makes a family's safety vector of an aligned and a degraded model, and saves it to `config.output_dir`.
+
+    For every linear layer `m` of the selected layers `V_m = B_m A_m`: the difference `W_aligned − W_degraded` cut to
+    rank r, or what is learned from there (SafeGene, arXiv 2606.06519; `linearized` after EnchTable, arXiv 2511.09880).
+    A selection that means little, and a difference that lies mostly outside of the linear layers, are warned of.
+    Collective: every process of a launch calls it.
+
+    Args:
+        config: From which models and prompts, how, and where to.
+        show_progress: Whether to show progress bars.
+
+    Returns:
+        The vector, its factors in `config.weights_dtype`; None in every process but the first.
+
+    Raises:
+        ConfigError: A value is missing, impossible, or contradicts another one.
+        FamilyError: The two models are not of one family, or only one of them has a chat template.
+        UnsupportedModelError: A model is not to be had, or of a kind that cannot be read.
+        CheckpointError: Weight files are missing, damaged, or hold NaN or infinity.
+        CalibrationDataError: Prompts are missing or no single user turns, or the aligned model refuses none of them.
+        OutputError: The vector cannot be put where it was asked for.
+    """
+    check_is(config, ExtractionConfig, "extract")
+    target, job = Path(config.output_dir), this_job()
+    with job.agreed():
+        config.check()
+        if job.is_main:
+            inputs = {
+                "the aligned model": config.aligned_model,
+                "the degraded model": config.degraded_model,
+                "the harmful data": config.harmful_data,
+                "the benign data": config.benign_data,
+                "the task model": config.isolate_from,
+            }
+            check_vector_output(target, inputs, config.overwrite_output_dir)
+    with job.named():
+        vector = make_vector(config, job, show_progress)
+    with atomic_directory(target, VECTOR, job) as folder, job.agreed():
+        if vector is not None:
+            vector.save_pretrained(folder)
+    if vector is not None:
+        for warning in selection_warnings(vector):
+            logger.warning(warning)
+    return vector
+
+
+def selection_warnings(vector: SafetyVector) -> list[str]:
+    """What is to be said about a selection that means little or depends on chance."""
+    selection, warnings = vector.selection, []
+    if selection["layer_share"] == 1:
+        return []
+    if (
+        selection["method"] == "activation_contrast"
+        and sum(selection["scores"][layer] for layer in vector.layers) <= 0
+    ):
+        warnings.append(
+            "No layer reacts more to harmful than to benign prompts, so this selection means little: set `layer_share: 1.0`, "
+            "or degrade with data that leaves benign answers alone."
+        )
+    jaccard = selection["stability"]["mean_jaccard"]
+    if jaccard < STABLE:
+        warnings.append(
+            f"The selected layers depend on the prompts (mean Jaccard index {jaccard:.2f} over resampled prompts): give more "
+            "prompts, or set `layer_share: 1.0`."
+        )
+    return warnings

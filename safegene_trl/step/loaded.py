@@ -1,0 +1,51 @@
+"""The safety step on a finished model that is loaded for it: coefficients are searched for, and what comes of them is measured."""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.loading import load_placed, load_processor
+from ..checkpoints.source import adapter_base
+from ..config.settings import SafeGeneConfig
+from ..distributed.processes import this_job
+from ..errors import ConfigError
+from .lineage import check_not_safeguarded
+from .live import prepare, safeguard
+from .plan import FINE_TUNE, Origin
+
+
+def safeguard_loaded(
+    config: SafeGeneConfig,
+    name_or_path: str,
+    revision: str | None,
+    target: Path,
+    dtype: str = "auto",
+    allow_pickled_shards: bool = False,
+) -> dict[str, Any]:
+    """Recalibrates and merges the vector into a finished checkpoint or adapter; returns the report. Collective.
+
+    Args:
+        config: What to do.
+        name_or_path: Directory or hub id of the checkpoint or adapter.
+        revision: Its branch, tag or commit on the hub.
+        target: Folder of the checkpoint to be.
+        dtype: Data type to load and save it in.
+        allow_pickled_shards: Read DeepSpeed's shards, which are pickle files.
+
+    Raises:
+        SafeGeneError: One of its kinds.
+    """
+    if config.data.task_data is None:
+        raise ConfigError(
+            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+        )
+    job = this_job()
+    with job.agreed():
+        check_not_safeguarded(name_or_path, revision)
+        processor, base = load_processor(name_or_path, revision), adapter_base(name_or_path, revision)
+    model, sharding = load_placed(name_or_path, revision, dtype, job, allow_pickled_shards)
+    with sharding.named():
+        origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name_or_path})
+        prepared = prepare(config, model, processor, target, sharding, origin)
+        if config.dry_run:
+            return prepared.plan.report.to_dict()
+        return safeguard(prepared, model, adapter_base=base or name_or_path)
