@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,6 +19,9 @@ from safegene_trl.commands.process_group import ProcessGroup
 from safegene_trl.estimation.estimation import Cost
 
 from ..conftest import in_groups, make_model, make_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -61,12 +65,51 @@ def outcomes(folder):
     return {entry["name"]: entry["outcome"] for entry in json.loads((folder / "fleet.json").read_text())}
 
 
-def test_five_with_two_broken(fleet, tmp_path, capsys):
-    assert main(fleet()) == 2
+FORKED = """
+import subprocess, sys
+from safegene_trl.commands.main import main
+from tests.faults.world import ForkedProcess
+subprocess.Popen = ForkedProcess
+for line in sys.stdin:
+    print(f"ended with {main(line.split())}", flush=True)
+"""
+
+
+@pytest.fixture(params=["forked", pytest.param("started", marks=pytest.mark.exhaustive)])
+def run_fleet(request, capsys):
+    """Runs `safegene` with some words; its exit code and what it printed.
+
+    Seven new interpreters take most of a minute, so members are forks of one process that has imported everything; `exhaustive`
+    starts them as users do.
+    """
+    if request.param == "started":
+        yield lambda words: (main(words), capsys.readouterr().out)
+        return
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", FORKED], cwd=ROOT, **pipes)
+
+    def run(words):
+        process.stdin.write(" ".join(words) + "\n")
+        process.stdin.flush()
+        printed = ""
+        while not printed.rpartition("ended with ")[1]:
+            line = process.stdout.readline()
+            assert line, printed
+            printed += line
+        printed, _, code = printed.rpartition("ended with ")
+        return int(code), printed
+
+    yield run
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def test_five_with_two_broken(fleet, run_fleet, tmp_path):
+    code, printed = run_fleet(fleet())
+    assert code == 2
     releases = tmp_path / "releases"
     expected = {"a": "accepted", "second": "accepted", "c": "rejected", "damaged": "failed", "nowhere": "failed"}
     assert outcomes(releases) == expected
-    printed = capsys.readouterr().out
     assert "limits are not kept" in printed and "damaged: " in printed and "nowhere: The model's folder" in printed
     for name, outcome in expected.items():
         assert (releases / name / "model.safetensors").is_file() == (outcome == "accepted")
@@ -75,7 +118,7 @@ def test_five_with_two_broken(fleet, tmp_path, capsys):
     shutil.rmtree(tmp_path / "damaged")
     shutil.copytree(tmp_path / "a", tmp_path / "damaged")
     shutil.copytree(tmp_path / "a", tmp_path / "nowhere")
-    assert main(fleet()) == 4
+    assert run_fleet(fleet())[0] == 4
     assert outcomes(releases) == expected | {"damaged": "accepted", "nowhere": "accepted"}
     assert (releases / "a" / "safegene_report.json").stat().st_mtime_ns == stamp
 
@@ -278,7 +321,6 @@ from pathlib import Path
 from safegene_trl.commands import fleet
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_group import ProcessGroup
-from safegene_trl.estimation.estimation import Cost
 fleet._estimate = lambda members: None
 group = fleet.ProcessGroup
 child = Path(sys.argv[1]).with_name("child.py").read_text()
