@@ -42,6 +42,8 @@ from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.vectors.family import Family
 from safegene_trl.vectors.safety_vector import SafetyVector
 
+from .speed import FAST, LONGEST
+
 
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -200,6 +202,16 @@ def save_utility_task(folder: Path) -> None:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "boxes.yaml").write_text(yaml.safe_dump(task))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks the fast ones; where several run at a time the longest files come first, so that none is waited for at the end."""
+    for item in items:
+        if item.nodeid.startswith(FAST):
+            item.add_marker("fast")
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.fixture(scope="session")
