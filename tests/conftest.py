@@ -42,6 +42,7 @@ from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.vectors.family import Family
 from safegene_trl.vectors.safety_vector import SafetyVector
 
+from .interpreter import Interpreter
 from .speed import FAST, LONGEST
 
 
@@ -222,6 +223,14 @@ def tokenizer():
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Its forks are processes that need not import anything."""
+    started = Interpreter()
+    yield started
+    started.end()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -19,9 +17,6 @@ from safegene_trl.commands.process_group import ProcessGroup
 from safegene_trl.estimation.estimation import Cost
 
 from ..conftest import in_groups, make_model, make_tokenizer
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -70,38 +65,25 @@ import subprocess, sys
 from safegene_trl.commands.main import main
 from tests.faults.world import ForkedProcess
 subprocess.Popen = ForkedProcess
-for line in sys.stdin:
-    print(f"ended with {main(line.split())}", flush=True)
+raise SystemExit(main(sys.argv[1:]))
 """
 
 
 @pytest.fixture(params=["forked", pytest.param("started", marks=pytest.mark.exhaustive)])
-def run_fleet(request, capsys):
+def run_fleet(request, interpreter, capsys):
     """Runs `safegene` with some words; its exit code and what it printed.
 
-    Seven new interpreters take most of a minute, so members are forks of one process that has imported everything; `exhaustive`
+    Seven new interpreters take most of a minute, so members are forks of a process that has imported everything; `exhaustive`
     starts them as users do.
     """
-    if request.param == "started":
-        yield lambda words: (main(words), capsys.readouterr().out)
-        return
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", FORKED], cwd=ROOT, **pipes)
 
     def run(words):
-        process.stdin.write(" ".join(words) + "\n")
-        process.stdin.flush()
-        printed = ""
-        while not printed.rpartition("ended with ")[1]:
-            line = process.stdout.readline()
-            assert line, printed
-            printed += line
-        printed, _, code = printed.rpartition("ended with ")
-        return int(code), printed
+        if request.param == "started":
+            return main(words), capsys.readouterr().out
+        done = interpreter.run(FORKED, *words)
+        return done.returncode, done.stdout
 
-    yield run
-    process.kill()
-    process.wait(60)
+    return run
 
 
 def test_five_with_two_broken(fleet, run_fleet, tmp_path):
@@ -330,27 +312,25 @@ raise SystemExit(main(["apply", "--fleet", sys.argv[1]]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_fleet_that_is_ended_ends_its_processes(number, code, fleet, tmp_path, capsys):
+def test_a_fleet_that_is_ended_ends_its_processes(number, code, fleet, interpreter, tmp_path, capsys):
     (tmp_path / "child.py").write_text(CHILD)
-    words = [sys.executable, "-c", FLEET, fleet(processes=1)[2]]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = interpreter.start(FLEET, fleet(processes=1)[2])
     ids = ids_in(tmp_path / "releases" / "fleet" / "a.log")
     assert main(fleet()) == 2  # a second one on the same folder
     assert "Another fleet is at work" in capsys.readouterr().err and alive(ids) == ids
     process.send_signal(number)
-    printed = process.communicate(timeout=60)[1]
-    assert process.returncode == code and gone(ids)
-    assert "Traceback" not in printed and printed.count("safegene apply: ") == 1
+    done = process.done()
+    assert done.returncode == code and gone(ids)
+    assert "Traceback" not in done.stderr and done.stderr.count("safegene apply: ") == 1
     assert outcomes(tmp_path / "releases") == {"a": "interrupted", "second": "", "c": "", "damaged": "", "nowhere": ""}
 
 
-def test_a_process_of_a_killed_fleet_keeps_the_next_one_away(fleet, tmp_path, capsys):
+def test_a_process_of_a_killed_fleet_keeps_the_next_one_away(fleet, interpreter, tmp_path, capsys):
     (tmp_path / "child.py").write_text(CHILD)
-    words = [sys.executable, "-c", FLEET, fleet(processes=1)[2]]
-    process = subprocess.Popen(words)
+    process = interpreter.start(FLEET, fleet(processes=1)[2])
     ids = ids_in(tmp_path / "releases" / "fleet" / "a.log")
-    process.kill()
-    process.wait(60)
+    process.send_signal(signal.SIGKILL)
+    assert process.done().returncode == -signal.SIGKILL
     assert main(fleet()) == 2
     assert "end it and the processes that it left" in capsys.readouterr().err
     for number in ids:
