@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import gc
 import json
 from pathlib import Path
 
@@ -40,6 +41,9 @@ from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.vectors.family import Family
 from safegene_trl.vectors.safety_vector import SafetyVector
+
+from .interpreter import Interpreter
+from .speed import FAST, LONGEST
 
 
 ARCHITECTURES = {
@@ -201,6 +205,16 @@ def save_utility_task(folder: Path) -> None:
     (folder / "boxes.yaml").write_text(yaml.safe_dump(task))
 
 
+def pytest_collection_modifyitems(config, items):
+    """Marks the fast ones; where several run at a time the longest files come first, so that none is waited for at the end."""
+    for item in items:
+        if item.nodeid.startswith(FAST):
+            item.add_marker("fast")
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -209,6 +223,14 @@ def tokenizer():
 @pytest.fixture
 def model():
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Its forks are processes that need not import anything."""
+    started = Interpreter()
+    yield started
+    started.end()
 
 
 @pytest.fixture(scope="session")
@@ -233,3 +255,10 @@ def task_file(tmp_path) -> Path:
     file = tmp_path / "task.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in task_dataset()))
     return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_the_collectors_way():
+    """What is imported stays: Trainer collects garbage at each end, 0.4 s through torch's and transformers' objects."""
+    gc.collect()
+    gc.freeze()

@@ -108,8 +108,17 @@ def expected_logits(trainer, report, vector):
     return model(IDS).logits
 
 
-@pytest.mark.parametrize("trainer_kind", ["sft-full", "sft-lora", "plain-full", "plain-lora"])
-@pytest.mark.parametrize("granularity", ["layer", "module", "rank"])
+QUICK_KINDS = ("sft-full layer", "plain-lora layer", "plain-full module", "sft-lora rank")
+
+
+@pytest.mark.parametrize(
+    ("trainer_kind", "granularity"),
+    [
+        pytest.param(kind, each, marks=() if f"{kind} {each}" in QUICK_KINDS else (pytest.mark.exhaustive,))
+        for kind in ("sft-full", "sft-lora", "plain-full", "plain-lora")
+        for each in ("layer", "module", "rank")
+    ],
+)
 def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     trainer_kind, granularity, config, tokenizer, tmp_path
 ):

@@ -1,32 +1,43 @@
 """Uploading, to a local stand-in of the hub's API; in processes of their own, because the hub's address is read at import."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from huggingface_hub import ModelCard
 
 from .conftest import options_of
 from .hub import Hub
+from .interpreter import Interpreter
+
+
+SAFEGENE = "import sys; from safegene_trl.commands.main import main; raise SystemExit(main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def served():
+    with Hub() as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_made_up"}
+        interpreter = Interpreter(environment | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+        yield server, interpreter
+        interpreter.end()
 
 
 @pytest.fixture
-def hub():
-    with Hub() as server:
-        yield server
+def hub(served):
+    """An empty one."""
+    server, _ = served
+    server.repositories.clear()
+    server.stored.clear()
+    server.commits, server.denied = 0, False
+    return server
 
 
-def python(hub, *words):
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_made_up"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+@pytest.fixture
+def python(served, hub):
+    return served[1].run
 
 
-def test_a_vector_is_uploaded_whole(hub, vector_dir):
+def test_a_vector_is_uploaded_whole(hub, python, vector_dir):
     script = f"from safegene_trl import SafetyVector; SafetyVector.from_pretrained({str(vector_dir)!r}).push_to_hub('me/vector')"
-    done = python(hub, "-c", script)
+    done = python(script)
     assert done.returncode == 0, done.stderr[-2000:]
     files = hub.repositories["me/vector"]["files"]
     for file in vector_dir.iterdir():
@@ -38,7 +49,7 @@ def test_a_vector_is_uploaded_whole(hub, vector_dir):
 
 @pytest.mark.parametrize("denied", [False, True])
 def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
-    hub, denied, model_dir, vector_dir, task_file, tmp_path
+    hub, python, denied, model_dir, vector_dir, task_file, tmp_path
 ):
     hub.denied = denied
     target = tmp_path / "release"
@@ -50,7 +61,7 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
         "num_benign_shots": 4,
     }
     words = options_of(settings)
-    done = python(hub, "-m", "safegene_trl", "apply", "--model_name_or_path", model_dir, *words)
+    done = python(SAFEGENE, "apply", "--model_name_or_path", model_dir, *words)
     assert done.returncode == (2 if denied else 0), done.stderr[-2000:]
     assert (target / "model.safetensors").is_file()
     if denied:
@@ -79,10 +90,10 @@ upload(Path(sys.argv[1]), "new", True)
 """
 
 
-def test_the_hub_is_asked_before_the_run_and_nothing_is_made_there(hub, vector_dir):
+def test_the_hub_is_asked_before_the_run_and_nothing_is_made_there(hub, python, vector_dir):
     hub.repositories["other/theirs"] = {"private": False, "files": {}}
     names = ["me/new", "new", "other/new", "other/theirs", "a/b/c", "-bad-"]
-    done = python(hub, "-c", CHECK.partition("upload(Path")[0], vector_dir, *names)
+    done = python(CHECK.partition("upload(Path")[0], vector_dir, *names)
     assert list(hub.repositories) == ["other/theirs"] and hub.commits == 0
     found = dict(zip(names, done.stdout.splitlines(), strict=True))
     assert found["me/new"] == found["new"] == found["other/theirs"] == "well"
@@ -90,7 +101,7 @@ def test_the_hub_is_asked_before_the_run_and_nothing_is_made_there(hub, vector_d
     assert all("cannot be looked up" in found[name] for name in ("a/b/c", "-bad-"))
 
 
-def test_a_name_without_a_namespace_is_one_of_the_user_s_own(hub, vector_dir):
-    done = python(hub, "-c", CHECK, vector_dir, "new")
+def test_a_name_without_a_namespace_is_one_of_the_user_s_own(hub, python, vector_dir):
+    done = python(CHECK, vector_dir, "new")
     assert done.returncode == 0 and done.stdout == "well\n", done.stderr[-2000:]
     assert list(hub.repositories) == ["me/new"] and hub.commits == 1

@@ -231,30 +231,32 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
         load_model(str(adapter))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_remote_code_is_not_run_even_if_asked(name, model_dir, tmp_path):
+def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
     """transformers asks on standard input whether it may run a checkpoint's own code; nobody is to be asked."""
     mark = tmp_path / "ran"
-    (model_dir / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    folders = {name: shutil.copytree(model_dir, tmp_path / name) for name in ("config.json", "tokenizer_config.json")}
     classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
-    edit(
-        model_dir / name,
-        model_type="own",
-        tokenizer_class="Own",
-        auto_map={each: ["code.Own", None] if each == "AutoTokenizer" else "code.Own" for each in classes},
-    )
+    for name, folder in folders.items():
+        (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+        edit(
+            folder / name,
+            model_type="own",
+            tokenizer_class="Own",
+            auto_map={each: ["code.Own", None] if each == "AutoTokenizer" else "code.Own" for each in classes},
+        )
     script = (
         "import sys\nfrom safegene_trl.errors import SafeGeneError\n"
         "from safegene_trl.checkpoints.loading import load_model, load_placed, load_skeleton, load_tokenizer, resolve_dtype\n"
         "from safegene_trl.distributed.processes import this_job\n"
-        "name = sys.argv[1]\n"
-        "for load in (load_tokenizer, load_model, load_skeleton, lambda name: resolve_dtype('auto', name),\n"
-        "             lambda name: load_placed(name, None, 'float32', this_job())):\n"
-        "    try:\n        load(name)\n    except SafeGeneError as error:\n        print(type(error).__name__)\n"
+        "for name in sys.argv[1:]:\n"
+        "    for load in (load_tokenizer, load_model, load_skeleton, lambda name: resolve_dtype('auto', name),\n"
+        "                 lambda name: load_placed(name, None, 'float32', this_job())):\n"
+        "        try:\n            load(name)\n        except SafeGeneError as error:\n            print(name, type(error).__name__)\n"
     )
-    command = [sys.executable, "-c", script, str(model_dir)]
-    done = subprocess.run(command, input="y\n" * 20, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0 and "Error" in done.stdout, done.stderr
+    command = [sys.executable, "-c", script, *map(str, folders.values())]
+    done = subprocess.run(command, input="y\n" * 40, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"{folder} " in done.stdout for folder in folders.values())
     assert not mark.exists()
 
 

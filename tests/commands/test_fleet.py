@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -61,12 +60,38 @@ def outcomes(folder):
     return {entry["name"]: entry["outcome"] for entry in json.loads((folder / "fleet.json").read_text())}
 
 
-def test_five_with_two_broken(fleet, tmp_path, capsys):
-    assert main(fleet()) == 2
+FORKED = """
+import subprocess, sys
+from safegene_trl.commands.main import main
+from tests.faults.world import ForkedProcess
+subprocess.Popen = ForkedProcess
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(params=["forked", pytest.param("started", marks=pytest.mark.exhaustive)])
+def run_fleet(request, interpreter, capsys):
+    """Runs `safegene` with some words; its exit code and what it printed.
+
+    Seven new interpreters take most of a minute, so members are forks of a process that has imported everything; `exhaustive`
+    starts them as users do.
+    """
+
+    def run(words):
+        if request.param == "started":
+            return main(words), capsys.readouterr().out
+        done = interpreter.run(FORKED, *words)
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_five_with_two_broken(fleet, run_fleet, tmp_path):
+    code, printed = run_fleet(fleet())
+    assert code == 2
     releases = tmp_path / "releases"
     expected = {"a": "accepted", "second": "accepted", "c": "rejected", "damaged": "failed", "nowhere": "failed"}
     assert outcomes(releases) == expected
-    printed = capsys.readouterr().out
     assert "limits are not kept" in printed and "damaged: " in printed and "nowhere: The model's folder" in printed
     for name, outcome in expected.items():
         assert (releases / name / "model.safetensors").is_file() == (outcome == "accepted")
@@ -75,7 +100,7 @@ def test_five_with_two_broken(fleet, tmp_path, capsys):
     shutil.rmtree(tmp_path / "damaged")
     shutil.copytree(tmp_path / "a", tmp_path / "damaged")
     shutil.copytree(tmp_path / "a", tmp_path / "nowhere")
-    assert main(fleet()) == 4
+    assert run_fleet(fleet())[0] == 4
     assert outcomes(releases) == expected | {"damaged": "accepted", "nowhere": "accepted"}
     assert (releases / "a" / "safegene_report.json").stat().st_mtime_ns == stamp
 
@@ -278,7 +303,6 @@ from pathlib import Path
 from safegene_trl.commands import fleet
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_group import ProcessGroup
-from safegene_trl.estimation.estimation import Cost
 fleet._estimate = lambda members: None
 group = fleet.ProcessGroup
 child = Path(sys.argv[1]).with_name("child.py").read_text()
@@ -288,27 +312,25 @@ raise SystemExit(main(["apply", "--fleet", sys.argv[1]]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_fleet_that_is_ended_ends_its_processes(number, code, fleet, tmp_path, capsys):
+def test_a_fleet_that_is_ended_ends_its_processes(number, code, fleet, interpreter, tmp_path, capsys):
     (tmp_path / "child.py").write_text(CHILD)
-    words = [sys.executable, "-c", FLEET, fleet(processes=1)[2]]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = interpreter.start(FLEET, fleet(processes=1)[2])
     ids = ids_in(tmp_path / "releases" / "fleet" / "a.log")
     assert main(fleet()) == 2  # a second one on the same folder
     assert "Another fleet is at work" in capsys.readouterr().err and alive(ids) == ids
     process.send_signal(number)
-    printed = process.communicate(timeout=60)[1]
-    assert process.returncode == code and gone(ids)
-    assert "Traceback" not in printed and printed.count("safegene apply: ") == 1
+    done = process.done()
+    assert done.returncode == code and gone(ids)
+    assert "Traceback" not in done.stderr and done.stderr.count("safegene apply: ") == 1
     assert outcomes(tmp_path / "releases") == {"a": "interrupted", "second": "", "c": "", "damaged": "", "nowhere": ""}
 
 
-def test_a_process_of_a_killed_fleet_keeps_the_next_one_away(fleet, tmp_path, capsys):
+def test_a_process_of_a_killed_fleet_keeps_the_next_one_away(fleet, interpreter, tmp_path, capsys):
     (tmp_path / "child.py").write_text(CHILD)
-    words = [sys.executable, "-c", FLEET, fleet(processes=1)[2]]
-    process = subprocess.Popen(words)
+    process = interpreter.start(FLEET, fleet(processes=1)[2])
     ids = ids_in(tmp_path / "releases" / "fleet" / "a.log")
-    process.kill()
-    process.wait(60)
+    process.send_signal(signal.SIGKILL)
+    assert process.done().returncode == -signal.SIGKILL
     assert main(fleet()) == 2
     assert "end it and the processes that it left" in capsys.readouterr().err
     for number in ids:

@@ -86,6 +86,7 @@ def test_two_processes_make_one_vector(extraction, tmp_path):
         assert torch.allclose(sharded.deltas[name].b, delta.b, atol=1e-4)
 
 
+@pytest.mark.exhaustive  # in one process: tests/extraction/test_linearization.py
 def test_linear_blocks_are_refused_under_zero3(extraction, tmp_path):
     launch = [sys.executable, *MODULE, "extract", "--accelerate_config", "zero3", "--num_processes", "2"]
     options = [*extraction, "--method", "linearized", "--output_dir", str(tmp_path / "vector")]

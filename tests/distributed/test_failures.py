@@ -82,16 +82,44 @@ def launch(root, plans):
     return torchrun(["-m", "tests.distributed.failing_worker", str(root / "plans.json")], TIMEOUT)
 
 
-@pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
-def test_ranks_fail_together_and_can_go_on(backend, family, tmp_path):
+def agreed(backend):
+    """What each fault is met by; last comes none: after all the failures the same processes still work together."""
     said = "The safety step failed unexpectedly (RuntimeError: Rank 1 of 2 failed: Fault: broken on purpose)"
     together = {"recalibration": ("UnexpectedError", "UnexpectedError", said)}
     faults = AGREED | (together if backend == "ddp" else {})
-    faults["none"] = faults.pop("none")  # last: after all the failures the same processes still work together
-    done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault) for fault in faults])
-    assert done.returncode == 0, done.stdout[-6000:]
-    for fault, (on_main, on_other, said) in faults.items():
-        out = tmp_path / fault.replace(" ", "-")
+    faults["none"] = faults.pop("none")
+    return faults
+
+
+def of_the_search(backend):
+    return ["search", "later in the search", *(["memory"] if backend == "ddp" else []), "none"]
+
+
+@pytest.fixture(scope="module")
+def launched(family, tmp_path_factory):
+    """One launch of a backend with all faults that both ranks survive; the folder of `agreed` and that of `of_the_search`."""
+    done = {}
+
+    def folders(backend):
+        if backend not in done:
+            root = tmp_path_factory.mktemp(backend)
+            places = root / "agreed", root / "search"
+            for place in places:
+                place.mkdir()
+            plans = [plan_of(family, places[0], backend, fault) for fault in agreed(backend)]
+            plans += [plan_of(family, places[1], backend, fault) for fault in of_the_search(backend)]
+            done[backend] = (*places, launch(root, plans))
+        assert done[backend][2].returncode == 0, done[backend][2].stdout[-6000:]
+        return done[backend][:2]
+
+    return folders
+
+
+@pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
+def test_ranks_fail_together_and_can_go_on(backend, launched):
+    folder, _ = launched(backend)
+    for fault, (on_main, on_other, said) in agreed(backend).items():
+        out = folder / fault.replace(" ", "-")
         main, other = (json.loads((out / f"result-{rank}.json").read_text()) for rank in (0, 1))
         assert (main["kind"], other["kind"]) == (on_main, on_other), fault
         assert said in (other if fault == "disk" else main)["message"]
@@ -105,13 +133,11 @@ def test_ranks_fail_together_and_can_go_on(backend, family, tmp_path):
 
 
 @pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
-def test_what_rank_0_meets_in_the_search_frees_the_others(backend, family, tmp_path):
+def test_what_rank_0_meets_in_the_search_frees_the_others(backend, launched):
     """Within seconds, not after the process group's time-out; and all ranks start again where memory ran out on one."""
-    faults = ["search", "later in the search", *(["memory"] if backend == "ddp" else []), "none"]
-    done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault) for fault in faults])
-    assert done.returncode == 0, done.stdout[-6000:]
-    for fault in faults:
-        out = tmp_path / fault.replace(" ", "-")
+    _, folder = launched(backend)
+    for fault in of_the_search(backend):
+        out = folder / fault.replace(" ", "-")
         main, other = (json.loads((out / f"result-{rank}.json").read_text()) for rank in (0, 1))
         assert max(main["seconds"], other["seconds"]) < 30, fault
         if "search" in fault:

@@ -179,4 +179,4 @@ def test_bad_recipe_ends_the_launch_with_one_sentence(recipe, tmp_path):
     launch = [sys.executable, *MODULE, "sft", "--accelerate_config", "ddp", "--num_processes", "2"]
     codes, printed = run_together([[*launch, "--config", str(tmp_path / "sft.yaml"), "--safegene.vectr", "x"]])
     assert codes == [2], printed[-6000:]
-    assert printed.count("safegene sft: Unknown key `vectr`") == 1
+    assert printed.count("safegene sft: Unknown key `safegene.vectr`") == 1

@@ -4,6 +4,7 @@ The plan lists scenarios; each is a fine-tune with the callback, and what rank 0
 own. Assertions are made by the tests that launch this.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ TIMEOUT = timedelta(seconds=60)
 
 def start(deepspeed: bool) -> None:
     """The process group, on gloo and with a time-out: the Trainer would take 30 minutes on a CPU."""
+    gc.freeze()  # as in conftest.py: what is imported is not looked through at the end of every training
     if deepspeed:
         import deepspeed as ds
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from safegene_trl.errors import UnsupportedModelError
+from safegene_trl.errors import ConfigError, UnsupportedModelError
 from safegene_trl.extraction.delta import adapter_delta
-from safegene_trl.extraction.distillation import DistillationSettings, distilled, reference_batches
+from safegene_trl.extraction.distillation import DistillationSettings, distilled, expansion, reference_batches
 from safegene_trl.extraction.linearization import blocks_of, linearized
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import canonical_modules
@@ -107,3 +107,11 @@ def test_distilled_on_linear_blocks(tokenizer):
     (linear, losses), (plain, _) = run("both"), run(None)
     assert losses["after"]["harmful"] < losses["before"]["harmful"]
     assert max(float((linear[name].b - plain[name].b).abs().max()) for name in plain) > 1e-4
+
+
+def test_weights_that_zero3_shares_out_are_refused(model):
+    """As DeepSpeed marks them; `tests/distributed` has the launch."""
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ConfigError, match="launch with `ddp`"):
+        expansion(model, "mlp")
+    expansion(model, None)

@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
     # tqdm's own lock is a semaphore that all forked processes share: a child killed while it holds it would block the others
     tqdm.set_lock(threading.RLock())
     started, record = time.monotonic(), arguments.record and arguments.record.resolve()

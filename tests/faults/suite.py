@@ -56,7 +56,7 @@ class Suite:
         ctypes.CDLL(None).prctl(
             36, 1, 0, 0, 0
         )  # orphans of a run become children of this process, so that they are seen
-        self.world.reference(jobs[0])  # fills the caches
+        self.world.warm_up(jobs)
         self.references: dict[str, Reference] = {}
         self.earlier: dict[str, list[dict[str, str]]] = {}
         for job in jobs:

@@ -1,5 +1,6 @@
 """The files of a fault, the commands that are broken, and what a run without a fault leaves."""
 
+import gc
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,16 @@ class World:
                 file.unlink()
         for name, data in self.vector_files.items():
             (self.vector / name).write_bytes(data)
+
+    def warm_up(self, jobs: tuple[str, ...]) -> None:
+        """Runs every job but the fleet in this process, so that no fork imports anything: five times as fast."""
+        for job in jobs:
+            self.clear()
+            if job != "fleet":
+                with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+                    safegene(self.command(job))
+        gc.collect()
+        gc.freeze()
 
     def reference(self, job: str) -> Reference:
         """Runs the job on an empty output."""

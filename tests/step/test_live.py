@@ -49,9 +49,15 @@ def probed(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(
+    ("lora", "dtype", "output_format"),
+    [
+        pytest.param(lora, dtype, form, marks=() if form == "both" or quick else (pytest.mark.exhaustive,))
+        for lora in (True, False)
+        for dtype, quick in (("float32", not lora), ("bfloat16", lora))
+        for form in ("merged", "adapter", "both")
+    ],
+)
 def test_logits_that_were_measured_are_those_of_the_written_files(
     lora, dtype, output_format, config, tokenizer, tmp_path, probed
 ):
