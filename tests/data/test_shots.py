@@ -99,7 +99,7 @@ def test_task_rows_without_responses_are_refused(gather):
 
 
 def test_no_task_data_at_all(tokenizer):
-    with pytest.raises(CalibrationDataError, match="set `data.task_data`"):
+    with pytest.raises(CalibrationDataError, match=r"set `data.task_data`"):
         gather_shots(config_of(vector="v"), make_vector(make_model(), tokenizer), tokenizer, 256, None)
 
 

@@ -215,7 +215,7 @@ def test_a_template_that_does_not_tell_replies_is_refused_with_the_remedy():
     rows = [FORMATS["messages"](i)[0] for i in range(4)]
     ids = [tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"] for row in rows]
     tokens = [{"input_ids": row, "labels": row} for row in ids]
-    with pytest.raises(CalibrationDataError, match="set `data.task_data` to the messages"):
+    with pytest.raises(CalibrationDataError, match=r"set `data.task_data` to the messages"):
         take(tokens, tokenizer)
     samples = take([{**own, **row} for own, row in zip(tokens, rows, strict=True)], tokenizer)  # columns are left
     assert sorted(runs(s, tokenizer) for s in samples) == sorted([f"{said(i)}<|end|>"] for i in range(4))
@@ -323,7 +323,7 @@ def test_a_stream_that_may_be_read_only_once_is_left_alone(tokenizer, tmp_path):
     rows = [token_row(i, tokenizer) for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for stream in (Lines(tmp_path / "rows.jsonl"), Streamed(iter(rows)), Streamed(rows), (row for row in rows)):
-        with pytest.raises(CalibrationDataError, match="only once: set `data.task_data`"):
+        with pytest.raises(CalibrationDataError, match=r"only once: set `data.task_data`"):
             take(stream, tokenizer)
         assert list(stream) == rows
 
