@@ -103,7 +103,10 @@ class Fleet:
         own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
         block: dict[str, Any] = {"output": {"output_dir": str(Path(self.output_dir) / self.name_of(member))}}
         for part in (self.safegene, member.get("safegene") or {}):
-            block = merged(block, grouped(part)[0])
+            settings, _ = grouped(part)
+            if "gate" in settings:  # a gate of one's own takes the place of the common one, with all its limits
+                block.pop("gate", None)
+            block = merged(block, settings)
         return own | {"safegene": block}
 
     def _checked_recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:

@@ -453,6 +453,22 @@ def test_places_that_are_one_are_refused(first, second, common, fleet, tmp_path,
     assert sorted(tmp_path.rglob("*")) == sorted({*before, tmp_path / "models.yaml"})
 
 
+def test_a_members_settings_go_before_the_common_ones(fleet, tmp_path, caplog):
+    common = {"vector": "v", "data": {"task_data": "t"}, "max_evaluations": 3, "gate": {"max_over_refusal": 1.0}}
+    own = {"data": {"num_task_shots": 4}, "task_data": "own", "gate": {"min_refusal_rate": 0.5}}
+    fleet(safegene=common, models=[{"model_name_or_path": "a", "safegene": own}])
+    found = module.Fleet.read(tmp_path / "models.yaml")
+    assert found.recipe(found.models[0])["safegene"] == {
+        "output": {"output_dir": str(tmp_path / "releases" / "a")},
+        "vector": "v",
+        "data": {"task_data": "own", "num_task_shots": 4},
+        "search": {"max_evaluations": 3},
+        "gate": {"min_refusal_rate": 0.5},
+    }
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "`max_evaluations` is now `search.max_evaluations`, `task_data` is now `data.task_data`." in said
+
+
 def test_the_fleet_file_is_never_overwritten(fleet, tmp_path, capsys):
     place = tmp_path / "releases" / "fleet" / "a.yaml"
     place.parent.mkdir(parents=True)
