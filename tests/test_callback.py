@@ -101,7 +101,7 @@ def expected_logits(trainer, report, vector):
         model = PeftModel.from_pretrained(make_model(), trainer.args.output_dir).merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
-    by_module = vector.space(report["config"]["granularity"]).by_module(report["coefficients"])
+    by_module = vector.space(report["config"]["search"]["granularity"]).by_module(report["coefficients"])
     with torch.no_grad():
         for name, delta in vector.deltas.items():
             model.get_submodule(name).weight += delta.b @ (by_module[name][:, None] * delta.a)

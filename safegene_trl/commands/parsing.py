@@ -92,7 +92,7 @@ def _check_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
     for name in given:
         if given.count(name) > 1:
             raise ConfigError(f"`--{name}` is on the command line twice: leave one of them out.")
-    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+    for word, value in zip(argv, [*argv[1:], ""], strict=False):
         if names.get(word, "").startswith("safegene"):
             _check_given(word, value)
 
