@@ -144,7 +144,8 @@ def test_what_is_no_config_is_refused_where_it_is_given(function, kind):
         function("vector")
 
 
-def test_apply_refuses_what_cannot_be_meant(vector_dir, model_dir, monkeypatch):
+def test_apply_refuses_what_cannot_be_meant(vector_dir, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     config = SafeGeneConfig(vector=str(vector_dir))
     for values, message in (
         ({"dtype": "float64"}, "`dtype` is 'float64': use one of auto"),

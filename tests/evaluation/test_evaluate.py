@@ -135,7 +135,7 @@ def test_prompts_of_the_vector_are_left_out(config, sets, vector_dir, capsys):
         ({"judges": ["nobody"]}, "no judge `nobody`"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"harmful_data": ["nowhere.jsonl"]}, "cannot be read"),
-        ({"model_name_or_path": "nowhere/at-all"}, "cannot be loaded"),
+        ({"model_name_or_path": "nowhere/at-all"}, "neither a local directory nor a readable hub repository"),
     ],
 )
 def test_bad_settings_are_named(config, sets, changes, message, capsys):
@@ -294,7 +294,8 @@ def test_the_folder_of_a_model_or_of_a_vector_is_not_written_into(config, model_
     (tmp_path / "link").symlink_to(model_dir)
     for folder in (model_dir, tmp_path / "link", vector_dir):
         before = sorted(folder.iterdir())
-        assert main(["evaluate", *words(config), "--output_dir", str(folder), "--exclude_data", str(vector_dir)]) == 2
+        config.output_dir, config.exclude_data = str(folder), [str(vector_dir)]
+        assert main(["evaluate", *words(config)]) == 2
         assert "would be written into" in capsys.readouterr().err and sorted(folder.iterdir()) == before
 
 
