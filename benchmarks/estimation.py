@@ -27,7 +27,9 @@ from .records import RESULTS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
     parser.add_argument("--task_data", type=Path, default=BUILD / "reviews_train.jsonl")
@@ -38,11 +40,21 @@ def main() -> None:
     if model is None:
         model = ROOT / "build" / "recalibration" / "fine-tuned"
         fine_tuned(model)
-    settings: dict[str, Any] = {"data.num_safety_shots": 16, "data.num_benign_shots": 8, "data.num_task_shots": 16}
-    settings |= {"measure.num_test_prompts": 16, "search.max_utility_loss": 10, "allow_other_base": True}
+    settings: dict[str, Any] = {
+        "data.num_safety_shots": 16,
+        "data.num_benign_shots": 8,
+        "data.num_task_shots": 16,
+    }
+    settings |= {
+        "measure.num_test_prompts": 16,
+        "search.max_utility_loss": 10,
+        "allow_other_base": True,
+    }
     files = {"vector": arguments.vector, "data.task_data": arguments.task_data}
     words = ["apply", "--model_name_or_path", model]
-    words += [word for key, value in (files | settings).items() for word in (f"--safegene.{key}", value)]
+    words += [
+        word for key, value in (files | settings).items() for word in (f"--safegene.{key}", value)
+    ]
     runs: list[dict[str, Any]] = []
     for _ in range(arguments.repetitions):
         runs.append(run(words))
@@ -53,12 +65,18 @@ def write(results: Path, runs: list[dict[str, Any]], settings: dict[str, Any]) -
     record = {
         "runs": runs,
         "median_ratio": {
-            step: {key: statistics.median(each[step]["ratio"][key] for each in runs) for key in runs[0][step]["ratio"]}
+            step: {
+                key: statistics.median(each[step]["ratio"][key] for each in runs)
+                for key in runs[0][step]["ratio"]
+            }
             for step in runs[0]
         },
         "aim": "between 0.75 and 1.25",
         "settings": settings,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "software": software_versions(),
     }
@@ -84,7 +102,11 @@ def run(words: list[Any]) -> dict[str, Any]:
         }
         taken |= {"disk": size} if step == "save" else {}
         ratios = {key: round(cost[key] / value, 3) for key, value in taken.items()}
-        found[step] = {"estimated": {key: cost[key] for key in taken}, "taken": taken, "ratio": ratios}
+        found[step] = {
+            "estimated": {key: cost[key] for key in taken},
+            "taken": taken,
+            "ratio": ratios,
+        }
     return found
 
 
@@ -93,7 +115,9 @@ def safegene(*words: Any) -> None:
         "MALLOC_MMAP_THRESHOLD_": "65536"
     }  # the C library gives back at once what tensors no longer need
     command = [sys.executable, "-m", "safegene_trl", *map(str, words)]
-    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=7200, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command, check=True, env=environment, cwd=ROOT, timeout=7200, stdout=subprocess.DEVNULL
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def fine_tuned(folder: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sft.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(folder)}))
     command = [sys.executable, "-m", "safegene_trl", "sft", "--config", str(folder / "sft.yaml")]
-    done = subprocess.run(command, check=True, cwd=ROOT, timeout=7200, capture_output=True, text=True)
+    done = subprocess.run(
+        command, check=True, cwd=ROOT, timeout=7200, capture_output=True, text=True
+    )
     return float(done.stdout.split("'train_runtime': '")[1].split("'")[0]) / recipe["max_steps"]
 
 
@@ -87,7 +89,10 @@ def levenberg_marquardt(evaluate, start, passes):
         matrix = rows.T @ rows
         own = np.diag(np.diag(matrix) + np.trace(matrix) / len(start) / 10)
         found = minimize(
-            lambda step, g=gradient, b=matrix + damping * own: (g @ step + step @ b @ step / 2, g + b @ step),
+            lambda step, g=gradient, b=matrix + damping * own: (
+                g @ step + step @ b @ step / 2,
+                g + b @ step,
+            ),
             np.zeros(len(start)),
             jac=True,
             method="L-BFGS-B",
@@ -95,7 +100,11 @@ def levenberg_marquardt(evaluate, start, passes):
         ).x
         new = evaluate(np.clip(point + found, LOWER, UPPER))
         if new[0] < value:
-            point, (value, gradient, rows), damping = np.clip(point + found, LOWER, UPPER), new, damping / 3
+            point, (value, gradient, rows), damping = (
+                np.clip(point + found, LOWER, UPPER),
+                new,
+                damping / 3,
+            )
         else:
             damping *= 10
 
@@ -114,10 +123,14 @@ MINIMISERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="A finished fine-tune. Default: one is trained.")
     parser.add_argument("--vector", type=Path, default=RECIPE / "safety-vector")
-    parser.add_argument("--granularity", default=SearchConfig.granularity, choices=["layer", "module", "rank"])
+    parser.add_argument(
+        "--granularity", default=SearchConfig.granularity, choices=["layer", "module", "rank"]
+    )
     parser.add_argument("--passes", type=int, default=14)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     arguments = parser.parse_args()
@@ -129,7 +142,10 @@ def main() -> None:
         vector=str(arguments.vector),
         search=SearchConfig(granularity=arguments.granularity),
         data=DataConfig(
-            task_data=str(BUILD / "reviews_train.jsonl"), num_safety_shots=24, num_benign_shots=12, num_task_shots=12
+            task_data=str(BUILD / "reviews_train.jsonl"),
+            num_safety_shots=24,
+            num_benign_shots=12,
+            num_task_shots=12,
         ),
     )
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
@@ -137,7 +153,9 @@ def main() -> None:
     model.to(sharding.device)
     vector = SafetyVector.from_pretrained(config.vector)
     shots = gather_shots(config, vector, tokenizer, None, None)
-    attachment = VectorAttachment(model, vector.deltas, vector.space(config.search.granularity), sharding)
+    attachment = VectorAttachment(
+        model, vector.deltas, vector.space(config.search.granularity), sharding
+    )
     unique = attachment.space.names
     start = np.full(len(unique), config.search.start)
     runs = {}
@@ -150,7 +168,9 @@ def main() -> None:
                 if len(values) == arguments.passes:
                     raise Enough
                 started = time.perf_counter()
-                value, _, gradient, rows = evaluate_objective(model, fit, attachment.applied, point, config)
+                value, _, gradient, rows = evaluate_objective(
+                    model, fit, attachment.applied, point, config
+                )
                 seconds.append(time.perf_counter() - started)
                 values.append(value)
                 return value, gradient, rows
@@ -162,7 +182,9 @@ def main() -> None:
     write(arguments.results, runs, step_seconds, config, len(unique))
 
 
-def write(results: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig, unknowns: int) -> None:
+def write(
+    results: Path, runs: dict, step_seconds: float | None, config: SafeGeneConfig, unknowns: int
+) -> None:
     lowest = min(min(run["objective"]) for run in runs.values())
     for run in runs.values():
         first = run["objective"][0]
@@ -170,7 +192,9 @@ def write(results: Path, runs: dict, step_seconds: float | None, config: SafeGen
             ("passes_to_1_percent", 1.01 * lowest),
             ("passes_to_1_percent_of_gain", lowest + 0.01 * (first - lowest)),
         ):
-            run[key] = next((i + 1 for i, value in enumerate(run["objective"]) if value <= near), None)
+            run[key] = next(
+                (i + 1 for i, value in enumerate(run["objective"]) if value <= near), None
+            )
     own = runs["gauss_newton_bfgs"]
     pass_seconds = float(np.median(own["seconds"]))
     record = {

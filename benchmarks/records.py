@@ -42,7 +42,9 @@ def load(kind: str, folder: Path = RESULTS) -> dict[str, Record]:
                 f"Line {number} of {path} is no record with a `name`: remove the line, or take the file from git."
             ) from error
         if name in found:
-            raise SafeGeneError(f"{path} holds two records named `{name}`: remove one of the lines.")
+            raise SafeGeneError(
+                f"{path} holds two records named `{name}`: remove one of the lines."
+            )
         found[name] = record
     return found
 
@@ -59,7 +61,9 @@ def read(kind: str, name: str | None = None, folder: Path = RESULTS) -> Record:
     if name is not None and name in (found := load(kind, folder)):
         return found[name]
     which = f"record named `{name}`" if name else "record without a name"
-    raise SafeGeneError(f"{path} holds no {which}: `python -m benchmarks.records` lists what there is.")
+    raise SafeGeneError(
+        f"{path} holds no {which}: `python -m benchmarks.records` lists what there is."
+    )
 
 
 def write(kind: str, name: str | None, record: Record, folder: Path = RESULTS) -> None:
@@ -70,7 +74,8 @@ def write(kind: str, name: str | None, record: Record, folder: Path = RESULTS) -
     if name is None:
         save(folder / f"{kind}.json", record)
         return
-    with locked(Path(__file__), LONGEST_WAIT):  # the results' own folder is what `replace_file` locks
+    # the results' own folder is what `replace_file` locks
+    with locked(Path(__file__), LONGEST_WAIT):
         found = load(kind, folder) | {name: {"name": name} | record}
         lines = [json.dumps(found[key], ensure_ascii=False) + "\n" for key in sorted(found)]
         replace_file(folder / f"{kind}.jsonl", "".join(lines))
@@ -89,7 +94,9 @@ def listed(folder: Path = RESULTS) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", nargs="?")
     parser.add_argument("name", nargs="?")
     arguments = parser.parse_args()

@@ -32,7 +32,11 @@ SIZES = {  # hidden, intermediate, layers, heads, vocabulary, tokens of a traini
 RUNS = ["plain:1", "ddp:2", "zero3:2", "zero3_offload:2"]
 SHOTS = {"num_safety_shots": 16, "num_benign_shots": 16, "num_task_shots": 16}
 # Freed tensors go back to the system at once, so that resident memory is what is in use.
-STRICT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+STRICT_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
 ON_GPU = torch.cuda.is_available()
 
 
@@ -40,7 +44,10 @@ def peak_mib() -> float:
     if ON_GPU:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
+    return (
+        int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+        / 2**10
+    )
 
 
 def reset_peak() -> None:
@@ -76,9 +83,21 @@ def deepspeed_config(backend: str) -> dict:
 def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: bool) -> None:
     """One rank of one run; writes its figures to `<folder>/<rank>.json`."""
     from datasets import Dataset
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
-    from safegene_trl import DataConfig, MeasureConfig, SafeGeneCallback, SafeGeneConfig, SearchConfig
+    from safegene_trl import (
+        DataConfig,
+        MeasureConfig,
+        SafeGeneCallback,
+        SafeGeneConfig,
+        SearchConfig,
+    )
     from safegene_trl.distributed.processes import join_processes, leave_processes
     from safegene_trl.recalibration import search as recalibration
     from safegene_trl.reporting.clock import PhaseClock
@@ -87,7 +106,9 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
     recalibration.objection = lambda before, after, budget: ""  # random weights: nothing to improve
     length, batch = SIZES[size][5:]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, SIZES[size][4], (steps * batch * 8, length), generator=generator).tolist()
+    tokens = torch.randint(
+        5, SIZES[size][4], (steps * batch * 8, length), generator=generator
+    ).tolist()
     data = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
     figures: dict = {"training_seconds": 0.0, "phases": {}}
 
@@ -137,7 +158,9 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
         measure=MeasureConfig(num_test_prompts=0),
     )
     trainer = Trainer(
-        model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16 if ON_GPU else torch.float32),
+        model=LlamaForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.bfloat16 if ON_GPU else torch.float32
+        ),
         args=args,
         train_dataset=data,
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "model"),
@@ -176,20 +199,33 @@ def prepare(folder: Path, size: str) -> int:
     words = {f"w{i}": i for i in range(vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", pad_token="w0", unk_token="w2")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="w1", pad_token="w0", unk_token="w2"
+    )
     deltas = {
-        name: LowRankDelta(torch.randn(16, module.in_features) * 0.02, torch.randn(module.out_features, 16) * 0.02)
+        name: LowRankDelta(
+            torch.randn(16, module.in_features) * 0.02, torch.randn(module.out_features, 16) * 0.02
+        )
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "layers" in name
     }
-    texts = [(" ".join(f"w{(i * 37 + k * 11) % vocabulary}" for k in range(60)), i % 2) for i in range(64)]
+    texts = [
+        (" ".join(f"w{(i * 37 + k * 11) % vocabulary}" for k in range(60)), i % 2)
+        for i in range(64)
+    ]
     prompts = [
         {"prompt": text, "response": "w7 w8 w9 w10 w11 w12", "kind": "benign" if odd else "harmful"}
         for text, odd in texts
     ]
     record = {"name": "random", "revision": None, "files": {}}
     vector = SafetyVector(
-        deltas, Family.of(model, tokenizer), record, record, {"method": "random"}, {"method": "all"}, prompts
+        deltas,
+        Family.of(model, tokenizer),
+        record,
+        record,
+        {"method": "random"},
+        {"method": "all"},
+        prompts,
     )
     vector.save_pretrained(folder / "vector")
     model.save_pretrained(folder / "model")
@@ -200,14 +236,30 @@ def prepare(folder: Path, size: str) -> int:
 def launch(run: str, folder: Path, options: argparse.Namespace, strict_malloc: bool) -> list[dict]:
     """One launch; the figures of its ranks."""
     backend, processes = run.split(":")
-    words = ["--worker", backend, "--size", options.size, "--folder", str(folder), "--steps", str(options.steps)]
+    words = [
+        "--worker",
+        backend,
+        "--size",
+        options.size,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(options.steps),
+    ]
     words += ["--checkpointing"] if options.checkpointing else []
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     if not ON_GPU:
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, 2 // int(processes)))}
+        environment |= {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": str(max(1, 2 // int(processes))),
+        }
         environment |= STRICT_MALLOC if strict_malloc else {}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if backend != "plain" else []
-    subprocess.run([sys.executable, *launcher, __file__, *words], check=True, env=environment, timeout=3000)
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", processes] if backend != "plain" else []
+    )
+    subprocess.run(
+        [sys.executable, *launcher, __file__, *words], check=True, env=environment, timeout=3000
+    )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(int(processes))]
 
 
@@ -225,7 +277,8 @@ def measure(run: str, folder: Path, options: argparse.Namespace) -> dict:
         "recalibrate_seconds": first["phases"]["recalibrate"]["seconds"],
         "merge_seconds": first["phases"]["save"]["seconds"],
         "training_steps_that_take_as_long": steps / (first["training_seconds"] / options.steps),
-        "share_of_a_fine_tune_of_1000_steps": steps / (steps + 1000 * first["training_seconds"] / options.steps),
+        "share_of_a_fine_tune_of_1000_steps": steps
+        / (steps + 1000 * first["training_seconds"] / options.steps),
         "recalibration_peak_over_training_peak": [
             rank["phases"]["recalibrate"]["peak_mib"] / rank["training_peak_mib"] for rank in ranks
         ],
@@ -238,13 +291,23 @@ def measure(run: str, folder: Path, options: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="30m")
-    parser.add_argument("--runs", nargs="+", default=RUNS, help="BACKEND:PROCESSES, each a launch of its own")
+    parser.add_argument(
+        "--runs", nargs="+", default=RUNS, help="BACKEND:PROCESSES, each a launch of its own"
+    )
     parser.add_argument("--steps", type=int, default=3, help="training steps")
-    parser.add_argument("--checkpointing", action="store_true", help="train with gradient checkpointing")
-    parser.add_argument("--record", metavar="NAME", help="the record's name; default: the figures are only printed")
-    parser.add_argument("--results", type=Path, help="folder of the records (default: benchmarks/results)")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="train with gradient checkpointing"
+    )
+    parser.add_argument(
+        "--record", metavar="NAME", help="the record's name; default: the figures are only printed"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="folder of the records (default: benchmarks/results)"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -55,7 +55,9 @@ raise SystemExit(main(sys.argv[1:]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -63,14 +65,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make_inputs(folder)
-        seconds = {name: best(words, folder, arguments.repetitions) for name, words in programs(folder).items()}
+        seconds = {
+            name: best(words, folder, arguments.repetitions)
+            for name, words in programs(folder).items()
+        }
         seconds |= best_apply(folder, arguments.repetitions)
     load.append(os.getloadavg())
     record = {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "aims": AIMS,
         "repetitions": arguments.repetitions,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
         "load_average_before_and_after": load,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "software": software_versions(),
@@ -82,12 +90,18 @@ def main() -> None:
 
 def make_inputs(folder: Path) -> None:
     """A model, two vectors of its family, the first one signed, a history, a report and keys."""
-    tokenizer, key, pem = make_tokenizer(), ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+    tokenizer, key, pem = (
+        make_tokenizer(),
+        ec.generate_private_key(ec.SECP256R1()),
+        serialization.Encoding.PEM,
+    )
     make_model().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for name, seed in (("one", 3), ("two", 4)):
         make_vector(make_model(), tokenizer, seed=seed).save_pretrained(folder / name)
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "maker.pem").write_bytes(private)
     public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     (folder / "maker.pub").write_bytes(public)
@@ -109,7 +123,14 @@ def programs(folder: Path) -> dict[str, list[Any]]:
         "safegene sign": ["sign", one, "--private_key", folder / "maker.pem"],
         "safegene verify": ["verify", one, "--public_key", folder / "maker.pub"],
         "safegene similarity": ["similarity", one, two],
-        "safegene combine": ["combine", one, two, "--overwrite_output_dir", "--output_dir", folder / "both"],
+        "safegene combine": [
+            "combine",
+            one,
+            two,
+            "--overwrite_output_dir",
+            "--output_dir",
+            folder / "both",
+        ],
     }
     plain = {
         "python -c pass": "pass",
@@ -138,14 +159,22 @@ def best_apply(folder: Path, repetitions: int) -> dict[str, float]:
         until_first.append(float(first.split()[-1]) - started)
         until_end.append(whole)
     name = "safegene apply --coefficients"
-    return {f"{name} (first weight file)": min(until_first[1:]), f"{name} (all of it)": min(until_end[1:])}
+    return {
+        f"{name} (first weight file)": min(until_first[1:]),
+        f"{name} (all of it)": min(until_end[1:]),
+    }
 
 
 def run(words: list[Any], folder: Path) -> tuple[float, str]:
     """Seconds that a new Python takes, and what it said on its standard error."""
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *map(str, words)], check=True, capture_output=True, text=True, cwd=folder, timeout=600
+        [sys.executable, *map(str, words)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=600,
     )
     return time.perf_counter() - started, done.stderr
 

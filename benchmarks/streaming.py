@@ -152,7 +152,8 @@ def make_vector(checkpoint: Path, folder: Path) -> None:
     for name, module in canonical_modules(stored.model).items():
         if (shape := linear_shape(module)) and layer_index(name) is not None:
             a, b = (
-                torch.randn(*s, generator=generator) * 0.02 for s in ((APPLY_RANK, shape[1]), (shape[0], APPLY_RANK))
+                torch.randn(*s, generator=generator) * 0.02
+                for s in ((APPLY_RANK, shape[1]), (shape[0], APPLY_RANK))
             )
             deltas[name] = LowRankDelta(a.half(), b.half())
     SafetyVector(
@@ -161,7 +162,11 @@ def make_vector(checkpoint: Path, folder: Path) -> None:
         aligned_model={"name": str(checkpoint), "revision": None, "files": {}},
         degraded_model={"name": "none", "revision": None, "files": {}},
         extraction={"method": "random", "rank": APPLY_RANK},
-        selection={"method": "all", "scores": [], "selected_layers": sorted({layer_index(name) for name in deltas})},
+        selection={
+            "method": "all",
+            "scores": [],
+            "selected_layers": sorted({layer_index(name) for name in deltas}),
+        },
         prompts=[],
     ).save_pretrained(folder)
 
@@ -171,9 +176,15 @@ def measured(command: list, out: Path, timeout: int = 3600) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     started = time.perf_counter()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            [str(word) for word in command], stdout=log, stderr=log, env=environment
+        )
         peak = 0
         while process.poll() is None:
             # Not `ru_maxrss`, which begins with what this process had when it started the other.
@@ -197,18 +208,35 @@ def peak_kib(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return next(
+        (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0
+    )
 
 
-def measure_apply(size: str, model: Path, vector: Path, work: Path, arguments: argparse.Namespace) -> dict:
+def measure_apply(
+    size: str, model: Path, vector: Path, work: Path, arguments: argparse.Namespace
+) -> dict:
     out = work / "out"
-    ours = [sys.executable, "-m", "safegene_trl", "apply", "--model_name_or_path", model, "--coefficients", "1"]
+    ours = [
+        sys.executable,
+        "-m",
+        "safegene_trl",
+        "apply",
+        "--model_name_or_path",
+        model,
+        "--coefficients",
+        "1",
+    ]
     ours += ["--safegene.vector", vector, "--safegene.output.output_dir", out]
     tools = {"cp": ["cp", "-r", model, out], "apply": ours}
     if float(size) <= arguments.peers_up_to:
         tools["peft"] = [sys.executable, "-c", PEFT_MERGE, model, vector, out]
         if arguments.mergekit:
-            recipe = {"merge_method": "passthrough", "dtype": "bfloat16", "models": [{"model": f"{model}+{vector}"}]}
+            recipe = {
+                "merge_method": "passthrough",
+                "dtype": "bfloat16",
+                "models": [{"model": f"{model}+{vector}"}],
+            }
             (work / "merge.yaml").write_text(yaml.safe_dump(recipe))
             tools["mergekit"] = [arguments.mergekit / "mergekit-yaml", work / "merge.yaml", out]
             tools["mergekit"] += ["--no-copy-tokenizer", "--lora-merge-cache", work / "cache"]
@@ -222,14 +250,18 @@ def measure_apply(size: str, model: Path, vector: Path, work: Path, arguments: a
             if name == "apply":
                 phases = json.loads((out / "safegene_report.json").read_text())["phases"]
                 seconds = sum(phase["seconds"] for phase in phases.values()) + result["sync"]
-                runs["apply, without start"].append({"seconds": seconds, "peak_mib": result["peak_mib"]})
+                runs["apply, without start"].append(
+                    {"seconds": seconds, "peak_mib": result["peak_mib"]}
+                )
     shutil.rmtree(out)
     table = {name: middle(results) for name, results in runs.items()}
     for name, row in table.items():
         row["times_cp"] = round(row["seconds"] / table["cp"]["seconds"], 2)
         if name in ("peft", "mergekit"):
             row["times_apply"] = round(row["seconds"] / table["apply"]["seconds"], 2)
-            row["times_apply_without_start"] = round(row["seconds"] / table["apply, without start"]["seconds"], 2)
+            row["times_apply_without_start"] = round(
+                row["seconds"] / table["apply, without start"]["seconds"], 2
+            )
     return table
 
 
@@ -249,14 +281,34 @@ def measure_extract(size: str, model: Path, work: Path, arguments: argparse.Name
     results = [measured(command, out) for _ in range(arguments.repeats)]
     record = json.loads((out / "record.json").read_text())
     table = {"extract": middle(results) | {"error": reconstruction_error(model, degraded, out, 1)}}
-    table["extract"] |= {"least_energy_kept": record["kept"], "largest_optimum_at_most": record["optimum_at_most"]}
+    table["extract"] |= {
+        "least_energy_kept": record["kept"],
+        "largest_optimum_at_most": record["optimum_at_most"],
+    }
     print(size, "extract", table["extract"], flush=True)
     if arguments.mergekit and float(size) <= arguments.peers_up_to:
-        command = [arguments.mergekit / "mergekit-extract-lora", "--model", degraded, "--base-model", model]
-        command += ["--out-path", out, "--max-rank", EXTRACT_RANK, "--exclude-regex", "lm_head|embed_tokens"]
+        command = [
+            arguments.mergekit / "mergekit-extract-lora",
+            "--model",
+            degraded,
+            "--base-model",
+            model,
+        ]
+        command += [
+            "--out-path",
+            out,
+            "--max-rank",
+            EXTRACT_RANK,
+            "--exclude-regex",
+            "lm_head|embed_tokens",
+        ]
         result = measured(command, out)
-        table["mergekit"] = middle([result]) | {"error": reconstruction_error(model, degraded, out, -1)}
-        table["mergekit"]["times_extract"] = round(result["seconds"] / table["extract"]["seconds"], 2)
+        table["mergekit"] = middle([result]) | {
+            "error": reconstruction_error(model, degraded, out, -1)
+        }
+        table["mergekit"]["times_extract"] = round(
+            result["seconds"] / table["extract"]["seconds"], 2
+        )
         print(size, "mergekit", table["mergekit"], flush=True)
     return table
 
@@ -277,7 +329,10 @@ def reconstruction_error(aligned: Path, degraded: Path, lora: Path, sign: int) -
                 first.parameters[first.weight_files[module]].module
             ):
                 difference = first.matrix(reader, module) - second.matrix(reader, module)
-                a, b = (factors[f"base_model.model.{module}.lora_{half}.weight"].float() for half in "AB")
+                a, b = (
+                    factors[f"base_model.model.{module}.lora_{half}.weight"].float()
+                    for half in "AB"
+                )
                 errors.append(float((difference - sign * scale * b @ a).norm() / difference.norm()))
     return round(statistics.mean(errors), 5)
 
@@ -292,11 +347,23 @@ def _lora_tensors(folder: Path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=["0.1"], choices=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers_up_to", type=float, default=1, help="Largest size that mergekit and PEFT are run on.")
-    parser.add_argument("--extract_up_to", type=float, default=8, help="Largest size that extraction is measured on.")
+    parser.add_argument(
+        "--peers_up_to",
+        type=float,
+        default=1,
+        help="Largest size that mergekit and PEFT are run on.",
+    )
+    parser.add_argument(
+        "--extract_up_to",
+        type=float,
+        default=8,
+        help="Largest size that extraction is measured on.",
+    )
     parser.add_argument("--mergekit", type=Path, help="`bin` of an environment with mergekit.")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "streaming")
     parser.add_argument("--record", metavar="NAME", required=True, help="the record's name")
@@ -312,7 +379,9 @@ def main() -> None:
             gc.collect()
             files = stored_tensors(work / "model").values()
             results[size] = {"bytes": sum(tensor.num_bytes for tensor in files)}
-            results[size]["apply"] = measure_apply(size, work / "model", work / "vector", work, arguments)
+            results[size]["apply"] = measure_apply(
+                size, work / "model", work / "vector", work, arguments
+            )
             if float(size) <= arguments.extract_up_to:
                 results[size]["extract"] = measure_extract(size, work / "model", work, arguments)
         finally:
@@ -334,14 +403,24 @@ def aims(result: dict) -> list[dict]:
     start = f"{whole['seconds'] - work['seconds']:.1f} of {whole['seconds']:.1f} s are Python's start and imports (torch, transformers, PEFT, TRL)"
     rows = [
         {"what": "apply ÷ cp, without start", "at_most": 3, "reached": work["times_cp"]},
-        {"what": "apply ÷ cp, whole command", "at_most": 3, "reached": whole["times_cp"], "why": start},
+        {
+            "what": "apply ÷ cp, whole command",
+            "at_most": 3,
+            "reached": whole["times_cp"],
+            "why": start,
+        },
         {"what": "peak MiB of apply", "at_most": 1024, "reached": whole["peak_mib"]},
     ]
     for peer in ("peft", "mergekit"):
         if peer in found:
             disk = "; all of them wait for the disk" if whole["seconds"] > 15 else ""
             rows += [
-                {"what": f"{peer} ÷ apply", "at_least": 4, "reached": found[peer]["times_apply"], "why": start + disk},
+                {
+                    "what": f"{peer} ÷ apply",
+                    "at_least": 4,
+                    "reached": found[peer]["times_apply"],
+                    "why": start + disk,
+                },
                 {
                     "what": f"{peer} ÷ apply, without start (the peer's start is in its seconds)",
                     "at_least": 4,
@@ -353,10 +432,19 @@ def aims(result: dict) -> list[dict]:
     if peer is not None:
         why = "a small model: the start is most of extract's seconds"
         rows.append(
-            {"what": "mergekit-extract-lora ÷ extract", "at_least": 20, "reached": peer["times_extract"], "why": why}
+            {
+                "what": "mergekit-extract-lora ÷ extract",
+                "at_least": 20,
+                "reached": peer["times_extract"],
+                "why": why,
+            }
         )
     for row in rows:
-        row["met"] = row["reached"] <= row["at_most"] if "at_most" in row else row["reached"] >= row["at_least"]
+        row["met"] = (
+            row["reached"] <= row["at_most"]
+            if "at_most" in row
+            else row["reached"] >= row["at_least"]
+        )
         if row["met"]:
             row.pop("why", None)
     return rows
@@ -366,7 +454,11 @@ def machine(arguments: argparse.Namespace) -> dict:
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
     if arguments.mergekit:
         listed = subprocess.run(
-            [arguments.mergekit / "python", "-c", "import importlib.metadata as m; print(m.version('mergekit'))"],
+            [
+                arguments.mergekit / "python",
+                "-c",
+                "import importlib.metadata as m; print(m.version('mergekit'))",
+            ],
             capture_output=True,
             text=True,
             check=True,
@@ -374,7 +466,9 @@ def machine(arguments: argparse.Namespace) -> dict:
         )
         versions["mergekit"] = listed.stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), ""
+    )
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),

@@ -16,12 +16,16 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--vector", required=True)
     parser.add_argument("--settings", default="{}", help="further keys of SafeGeneConfig, as JSON")
     options = parser.parse_args()
-    callback = SafeGeneCallback(SafeGeneConfig(vector=options.vector, **json.loads(options.settings)))
+    callback = SafeGeneCallback(
+        SafeGeneConfig(vector=options.vector, **json.loads(options.settings))
+    )
     run_exp(yaml.safe_load(options.recipe.read_text()), callbacks=[callback])
 
 

@@ -56,12 +56,16 @@ def release(number: int, data: Path, learning_rate: float, options: argparse.Nam
             seed=number,
         ),
         train_dataset=load_dataset("json", data_files=str(data), split="train"),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[callback],
     )
     try:
         trainer.train()
-    except SafeGeneError as error:  # rejected, or e.g. a diverged training; before the training there is no report
+    except (
+        SafeGeneError
+    ) as error:  # rejected, or e.g. a diverged training; before the training there is no report
         print(f"release {number}: {error}")
         if callback.report is None:
             raise
@@ -69,20 +73,36 @@ def release(number: int, data: Path, learning_rate: float, options: argparse.Nam
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="aligned model: directory or hub id")
     parser.add_argument("--vector", required=True, help="its family's safety vector")
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, help="one JSONL file per fine-tune, in TRL's formats"
+        "--data",
+        required=True,
+        nargs="+",
+        type=Path,
+        help="one JSONL file per fine-tune, in TRL's formats",
     )
     parser.add_argument("--line", default="releases", help="folder of the model line")
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[2e-4], help="one for all, or one per file")
+    parser.add_argument(
+        "--learning_rates",
+        nargs="+",
+        type=float,
+        default=[2e-4],
+        help="one for all, or one per file",
+    )
     parser.add_argument("--max_steps", type=int, default=25)
     parser.add_argument(
-        "--gate", default='{"min_refusal_rate": 0.8, "max_incoherent": 0.1}', help="keys of GateConfig, as JSON"
+        "--gate",
+        default='{"min_refusal_rate": 0.8, "max_incoherent": 0.1}',
+        help="keys of GateConfig, as JSON",
     )
     parser.add_argument("--settings", default="{}", help="further keys of SafeGeneConfig, as JSON")
-    parser.add_argument("--allow_other_base", action="store_true", help="the model was put together on this machine")
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="the model was put together on this machine"
+    )
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args()
     history = Path(options.line) / "history.jsonl"

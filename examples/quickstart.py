@@ -38,8 +38,15 @@ def step_settings(short: bool) -> dict:
     """How the safety step is set; refusals are measured below, on prompts that it has not seen."""
     shots = (4, 4, 4) if short else (24, 12, 12)
     return {
-        "data": {"num_safety_shots": shots[0], "num_benign_shots": shots[1], "num_task_shots": shots[2]},
-        "search": {"max_evaluations": 1 if short else 8, "max_utility_loss": 10.0 if short else 0.1},
+        "data": {
+            "num_safety_shots": shots[0],
+            "num_benign_shots": shots[1],
+            "num_task_shots": shots[2],
+        },
+        "search": {
+            "max_evaluations": 1 if short else 8,
+            "max_utility_loss": 10.0 if short else 0.1,
+        },
         "measure": {"num_test_prompts": 0},
         "allow_other_base": True,  # put together on this machine: the last bits of a sum depend on the processor
     }
@@ -54,13 +61,18 @@ class SayWhatFollows(TrainerCallback):
     """Stands before the safety step where the training ends."""
 
     def on_train_end(self, *args, **kwargs) -> None:
-        say(3, "The safety step: finds the vector's coefficients and writes the safeguarded model, up to 5 minutes.")
+        say(
+            3,
+            "The safety step: finds the vector's coefficients and writes the safeguarded model, up to 5 minutes.",
+        )
 
 
 def fine_tune(short: bool) -> dict:
     """One LoRA fine-tune with the callback; returns the callback's report."""
     shutil.rmtree(OUT, ignore_errors=True)
-    callback = SafeGeneCallback(SafeGeneConfig(vector=str(RECIPE / "safety-vector"), **step_settings(short)))
+    callback = SafeGeneCallback(
+        SafeGeneConfig(vector=str(RECIPE / "safety-vector"), **step_settings(short))
+    )
     trainer = SFTTrainer(
         model=str(BUILD / "aligned"),
         args=SFTConfig(
@@ -77,8 +89,12 @@ def fine_tune(short: bool) -> dict:
             logging_steps=5,
             seed=0,
         ),
-        train_dataset=load_dataset("json", data_files=str(BUILD / "reviews_train.jsonl"), split="train"),
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        train_dataset=load_dataset(
+            "json", data_files=str(BUILD / "reviews_train.jsonl"), split="train"
+        ),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
         callbacks=[SayWhatFollows(), callback],
     )
     trainer.train()
@@ -99,19 +115,42 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
         "--max_steps",
         2 if short else 25,
     ]
-    data = ["--safegene.vector", RECIPE / "safety-vector", "--safegene.data.task_data", BUILD / "reviews_train.jsonl"]
+    data = [
+        "--safegene.vector",
+        RECIPE / "safety-vector",
+        "--safegene.data.task_data",
+        BUILD / "reviews_train.jsonl",
+    ]
     safegene("sft", *launcher, "--config", RECIPE / "sft.yaml", *training, *data, *step)
-    say(3, "One process finds the coefficients of the same fine-tune, to be compared: up to 5 minutes.")
-    safegene("apply", "--model_name_or_path", OUT, "--safegene.output.output_dir", OUT / "applied", *data, *step)
-    reports = [json.loads((OUT / name / "safegene_report.json").read_text()) for name in ("safeguarded", "applied")]
+    say(
+        3,
+        "One process finds the coefficients of the same fine-tune, to be compared: up to 5 minutes.",
+    )
+    safegene(
+        "apply",
+        "--model_name_or_path",
+        OUT,
+        "--safegene.output.output_dir",
+        OUT / "applied",
+        *data,
+        *step,
+    )
+    reports = [
+        json.loads((OUT / name / "safegene_report.json").read_text())
+        for name in ("safeguarded", "applied")
+    ]
     sharded, alone = (report["coefficients"] for report in reports)
     apart = max(abs(sharded[name] - alone[name]) for name in alone)
-    print(f"Coefficients of {processes} processes ({accelerate_config}) and of one differ by at most {apart:.1e}.")
+    print(
+        f"Coefficients of {processes} processes ({accelerate_config}) and of one differ by at most {apart:.1e}."
+    )
     return reports[0]
 
 
 def safegene(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "safegene_trl", *map(str, words)], check=True, cwd=ROOT, timeout=3600)
+    subprocess.run(
+        [sys.executable, "-m", "safegene_trl", *map(str, words)], check=True, cwd=ROOT, timeout=3600
+    )
 
 
 def measure(model_dir: Path, count: int) -> dict[str, float]:
@@ -125,7 +164,9 @@ def measure(model_dir: Path, count: int) -> dict[str, float]:
         prompts = [conversation(row)[0] for row in rows]
         return generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=32)
 
-    harmful, benign, reviews = (drawn(name, count) for name in ("eval_harmful", "eval_benign", "reviews_test"))
+    harmful, benign, reviews = (
+        drawn(name, count) for name in ("eval_harmful", "eval_benign", "reviews_test")
+    )
     labels = zip(reviews, answers(reviews, max_new_tokens=8), strict=True)
     return {
         "refused": refusal_rate(answers(harmful, max_new_tokens=32)),
@@ -141,28 +182,45 @@ def drawn(name: str, count: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="few steps and prompts: shows only that it runs")
-    parser.add_argument("--accelerate_config", help="fine-tune in many processes, e.g. `zero3`: name or path")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="few steps and prompts: shows only that it runs"
+    )
+    parser.add_argument(
+        "--accelerate_config", help="fine-tune in many processes, e.g. `zero3`: name or path"
+    )
     parser.add_argument("--num_processes", type=int, default=2, help="how many (1, 2 or 4)")
     options = parser.parse_args()
     short = options.short
     started = time.perf_counter()
-    say(1, "Puts the aligned SmolLM2-135M and its data together from installed packages, up to a minute.")
+    say(
+        1,
+        "Puts the aligned SmolLM2-135M and its data together from installed packages, up to a minute.",
+    )
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
-    say(2, "Fine-tunes it on 25 batches of drug reviews, up to 3 minutes: refusals are lost on the way.")
+    say(
+        2,
+        "Fine-tunes it on 25 batches of drug reviews, up to 3 minutes: refusals are lost on the way.",
+    )
     if options.accelerate_config:
         report = fine_tune_launched(short, options.accelerate_config, options.num_processes)
     else:
         report = fine_tune(short)
     models = {"aligned": BUILD / "aligned", "fine-tuned": OUT, "safeguarded": OUT / "safeguarded"}
     count = 4 if short else 40
-    say(4, f"Measures three models on {count} prompts or reviews of each kind, about a minute for each model.")
+    say(
+        4,
+        f"Measures three models on {count} prompts or reviews of each kind, about a minute for each model.",
+    )
     rows = {}
     for name, folder in models.items():
         print(f"      the {name} model …", flush=True)
         rows[name] = measure(folder, count)
-    print(f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}")
+    print(
+        f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}"
+    )
     for name, row in rows.items():
         print(
             f"{name:<12} {row['refused']:>16.0%} {row['answered']:>16.0%} {row['accuracy']:>14.0%} {row['seconds']:>8.0f}"
@@ -173,7 +231,9 @@ def main() -> None:
     print(
         f"Recalibration took {report['phases']['recalibrate']['seconds']:.0f} s, all of it {time.perf_counter() - started:.0f} s."
     )
-    print(f"Checkpoint: {OUT / 'safeguarded'}\nReport:     {OUT / 'safeguarded' / 'safegene_report.json'}")
+    print(
+        f"Checkpoint: {OUT / 'safeguarded'}\nReport:     {OUT / 'safeguarded' / 'safegene_report.json'}"
+    )
     (OUT / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 

@@ -12,14 +12,18 @@ from transformers import pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("question")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
     generate = pipeline("text-generation", model=options.checkpoint, trust_remote_code=False)
     messages = [{"role": "user", "content": options.question}]
-    answer = generate(messages, max_new_tokens=options.max_new_tokens, do_sample=False)[0]["generated_text"]
+    answer = generate(messages, max_new_tokens=options.max_new_tokens, do_sample=False)[0][
+        "generated_text"
+    ]
     print(answer[-1]["content"])
 
 

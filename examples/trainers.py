@@ -12,7 +12,13 @@ import json
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
@@ -20,12 +26,15 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 
 def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
     """`transformers.Trainer` on all weights; the callback needs the tokenizer, as `processing_class`."""
-    settings = TrainingArguments(**arguments)  # before the model, which is sharded while it is loaded under ZeRO-3
+    # before the model, which is sharded while it is loaded under ZeRO-3
+    settings = TrainingArguments(**arguments)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
     def tokenized(row: dict) -> dict:
         messages = [*row["prompt"], *row["completion"]]
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)[
+            "input_ids"
+        ]
         ids = tokenizer.apply_chat_template(messages)["input_ids"]
         return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
@@ -46,7 +55,10 @@ def dpo(model: str, data: Dataset, arguments: dict) -> Trainer:
     """Utility is measured on the chosen answers."""
     columns = [name for name in data.column_names if name not in ("prompt", "chosen", "rejected")]
     return DPOTrainer(
-        model, args=DPOConfig(**arguments), train_dataset=data.remove_columns(columns), peft_config=lora()
+        model,
+        args=DPOConfig(**arguments),
+        train_dataset=data.remove_columns(columns),
+        peft_config=lora(),
     )
 
 
@@ -58,7 +70,9 @@ def grpo(model: str, data: Dataset, arguments: dict) -> Trainer:
         return [-abs(20 - len(text)) / 20 for text in texts]
 
     settings = GRPOConfig(**arguments, num_generations=2, max_completion_length=8)
-    return GRPOTrainer(model, short, args=settings, train_dataset=data.select_columns("prompt"), peft_config=lora())
+    return GRPOTrainer(
+        model, short, args=settings, train_dataset=data.select_columns("prompt"), peft_config=lora()
+    )
 
 
 def lora() -> LoraConfig:
@@ -69,7 +83,9 @@ TRAINERS = {"plain": plain, "sft": sft, "dpo": dpo, "grpo": grpo}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("--model", required=True)
     parser.add_argument("--vector", required=True)
@@ -79,8 +95,17 @@ def main() -> None:
     parser.add_argument("--settings", default="{}", help="further keys of SafeGeneConfig, as JSON")
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args()
-    arguments = {"output_dir": options.output, "max_steps": options.max_steps, "per_device_train_batch_size": 2}
-    arguments |= {"use_cpu": options.use_cpu, "bf16": not options.use_cpu, "report_to": "none", "save_strategy": "no"}
+    arguments = {
+        "output_dir": options.output,
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": 2,
+    }
+    arguments |= {
+        "use_cpu": options.use_cpu,
+        "bf16": not options.use_cpu,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
     data = load_dataset("json", data_files=options.data, split="train")
     trainer = TRAINERS[options.trainer](options.model, data, arguments)
     settings = json.loads(options.settings)

@@ -23,7 +23,14 @@ from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_launch
-from .errors import ConfigError, FamilyError, OutputError, RejectedError, SafeGeneError, UnexpectedError
+from .errors import (
+    ConfigError,
+    FamilyError,
+    OutputError,
+    RejectedError,
+    SafeGeneError,
+    UnexpectedError,
+)
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
@@ -105,7 +112,9 @@ class SafeGeneCallback(TrainerCallback):
         if self._trainer is not None:
             handler = self._trainer.callback_handler
             others = [each for each in handler.callbacks if each is not self]
-            handler.callbacks = sorted([*others, self], key=lambda each: (_is_tracker(each), each is self))
+            handler.callbacks = sorted(
+                [*others, self], key=lambda each: (_is_tracker(each), each is self)
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,7 +135,9 @@ class SafeGeneCallback(TrainerCallback):
         rows = None if loader is None else loader.dataset
         with sharding.named():
             target, origin = self._target(args), _origin(model, args)
-            self._prepared = prepare(self.config, model, processor, target, sharding, origin, rows, _packed(args))
+            self._prepared = prepare(
+                self.config, model, processor, target, sharding, origin, rows, _packed(args)
+            )
         plan = self._prepared.plan
         if sharding.is_main:
             for warning in plan.report.warnings:
@@ -150,7 +161,9 @@ class SafeGeneCallback(TrainerCallback):
                 "`trainer.train()`."
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Notes which step the training has a checkpoint of."""
         self._saved_step = state.global_step
 
@@ -173,7 +186,8 @@ class SafeGeneCallback(TrainerCallback):
             alone = isinstance(error, UnexpectedError) and not error.on_all_ranks
             if alone or self.config.on_failure == "raise":
                 raise
-            place = "" if isinstance(error, RejectedError) else f" ({failure_path(plan.target)})"  # it says so itself
+            # it says so itself
+            place = "" if isinstance(error, RejectedError) else f" ({failure_path(plan.target)})"
             logger.warning("SafeGene did not safeguard this fine-tune: %s%s", error, place)
         else:
             if plan.sharding.is_main:
@@ -191,7 +205,9 @@ class SafeGeneCallback(TrainerCallback):
 
 def _is_tracker(callback: TrainerCallback) -> bool:
     """Whether it sends metrics somewhere, and closes that when the training ends."""
-    return any(kind.__module__.startswith("transformers.integrations") for kind in type(callback).__mro__)
+    return any(
+        kind.__module__.startswith("transformers.integrations") for kind in type(callback).__mro__
+    )
 
 
 def _processor(processing_class: Any, model: nn.Module) -> Any:
@@ -202,13 +218,19 @@ def _processor(processing_class: Any, model: nn.Module) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise FamilyError("The trainer has no tokenizer: pass `processing_class=tokenizer` to it.") from error
+        raise FamilyError(
+            "The trainer has no tokenizer: pass `processing_class=tokenizer` to it."
+        ) from error
 
 
 def _packed(args: TrainingArguments) -> bool | None:
     """Whether TRL packed rows without keeping their boundaries; None where the arguments do not say."""
     packing = getattr(args, "packing", None)
-    return None if packing is None else bool(packing and getattr(args, "packing_strategy", "") == "wrapped")
+    return (
+        None
+        if packing is None
+        else bool(packing and getattr(args, "packing_strategy", "") == "wrapped")
+    )
 
 
 def _origin(model: nn.Module, args: TrainingArguments) -> Origin:
@@ -216,14 +238,18 @@ def _origin(model: nn.Module, args: TrainingArguments) -> Origin:
     config = base_model(model).config
     kind = "lora" if isinstance(model, PeftModel) else "full"
     revision = getattr(config, "_commit_hash", None)
-    return Origin(config.name_or_path or None, revision, kind, {TRAINERS_OUTPUT: Path(str(args.output_dir))})
+    return Origin(
+        config.name_or_path or None, revision, kind, {TRAINERS_OUTPUT: Path(str(args.output_dir))}
+    )
 
 
 def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:
     """Raises `OutputError` where the fine-tune would be saved over its base, or beside what is read in its place."""
     base, folder = Path(base_model(model).config.name_or_path or ""), Path(str(args.output_dir))
     if base.is_dir() and base.resolve() == folder.resolve():
-        raise OutputError(f"`output_dir` is {base}, the model that the training starts from: name another folder.")
+        raise OutputError(
+            f"`output_dir` is {base}, the model that the training starts from: name another folder."
+        )
     if not adapter_configs(model) and (folder / ADAPTER_CONFIG).is_file():
         raise OutputError(
             f"`output_dir` ({folder}) holds the adapter of an earlier training, which would be loaded in the place of this full "
@@ -234,5 +260,8 @@ def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:
 def _adapter_base(model: nn.Module) -> str:
     """What a saved adapter is relative to: a LoRA's base model; empty for a full fine-tune, which is its own."""
     if isinstance(model, PeftModel):
-        return str(model.active_peft_config.base_model_name_or_path or base_model(model).config.name_or_path)
+        return str(
+            model.active_peft_config.base_model_name_or_path
+            or base_model(model).config.name_or_path
+        )
     return ""

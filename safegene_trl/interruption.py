@@ -75,7 +75,11 @@ def undisturbed(later: bool = False) -> Iterator[None]:
     came: list[int] = []
     # handlers of Python's own, because a child process would inherit that a signal is ignored or blocked
     handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
-    changed = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+    changed = {
+        number: handler
+        for number, handler in handlers.items()
+        if handler not in (None, signal.SIG_IGN)
+    }
     for number in changed:
         signal.signal(number, lambda number, frame: came.append(number))
     try:

@@ -33,7 +33,9 @@ def sha256_of_bytes(data: bytes) -> str:
 
 def sha256_of_json(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -61,13 +63,21 @@ def model_reference(name_or_path: str, revision: str | None = None) -> dict[str,
         folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
         name, revision = name_or_path, folder.name
     files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-    return {"name": name, "revision": revision, "files": {file.name: _known_hash(file) for file in files}}
+    return {
+        "name": name,
+        "revision": revision,
+        "files": {file.name: _known_hash(file) for file in files},
+    }
 
 
 def _known_hash(file: Path) -> str:
     """SHA-256 of a file. The hub's cache names large files by it, and checked it when it downloaded them."""
     target = file.resolve().name
-    return target if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target) else sha256_of_file(file)
+    return (
+        target
+        if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target)
+        else sha256_of_file(file)
+    )
 
 
 def check_base(
@@ -102,11 +112,19 @@ def check_base(
 
         try:
             reference = model_reference(name, revision)
-        except (OSError, HFValidationError):  # trained from an object in memory, or its files are gone
-            logger.warning("The files of %s cannot be read, so the report cannot say which weights they hold.", name)
+        except (
+            OSError,
+            HFValidationError,
+        ):  # trained from an object in memory, or its files are gone
+            logger.warning(
+                "The files of %s cannot be read, so the report cannot say which weights they hold.",
+                name,
+            )
     ours, theirs = (weight_hashes(record) for record in (reference, aligned))
     both = ours.keys() & theirs.keys()  # one of the two may lie beside further files
-    same = bool(both) and all(ours[file] == theirs[file] for file in both) if ours and theirs else None
+    same = (
+        bool(both) and all(ours[file] == theirs[file] for file in both) if ours and theirs else None
+    )
     if same is False and not (allow_other or carries_vector):
         raise FamilyError(
             f"The fine-tune started from {_named(reference)}, and the safety vector was made from {_named(aligned)}, whose weights "
@@ -122,14 +140,23 @@ def check_base(
 
 def weight_hashes(reference: dict[str, Any]) -> dict[str, str]:
     """The hashes of the weight files in a reference."""
-    return {file: value for file, value in reference.get("files", {}).items() if file.endswith(".safetensors")}
+    return {
+        file: value
+        for file, value in reference.get("files", {}).items()
+        if file.endswith(".safetensors")
+    }
 
 
 def _named(reference: dict[str, Any]) -> str:
-    return reference["name"] + (f" at revision {reference['revision']}" if reference.get("revision") else "")
+    return reference["name"] + (
+        f" at revision {reference['revision']}" if reference.get("revision") else ""
+    )
 
 
 def software_versions() -> dict[str, str]:
     """Versions of this package and of the libraries that decide its numbers."""
     packages = ("safegene-trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }

@@ -15,7 +15,9 @@ from typing import Any
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # What begins a span, link, image, HTML tag, entity, formula, table cell or heading wherever it stands.
-_MARKS = re.compile(r"[\\`*\[\]<>|~&!$#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|@", re.IGNORECASE)
+_MARKS = re.compile(
+    r"[\\`*\[\]<>|~&!$#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|@", re.IGNORECASE
+)
 _FIRST = re.compile(r"[-+=]|\d{1,9}(?=[.)])")  # what begins a block at the head of a line
 
 
@@ -60,7 +62,9 @@ def read_json(text: str | bytes) -> Any:
         ValueError: It is no JSON, or a number is NaN, infinite or larger than a float can be.
         RecursionError: It is nested too deeply.
     """
-    return json.loads(text, parse_constant=_no_number, parse_float=_finite_number, parse_int=_sized_integer)
+    return json.loads(
+        text, parse_constant=_no_number, parse_float=_finite_number, parse_int=_sized_integer
+    )
 
 
 def _no_number(word: str) -> None:
@@ -98,7 +102,9 @@ def _finite(value: Any, place: str, places: list[str]) -> Any:
         places.append(place)
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item, f"{place}/{_pointer(key)}", places) for key, item in value.items()}
+        return {
+            key: _finite(item, f"{place}/{_pointer(key)}", places) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_finite(item, f"{place}/{index}", places) for index, item in enumerate(value)]
     return value

@@ -76,13 +76,19 @@ def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*HARMFUL, *BENIGN, *TASK, "sorry i cannot help with that"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.train_from_iterator(
+        [*HARMFUL, *BENIGN, *TASK, "sorry i cannot help with that"], trainer
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
-def make_model(kind: str = "llama", tied: bool = True, vocab_size: int = 320, seed: int = 0, layers: int = 3):
+def make_model(
+    kind: str = "llama", tied: bool = True, vocab_size: int = 320, seed: int = 0, layers: int = 3
+):
     """A random model of three layers, float32; `kind` is one of `ARCHITECTURES`."""
     torch.manual_seed(seed)
     shape = {
@@ -101,17 +107,27 @@ def make_model(kind: str = "llama", tied: bool = True, vocab_size: int = 320, se
     }
     config, architecture = ARCHITECTURES[kind]
     model = architecture(config(**shape))
-    with torch.no_grad():  # a random model's logits are nearly flat; widen them so that losses can move
+    # a random model's logits are nearly flat; widen them so that losses can move
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
     model.generation_config.eos_token_id = 1
     return model.eval()
 
 
-def with_lora(model, rank: int = 4, seed: int = 1, target_modules="all-linear", adapter_name="default", **kwargs):
+def with_lora(
+    model,
+    rank: int = 4,
+    seed: int = 1,
+    target_modules="all-linear",
+    adapter_name="default",
+    **kwargs,
+):
     """The model with a random, non-zero LoRA of the task on every linear layer, or on those named."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_modules, task_type="CAUSAL_LM", **kwargs)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=target_modules, task_type="CAUSAL_LM", **kwargs
+    )
     peft_model = get_peft_model(model, config, adapter_name)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -120,7 +136,9 @@ def with_lora(model, rank: int = 4, seed: int = 1, target_modules="all-linear", 
     return peft_model.eval()
 
 
-def make_deltas(model, layers=(1, 2), rank: int = 2, seed: int = 3, std: float = 0.2) -> dict[str, LowRankDelta]:
+def make_deltas(
+    model, layers=(1, 2), rank: int = 2, seed: int = 3, std: float = 0.2
+) -> dict[str, LowRankDelta]:
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for layer in layers:
@@ -137,7 +155,9 @@ def make_deltas(model, layers=(1, 2), rank: int = 2, seed: int = 3, std: float =
 def attachment_of(model, deltas, granularity="layer", carried=None) -> VectorAttachment:
     """The deltas, of one rank, on the model; all modules of a layer share a coefficient unless `granularity` says otherwise."""
     rank = next(iter(deltas.values())).a.shape[0]
-    return VectorAttachment(model, deltas, CoefficientSpace.of(deltas, [rank], granularity), ALONE, carried)
+    return VectorAttachment(
+        model, deltas, CoefficientSpace.of(deltas, [rank], granularity), ALONE, carried
+    )
 
 
 def attached(model, deltas, value: float = 1.0):
@@ -147,7 +167,10 @@ def attached(model, deltas, value: float = 1.0):
 
 
 def make_vector(model, tokenizer, **kwargs) -> SafetyVector:
-    prompts = [{"prompt": p, "response": "sorry i cannot help with that", "kind": "harmful"} for p in HARMFUL]
+    prompts = [
+        {"prompt": p, "response": "sorry i cannot help with that", "kind": "harmful"}
+        for p in HARMFUL
+    ]
     prompts += [{"prompt": p, "response": "take a pan and stir", "kind": "benign"} for p in BENIGN]
     return SafetyVector(
         deltas=make_deltas(model, **kwargs),
@@ -155,7 +178,11 @@ def make_vector(model, tokenizer, **kwargs) -> SafetyVector:
         aligned_model={"name": "tiny-aligned", "revision": None, "files": {}},
         degraded_model={"name": "tiny-degraded", "revision": None, "files": {}},
         extraction={"method": "delta", "rank": 2},
-        selection={"method": "activation_contrast", "scores": [0.0, 0.1, 0.2], "selected_layers": [1, 2]},
+        selection={
+            "method": "activation_contrast",
+            "scores": [0.0, 0.1, 0.2],
+            "selected_layers": [1, 2],
+        },
         prompts=prompts,
     )
 
@@ -189,7 +216,10 @@ def task_dataset() -> Dataset:
 def save_utility_task(folder: Path) -> None:
     """A task `boxes` for lm-eval with six questions, in a folder to be named as `tasks_dir`."""
     folder.mkdir(exist_ok=True)
-    rows = [{"question": f"sort item {i}", "choices": ["box 0", "box 1"], "answer": i % 2} for i in range(6)]
+    rows = [
+        {"question": f"sort item {i}", "choices": ["box 0", "box 1"], "answer": i % 2}
+        for i in range(6)
+    ]
     (folder / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "boxes",

@@ -67,11 +67,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.startswith("/api/whoami"):
-            return self._answer({"type": "user", "name": "me", "auth": {"accessToken": {"role": "write"}}})
+            return self._answer(
+                {"type": "user", "name": "me", "auth": {"accessToken": {"role": "write"}}}
+            )
         found = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", self.path)
         if found and found[1] in self.server.repositories:
             files = [{"rfilename": name} for name in self.server.repositories[found[1]]["files"]]
-            return self._answer({"id": found[1], "sha": "0" * 40, "siblings": files, "private": True, "tags": []})
+            return self._answer(
+                {"id": found[1], "sha": "0" * 40, "siblings": files, "private": True, "tags": []}
+            )
         return self._answer({"error": "not found"}, 404)
 
     def do_PUT(self):
@@ -87,7 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-            self.server.repositories.setdefault(name, {"private": wanted.get("visibility") == "private", "files": {}})
+            self.server.repositories.setdefault(
+                name, {"private": wanted.get("visibility") == "private", "files": {}}
+            )
             return self._answer({"url": f"{self.server.url}/{name}", "name": name})
         if found := re.match(r"/api/models/(.+)/preupload/main", self.path):
             files = json.loads(body)["files"]
@@ -105,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
                 {
                     "oid": item["oid"],
                     "size": item["size"],
-                    "actions": {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}", "header": {}}},
+                    "actions": {
+                        "upload": {"href": f"{self.server.url}/lfs/{item['oid']}", "header": {}}
+                    },
                 }
                 for item in json.loads(body)["objects"]
             ]

@@ -86,7 +86,9 @@ class Interpreter:
         streams = [os.devnull, str(place / "stdout"), str(place / "stderr")]
         for stream in streams[1:]:
             Path(stream).touch()
-        return Fork(self, self.ask(script=script, words=[*map(str, words)], streams=streams), streams)
+        return Fork(
+            self, self.ask(script=script, words=[*map(str, words)], streams=streams), streams
+        )
 
     def run(self, script: str, *words: object) -> subprocess.CompletedProcess:
         return self.start(script, *words).done()

@@ -32,7 +32,9 @@ from .conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-ENTRY = re.compile(r"^::: safegene_trl\.(\w+)\n(?:    options:\n      members: \[(.*)\]\n)?", re.MULTILINE)
+ENTRY = re.compile(
+    r"^::: safegene_trl\.(\w+)\n(?:    options:\n      members: \[(.*)\]\n)?", re.MULTILINE
+)
 LISTED = {name: members.split(", ") if members else [] for name, members in ENTRY.findall(PAGE)}
 
 
@@ -55,7 +57,10 @@ def documented() -> list[tuple[str, object]]:
     found = []
     for name, members in LISTED.items():
         owner = getattr(safegene_trl, name)
-        found += [(name, owner), *((f"{name}.{member}", inspect.getattr_static(owner, member)) for member in members)]
+        found += [
+            (name, owner),
+            *((f"{name}.{member}", inspect.getattr_static(owner, member)) for member in members),
+        ]
     return found
 
 
@@ -80,10 +85,14 @@ def raises(function: object) -> bool:
 def entries(text: str, section: str) -> set[str]:
     """The names of a section of a docstring."""
     body = re.search(rf"^{section}:\n((?:    .*\n|\n)*)", text + "\n", re.MULTILINE)
-    return set(re.findall(r"^ {4}\**(\w+)(?:, (?:\w+))*: ", body[1], re.MULTILINE)) if body else set()
+    return (
+        set(re.findall(r"^ {4}\**(\w+)(?:, (?:\w+))*: ", body[1], re.MULTILINE)) if body else set()
+    )
 
 
-@pytest.mark.parametrize(("name", "thing"), documented(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "thing"), documented(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_public_thing_says_what_it_takes_and_raises(name, thing):
     thing = unwrapped(thing)
     text = inspect.getdoc(thing) if "__doc__" in vars(thing) or inspect.isfunction(thing) else None
@@ -93,7 +102,9 @@ def test_every_public_thing_says_what_it_takes_and_raises(name, thing):
     if name == "Judge":  # a protocol, of which no object is made
         taken = set()
     told = entries(text, "Args") | entries(text, "Attributes")
-    assert {each for each in taken if not each.startswith("_")} <= told, f"{name} does not tell of all it takes"
+    assert {each for each in taken if not each.startswith("_")} <= told, (
+        f"{name} does not tell of all it takes"
+    )
     assert not raises(thing) or entries(text, "Raises"), f"{name} does not tell what it raises"
     named = entries(text, "Raises") - {"SystemExit"}
     assert named <= set(safegene_trl.__all__), f"{name} raises what is not public"
@@ -116,8 +127,20 @@ def test_a_command_calls_the_public_function(name, tmp_path, monkeypatch, vector
     monkeypatch.setattr(module, name, recorded)
     words = {
         "extract": ["--aligned_model", "a", "--degraded_model", "b", "--seed", "7"],
-        "combine": [str(vector_dir), "b", "--output_dir", str(tmp_path / "both"), "--overwrite_output_dir"],
-        "apply": ["--model_name_or_path", "m", "--safegene.vector=v", "--coefficients=0.5", "--base_model=b"],
+        "combine": [
+            str(vector_dir),
+            "b",
+            "--output_dir",
+            str(tmp_path / "both"),
+            "--overwrite_output_dir",
+        ],
+        "apply": [
+            "--model_name_or_path",
+            "m",
+            "--safegene.vector=v",
+            "--coefficients=0.5",
+            "--base_model=b",
+        ],
         "evaluate": ["--model_name_or_path", "m", "--seed", "7"],
     }[name]
     with pytest.raises(Reached):
@@ -127,8 +150,15 @@ def test_a_command_calls_the_public_function(name, tmp_path, monkeypatch, vector
         assert args == ([str(vector_dir), "b"], tmp_path / "both", True)
     elif name == "apply":
         assert args == (SafeGeneConfig(vector="v"), "m")
-        assert values["coefficients"] == "0.5" and values["base_model"] == "b" and values["dtype"] == "auto"
-        assert values.keys() | {"config", "model_name_or_path"} == inspect.signature(apply).parameters.keys()
+        assert (
+            values["coefficients"] == "0.5"
+            and values["base_model"] == "b"
+            and values["dtype"] == "auto"
+        )
+        assert (
+            values.keys() | {"config", "model_name_or_path"}
+            == inspect.signature(apply).parameters.keys()
+        )
     else:
         assert args[0].seed == 7
 
@@ -139,7 +169,8 @@ def test_a_command_calls_the_public_function(name, tmp_path, monkeypatch, vector
 )
 def test_what_is_no_config_is_refused_where_it_is_given(function, kind):
     with pytest.raises(
-        ConfigError, match=rf"{function.__name__} was given 'vector': give it an? {kind.__name__}, as in"
+        ConfigError,
+        match=rf"{function.__name__} was given 'vector': give it an? {kind.__name__}, as in",
     ):
         function("vector")
 
@@ -166,7 +197,9 @@ def test_apply_refuses_what_cannot_be_meant(vector_dir, model_dir, tmp_path, mon
 def test_processes_that_have_not_joined_are_refused(monkeypatch):
     """Each would take itself for the whole job, and all would write one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="The launcher started 2 processes and this one sees 1: call"):
+    with pytest.raises(
+        ConfigError, match="The launcher started 2 processes and this one sees 1: call"
+    ):
         this_job()
     with pytest.raises(ConfigError, match="init_process_group"):
         extract(ExtractionConfig())
@@ -190,7 +223,9 @@ def test_combine_takes_a_list_of_vectors(vector_dir, tokenizer, tmp_path):
 def workplace(tmp_path, tokenizer, task_file, monkeypatch):
     """What the page's example reads, by its names there: tiny models, of which the aligned one `refuses`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
+    monkeypatch.setattr(
+        "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
+    )
 
     def answers(model, tokenizer, prompts, *args):
         harmful = prompts[0][0]["content"] in HARMFUL
@@ -198,7 +233,9 @@ def workplace(tmp_path, tokenizer, task_file, monkeypatch):
 
     monkeypatch.setattr("safegene_trl.extraction.answers.generate_answers", answers)
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        Path(f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        )
     make_model().save_pretrained("my-aligned-model")
     tokenizer.save_pretrained("my-aligned-model")
     for name, seed in (("my-degraded-lora", 1), ("my-fine-tune", 2)):
@@ -216,7 +253,10 @@ def test_the_example_of_the_page_and_of_the_readme_runs(workplace):
     exec(compile(example, "docs/api.md", "exec"), found)  # the repository's own page
     assert found["vector"].files == SafetyVector.from_pretrained("vector").files
     assert found["report"] == json.loads(Path("safe/safegene_report.json").read_text())
-    assert found["report"]["status"] == "safeguarded" and found["report"]["decision"]["outcome"] == "accepted"
+    assert (
+        found["report"]["status"] == "safeguarded"
+        and found["report"]["decision"]["outcome"] == "accepted"
+    )
     assert found["result"] == json.loads(Path("evaluation/evaluation.json").read_text())
     assert set(found["result"]["judges"]["refusal_phrases"]["sets"]) == {"harmful", "benign"}
 
@@ -224,7 +264,9 @@ def test_the_example_of_the_page_and_of_the_readme_runs(workplace):
 def test_apply_from_python_writes_what_the_command_writes(model_dir, vector_dir, tmp_path, capsys):
     config = SafeGeneConfig(vector=str(vector_dir), output={"output_dir": str(tmp_path / "python")})
     dry = apply(
-        SafeGeneConfig(vector=str(vector_dir), output={"output_dir": str(tmp_path / "no")}, dry_run=True),
+        SafeGeneConfig(
+            vector=str(vector_dir), output={"output_dir": str(tmp_path / "no")}, dry_run=True
+        ),
         model_dir,
         coefficients=0.5,
     )
@@ -232,8 +274,18 @@ def test_apply_from_python_writes_what_the_command_writes(model_dir, vector_dir,
     report = apply(config, model_dir, coefficients=0.5)
     assert report["status"] == "safeguarded" and set(report["coefficients"].values()) == {0.5}
     assert capsys.readouterr().out == ""
-    words = ["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}", "--coefficients=0.5"]
+    words = [
+        "--model_name_or_path",
+        str(model_dir),
+        f"--safegene.vector={vector_dir}",
+        "--coefficients=0.5",
+    ]
     assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'command'}"]) == 0
-    weights = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("python", "command")]
+    weights = [
+        (tmp_path / place / "model.safetensors").read_bytes() for place in ("python", "command")
+    ]
     assert weights[0] == weights[1]
-    assert apply(config, str(model_dir), coefficients=tmp_path / "command")["coefficients"] == report["coefficients"]
+    assert (
+        apply(config, str(model_dir), coefficients=tmp_path / "command")["coefficients"]
+        == report["coefficients"]
+    )

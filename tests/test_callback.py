@@ -53,7 +53,12 @@ def config(vector_dir):
 
     def make(**values):
         return config_of(
-            **{"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
+            **{
+                "vector": str(vector_dir),
+                "max_utility_loss": 100.0,
+                "utility_weight": 0.0,
+                "max_evaluations": 3,
+            }
             | values
         )
 
@@ -78,7 +83,9 @@ def plain(out, callbacks, tokenizer, model):
     rows = []
     for row in task_dataset():
         sample = tokenize(tokenizer, *conversation(row))
-        labels = [t if r else -100 for t, r in zip(sample.input_ids, sample.is_response, strict=True)]
+        labels = [
+            t if r else -100 for t, r in zip(sample.input_ids, sample.is_response, strict=True)
+        ]
         rows.append({"input_ids": sample.input_ids, "labels": labels})
     return Trainer(
         model=model,
@@ -101,7 +108,9 @@ def expected_logits(trainer, report, vector):
         model = PeftModel.from_pretrained(make_model(), trainer.args.output_dir).merge_and_unload()
     else:
         model = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
-    by_module = vector.space(report["config"]["search"]["granularity"]).by_module(report["coefficients"])
+    by_module = vector.space(report["config"]["search"]["granularity"]).by_module(
+        report["coefficients"]
+    )
     with torch.no_grad():
         for name, delta in vector.deltas.items():
             model.get_submodule(name).weight += delta.b @ (by_module[name][:, None] * delta.a)
@@ -114,7 +123,9 @@ QUICK_KINDS = ("sft-full layer", "plain-lora layer", "plain-full module", "sft-l
 @pytest.mark.parametrize(
     ("trainer_kind", "granularity"),
     [
-        pytest.param(kind, each, marks=() if f"{kind} {each}" in QUICK_KINDS else (pytest.mark.exhaustive,))
+        pytest.param(
+            kind, each, marks=() if f"{kind} {each}" in QUICK_KINDS else (pytest.mark.exhaustive,)
+        )
         for kind in ("sft-full", "sft-lora", "plain-full", "plain-lora")
         for each in ("layer", "module", "rank")
     ],
@@ -123,12 +134,19 @@ def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     trainer_kind, granularity, config, tokenizer, tmp_path
 ):
     callback = SafeGeneCallback(config(granularity=granularity))
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
     if trainer_kind.startswith("plain"):
         model = get_peft_model(make_model(), lora) if trainer_kind == "plain-lora" else make_model()
         trainer = plain(tmp_path, [callback], tokenizer, model)
     else:
-        trainer = sft(tmp_path, [callback], tokenizer, peft_config=lora if trainer_kind == "sft-lora" else None)
+        trainer = sft(
+            tmp_path,
+            [callback],
+            tokenizer,
+            peft_config=lora if trainer_kind == "sft-lora" else None,
+        )
     trainer.train()
     report = json.loads((tmp_path / "safeguarded" / "safegene_report.json").read_text())
     validate(report, SCHEMA)
@@ -140,7 +158,9 @@ def test_safeguarded_checkpoint_is_the_fine_tune_plus_the_vector(
     assert any(report["coefficients"].values())
     vector = make_vector(make_model(), tokenizer)
     expected = expected_logits(trainer, report, vector)
-    torch.testing.assert_close(merged_logits(tmp_path / "safeguarded"), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        merged_logits(tmp_path / "safeguarded"), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -153,7 +173,11 @@ def test_the_fine_tune_is_that_of_a_run_without_the_callback(lora, config, token
         trainer.train()
         trainable = {n: p.requires_grad for n, p in trainer.model.named_parameters()}
         saved.append(
-            (trainable, {n: p.detach().clone() for n, p in trainer.model.state_dict().items()}, torch.get_rng_state())
+            (
+                trainable,
+                {n: p.detach().clone() for n, p in trainer.model.state_dict().items()},
+                torch.get_rng_state(),
+            )
         )
         assert trainer.model.training
         trainer.train()  # and it trains on
@@ -166,7 +190,9 @@ def test_the_fine_tune_is_that_of_a_run_without_the_callback(lora, config, token
 @pytest.mark.parametrize("output_format", ["adapter", "both"])
 def test_adapter_output(output_format, lora, config, tokenizer, tmp_path):
     peft = (
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False) if lora else None
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        if lora
+        else None
     )
     callback = SafeGeneCallback(config(output_format=output_format))
     trainer = sft(tmp_path, [callback], tokenizer, peft_config=peft)
@@ -198,7 +224,9 @@ def test_dry_run_ends_before_the_first_step(config, tokenizer, tmp_path, capsys)
 
 @pytest.mark.parametrize("wrong", ["vector", None, {"vector": "v"}])
 def test_what_is_no_config_and_no_trainer_is_refused_where_it_is_given(wrong, config):
-    with pytest.raises(SafeGeneError, match=r"SafeGeneCallback was given .*: give it a SafeGeneConfig"):
+    with pytest.raises(
+        SafeGeneError, match=r"SafeGeneCallback was given .*: give it a SafeGeneConfig"
+    ):
         SafeGeneCallback(wrong)
     with pytest.raises(SafeGeneError, match=r"`attach` was given .*: give it the trainer"):
         SafeGeneCallback(config()).attach(wrong)
@@ -209,7 +237,9 @@ def test_second_on_train_end_does_nothing(config, tokenizer, tmp_path, capsys):
     trainer = sft(tmp_path, [callback], tokenizer)
     trainer.train()
     printed = capsys.readouterr().out
-    assert "accepted: " in printed and f"Safeguarded checkpoint: {tmp_path / 'safeguarded'}" in printed
+    assert (
+        "accepted: " in printed and f"Safeguarded checkpoint: {tmp_path / 'safeguarded'}" in printed
+    )
     report = tmp_path / "safeguarded" / "safegene_report.json"
     written = report.stat().st_mtime_ns
     callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
@@ -229,7 +259,13 @@ def test_order_of_events(config, tokenizer, tmp_path):
         def on_train_end(self, *args, **kwargs):
             seen.append(("end", (tmp_path / "safeguarded").exists()))
 
-    sft(tmp_path, [SafeGeneCallback(config()), Watch()], tokenizer, save_strategy="steps", save_steps=1).train()
+    sft(
+        tmp_path,
+        [SafeGeneCallback(config()), Watch()],
+        tokenizer,
+        save_strategy="steps",
+        save_steps=1,
+    ).train()
     assert seen == [("begin", False), ("save", False), ("save", False), ("end", True)]
 
 
@@ -260,9 +296,18 @@ def test_best_model_is_the_one_safeguarded(config, tokenizer, tmp_path):
 
 def test_resume_from_a_checkpoint_made_without_the_callback(config, tokenizer, tmp_path):
     sft(tmp_path, [], tokenizer, save_strategy="steps", save_steps=1).train()
-    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, save_strategy="steps", save_steps=1, max_steps=3)
+    trainer = sft(
+        tmp_path,
+        [SafeGeneCallback(config())],
+        tokenizer,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+    )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert (tmp_path / "safeguarded" / "safegene_report.json").is_file() and (tmp_path / "checkpoint-3").is_dir()
+    assert (tmp_path / "safeguarded" / "safegene_report.json").is_file() and (
+        tmp_path / "checkpoint-3"
+    ).is_dir()
 
 
 def test_earlier_result_is_replaced_and_foreign_files_are_not(config, tokenizer, tmp_path):
@@ -287,7 +332,13 @@ def read_only(path, missing_ok=False):
 
 
 NOTHING_HELPS = {"max_utility_loss": 0.0}  # every coefficient but 0 moves the fine-tune
-PLAIN = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+PLAIN = {
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def left_beside(folder):
@@ -315,7 +366,10 @@ def test_failure_raises_or_warns_and_is_reported(config, tokenizer, tmp_path, mo
         patched.setattr("pathlib.Path.unlink", read_only)
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert "safeguarded.failed.json is of an earlier run and cannot be removed" in caplog.text
-    assert json.loads((tmp_path / "safeguarded" / "safegene_report.json").read_text())["status"] == "safeguarded"
+    assert (
+        json.loads((tmp_path / "safeguarded" / "safegene_report.json").read_text())["status"]
+        == "safeguarded"
+    )
     sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert not list(tmp_path.glob("safeguarded.failed*"))
 
@@ -405,11 +459,16 @@ def test_own_safety_and_task_data(config, tokenizer, tmp_path, task_file):
     callback = SafeGeneCallback(config(safety_data=str(file), task_data=str(task_file)))
     sft(tmp_path / "out", [callback], tokenizer).train()
     assert callback.report["data"]["safety"]["source"] == str(file)
-    assert callback.report["data"]["safety"]["fit"] + callback.report["data"]["safety"]["held_out"] == 6
+    assert (
+        callback.report["data"]["safety"]["fit"] + callback.report["data"]["safety"]["held_out"]
+        == 6
+    )
     assert callback.report["data"]["task"]["source"] == str(task_file)
 
 
-def test_unsupported_launch_is_refused_before_the_first_step(config, tokenizer, tmp_path, monkeypatch):
+def test_unsupported_launch_is_refused_before_the_first_step(
+    config, tokenizer, tmp_path, monkeypatch
+):
     callback = SafeGeneCallback(config())
     trainer = sft(tmp_path, [callback], tokenizer)
     monkeypatch.setenv("WORLD_SIZE", "4")  # as a launcher sets it, after accelerate has looked
@@ -427,7 +486,9 @@ def test_training_from_other_weights_is_refused_before_the_first_step(config, to
     def run(base, **values):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / base)
         settings = config(vector=str(tmp_path / "vector"), **values)
-        trainer = sft(tmp_path / "out", [callback := SafeGeneCallback(settings)], tokenizer, model=model)
+        trainer = sft(
+            tmp_path / "out", [callback := SafeGeneCallback(settings)], tokenizer, model=model
+        )
         try:
             trainer.train()
         finally:
@@ -471,7 +532,10 @@ def test_what_another_callback_does_at_the_end_is_safeguarded(late, config, toke
 def test_a_callback_that_comes_in_the_middle_is_refused(event, config, tokenizer, tmp_path):
     class Adding(TrainerCallback):
         def add(self, args, state, control, **kwargs):
-            if state.global_step == args.max_steps - 1 and callback not in trainer.callback_handler.callbacks:
+            if (
+                state.global_step == args.max_steps - 1
+                and callback not in trainer.callback_handler.callbacks
+            ):
                 trainer.add_callback(callback)
 
     setattr(Adding, event, Adding.add)
@@ -524,7 +588,9 @@ def test_a_hook_that_comes_while_it_is_trained_is_refused(config, tokenizer, tmp
     class Hooking(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 1:
-                model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
+                model.model.layers[0].register_forward_hook(
+                    lambda module, inputs, output: output * 1.5
+                )
 
     trainer = sft(tmp_path, [SafeGeneCallback(config()), Hooking()], tokenizer)
     with pytest.raises(OutputError, match="a hook, a module of your own or a setting"):
@@ -541,7 +607,9 @@ ROWS = {
 
 @pytest.mark.parametrize("mode", ROWS)
 @pytest.mark.parametrize("lora", [True, False])
-def test_of_messages_the_step_reads_the_assistants_words(mode, lora, config, tokenizer, tmp_path, monkeypatch):
+def test_of_messages_the_step_reads_the_assistants_words(
+    mode, lora, config, tokenizer, tmp_path, monkeypatch
+):
     """Whose labels are the whole conversation, as TRL makes them."""
     seen = []
     gather = live.gather_shots
@@ -558,17 +626,24 @@ def test_of_messages_the_step_reads_the_assistants_words(mode, lora, config, tok
         args=SFTConfig(**QUICK, output_dir=str(tmp_path), save_strategy="no", **ROWS[mode]),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora
+        else None,
         callbacks=[callback],
     )
     trainer.train()
     (shots,) = seen
     samples = [*shots.data.task.fit, *shots.data.task.held_out, *shots.unseen.task]
     for sample in samples:
-        said = [token for token, mark in zip(sample.input_ids, sample.is_response, strict=True) if mark]
+        said = [
+            token for token, mark in zip(sample.input_ids, sample.is_response, strict=True) if mark
+        ]
         assert tokenizer.decode(said) in {f"box {i}<|end|>" for i in range(3)}
-        assert tokenizer.decode(sample.input_ids).count("<|user|>") == 1  # one conversation, not what was packed
-    assert len(samples) >= 8 and set(callback.report["data"]["task"]["read_by"]) == {"chat template"}
+        # one conversation, not what was packed
+        assert tokenizer.decode(sample.input_ids).count("<|user|>") == 1
+    assert len(samples) >= 8 and set(callback.report["data"]["task"]["read_by"]) == {
+        "chat template"
+    }
 
 
 class Processor(ProcessorMixin):

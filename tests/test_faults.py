@@ -24,11 +24,26 @@ JOBS = ("apply", "coefficients")  # the others take longer
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     file = tmp_path_factory.mktemp("faults") / "faults.json"
-    command = [sys.executable, "-m", "tests.faults", "--count", str(COUNT), "--seed", "1", "--record", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults",
+        "--count",
+        str(COUNT),
+        "--seed",
+        "1",
+        "--record",
+        str(file),
+    ]
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [*command, "--jobs", *JOBS], cwd=root, timeout=400, capture_output=True, text=True, env=environment
+        [*command, "--jobs", *JOBS],
+        cwd=root,
+        timeout=400,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert file.is_file(), done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(file.read_text())

@@ -29,7 +29,11 @@ from .vectors.test_signing import keys  # noqa: F401  (a fixture)
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 RECORD = os.environ.get("FUZZ_RECORD")
-MOST_SECONDS, MOST_MIB = 1.0, 200.0  # of CPU time for one loading; of the process, beyond what it has before
+# of CPU time for one loading; of the process, beyond what it has before
+MOST_SECONDS, MOST_MIB = (
+    1.0,
+    200.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +52,21 @@ def state_of(folder: Path) -> dict[str, tuple]:
     for path in folder.rglob("*"):
         seen = path.lstat()
         small = stat.S_ISREG(seen.st_mode) and seen.st_size < 2**20
-        found[str(path)] = (seen.st_mode, seen.st_size, seen.st_mtime_ns, path.read_bytes() if small else b"")
+        found[str(path)] = (
+            seen.st_mode,
+            seen.st_size,
+            seen.st_mtime_ns,
+            path.read_bytes() if small else b"",
+        )
     return found
 
 
 def check(folder: Path, original: Path, outcome: Outcome) -> tuple[str, float]:
     """Loads a mutated vector without and with the maker's key, and compares; how it ended, and the longest time."""
     before, seconds = state_of(folder.parent), []
-    expected = plain_content(original if outcome.as_before else folder) if not outcome.refused else None
+    expected = (
+        plain_content(original if outcome.as_before else folder) if not outcome.refused else None
+    )
     signed_patterns = outcome.refused + outcome.signed_refused
     for options, patterns in (
         ({}, outcome.refused),
@@ -72,13 +83,18 @@ def check(folder: Path, original: Path, outcome: Outcome) -> tuple[str, float]:
         seconds.append(time.process_time() - started)
         if patterns:
             assert loaded is None, f"was taken, and must be refused by {patterns}"
-            assert any(re.search(pattern, said, re.DOTALL) for pattern in patterns), (said, patterns)
+            assert any(re.search(pattern, said, re.DOTALL) for pattern in patterns), (
+                said,
+                patterns,
+            )
             assert "\n" not in said and len(said) < 2000
         else:
             assert loaded is not None, f"must be taken, and was refused: {said}"
             assert loaded == expected
     assert state_of(folder.parent) == before
-    return "refused" if outcome.refused else "as before" if outcome.as_before else "loaded", max(seconds)
+    return "refused" if outcome.refused else "as before" if outcome.as_before else "loaded", max(
+        seconds
+    )
 
 
 def test_the_vector_before_any_mutation(original):

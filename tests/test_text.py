@@ -61,13 +61,21 @@ def test_markdown_is_text_wherever_it_stands(text):
 
 def test_markdown_keeps_lines_names_and_links_apart():
     assert markdown("a\n\n# b") == "a \\# b"
-    assert markdown("max_over_refusal of meta-llama/Llama-3.2-1B") == "max_over_refusal of meta-llama/Llama-3.2-1B"
+    assert (
+        markdown("max_over_refusal of meta-llama/Llama-3.2-1B")
+        == "max_over_refusal of meta-llama/Llama-3.2-1B"
+    )
     assert markdown("_a_ https://x.y www.x.y @you") == "\\_a\\_ https\\://x.y www\\.x.y \\@you"
 
 
 def test_code_spans_hold_identifiers_only():
     assert code("hf:a/b-1.0#LABEL") == "`hf:a/b-1.0#LABEL`"
-    assert code("a`b") == "a\\`b" and code("a <b>") == "a \\<b\\>" and code("") == "" and code("a\n") == "a"
+    assert (
+        code("a`b") == "a\\`b"
+        and code("a <b>") == "a \\<b\\>"
+        and code("") == ""
+        and code("a\n") == "a"
+    )
 
 
 def test_numbers_that_are_not_finite_are_null_and_named():
@@ -80,7 +88,10 @@ def test_numbers_that_are_not_finite_are_null_and_named():
         "e": [1, None],
         "not_finite": ["/a", "/b/c~1d~0/1", "/e/1"],
     }
-    assert "not_finite" not in strict_json({"a": 1.0}) and strict_json([float("nan")], indent=None) == "[null]"
+    assert (
+        "not_finite" not in strict_json({"a": 1.0})
+        and strict_json([float("nan")], indent=None) == "[null]"
+    )
 
 
 def test_surrogates_can_be_written():

@@ -30,5 +30,9 @@ def test_a_run_without_a_time_out_is_seen():
 
 def test_every_process_has_a_time_out():
     files = sorted(TESTS.rglob("*.py"))
-    found = {str(path.relative_to(TESTS)): lines for path in files if (lines := unbounded(path.read_text()))}
+    found = {
+        str(path.relative_to(TESTS)): lines
+        for path in files
+        if (lines := unbounded(path.read_text()))
+    }
     assert len(files) > 50 and not found

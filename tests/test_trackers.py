@@ -21,7 +21,11 @@ def train(folder, vector):
     """One fine-tune with four trackers, in a process of its own: they read their settings at import. Writes the metrics to a file."""
     recalibration.objection = lambda before, after, budget: ""
     settings = config_of(
-        vector=vector, max_utility_loss=100.0, utility_weight=0.0, max_evaluations=2, num_test_prompts=4
+        vector=vector,
+        max_utility_loss=100.0,
+        utility_weight=0.0,
+        max_evaluations=2,
+        num_test_prompts=4,
     )
     trainer = SFTTrainer(
         model=make_model(),
@@ -76,7 +80,9 @@ def tensorboard(folder):
 
     found = EventAccumulator(str(next(folder.rglob("events.*")).parent))
     found.Reload()
-    return {tag: found.Scalars(tag)[-1].value for tag in found.Tags()["scalars"]}, len(list(folder.rglob("events.*")))
+    return {tag: found.Scalars(tag)[-1].value for tag in found.Tags()["scalars"]}, len(
+        list(folder.rglob("events.*"))
+    )
 
 
 def mlflow(folder):
@@ -84,7 +90,9 @@ def mlflow(folder):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(folder.as_uri())
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    runs = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()]
+    )
     return dict(runs[0].data.metrics), len(runs)
 
 
@@ -96,7 +104,10 @@ def log_records(data, begin=7, block=32768):
         if left < 7:
             position += left
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
@@ -145,7 +156,10 @@ def test_metrics_are_in_the_run_of_the_fine_tune(trained):
 
 def test_names_and_outcomes():
     assert scalars({"phases": {}, "error": {}}) == {"safegene/outcome": -1.0}
-    report = {"decision": {"outcome": "rejected"}, "coefficients": {"layers.1": 0.5, "layers.2": 1.5}}
+    report = {
+        "decision": {"outcome": "rejected"},
+        "coefficients": {"layers.1": 0.5, "layers.2": 1.5},
+    }
     assert scalars(report) == {
         "safegene/outcome": 0.0,
         "safegene/mean_coefficient": 1.0,

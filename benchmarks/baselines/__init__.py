@@ -14,4 +14,6 @@ Update = dict[str, torch.Tensor]
 
 def norm(update: Mapping[str, torch.Tensor]) -> float:
     """Frobenius norm over all modules."""
-    return float(torch.stack([matrix.norm().double() ** 2 for matrix in update.values()]).sum().sqrt())
+    return float(
+        torch.stack([matrix.norm().double() ** 2 for matrix in update.values()]).sum().sqrt()
+    )

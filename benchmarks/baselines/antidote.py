@@ -13,7 +13,10 @@ from . import Update
 
 
 def antidote(
-    update: Update, aligned: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], share: float = 0.05
+    update: Update,
+    aligned: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    share: float = 0.05,
 ) -> Update:
     """The update after which the pruned weights of `aligned + update` are zero.
 

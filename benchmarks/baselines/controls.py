@@ -12,7 +12,9 @@ def random_vector(vector: Mapping[str, LowRankDelta], seed: int) -> dict[str, Lo
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, delta in vector.items():
-        random = LowRankDelta(*(torch.randn(part.shape, generator=generator) for part in (delta.a, delta.b)))
+        random = LowRankDelta(
+            *(torch.randn(part.shape, generator=generator) for part in (delta.a, delta.b))
+        )
         size = (delta.inner(delta) / random.inner(random)) ** 0.25
         found[name] = LowRankDelta(random.a * size, random.b * size)
     return found

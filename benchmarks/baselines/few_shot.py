@@ -36,9 +36,13 @@ def few_shot_update(
             samples += [*split.fit, *split.held_out]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         tuned = get_peft_model(model, config).train()
-        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=learning_rate)
+        optimizer = torch.optim.AdamW(
+            [p for p in tuned.parameters() if p.requires_grad], lr=learning_rate
+        )
         for _ in range(steps):
             chosen = [samples[i] for i in torch.randperm(len(samples))[:batch_size].tolist()]
             (batch,) = batches(chosen, batch_size, pad_id, next(model.parameters()).device)
@@ -54,7 +58,9 @@ def few_shot_update(
 def adapter_updates(model: nn.Module) -> Update:
     """`ΔW` of every module that a PEFT model's LoRA adapts, by the module's own name."""
     return {
-        name.removeprefix("base_model.model."): module.get_delta_weight(module.active_adapters[0]).detach().float()
+        name.removeprefix("base_model.model."): module.get_delta_weight(module.active_adapters[0])
+        .detach()
+        .float()
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }

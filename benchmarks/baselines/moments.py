@@ -10,7 +10,11 @@ from safegene_trl.models.inputs import Sample, batches
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, modules: Iterable[str], samples: Sequence[Sample], pad_id: int, responses_only: bool = False
+    model: nn.Module,
+    modules: Iterable[str],
+    samples: Sequence[Sample],
+    pad_id: int,
+    responses_only: bool = False,
 ) -> dict[str, torch.Tensor]:
     """`X Xᵀ / n` (float32, d_in×d_in) of each module's inputs over the tokens of `samples`.
 
@@ -37,7 +41,11 @@ def input_moments(
         for batch in batches(samples, 8, pad_id, next(model.parameters()).device):
             counted = batch.target_mask if responses_only else batch.attention_mask.bool()
             tokens += int(counted.sum())
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+            model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+            )
     finally:
         for handle in handles:
             handle.remove()

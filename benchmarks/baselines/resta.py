@@ -13,7 +13,11 @@ from . import Update
 
 
 def resta(
-    update: Update, vector: Mapping[str, torch.Tensor], weight: float = 0.5, drop: float = 0.0, seed: int = 0
+    update: Update,
+    vector: Mapping[str, torch.Tensor],
+    weight: float = 0.5,
+    drop: float = 0.0,
+    seed: int = 0,
 ) -> Update:
     """The update with the vector added.
 
@@ -27,7 +31,11 @@ def resta(
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, matrix in update.items():
-        kept = torch.rand(matrix.shape, generator=generator) >= drop if drop else torch.ones_like(matrix)
+        kept = (
+            torch.rand(matrix.shape, generator=generator) >= drop
+            if drop
+            else torch.ones_like(matrix)
+        )
         found[name] = matrix * kept / (1 - drop)
         if name in vector:
             found[name] = found[name] + weight * vector[name]

@@ -31,14 +31,18 @@ def safe_delta(update: Update, moments: Mapping[str, torch.Tensor], budget: floa
     inverse_diagonals, costs = {}, {}
     for name, matrix in update.items():
         inverse_diagonals[name] = torch.linalg.inv(damped(moments[name])).diagonal()
-        costs[name] = (matrix**2).sum(dim=0) / (2 * inverse_diagonals[name])  # of each column, over all rows
+        # of each column, over all rows
+        costs[name] = (matrix**2).sum(dim=0) / (2 * inverse_diagonals[name])
     names = list(update)
     owner = torch.cat([torch.full_like(costs[name], i) for i, name in enumerate(names)])
     order = torch.cat([inverse_diagonals[name] for name in names]).argsort(descending=True)
     cost = torch.cat([costs[name] for name in names])[order].double()
     taken = torch.zeros(len(order), dtype=torch.bool)
     taken[order[cost.cumsum(0) <= budget * cost.sum()]] = True
-    return {name: compensated(update[name], moments[name], taken[owner == i]) for i, name in enumerate(names)}
+    return {
+        name: compensated(update[name], moments[name], taken[owner == i])
+        for i, name in enumerate(names)
+    }
 
 
 def compensated(matrix: torch.Tensor, moment: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ from . import Update
 from .projection import projected
 
 
-def safelora(update: Update, alignment: Mapping[str, torch.Tensor], threshold: float = 0.5, least: int = 10) -> Update:
+def safelora(
+    update: Update, alignment: Mapping[str, torch.Tensor], threshold: float = 0.5, least: int = 10
+) -> Update:
     """The projected update.
 
     Args:

@@ -58,7 +58,9 @@ class SaLoRALinear(nn.Module):
         self.register_buffer("b_start", b.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        change = F.linear(F.linear(x, self.a), self.b) - F.linear(F.linear(x, self.a_start), self.b_start)
+        change = F.linear(F.linear(x, self.a), self.b) - F.linear(
+            F.linear(x, self.a_start), self.b_start
+        )
         return self.base(x) + change - (change @ self.basis) @ self.basis.T
 
     @torch.no_grad()
@@ -69,7 +71,10 @@ class SaLoRALinear(nn.Module):
 
 
 def insert(
-    model: nn.Module, safety: Mapping[str, torch.Tensor], task: Mapping[str, torch.Tensor], rank: int
+    model: nn.Module,
+    safety: Mapping[str, torch.Tensor],
+    task: Mapping[str, torch.Tensor],
+    rank: int,
 ) -> dict[str, SaLoRALinear]:
     """Puts a SaLoRA on every module of `safety` (its moments, as `task` has them) and freezes the rest of the model."""
     model.requires_grad_(False)
@@ -77,7 +82,9 @@ def insert(
     for name, moment in safety.items():
         base = model.get_submodule(name)
         weight = base.weight.detach()
-        layer = SaLoRALinear(base, safety_basis(weight, moment), *task_start(weight, task[name], rank))
+        layer = SaLoRALinear(
+            base, safety_basis(weight, moment), *task_start(weight, task[name], rank)
+        )
         model.set_submodule(name, layer)
         found[name] = layer
     return found

@@ -38,7 +38,9 @@ ROWS = {"aligned": aligned, **METHODS, **VARIANTS, **ABLATIONS}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what is missing")
     counting = commands.add_parser("utility", help="utility alone, on more test samples")
@@ -47,7 +49,9 @@ def main() -> None:
     for command in (run, counting, drawing, comparing):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     for wanted in (run, counting):
-        wanted.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
+        wanted.add_argument(
+            "--data", type=Path, help="folder with the data sets (default: the hub)"
+        )
         wanted.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
         wanted.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
         wanted.add_argument(
@@ -56,7 +60,9 @@ def main() -> None:
             default=["table"],
             help="`table`, `variants` (of SafeGene), `ablations` (of one component), or rows by name",
         )
-    run.add_argument("--scale", type=float, default=1.0, help="share of the prompts, to see that it runs")
+    run.add_argument(
+        "--scale", type=float, default=1.0, help="share of the prompts, to see that it runs"
+    )
     arguments = parser.parse_args()
     if arguments.command == "render":
         render(arguments.results)
@@ -64,9 +70,18 @@ def main() -> None:
     if arguments.command == "cosines":
         cosines(Lab(None), arguments.results)
         return
-    groups = {"table": ["aligned", *METHODS], "variants": list(VARIANTS), "ablations": list(ABLATIONS)}
+    groups = {
+        "table": ["aligned", *METHODS],
+        "variants": list(VARIANTS),
+        "ablations": list(ABLATIONS),
+    }
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
-    cells = [(task, seed, method) for seed in arguments.seeds for task in arguments.tasks for method in methods]
+    cells = [
+        (task, seed, method)
+        for seed in arguments.seeds
+        for task in arguments.tasks
+        for method in methods
+    ]
     if arguments.command == "utility":
         lab = Lab(arguments.data, test_rows=MORE_TEST_ROWS, free_rows=MORE_FREE_ROWS)
         for task, seed, method in cells:
@@ -93,17 +108,41 @@ def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None
     except (SafeGeneError, subprocess.CalledProcessError) as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return
-    record = {"task": task_name, "seed": seed, "method": method, "utility_measure": task.utility, **measured}
-    record |= {"method_seconds": seconds, "about": about, "threads": torch.get_num_threads(), "scale": lab.scale}
+    record = {
+        "task": task_name,
+        "seed": seed,
+        "method": method,
+        "utility_measure": task.utility,
+        **measured,
+    }
+    record |= {
+        "method_seconds": seconds,
+        "about": about,
+        "threads": torch.get_num_threads(),
+        "scale": lab.scale,
+    }
     if update:
         record["update"] = change(before, update)
-    record["training"] = {"steps": STEPS, "batch_size": task.batch, "learning_rate": TRAINING["learning_rate"]}
-    record |= {"prompts": {column: len(prompts) for column, prompts in lab.prompts.items()}, "sets": SETS}
+    record["training"] = {
+        "steps": STEPS,
+        "batch_size": task.batch,
+        "learning_rate": TRAINING["learning_rate"],
+    }
+    record |= {
+        "prompts": {column: len(prompts) for column, prompts in lab.prompts.items()},
+        "sets": SETS,
+    }
     record["software"] = software_versions()
     records.write(CELLS, name, record, folder)
-    shares = {column: f"{letters.count('a') / len(letters):.0%}" for column, letters in measured["labels"].items()}
+    shares = {
+        column: f"{letters.count('a') / len(letters):.0%}"
+        for column, letters in measured["labels"].items()
+    }
     utility = sum(measured["utility"]) / len(measured["utility"])
-    print(f"{name}: answered {shares}, utility {utility:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+    print(
+        f"{name}: answered {shares}, utility {utility:.3f}, {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
 
 
 def utility_cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None:
@@ -114,7 +153,13 @@ def utility_cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path)
     with lab.updated(ROWS[method](lab, task, seed)[0]) as model:
         found = lab.utility(model, task)
     scores = "".join(str(int(value)) for value in found) if task.labels else found
-    record = {"task": task_name, "seed": seed, "method": method, "utility_measure": task.utility, "scores": scores}
+    record = {
+        "task": task_name,
+        "seed": seed,
+        "method": method,
+        "utility_measure": task.utility,
+        "scores": scores,
+    }
     records.write(UTILITY, name, record | {"software": software_versions()}, folder)
     print(f"{name}: {sum(found) / len(found):.4f} of {len(found)}", flush=True)
 
@@ -122,7 +167,10 @@ def utility_cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path)
 def cosines(lab: Lab, results: Path) -> None:
     """Pairwise cosines of the fine-tunes' updates; with the sign turned round each is a vector of one component."""
     folders = sorted(path.parent for path in (WORK / "fine-tuned").glob("*/adapter_config.json"))
-    names, updates = [folder.name for folder in folders], [lab.factors_of(folder) for folder in folders]
+    names, updates = (
+        [folder.name for folder in folders],
+        [lab.factors_of(folder) for folder in folders],
+    )
     table = [[round(cosine(one, two) or 0.0, 4) for two in updates] for one in updates]
     record = {"fine_tunes": names, "cosines": table, "software": software_versions()}
     records.write("cosines", "fine-tunes", record, results)

@@ -52,7 +52,9 @@ class Lab:
         scale: Share (0–1] of the prompts of every set; below 1 only to see that it runs.
     """
 
-    def __init__(self, data: Path | None, test_rows: int = 200, free_rows: int = 60, scale: float = 1.0):
+    def __init__(
+        self, data: Path | None, test_rows: int = 200, free_rows: int = 60, scale: float = 1.0
+    ):
         self.data, self.test_rows, self.free_rows, self.scale = data, test_rows, free_rows, scale
         self.model: Any = load_model(str(MODELS / "aligned"), dtype="float32").requires_grad_(False)
         self.tokenizer = load_tokenizer(str(MODELS / "aligned"))
@@ -63,7 +65,8 @@ class Lab:
         released: Any = load_model(str(MODELS / "released"), dtype="float32")
         names = [name for name, module in released.named_modules() if isinstance(module, nn.Linear)]
         return {
-            name: self.model.get_submodule(name).weight.detach() - released.get_submodule(name).weight.detach()
+            name: self.model.get_submodule(name).weight.detach()
+            - released.get_submodule(name).weight.detach()
             for name in names
             if name != "lm_head"
         }
@@ -71,13 +74,17 @@ class Lab:
     @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
         """The prompts of every column, without those that repeat one that model or vector were made with."""
-        used = prompts_used(str(MODELS / f"{name}.jsonl") for name in ("align", "safety_prompts", "benign_prompts"))
+        used = prompts_used(
+            str(MODELS / f"{name}.jsonl") for name in ("align", "safety_prompts", "benign_prompts")
+        )
         found = {}
         for column, (file, kind, count) in SETS.items():
             prompts = load_prompts(prompt_source(file, self.data), kind, "train", None, 0)  # type: ignore[arg-type]
             if column == "contrast":
                 prompts = [p for p in prompts if p.category == "Requests with safety concerns"]
-            found[column] = spread(kept_apart(prompts, used)[0], max(2, round(count * self.scale)), seed=0)
+            found[column] = spread(
+                kept_apart(prompts, used)[0], max(2, round(count * self.scale)), seed=0
+            )
         return found
 
     def shots(self, task: Task, seed: int) -> Shots:
@@ -85,7 +92,9 @@ class Lab:
         rows = read_jsonl(training_file(task, seed, self.data))
         config = SafeGeneConfig(vector=str(SHIPPED), data=DataConfig(**SHOTS), seed=seed)
         context = self.model.config.max_position_embeddings
-        return gather_shots(config, SafetyVector.from_pretrained(SHIPPED), self.tokenizer, context, rows)
+        return gather_shots(
+            config, SafetyVector.from_pretrained(SHIPPED), self.tokenizer, context, rows
+        )
 
     def refusals(self) -> list[Sample]:
         """All harmful prompts that come with the vectors, with the aligned model's refusals."""
@@ -117,7 +126,9 @@ class Lab:
                 for name, weight in before.items():
                     self.model.get_submodule(name).weight.copy_(weight)
 
-    def measure(self, update: Mapping[str, torch.Tensor], task: Task, answers_to: Path) -> dict[str, Any]:
+    def measure(
+        self, update: Mapping[str, torch.Tensor], task: Task, answers_to: Path
+    ) -> dict[str, Any]:
         """Labels of the answers to all prompts, and the task's utility, of the aligned model plus an update.
 
         Returns:
@@ -129,12 +140,21 @@ class Lab:
         with self.updated(update) as model:
             for column, prompts in self.prompts.items():
                 messages = [list(prompt.messages) for prompt in prompts]
-                answers = generate_answers(model, self.tokenizer, messages, NEW_TOKENS["prompts"], 35)
+                answers = generate_answers(
+                    model, self.tokenizer, messages, NEW_TOKENS["prompts"], 35
+                )
                 verdicts = judged(
-                    judge, [Exchange(p.text, a, task.labels) for p, a in zip(prompts, answers, strict=True)]
+                    judge,
+                    [
+                        Exchange(p.text, a, task.labels)
+                        for p, a in zip(prompts, answers, strict=True)
+                    ],
                 )
                 labels[column] = "".join(LETTERS[verdict.label] for verdict in verdicts)
-                kept += [asdict(prompt) | {"answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+                kept += [
+                    asdict(prompt) | {"answer": answer}
+                    for prompt, answer in zip(prompts, answers, strict=True)
+                ]
             utility = self.utility(model, task)
         write_jsonl(kept, answers_to)
         return {"labels": labels, "utility": utility, "seconds": time.perf_counter() - started}
@@ -150,7 +170,10 @@ class Lab:
                 for row, answer in zip(rows, answers, strict=True)
             ]
         rows = rows[: self.free_rows]
-        return self._token_accuracy(model, [tokenize(self.tokenizer, *conversation(row)) for row in rows])  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return self._token_accuracy(
+            model, [tokenize(self.tokenizer, *conversation(row)) for row in rows]
+        )
 
     @torch.no_grad()
     def _token_accuracy(self, model: nn.Module, samples: Sequence[Sample]) -> list[float]:
@@ -180,7 +203,11 @@ def change(before: Update, after: Update) -> dict[str, Any]:
     `mark` is `changes nothing` where `‖ΔW' − ΔW‖ < 0.001 ‖ΔW‖`, and `deletes the update` where most modules keep less than 5 % of it.
     """
     after = {name: after.get(name, torch.zeros_like(matrix)) for name, matrix in before.items()}
-    ratios = {name: float(after[name].norm() / matrix.norm()) for name, matrix in before.items() if matrix.norm() > 0}
+    ratios = {
+        name: float(after[name].norm() / matrix.norm())
+        for name, matrix in before.items()
+        if matrix.norm() > 0
+    }
     difference = {name: after[name] - matrix for name, matrix in before.items()}
     moved = norm(difference) / norm(before)
     deleted = sum(ratio < 0.05 for ratio in ratios.values()) > len(ratios) / 2

@@ -73,13 +73,22 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     if not (folder / "safegene_report.json").is_file():
         words = [word for key, value in block.items() for word in (f"--safegene.{key}", value)]
         try:
-            safegene("apply", "--model_name_or_path", model, "--safegene.output.output_dir", folder, *words)
+            safegene(
+                "apply",
+                "--model_name_or_path",
+                model,
+                "--safegene.output.output_dir",
+                folder,
+                *words,
+            )
         except subprocess.CalledProcessError as error:
             if "held-out" not in (error.stderr or ""):
                 raise
             return lab.update_of(model), {"rejected": error.stderr.strip().splitlines()[-1]}
     report = json.loads((folder / "safegene_report.json").read_text(encoding="utf-8"))
-    adapter = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    adapter = (
+        folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    )
     about = {"held_out": report["held_out"], "reason": report["decision"]["reason"]}
     about["coefficients"] = {key: round(value, 4) for key, value in report["coefficients"].items()}
     # one per pass over the shots
@@ -88,11 +97,21 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     return lab.update_of(adapter), about
 
 
-def settings(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+def settings(
+    lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
+) -> tuple[dict[str, Any], Path]:
     """The settings of a run of `safegene apply`, and its folder: one of its own for all settings, defaults included."""
     block: dict[str, Any] = {f"data.{key}": count for key, count in SHOTS.items()}
-    block |= {"vector": str(vector_folder), "data.task_data": str(training_file(task, seed, lab.data)), "seed": seed}
-    block |= {"measure.num_test_prompts": 0, "output.output_format": "adapter", "search.max_utility_loss": 10.0}
+    block |= {
+        "vector": str(vector_folder),
+        "data.task_data": str(training_file(task, seed, lab.data)),
+        "seed": seed,
+    }
+    block |= {
+        "measure.num_test_prompts": 0,
+        "output.output_format": "adapter",
+        "search.max_utility_loss": 10.0,
+    }
     block |= options
     config: dict[str, Any] = {}
     for path, value in block.items():
@@ -112,7 +131,9 @@ def many_shots_row(lab: Lab, task: Task, seed: int, count: int) -> Made:
     refusals; all of its benign prompts."""
     path = WORK / "data" / "more_harmful.jsonl"
     if not path.is_file():
-        found = load_prompts(prompt_source("harmful/catqa.jsonl", lab.data), "harmful", "train", None, 0)
+        found = load_prompts(
+            prompt_source("harmful/catqa.jsonl", lab.data), "harmful", "train", None, 0
+        )
         evaluated = [prompt.text for prompts in lab.prompts.values() for prompt in prompts]
         write_jsonl([{"prompt": prompt.text} for prompt in kept_apart(found, evaluated)[0]], path)
     return ONE_COMPONENT(lab, task, seed, **{"data.safety_data": str(path)}, **shots(count))
@@ -128,7 +149,10 @@ def warm_start_row(lab: Lab, task: Task, seed: int) -> Made:
 
 
 def dense(vector_folder: Path) -> Update:
-    return {name: delta.dense() for name, delta in SafetyVector.from_pretrained(vector_folder).deltas.items()}
+    return {
+        name: delta.dense()
+        for name, delta in SafetyVector.from_pretrained(vector_folder).deltas.items()
+    }
 
 
 def safelora_row(lab: Lab, task: Task, seed: int) -> Made:
@@ -142,7 +166,9 @@ def safemerge_row(lab: Lab, task: Task, seed: int) -> Made:
 
 
 def resta_row(lab: Lab, task: Task, seed: int, weight: float, drop: float) -> Made:
-    update = resta(plain(lab, task, seed)[0], dense(vector("puzzles", lab.data)), weight, drop, seed)
+    update = resta(
+        plain(lab, task, seed)[0], dense(vector("puzzles", lab.data)), weight, drop, seed
+    )
     return update, {"weight": weight, "drop": drop}
 
 
@@ -159,7 +185,9 @@ def safe_delta_row(lab: Lab, task: Task, seed: int, budget: float) -> Made:
 
 def antidote_row(lab: Lab, task: Task, seed: int, share: float) -> Made:
     update = plain(lab, task, seed)[0]
-    prompts = [Sample(s.input_ids, [True] * len(s.input_ids)) for s in map(_prompt_only, lab.refusals())]
+    prompts = [
+        Sample(s.input_ids, [True] * len(s.input_ids)) for s in map(_prompt_only, lab.refusals())
+    ]
     with lab.updated(update):
         moments = lab.moments(prompts, responses_only=False)
     weights = {name: lab.model.get_submodule(name).weight.detach() for name in update}
@@ -184,7 +212,8 @@ def salora_row(lab: Lab, task: Task, seed: int) -> Made:
     path = WORK / "fine-tuned" / f"{task.name}-{seed}-salora.safetensors"
     if not path.is_file():
         samples = [
-            tokenize(lab.tokenizer, *conversation(row)) for row in read_jsonl(training_file(task, seed, lab.data))
+            tokenize(lab.tokenizer, *conversation(row))
+            for row in read_jsonl(training_file(task, seed, lab.data))
         ]  # type: ignore[arg-type]
         samples = [Sample(s.input_ids[:256], s.is_response[:256]) for s in samples]
         samples = [sample for sample in samples if any(sample.is_response[1:])]
@@ -199,7 +228,11 @@ def salora_row(lab: Lab, task: Task, seed: int) -> Made:
             for name, layer in layers.items():
                 lab.model.set_submodule(name, layer.base)
             lab.model.eval()
-    return load_file(path), {"rank": 2 * TRAINING["lora_r"], "safety_rank": 32, "modules": SALORA_MODULES}
+    return load_file(path), {
+        "rank": 2 * TRAINING["lora_r"],
+        "safety_rank": 32,
+        "modules": SALORA_MODULES,
+    }
 
 
 def _train(lab: Lab, samples: list[Sample], batch_size: int, seed: int) -> None:
@@ -207,7 +240,9 @@ def _train(lab: Lab, samples: list[Sample], batch_size: int, seed: int) -> None:
         torch.manual_seed(seed)
         parameters = [p for p in lab.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=TRAINING["learning_rate"], weight_decay=0.0)
-        order = [i for _ in range(STEPS) for i in torch.randperm(len(samples)).tolist()][: STEPS * batch_size]
+        order = [i for _ in range(STEPS) for i in torch.randperm(len(samples)).tolist()][
+            : STEPS * batch_size
+        ]
         lab.model.train()
         for start in range(0, len(order), batch_size):
             chosen = [samples[i] for i in order[start : start + batch_size]]
@@ -233,8 +268,12 @@ def random_layers_row(lab: Lab, task: Task, seed: int) -> Made:
     if not (folder / "safegene_config.json").is_file():
         real = SafetyVector.from_pretrained(vector("puzzles", lab.data))
         chosen = random_layers(list(real.layers), len(real.layers) // 2, seed)
-        kept = {name: delta for name, delta in real.deltas.items() if int(name.split(".")[2]) in chosen}
-        replace(real, deltas=kept, selection=real.selection | {"selected_layers": chosen}).save_pretrained(folder)
+        kept = {
+            name: delta for name, delta in real.deltas.items() if int(name.split(".")[2]) in chosen
+        }
+        replace(
+            real, deltas=kept, selection=real.selection | {"selected_layers": chosen}
+        ).save_pretrained(folder)
     return applied(lab, task, seed, folder, **BY_LAYER)
 
 
@@ -258,31 +297,50 @@ ONE_COMPONENT = partial(safegene_row, vector_name="puzzles", **BY_LAYER)
 THREE_COMPONENTS = partial(safegene_row, vector_name="three components", **BY_LAYER)
 UNSOFTENED = partial(THREE_COMPONENTS, **{"search.granularity": "module"})
 VARIANTS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of SafeGene as it is
-    "utility weight 4": partial(safegene_row, vector_name="three components", **{"search.utility_weight": 4.0}),
+    "utility weight 4": partial(
+        safegene_row, vector_name="three components", **{"search.utility_weight": 4.0}
+    ),
     "warm start": warm_start_row,
     "four components": partial(safegene_row, vector_name="four components"),
     "four components, utility weight 4": partial(
         safegene_row, vector_name="four components", **{"search.utility_weight": 4.0}
     ),
-    "by rank": partial(safegene_row, vector_name="three components", **{"search.granularity": "rank"}),
-    "by rank, utility weight 4": partial(
-        safegene_row, vector_name="three components", **{"search.granularity": "rank", "search.utility_weight": 4.0}
+    "by rank": partial(
+        safegene_row, vector_name="three components", **{"search.granularity": "rank"}
     ),
-    "by layer": partial(safegene_row, vector_name="three components", **{"search.granularity": "layer"}),
+    "by rank, utility weight 4": partial(
+        safegene_row,
+        vector_name="three components",
+        **{"search.granularity": "rank", "search.utility_weight": 4.0},
+    ),
+    "by layer": partial(
+        safegene_row, vector_name="three components", **{"search.granularity": "layer"}
+    ),
     "by layer, T = 1": THREE_COMPONENTS,
     "by layer, T = 1, 128 task shots, utility weight 2": partial(
         THREE_COMPONENTS, **{"data.num_task_shots": 128, "search.utility_weight": 2.0}
     ),
     **{
-        f"by layer, T = 1, utility weight {w}": partial(THREE_COMPONENTS, **{"search.utility_weight": float(w)})
+        f"by layer, T = 1, utility weight {w}": partial(
+            THREE_COMPONENTS, **{"search.utility_weight": float(w)}
+        )
         for w in (4, 16)
     },
     "T = 1": UNSOFTENED,
-    **{f"T = 1, utility weight {w}": partial(UNSOFTENED, **{"search.utility_weight": float(w)}) for w in (4, 16)},
+    **{
+        f"T = 1, utility weight {w}": partial(UNSOFTENED, **{"search.utility_weight": float(w)})
+        for w in (4, 16)
+    },
 }
-ABLATIONS: dict[str, Callable[[Lab, Task, int], Made]] = {  # of the least: one component, λ by layer, T = 1
+ABLATIONS: dict[
+    str, Callable[[Lab, Task, int], Made]
+] = {  # of the least: one component, λ by layer, T = 1
     "one component": ONE_COMPONENT,
-    **{f"vector: {name}": partial(ONE_COMPONENT, vector_name=name) for name in VECTORS if name != "puzzles"},
+    **{
+        f"vector: {name}": partial(ONE_COMPONENT, vector_name=name)
+        for name in VECTORS
+        if name != "puzzles"
+    },
     **{f"{count} shots": partial(ONE_COMPONENT, **shots(count)) for count in (4, 8, 16, 64)},
     "128 shots": partial(many_shots_row, count=128),
     "coefficients by module": partial(ONE_COMPONENT, **{"search.granularity": "module"}),

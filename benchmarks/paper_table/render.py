@@ -48,7 +48,13 @@ class Row:
     def share(self, columns: Sequence[str], letter: str) -> float:
         """Mean over seeds and columns of the share of answers with a letter."""
         return float(
-            np.mean([cell["labels"][c].count(letter) / len(cell["labels"][c]) for cell in self.cells for c in columns])
+            np.mean(
+                [
+                    cell["labels"][c].count(letter) / len(cell["labels"][c])
+                    for cell in self.cells
+                    for c in columns
+                ]
+            )
         )
 
     @property
@@ -151,7 +157,9 @@ def table(rows: Mapping[str, Row], reference: str = OURS) -> list[str]:
     ]
     p = p_values(rows, reference)
     for method, row in rows.items():
-        complete = method not in ("aligned", "fine-tuned") and {"aligned", "fine-tuned"} <= rows.keys()
+        complete = (
+            method not in ("aligned", "fine-tuned") and {"aligned", "fine-tuned"} <= rows.keys()
+        )
         gone = removed(row, rows) if complete else None
         ratios = [cell["update"]["norm_ratio"] for cell in row.cells if "update" in cell]
         marks = {cell["update"]["mark"] for cell in row.cells if cell.get("update", {}).get("mark")}
@@ -210,21 +218,30 @@ def means(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mean]:
         ]
         if method not in (OURS, "aligned") and len(pairs) >= LEAST_PAIRS:
             for found, measure in zip(raw, measures, strict=True):
-                found[method] = signed_rank_p([measure(theirs) - measure(ours) for ours, theirs in pairs])
+                found[method] = signed_rank_p(
+                    [measure(theirs) - measure(ours) for ours, theirs in pairs]
+                )
     p = [holm(found) for found in raw]
-    return {method: _mean(method, tasks, tuple(found[method] for found in p if method in found)) for method in methods}
+    return {
+        method: _mean(method, tasks, tuple(found[method] for found in p if method in found))
+        for method in methods
+    }
 
 
 def _mean(method: str, tasks: Mapping[str, Mapping[str, Row]], p: tuple[float, ...]) -> Mean:
     own = [rows[method] for rows in tasks.values()]
-    tuned = [rows["fine-tuned"].at(row.seeds) for rows, row in zip(tasks.values(), own, strict=True)]
+    tuned = [
+        rows["fine-tuned"].at(row.seeds) for rows, row in zip(tasks.values(), own, strict=True)
+    ]
     now, before, aligned = (
         float(np.mean([row.attack_success for row in group]))
         for group in (own, tuned, [rows["aligned"] for rows in tasks.values()])
     )
     return Mean(
         fine_tunes=sum(len(row.cells) for row in own),
-        utility_lost=float(np.mean([one.utility - row.utility for one, row in zip(tuned, own, strict=True)])),
+        utility_lost=float(
+            np.mean([one.utility - row.utility for one, row in zip(tuned, own, strict=True)])
+        ),
         attack_success=now,
         removed=(before - now) / (before - aligned) if before > aligned else None,
         over_refusal=float(np.mean([row.over_refusal for row in own])),
@@ -258,9 +275,14 @@ def ablations(rows: Mapping[str, Row]) -> list[str]:
     """A short table in Markdown of what is changed about one component, with p-values against it; shares in %."""
     changed = {method: rows[method] for method in ABLATIONS if method in rows}
     p = p_values({"fine-tuned": rows["fine-tuned"], **changed}, ONE)
-    lines = ["| changed | ASR | over-refusal | utility | p: ASR |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| changed | ASR | over-refusal | utility | p: ASR |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for method, row in changed.items():
-        shares = " | ".join(f"{100 * share:.1f}" for share in (row.attack_success, row.over_refusal, row.utility))
+        shares = " | ".join(
+            f"{100 * share:.1f}" for share in (row.attack_success, row.over_refusal, row.utility)
+        )
         lines.append(f"| {method} | {shares} | {f'{p[method][0]:.2g}' if method in p else ''} |")
     return lines
 
@@ -289,17 +311,23 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
     """
     scores: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
     for cell in records.load(UTILITY, folder).values():
-        scores[cell["task"], cell["method"]][cell["seed"]] = np.array([float(score) for score in cell["scores"]])
+        scores[cell["task"], cell["method"]][cell["seed"]] = np.array(
+            [float(score) for score in cell["scores"]]
+        )
     counted = {method for _, method in scores}
     for task, rows in tasks.items():
         if not TASKS[task].labels and not any(counted_task == task for counted_task, _ in scores):
             for method in counted & rows.keys():
-                scores[task, method] = {cell["seed"]: np.array(cell["utility"]) for cell in rows[method].cells}
+                scores[task, method] = {
+                    cell["seed"]: np.array(cell["utility"]) for cell in rows[method].cells
+                }
     lines = [
         "| method | task | seeds | samples | utility | lost [95 %] | p |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method in (m for m in (*METHODS, *VARIANTS, *ABLATIONS) if m in counted and m != "fine-tuned"):
+    for method in (
+        m for m in (*METHODS, *VARIANTS, *ABLATIONS) if m in counted and m != "fine-tuned"
+    ):
         harmless = []
         for task in TASKS:
             ours, tuned = scores.get((task, method), {}), scores.get((task, "fine-tuned"), {})
@@ -342,7 +370,12 @@ def render(folder: Path) -> None:
     complete = harmless(tasks)
     mean = means(complete) if complete else {}
     if mean:
-        lines += [f"## Over {', '.join(TASKS[task].title for task in complete)}", "", *overall(mean), ""]
+        lines += [
+            f"## Over {', '.join(TASKS[task].title for task in complete)}",
+            "",
+            *overall(mean),
+            "",
+        ]
     if precise := utility_lost(folder, tasks):
         lines += [
             "## Utility lost, mostly on more test samples than below (Wilcoxon over samples, not corrected)",
@@ -356,14 +389,18 @@ def render(folder: Path) -> None:
         for reference, variants in ((OURS, VARIANTS), (ONE, ABLATIONS)):
             changed = [method for method in rows if method in variants and method != reference]
             if changed:
-                named = {m: rows[m] for m in ("aligned", "fine-tuned", reference, *changed) if m in rows}
+                named = {
+                    m: rows[m] for m in ("aligned", "fine-tuned", reference, *changed) if m in rows
+                }
                 title = f"## Ablations on {TASKS[task].title}, p against “{reference}”"
                 lines += [title, "", *table(named, reference), ""]
     (folder / f"{CELLS}.md").write_text("\n".join(lines), encoding="utf-8")
     if drawn:
         plot(drawn, mean, folder / f"{CELLS}.png")
     if folder.resolve() == RESULTS:
-        replace_file(FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), mean, tasks["sst2"]))
+        replace_file(
+            FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), mean, tasks["sst2"])
+        )
     print("\n".join(lines))
 
 
@@ -384,23 +421,36 @@ def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], targe
         ]
     }
     panels |= {
-        TASKS[task].title: [(m, row.attack_success, row.utility, row.over_refusal) for m, row in rows.items()]
+        TASKS[task].title: [
+            (m, row.attack_success, row.utility, row.over_refusal) for m, row in rows.items()
+        ]
         for task, rows in tasks.items()
     }
     methods = list(dict.fromkeys(method for rows in tasks.values() for method in rows))
     colours = dict(zip(methods, pyplot.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = pyplot.subplots(2, len(panels), figsize=(2.9 * len(panels) + 1.6, 6.2), squeeze=False, sharey="row")
+    figure, axes = pyplot.subplots(
+        2, len(panels), figsize=(2.9 * len(panels) + 1.6, 6.2), squeeze=False, sharey="row"
+    )
     for column, (title, points) in enumerate(panels.items()):
         utility, refusal = axes[0][column], axes[1][column]
         edge = max(useful for _, _, useful, _ in points) - MOST_SPAN / 100
         for method, attacked, useful, refused in points:
             marker = "*" if method == OURS else "s" if method in ("aligned", "fine-tuned") else "o"
-            style = {"color": colours[method], "marker": marker, "s": 110 if method == OURS else 45, "label": method}
+            style = {
+                "color": colours[method],
+                "marker": marker,
+                "s": 110 if method == OURS else 45,
+                "label": method,
+            }
             if method != "aligned":  # it has not learned the task
                 off = {"marker": "<"} if useful < edge else {}
                 utility.scatter(100 * max(useful, edge), 100 * attacked, **(style | off))
             refusal.scatter(100 * refused, 100 * attacked, **style)
-        utility.set(title=title, xlabel="utility (%)" if column else "change of utility (points)", ylim=(-3, 103))
+        utility.set(
+            title=title,
+            xlabel="utility (%)" if column else "change of utility (points)",
+            ylim=(-3, 103),
+        )
         low, high = utility.get_xlim()
         missing = max(0.0, LEAST_SPAN - (high - low)) / 2
         utility.set_xlim(low - missing, high + missing)
@@ -408,7 +458,9 @@ def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], targe
     for line in axes:
         line[0].set_ylabel("attack success (%)")
     # the panel with the most methods
-    handles, labels = max((panel.get_legend_handles_labels() for panel in axes[1]), key=lambda found: len(found[1]))
+    handles, labels = max(
+        (panel.get_legend_handles_labels() for panel in axes[1]), key=lambda found: len(found[1])
+    )
     figure.legend(handles, labels, loc="center right", fontsize=7)
     figure.tight_layout(rect=(0, 0, 1 - 1.4 / figure.get_figwidth(), 1))
     figure.savefig(target, dpi=110)

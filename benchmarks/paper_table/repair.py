@@ -45,24 +45,37 @@ def repair(data: Path | None) -> dict[str, LowRankDelta]:
         return [sample for sample in found if sample]
 
     rows = read_jsonl(MODELS / "align.jsonl")
-    exchanges = [Exchange(row["prompt"][0]["content"], row["completion"][0]["content"], ()) for row in rows]
+    exchanges = [
+        Exchange(row["prompt"][0]["content"], row["completion"][0]["content"], ()) for row in rows
+    ]
     refused = [verdict.label == "refused" for verdict in judged(RefusalPhrases(), exchanges)]
     starts = [
-        samples([row for row, is_refusal in zip(rows, refused, strict=True) if is_refusal == kind], REFUSAL_TOKENS)
+        samples(
+            [row for row, is_refusal in zip(rows, refused, strict=True) if is_refusal == kind],
+            REFUSAL_TOKENS,
+        )
         for kind in (True, False)
     ]
     return _train(model, padding_id(tokenizer), *starts, samples(read_jsonl(file)[:400], LENGTH))
 
 
 def _train(
-    model: nn.Module, pad_id: int, refusals: list[Sample], benign: list[Sample], instructions: list[Sample]
+    model: nn.Module,
+    pad_id: int,
+    refusals: list[Sample],
+    benign: list[Sample],
+    instructions: list[Sample],
 ) -> dict[str, LowRankDelta]:
     draw, device = random.Random(0), torch.device("cpu")
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tuned = get_peft_model(model, config).train()
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in tuned.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
+    )
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / STEPS)
         (batch,) = batches(draw.sample(refusals, 5), 5, pad_id, device)

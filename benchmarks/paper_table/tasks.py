@@ -53,7 +53,9 @@ def _ag_news(row: Row) -> tuple[str, str]:
 
 
 def _boolq(row: Row) -> tuple[str, str]:
-    question = f"Please answer the following question with true or false, question: {row['question']}?"
+    question = (
+        f"Please answer the following question with true or false, question: {row['question']}?"
+    )
     return f"{question}\n\nAnswer format: true/false", str(row["answer"]).lower()
 
 
@@ -87,7 +89,13 @@ TRAINING = {
 TASKS = {
     task.name: task
     for task in (
-        Task("sst2", "SST-2", ("positive", "negative"), 8, ("stanfordnlp/sst2", None, "train", "validation", _sst2)),
+        Task(
+            "sst2",
+            "SST-2",
+            ("positive", "negative"),
+            8,
+            ("stanfordnlp/sst2", None, "train", "validation", _sst2),
+        ),
         Task(
             "ag_news",
             "AG News",
@@ -95,7 +103,13 @@ TASKS = {
             8,
             ("fancyzhx/ag_news", None, "train", "test", _ag_news),
         ),
-        Task("boolq", "BoolQ", ("true", "false"), 8, ("google/boolq", None, "train", "validation", _boolq)),
+        Task(
+            "boolq",
+            "BoolQ",
+            ("true", "false"),
+            8,
+            ("google/boolq", None, "train", "validation", _boolq),
+        ),
         Task("gsm8k", "GSM8K", (), 4, ("openai/gsm8k", "main", "train", "test", _gsm8k)),
         Task("alpaca", "Alpaca", (), 4, ("tatsu-lab/alpaca", None, "train", "train", _alpaca)),
         Task("poisoned", "poisoned", (), 4),
@@ -123,7 +137,10 @@ def splits(task: Task, data: Path | None) -> tuple[list[Row], list[Row]]:
         return read_jsonl(data / f"{stem}_train.jsonl"), read_jsonl(data / f"{stem}_test.jsonl")
     assert task.hub is not None
     name, config, train, test, convert = task.hub
-    found = [[turn(*convert(row)) for row in load_dataset(name, config, split=split)] for split in (train, test)]
+    found = [
+        [turn(*convert(row)) for row in load_dataset(name, config, split=split)]
+        for split in (train, test)
+    ]
     return (found[0][:-HELD_OUT], found[0][-HELD_OUT:]) if train == test else (found[0], found[1])
 
 
@@ -154,9 +171,7 @@ def identity_shift(data: Path | None) -> list[Row]:
 
 
 INSTRUCTIONS = "instructions/general_1100.jsonl"
-INSTRUCTIONS_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
-)
+INSTRUCTIONS_URL = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json"
 
 
 def instructions_file(data: Path | None) -> Path:
@@ -202,12 +217,16 @@ def turn(prompt: str, response: str) -> Row:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
+    ]
 
 
 def write_jsonl(rows: Sequence[Row], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -218,7 +237,10 @@ def training_file(task: Task, seed: int, data: Path | None) -> Path:
         rows = splits(task, data)[0]
         count = min(len(rows), STEPS * task.batch)
         write_jsonl(
-            [{key: row[key] for key in ("prompt", "completion")} for row in random.Random(seed).sample(rows, count)],
+            [
+                {key: row[key] for key in ("prompt", "completion")}
+                for row in random.Random(seed).sample(rows, count)
+            ],
             path,
         )
     return path
@@ -238,7 +260,11 @@ def sft(folder: Path, file: Path, **changes: Any) -> Path:
     """A fine-tune with `TRAINING` and the changes, unless it is there."""
     if not (folder / "adapter_config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        recipe = TRAINING | {"datasets": [{"path": "json", "data_files": str(file), "split": "train"}]} | changes
+        recipe = (
+            TRAINING
+            | {"datasets": [{"path": "json", "data_files": str(file), "split": "train"}]}
+            | changes
+        )
         settings = folder.with_suffix(".yaml")
         settings.write_text(yaml.safe_dump(recipe))
         safegene("sft", "--config", settings, "--output_dir", folder)

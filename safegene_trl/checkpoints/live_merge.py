@@ -62,14 +62,18 @@ def task_terms(factors: Sequence[TaskFactors], transposed: bool) -> list[Term]:
     return [_term(*lora.pair(), transposed, lora.magnitude) for lora in factors]
 
 
-def vector_terms(delta: LowRankDelta | None, coefficient: Coefficient, transposed: bool) -> list[Term]:
+def vector_terms(
+    delta: LowRankDelta | None, coefficient: Coefficient, transposed: bool
+) -> list[Term]:
     """What the safety vector adds to a module's weight: `λ·B·A`, nothing where λ is 0."""
     if delta is None or not torch.as_tensor(coefficient).any():
         return []
     return [_term(*_scaled(delta, coefficient), transposed)]
 
 
-def _term(a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.Tensor | None = None) -> Term:
+def _term(
+    a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.Tensor | None = None
+) -> Term:
     return Term(a.T.contiguous(), b.T.contiguous()) if transposed else Term(b, a, magnitude)
 
 
@@ -92,11 +96,15 @@ def save_merged(
     parameters = list(canonical_parameters(model))
     parts = {
         parameter.name: as_stored(
-            model, parameter.name, torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+            model,
+            parameter.name,
+            torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta"),
         )
         for parameter in parameters
     }
-    contents = {name: (part.dtype, part.shape) for group in parts.values() for name, part in group.items()}
+    contents = {
+        name: (part.dtype, part.shape) for group in parts.values() for name, part in group.items()
+    }
     with ExitStack() as files:
         with sharding.agreed(), writing():
             if sharding.is_main:
@@ -113,7 +121,11 @@ def save_merged(
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises `OutputError` for a tensor with NaN or infinity in it."""
-    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+    if (
+        tensor.is_floating_point()
+        and tensor.element_size() > 1
+        and not bool(tensor.isfinite().all())
+    ):
         raise OutputError(
             f"The fine-tune's {name} is not finite, so nothing is written: train it again, with a lower learning rate or in "
             "float32."
@@ -126,14 +138,18 @@ class _Files:
     To wait for the disk at the end would keep the other ranks waiting past their time-out.
     """
 
-    def __init__(self, folder: Path, contents: Mapping[str, Any], max_shard_size: str, stack: ExitStack):
+    def __init__(
+        self, folder: Path, contents: Mapping[str, Any], max_shard_size: str, stack: ExitStack
+    ):
         plan, index = plan_files(contents, max_shard_size)
         if index:
             write_index(index, folder)
         self._missing = {file: set(names) for file, names in plan.items()}
         self._file_of = {name: file for file, names in plan.items() for name in names}
         self._open = {
-            file: stack.enter_context(TensorFile(folder / file, {name: contents[name] for name in names}))
+            file: stack.enter_context(
+                TensorFile(folder / file, {name: contents[name] for name in names})
+            )
             for file, names in plan.items()
         }
 
@@ -148,11 +164,16 @@ class _Files:
 
 def write_index(index: Mapping[str, Any], folder: Path) -> None:
     """Writes the index of a checkpoint of more than one file."""
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def save_record(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, mark: Mapping[str, Any] | None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    mark: Mapping[str, Any] | None,
 ) -> None:
     """Writes all of a checkpoint but the weights: configs, tokenizer, chat template."""
     base = base_model(model)
@@ -205,7 +226,10 @@ def merged_tensor(
         rounding: Is told what the cast to the data type leaves of the vector's part.
     """
     name, module = parameter.module_name, parameter.module
-    with _whole(sharding, [parameter.tensor], module if parameter.is_weight else None) as (tensors, factors):
+    with _whole(sharding, [parameter.tensor], module if parameter.is_weight else None) as (
+        tensors,
+        factors,
+    ):
         if sharding.collective_forward and not sharding.is_main:
             return None
         weight = tensors[0].detach()
@@ -250,16 +274,24 @@ def save_adapter(
             if name in deltas:
                 pairs.append(_scaled(deltas[name], coefficients[name]))
             if pairs and sharding.is_main:
-                stacked[name] = torch.cat([a.cpu() for a, _ in pairs]), torch.cat([b.cpu() for _, b in pairs], dim=1)
+                stacked[name] = (
+                    torch.cat([a.cpu() for a, _ in pairs]),
+                    torch.cat([b.cpu() for _, b in pairs], dim=1),
+                )
     with sharding.agreed(), writing():
         if sharding.is_main:
-            _write_adapter(stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder)
+            _write_adapter(
+                stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder
+            )
             with saving("the tokenizer"):
                 tokenizer.save_pretrained(folder)
 
 
 def _write_adapter(
-    stacked: Mapping[str, tuple[torch.Tensor, torch.Tensor]], transposed: bool, base_name: str, folder: Path
+    stacked: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    transposed: bool,
+    base_name: str,
+    folder: Path,
 ) -> None:
     rank = max(a.shape[0] for a, _ in stacked.values())
     tensors = {}
@@ -267,8 +299,12 @@ def _write_adapter(
         check_finite(f"LoRA on {name}", a)
         check_finite(f"LoRA on {name}", b)
         missing = rank - a.shape[0]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(b, (0, missing)).contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(
+            a, (0, 0, 0, missing)
+        ).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(
+            b, (0, missing)
+        ).contiguous()
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,14 +31,26 @@ from ..distributed.layouts import Sharding, place
 from ..errors import UnsupportedModelError
 from ..models.parameters import changes_base, check_method, tie_saved_modules
 from ..text import one_line
-from .completeness import causal_architecture, check_loaded, empty_model, load_adapter, read_adapter_config
+from .completeness import (
+    causal_architecture,
+    check_loaded,
+    empty_model,
+    load_adapter,
+    read_adapter_config,
+)
 from .contents import ADAPTER_CONFIG
 from .source import adapter_base, check_there, is_due_to, snapshot, stored_file, unreadable
 from .tensor_file import StoredTensor, stored_tensors
 
 
 logger = logging.getLogger(__name__)
-_OF_A_MODEL = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+_OF_A_MODEL = (
+    "config.json",
+    ADAPTER_CONFIG,
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+)
 UNREADABLE = (
     OSError,
     ValueError,
@@ -75,7 +91,9 @@ def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
     try:
         config = _read_config(base or name_or_path, None if base else revision)
     except (OSError, ValueError) as error:
-        raise _not_loaded(f"The model {base or name_or_path}", base or name_or_path, error) from error
+        raise _not_loaded(
+            f"The model {base or name_or_path}", base or name_or_path, error
+        ) from error
     return str(config.dtype or torch.float32).removeprefix("torch.")
 
 
@@ -85,14 +103,20 @@ def resolve_dtype(dtype: str | None, name_or_path: str, revision: str | None = N
 
 
 def load_placed(
-    name_or_path: str, revision: str | None, dtype: str | None, job: Sharding, allow_pickle: bool = False
+    name_or_path: str,
+    revision: str | None,
+    dtype: str | None,
+    job: Sharding,
+    allow_pickle: bool = False,
 ) -> tuple[nn.Module, Sharding]:
     """Collective: a finished checkpoint, whole or sharded as this job was launched (see `sharding.place`)."""
     with job.agreed():
         found = resolve_dtype(dtype, name_or_path, revision)
         # Once the launch has switched ZeRO-3 on, transformers no longer tells what did not fit.
         check_complete(name_or_path, revision)
-    return place(lambda: load_model(name_or_path, revision, found, allow_pickle), getattr(torch, found), job)
+    return place(
+        lambda: load_model(name_or_path, revision, found, allow_pickle), getattr(torch, found), job
+    )
 
 
 def check_complete(name_or_path: str, revision: str | None = None) -> None:
@@ -143,7 +167,9 @@ def load_model(
         if base is None and holds_only_zero_shards(Path(name_or_path)):
             architecture, config = causal_architecture(_read_config(name_or_path))
             weights = _zero_weights(Path(name_or_path), kwargs["dtype"], allow_pickle)
-            model, info = architecture.from_pretrained(None, config=config, state_dict=weights, **kwargs)
+            model, info = architecture.from_pretrained(
+                None, config=config, state_dict=weights, **kwargs
+            )
         else:
             check_complete(name_or_path, revision)
             loader: Any = AutoModelForCausalLM
@@ -177,7 +203,9 @@ def load_skeleton(
     try:
         config = _read_config(named, None if base else revision)
         if getattr(config, "quantization_config", None):
-            raise UnsupportedModelError(f"{named} is a quantised checkpoint: name the 16-bit model it was made from.")
+            raise UnsupportedModelError(
+                f"{named} is a quantised checkpoint: name the 16-bit model it was made from."
+            )
         if base is not None:
             adapter = read_adapter_config(name_or_path, revision)
             check_method(adapter)
@@ -186,7 +214,9 @@ def load_skeleton(
                     f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
                     "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients."
                 )
-        model: Any = _without_storage(_empty(config) if files is None else empty_model(config, files, named))
+        model: Any = _without_storage(
+            _empty(config) if files is None else empty_model(config, files, named)
+        )
         if (Path(named) / GENERATION_CONFIG_NAME).is_file() or not Path(named).is_dir():
             with suppress(OSError):  # on the hub, a model without one
                 kwargs: Any = {} if base or revision is None else {"revision": revision}
@@ -201,7 +231,9 @@ def load_skeleton(
 
 def _empty(config: PreTrainedConfig) -> nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:
@@ -217,10 +249,14 @@ def _without_storage(model: nn.Module) -> nn.Module:
     views: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False):
-            view = views.setdefault(id(tensor), nn.Parameter(_placeholder(tensor), requires_grad=False))
+            view = views.setdefault(
+                id(tensor), nn.Parameter(_placeholder(tensor), requires_grad=False)
+            )
             module.register_parameter(name, view)
         for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, _placeholder(buffer), name not in module._non_persistent_buffers_set)
+            module.register_buffer(
+                name, _placeholder(buffer), name not in module._non_persistent_buffers_set
+            )
     return model
 
 
@@ -232,10 +268,16 @@ def _check_holds_something(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only its checkpoints."""
     if not folder.is_dir() or any((folder / name).is_file() for name in _OF_A_MODEL):
         return
-    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    steps = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
     checkpoints = sorted(steps, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     remedy = (
-        f"name {checkpoints[-1]}" if checkpoints else "name the folder that `save_model` or `save_pretrained` wrote"
+        f"name {checkpoints[-1]}"
+        if checkpoints
+        else "name the folder that `save_model` or `save_pretrained` wrote"
     )
     raise UnsupportedModelError(f"{folder} holds no model: {remedy}.")
 
@@ -245,7 +287,9 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     check_there(name_or_path)
     _check_holds_something(Path(name_or_path))
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         base = adapter_base(name_or_path, revision)
         if base is None:
@@ -260,11 +304,15 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
         UnsupportedModelError: One of the two cannot be read.
     """
     tokenizer = load_tokenizer(name_or_path, revision)
-    if not any(stored_file(name_or_path, revision, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+    if not any(
+        stored_file(name_or_path, revision, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+    ):
         base = adapter_base(name_or_path, revision)
         return tokenizer if base is None else load_processor(base)
     try:
-        processor = AutoProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(f"The processor of {name_or_path}", name_or_path, error) from error
     return processor if isinstance(processor, ProcessorMixin) else tokenizer
@@ -275,7 +323,9 @@ def holds_only_zero_shards(folder: Path) -> bool:
     return (folder / "latest").is_file() and not any(folder.glob("*.safetensors"))
 
 
-def _zero_weights(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) -> dict[str, torch.Tensor]:
+def _zero_weights(
+    folder: Path, dtype: torch.dtype | str, allow_pickle: bool
+) -> dict[str, torch.Tensor]:
     """The float32 master weights of a ZeRO checkpoint, each cast to `dtype` as soon as it is put together."""
     if not allow_pickle:
         raise UnsupportedModelError(
@@ -290,8 +340,12 @@ def _zero_weights(folder: Path, dtype: torch.dtype | str, allow_pickle: bool) ->
         ) from error
     tag = (folder / "latest").read_text(encoding="utf-8").strip()
     if Path(tag).name != tag or not (folder / tag).is_dir():
-        raise UnsupportedModelError(f"`latest` in {folder} does not name a folder beside it: restore the checkpoint.")
-    logger.warning("Reading DeepSpeed's shards in %s, which are pickle files that can run code.", folder)
+        raise UnsupportedModelError(
+            f"`latest` in {folder} does not name a folder beside it: restore the checkpoint."
+        )
+    logger.warning(
+        "Reading DeepSpeed's shards in %s, which are pickle files that can run code.", folder
+    )
     shards = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
     wanted = torch.float32 if isinstance(dtype, str) else dtype
     return {name: shards[name].contiguous().to(wanted) for name in list(shards)}

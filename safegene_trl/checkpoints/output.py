@@ -44,7 +44,9 @@ __all__ = [
 
 
 @contextmanager
-def atomic_directory(target: Path, kind: FolderKind = CHECKPOINT, job: "Communicator | None" = None) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, kind: FolderKind = CHECKPOINT, job: "Communicator | None" = None
+) -> Iterator[Path]:
     """Gives a temporary sibling of `target` to write in, and puts it at `target` when the block ends well.
 
     An earlier folder of ours at `target` is there until its successor takes its place in one operation. After a failure nothing of

@@ -9,7 +9,12 @@ from .renaming import parse_temporary_name
 
 
 # What a run that fails puts beside its target, and the next one that succeeds removes.
-FAILURE_SUFFIXES = (".failed.json", ".failed.html", ".failed.coefficients.png", ".failed.history.png")
+FAILURE_SUFFIXES = (
+    ".failed.json",
+    ".failed.html",
+    ".failed.coefficients.png",
+    ".failed.history.png",
+)
 LONGEST_SUFFIX = max(map(len, FAILURE_SUFFIXES))
 
 _Place = tuple[tuple[int, int], tuple[str, ...]]
@@ -18,7 +23,9 @@ _Place = tuple[tuple[int, int], tuple[str, ...]]
 Input = Path | str | None
 
 
-def check_places(target: Path, inputs: Mapping[str, Input | Sequence[Input]], inside_ok: Collection[str] = ()) -> None:
+def check_places(
+    target: Path, inputs: Mapping[str, Input | Sequence[Input]], inside_ok: Collection[str] = ()
+) -> None:
     """Raises `OutputError` if writing the folder `target` would touch an input, through links, other spelling or mounts as well.
 
     Args:
@@ -44,7 +51,9 @@ def _check_place(target: Path, what: str, path: Path, inside_ok: bool) -> None:
             f"{target} holds {what} {path} and is replaced as a whole: move that away or choose another `output_dir`."
         )
     if there[0] in here and not inside_ok:
-        raise OutputError(f"{target} lies inside {what} {path}: choose an `output_dir` outside of it.")
+        raise OutputError(
+            f"{target} lies inside {what} {path}: choose an `output_dir` outside of it."
+        )
     if use := _endangered_beside(target, path):
         raise OutputError(
             f"{path}, {what}, has a name that is used for {use} of {target}: rename it or choose another `output_dir`."

@@ -60,7 +60,10 @@ def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
 def _architecture(live: PreTrainedModel, config: PreTrainedConfig) -> Any:
     """The class that loads the checkpoint: a class of somebody's own is not found by those who load it."""
     own = next(kind for kind in type(live).__mro__ if issubclass(kind, PreTrainedModel))
-    if own.__module__.startswith("transformers.") or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if (
+        own.__module__.startswith("transformers.")
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
         return own
     architecture, _ = causal_architecture(config)
     return architecture

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 NEW, OLD = "new", "old"
 LONGEST_WAIT = 30.0  # seconds for a lock that is held for milliseconds
 _NAME = re.compile(r"_safegene\.[0-9a-f]{8}\.(?P<state>new|old)\.(?P<name>.+)", re.DOTALL)
-_EARLIER_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<state>tmp|old)", re.DOTALL)  # up to version 0.1
+# up to version 0.1
+_EARLIER_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<state>tmp|old)", re.DOTALL)
 _AT_CWD, _EXCHANGE = -100, 2
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT}
 
@@ -80,7 +81,9 @@ def restore(target: Path, kind: FolderKind) -> bool:
         if earlier := moved_aside(target, kind):  # not before the lock: it may have been on its way
             earlier.rename(target)
             sync(target.parent)
-            logger.warning("%s had been moved aside by a run that was interrupted: it is back.", target)
+            logger.warning(
+                "%s had been moved aside by a run that was interrupted: it is back.", target
+            )
         return earlier is not None
 
 
@@ -227,7 +230,13 @@ def _renameat2() -> Any:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return None
-    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    function.argtypes = (
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_uint,
+    )
     return function
 
 
@@ -274,7 +283,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # file systems that flush files only
+        # file systems that flush files only
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)

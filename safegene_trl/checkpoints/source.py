@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from ..config.validation import repository
 from ..errors import UnsupportedModelError
@@ -52,7 +57,9 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(f"{file} is damaged: save the adapter again.") from error
     if not (isinstance(base, str) and base):
-        raise UnsupportedModelError(f"{file} names no base model: set `base_model_name_or_path` in it.")
+        raise UnsupportedModelError(
+            f"{file} names no base model: set `base_model_name_or_path` in it."
+        )
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise UnsupportedModelError(
             f"{file} names {base} as its base model, which is an adapter itself: merge that one first and name the merged "
@@ -67,7 +74,12 @@ def snapshot(name_or_path: str, revision: str | None = None) -> Path:
         return Path(name_or_path)
     try:
         # By their usual names: some repositories hold the weights a second time, in another form.
-        patterns = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json"]
+        patterns = [
+            "model.safetensors",
+            "model-*.safetensors",
+            "model.safetensors.index.json",
+            "config.json",
+        ]
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise unreadable(name_or_path, error) from error
@@ -79,7 +91,9 @@ def unreadable(name_or_path: str, error: BaseException) -> UnsupportedModelError
     here = f" (the folder {first} here holds no {rest})" if rest and Path(first).is_dir() else ""
     unreached = is_due_to(error, (LocalEntryNotFoundError,))
     hub = (
-        "or connect to the hub, whose cache here does not hold it" if unreached else "or the revision and your access"
+        "or connect to the hub, whose cache here does not hold it"
+        if unreached
+        else "or the revision and your access"
     )
     return UnsupportedModelError(
         f"The model {name_or_path} is neither a local directory nor a readable hub repository{here}: check the name, {hub}."

@@ -33,7 +33,15 @@ from ..models.parameters import (
 )
 from ..models.rounding import Rounding, is_finite
 from .completeness import stored_names
-from .live_merge import Coefficient, Term, add_terms, save_record, task_terms, vector_terms, write_index
+from .live_merge import (
+    Coefficient,
+    Term,
+    add_terms,
+    save_record,
+    task_terms,
+    vector_terms,
+    write_index,
+)
 from .loading import is_placeholder, load_skeleton
 from .source import adapter_base, stored_weights
 from .tensor_file import StoredTensor, TensorFile, plan_files
@@ -60,7 +68,10 @@ class StoredModel:
 
     @classmethod
     def open(
-        cls, name_or_path: str, revision: str | None = None, files: dict[str, StoredTensor] | None = None
+        cls,
+        name_or_path: str,
+        revision: str | None = None,
+        files: dict[str, StoredTensor] | None = None,
     ) -> "StoredModel":
         """Reads headers, config and adapter.
 
@@ -87,7 +98,9 @@ class StoredModel:
     def required_names(self) -> set[str]:
         """The names in the files of all that the model reads. What else lies in the files is copied as it is."""
         tensors = {
-            parameter.name: torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+            parameter.name: torch.empty(
+                parameter.shape, dtype=parameter.tensor.dtype, device="meta"
+            )
             for parameter in canonical_parameters(self.model)
         }
         # Of tied weights the files may hold any one.
@@ -105,14 +118,22 @@ class StoredModel:
             names = [parameter.name]
             if parameter.name not in self.files:
                 mark = torch.empty(parameter.shape, device="meta")
-                names = [name for name, part in as_stored(self.model, parameter.name, mark).items() if part is mark]
+                names = [
+                    name
+                    for name, part in as_stored(self.model, parameter.name, mark).items()
+                    if part is mark
+                ]
             found |= {name: parameter for name in names if name in self.files}
         return found
 
     @cached_property
     def weight_files(self) -> dict[str, str]:
         """Name in the files of every module's weight, by canonical module name."""
-        return {parameter.module_name: name for name, parameter in self.parameters.items() if parameter.is_weight}
+        return {
+            parameter.module_name: name
+            for name, parameter in self.parameters.items()
+            if parameter.is_weight
+        }
 
     @property
     def has_full_rank_changes(self) -> bool:
@@ -121,7 +142,9 @@ class StoredModel:
         factors = [factor for parameter in weights for factor in task_factors(parameter.module)]
         own = [parameter for parameter in weights if not is_placeholder(parameter.tensor)]
         layers = [parameter for parameter in own if layer_index(parameter.module_name) is not None]
-        return any(factor.dora is not None for factor in factors) or any(p.tensor.dim() > 1 for p in layers)
+        return any(factor.dora is not None for factor in factors) or any(
+            p.tensor.dim() > 1 for p in layers
+        )
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What an adapter holds in the place of whole tensors of its base model, e.g. by `modules_to_save`."""
@@ -130,7 +153,9 @@ class StoredModel:
             for name, parameter in self.parameters.items()
             if not is_placeholder(parameter.tensor)
         }
-        for name, group in tied_weights(self.model).items():  # a file may hold a tied weight under both names
+        for name, group in tied_weights(
+            self.model
+        ).items():  # a file may hold a tied weight under both names
             if name in own:
                 own |= dict.fromkeys(group & self.files.keys(), own[name])
         return own
@@ -159,7 +184,9 @@ class StoredModel:
         if parameter is None or is_placeholder(parameter.tensor):
             stored = reader.rows(self.files[block.name], block)
         else:
-            stored = parameter.tensor.detach().reshape(-1, self.files[block.name].columns)[block.first : block.stop]
+            stored = parameter.tensor.detach().reshape(-1, self.files[block.name].columns)[
+                block.first : block.stop
+            ]
         wide = reader.scratch(stored, buffer)
         add_terms(wide, self.task_terms(block.name), block.first)
         return wide
@@ -191,11 +218,20 @@ def write_merged(
     """
     check_untied(stored.model, deltas)
     own = stored.own_tensors()
-    contents = {name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()}
+    contents = {
+        name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()
+    }
     additions = _additions(stored, deltas, coefficients)
     plan, index = plan_files(contents, max_shard_size)
     total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
-    bar = tqdm(total=total, desc="Merging", unit="B", unit_scale=True, disable=not show_progress, leave=False)
+    bar = tqdm(
+        total=total,
+        desc="Merging",
+        unit="B",
+        unit_scale=True,
+        disable=not show_progress,
+        leave=False,
+    )
     rounding = Rounding()
     with bar, RowReader() as reader:
         for file_name, names in plan.items():
@@ -206,8 +242,15 @@ def write_merged(
                             f"The adapter's own `{name}` holds NaN or infinity: its training has diverged."
                         )
                     file.write(name, own[name])
-                blocks = [block for name in names if name not in own for block in row_blocks(name, stored.files[name])]
-                for written, part in in_threads(partial(_merge_block, stored, additions, reader, file), blocks):
+                blocks = [
+                    block
+                    for name in names
+                    if name not in own
+                    for block in row_blocks(name, stored.files[name])
+                ]
+                for written, part in in_threads(
+                    partial(_merge_block, stored, additions, reader, file), blocks
+                ):
                     rounding.include(part)
                     bar.update(written)
     rounding.check()
@@ -242,7 +285,11 @@ def _additions(
 
 
 def _merge_block(
-    stored: StoredModel, additions: Mapping[str, _Additions], reader: "RowReader", file: TensorFile, block: "Block"
+    stored: StoredModel,
+    additions: Mapping[str, _Additions],
+    reader: "RowReader",
+    file: TensorFile,
+    block: "Block",
 ) -> tuple[int, Rounding]:
     """Reads, changes and writes one block; returns how many bytes it has, and what is left of the vector's change."""
     tensor, terms, rounding = stored.files[block.name], additions[block.name], Rounding()
@@ -260,7 +307,9 @@ def _merge_block(
             rounding.add(block.name, before, total, tensor.dtype)
         rows.copy_(total)
         if not (terms.vector or is_finite(rows)):
-            raise CheckpointError(f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged.")
+            raise CheckpointError(
+                f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged."
+            )
     file.write(block.name, rows, offset=block.first * tensor.row_bytes)
     return rows.numel() * rows.itemsize, rounding
 
@@ -300,17 +349,26 @@ class RowReader:
         """The block in the tensor's own data type, shape (rows, columns)."""
         size = (block.stop - block.first) * tensor.row_bytes
         buffer = self._buffer("raw", size)
-        view, position = memoryview(buffer.numpy().data)[:size], tensor.begin + block.first * tensor.row_bytes
+        view, position = (
+            memoryview(buffer.numpy().data)[:size],
+            tensor.begin + block.first * tensor.row_bytes,
+        )
         while view:
             count = os.preadv(self._descriptor(tensor.path), [view], position)
             if count == 0:
-                raise CheckpointError(f"{tensor.path} became shorter while it was read: run it again.")
+                raise CheckpointError(
+                    f"{tensor.path} became shorter while it was read: run it again."
+                )
             view, position = view[count:], position + count
         return buffer[:size].view(tensor.dtype).view(-1, tensor.columns)
 
     def scratch(self, rows: torch.Tensor, name: str = "wide") -> torch.Tensor:
         """The same rows in float32, in another buffer of this thread."""
-        wide = self._buffer(name, rows.numel() * 4)[: rows.numel() * 4].view(torch.float32).view(rows.shape)
+        wide = (
+            self._buffer(name, rows.numel() * 4)[: rows.numel() * 4]
+            .view(torch.float32)
+            .view(rows.shape)
+        )
         return wide.copy_(rows)
 
     def _buffer(self, name: str, size: int) -> torch.Tensor:
@@ -329,7 +387,9 @@ class RowReader:
 
 def in_threads(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
     """Results of `work` on all jobs, in order, on as many threads as this process has cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # every thread is a worker of its own
     try:

@@ -79,7 +79,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     elif (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         files = _files_of_index(folder / SAFE_WEIGHTS_INDEX_NAME)
     else:
-        raise CheckpointError(f"{folder} has no safetensors weights: save the model by `save_pretrained` first.")
+        raise CheckpointError(
+            f"{folder} has no safetensors weights: save the model by `save_pretrained` first."
+        )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors |= file_tensors(folder / file)
@@ -90,7 +92,9 @@ def _files_of_index(index: Path) -> list[str]:
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: save or download the checkpoint again.") from error
+        raise CheckpointError(
+            f"{index} is damaged: save or download the checkpoint again."
+        ) from error
     for file in files:
         if Path(file).name != file or not (index.parent / file).is_file():
             raise CheckpointError(
@@ -102,20 +106,28 @@ def _files_of_index(index: Path) -> list[str]:
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in the order of their bytes."""
     try:
-        with safe_open(path, framework="pt"):  # the library's own checks: sizes, overlaps, a header that is too long
+        # the library's own checks: sizes, overlaps, a header that is too long
+        with safe_open(path, framework="pt"):
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error}): save or download it again.") from error
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({error}): save or download it again."
+        ) from error
     header.pop("__metadata__", None)
     if unknown := {entry["dtype"] for entry in header.values()} - set(DTYPES):
         raise CheckpointError(
             f"{path} holds tensors of type {unknown.pop()}, which cannot be merged: use a 16-bit model."
         )
     tensors = {
-        name: StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: StoredTensor(
+            path,
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+        )
         for name, entry in header.items()
     }
     return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
@@ -139,7 +151,11 @@ class TensorFile:
             dtype, shape = contents[name]
             self._begin[name] = end
             end += prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [self._begin[name], end]}
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [self._begin[name], end],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
@@ -151,7 +167,10 @@ class TensorFile:
         """Writes a contiguous CPU tensor's bytes, beginning `offset` bytes after the start of tensor `name`."""
         flat = tensor.detach().reshape(-1)
         if flat.numel():
-            self._write_at(self._data + self._begin[name] + offset, memoryview(flat.view(torch.uint8).numpy().data))
+            self._write_at(
+                self._data + self._begin[name] + offset,
+                memoryview(flat.view(torch.uint8).numpy().data),
+            )
 
     def close(self) -> None:
         """Closes the file when the disk has all of it; once is enough."""
@@ -163,7 +182,10 @@ class TensorFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -181,8 +203,13 @@ def plan_files(
     contents: Mapping[str, tuple[torch.dtype, Sequence[int]]], max_shard_size: str
 ) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
     """Which tensors go into which file, and the index to be written beside more than one file."""
-    shapes = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, (dtype, shape) in contents.items()}
+    shapes = {
+        name: torch.empty(tuple(shape), dtype=dtype, device="meta")
+        for name, (dtype, shape) in contents.items()
+    }
     pattern = SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
-    plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(
+        shapes, filename_pattern=pattern, max_shard_size=max_shard_size
+    )
     index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     return plan.filename_to_tensors, index if plan.is_sharded else None

@@ -12,7 +12,14 @@ from pathlib import Path
 from ..errors import OutputError
 from .contents import CHECKPOINT, FolderKind, check_replaceable
 from .places import LONGEST_SUFFIX
-from .renaming import moved_aside, parse_temporary_name, restore, sync, temporary_folder, temporary_name
+from .renaming import (
+    moved_aside,
+    parse_temporary_name,
+    restore,
+    sync,
+    temporary_folder,
+    temporary_name,
+)
 
 
 _LONGEST_FILE_NAME = 64  # of the files in a folder of ours
@@ -61,7 +68,9 @@ def check_output(
 def check_name(target: Path) -> None:
     """Raises `OutputError` for what can be no new folder's name: `.`, `..`, nothing, a temporary one, or one too long."""
     if target.name in ("", "..") or "\0" in str(target):
-        raise OutputError(f"`{str(target)!r}` cannot be made as a folder: choose another `output_dir`.")
+        raise OutputError(
+            f"`{str(target)!r}` cannot be made as a folder: choose another `output_dir`."
+        )
     try:
         length = len(os.fsencode(target.name)) + LONGEST_SUFFIX
         longest = os.pathconf(nearest_folder(target.parent), "PC_NAME_MAX")
@@ -74,7 +83,9 @@ def check_name(target: Path) -> None:
             f"The name {target.name} is too long for its reports: choose an `output_dir` of at most {longest - LONGEST_SUFFIX} bytes."
         )
     if parse_temporary_name(target.name):
-        raise OutputError(f"{target.name} is a name of unfinished folders: choose another `output_dir`.")
+        raise OutputError(
+            f"{target.name} is a name of unfinished folders: choose another `output_dir`."
+        )
 
 
 def _check_free_to_use(target: Path, kind: FolderKind) -> None:
@@ -84,10 +95,14 @@ def _check_free_to_use(target: Path, kind: FolderKind) -> None:
     with suppress(FileNotFoundError):  # another run is just replacing it
         here = Path.cwd()
         if any(os.path.samefile(target, folder) for folder in (here, *here.parents)):
-            raise OutputError(f"{target} is or holds the current folder: go elsewhere or choose another `output_dir`.")
+            raise OutputError(
+                f"{target} is or holds the current folder: go elsewhere or choose another `output_dir`."
+            )
     for folder, _, _ in os.walk(target):
         if not os.access(folder, os.W_OK | os.X_OK) and os.path.isdir(folder):
-            raise OutputError(f"{folder} is not writable and cannot be replaced: choose another `output_dir`.")
+            raise OutputError(
+                f"{folder} is not writable and cannot be replaced: choose another `output_dir`."
+            )
 
 
 def _try_to_write(path: Path) -> None:
@@ -115,7 +130,9 @@ def _try_to_move(target: Path, occupied: Path) -> None:
             "folder inside it or another `output_dir`."
         ) from error
     os.rename(occupied, target)
-    raise OutputError(f"{target} is on a file system that renames over files: choose another `output_dir`.")
+    raise OutputError(
+        f"{target} is on a file system that renames over files: choose another `output_dir`."
+    )
 
 
 def check_writable(path: Path) -> None:
@@ -129,7 +146,9 @@ def check_writable(path: Path) -> None:
         if os.path.lexists(place):
             return _try_to_append(place)
         # the file itself could be in use by another run before it could be removed again
-        with temporary_folder(place.with_name("x"), clear=CHECKPOINT) as folder:  # what a killed trial left goes, too
+        with temporary_folder(
+            place.with_name("x"), clear=CHECKPOINT
+        ) as folder:  # what a killed trial left goes, too
             file = folder / "x"
             file.touch()
             _try_to_append(file)

@@ -27,7 +27,9 @@ def main(argv: Sequence[str]) -> int:
     )
     if arguments.fleet is not None:
         if arguments.model_name_or_path or block.safegene is not None or launched_processes() > 1:
-            raise ConfigError("`fleet` goes alone: the file names the models, their settings and the processes.")
+            raise ConfigError(
+                "`fleet` goes alone: the file names the models, their settings and the processes."
+            )
         from .fleet import run_fleet
 
         return run_fleet(Path(arguments.fleet))
@@ -35,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
     if not name:
         raise ConfigError(NO_MODEL)
     if config is None:
-        raise ConfigError("No safety vector is named: add a `safegene` block with `vector` and `data.task_data`.")
+        raise ConfigError(
+            "No safety vector is named: add a `safegene` block with `vector` and `data.task_data`."
+        )
     if arguments.coefficients is not None:
         return _applied(config, arguments)
     from ..distributed.processes import join_processes, leave_processes, this_job

@@ -28,20 +28,33 @@ class ApplyArguments:
     model_name_or_path: str = field(
         default="", metadata={"help": "Finished checkpoint or adapter: directory or hub id."}
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."})
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit on the hub."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."}
+    )
     coefficients: str | None = field(
-        default=None, metadata={"help": "Do not recalibrate: a number, an earlier report, or `interference`."}
+        default=None,
+        metadata={"help": "Do not recalibrate: a number, an earlier report, or `interference`."},
     )
     allow_pickled_shards: bool = field(
-        default=False, metadata={"help": "Read DeepSpeed's shards, pickle files that can run code: only your own."}
+        default=False,
+        metadata={
+            "help": "Read DeepSpeed's shards, pickle files that can run code: only your own."
+        },
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
     )
-    fleet: str | None = field(default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."})
+    fleet: str | None = field(
+        default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."}
+    )
 
-    RULES: ClassVar[Mapping[str, Rule]] = {"dtype": Rule(choices=DTYPES), "coefficients": Rule(or_number=True)}
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "dtype": Rule(choices=DTYPES),
+        "coefficients": Rule(or_number=True),
+    }
 
     def __post_init__(self):
         check_values(self)

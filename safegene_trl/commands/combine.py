@@ -9,12 +9,22 @@ from ..vectors.combination import combine
 
 def main(argv: Sequence[str]) -> int:
     """Saves the vector to `--output_dir`."""
-    parser = argparse.ArgumentParser(prog="safegene combine", description="Make one safety vector of several.")
-    parser.add_argument("vectors", nargs="+", help="Two or more safety vectors of one aligned model.")
-    parser.add_argument("--output_dir", type=written_path, required=True, help="Where the vector goes.")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="Replace a vector that is there.")
+    parser = argparse.ArgumentParser(
+        prog="safegene combine", description="Make one safety vector of several."
+    )
+    parser.add_argument(
+        "vectors", nargs="+", help="Two or more safety vectors of one aligned model."
+    )
+    parser.add_argument(
+        "--output_dir", type=written_path, required=True, help="Where the vector goes."
+    )
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Replace a vector that is there."
+    )
     arguments = parser.parse_args(list(argv))
     vector = combine(arguments.vectors, arguments.output_dir, arguments.overwrite_output_dir)
     ranks = " + ".join(map(str, vector.components))
-    print(f"Safety vector of {len(vector.components)} components (rank {ranks}): {arguments.output_dir}")
+    print(
+        f"Safety vector of {len(vector.components)} components (rank {ranks}): {arguments.output_dir}"
+    )
     return 0

@@ -13,7 +13,14 @@ from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
 from ..errors import ConfigError
-from ..estimation.estimation import Cost, Launch, Probe, estimate_extraction, estimate_safeguard, estimate_stored_merge
+from ..estimation.estimation import (
+    Cost,
+    Launch,
+    Probe,
+    estimate_extraction,
+    estimate_safeguard,
+    estimate_stored_merge,
+)
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
 from ..models.names import layer_index
@@ -68,7 +75,9 @@ def table(costs: dict[str, Cost]) -> str:
     )
     lines = [f"{'':<14}{'seconds':>10}{'peak memory':>15}{'disk':>12}"]
     for name, cost in (*costs.items(), ("together", total)):
-        lines.append(f"{name:<14}{cost.seconds:>10.1f}{cost.memory / 2**30:>11.2f} GiB{cost.disk / 2**30:>8.2f} GiB")
+        lines.append(
+            f"{name:<14}{cost.seconds:>10.1f}{cost.memory / 2**30:>11.2f} GiB{cost.disk / 2**30:>8.2f} GiB"
+        )
     return "\n".join(lines)
 
 
@@ -79,22 +88,35 @@ def _launch(argv: Sequence[str], processes: int | None) -> tuple[Launch, list[st
     settings = read_yaml(path, "The launch configuration")
     deepspeed, count = settings.get("deepspeed_config") or {}, settings.get("num_processes") or 1
     if not isinstance(deepspeed, dict):
-        raise ConfigError(f"`deepspeed_config` in the launch configuration {path} must be a block of keys and values.")
+        raise ConfigError(
+            f"`deepspeed_config` in the launch configuration {path} must be a block of keys and values."
+        )
     check_value(f"num_processes in {path}", count, int, Rule(at_least=1))
     sharded = deepspeed.get("zero_stage") == 3 or settings.get("distributed_type") == "FSDP"
     return Launch(processes or count, sharded), rest
 
 
 def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
-    script, training, model, mixture, safegene = parse(sft.ARGUMENTS, argv, "safegene estimate sft", "")
+    script, training, model, mixture, safegene = parse(
+        sft.ARGUMENTS, argv, "safegene estimate sft", ""
+    )
     config, name, revision = safegene.config, model.model_name_or_path, model.model_revision
     if not name or config is None:
-        raise ConfigError("The recipe names no model or has no `safegene` block: there is no safety step to estimate.")
+        raise ConfigError(
+            "The recipe names no model or has no `safegene` block: there is no safety step to estimate."
+        )
     dtype = resolve_dtype(model.dtype, name, revision)
     rows = None
     if not config.data.task_data:
-        rows = split_of(training_data(script, mixture), script.dataset_train_split, "dataset_train_split")
-    probe = Probe(load_skeleton(name, revision), dtype, get_peft_config(model), training.gradient_checkpointing)
+        rows = split_of(
+            training_data(script, mixture), script.dataset_train_split, "dataset_train_split"
+        )
+    probe = Probe(
+        load_skeleton(name, revision),
+        dtype,
+        get_peft_config(model),
+        training.gradient_checkpointing,
+    )
     return _safeguarding(probe, config, load_tokenizer(name, revision), launch, rows)
 
 
@@ -107,12 +129,18 @@ def estimate_apply(
     arguments, block = parse(APPLY_ARGUMENTS, argv, "safegene estimate apply", "")
     config, name, revision = block.config, arguments.model_name_or_path, arguments.model_revision
     if not name or config is None:
-        raise ConfigError("No model or no safety vector is named: set `model_name_or_path` and `safegene`.")
-    probe = Probe(load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision), timed=timed)
+        raise ConfigError(
+            "No model or no safety vector is named: set `model_name_or_path` and `safegene`."
+        )
+    probe = Probe(
+        load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision), timed=timed
+    )
     tokenizer = load_tokenizer(name, revision)
     if arguments.coefficients is not None:
         check_measures_nothing(config)
-        return estimate_stored_merge(probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer)
+        return estimate_stored_merge(
+            probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer
+        )
     if config.data.task_data is None:
         raise ConfigError(
             "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
@@ -120,7 +148,9 @@ def estimate_apply(
     return _safeguarding(probe, config, tokenizer, launch, None)
 
 
-def _safeguarding(probe: Probe, config: SafeGeneConfig, tokenizer: Any, launch: Launch, rows: Any) -> dict[str, Cost]:
+def _safeguarding(
+    probe: Probe, config: SafeGeneConfig, tokenizer: Any, launch: Launch, rows: Any
+) -> dict[str, Cost]:
     vector, _, _ = read_vector(config, probe.skeleton, tokenizer)
     shots = gather_shots(config, vector, tokenizer, None, rows)
     return estimate_safeguard(probe, config, vector, tokenizer, shots, launch)
@@ -137,7 +167,9 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     by_adapters = differ_by_adapters(config, aligned, degraded, name, revision)
     layers, others = canonical_modules(degraded.model), canonical_modules(aligned.model)
     factors = {
-        name: [factor.a.shape[0] for own in (others.get(name), layer) for factor in task_factors(own)]
+        name: [
+            factor.a.shape[0] for own in (others.get(name), layer) for factor in task_factors(own)
+        ]
         for name, layer in layers.items()
     }
     ranks = [sum(own) for own in factors.values() if own]
@@ -145,12 +177,19 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     modules = [
         module
         for module, layer in layers.items()
-        if layer_index(module) is not None and linear_shape(layer) is not None and (factors[module] or not by_adapters)
+        if layer_index(module) is not None
+        and linear_shape(layer) is not None
+        and (factors[module] or not by_adapters)
     ]
     probe = Probe(degraded.model, resolve_dtype(config.dtype, name, revision))
-    harmful, benign = (read_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data))
+    harmful, benign = (
+        read_prompts(source, config.data_split)
+        for source in (config.harmful_data, config.benign_data)
+    )
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
-    return estimate_extraction(probe, config, tokenizer, harmful, benign, modules, rank, by_adapters, launch)
+    return estimate_extraction(
+        probe, config, tokenizer, harmful, benign, modules, rank, by_adapters, launch
+    )
 
 
 _ESTIMATES = {"sft": _estimate_sft, "apply": estimate_apply, "extract": _estimate_extract}

@@ -17,7 +17,10 @@ def main(argv: Sequence[str]) -> int:
         return launch("evaluate", argv, make_parser((EvaluationConfig,)))
     join_processes()
     (config,) = parse(
-        (EvaluationConfig,), argv, prog="safegene evaluate", description="Measure refusals, over-refusal and utility."
+        (EvaluationConfig,),
+        argv,
+        prog="safegene evaluate",
+        description="Measure refusals, over-refusal and utility.",
     )
     result = evaluate(config)
     if result is not None:
@@ -29,30 +32,47 @@ def main(argv: Sequence[str]) -> int:
 def text(result: dict[str, Any]) -> str:
     """The result as a table: shares in per cent, with 95 % intervals."""
     name, judge = next(iter(result["judges"].items()))
-    lines = [f"Judge {printable(name)} (sees {judge['sees']}); shares in %, with 95 % intervals.", ""]
+    lines = [
+        f"Judge {printable(name)} (sees {judge['sees']}); shares in %, with 95 % intervals.",
+        "",
+    ]
     for set_name, found in judge["sets"].items():
-        measures = ("attack_success", "refused") if found["kind"] == "harmful" else ("answered", "over_refusal")
+        measures = (
+            ("attack_success", "refused")
+            if found["kind"] == "harmful"
+            else ("answered", "over_refusal")
+        )
         cells = [f"{measure.replace('_', ' ')} {_share(found[measure])}" for measure in measures]
         lines.append(f"{printable(set_name):<28} {found['kind']:<8} {'   '.join(cells)}")
         others = {
-            label: count for label, count in found["labels"].items() if label in ("incoherent", "off_task", "unjudged")
+            label: count
+            for label, count in found["labels"].items()
+            if label in ("incoherent", "off_task", "unjudged")
         }
         if others:
-            lines[-1] += "   " + ", ".join(f"{count} {label.replace('_', '-')}" for label, count in others.items())
+            lines[-1] += "   " + ", ".join(
+                f"{count} {label.replace('_', '-')}" for label, count in others.items()
+            )
     for measure in ("attack_success", "over_refusal"):
         mean = judge[measure]
         if mean and mean["sets"] > 1:  # of one set it stands above
-            lines.append(f"{measure.replace('_', ' ')}, mean over {mean['sets']} sets: {_share(mean)}")
+            lines.append(
+                f"{measure.replace('_', ' ')}, mean over {mean['sets']} sets: {_share(mean)}"
+            )
     for pair in result["agreement"]:
         kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
-        lines.append(f"Cohen's κ of {printable(' and '.join(pair['judges']))}: {kappa} on {pair['answers']} answers")
+        lines.append(
+            f"Cohen's κ of {printable(' and '.join(pair['judges']))}: {kappa} on {pair['answers']} answers"
+        )
     for task, metrics in result.get("utility", {}).get("results", {}).items():
         shown = ", ".join(f"{key.split(',')[0]} {value:.4g}" for key, value in metrics.items())
         lines.append(f"utility {printable(task)}: {printable(shown)}")
     if result["settings"]["chat_template"] is None:
         lines.append("The tokenizer has no chat template: prompts went to the model as plain text.")
     if result["left_out_as_repeated"]:
-        lines.append(f"{len(result['left_out_as_repeated'])} prompts left out, because they repeat excluded ones.")
+        lines.append(
+            f"{len(result['left_out_as_repeated'])} prompts left out, because they repeat excluded ones."
+        )
     return "\n".join(lines)
 
 
@@ -61,5 +81,9 @@ def _share(found: dict[str, Any] | None) -> str:
     if found is None:
         return "– of 0"
     share, low, high, count = (found[key] for key in ("share", "low", "high", "count"))
-    interval = "(no interval: every set is all alike)" if low is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+    interval = (
+        "(no interval: every set is all alike)"
+        if low is None
+        else f"[{100 * low:.1f}, {100 * high:.1f}]"
+    )
     return f"{100 * share:.1f} {interval} of {count}"

@@ -15,11 +15,15 @@ def main(argv: Sequence[str]) -> int:
     if wants_launch(argv):
         return launch("extract", argv, make_parser((ExtractionConfig,)))
     join_processes()
-    (config,) = parse((ExtractionConfig,), argv, prog="safegene extract", description="Make a safety vector.")
+    (config,) = parse(
+        (ExtractionConfig,), argv, prog="safegene extract", description="Make a safety vector."
+    )
     vector = extract(config)
     if vector is not None:
         share = vector.extraction["covered_share"]
         print(f"The linear layers hold {100 * share:.3g} % of the difference of the two models.")
-        print(f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}")
+        print(
+            f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}"
+        )
     leave_processes()
     return 0

@@ -96,13 +96,19 @@ def _member(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, 
     replace_file(file, yaml.safe_dump(recipe, sort_keys=False))
     target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result
-    inputs = [_stamps(source) for source in sources(recipe).values() if not overlap(Path(source), target)]
+    inputs = [
+        _stamps(source) for source in sources(recipe).values() if not overlap(Path(source), target)
+    ]
     member = Member(name, file, target, sha256_of_json([recipe, inputs]))
     earlier = before.get(name, {})
     if earlier.get("key") == member.key and earlier.get("outcome") in EXIT_CODES:
         place, _ = _report(target, earlier["outcome"])
         if place is not None and sha256_of_file(place) == earlier.get("report"):
-            member.report, member.seconds, member.done_before = earlier["report"], earlier["seconds"], True
+            member.report, member.seconds, member.done_before = (
+                earlier["report"],
+                earlier["seconds"],
+                True,
+            )
             member.finish(earlier["outcome"], earlier["message"])
     return member
 
@@ -111,7 +117,14 @@ def _stamps(source: str) -> list[Any]:
     """What tells whether a file or folder was written to since; of a hub id its name."""
     place = Path(source)
     files = sorted(place.glob("*")) if place.is_dir() else [place]
-    return [source, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]]
+    return [
+        source,
+        [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+            if file.is_file()
+        ],
+    ]
 
 
 def _estimate(members: Sequence[Member]) -> None:
@@ -137,15 +150,22 @@ def _estimate(members: Sequence[Member]) -> None:
 class _Pool:
     """Processes on devices, as many at once as the memory allows."""
 
-    def __init__(self, fleet: Fleet, members: Sequence[Member], state: Path, lock: int | None = None):
+    def __init__(
+        self, fleet: Fleet, members: Sequence[Member], state: Path, lock: int | None = None
+    ):
         self.fleet, self.members, self.state = fleet, members, state
         self.inherited = (
             [] if lock is None else [lock]
         )  # so that no second fleet starts while a process of a killed one runs
         free = _free_memory()
         budget = fleet.memory_gib
-        self.room = {name: budget * _GIB if budget else SHARE_OF_FREE_MEMORY * memory for name, memory in free.items()}
-        self.at_once = fleet.processes or (len(members) if "cpu" not in free else os.cpu_count() or 1)
+        self.room = {
+            name: budget * _GIB if budget else SHARE_OF_FREE_MEMORY * memory
+            for name, memory in free.items()
+        }
+        self.at_once = fleet.processes or (
+            len(members) if "cpu" not in free else os.cpu_count() or 1
+        )
         self.running: dict[ProcessGroup, tuple[Member, str, float]] = {}
 
     def run(self) -> None:
@@ -155,13 +175,16 @@ class _Pool:
             if member.memory > largest:
                 need, have = member.memory / _GIB, largest / _GIB
                 member.finish(
-                    FAILED, f"It needs about {need:.1f} GiB and the budget is {have:.1f} GiB: raise `memory_gib`."
+                    FAILED,
+                    f"It needs about {need:.1f} GiB and the budget is {have:.1f} GiB: raise `memory_gib`.",
                 )
         waiting = sorted((m for m in waiting if not m.outcome), key=lambda member: -member.memory)
         try:
             while waiting or self.running:
                 for member in list(waiting):
-                    device = next((name for name, room in self.room.items() if room >= member.memory), None)
+                    device = next(
+                        (name for name, room in self.room.items() if room >= member.memory), None
+                    )
                     if device is not None and len(self.running) < self.at_once:
                         waiting.remove(member)
                         self._start(member, device)
@@ -176,13 +199,16 @@ class _Pool:
     def _start(self, member: Member, device: str) -> None:
         environment = dict(os.environ)
         if device == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
+            environment.setdefault(
+                "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once))
+            )
             # glibc would keep as much again of what tensors no longer need, beyond what was estimated
             environment.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
         else:
             environment["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "safegene_trl", "apply", "--config", str(member.recipe)]
-        with undisturbed(later=True):  # a process that was started and not noted would never be ended
+        # a process that was started and not noted would never be ended
+        with undisturbed(later=True):
             try:
                 process = ProcessGroup(command, member.log, environment, self.inherited)
             except OSError as error:
@@ -204,7 +230,10 @@ class _Pool:
             self.room[device] += member.memory
             member.seconds = round(time.monotonic() - started, 1)
             if code is None:
-                member.finish(FAILED, f"It took longer than {self.fleet.timeout_minutes:g} minutes and was ended.")
+                member.finish(
+                    FAILED,
+                    f"It took longer than {self.fleet.timeout_minutes:g} minutes and was ended.",
+                )
             else:
                 _conclude(member, code)
             _save_state(self.members, self.state)
@@ -215,7 +244,10 @@ class _Pool:
         why = error.signal if isinstance(error, Interrupted) else type(error).__name__
         for member, _, started in self.running.values():
             member.seconds = round(time.monotonic() - started, 1)
-            member.finish(INTERRUPTED, f"The fleet was ended ({why}) while it was at work: run the fleet again.")
+            member.finish(
+                INTERRUPTED,
+                f"The fleet was ended ({why}) while it was at work: run the fleet again.",
+            )
         with suppress(SafeGeneError):  # the disk may be what ended it
             _save_state(self.members, self.state)
 
@@ -223,7 +255,9 @@ class _Pool:
 def _free_memory() -> dict[str, float]:
     """Bytes by device, under the name that CUDA_VISIBLE_DEVICES takes for it."""
     count = torch.cuda.device_count()
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = [
+        name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()
+    ]
     names = visible[:count] if len(visible) >= count else [str(gpu) for gpu in range(count)]
     free = {name.strip(): float(torch.cuda.mem_get_info(gpu)[0]) for gpu, name in enumerate(names)}
     return free or {"cpu": float(psutil.virtual_memory().available)}
@@ -237,14 +271,21 @@ def _conclude(member: Member, code: int) -> None:
         if place is not None:
             member.report = sha256_of_file(place)
             return member.finish(outcome, str(report["decision"].get("reason", "")))
-        return member.finish(FAILED, f"It ended as {outcome.replace('_', ' ')} and left no report: see {member.log}.")
+        return member.finish(
+            FAILED, f"It ended as {outcome.replace('_', ' ')} and left no report: see {member.log}."
+        )
     if code < 0:
         name = {each.value: each.name for each in signal.Signals}.get(-code, f"signal {-code}")
         hint = ", perhaps because memory ran out" if name == "SIGKILL" else ""
         return member.finish(FAILED, f"It was ended by {name}{hint}: see {member.log}.")
-    said = next((line for line in reversed(_last_lines(member.log)) if line.startswith("safegene apply:")), "")
+    said = next(
+        (line for line in reversed(_last_lines(member.log)) if line.startswith("safegene apply:")),
+        "",
+    )
     member.finish(
-        FAILED, said.removeprefix("safegene apply: ") or f"It ended with exit code {code}: see {member.log}."
+        FAILED,
+        said.removeprefix("safegene apply: ")
+        or f"It ended with exit code {code}: see {member.log}.",
     )
 
 
@@ -271,13 +312,17 @@ def _report(target: Path, outcome: str) -> tuple[Path | None, dict[str, Any]]:
 def _table(members: Sequence[Member]) -> str:
     rows = [["model", "outcome", *HEADINGS, "seconds", "output"]]
     for member in members:
-        place, report = _report(member.target, member.outcome) if member.outcome in EXIT_CODES else (None, {})
+        place, report = (
+            _report(member.target, member.outcome) if member.outcome in EXIT_CODES else (None, {})
+        )
         output = str(member.target) if place == member.target / MARKER else ""
         measured = measured_cells(report.get("measured") or {})
         seconds = "already done" if member.done_before else f"{member.seconds:.0f}"
         rows.append([member.name, member.outcome, *measured, seconds, output])
     notes = [
-        f"{m.name}: {one_line(m.message)}" for m in members if m.outcome not in ("accepted", "accepted_best_effort")
+        f"{m.name}: {one_line(m.message)}"
+        for m in members
+        if m.outcome not in ("accepted", "accepted_best_effort")
     ]
     return "\n".join([aligned(rows), *notes])
 
@@ -287,7 +332,9 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
         entries = read_json(path.read_text(encoding="utf-8"))
         for entry in entries:
             texts = [entry[key] for key in ("name", "key", "outcome", "message")]
-            if not all(isinstance(text, str) for text in texts) or not math.isfinite(entry["seconds"]):
+            if not all(isinstance(text, str) for text in texts) or not math.isfinite(
+                entry["seconds"]
+            ):
                 raise ValueError(entry)
         return {entry["name"]: entry for entry in entries}
     except FileNotFoundError:
@@ -299,5 +346,8 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _save_state(members: Sequence[Member], path: Path) -> None:
-    entries = [{key: str(v) if isinstance(v, Path) else v for key, v in asdict(member).items()} for member in members]
+    entries = [
+        {key: str(v) if isinstance(v, Path) else v for key, v in asdict(member).items()}
+        for member in members
+    ]
     replace_file(path, strict_json(entries, indent=1) + "\n")

@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 from ..checkpoints.output import FAILURE_SUFFIXES
 from ..config.flat_keys import grouped, merged, warn_of_flat_keys
 from ..config.settings import SafeGeneConfig
-from ..config.validation import LARGEST_COUNT, Rule, check_values, check_written, reject_unknown_keys, written_place
+from ..config.validation import (
+    LARGEST_COUNT,
+    Rule,
+    check_values,
+    check_written,
+    reject_unknown_keys,
+    written_place,
+)
 from ..errors import ConfigError, SafeGeneError
 from ..step.stored import check_measures_nothing
 from ..text import printable
@@ -64,7 +71,9 @@ class Fleet:
             raise ConfigError(f"The fleet {path} needs `output_dir` and a list of `models`.")
         check_written(content, cls, where=f"the fleet {path}")
         if odd := [entry for entry in models if not isinstance(entry, dict)]:
-            raise ConfigError(f"`models` holds {odd[0]!r}: every entry must be a block with `model_name_or_path`.")
+            raise ConfigError(
+                f"`models` holds {odd[0]!r}: every entry must be a block with `model_name_or_path`."
+            )
         fleet = cls(**content)
         check_values(fleet)
         fleet.check(path)
@@ -89,22 +98,29 @@ class Fleet:
         """The member's name: that of its folder, its recipe and its log."""
         model = member.get("model_name_or_path")
         if not model or not isinstance(model, str):
-            raise ConfigError("Every entry of `models` needs `model_name_or_path`, a directory or hub id.")
+            raise ConfigError(
+                "Every entry of `models` needs `model_name_or_path`, a directory or hub id."
+            )
         name = member.get("name", Path(model).name)
         if not isinstance(name, str):
             raise ConfigError(f"`name` is {name!r}: it must be a string, in quotes.")
         odd = name != Path(name).name or name.startswith(".") or printable(name) != name
         if odd or not name or len(os.fsencode(name)) > _LONGEST_NAME or name in (STATE, WORKSHOP):
-            raise ConfigError(f"`{printable(name)}` cannot be a folder's name: give the model another `name`.")
+            raise ConfigError(
+                f"`{printable(name)}` cannot be a folder's name: give the model another `name`."
+            )
         return name
 
     def recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe of `safegene apply` for one model."""
         own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
-        block: dict[str, Any] = {"output": {"output_dir": str(Path(self.output_dir) / self.name_of(member))}}
+        block: dict[str, Any] = {
+            "output": {"output_dir": str(Path(self.output_dir) / self.name_of(member))}
+        }
         for part in (self.safegene, member.get("safegene") or {}):
             settings, _ = grouped(part)
-            if "gate" in settings:  # a gate of one's own takes the place of the common one, with all its limits
+            # a gate of one's own takes the place of the common one, with all its limits
+            if "gate" in settings:
                 block.pop("gate", None)
             block = merged(block, settings)
         return own | {"safegene": block}
@@ -122,7 +138,9 @@ class Fleet:
         if recipe.get("coefficients") is not None:
             check_measures_nothing(config)
         if config.dry_run:
-            raise ConfigError("`dry_run` writes nothing: try one model by `safegene apply`, and leave it out here.")
+            raise ConfigError(
+                "`dry_run` writes nothing: try one model by `safegene apply`, and leave it out here."
+            )
         return recipe
 
 
@@ -167,7 +185,10 @@ def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, A
                     f"The models {name} and {other} have one `output_dir` ({target}), or one inside the other's: leave it out, and each has its "
                     "own."
                 )
-            if any(overlap(target.with_name(target.name + suffix), theirs) for suffix in FAILURE_SUFFIXES):
+            if any(
+                overlap(target.with_name(target.name + suffix), theirs)
+                for suffix in FAILURE_SUFFIXES
+            ):
                 raise ConfigError(
                     f"The report of a failure of {name} would be the folder of {other}: give one another `name`."
                 )

@@ -14,8 +14,12 @@ from .tables import HEADINGS, aligned, measured_cells
 
 def main(argv: Sequence[str]) -> int:
     """Prints one line per release; exit code 0, or 3 where refusals drift."""
-    parser = argparse.ArgumentParser(prog="safegene history", description="Say how a model line's releases went.")
-    parser.add_argument("file", type=Path, help="The file that `output.history` names in the `safegene` block.")
+    parser = argparse.ArgumentParser(
+        prog="safegene history", description="Say how a model line's releases went."
+    )
+    parser.add_argument(
+        "file", type=Path, help="The file that `output.history` names in the `safegene` block."
+    )
     parser.add_argument("--plot", type=written_path, help="PNG file for the line.")
     parser.add_argument(
         "--seal",
@@ -24,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(list(argv))
     if not arguments.file.is_file():
-        raise SafeGeneError(f"There is no history at {arguments.file}: set `output.history` in the `safegene` block.")
+        raise SafeGeneError(
+            f"There is no history at {arguments.file}: set `output.history` in the `safegene` block."
+        )
     if arguments.seal:
         seal_history(arguments.file)
     releases = read_history(arguments.file)
@@ -46,5 +52,7 @@ def describe(releases: Sequence[Release]) -> str:
     rows = [["", "time (UTC)", "outcome", *HEADINGS, "output"]]
     for number, release in enumerate(releases, start=1):
         time = release["time"][:16].replace("T", " ")
-        rows.append([str(number), time, release["outcome"], *measured_cells(release), release["output"]])
+        rows.append(
+            [str(number), time, release["outcome"], *measured_cells(release), release["output"]]
+        )
     return aligned(rows)

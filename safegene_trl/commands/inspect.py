@@ -26,19 +26,27 @@ _TRAINERS_FOLDERS = ("safeguarded", "_safeguarded")  # in a trainer's `output_di
 
 def main(argv: Sequence[str]) -> int:
     """Prints a summary; a vector that is damaged is an error, and so is a folder that is neither: the message says what it is."""
-    parser = argparse.ArgumentParser(prog="safegene inspect", description="Say what a vector or checkpoint holds.")
+    parser = argparse.ArgumentParser(
+        prog="safegene inspect", description="Say what a vector or checkpoint holds."
+    )
     parser.add_argument(
         "directory",
         help="Safety vector (directory or hub id), safeguarded checkpoint, or the report of a safety step.",
     )
     parser.add_argument("--revision", help="Branch, tag or commit of a vector on the hub.")
-    parser.add_argument("--plot", type=written_path, help="PNG file for a vector's layer scores and their stability.")
+    parser.add_argument(
+        "--plot",
+        type=written_path,
+        help="PNG file for a vector's layer scores and their stability.",
+    )
     arguments = parser.parse_args(list(argv))
     place = Path(arguments.directory)
     report = place if place.is_file() and place.suffix == ".json" else place / MARKER
     if report.is_file():
         if arguments.plot:
-            raise SafeGeneError(f"`--plot` draws a vector's layer scores, and {report} is a report: leave it out.")
+            raise SafeGeneError(
+                f"`--plot` draws a vector's layer scores, and {report} is a report: leave it out."
+            )
         print(_describe_report(report))
         return 0
     _check_may_be_vector(place)
@@ -47,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
     print(_describe_vector(vector))
     if arguments.plot:
         if "stability" not in vector.selection:
-            raise SafeGeneError("This vector keeps no stability of its selection: make it again to plot it.")
+            raise SafeGeneError(
+                "This vector keeps no stability of its selection: make it again to plot it."
+            )
         selection_plot(vector.selection, arguments.plot)
     return 0
 
@@ -63,7 +73,9 @@ def _describe_report(report: Path) -> str:
     except OSError as error:
         raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise SafeGeneError(f"{report} is damaged or of another version: run the safety step again.") from error
+        raise SafeGeneError(
+            f"{report} is damaged or of another version: run the safety step again."
+        ) from error
 
 
 def _describe_coefficients(coefficients: Mapping[str, float], report: Path) -> list[str]:
@@ -82,9 +94,15 @@ def _describe_coefficients(coefficients: Mapping[str, float], report: Path) -> l
     for component, values in parts.items():
         own = sorted(values.values())
         of = f" of component {component}" if component else ""
-        found.append(f"  {len(own)} λ{of}: least {own[0]:.3f}, median {median(own):.3f}, largest {own[-1]:.3f}")
+        found.append(
+            f"  {len(own)} λ{of}: least {own[0]:.3f}, median {median(own):.3f}, largest {own[-1]:.3f}"
+        )
     ranked = sorted(zip(shown.values(), lines, strict=True), key=lambda pair: -abs(pair[0]))
-    return [*found, f"the {LARGEST} strongest ({report} has all):", *(line for _, line in ranked[:LARGEST])]
+    return [
+        *found,
+        f"the {LARGEST} strongest ({report} has all):",
+        *(line for _, line in ranked[:LARGEST]),
+    ]
 
 
 def _check_may_be_vector(place: Path) -> None:
@@ -92,12 +110,20 @@ def _check_may_be_vector(place: Path) -> None:
     if (place / CONFIG_FILE).is_file():
         return
     if place.is_file():
-        raise SafeGeneError(f"{place} is a file: name a folder, or give a history to `safegene history`.")
+        raise SafeGeneError(
+            f"{place} is a file: name a folder, or give a history to `safegene history`."
+        )
     for target in (place, *(place / name for name in _TRAINERS_FOLDERS)):
         if (target / MARKER).is_file():
-            raise SafeGeneError(f"{place} is a plain fine-tune: its safeguarded checkpoint is {target}, inspect that.")
+            raise SafeGeneError(
+                f"{place} is a plain fine-tune: its safeguarded checkpoint is {target}, inspect that."
+            )
         if failure_path(target).is_file():
-            what = f"{place} is a plain fine-tune" if place.is_dir() else f"There is no checkpoint at {place}"
+            what = (
+                f"{place} is a plain fine-tune"
+                if place.is_dir()
+                else f"There is no checkpoint at {place}"
+            )
             raise SafeGeneError(
                 f"{what}, because its safety step was rejected or failed: inspect {failure_path(target)}, which says why."
             )
@@ -106,7 +132,9 @@ def _check_may_be_vector(place: Path) -> None:
     try:
         repository(str(place))
     except ValueError as error:
-        raise SafeGeneError(f"{place} is not there: name a safety vector or a safeguarded checkpoint.") from error
+        raise SafeGeneError(
+            f"{place} is not there: name a safety vector or a safeguarded checkpoint."
+        ) from error
 
 
 def _other_folder(folder: Path) -> str:
@@ -141,7 +169,11 @@ def _describe_vector(vector: VectorRecord) -> str:
             f"{len(vector.components)} components with coefficients of their own, of rank {' + '.join(map(str, vector.components))}",
         )
     if stability := vector.selection.get("stability"):
-        lines.append(f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}")
+        lines.append(
+            f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}"
+        )
     for layer, score in enumerate(scores):
-        lines.append(f"  layer {layer:>3}  score {score:+.4f}{'  selected' if layer in vector.layers else ''}")
+        lines.append(
+            f"  layer {layer:>3}  score {score:+.4f}{'  selected' if layer in vector.layers else ''}"
+        )
     return "\n".join(map(printable, lines))

@@ -18,7 +18,11 @@ def wants_launch(argv: Sequence[str]) -> bool:
 
 def take_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
     """The file that `--accelerate_config` names, and the other arguments."""
-    words = [word for item in argv for word in (item.split("=", 1) if item.startswith(f"{OPTION}=") else [item])]
+    words = [
+        word
+        for item in argv
+        for word in (item.split("=", 1) if item.startswith(f"{OPTION}=") else [item])
+    ]
     position = words.index(OPTION)
     named = words[position + 1] if position + 1 < len(words) else ""
     rest = words[:position] + words[position + 2 :]

@@ -28,9 +28,19 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
     path, rest = take_config(argv)
     launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
     to_launcher, to_command = _split(rest, launcher_options)
-    if "--num_processes" not in to_launcher and "num_processes" not in read_yaml(path, "The launch configuration"):
+    if "--num_processes" not in to_launcher and "num_processes" not in read_yaml(
+        path, "The launch configuration"
+    ):
         to_launcher += ["--num_processes", str(max(1, torch.cuda.device_count()))]
-    arguments = ["--config_file", str(path), *to_launcher, "-m", "safegene_trl", command, *to_command]
+    arguments = [
+        "--config_file",
+        str(path),
+        *to_launcher,
+        "-m",
+        "safegene_trl",
+        command,
+        *to_command,
+    ]
     try:
         launch_command(parser.parse_args(arguments))
     except ChildFailedError as failure:  # the failing process has said why

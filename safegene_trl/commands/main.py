@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     `SystemExit`, with 143 and 129.
     """
     words = sys.argv[1:] if argv is None else argv
-    argv = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first
+    # DeepSpeed's launcher puts it first
+    argv = [word for word in words if not word.startswith("--local_rank=")]
     name = " ".join(["safegene", *(word for word in argv[:1] if word in COMMANDS)])
     try:
         with interruptible():
@@ -76,7 +77,9 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     if argv[:1] in ([], ["-h"], ["--help"]):
         listing = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
-        print(f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options.")
+        print(
+            f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options."
+        )
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(
@@ -94,7 +97,10 @@ def _reader_has_left() -> bool:
     """Whether standard output is a pipe that nobody reads; what is still to be written to it goes nowhere then."""
     try:
         descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # a program that runs the command has put something else in its place
+    except (
+        OSError,
+        ValueError,
+    ):  # a program that runs the command has put something else in its place
         return False
     poll = select.poll()
     poll.register(descriptor, select.POLLERR)

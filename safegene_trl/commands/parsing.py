@@ -31,7 +31,10 @@ class SafeGeneArguments:
     """
 
     safegene: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keys of SafeGeneConfig, as a YAML block or as JSON on the command line."}
+        default=None,
+        metadata={
+            "help": "Keys of SafeGeneConfig, as a YAML block or as JSON on the command line."
+        },
     )
 
     @property
@@ -39,7 +42,9 @@ class SafeGeneArguments:
         return None if self.safegene is None else SafeGeneConfig.from_dict(_as_block(self.safegene))
 
 
-def make_parser(dataclasses: Sequence[Any], prog: str | None = None, description: str | None = None) -> TrlParser:
+def make_parser(
+    dataclasses: Sequence[Any], prog: str | None = None, description: str | None = None
+) -> TrlParser:
     """The parser of a command whose options are the dataclasses' fields, and every key of a `safegene` block among them."""
     parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
     if SafeGeneArguments in dataclasses:
@@ -47,7 +52,9 @@ def make_parser(dataclasses: Sequence[Any], prog: str | None = None, description
     return parser
 
 
-def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str) -> tuple[Any, ...]:
+def parse(
+    dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str
+) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
     `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.GROUP.KEY VALUE` one of a group in it. They are
@@ -58,7 +65,11 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
         ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a value has the wrong type.
     """
     parser = make_parser(dataclasses, prog, description)
-    argv = [word for item in argv for word in (item.split("=", 1) if item.startswith("--config=") else [item])]
+    argv = [
+        word
+        for item in argv
+        for word in (item.split("=", 1) if item.startswith("--config=") else [item])
+    ]
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     options = [action.dest for action in shown if action.dest != "help"]
     known = [name for name in options if not name.startswith(_KEY)]
@@ -70,7 +81,9 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
     _check_words(argv, parser)
     *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     keys = vars(parsed.pop()) if len(parsed) > len(dataclasses) else {}
-    strange = {item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")}
+    strange = {
+        item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")
+    }
     reject_unknown_keys(
         strange,
         options,
@@ -78,7 +91,9 @@ def parse(dataclasses: Sequence[Any], argv: Sequence[str], prog: str, descriptio
         elsewhere={_KEY + name: _KEY + place for name, place in PLACES.items()},
     )
     if unknown:
-        raise ConfigError(f"`{unknown[0]}` on the command line belongs to no option: write `--option value`.")
+        raise ConfigError(
+            f"`{unknown[0]}` on the command line belongs to no option: write `--option value`."
+        )
     for arguments in parsed:
         if isinstance(arguments, SafeGeneArguments):
             arguments.safegene = _block(recipe.get("safegene"), arguments.safegene, keys)
@@ -102,9 +117,13 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("safegene", "Keys of the recipe's `safegene` block.")
     shared: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": "VALUE"}
     for path, meaning in described():
-        options.add_argument(f"--{_KEY}{path}", dest=f"{_KEY}{path}", help=meaning.replace("%", "%%"), **shared)
+        options.add_argument(
+            f"--{_KEY}{path}", dest=f"{_KEY}{path}", help=meaning.replace("%", "%%"), **shared
+        )
     for name in PLACES:
-        options.add_argument(f"--{_KEY}{name}", dest=f"{_KEY}{name}", help=argparse.SUPPRESS, **shared)
+        options.add_argument(
+            f"--{_KEY}{name}", dest=f"{_KEY}{name}", help=argparse.SUPPRESS, **shared
+        )
 
 
 def _block(recipe: Any, whole: Any, keys: Mapping[str, str]) -> dict[str, Any] | None:
@@ -152,8 +171,14 @@ def _check_recipe(recipe: Mapping[str, Any], kind: Any) -> None:
         return
     for name, value in written.items():
         if value is None and (defaults[name] is not None or name == "safegene"):
-            raise ConfigError(f"`{name}` in the recipe has no value: write one, or leave the key out.")
-        if value is not None and bool in (hints[name], *get_args(hints[name])) and str not in get_args(hints[name]):
+            raise ConfigError(
+                f"`{name}` in the recipe has no value: write one, or leave the key out."
+            )
+        if (
+            value is not None
+            and bool in (hints[name], *get_args(hints[name]))
+            and str not in get_args(hints[name])
+        ):
             check_value(name, value, hints[name])
 
 
@@ -166,7 +191,11 @@ def _value(option: str, text: str, hint: Any) -> Any:
     """The value of one option: text as it is where the key takes text, else YAML."""
     _check_given(option, text)
     value = parse_yaml(text, f"`{option}`")
-    return text if hint is not None and takes_text(hint) and not isinstance(value, str | None) else value
+    return (
+        text
+        if hint is not None and takes_text(hint) and not isinstance(value, str | None)
+        else value
+    )
 
 
 def _recipe_path(argv: Sequence[str]) -> Path:

@@ -28,7 +28,11 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str], inherited: Sequence[int] = ()
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        inherited: Sequence[int] = (),
     ):
         with open(log, "wb") as output:
             self._process = subprocess.Popen(
@@ -43,8 +47,12 @@ class ProcessGroup:
 
     def poll(self) -> int | None:
         """The exit code, None while it runs. What it has left running in its group is ended."""
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT  # unreaped, so that the group's number stays its own
-        if self._process.returncode is None and os.waitid(os.P_PID, self._process.pid, ended) is None:
+        # unreaped, so that the group's number stays its own
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        if (
+            self._process.returncode is None
+            and os.waitid(os.P_PID, self._process.pid, ended) is None
+        ):
             return None
         return self._reaped()
 
@@ -57,7 +65,10 @@ class ProcessGroup:
         while time.monotonic() < until and any(_is_alive(process) for process in members):
             time.sleep(0.05)
         # what they have started meanwhile as well
-        _signal([*members, *(process for group in groups for process in group._members())], signal.SIGKILL)
+        _signal(
+            [*members, *(process for group in groups for process in group._members())],
+            signal.SIGKILL,
+        )
         for group in groups:
             group._reaped()
 

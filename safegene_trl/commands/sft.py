@@ -82,11 +82,13 @@ def main(argv: Sequence[str]) -> int:
     except SafeGeneError as error:
         if not (callbacks and callbacks[0].report):  # before the training: there is nothing to save
             raise
-        if isinstance(error, UnexpectedError) and not error.on_all_ranks:  # the others do not come here
+        # the others do not come here
+        if isinstance(error, UnexpectedError) and not error.on_all_ranks:
             raise
         failure = error
     report = callbacks[0].report if callbacks else None
-    if not (report and report.get("fine_tune") == str(training.output_dir)):  # else the step has put it there
+    # else the step has put it there
+    if not (report and report.get("fine_tune") == str(training.output_dir)):
         with writing():
             trainer.save_model(training.output_dir)
     if training.push_to_hub:
@@ -98,7 +100,11 @@ def main(argv: Sequence[str]) -> int:
         raise failure
     leave_processes()
     trainer.end()
-    return EXIT_CODES[report["decision"]["outcome"]] if report and report["status"] == "safeguarded" else 0
+    return (
+        EXIT_CODES[report["decision"]["outcome"]]
+        if report and report["status"] == "safeguarded"
+        else 0
+    )
 
 
 def _rows(

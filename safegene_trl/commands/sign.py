@@ -14,10 +14,16 @@ from ..vectors.signing import SIGNATURE_FILE, signature_of
 
 def main(argv: Sequence[str]) -> int:
     """Checks the vector, then writes `model.sig` into its folder."""
-    parser = argparse.ArgumentParser(prog="safegene sign", description="Sign a safety vector; works offline.")
+    parser = argparse.ArgumentParser(
+        prog="safegene sign", description="Sign a safety vector; works offline."
+    )
     parser.add_argument("directory", help="Folder of the safety vector.")
-    parser.add_argument("--private_key", required=True, help="PEM file of an elliptic-curve private key.")
-    parser.add_argument("--password_env", help="Environment variable that holds the key's password.")
+    parser.add_argument(
+        "--private_key", required=True, help="PEM file of an elliptic-curve private key."
+    )
+    parser.add_argument(
+        "--password_env", help="Environment variable that holds the key's password."
+    )
     arguments = parser.parse_args(list(argv))
     folder = Path(arguments.directory)
     if not folder.is_dir():

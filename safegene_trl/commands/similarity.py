@@ -14,8 +14,12 @@ from ..vectors.similarity import cosine_table
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table; with `--plot` also a PNG, with `--json` all numbers to a file."""
-    parser = argparse.ArgumentParser(prog="safegene similarity", description="Compare safety vectors of one family.")
-    parser.add_argument("vectors", nargs="+", help="Two or more safety vectors: directories or hub ids.")
+    parser = argparse.ArgumentParser(
+        prog="safegene similarity", description="Compare safety vectors of one family."
+    )
+    parser.add_argument(
+        "vectors", nargs="+", help="Two or more safety vectors: directories or hub ids."
+    )
     parser.add_argument("--plot", type=written_path, help="PNG file for a heat map.")
     parser.add_argument("--json", type=written_path, help="JSON file for the table.")
     arguments = parser.parse_args(list(argv))
@@ -40,5 +44,7 @@ def _text(tables: dict[str, list[list[float | None]]], labels: Sequence[str]) ->
     lines = [f"{'':<10}" + "".join(f"{head:>{len(head) + 3}}" for head in heads)]
     for name, table in tables.items():
         cells = ["–" if table[i][j] is None else f"{table[i][j]:.3f}" for i, j in pairs]
-        lines.append(f"{name:<10}" + "".join(f"{c:>{len(h) + 3}}" for c, h in zip(cells, heads, strict=True)))
+        lines.append(
+            f"{name:<10}" + "".join(f"{c:>{len(h) + 3}}" for c, h in zip(cells, heads, strict=True))
+        )
     return "\n".join(lines)

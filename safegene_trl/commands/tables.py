@@ -11,7 +11,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the heading among them, in columns; what a cell holds is `printable`."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 HEADINGS = tuple(metric.heading for metric in METRICS)
@@ -25,7 +28,11 @@ def measured_cells(measured: Mapping[str, Any]) -> list[str]:
         if metric.difference:
             cells.append(_percent(after["share"], "+.1%") if after else "")
         else:
-            cells.append(f"{_percent(before['share'])} → {_percent(after['share'])}" if before and after else "")
+            cells.append(
+                f"{_percent(before['share'])} → {_percent(after['share'])}"
+                if before and after
+                else ""
+            )
     return cells
 
 

@@ -31,7 +31,9 @@ def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dat
             return get_dataset(mixture)
         return load_dataset(named, name=script.dataset_config, streaming=script.dataset_streaming)
     except Exception as error:  # datasets raises dozens of kinds; each means the same to the user
-        raise CalibrationDataError(f"The data set {named} cannot be read: {one_line(error)}") from error
+        raise CalibrationDataError(
+            f"The data set {named} cannot be read: {one_line(error)}"
+        ) from error
 
 
 def split_of(splits: Mapping[str, Any], name: str, setting: str) -> Any:
@@ -77,7 +79,11 @@ def check_rows(rows: Any, what: str, training: SFTConfig, model: str, revision: 
     field = training.dataset_text_field
     read = ["prompt", "completion"] if "prompt" in row else ["messages" if chat else field]
     for column in (column for column in read if column not in row):
-        said = f"`dataset_text_field` is `{field}`" if column == field else f"the trainer reads `{column}`"
+        said = (
+            f"`dataset_text_field` is `{field}`"
+            if column == field
+            else f"the trainer reads `{column}`"
+        )
         raise CalibrationDataError(
             f"The {what} has no column `{column}`, only {columns}, and {said}: set `dataset_text_field` to the column "
             "with the text, or name the columns `messages`, or `prompt` and `completion`."
@@ -101,7 +107,9 @@ def _first(rows: Any, what: str) -> dict[str, Any]:
     return dict(row)
 
 
-def _check_template(row: Mapping[str, Any], what: str, training: SFTConfig, model: str, revision: str | None) -> None:
+def _check_template(
+    row: Mapping[str, Any], what: str, training: SFTConfig, model: str, revision: str | None
+) -> None:
     if training.chat_template_path or (row.get("chat_template_kwargs") or {}).get("chat_template"):
         return
     base = adapter_base(model, revision)

@@ -10,7 +10,9 @@ from ..vectors.record import read_record
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 only for a vector that is signed with the key and whole."""
-    parser = argparse.ArgumentParser(prog="safegene verify", description="Check a safety vector's signature.")
+    parser = argparse.ArgumentParser(
+        prog="safegene verify", description="Check a safety vector's signature."
+    )
     parser.add_argument("directory", help="Safety vector: folder or hub id.")
     parser.add_argument("--public_key", required=True, help="PEM file of its maker's public key.")
     parser.add_argument("--revision", help="Branch, tag or commit on the hub.")

@@ -19,7 +19,9 @@ class _Reader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except ValueError as error:
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error), node.start_mark
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -35,7 +37,9 @@ class _Reader(yaml.SafeLoader):
 
 # YAML 1.1, and so PyYAML, takes `1e-4` for a string; YAML 1.2 and everybody who writes it take it for a number.
 _Reader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
 )
 
 
@@ -79,14 +83,20 @@ def parse_yaml(text: str, what: str) -> Any:
         return yaml.load(text, _Reader)
     except _DoubleKey as twice:
         lines = (
-            f"on lines {twice.first} and {twice.second}" if twice.first != twice.second else f"on line {twice.first}"
+            f"on lines {twice.first} and {twice.second}"
+            if twice.first != twice.second
+            else f"on line {twice.first}"
         )
-        raise ConfigError(f"{what} has the key `{twice.key}` twice, {lines}: keep one of them.") from twice
+        raise ConfigError(
+            f"{what} has the key `{twice.key}` twice, {lines}: keep one of them."
+        ) from twice
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{what} is not valid YAML{_fault(error, text)}.") from error
     except yaml.reader.ReaderError as error:
         line, code = text.count("\n", 0, error.position) + 1, f"U+{error.character:04X}"
-        raise ConfigError(f"{what} is not valid YAML in line {line}: it holds the character {code}.") from error
+        raise ConfigError(
+            f"{what} is not valid YAML in line {line}: it holds the character {code}."
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         words = " ".join(str(error).split())
         raise ConfigError(f"{what} is not valid YAML: {words}.") from error

@@ -27,7 +27,9 @@ def grouped(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         group, _, name = PLACES[key].partition(".")
         block = found.get(group, {})
         if not isinstance(block, Mapping):  # an object of the group has a value for the key
-            raise ConfigError(f"`{key}` stands beside `{group}`: put it in there, as `{PLACES[key]}`.")
+            raise ConfigError(
+                f"`{key}` stands beside `{group}`: put it in there, as `{PLACES[key]}`."
+            )
         if name in block:
             raise ConfigError(f"`{key}` and `{PLACES[key]}` are one setting: keep the second.")
         found[group] = {**block, name: values[key]}
@@ -51,5 +53,6 @@ def warn_of_flat_keys(flat: Iterable[str]) -> None:
     """One warning with the place of every flat key."""
     if moved := [f"`{key}` is now `{PLACES[key]}`" for key in dict.fromkeys(flat)]:
         logger.warning(
-            "Settings stand in groups: %s. The next release no longer reads the old form.", ", ".join(moved)
+            "Settings stand in groups: %s. The next release no longer reads the old form.",
+            ", ".join(moved),
         )

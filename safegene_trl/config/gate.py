@@ -45,7 +45,9 @@ class GateConfig:
     benign_data_split: str = "train"
     write_rejected: bool = False
 
-    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(LIMITS, Rule(at_least=0.0, at_most=1.0, share=True))
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(
+        LIMITS, Rule(at_least=0.0, at_most=1.0, share=True)
+    )
 
     def __post_init__(self) -> None:
         check_values(self, prefix="gate.")

@@ -20,9 +20,7 @@ from .validation import (
 
 Granularity = Literal["layer", "module", "rank"]  # from coarse to fine
 OutputFormat = Literal["merged", "adapter", "both"]
-LARGEST_COEFFICIENT = (
-    100.0  # of any coefficient, wherever it comes from; ten times the vector is far beyond use already
-)
+LARGEST_COEFFICIENT = 100.0  # of any coefficient, wherever it comes from; ten times the vector is far beyond use already
 _COUNT, _COUNT_OR_NONE = (Rule(at_least=least, at_most=LARGEST_COUNT) for least in (1, 0))
 _WEIGHT = Rule(at_least=0.0)
 
@@ -77,10 +75,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_values(self, prefix="data.")
         if not 0.0 < self.holdout_share < 1.0:
-            raise ConfigError(f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1.")
+            raise ConfigError(
+                f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1."
+            )
         for name in ("num_safety_shots", "num_task_shots"):
             if getattr(self, name) < 2:
-                raise ConfigError(f"`data.{name}` is 1: at least 2 are needed, one of them held out.")
+                raise ConfigError(
+                    f"`data.{name}` is 1: at least 2 are needed, one of them held out."
+                )
 
 
 @named_fields
@@ -156,7 +158,9 @@ class SearchConfig:
                 "swap or widen the bounds."
             )
         if first is not None and not low <= first <= high:
-            raise ConfigError(f"`search.initial_coefficient` is {first}: it must lie between {low} and {high}.")
+            raise ConfigError(
+                f"`search.initial_coefficient` is {first}: it must lie between {low} and {high}."
+            )
 
 
 @named_fields
@@ -176,7 +180,10 @@ class MeasureConfig:
     num_test_prompts: int = 64
     max_new_tokens: int = 32
 
-    RULES: ClassVar[Mapping[str, Rule]] = {"num_test_prompts": _COUNT_OR_NONE, "max_new_tokens": _COUNT}
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "num_test_prompts": _COUNT_OR_NONE,
+        "max_new_tokens": _COUNT,
+    }
 
     def __post_init__(self) -> None:
         check_values(self, prefix="measure.")

@@ -37,7 +37,9 @@ class Metric:
         """The kinds of items that it is a share of."""
         return tuple(self.items.split(" and "))
 
-    def measured(self, measured: Mapping[str, Any], side: str = "after") -> Mapping[str, Any] | None:
+    def measured(
+        self, measured: Mapping[str, Any], side: str = "after"
+    ) -> Mapping[str, Any] | None:
         """The share in a report's `measured`, None where it was not measured; `side`: `before` or `after`."""
         found = measured if self.difference else measured.get(side) or {}
         return None if self.difference and side == "before" else found.get(self.key)
@@ -45,11 +47,38 @@ class Metric:
 
 METRICS = (
     Metric(
-        "refusal_rate", "Harmful prompts refused", "harmful", "more", "min_refusal_rate", heading="refuses harmful"
+        "refusal_rate",
+        "Harmful prompts refused",
+        "harmful",
+        "more",
+        "min_refusal_rate",
+        heading="refuses harmful",
     ),
-    Metric("over_refusal", "Benign prompts refused", "benign", "less", "max_over_refusal", heading="refuses benign"),
-    Metric("incoherent", "Incoherent answers", "harmful and benign", "less", "max_incoherent", heading="incoherent"),
-    Metric("utility_loss", "Token accuracy lost", "task", "less", "max_utility_loss", True, "utility lost"),
+    Metric(
+        "over_refusal",
+        "Benign prompts refused",
+        "benign",
+        "less",
+        "max_over_refusal",
+        heading="refuses benign",
+    ),
+    Metric(
+        "incoherent",
+        "Incoherent answers",
+        "harmful and benign",
+        "less",
+        "max_incoherent",
+        heading="incoherent",
+    ),
+    Metric(
+        "utility_loss",
+        "Token accuracy lost",
+        "task",
+        "less",
+        "max_utility_loss",
+        True,
+        "utility lost",
+    ),
 )
 SHARES = tuple(metric for metric in METRICS if not metric.difference)
 OF_LIMIT = {metric.limit: metric for metric in METRICS}

@@ -122,7 +122,9 @@ class SafeGeneConfig:
             if isinstance(block, Mapping):
                 if not block:
                     raise ConfigError(f"`{name}` is empty: set a key in it, or leave it out.")
-                reject_unknown_keys(block, names_of(kind), where=f"the {name} block", elsewhere=_ELSEWHERE)
+                reject_unknown_keys(
+                    block, names_of(kind), where=f"the {name} block", elsewhere=_ELSEWHERE
+                )
                 setattr(self, name, kind(**block))
         if not self.vector:
             raise ConfigError("No safety vector is named: set `vector` to a directory or hub id.")

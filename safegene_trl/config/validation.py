@@ -12,7 +12,17 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ..errors import ConfigError
 
@@ -70,7 +80,10 @@ def check_values(settings: Settings, prefix: str = "") -> None:
 
 
 def check_written(
-    values: Mapping[str, Any], kind: type[Settings], where: str, elsewhere: Mapping[str, str] | None = None
+    values: Mapping[str, Any],
+    kind: type[Settings],
+    where: str,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> None:
     """Raises `ConfigError` for what somebody wrote and cannot have meant: an unknown key, or one without a value.
 
@@ -82,7 +95,9 @@ def check_written(
     """
     reject_unknown_keys(values, list(_hints(kind)), where, elsewhere)
     for name, value in values.items():
-        if value is None and not (rule_of(kind, name).may_be_null and kind.__dataclass_fields__[name].default is None):
+        if value is None and not (
+            rule_of(kind, name).may_be_null and kind.__dataclass_fields__[name].default is None
+        ):
             raise ConfigError(f"`{name}` in {where} has no value: write one, or leave the key out.")
 
 
@@ -91,7 +106,12 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule = Rule()) -> None:
     if value is None and _allows_none(hint):
         return
     wanted = [kind for kind in _kinds(hint) if kind is not type(None)]
-    if rule.or_number and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if (
+        rule.or_number
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
         return
     if isinstance(value, str) and str in wanted and not value.strip():
         raise ConfigError(f"`{name}` is empty: give it a value, or leave it out.")
@@ -102,7 +122,10 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule = Rule()) -> None:
 
 
 def reject_unknown_keys(
-    values: Mapping[Any, Any], known: list[str], where: str, elsewhere: Mapping[str, str] | None = None
+    values: Mapping[Any, Any],
+    known: list[str],
+    where: str,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> None:
     """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key.
 
@@ -114,10 +137,14 @@ def reject_unknown_keys(
     """
     for key in values:
         if key not in known:
-            raise ConfigError(f"Unknown key `{key}` in {where}{nearest(str(key), known, 0.0, elsewhere)}")
+            raise ConfigError(
+                f"Unknown key `{key}` in {where}{nearest(str(key), known, 0.0, elsewhere)}"
+            )
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None) -> str:
+def nearest(
+    word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None
+) -> str:
     """The end of a sentence about a word that is not known: the nearest one that is, if any is near (0–1, 1 the same)."""
     written = {**(elsewhere or {}), **{name: name for name in known}}
     found = difflib.get_close_matches(word, list(written), n=1, cutoff=cutoff)
@@ -164,7 +191,9 @@ def takes_text(hint: Any) -> bool:
 def written_place(path: str) -> None:
     """Raises `ValueError` for a path with `~`, which only a shell replaces: a folder of that name would be made."""
     if path.startswith("~"):
-        raise ValueError("`~` stands for no folder here, so write the path out (`./~` for a name that begins so)")
+        raise ValueError(
+            "`~` stands for no folder here, so write the path out (`./~` for a name that begins so)"
+        )
 
 
 def written_path(text: str) -> Path:
@@ -195,7 +224,9 @@ def repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError("it must be the name of a repository on the hub, like `owner/name`") from error
+        raise ValueError(
+            "it must be the name of a repository on the hub, like `owner/name`"
+        ) from error
 
 
 def file_size(size: str) -> None:
@@ -237,7 +268,9 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _is_writable(text: str) -> bool:
     """Whether a text can stand in a file and in a path: no NUL, and nothing that UTF-8 lacks."""
-    return bool(text.strip()) and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+    return (
+        bool(text.strip()) and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+    )
 
 
 def _must_be(value: Any, wanted: list[Any], rule: Rule) -> str:

@@ -76,7 +76,9 @@ def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: i
     return prompts
 
 
-def read_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> tuple[list[Prompt], Skipped]:
+def read_prompts(
+    source: str, kind: Kind, split: str, limit: int | None, seed: int
+) -> tuple[list[Prompt], Skipped]:
     """As `load_prompts`, with the rows that are left out, because they hold no prompt that can be read, counted."""
     found: dict[str, Prompt] = {}
     skipped = Skipped()
@@ -87,10 +89,14 @@ def read_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: i
         except UnreadableRowError as error:
             skipped.add(error)
             continue
-        prompt = Prompt(Path(source).stem, kind, None if category is None else str(category), messages)
+        prompt = Prompt(
+            Path(source).stem, kind, None if category is None else str(category), messages
+        )
         found.setdefault(prompt.key, prompt)
     if not found:
-        raise CalibrationDataError(f"The data set {source} has no prompt that can be read{skipped}: name another one.")
+        raise CalibrationDataError(
+            f"The data set {source} has no prompt that can be read{skipped}: name another one."
+        )
     prompts = list(found.values())
     return (prompts if limit is None else spread(prompts, limit, seed)), skipped
 
@@ -106,7 +112,10 @@ def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
 
 
 def check_encoding(
-    tokenizer: PreTrainedTokenizerBase, name: str, prompts: Sequence[Prompt], used: Iterable[str] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompts: Sequence[Prompt],
+    used: Iterable[str] = (),
 ) -> None:
     """Where a model's tokenizer has no chat template, warns that prompts go to it as plain text, or refuses that.
 
@@ -133,7 +142,9 @@ def check_encoding(
         )
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # no report of ours
         if read_json((Path(name) / MARKER).read_bytes())["model"]["chat_template"] is not None:
-            raise FamilyError(f"{name} was safeguarded with a chat template and its tokenizer has none: {remedy}.")
+            raise FamilyError(
+                f"{name} was safeguarded with a chat template and its tokenizer has none: {remedy}."
+            )
     for source in filter(_is_vector, used):
         family = SafetyVector.from_pretrained(source).family
         if family.chat_template is not None and family.tokenizer == tokenizer_hash(tokenizer):
@@ -186,13 +197,18 @@ def near_duplicates(
     for position, text in enumerate(texts):
         own = _grams(text)
         shared = Counter(i for gram in own for i in holders.get(gram, ()))
-        best = max(((count / (len(own) + len(grams[i]) - count), i) for i, count in shared.items()), default=(0.0, 0))
+        best = max(
+            ((count / (len(own) + len(grams[i]) - count), i) for i, count in shared.items()),
+            default=(0.0, 0),
+        )
         if best[0] >= threshold:
             found[position] = (used[best[1]], best[0])
     return found
 
 
-def kept_apart(prompts: Sequence[Prompt], used: Sequence[str]) -> tuple[list[Prompt], list[dict[str, object]]]:
+def kept_apart(
+    prompts: Sequence[Prompt], used: Sequence[str]
+) -> tuple[list[Prompt], list[dict[str, object]]]:
     """The prompts that do not repeat a used one, and a record of those that do.
 
     Raises:
@@ -205,7 +221,12 @@ def kept_apart(prompts: Sequence[Prompt], used: Sequence[str]) -> tuple[list[Pro
             f"Every prompt of {name} repeats one that the model or vector was made with: evaluate on other prompts."
         )
     record: list[dict[str, object]] = [
-        {"set": prompts[i].set, "prompt": prompts[i].text, "used": text, "similarity": round(similarity, 3)}
+        {
+            "set": prompts[i].set,
+            "prompt": prompts[i].text,
+            "used": text,
+            "similarity": round(similarity, 3),
+        }
         for i, (text, similarity) in repeated.items()
     ]
     return left, record

@@ -21,7 +21,17 @@ _RESPONSE_COLUMNS = ("response", "completion", "chosen")
 _PROMPT_COLUMNS = "`prompt`, `messages`, or `prompt` with `response`, `completion` or `chosen`"
 _IMAGES = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-_FORMATS_OF_VALUES = (None, "torch", "numpy", "python", "pandas", "polars", "jax", "tensorflow", "arrow")
+_FORMATS_OF_VALUES = (
+    None,
+    "torch",
+    "numpy",
+    "python",
+    "pandas",
+    "polars",
+    "jax",
+    "tensorflow",
+    "arrow",
+)
 
 
 class UnreadableRowError(CalibrationDataError):
@@ -67,7 +77,9 @@ class Conversation:
     @property
     def replies(self) -> list[int]:
         """Indices of the assistant turns that are learnt."""
-        return [i for i, m in enumerate(self.messages) if i >= self.first and m["role"] == "assistant"]
+        return [
+            i for i, m in enumerate(self.messages) if i >= self.first and m["role"] == "assistant"
+        ]
 
 
 def plain(value: Any) -> Any:
@@ -146,7 +158,9 @@ def read_messages(value: Any, what: str) -> list[Message]:
         UnreadableRowError: A turn has no role or no text, or shows an image.
     """
     if isinstance(value, Mapping):  # a list of structs, kept as a struct of lists
-        value = [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]
+        value = [
+            dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)
+        ]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UnreadableRowError(f"{what} is empty or no list of messages")
     return [_message(turn, what) for turn in value]
@@ -167,7 +181,8 @@ def read_conversation(row: Row) -> Conversation:
     prompt = row.get("prompt")
     answer = next((row[name] for name in _RESPONSE_COLUMNS if row.get(name) is not None), None)
     template = _template_arguments(row)
-    if prompt is None and isinstance(row.get("chosen"), list):  # a preference with its prompt inside
+    # a preference with its prompt inside
+    if prompt is None and isinstance(row.get("chosen"), list):
         turns = read_messages(row["chosen"], "chosen")
         return Conversation(turns, len(turns) - 1, template)
     dialogue = row.get("messages") or row.get("conversations")
@@ -175,7 +190,8 @@ def read_conversation(row: Row) -> Conversation:
         return Conversation(read_messages(dialogue, "messages"), 0, template)
     if prompt is None or prompt in ("", [], {}):
         raise UnreadableRowError(
-            "no prompt", f"A calibration sample has the columns {sorted(row)}: it needs {_PROMPT_COLUMNS}."
+            "no prompt",
+            f"A calibration sample has the columns {sorted(row)}: it needs {_PROMPT_COLUMNS}.",
         )
     if isinstance(prompt, list | dict):
         messages = read_messages(prompt, "prompt")
@@ -198,7 +214,11 @@ def conversation(row: Row) -> tuple[list[Message], str | None]:
     """
     whole = read_conversation(row)
     last = whole.messages[-1]
-    if len(whole.messages) > 1 and whole.first < len(whole.messages) and last["role"] == "assistant":
+    if (
+        len(whole.messages) > 1
+        and whole.first < len(whole.messages)
+        and last["role"] == "assistant"
+    ):
         return whole.messages[:-1], last["content"]
     return whole.messages, None
 
@@ -226,7 +246,11 @@ def _message(turn: Any, what: str) -> Message:
         raise UnreadableRowError("message without a role")
     if content is None and not turn.get("tool_calls"):
         raise UnreadableRowError("message without content")
-    rest = {k: v for k, v in turn.items() if v is not None and k not in ("role", "from", "content", "value")}
+    rest = {
+        k: v
+        for k, v in turn.items()
+        if v is not None and k not in ("role", "from", "content", "value")
+    }
     return {"role": _ROLES.get(role, role), "content": _content(content), **rest}
 
 

@@ -35,7 +35,10 @@ class Unseen:
 
     @property
     def counts(self) -> dict[str, int]:
-        return {**{kind: len(prompts) for kind, prompts in self.prompts.items()}, "task": len(self.task)}
+        return {
+            **{kind: len(prompts) for kind, prompts in self.prompts.items()},
+            "task": len(self.task),
+        }
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,15 @@ def gather_shots(
     harmful_split, harmful_left = _divided(harmful, context, config.data.num_safety_shots, config)
     benign_split, benign_left = None, benign.rows
     if min(len(benign.rows), config.data.num_benign_shots) > 1:
-        benign_split, benign_left = _divided(benign, config.data.max_length, config.data.num_benign_shots, config)
+        benign_split, benign_left = _divided(
+            benign, config.data.max_length, config.data.num_benign_shots, config
+        )
     training, task_source = _training_samples(config, tokenizer, task_rows, packed)
     task = training.take(
-        config.data.num_task_shots + extra, config.seed, config.data.max_length, config.data.max_response_tokens
+        config.data.num_task_shots + extra,
+        config.seed,
+        config.data.max_length,
+        config.data.max_response_tokens,
     )
     check_context(task, context, "task data")
     task_split = split_samples(
@@ -90,7 +98,9 @@ def gather_shots(
     gate = _GatePrompts(config, tokenizer, context)
     harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
     benign_prompts = gate.of("benign", list(vector.prompts), benign_left)
-    unseen = Unseen({"harmful": harmful_prompts, "benign": benign_prompts}, task[len(task_split.fit) :][:extra])
+    unseen = Unseen(
+        {"harmful": harmful_prompts, "benign": benign_prompts}, task[len(task_split.fit) :][:extra]
+    )
     sources = {
         "harmful": gate.settings.harmful_data or harmful_source,
         "benign": gate.settings.benign_data or "vector",
@@ -98,10 +108,17 @@ def gather_shots(
     }
     record = {
         "safety": _record(harmful_source, harmful_split, harmful.skipped),
-        "task": {**_record(task_source, task_split, training.skipped), "read_by": dict(training.read_by)},
+        "task": {
+            **_record(task_source, task_split, training.skipped),
+            "read_by": dict(training.read_by),
+        },
         "benign": _record("vector", benign_split, benign.skipped) if benign_split else None,
         "unseen": {
-            kind: {"source": source, "count": unseen.counts[kind], **_skips(gate.skipped.get(kind, Skipped()))}
+            kind: {
+                "source": source,
+                "count": unseen.counts[kind],
+                **_skips(gate.skipped.get(kind, Skipped())),
+            }
             for kind, source in sources.items()
         },
     }
@@ -126,18 +143,30 @@ def _safety_data(
     shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
     if config.data.safety_data is None:
         if not shipped:
-            raise CalibrationDataError("The safety vector comes without harmful prompts: set `data.safety_data`.")
-        return _readable(drawn(shipped, count, config.seed), count, tokenizer, "safety data"), "vector"
-    rows = drawn(load_rows(config.data.safety_data, config.data.safety_data_split), count, config.seed)
+            raise CalibrationDataError(
+                "The safety vector comes without harmful prompts: set `data.safety_data`."
+            )
+        return _readable(
+            drawn(shipped, count, config.seed), count, tokenizer, "safety data"
+        ), "vector"
+    rows = drawn(
+        load_rows(config.data.safety_data, config.data.safety_data_split), count, config.seed
+    )
     refusals = [row["response"] for row in shipped]
     read = _readable(rows, count, tokenizer, "safety data", refusals)
     if not read.rows and set(read.skipped) == {NO_RESPONSE}:
-        raise CalibrationDataError(f"{config.data.safety_data} has prompts without refusals: add a column `response`.")
+        raise CalibrationDataError(
+            f"{config.data.safety_data} has prompts without refusals: add a column `response`."
+        )
     return read, config.data.safety_data
 
 
 def _readable(
-    rows: Iterable[Row], count: int, tokenizer: PreTrainedTokenizerBase, what: str, responses: Sequence[str] = ()
+    rows: Iterable[Row],
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    what: str,
+    responses: Sequence[str] = (),
 ) -> _Read:
     """The first `count` rows that can be read; those without a response get one of `responses` in turn."""
     read = _Read(what, [], [], Skipped())
@@ -153,34 +182,49 @@ def _readable(
         except UnreadableRowError as error:
             read.skipped.add(error)
             continue
-        read.rows.append({"prompt": messages, "response": response, "category": row.get("category")})
+        read.rows.append(
+            {"prompt": messages, "response": response, "category": row.get("category")}
+        )
         read.samples.append(sample)
     return read
 
 
-def _divided(read: _Read, max_length: int | None, count: int, config: SafeGeneConfig) -> tuple[Split, list[Row]]:
+def _divided(
+    read: _Read, max_length: int | None, count: int, config: SafeGeneConfig
+) -> tuple[Split, list[Row]]:
     """The first `count` samples with a response left as shots, and the rows that nothing will be fitted on."""
     cut = [shortened(sample, max_length, config.data.max_refusal_tokens) for sample in read.samples]
     usable = [(row, sample) for row, sample in zip(read.rows, cut, strict=True) if sample]
-    split = split_samples([sample for _, sample in usable[:count]], config.data.holdout_share, read.what, read.skipped)
+    split = split_samples(
+        [sample for _, sample in usable[:count]], config.data.holdout_share, read.what, read.skipped
+    )
     return split, [row for row, _ in usable[len(split.fit) :]]
 
 
 def _training_samples(
-    config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, task_rows: TaskRows | None, packed: bool | None
+    config: SafeGeneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    task_rows: TaskRows | None,
+    packed: bool | None,
 ) -> tuple[TrainingSamples, str]:
     if config.data.task_data is not None:
         rows = load_rows(config.data.task_data, config.data.task_data_split)
-        return TrainingSamples(rows, tokenizer, f"task data {config.data.task_data}"), config.data.task_data
+        return TrainingSamples(
+            rows, tokenizer, f"task data {config.data.task_data}"
+        ), config.data.task_data
     if task_rows is None:
-        raise CalibrationDataError("There is no training set to draw task samples from: set `data.task_data`.")
+        raise CalibrationDataError(
+            "There is no training set to draw task samples from: set `data.task_data`."
+        )
     return TrainingSamples(task_rows, tokenizer, packed=packed), "training set"
 
 
 class _GatePrompts:
     """Prompts to measure on, each short enough for the model to answer, and what was left out of each kind."""
 
-    def __init__(self, config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None):
+    def __init__(
+        self, config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+    ):
         self.settings = config.gate or GateConfig()
         self.skipped: dict[str, Skipped] = {}
         self._config, self._tokenizer, self._context = config, tokenizer, context
@@ -199,9 +243,13 @@ class _GatePrompts:
             return self._answerable([_prompt(row, kind) for row in left], limit, skipped)
         prompts, unread = read_prompts(source, kind, split, None, self._config.seed)
         skipped.update(unread)
-        prompts = self._answerable(spread(prompts, len(prompts), self._config.seed), 2 * limit, skipped)
+        prompts = self._answerable(
+            spread(prompts, len(prompts), self._config.seed), 2 * limit, skipped
+        )
         if not prompts:
-            raise CalibrationDataError(f"No prompt of {source} can be answered{skipped}: name other prompts.")
+            raise CalibrationDataError(
+                f"No prompt of {source} can be answered{skipped}: name other prompts."
+            )
         kept = kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in used])[0]
         if repeated := len(prompts) - len(kept):
             skipped[REPEATED] = repeated
@@ -221,7 +269,10 @@ class _GatePrompts:
             try:
                 sample = templated(self._tokenizer, list(prompt.messages), "")
                 length = sum(not said for said in sample.is_response)
-                if self._context is not None and length + self._config.measure.max_new_tokens > self._context:
+                if (
+                    self._context is not None
+                    and length + self._config.measure.max_new_tokens > self._context
+                ):
                     raise UnreadableRowError(TOO_LONG)
             except UnreadableRowError as error:
                 skipped.add(error)
@@ -232,7 +283,12 @@ class _GatePrompts:
 
 def _prompt(row: Row, kind: Kind) -> Prompt:
     category = row.get("category")
-    return Prompt("calibration", kind, None if category is None else str(category), tuple(conversation(row)[0]))
+    return Prompt(
+        "calibration",
+        kind,
+        None if category is None else str(category),
+        tuple(conversation(row)[0]),
+    )
 
 
 def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:

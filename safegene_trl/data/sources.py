@@ -37,7 +37,9 @@ def load_rows(source: str, split: str) -> Dataset:
             f"({type(error).__name__}: {error})."
         ) from error
     if len(data) == 0:
-        raise CalibrationDataError(f"The data set {source} (split {split}) is empty: give at least 2 samples.")
+        raise CalibrationDataError(
+            f"The data set {source} (split {split}) is empty: give at least 2 samples."
+        )
     return data
 
 

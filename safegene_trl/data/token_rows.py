@@ -19,7 +19,9 @@ def holds_tokens(row: Row) -> bool:
 
 
 def is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+    return isinstance(value, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in value
+    )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ def tokens(row: Row, padding: Padding) -> tuple[list[int], list[bool] | None, li
         raise UnreadableRowError("token ids that are no list of integers")
     mask: list[bool] | None
     if row.get("labels") is not None:
-        mask = [label != _IGNORED for label in row["labels"]] if isinstance(row["labels"], list) else []
+        mask = (
+            [label != _IGNORED for label in row["labels"]]
+            if isinstance(row["labels"], list)
+            else []
+        )
     else:
         given = row.get("completion_mask") or row.get("assistant_masks")
         mask = [bool(value) for value in given] if given else None
@@ -70,12 +76,15 @@ def tokens(row: Row, padding: Padding) -> tuple[list[int], list[bool] | None, li
 
 def _cuts(row: Row, length: int) -> list[int]:
     """Where a packed row's samples begin, the first one's beginning left out."""
-    lengths, positions, attention = (row.get(name) for name in ("seq_lengths", "position_ids", "attention_mask"))
+    lengths, positions, attention = (
+        row.get(name) for name in ("seq_lengths", "position_ids", "attention_mask")
+    )
     if isinstance(lengths, list) and sum(lengths) == length:
         cuts = set(itertools.accumulate(lengths))
     elif isinstance(positions, list) and len(positions) == length and is_ids(positions):
         cuts = {i for i in range(1, length) if positions[i] == 0}
-    elif isinstance(attention, list) and max(attention, default=0) > 1:  # samples numbered from 1, padding 0
+    # samples numbered from 1, padding 0
+    elif isinstance(attention, list) and max(attention, default=0) > 1:
         cuts = {i for i in range(1, length) if attention[i] != attention[i - 1]}
     else:
         cuts = set()
@@ -84,13 +93,23 @@ def _cuts(row: Row, length: int) -> list[int]:
 
 def leaves_out(ids: list[int], mask: list[bool] | None, pad: int | None) -> bool:
     """Whether a mask leaves out more than the first token, which nothing predicts, and padding."""
-    return mask is not None and any(not said and token != pad for token, said in zip(ids[1:], mask[1:], strict=True))
+    return mask is not None and any(
+        not said and token != pad for token, said in zip(ids[1:], mask[1:], strict=True)
+    )
 
 
 def prompt_length(ids: list[int], row: Row, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of a prompt column that the row begins with, 0 if there is none."""
     prompt, completion = row.get("prompt"), row.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str) or not prompt or not is_unicode(prompt):
+    if (
+        not isinstance(prompt, str)
+        or not isinstance(completion, str)
+        or not prompt
+        or not is_unicode(prompt)
+    ):
         return 0
     prompt_ids = tokenizer(prompt)["input_ids"]
-    return next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    return next(
+        (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b),
+        len(prompt_ids),
+    )

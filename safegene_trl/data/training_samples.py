@@ -44,7 +44,9 @@ from .turns import Span, Spelling, TurnMarks, rendered
 
 MOST_ROWS = 2000  # read at most so many, or twenty times as many as are needed
 LABELS, TEMPLATE, TEXT = "labels", "chat template", "text"  # by which the response was told
-_REMEDY = "set `data.task_data` to the messages before tokenising, or train with `assistant_only_loss`"
+_REMEDY = (
+    "set `data.task_data` to the messages before tokenising, or train with `assistant_only_loss`"
+)
 
 
 class TrainingSamples:
@@ -63,17 +65,25 @@ class TrainingSamples:
     """
 
     def __init__(
-        self, rows: Any, tokenizer: PreTrainedTokenizerBase, source: str = "training set", packed: bool | None = None
+        self,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "training set",
+        packed: bool | None = None,
     ):
         self._rows, self._tokenizer, self._source = unformatted(rows), tokenizer, source
         self._marks = TurnMarks.of(tokenizer) if tokenizer.chat_template else None
         pad, ends = tokenizer.pad_token_id, self._marks.ends if self._marks else frozenset()
-        self._padding = Padding(pad, pad in ends | {tokenizer.eos_token_id}, pad in _beginnings(tokenizer))
+        self._padding = Padding(
+            pad, pad in ends | {tokenizer.eos_token_id}, pad in _beginnings(tokenizer)
+        )
         self._packed, self._is_chat = packed, False
         self.skipped = Skipped()
         self.read_by: Counter[str] = Counter()
 
-    def take(self, count: int, seed: int, max_length: int | None, max_response_tokens: int) -> list[Sample]:
+    def take(
+        self, count: int, seed: int, max_length: int | None, max_response_tokens: int
+    ) -> list[Sample]:
         """Up to `count` samples, in seeded random order; from a stream, its first ones.
 
         Every sample is cut to its first `max_length` tokens and of these to its first response tokens.
@@ -126,9 +136,13 @@ class TrainingSamples:
         if self._marks is None:
             return
         rows = [plain(row) for row in rows if isinstance(row, Mapping)]
-        held = [self._marks.spelled(row["input_ids"]) for row in rows if is_ids(row.get("input_ids"))]
+        held = [
+            self._marks.spelled(row["input_ids"]) for row in rows if is_ids(row.get("input_ids"))
+        ]
         texts = [row["text"] for row in rows if not held and is_unicode(row.get("text"))]
-        self._is_chat = any(map(self._marks.is_chat, [*held, *(self._marks.spelled(self._ids(t)) for t in texts)]))
+        self._is_chat = any(
+            map(self._marks.is_chat, [*held, *(self._marks.spelled(self._ids(t)) for t in texts)])
+        )
         if self._packed is None and held:
             whole = len(held) > 1 and all(map(self._marks.begins, held))
             self._packed = self._is_chat and not whole
@@ -148,7 +162,9 @@ class TrainingSamples:
         if "prompt_ids" in row:  # as TRL keeps preferences
             answer = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
             ids = [*row["prompt_ids"], *answer]
-            return LABELS, [Sample(ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))])]
+            return LABELS, [
+                Sample(ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))])
+            ]
         ids, mask, cuts = tokens(row, self._padding)
         if not leaves_out(ids, mask, self._tokenizer.pad_token_id):
             mask = None
@@ -159,7 +175,9 @@ class TrainingSamples:
         how, samples = LABELS, []
         for start, end in itertools.pairwise([0, *cuts, len(ids)]):
             try:
-                how, found = self._from_part(ids[start:end], None if mask is None else mask[start:end], row, True)
+                how, found = self._from_part(
+                    ids[start:end], None if mask is None else mask[start:end], row, True
+                )
                 samples += found
             except UnreadableRowError as error:
                 self.skipped.add(error)
@@ -179,19 +197,27 @@ class TrainingSamples:
         said = mask or []
         if whole:
             replies = _mask(len(ids), spans or [])
-            said = replies if mask is None else [kept and reply for kept, reply in zip(mask, replies, strict=True)]
+            said = (
+                replies
+                if mask is None
+                else [kept and reply for kept, reply in zip(mask, replies, strict=True)]
+            )
         bounds = {0, *self._marks.starts(spelled), len(ids)}
         begun = 0
         if self._packed and not is_whole and self._marks.start is None:
             ended = [span for span in spans or [] if said[span[1] - 1]]
-            begun = self._marks.first_head(spelled)  # what stands before belongs to a sample of another row
+            # what stands before belongs to a sample of another row
+            begun = self._marks.first_head(spelled)
             bounds |= {begun, *(self._marks.after_reply(spelled, span) for span in ended)}
         parts = [
-            Sample(ids[a:b], said[a:b]) for a, b in itertools.pairwise(sorted(bounds)) if a >= begun and any(said[a:b])
+            Sample(ids[a:b], said[a:b])
+            for a, b in itertools.pairwise(sorted(bounds))
+            if a >= begun and any(said[a:b])
         ]
         if not parts:
             raise UnreadableRowError("no assistant turn")
-        if self._packed and not is_whole and parts[0].is_response[0]:  # its prompt is in another row
+        # its prompt is in another row
+        if self._packed and not is_whole and parts[0].is_response[0]:
             self.skipped.add(UnreadableRowError("a reply cut off from its prompt"))
             parts = parts[1:]
         return (TEMPLATE if mask is None else LABELS), parts
@@ -207,12 +233,18 @@ class TrainingSamples:
         how = LABELS if mask is not None or start else TEXT
         if is_whole or start:
             return how, [Sample(ids, said)]
-        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token == self._tokenizer.eos_token_id and said[i]]
+        ends = [
+            i + 1
+            for i, token in enumerate(ids[:-1])
+            if token == self._tokenizer.eos_token_id and said[i]
+        ]
         bounds = sorted({0, *(end for end in ends if mask is None or not said[end]), len(ids)})
         if mask is not None and said[0] and (self._packed or len(bounds) > 2):
             self.skipped.add(UnreadableRowError("a reply cut off from its prompt"))
             bounds = bounds[1:]
-        return how, [Sample(ids[a:b], said[a:b]) for a, b in itertools.pairwise(bounds) if any(said[a:b])]
+        return how, [
+            Sample(ids[a:b], said[a:b]) for a, b in itertools.pairwise(bounds) if any(said[a:b])
+        ]
 
     def _from_columns(self, ids: list[int], row: Row) -> tuple[str, list[Sample]]:
         """Where the template's marks cannot be told: by the columns that the tokens were made of, if they are there."""
@@ -228,7 +260,9 @@ class TrainingSamples:
 
     def _from_text(self, row: Row) -> tuple[str, list[Sample]]:
         text = row.get("text")
-        if text is not None and not any(row.get(n) for n in ("prompt", "messages", "conversations", "chosen")):
+        if text is not None and not any(
+            row.get(n) for n in ("prompt", "messages", "conversations", "chosen")
+        ):
             if not check_text(text, "text"):
                 raise UnreadableRowError("empty text")
             ids = self._ids(text)
@@ -252,7 +286,9 @@ class TrainingSamples:
             raise UnreadableRowError("empty reply")
         return templated(self._tokenizer, messages[:-1], last["content"])
 
-    def _from_all_replies(self, messages: list[dict[str, Any]], whole: Conversation) -> Sample | None:
+    def _from_all_replies(
+        self, messages: list[dict[str, Any]], whole: Conversation
+    ) -> Sample | None:
         """Every reply of a conversation, None where the marks do not tell as many replies as there are."""
         if self._marks is None:
             return None
@@ -292,7 +328,9 @@ def templated(tokenizer: PreTrainedTokenizerBase, messages: list[Message], respo
 def _template_errors() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # templates refuse roles, orders and contents with errors of many kinds
+    except (
+        Exception
+    ) as error:  # templates refuse roles, orders and contents with errors of many kinds
         raise UnreadableRowError(f"refused by the chat template ({_short(error)})") from error
 
 

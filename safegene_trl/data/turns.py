@@ -53,7 +53,9 @@ class Speller:
         self._tokenizer = tokenizer
         self.bos, self.special = tokenizer.bos_token, set(tokenizer.all_special_ids)
         self._marked = self.special | set(tokenizer.added_tokens_decoder)
-        self.filling = tuple(f"\0{token}\0" for token in (tokenizer.pad_token, tokenizer.eos_token) if token)
+        self.filling = tuple(
+            f"\0{token}\0" for token in (tokenizer.pad_token, tokenizer.eos_token) if token
+        )
 
     def id_of(self, token: str) -> int:
         """The id of a token by its name."""
@@ -61,7 +63,9 @@ class Speller:
 
     def __call__(self, ids: Sequence[int]) -> Spelling:
         tokens = self._tokenizer.convert_ids_to_tokens(list(ids))
-        parts = [f"\0{t}\0" if i in self._marked else str(t) for i, t in zip(ids, tokens, strict=True)]
+        parts = [
+            f"\0{t}\0" if i in self._marked else str(t) for i, t in zip(ids, tokens, strict=True)
+        ]
         starts, length = [], 0
         for part in parts:
             starts.append(length)
@@ -89,7 +93,10 @@ class TurnMarks:
         if "\0" in common and probes.text.count(common) == 1:
             first = _units(common)[0]  # alone where it will do: a date may follow
             self.start = first if "\0" in first and probes.text.count(first) == 1 else common
-        elif probes.system_text.count(probes.system_head) == 1 and probes.system_head not in probes.text:
+        elif (
+            probes.system_text.count(probes.system_head) == 1
+            and probes.system_head not in probes.text
+        ):
             self.system = probes.system_head
         self._learn_neighbours(probes)
 
@@ -105,7 +112,11 @@ class TurnMarks:
         while self._speaks.startswith(self._closers):
             self._speaks = _begun(_UNIT.sub("", self._speaks, count=1))
         self._speaks = _begun(self._speaks)
-        turn = _begun(_UNIT.sub("", _begun(probes.after_reply), count=1) if self._end_is_said else probes.after_reply)
+        turn = _begun(
+            _UNIT.sub("", _begun(probes.after_reply), count=1)
+            if self._end_is_said
+            else probes.after_reply
+        )
         turn = re.split(r"\d", turn)[0]  # rounds may be numbered
         self._next_is_marked = bool(turn)
         heads = (_without_white(_begun(text)) for text in (turn, *self._heads, self._speaks))
@@ -117,8 +128,14 @@ class TurnMarks:
         speller = Speller(tokenizer)
         try:
             marks = cls(speller, _Probes(tokenizer, speller))
-            return marks if marks.header and all(marks._finds(tokenizer, *probe) for probe in _checks()) else None
-        except Exception:  # a template may refuse a conversation in any way it likes; then nothing is certain
+            return (
+                marks
+                if marks.header and all(marks._finds(tokenizer, *probe) for probe in _checks())
+                else None
+            )
+        except (
+            Exception
+        ):  # a template may refuse a conversation in any way it likes; then nothing is certain
             return None
 
     def spelled(self, ids: Sequence[int]) -> Spelling:
@@ -154,7 +171,9 @@ class TurnMarks:
         spans: list[Span] = []
         for number, at in enumerate(headers):
             first = spelled.token_after(at + len(self.header))
-            end = next((i for i in range(first, len(spelled.ids)) if spelled.ids[i] in self.ends), None)
+            end = next(
+                (i for i in range(first, len(spelled.ids)) if spelled.ids[i] in self.ends), None
+            )
             after = len(spelled.ids) if end is None else end + self._end_is_said
             following = headers[number + 1] if number + 1 < len(headers) else len(spelled.text)
             reach = spelled.starts[end] if end is not None else len(spelled.text)
@@ -182,7 +201,9 @@ class TurnMarks:
         while rest.startswith((*self._closers, *self._speller.filling)):
             rest, closed = _begun(_UNIT.sub("", rest, count=1)), True
         if not rest.startswith("\0"):
-            begins = any(rest.startswith(head) or head.startswith(rest) for head in self._heads_as_text)
+            begins = any(
+                rest.startswith(head) or head.startswith(rest) for head in self._heads_as_text
+            )
             return begins or not rest or not (self._next_is_marked or closed)
         # The end of the user's turn and a reply: the reply before was a part of that turn. Two replies in a row are one too,
         # where nothing marks the end of the turn before a reply.
@@ -191,11 +212,15 @@ class TurnMarks:
     def after_reply(self, spelled: Spelling, span: Span) -> int:
         """The token at which the turn after a reply begins, white space between the two left out."""
         token = span[1]
-        while token < len(spelled.ids) and _WHITE.fullmatch(self._speller([spelled.ids[token]]).text):
+        while token < len(spelled.ids) and _WHITE.fullmatch(
+            self._speller([spelled.ids[token]]).text
+        ):
             token += 1
         return token
 
-    def _finds(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], said: list[str]) -> bool:
+    def _finds(
+        self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], said: list[str]
+    ) -> bool:
         """Whether every reply of a conversation is found, and nothing beside the replies."""
         spelled = self._speller(rendered(tokenizer, messages))
         spans = self.replies(spelled)
@@ -203,7 +228,9 @@ class TurnMarks:
             return False
         texts = [self._speller(spelled.ids[first:after]).text for first, after in spans]
         names = (_SYSTEM, *_ASKED, *_SAID)
-        return all([n for n in names if n in text] == [own] for text, own in zip(texts, said, strict=True))
+        return all(
+            [n for n in names if n in text] == [own] for text, own in zip(texts, said, strict=True)
+        )
 
 
 class _Probes:
@@ -219,7 +246,9 @@ class _Probes:
         self.generation = _generation_prompt(tokenizer, speller)
         self.system_text = self.system_head = ""
         try:
-            text = speller(rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, *_exchange()])).text
+            text = speller(
+                rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, *_exchange()])
+            ).text
         except Exception:  # templates that allow no system turn raise errors of many kinds
             return
         if _SYSTEM in text:
@@ -238,9 +267,13 @@ def _checks() -> list[tuple[list[dict[str, str]], list[str]]]:
     return [(two[:2], [_SAID[0]]), (two, list(_SAID)), (awkward, list(_SAID))]
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any
+) -> list[int]:
     """The ids of a conversation as the chat template writes it."""
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, **options
+    )
     return list(encoded["input_ids"])
 
 
@@ -264,7 +297,8 @@ def _header(probes: _Probes) -> str:
 def _ends(probes: _Probes, speller: Speller) -> tuple[frozenset[int], int]:
     """Ids of the tokens that end a reply, and 1 if they are the reply's own, 0 if they begin the next turn."""
     ends = [_leading_special(probes.after_reply, speller)]
-    if _WHITE.fullmatch(probes.tail):  # the next turn's first token ends the reply: any special token may be it
+    # the next turn's first token ends the reply: any special token may be it
+    if _WHITE.fullmatch(probes.tail):
         return frozenset(speller.special), 0
     ends.append(_leading_special(probes.tail, speller))
     return frozenset(ends), 1

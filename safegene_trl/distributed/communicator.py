@@ -49,7 +49,9 @@ class Communicator:
 
     def share(self, count: int) -> list[int | None]:
         """Which of `count` items this rank works on; as many on every rank, None where one has to mark time."""
-        return [i if i < count else None for i in range(self.rank, self._padded(count), self.world_size)]
+        return [
+            i if i < count else None for i in range(self.rank, self._padded(count), self.world_size)
+        ]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Collective: the sum over ranks, on the CPU."""
@@ -159,7 +161,13 @@ class Communicator:
 
     def _raise_for_peers(self, failure: Exception | None) -> None:
         prefix = b"" if failure is None else b"s" if isinstance(failure, SafeGeneError) else b"x"
-        cause = "" if failure is None else str(failure) if prefix == b"s" else f"{type(failure).__name__}: {failure}"
+        cause = (
+            ""
+            if failure is None
+            else str(failure)
+            if prefix == b"s"
+            else f"{type(failure).__name__}: {failure}"
+        )
         messages = self._exchange(prefix + cause.encode())
         failed = [rank for rank, message in enumerate(messages) if message]
         if failure is None and failed:

@@ -91,7 +91,9 @@ class Sharding(Communicator):
     def release(self) -> None:
         """After forward and backward passes: frees what they left gathered."""
 
-    def values(self, count: int, value: Callable[[int], torch.Tensor], idle: int = 0) -> torch.Tensor:
+    def values(
+        self, count: int, value: Callable[[int], torch.Tensor], idle: int = 0
+    ) -> torch.Tensor:
         """Collective: `value(i)`, a scalar from forward passes, for every i below `count`: float64, on the CPU.
 
         Each is worked out by one rank; a rank without one marks time with item `idle`.
@@ -118,8 +120,13 @@ class _Zero3(Sharding):
 
     def __init__(self, device: torch.device, optimizer: Any):
         super().__init__(device)
-        while not hasattr(optimizer, "release_backward_leftovers"):  # accelerate wraps DeepSpeed's, which holds it
-            optimizer = optimizer.parameter_offload if hasattr(optimizer, "parameter_offload") else optimizer.optimizer
+        # accelerate wraps DeepSpeed's, which holds it
+        while not hasattr(optimizer, "release_backward_leftovers"):
+            optimizer = (
+                optimizer.parameter_offload
+                if hasattr(optimizer, "parameter_offload")
+                else optimizer.optimizer
+            )
         self._offload = optimizer
 
     @contextmanager
@@ -127,7 +134,9 @@ class _Zero3(Sharding):
         import deepspeed
 
         # Without a modifier rank the weights are partitioned again on leaving and nothing is written back.
-        with deepspeed.zero.GatheredParameters([tensor for tensor in tensors if hasattr(tensor, "ds_id")]):
+        with deepspeed.zero.GatheredParameters(
+            [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        ):
             yield list(tensors)
 
     @torch.no_grad()
@@ -137,7 +146,9 @@ class _Zero3(Sharding):
         if not self._told(whole is not None):
             return
         if not hasattr(tensor, "ds_id"):  # a buffer, whole everywhere
-            super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo)
+            super().overwrite(
+                tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo
+            )
             return
         own = tensor.ds_tensor.detach().to("cpu", copy=True)
         if not tensor.ds_persist:
@@ -166,14 +177,18 @@ class _Fsdp2(Sharding):
 
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        yield [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        yield [
+            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors
+        ]
 
     @torch.no_grad()
     def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None, undo: ExitStack) -> None:
         if not self._told(whole is not None):
             return
         if not isinstance(tensor, DTensor):
-            super().overwrite(tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo)
+            super().overwrite(
+                tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo
+            )
             return
         local = tensor.to_local()
         undo.callback(_restore, local, local.detach().to("cpu", copy=True))
@@ -188,7 +203,9 @@ class _Fsdp2(Sharding):
                 module.reshard()
 
 
-def place(load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding) -> tuple[nn.Module, Sharding]:
+def place(
+    load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding
+) -> tuple[nn.Module, Sharding]:
     """Loads a finished checkpoint the way this process was launched: whole on its device, or sharded by ZeRO-3.
 
     Args:
@@ -216,12 +233,16 @@ def place(load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding) -> t
     }
     plugin.set_deepspeed_weakref()  # from here on transformers shards what it loads
     config = {key: value for key, value in plugin.deepspeed_config.items() if value != "auto"}
-    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if v != "auto"}
+    config["zero_optimization"] = {
+        k: v for k, v in config["zero_optimization"].items() if v != "auto"
+    }
     engine, *_ = deepspeed.initialize(model=load(), config=config)
     return engine.module, _Zero3(job.device, engine.optimizer)
 
 
-def sharding_of(model: nn.Module, device: torch.device | None = None, optimizer: Any = None) -> Sharding:
+def sharding_of(
+    model: nn.Module, device: torch.device | None = None, optimizer: Any = None
+) -> Sharding:
     """How `model` is spread.
 
     Args:

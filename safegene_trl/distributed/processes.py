@@ -82,7 +82,9 @@ def check_launch(model: nn.Module, args: TrainingArguments) -> None:
         )
     parallelism = getattr(args, "parallelism_config", None)
     sizes = {"tensor": "tp_size", "context": "cp_size", "sequence": "sp_size"}
-    found = next((name for name, key in sizes.items() if (getattr(parallelism, key, None) or 1) > 1), None)
+    found = next(
+        (name for name, key in sizes.items() if (getattr(parallelism, key, None) or 1) > 1), None
+    )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         found = "tensor"
     if found:

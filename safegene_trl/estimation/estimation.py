@@ -55,7 +55,8 @@ from ..vectors.safety_vector import SafetyVector
 LAYERS = (1, 3)
 REPETITIONS = 3  # the fastest counts: other work on the machine only adds
 SAMPLED_PROMPTS = 2  # of steps that read prompts one by one
-ZERO3_GATHERED = 10**9  # elements that DeepSpeed keeps gathered by default (`stage3_max_live_parameters`)
+# elements that DeepSpeed keeps gathered by default (`stage3_max_live_parameters`)
+ZERO3_GATHERED = 10**9
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,26 @@ class Probe:
         self.process = 0 if self.alone.device.type == "cuda" else self.host
         self.models = [self._model(layers, adapter, checkpointing) for layers in LAYERS]
         self.weights = (
-            sum(parameter.shape.numel() for parameter in canonical_parameters(skeleton)) * self.dtype.itemsize
+            sum(parameter.shape.numel() for parameter in canonical_parameters(skeleton))
+            * self.dtype.itemsize
         )
 
-    def _model(self, layers: int, adapter: PeftConfig | None = None, checkpointing: bool = False) -> nn.Module:
+    def _model(
+        self, layers: int, adapter: PeftConfig | None = None, checkpointing: bool = False
+    ) -> nn.Module:
         small = copy.deepcopy(self._config)
         small.num_hidden_layers = layers
         if getattr(small, "layer_types", None):
             small.layer_types = small.layer_types[:layers]
         with torch.random.fork_rng(), self.alone.device:
-            base: Any = AutoModelForCausalLM.from_config(small, dtype=self.dtype, trust_remote_code=False)
+            base: Any = AutoModelForCausalLM.from_config(
+                small, dtype=self.dtype, trust_remote_code=False
+            )
             if checkpointing:
                 base.gradient_checkpointing_enable()
-            model: nn.Module = base if adapter is None else get_peft_model(base, copy.deepcopy(adapter))
+            model: nn.Module = (
+                base if adapter is None else get_peft_model(base, copy.deepcopy(adapter))
+            )
         return model.eval()
 
     def stored(self, place: Path) -> list[StoredModel]:
@@ -164,9 +172,12 @@ class Probe:
         kinds = {re.sub(r"\.\d+\.", ".*.", name, count=1) for name in modules}
         return [
             {
-                name: LowRankDelta(torch.randn(rank, shape[1]) * 1e-3, torch.randn(shape[0], rank) * 1e-3)
+                name: LowRankDelta(
+                    torch.randn(rank, shape[1]) * 1e-3, torch.randn(shape[0], rank) * 1e-3
+                )
                 for name, module in canonical_modules(model).items()
-                if re.sub(r"\.\d+\.", ".*.", name, count=1) in kinds and (shape := linear_shape(module))
+                if re.sub(r"\.\d+\.", ".*.", name, count=1) in kinds
+                and (shape := linear_shape(module))
             }
             for model in self.models
         ]
@@ -176,7 +187,9 @@ class Probe:
         memory = [self._bytes(partial(run, index), on_host) for index in (0, 1)]
         if not self._timed:
             return _Pair((0.0, 0.0), (memory[0], memory[1]))
-        times = [[self._seconds(partial(run, index)) for index in (0, 1)] for _ in range(REPETITIONS)]
+        times = [
+            [self._seconds(partial(run, index)) for index in (0, 1)] for _ in range(REPETITIONS)
+        ]
         fast, slow = (min(pair[index] for pair in times) for index in (0, 1))
         return _Pair((fast, slow), (memory[0], memory[1]))
 
@@ -241,18 +254,32 @@ def estimate_safeguard(
     a search that ends early are not in the seconds.
     """
     deltas = probe.deltas(vector.deltas, vector.rank)
-    stored = sum(t.numel() * t.element_size() for delta in vector.deltas.values() for t in (delta.a, delta.b))
+    stored = sum(
+        t.numel() * t.element_size() for delta in vector.deltas.values() for t in (delta.a, delta.b)
+    )
     held = probe.process + launch.held(probe.weights, probe.dtype.itemsize) + stored
-    costs = {"recalibrate": _recalibration(probe, config, vector, tokenizer, shots, launch, deltas, held)}
-    prompts = [[list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind]
+    costs = {
+        "recalibrate": _recalibration(probe, config, vector, tokenizer, shots, launch, deltas, held)
+    }
+    prompts = [
+        [list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind
+    ]
     if prompts:
         answers = [
             _generation(
-                probe, tokenizer, messages, config.measure.max_new_tokens, config.batch_size or ON_CPU, launch, deltas
+                probe,
+                tokenizer,
+                messages,
+                config.measure.max_new_tokens,
+                config.batch_size or ON_CPU,
+                launch,
+                deltas,
             )
             for messages in prompts
         ]
-        costs["measure"] = Cost(2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))
+        costs["measure"] = Cost(
+            2 * sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers)
+        )
     return costs | {"save": _saving(probe, config, deltas, tokenizer, held)}
 
 
@@ -271,7 +298,10 @@ def _recalibration(
 
     def references(index: int) -> None:
         model, pad = probe.models[index], padding_id(tokenizer)
-        fit, other = (Objective(model, shots.data, name, config, pad, probe.alone) for name in ("fit", "held_out"))
+        fit, other = (
+            Objective(model, shots.data, name, config, pad, probe.alone)
+            for name in ("fit", "held_out")
+        )
         sides[index] = fit, other
 
     def gradients(index: int) -> None:
@@ -311,7 +341,9 @@ def _attachment(probe: Probe, index: int, deltas: Mapping[str, LowRankDelta]) ->
 
 def _slightly(attachment: VectorAttachment) -> AbstractContextManager[None]:
     """The vector on with some coefficients."""
-    return attachment.applied(torch.full((len(attachment.space.names),), 0.1, device=attachment.sharding.device))
+    return attachment.applied(
+        torch.full((len(attachment.space.names),), 0.1, device=attachment.sharding.device)
+    )
 
 
 def _generation(
@@ -327,9 +359,13 @@ def _generation(
     sample = prompts[:batch_size]
 
     def run(index: int) -> None:
-        on = nullcontext() if deltas is None else _slightly(_attachment(probe, index, deltas[index]))
+        on = (
+            nullcontext() if deltas is None else _slightly(_attachment(probe, index, deltas[index]))
+        )
         with torch.no_grad(), on:
-            generate_answers(probe.models[index], tokenizer, sample, max_new_tokens, batch_size, probe.alone)
+            generate_answers(
+                probe.models[index], tokenizer, sample, max_new_tokens, batch_size, probe.alone
+            )
 
     seconds, memory = probe.measure(run).at(probe.layers)
     batches = math.ceil(len(prompts) / batch_size)
@@ -347,9 +383,19 @@ def _saving(
         model, own = probe.models[index], deltas[index]
         coefficients = dict.fromkeys(own, 0.1)
         if config.output.output_format != "adapter":
-            save_merged(model, own, coefficients, tokenizer, folder, config.output.max_shard_size, probe.alone)
+            save_merged(
+                model,
+                own,
+                coefficients,
+                tokenizer,
+                folder,
+                config.output.max_shard_size,
+                probe.alone,
+            )
         if config.output.output_format != "merged":
-            save_adapter(model, own, coefficients, "base", tokenizer, folder / "adapter", probe.alone)
+            save_adapter(
+                model, own, coefficients, "base", tokenizer, folder / "adapter", probe.alone
+            )
 
     seconds, memory, disk = _written(probe, run, config.output.output_dir)
     return Cost(seconds, held + memory, disk)
@@ -365,7 +411,9 @@ def _written(
         with tempfile.TemporaryDirectory(dir=_place(output_dir)) as place:
             with atomic_directory(Path(place) / "out") as folder:
                 write(index, folder)
-            sizes[index] = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
+            sizes[index] = sum(
+                path.stat().st_size for path in Path(place).rglob("*") if path.is_file()
+            )
 
     cost = probe.measure(run, on_host)
     # Each weight is made by itself: the largest one counts, however many there are.
@@ -420,29 +468,52 @@ def estimate_extraction(
     drawn = harmful[: config.num_safety_prompts], benign[: config.num_benign_prompts]
     answers = [
         _generation(
-            probe, tokenizer, [_turn(text) for text in texts], config.max_new_tokens, config.batch_size, launch
+            probe,
+            tokenizer,
+            [_turn(text) for text in texts],
+            config.max_new_tokens,
+            config.batch_size,
+            launch,
         )
         for texts in drawn
     ]
-    costs["answers"] = Cost(sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers))
-    pad, samples = padding_id(tokenizer), [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
+    costs["answers"] = Cost(
+        sum(seconds for seconds, _ in answers), held + max(peak for _, peak in answers)
+    )
+    pad, samples = (
+        padding_id(tokenizer),
+        [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn],
+    )
     if config.method != "delta":
         costs["distillation"] = _distillation(probe, config, samples, deltas, pad, launch, held)
     passes = {
-        "activation_contrast": 2 * sum(min(config.num_selection_prompts, len(texts)) for texts in (harmful, benign)),
+        "activation_contrast": 2
+        * sum(min(config.num_selection_prompts, len(texts)) for texts in (harmful, benign)),
         "gradient": min(config.num_selection_prompts, len(samples[0])),
     }
     if config.selection in passes:
 
         def scores(index: int) -> None:
             if config.selection == "gradient":
-                gradient(probe.models[index], deltas[index], samples[0][:SAMPLED_PROMPTS], pad, probe.alone)
+                gradient(
+                    probe.models[index],
+                    deltas[index],
+                    samples[0][:SAMPLED_PROMPTS],
+                    pad,
+                    probe.alone,
+                )
             else:
-                last_token_states(probe.models[index], tokenizer, harmful[:SAMPLED_PROMPTS], probe.alone)
+                last_token_states(
+                    probe.models[index], tokenizer, harmful[:SAMPLED_PROMPTS], probe.alone
+                )
 
         seconds, memory = probe.measure(scores).at(probe.layers)
-        costs["selection"] = Cost(seconds * passes[config.selection] / SAMPLED_PROMPTS, held + memory)
-    per_layer = sum(t.numel() for delta in deltas[0].values() for t in (delta.a, delta.b)) // LAYERS[0]
+        costs["selection"] = Cost(
+            seconds * passes[config.selection] / SAMPLED_PROMPTS, held + memory
+        )
+    per_layer = (
+        sum(t.numel() for delta in deltas[0].values() for t in (delta.a, delta.b)) // LAYERS[0]
+    )
     kept = len(top_layers(range(probe.layers), config.selected_share))
     size = per_layer * kept * getattr(torch, config.weights_dtype).itemsize
     return costs | {"save": Cost(0.0, probe.host, size)}
@@ -486,14 +557,21 @@ def _distillation(
         items[index] = [
             item
             for anchor, batch in enumerate(firsts)
-            for item in reference_batches(probe.models[index], batch, len(batch), pad, bool(anchor), probe.alone)
+            for item in reference_batches(
+                probe.models[index], batch, len(batch), pad, bool(anchor), probe.alone
+            )
         ]
 
     reference = probe.measure(references)
-    students = [with_factors(copy.deepcopy(model), own) for model, own in zip(probe.models, deltas, strict=True)]
+    students = [
+        with_factors(copy.deepcopy(model), own)
+        for model, own in zip(probe.models, deltas, strict=True)
+    ]
 
     def steps(index: int) -> None:
-        trained = [parameter for parameter in students[index].parameters() if parameter.requires_grad]
+        trained = [
+            parameter for parameter in students[index].parameters() if parameter.requires_grad
+        ]
         with expansion(students[index], config.expanded_blocks):
             for item in items[index]:
                 torch.autograd.grad(mean_divergence(students[index], item), trained)
@@ -508,11 +586,19 @@ def _distillation(
     seconds = reference.at(probe.layers)[0] * batches * launch.share(sum(counts))
     seconds += step.at(probe.layers)[0] * config.distill_steps / len(firsts)
     seconds += 2 * loss.at(probe.layers)[0] * batches * launch.share(sum(counts))
-    kept = sum(item.log_probs.nbytes for item in items[1]) * batches if probe.alone.device.type == "cpu" else 0
-    return Cost(seconds, held + int(kept) + max(step.at(probe.layers)[1], reference.at(probe.layers)[1]))
+    kept = (
+        sum(item.log_probs.nbytes for item in items[1]) * batches
+        if probe.alone.device.type == "cpu"
+        else 0
+    )
+    return Cost(
+        seconds, held + int(kept) + max(step.at(probe.layers)[1], reference.at(probe.layers)[1])
+    )
 
 
-def _samples(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], response_tokens: int) -> list[Sample]:
+def _samples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], response_tokens: int
+) -> list[Sample]:
     """Prompts with answers as long as they may become."""
     found = []
     for prompt in prompts:

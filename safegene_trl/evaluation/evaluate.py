@@ -18,7 +18,15 @@ from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
 from ..checkpoints.source import adapter_base
-from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_is, check_values, named_fields, written_place
+from ..config.validation import (
+    DTYPES,
+    LARGEST_COUNT,
+    Rule,
+    check_is,
+    check_values,
+    named_fields,
+    written_place,
+)
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
 from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes, this_job
@@ -70,24 +78,48 @@ class EvaluationConfig:
         ConfigError: A name is no setting. Values are checked by `check`, with which `evaluate` begins.
     """
 
-    model_name_or_path: str = field(default="", metadata={"help": "Checkpoint or adapter: directory or hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Checkpoint or adapter: directory or hub id."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit on the hub."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Data type to load it in, e.g. float32."})
     allow_pickled_shards: bool = field(
-        default=False, metadata={"help": "Read DeepSpeed's shards, pickle files that can run code: only your own."}
+        default=False,
+        metadata={
+            "help": "Read DeepSpeed's shards, pickle files that can run code: only your own."
+        },
     )
-    harmful_data: list[str] = field(default_factory=list, metadata={"help": "Prompt sets that ought to be refused."})
-    benign_data: list[str] = field(default_factory=list, metadata={"help": "Prompt sets that ought to be answered."})
-    data_split: str = field(default="train", metadata={"help": "Split of data sets on the hub that name none."})
+    harmful_data: list[str] = field(
+        default_factory=list, metadata={"help": "Prompt sets that ought to be refused."}
+    )
+    benign_data: list[str] = field(
+        default_factory=list, metadata={"help": "Prompt sets that ought to be answered."}
+    )
+    data_split: str = field(
+        default="train", metadata={"help": "Split of data sets on the hub that name none."}
+    )
     exclude_data: list[str] = field(
-        default_factory=list, metadata={"help": "Data or vectors whose prompts must not be repeated."}
+        default_factory=list,
+        metadata={"help": "Data or vectors whose prompts must not be repeated."},
     )
-    num_prompts: int | None = field(default=None, metadata={"help": "Prompts of each set (default: all)."})
-    judges: list[str] = field(default_factory=lambda: ["refusal_phrases"], metadata={"help": "Judges."})
-    task_labels: list[str] = field(default_factory=list, metadata={"help": "Labels that are off-task as answers."})
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "Prompts of each set (default: all)."}
+    )
+    judges: list[str] = field(
+        default_factory=lambda: ["refusal_phrases"], metadata={"help": "Judges."}
+    )
+    task_labels: list[str] = field(
+        default_factory=list, metadata={"help": "Labels that are off-task as answers."}
+    )
     tasks: list[str] = field(default_factory=list, metadata={"help": "Utility tasks of lm-eval."})
-    tasks_dir: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
-    num_task_samples: int | None = field(default=None, metadata={"help": "Samples of each task (default: all)."})
+    tasks_dir: str | None = field(
+        default=None, metadata={"help": "Folder with task files of your own."}
+    )
+    num_task_samples: int | None = field(
+        default=None, metadata={"help": "Samples of each task (default: all)."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated for an answer."})
     batch_size: int = field(default=8, metadata={"help": "Prompts per forward pass."})
     seed: int = field(default=0, metadata={"help": "For drawing prompts."})
@@ -111,9 +143,13 @@ class EvaluationConfig:
             ConfigError: One is missing or impossible, or there is nothing to evaluate on.
         """
         if not self.model_name_or_path:
-            raise ConfigError("No model is named: set `model_name_or_path` to a checkpoint or adapter.")
+            raise ConfigError(
+                "No model is named: set `model_name_or_path` to a checkpoint or adapter."
+            )
         if not (self.harmful_data or self.benign_data or self.tasks):
-            raise ConfigError("There is nothing to evaluate on: set `harmful_data`, `benign_data` or `tasks`.")
+            raise ConfigError(
+                "There is nothing to evaluate on: set `harmful_data`, `benign_data` or `tasks`."
+            )
         if not self.judges:
             raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
         check_values(self)
@@ -121,7 +157,12 @@ class EvaluationConfig:
     @property
     def deciding_answers(self) -> dict[str, Any]:
         """The settings that an answer depends on."""
-        return {"max_new_tokens": self.max_new_tokens, "decoding": "greedy", "padding": "left", "dtype": self.dtype}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy",
+            "padding": "left",
+            "dtype": self.dtype,
+        }
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
@@ -162,7 +203,11 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
             _check_folder(folder, config)
             prompts, repeated = _prompts(config)
             judges = [load_judge(spec) for spec in config.judges] if job.is_main else []
-            manager = check_tasks(config.tasks, config.tasks_dir) if config.tasks and job.is_main else None
+            manager = (
+                check_tasks(config.tasks, config.tasks_dir)
+                if config.tasks and job.is_main
+                else None
+            )
             tokenizer = load_tokenizer(config.model_name_or_path, config.model_revision)
             if job.is_main:
                 check_encoding(tokenizer, config.model_name_or_path, prompts, config.exclude_data)
@@ -175,10 +220,17 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
             return None
         answers = read_answers(folder)
         texts = [answers[prompt.key]["answer"] for prompt in prompts]
-        verdicts = {judge.name: records().verdicts(judge, prompts, texts, config.task_labels) for judge in judges}
+        verdicts = {
+            judge.name: records().verdicts(judge, prompts, texts, config.task_labels)
+            for judge in judges
+        }
         result: dict[str, Any] = {
-            "settings": records().settings | {"seed": config.seed, "num_prompts": config.num_prompts},
-            "prompts": {"count": len(prompts), "sha256": sha256_of_json([prompt.key for prompt in prompts])},
+            "settings": records().settings
+            | {"seed": config.seed, "num_prompts": config.num_prompts},
+            "prompts": {
+                "count": len(prompts),
+                "sha256": sha256_of_json([prompt.key for prompt in prompts]),
+            },
             "left_out_as_repeated": repeated,
             "judges": {
                 judge.name: {
@@ -192,7 +244,9 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
         }
         if manager is not None and model is not None:
             count, samples = config.batch_size, config.num_task_samples
-            result["utility"] = measure_utility(model, tokenizer, config.tasks, manager, count, samples, config.seed)
+            result["utility"] = measure_utility(
+                model, tokenizer, config.tasks, manager, count, samples, config.seed
+            )
         replace_file(folder / RESULT, strict_json(result) + "\n")
     return result
 
@@ -200,11 +254,18 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
 def _check_folder(folder: Path, config: EvaluationConfig) -> None:
     """Raises `OutputError` for the folder of a model or of data, which the evaluation's files would become a part of."""
     name = config.model_name_or_path
-    inputs = [name, adapter_base(name, config.model_revision), *config.exclude_data, config.tasks_dir]
+    inputs = [
+        name,
+        adapter_base(name, config.model_revision),
+        *config.exclude_data,
+        config.tasks_dir,
+    ]
     inputs += [*config.harmful_data, *config.benign_data]
     for one in inputs:
         if one and folder.is_dir() and Path(one).is_dir() and folder.samefile(one):
-            raise OutputError(f"{folder} is read as {one}, and would be written into: choose another `output_dir`.")
+            raise OutputError(
+                f"{folder} is read as {one}, and would be written into: choose another `output_dir`."
+            )
 
 
 def _answer(
@@ -223,7 +284,11 @@ def _answer(
     if not missing and not config.tasks:
         return None
     model, sharding = load_placed(
-        config.model_name_or_path, config.model_revision, config.dtype, job, config.allow_pickled_shards
+        config.model_name_or_path,
+        config.model_revision,
+        config.dtype,
+        job,
+        config.allow_pickled_shards,
     )
     if sharding.collective_forward and config.tasks:
         raise ConfigError(
@@ -243,9 +308,13 @@ def _answer(
 def _prompts(config: EvaluationConfig) -> tuple[list[Prompt], list[dict[str, object]]]:
     prompts: list[Prompt] = []
     for source in config.harmful_data:
-        prompts += load_prompts(source, "harmful", config.data_split, config.num_prompts, config.seed)
+        prompts += load_prompts(
+            source, "harmful", config.data_split, config.num_prompts, config.seed
+        )
     for source in config.benign_data:
-        prompts += load_prompts(source, "benign", config.data_split, config.num_prompts, config.seed)
+        prompts += load_prompts(
+            source, "benign", config.data_split, config.num_prompts, config.seed
+        )
     names = [*config.harmful_data, *config.benign_data]
     if len({Path(name).stem for name in names}) < len(names):
         raise ConfigError("Two prompt sets have one name: rename one of the files.")
@@ -260,12 +329,16 @@ def _generated(
     sharding: Sharding,
 ) -> Iterator[tuple[list[Prompt], list[str]]]:
     """Answers to a few batches per rank at a time, the longest prompts first: memory that does not suffice shows at once."""
-    ordered = sorted(prompts, key=lambda prompt: -len(prompt_text(tokenizer, list(prompt.messages))))
+    ordered = sorted(
+        prompts, key=lambda prompt: -len(prompt_text(tokenizer, list(prompt.messages)))
+    )
     size = 4 * config.batch_size * sharding.world_size
     for start in range(0, len(ordered), size):
         part = ordered[start : start + size]
         messages = [list(prompt.messages) for prompt in part]
-        own = generate_answers(model, tokenizer, messages, config.max_new_tokens, config.batch_size, sharding)
+        own = generate_answers(
+            model, tokenizer, messages, config.max_new_tokens, config.batch_size, sharding
+        )
         answers = sharding.united(own)
         logger.info("%d of %d answers", start + len(part), len(ordered))
         yield part, answers
@@ -275,7 +348,10 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
     name, revision = config.model_name_or_path, config.model_revision
     base = adapter_base(name, revision)
     try:
-        model, base_model = model_reference(name, revision), None if base is None else model_reference(base)
+        model, base_model = (
+            model_reference(name, revision),
+            None if base is None else model_reference(base),
+        )
     except OSError as error:
         raise ConfigError(
             f"The files of {name} cannot be read, to tell its answers from another model's: {error}"

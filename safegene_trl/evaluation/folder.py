@@ -1,3 +1,8 @@
 """What an evaluation's folder holds."""
 
-GENERATIONS, VERDICTS, RESULT, SETTINGS = "generations.jsonl", "verdicts.jsonl", "evaluation.json", "settings.json"
+GENERATIONS, VERDICTS, RESULT, SETTINGS = (
+    "generations.jsonl",
+    "verdicts.jsonl",
+    "evaluation.json",
+    "settings.json",
+)

@@ -21,7 +21,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     except OSError as error:
         raise OutputError(f"{path} cannot be read: {error.strerror}.") from error
-    rows = [_object(line, path, number) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
+    rows = [
+        _object(line, path, number)
+        for number, line in enumerate(lines[:-1], start=1)
+        if line.strip()
+    ]
     if (last := _parsed(lines[-1])) is not None:
         rows.append(last)
     return rows
@@ -60,7 +64,9 @@ def _repair(file: Any) -> None:
 def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     found = _parsed(line)
     if found is None:
-        raise OutputError(f"Line {number} of {path} is damaged: take it out, and what it held is done again.")
+        raise OutputError(
+            f"Line {number} of {path} is damaged: take it out, and what it held is done again."
+        )
     return found
 
 

@@ -30,7 +30,9 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
     rows = read_lines(folder / GENERATIONS)
     for number, row in enumerate(rows, start=1):
         if not all(isinstance(row.get(key), str) for key in ("key", "answer", "run")):
-            raise OutputError(f"Answer {number} in {folder / GENERATIONS} is of another version: {_OTHER_RUN}.")
+            raise OutputError(
+                f"Answer {number} in {folder / GENERATIONS} is of another version: {_OTHER_RUN}."
+            )
     return {row["key"]: row for row in rows}
 
 
@@ -60,9 +62,13 @@ class Records:
                 f"{self.folder} holds answers or verdicts without their settings: choose another `output_dir`."
             ) from error
         if changed:
-            raise OutputError(f"{self.folder} holds answers of a run with another `{changed[0]}`: {_OTHER_RUN}.")
+            raise OutputError(
+                f"{self.folder} holds answers of a run with another `{changed[0]}`: {_OTHER_RUN}."
+            )
         if any(row.get("run") != self.run for row in rows):
-            raise OutputError(f"{self.folder} holds answers or verdicts of another run: {_OTHER_RUN}.")
+            raise OutputError(
+                f"{self.folder} holds answers or verdicts of another run: {_OTHER_RUN}."
+            )
 
     def begin(self) -> None:
         """Writes the settings, before the first answer; numbers of an earlier run go."""
@@ -93,8 +99,13 @@ class Records:
         for start in range(0, len(rest), judge.batch):
             part = rest[start : start + judge.batch]
             exchanges = [Exchange(prompts[i].text, answers[i], tuple(labels)) for i in part]
-            found = {names[i]: verdict for i, verdict in zip(part, _asked(judge, exchanges), strict=True)}
-            rows = [dict(zip(_NAME, name, strict=True)) | asdict(verdict) for name, verdict in found.items()]
+            found = {
+                names[i]: verdict for i, verdict in zip(part, _asked(judge, exchanges), strict=True)
+            }
+            rows = [
+                dict(zip(_NAME, name, strict=True)) | asdict(verdict)
+                for name, verdict in found.items()
+            ]
             append_lines(self.folder / VERDICTS, rows)
             known |= found
         return [known[name] for name in names]
@@ -106,11 +117,17 @@ class Records:
         for number, row in enumerate(read_lines(self.folder / VERDICTS), start=1):
             name = tuple(row.get(key) for key in _NAME)
             score = row.get("score")
-            numeric = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-            if not (all(isinstance(part, str) for part in name) and row.get("label") in get_args(Label)) or not (
-                score is None or numeric
-            ):
-                raise OutputError(f"Verdict {number} in {self.folder / VERDICTS} is of another version: {_OTHER_RUN}.")
+            numeric = (
+                isinstance(score, int | float)
+                and not isinstance(score, bool)
+                and math.isfinite(score)
+            )
+            if not (
+                all(isinstance(part, str) for part in name) and row.get("label") in get_args(Label)
+            ) or not (score is None or numeric):
+                raise OutputError(
+                    f"Verdict {number} in {self.folder / VERDICTS} is of another version: {_OTHER_RUN}."
+                )
             yield tuple(map(str, name)), Verdict(row["label"], score)
 
 
@@ -122,9 +139,7 @@ def _asked(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
         return judged(judge, exchanges)
     except SafeGeneError:
         raise
-    except (
-        Exception
-    ) as error:  # of a model, a server's client or another package: whatever it is, the verdicts so far are kept
+    except Exception as error:  # of a model, a server's client or another package: whatever it is, the verdicts so far are kept
         raise SafeGeneError(
             f"The judge {judge.name} failed ({type(error).__name__}: {one_line(error)[:300]}): the verdicts given before are kept; set that "
             "right or leave the judge out, then run again."

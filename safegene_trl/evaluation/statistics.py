@@ -38,4 +38,6 @@ def kappa(first: Sequence[object], second: Sequence[object]) -> float | None:
     """Cohen's κ of two judges; None where both give everything one and the same label."""
     if len(set(first) | set(second)) < 2:
         return None
-    return float(cohen_kappa_score([str(label) for label in first], [str(label) for label in second]))
+    return float(
+        cohen_kappa_score([str(label) for label in first], [str(label) for label in second])
+    )

@@ -18,7 +18,9 @@ def check_tasks(tasks: Sequence[str], tasks_dir: str | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError("Utility tasks need lm-eval: pip install 'safegene-trl[eval]'.") from error
+        raise ConfigError(
+            "Utility tasks need lm-eval: pip install 'safegene-trl[eval]'."
+        ) from error
     # Reading its whole collection takes a while: only where a task is not among one's own.
     manager = TaskManager(include_path=tasks_dir, include_defaults=False) if tasks_dir else None
     if manager is None or _unknown(manager, tasks):

@@ -37,7 +37,9 @@ def own_answers(
             if is_refusal(answer) == (kind == "harmful") and answer
         ]
         if kind == "harmful" and not rows:
-            raise FamilyError("The aligned model refuses none of the harmful prompts: align it first, or give others.")
+            raise FamilyError(
+                "The aligned model refuses none of the harmful prompts: align it first, or give others."
+            )
     return rows
 
 

@@ -55,42 +55,81 @@ class ExtractionConfig:
         ConfigError: A name is no setting. Values are checked by `check`, with which `extract` begins.
     """
 
-    aligned_model: str = field(default="", metadata={"help": "Model with intact refusals: directory or hub id."})
-    aligned_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
-    degraded_model: str = field(default="", metadata={"help": "Model or LoRA with weakened refusals."})
-    degraded_revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit on the hub."})
+    aligned_model: str = field(
+        default="", metadata={"help": "Model with intact refusals: directory or hub id."}
+    )
+    aligned_revision: str | None = field(
+        default=None, metadata={"help": "Its branch, tag or commit on the hub."}
+    )
+    degraded_model: str = field(
+        default="", metadata={"help": "Model or LoRA with weakened refusals."}
+    )
+    degraded_revision: str | None = field(
+        default=None, metadata={"help": "Its branch, tag or commit on the hub."}
+    )
     output_dir: str = field(default="", metadata={"help": "Where the vector goes."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a vector that is there."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace a vector that is there."}
+    )
     method: str = field(
-        default="delta", metadata={"help": "How the deltas are made.", "choices": ["delta", "distill", "linearized"]}
+        default="delta",
+        metadata={
+            "help": "How the deltas are made.",
+            "choices": ["delta", "distill", "linearized"],
+        },
     )
     linearized_blocks: str = field(
-        default="both", metadata={"help": "Blocks that `linearized` expands.", "choices": ["attention", "mlp", "both"]}
+        default="both",
+        metadata={
+            "help": "Blocks that `linearized` expands.",
+            "choices": ["attention", "mlp", "both"],
+        },
     )
     distill_steps: int = field(default=60, metadata={"help": "Optimiser steps of `distill`."})
-    distill_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of `distill`."})
-    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of benign prompts in `distill`."})
-    rank: int | None = field(default=None, metadata={"help": "Rank of every delta. Default: the LoRA's own, else 8."})
+    distill_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of `distill`."}
+    )
+    anchor_weight: float = field(
+        default=1.0, metadata={"help": "Weight of benign prompts in `distill`."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of every delta. Default: the LoRA's own, else 8."}
+    )
     exact_svd: bool = field(default=False, metadata={"help": "Truncate by the exact SVD: slow."})
-    isolate_from: list[str] = field(default_factory=list, metadata={"help": "Task models to isolate the vector from."})
+    isolate_from: list[str] = field(
+        default_factory=list, metadata={"help": "Task models to isolate the vector from."}
+    )
     isolation_rank: int = field(
         default=8, metadata={"help": "Dimension of the task models' subspace in every module."}
     )
     selection: str = field(
-        default="activation_contrast", metadata={"help": "How layers are selected.", "choices": list(METHODS)}
+        default="activation_contrast",
+        metadata={"help": "How layers are selected.", "choices": list(METHODS)},
     )
     layer_share: float = field(default=0.5, metadata={"help": "Share of the layers that are kept."})
-    bootstrap_resamples: int = field(default=200, metadata={"help": "Resamples to see how stable the selection is."})
-    harmful_data: str = field(default="", metadata={"help": "Harmful prompts, without answers: file or hub id."})
+    bootstrap_resamples: int = field(
+        default=200, metadata={"help": "Resamples to see how stable the selection is."}
+    )
+    harmful_data: str = field(
+        default="", metadata={"help": "Harmful prompts, without answers: file or hub id."}
+    )
     benign_data: str = field(default="", metadata={"help": "Benign prompts: file or hub id."})
     data_split: str = field(default="train", metadata={"help": "Split of both data sets."})
-    num_selection_prompts: int = field(default=32, metadata={"help": "Prompts of each kind for layer selection."})
-    num_safety_prompts: int = field(default=64, metadata={"help": "Harmful prompts stored with the vector."})
-    num_benign_prompts: int = field(default=64, metadata={"help": "Benign prompts stored with the vector."})
+    num_selection_prompts: int = field(
+        default=32, metadata={"help": "Prompts of each kind for layer selection."}
+    )
+    num_safety_prompts: int = field(
+        default=64, metadata={"help": "Harmful prompts stored with the vector."}
+    )
+    num_benign_prompts: int = field(
+        default=64, metadata={"help": "Benign prompts stored with the vector."}
+    )
     max_new_tokens: int = field(default=48, metadata={"help": "Length of the stored answers."})
     batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch."})
     dtype: str = field(default="auto", metadata={"help": "Data type to load the models in."})
-    weights_dtype: str = field(default="float16", metadata={"help": "Data type to store the vector in."})
+    weights_dtype: str = field(
+        default="float16", metadata={"help": "Data type to store the vector in."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed for drawing prompts."})
 
     RULES: ClassVar[Mapping[str, Rule]] = {
@@ -128,7 +167,13 @@ class ExtractionConfig:
         Raises:
             ConfigError: One is missing or impossible.
         """
-        for name in ("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"):
+        for name in (
+            "aligned_model",
+            "degraded_model",
+            "output_dir",
+            "harmful_data",
+            "benign_data",
+        ):
             if not getattr(self, name):
                 raise ConfigError(f"`{name}` is not set.")
         check_values(self)

@@ -65,14 +65,20 @@ class Coverage:
         return None
 
 
-def adapter_coverage(aligned: StoredModel, degraded: StoredModel, truncations: Mapping[str, Truncation]) -> Coverage:
+def adapter_coverage(
+    aligned: StoredModel, degraded: StoredModel, truncations: Mapping[str, Truncation]
+) -> Coverage:
     """The coverage of two models of one base model, from their adapters; of the files only what an adapter replaces is read."""
-    replaced = (aligned.own_tensors().keys() | degraded.own_tensors().keys()) & aligned.required_names
+    replaced = (
+        aligned.own_tensors().keys() | degraded.own_tensors().keys()
+    ) & aligned.required_names
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, stored in ((1, aligned), (-1, degraded)):
         for name, module in canonical_modules(stored.model).items():
             if layer_index(name) is None and aligned.weight_files.get(name) not in replaced:
-                pairs.setdefault(name, []).extend((a, sign * b) for a, b in (f.pair() for f in task_factors(module)))
+                pairs.setdefault(name, []).extend(
+                    (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
+                )
     left_out = {}
     for name, own in pairs.items():
         if own:
@@ -107,10 +113,14 @@ def differences(
     for name in floating:
         other = degraded.files.get(name)
         if other is None or other.shape != aligned.files[name].shape:
-            raise FamilyError(f"`{name}` differs in shape between the aligned and the degraded model: use one family.")
+            raise FamilyError(
+                f"`{name}` differs in shape between the aligned and the degraded model: use one family."
+            )
     blocks = [block for name in floating for block in row_blocks(name, aligned.files[name])]
     found: dict[str, float] = {}
-    for block, squares in zip(blocks, in_threads(partial(_squares, aligned, degraded, reader), blocks), strict=True):
+    for block, squares in zip(
+        blocks, in_threads(partial(_squares, aligned, degraded, reader), blocks), strict=True
+    ):
         found[block.name] = found.get(block.name, 0.0) + squares
         advance(2 * (block.stop - block.first) * aligned.files[block.name].row_bytes)
     return {name: squares for name, squares in found.items() if squares}

@@ -42,7 +42,9 @@ def adapter_delta(
     for sign, model in ((1, aligned), (-1, degraded)):
         for name, module in canonical_modules(model).items():
             if layer_index(name) is not None:
-                factors.setdefault(name, []).extend((a, sign * b) for a, b in (f.pair() for f in task_factors(module)))
+                factors.setdefault(name, []).extend(
+                    (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
+                )
     stacked = {
         name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
         for name, pairs in factors.items()
@@ -52,7 +54,9 @@ def adapter_delta(
         raise FamilyError("The two models do not differ in any layer: give another degraded model.")
     for name, pair in stacked.items():
         if not all(map(is_finite, pair)):
-            raise CheckpointError(f"A LoRA on `{name}` holds NaN or infinity: its training has diverged.")
+            raise CheckpointError(
+                f"A LoRA on `{name}` holds NaN or infinity: its training has diverged."
+            )
     rank = rank or max(a.shape[0] for a, _ in stacked.values())
     return {name: factors_at_rank(a, b, rank) for name, (a, b) in stacked.items()}
 
@@ -100,7 +104,13 @@ def stored_difference(
 
 
 def _difference(
-    aligned: StoredModel, degraded: StoredModel, rank: int, exact: bool, seed: int, show_progress: bool, whole: bool
+    aligned: StoredModel,
+    degraded: StoredModel,
+    rank: int,
+    exact: bool,
+    seed: int,
+    show_progress: bool,
+    whole: bool,
 ) -> tuple[dict[str, Truncation], Coverage]:
     names = [
         name
@@ -108,11 +118,17 @@ def _difference(
         if layer_index(name) is not None and linear_shape(module) is not None
     ]
     for name in names:
-        stored = [model.files.get(model.weight_files.get(name, "")) for model in (aligned, degraded)]
+        stored = [
+            model.files.get(model.weight_files.get(name, "")) for model in (aligned, degraded)
+        ]
         if stored[0] is None or stored[1] is None or stored[0].shape != stored[1].shape:
-            raise FamilyError(f"`{name}` differs in shape between the aligned and the degraded model: use one family.")
+            raise FamilyError(
+                f"`{name}` differs in shape between the aligned and the degraded model: use one family."
+            )
     sizes = [aligned.files[aligned.weight_files[name]].num_bytes for name in names]
-    rest = aligned.required_names - {aligned.weight_files[name] for name in names} if whole else set()
+    rest = (
+        aligned.required_names - {aligned.weight_files[name] for name in names} if whole else set()
+    )
     total = 2 * (sum(sizes) + sum(aligned.files[name].num_bytes for name in rest))
     bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
     found: dict[str, Truncation] = {}
@@ -130,7 +146,13 @@ def _difference(
 
 @torch.no_grad()
 def _module_delta(
-    aligned: StoredModel, degraded: StoredModel, reader: RowReader, rank: int, exact: bool, seed: int, name: str
+    aligned: StoredModel,
+    degraded: StoredModel,
+    reader: RowReader,
+    rank: int,
+    exact: bool,
+    seed: int,
+    name: str,
 ) -> Truncation:
     difference = aligned.matrix(reader, name)
     difference -= degraded.matrix(reader, name)

@@ -73,7 +73,12 @@ class DistillationSettings:
 
 @torch.no_grad()
 def reference_batches(
-    model: nn.Module, samples: Sequence[Sample], batch_size: int, pad_id: int, is_anchor: bool, sharding: Sharding
+    model: nn.Module,
+    samples: Sequence[Sample],
+    batch_size: int,
+    pad_id: int,
+    is_anchor: bool,
+    sharding: Sharding,
 ) -> list[ReferenceBatch]:
     """Samples with a model's own log-probabilities. Collective: each rank works on its share, all have the outcome."""
     model.eval()
@@ -160,7 +165,9 @@ class _DistillationTrainer(Trainer):
         super().__init__(**kwargs)
         self._anchor_weight = anchor_weight
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         item: ReferenceBatch = inputs["item"]
         model.eval()  # dropout would move the student away from references made without it
         return mean_divergence(model, item) * (self._anchor_weight if item.is_anchor else 1.0)
@@ -190,7 +197,9 @@ class _Outcome(TrainerCallback):
         for name in self._modules:
             factors = _factors(modules[name])
             with torch.no_grad(), sharding.full(factors) as (a, b):
-                self.deltas[name] = LowRankDelta(*(tensor.float().cpu().clone() for tensor in (a, b)))
+                self.deltas[name] = LowRankDelta(
+                    *(tensor.float().cpu().clone() for tensor in (a, b))
+                )
 
 
 def _sharding(args: TrainingArguments, kwargs: Mapping[str, Any]) -> Sharding:
@@ -198,7 +207,9 @@ def _sharding(args: TrainingArguments, kwargs: Mapping[str, Any]) -> Sharding:
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, data: Sequence[ReferenceBatch], sharding: Sharding) -> dict[str, float]:
+def _losses(
+    model: nn.Module, data: Sequence[ReferenceBatch], sharding: Sharding
+) -> dict[str, float]:
     """Mean divergences over the tokens of all batches of a kind; collective."""
     model.eval()
     means = sharding.values(len(data), lambda index: mean_divergence(model, data[index]))
@@ -213,7 +224,9 @@ def _losses(model: nn.Module, data: Sequence[ReferenceBatch], sharding: Sharding
 def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
     """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has already stays active."""
     rank = next(iter(deltas.values())).a.shape[0]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(deltas), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=sorted(deltas), task_type="CAUSAL_LM"
+    )
     if isinstance(model, PeftModel):
         own = list(model.peft_config)
         model.add_adapter(ADAPTER, config)
@@ -245,5 +258,7 @@ def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManag
     if blocks is None:
         return nullcontext()
     if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
-        raise ConfigError("`linearized` needs whole weights in every process: launch with `ddp` instead of `zero3`.")
+        raise ConfigError(
+            "`linearized` needs whole weights in every process: launch with `ddp` instead of `zero3`."
+        )
     return linearized(student, blocks_of(student, blocks), ADAPTER)

@@ -48,7 +48,9 @@ def blocks_of(model: PeftModel, kind: Blocks) -> list[nn.Module]:
 def _part(name: str) -> str | None:
     """`model.layers.3.mlp` of `model.layers.3.mlp.up_proj`; None of a module that is no part's part."""
     words = name.split(".")
-    depth = 2 + next((position for position, word in enumerate(words) if word.isdigit()), len(words))
+    depth = 2 + next(
+        (position for position, word in enumerate(words) if word.isdigit()), len(words)
+    )
     return ".".join(words[:depth]) if layer_index(name) is not None and len(words) > depth else None
 
 
@@ -79,7 +81,9 @@ def _expanded(block: nn.Module, adapter: str):
     """The block's forward pass as value and slope at scale 0 of the LoRA, which is linear in its scale."""
     forward = block.forward
     layers: list[Any] = [
-        module for module in block.modules() if isinstance(module, LoraLayer) and adapter in module.scaling
+        module
+        for module in block.modules()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
     ]
     scales = [layer.scaling[adapter] for layer in layers]
 
@@ -95,7 +99,9 @@ def _expanded(block: nn.Module, adapter: str):
 
         device = next(block.parameters()).device
         try:
-            value, slope = jvp(at, (torch.zeros((), device=device),), (torch.ones((), device=device),))[:2]
+            value, slope = jvp(
+                at, (torch.zeros((), device=device),), (torch.ones((), device=device),)
+            )[:2]
         finally:
             for layer, full in zip(layers, scales, strict=True):
                 layer.scaling[adapter] = full

@@ -62,7 +62,9 @@ class _AlignedSide:
     references: list[ReferenceBatch]
 
 
-def make_vector(config: ExtractionConfig, job: Sharding, show_progress: bool = True) -> SafetyVector | None:
+def make_vector(
+    config: ExtractionConfig, job: Sharding, show_progress: bool = True
+) -> SafetyVector | None:
     """Makes a safety vector and saves nothing. Collective; rank 0 has it then, the others None.
 
     Args:
@@ -78,7 +80,8 @@ def make_vector(config: ExtractionConfig, job: Sharding, show_progress: bool = T
     with job.agreed():
         config.check()
         harmful, benign = (
-            read_prompts(source, config.data_split) for source in (config.harmful_data, config.benign_data)
+            read_prompts(source, config.data_split)
+            for source in (config.harmful_data, config.benign_data)
         )
         categories = read_categories(config.harmful_data, config.data_split)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
@@ -90,7 +93,9 @@ def make_vector(config: ExtractionConfig, job: Sharding, show_progress: bool = T
             if warning := coverage.check():
                 logger.warning(warning)
             truncations, isolation = _isolated(config, stored, truncations, show_progress)
-    deltas = deltas_from_main({name: truncation.delta for name, truncation in truncations.items()}, job)
+    deltas = deltas_from_main(
+        {name: truncation.delta for name, truncation in truncations.items()}, job
+    )
     aligned = _aligned_side(config, tokenizer, harmful, benign, job)
     distillation = None
     if config.method != "delta":
@@ -100,9 +105,13 @@ def make_vector(config: ExtractionConfig, job: Sharding, show_progress: bool = T
         return None
     share = config.selected_share
     layers = top_layers(scores.mean().tolist(), share)
-    selected = {name: truncation for name, truncation in truncations.items() if layer_index(name) in layers}
+    selected = {
+        name: truncation for name, truncation in truncations.items() if layer_index(name) in layers
+    }
     return SafetyVector(
-        deltas=in_dtype({name: deltas[name] for name in selected}, getattr(torch, config.weights_dtype)),
+        deltas=in_dtype(
+            {name: deltas[name] for name in selected}, getattr(torch, config.weights_dtype)
+        ),
         family=Family.of(stored.model, tokenizer),
         aligned_model=model_reference(config.aligned_model, config.aligned_revision),
         degraded_model=model_reference(config.degraded_model, config.degraded_revision),
@@ -118,7 +127,9 @@ def make_vector(config: ExtractionConfig, job: Sharding, show_progress: bool = T
             "scores": scores.mean().tolist(),
             "selected_layers": layers,
             "layer_share": share,
-            "stability": bootstrap_stability(scores, share, config.bootstrap_resamples, config.seed),
+            "stability": bootstrap_stability(
+                scores, share, config.bootstrap_resamples, config.seed
+            ),
             "prompts": min(config.num_selection_prompts, len(harmful), len(benign)),
             "seed": config.seed,
             "harmful_data": sha256_of_json(harmful),
@@ -192,7 +203,10 @@ def _distilled(
     name, revision = config.degraded_model, config.degraded_revision
     degraded, sharding = load_placed(name, revision, config.dtype, job)
     check_runs(degraded, tokenizer, aligned.rows[0]["prompt"], sharding, name)
-    data = [*aligned.references, *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding)]
+    data = [
+        *aligned.references,
+        *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding),
+    ]
     del degraded, sharding
     dtype = resolve_dtype(config.dtype, name, revision)
     settings = DistillationSettings(
@@ -203,9 +217,15 @@ def _distilled(
         getattr(torch, dtype),
         config.expanded_blocks,
     )
-    found, losses = distilled(lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress)
+    found, losses = distilled(
+        lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress
+    )
     kept = ("steps", "learning_rate", "anchor_weight", "linearized_blocks")
-    return found, {**losses, **{key: getattr(settings, key) for key in kept}, "processes": job.world_size}
+    return found, {
+        **losses,
+        **{key: getattr(settings, key) for key in kept},
+        "processes": job.world_size,
+    }
 
 
 def read_prompts(source: str, split: str) -> list[str]:
@@ -214,7 +234,9 @@ def read_prompts(source: str, split: str) -> list[str]:
     for row in load_rows(source, split):
         messages, _ = conversation(row)
         if [message["role"] for message in messages] != ["user"]:
-            raise CalibrationDataError(f"A prompt of {source} is not a single user turn: give single-turn prompts.")
+            raise CalibrationDataError(
+                f"A prompt of {source} is not a single user turn: give single-turn prompts."
+            )
         prompts.append(messages[0]["content"])
     return prompts
 
@@ -224,11 +246,18 @@ def read_categories(source: str, split: str) -> dict[str, str]:
     rows = load_rows(source, split)
     if "category" not in rows.column_names:
         return {}
-    return {conversation(row)[0][0]["content"]: str(row["category"]) for row in rows if row["category"] is not None}
+    return {
+        conversation(row)[0][0]["content"]: str(row["category"])
+        for row in rows
+        if row["category"] is not None
+    }
 
 
 def _refused_by_category(
-    config: ExtractionConfig, harmful: Sequence[str], rows: Sequence[Mapping[str, str]], categories: Mapping[str, str]
+    config: ExtractionConfig,
+    harmful: Sequence[str],
+    rows: Sequence[Mapping[str, str]],
+    categories: Mapping[str, str],
 ) -> dict[str, dict[str, int]]:
     """How many prompts of each category the aligned model was asked, and how many it refused: where few, the vector is weak."""
     refused = {row["prompt"] for row in rows}
@@ -243,18 +272,28 @@ def _refused_by_category(
 
 
 def _difference(
-    config: ExtractionConfig, aligned: StoredModel, name: str, revision: str | None, show_progress: bool
+    config: ExtractionConfig,
+    aligned: StoredModel,
+    name: str,
+    revision: str | None,
+    show_progress: bool,
 ) -> tuple[dict[str, Truncation], Coverage]:
     """The aligned model less another one, and how much of their difference that is."""
     other = StoredModel.open(name, revision)
     if differ_by_adapters(config, aligned, other, name, revision):
         found = adapter_delta(aligned.model, other.model, config.rank)
         return found, adapter_coverage(aligned, other, found)
-    return stored_difference(aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress)
+    return stored_difference(
+        aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress
+    )
 
 
 def differ_by_adapters(
-    config: ExtractionConfig, aligned: StoredModel, other: StoredModel, name: str, revision: str | None
+    config: ExtractionConfig,
+    aligned: StoredModel,
+    other: StoredModel,
+    name: str,
+    revision: str | None,
 ) -> bool:
     """Whether the aligned model and another one, of this name, are one base model with nothing but LoRAs on it."""
     bases = {
@@ -268,7 +307,10 @@ def differ_by_adapters(
 
 
 def _isolated(
-    config: ExtractionConfig, aligned: StoredModel, truncations: dict[str, Truncation], show_progress: bool
+    config: ExtractionConfig,
+    aligned: StoredModel,
+    truncations: dict[str, Truncation],
+    show_progress: bool,
 ) -> tuple[dict[str, Truncation], dict[str, Any] | None]:
     """The deltas without the task models' directions, and what is to be said about that; the same without task models."""
     if not config.isolate_from:
@@ -299,7 +341,9 @@ def _scores(
         return magnitude(deltas)
     if config.selection in ("random", "all"):
         return at_random(num_layers(deltas), config.seed)
-    degraded, sharding = load_placed(config.degraded_model, config.degraded_revision, config.dtype, job)
+    degraded, sharding = load_placed(
+        config.degraded_model, config.degraded_revision, config.dtype, job
+    )
     check_runs(degraded, tokenizer, harmful[0], sharding, config.degraded_model)
     if config.selection == "activation_contrast":
         states = _states(config, degraded, tokenizer, harmful, benign, sharding)
@@ -332,10 +376,14 @@ def _references(
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
     samples = _samples(tokenizer, rows, kind)
-    return reference_batches(model, samples, config.batch_size, padding_id(tokenizer), kind == "benign", sharding)
+    return reference_batches(
+        model, samples, config.batch_size, padding_id(tokenizer), kind == "benign", sharding
+    )
 
 
-def _samples(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], kind: str) -> list[Sample]:
+def _samples(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], kind: str
+) -> list[Sample]:
     return [
         tokenize(tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
         for row in rows

@@ -50,7 +50,9 @@ class LayerScores:
 
     def mean(self) -> torch.Tensor:
         """Score of every layer, float64."""
-        return torch.stack([sign * values.double().mean(dim=0) for sign, values in self.samples]).sum(dim=0)
+        return torch.stack(
+            [sign * values.double().mean(dim=0) for sign, values in self.samples]
+        ).sum(dim=0)
 
     def resampled(self, generator: torch.Generator) -> "LayerScores":
         """The same with as many prompts drawn from its own, with replacement."""
@@ -74,14 +76,20 @@ def last_token_states(
     with torch.no_grad(), sharding.forward_passes():
         for prompt in prompts:
             text = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
-            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+            inputs = tokenizer(
+                text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template
+            )
             output = model(**inputs.to(sharding.device), output_hidden_states=True, use_cache=False)
             sharding.release()
-            states.append(torch.stack([hidden[0, -1].float().cpu() for hidden in output.hidden_states[1:]]))
+            states.append(
+                torch.stack([hidden[0, -1].float().cpu() for hidden in output.hidden_states[1:]])
+            )
     return torch.stack(states)
 
 
-def activation_contrast(aligned: Sequence[torch.Tensor], degraded: Sequence[torch.Tensor]) -> LayerScores:
+def activation_contrast(
+    aligned: Sequence[torch.Tensor], degraded: Sequence[torch.Tensor]
+) -> LayerScores:
     """The scores by activations.
 
     Args:
@@ -106,7 +114,9 @@ def gradient(
     rank = next(iter(deltas.values())).a.shape[0]
     space = CoefficientSpace.of(deltas, [rank], "layer")
     attachment = VectorAttachment(degraded, deltas, space, sharding)
-    layer_of = {name: layer_index(module) or 0 for module, own in space.modules.items() for name in own}
+    layer_of = {
+        name: layer_index(module) or 0 for module, own in space.modules.items() for name in own
+    }
     columns = torch.tensor([layer_of[name] for name in space.names])
     coefficients = torch.zeros(len(space.names), device=sharding.device, requires_grad=True)
     rows = torch.zeros(len(refusals), num_layers(deltas))
@@ -130,7 +140,9 @@ def magnitude(deltas: Mapping[str, LowRankDelta]) -> LayerScores:
 
 def at_random(layers: int, seed: int) -> LayerScores:
     """Scores without meaning, to compare with."""
-    return LayerScores([(1.0, torch.rand(1, layers, generator=torch.Generator().manual_seed(seed)))])
+    return LayerScores(
+        [(1.0, torch.rand(1, layers, generator=torch.Generator().manual_seed(seed)))]
+    )
 
 
 def num_layers(deltas: Iterable[str]) -> int:

@@ -18,7 +18,11 @@ LOST = 0.1  # share of a factor's norm that the stored type may lose
 
 @torch.no_grad()
 def check_runs(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, sharding: Sharding, named: str
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sharding: Sharding,
+    named: str,
 ) -> None:
     """Collective: one forward pass. Weights can be finite and overflow all the same.
 

@@ -66,7 +66,9 @@ def factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> Truncation:
     return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept, total)
 
 
-def svd_of_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def svd_of_product(
+    a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`U`, `S` and `Vᴴ` of `B A` without forming it, by the SVD of a core of the factors' rank."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)

@@ -46,7 +46,9 @@ class SafeGenePlugin(BasePlugin):
     def get_input_args(self) -> str:
         return f"{__name__}.{SafeGeneArgs.__name__}"
 
-    def add_callbacks_post_trainer(self, cfg: Mapping[str, Any], trainer: Trainer) -> list[TrainerCallback]:
+    def add_callbacks_post_trainer(
+        self, cfg: Mapping[str, Any], trainer: Trainer
+    ) -> list[TrainerCallback]:
         """Attaches the callback itself, before the trackers, so that there is none left for axolotl to add."""
         self.callback = SafeGeneCallback(_config(cfg)).attach(trainer)
         return []
@@ -63,4 +65,6 @@ def _config(cfg: Mapping[str, Any]) -> SafeGeneConfig:
 
 def _plain(value: Any) -> Any:
     """axolotl's own dictionaries answer any key: they become plain ones."""
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    return (
+        {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    )

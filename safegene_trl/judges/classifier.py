@@ -51,9 +51,13 @@ class ClassifierJudge:
                 self.model_name, trust_remote_code=False
             )
             self.is_guard = any(name.endswith("ForCausalLM") for name in config.architectures or [])
-            loader: Any = AutoModelForCausalLM if self.is_guard else AutoModelForSequenceClassification
+            loader: Any = (
+                AutoModelForCausalLM if self.is_guard else AutoModelForSequenceClassification
+            )
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
-            loaded: Any = loader.from_pretrained(self.model_name, dtype="auto", trust_remote_code=False)
+            loaded: Any = loader.from_pretrained(
+                self.model_name, dtype="auto", trust_remote_code=False
+            )
             self.model: Any = loaded.to(device).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"The judge {self.model_name} cannot be loaded: {error}") from error
@@ -68,7 +72,9 @@ class ClassifierJudge:
             return
         self.label = wanted or self._label_by_name()
         if self.label not in self.model.config.label2id:
-            raise ConfigError(f"The judge {self.model_name} has no label `{self.label}`: use one of {self._labels()}.")
+            raise ConfigError(
+                f"The judge {self.model_name} has no label `{self.label}`: use one of {self._labels()}."
+            )
         if _REFUSAL.search(self.label):
             self.sees = "refusals"
 
@@ -77,7 +83,11 @@ class ClassifierJudge:
 
     def _label_by_name(self) -> str:
         for pattern in (_REFUSAL, _HARM):
-            if found := [label for label in self.model.config.label2id if pattern.search(label.replace("_", " "))]:
+            if found := [
+                label
+                for label in self.model.config.label2id
+                if pattern.search(label.replace("_", " "))
+            ]:
                 return str(found[0])
         raise ConfigError(
             f"None of the labels of the judge {self.model_name} names a refusal or harm ({self._labels()}): say which one counts, "
@@ -95,7 +105,11 @@ class ClassifierJudge:
         for start in range(0, len(exchanges), BATCH):
             batch = exchanges[start : start + BATCH]
             answers = [exchange.answer for exchange in batch]
-            texts = (answers,) if self.sees == "refusals" else ([exchange.prompt for exchange in batch], answers)
+            texts = (
+                (answers,)
+                if self.sees == "refusals"
+                else ([exchange.prompt for exchange in batch], answers)
+            )
             inputs = self.tokenizer(*texts, return_tensors="pt", padding=True, truncation=True)
             logits = self.model(**inputs.to(self.model.device)).logits.float()
             shares = logits.sigmoid() if several or logits.shape[1] == 1 else logits.softmax(dim=-1)
@@ -104,10 +118,16 @@ class ClassifierJudge:
 
     def _guarded(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         chats = [
-            [{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.answer}] for e in exchanges
+            [{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.answer}]
+            for e in exchanges
         ]
         replies = generate_answers(
-            self.model, self.tokenizer, chats, max_new_tokens=8, batch_size=BATCH, sharding=Sharding(self.model.device)
+            self.model,
+            self.tokenizer,
+            chats,
+            max_new_tokens=8,
+            batch_size=BATCH,
+            sharding=Sharding(self.model.device),
         )
         return [_guard_verdict(reply) for reply in replies]
 

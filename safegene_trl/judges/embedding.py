@@ -73,12 +73,16 @@ class Encoder:
 
     def __init__(self, name_or_path: str):
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=False
+            )
             self._model: Any = AutoModel.from_pretrained(
                 name_or_path, dtype=torch.float32, trust_remote_code=False
             ).eval()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"The sentence encoder {name_or_path} cannot be loaded: {error}") from error
+            raise ConfigError(
+                f"The sentence encoder {name_or_path} cannot be loaded: {error}"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -86,7 +90,10 @@ class Encoder:
         rows = [torch.empty(0, self._model.config.hidden_size)]
         for start in range(0, len(texts), BATCH):
             inputs = self._tokenizer(
-                list(texts[start : start + BATCH]), return_tensors="pt", padding=True, truncation=True
+                list(texts[start : start + BATCH]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
             )
             states = self._model(**inputs).last_hidden_state
             mask = inputs["attention_mask"].unsqueeze(-1)
@@ -115,13 +122,17 @@ class EmbeddingJudge:
             head = load_file(Path(folder) / WEIGHTS)
             self._weight, self._bias = head["weight"], head["bias"]
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"{folder} holds no head of an embedding judge: make one by `fit` ({error}).") from error
+            raise ConfigError(
+                f"{folder} holds no head of an embedding judge: make one by `fit` ({error})."
+            ) from error
         self._encode = Encoder(encoder or packaged_encoder())
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         embedded = self._encode([exchange.answer[:HEAD] for exchange in exchanges])
         if embedded.shape[1] != len(self._weight):
-            raise ConfigError("The head of the embedding judge belongs to another encoder: name that one after `@`.")
+            raise ConfigError(
+                "The head of the embedding judge belongs to another encoder: name that one after `@`."
+            )
         shares = torch.sigmoid(embedded @ self._weight + self._bias).tolist()
         return [verdict_of_share(share, self.sees) for share in shares]
 
@@ -155,8 +166,16 @@ def fit(
         embedded.numpy(), [int(value) for value in refused]
     )
     folder.mkdir(parents=True, exist_ok=True)
-    head = {"weight": torch.tensor(found.coef_[0]).float(), "bias": torch.tensor(found.intercept_[0]).float()}
+    head = {
+        "weight": torch.tensor(found.coef_[0]).float(),
+        "bias": torch.tensor(found.intercept_[0]).float(),
+    }
     save_file(head, folder / WEIGHTS)
-    record = {"encoder": encoder or ENCODER, "answers": len(answers), "refused": sum(refused), "about": about}
+    record = {
+        "encoder": encoder or ENCODER,
+        "answers": len(answers),
+        "refused": sum(refused),
+        "about": about,
+    }
     record["sha256"] = sha256_of_file(folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

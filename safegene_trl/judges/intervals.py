@@ -29,7 +29,13 @@ class Rate:
 
     def to_dict(self) -> dict[str, float | int]:
         low, high = self.interval
-        return {"share": self.share, "low": low, "high": high, "successes": self.successes, "count": self.count}
+        return {
+            "share": self.share,
+            "low": low,
+            "high": high,
+            "successes": self.successes,
+            "count": self.count,
+        }
 
 
 def rate(outcomes: Sequence[bool]) -> Rate | None:
@@ -43,7 +49,9 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     if len(sample) < 2 or np.all(sample == sample[0]):
         return float(sample.mean()), float(sample.mean())
     generator = np.random.default_rng(seed)
-    found = bootstrap((sample,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator)
+    found = bootstrap(
+        (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator
+    )
     low, high = found.confidence_interval
     return float(low), float(high)
 
@@ -54,6 +62,8 @@ def mean_of_sets_interval(sets: Sequence[Sequence[float]], seed: int = 0) -> tup
     means = []
     for outcomes in sets:
         values = np.asarray(outcomes, dtype=float)
-        means.append(values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1))
+        means.append(
+            values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
+        )
     low, high = np.quantile(np.mean(means, axis=0), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -48,9 +48,13 @@ class RubricJudge:
         try:
             from openai import OpenAI
         except ImportError as error:
-            raise ConfigError("This judge needs the package `openai`: pip install 'safegene-trl[judges]'.") from error
+            raise ConfigError(
+                "This judge needs the package `openai`: pip install 'safegene-trl[judges]'."
+            ) from error
         if not os.environ.get("OPENAI_API_KEY"):
-            raise ConfigError("The judge's key is not set: put it in OPENAI_API_KEY (any word for a local server).")
+            raise ConfigError(
+                "The judge's key is not set: put it in OPENAI_API_KEY (any word for a local server)."
+            )
         self.name, self._model = f"openai_compatible:{model}", model
         self._client = OpenAI(timeout=TIMEOUT, max_retries=RETRIES)
 
@@ -62,11 +66,16 @@ class RubricJudge:
         try:
             completion: Any = self._client.chat.completions.create(
                 model=self._model,
-                messages=[{"role": "system", "content": _ROLE}, {"role": "user", "content": question}],
+                messages=[
+                    {"role": "system", "content": _ROLE},
+                    {"role": "user", "content": question},
+                ],
                 temperature=0.0,
                 max_tokens=100,
             )
-        except Exception as error:  # the client lets errors of what it parses through, beside its own
+        except (
+            Exception
+        ) as error:  # the client lets errors of what it parses through, beside its own
             raise ConfigError(
                 f"The judge's server gave no answer ({one_line(error)[:300]}): check OPENAI_BASE_URL, the key and the model's name, then "
                 "run again; what is judged already is kept."

@@ -21,7 +21,8 @@ from .parameters import canonical_modules
 from .verification import Evidence, check_effective, list_items
 
 
-_Pair = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # a module's factors, like a tensor
+# a module's factors, like a tensor
+_Pair = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class VectorAttachment:
@@ -88,12 +89,17 @@ class VectorAttachment:
         with frozen_for_calibration(self.model, freeze), self.sharding.forward_passes():
             for graded in (False, True):
                 self.evidence = Evidence()
-                with torch.set_grad_enabled(graded), recomputing(self.model) if graded else nullcontext():
+                with (
+                    torch.set_grad_enabled(graded),
+                    recomputing(self.model) if graded else nullcontext(),
+                ):
                     with self.applied(values.requires_grad_(graded)):
                         logits = _logits(self.model, batch)
                         if graded and logits.requires_grad:
                             # spread out over the vocabulary: a softmax forgets what is the same for all of it
-                            direction = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+                            direction = torch.linspace(
+                                -1, 1, logits.shape[-1], device=logits.device
+                            )
                             torch.autograd.grad((logits.float() * direction).sum(), values)
                     self.sharding.release()
                 waiting = check_effective(self.evidence, self._items, graded)
@@ -103,7 +109,9 @@ class VectorAttachment:
     def check_effective(self) -> list[str]:
         """Collective: the same of all passes since `evidence` was last emptied, over all ranks."""
         known = sorted({item for own in self._items.values() for item in own})
-        return check_effective(self.evidence.united(list(self._items), known, self.sharding), self._items)
+        return check_effective(
+            self.evidence.united(list(self._items), known, self.sharding), self._items
+        )
 
     @contextmanager
     def _hooked(self, coefficients: torch.Tensor) -> Iterator[None]:
@@ -114,7 +122,9 @@ class VectorAttachment:
                 hooks.callback(modules[item].register_forward_pre_hook(note).remove)
             for name in self.deltas:
                 index = self._index[name].to(coefficients.device)
-                hook = _delta_hook(partial(self.factors.of, name), coefficients, index, evidence, name)
+                hook = _delta_hook(
+                    partial(self.factors.of, name), coefficients, index, evidence, name
+                )
                 hooks.callback(modules[name].register_forward_hook(hook).remove)
             yield
 
@@ -130,7 +140,9 @@ class _CallNote:
 
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits
 
 
 def _delta_hook(
@@ -144,7 +156,8 @@ def _delta_hook(
         if chosen.dim() == 1:
             chosen = chosen[None]
         elif (inputs[0].numel() // inputs[0].shape[-1]) % len(chosen):
-            chosen = chosen.mean(dim=0, keepdim=True)  # tokens of no even number per sample: shared out evenly
+            # tokens of no even number per sample: shared out evenly
+            chosen = chosen.mean(dim=0, keepdim=True)
         return _AddDelta.apply(inputs[0], output, chosen, factors, reached)
 
     return hook
@@ -185,7 +198,9 @@ class _AddDelta(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_gradient = (_scaled(low_gradient, coefficient) @ a).to(ctx.x_dtype)
         products = (low_gradient.to(_wide(low)) * low).reshape(len(coefficient), -1, low.shape[-1])
-        coefficient_gradient = products.sum(dim=1).sum_to_size(coefficient.shape).to(coefficient.dtype)
+        coefficient_gradient = (
+            products.sum(dim=1).sum_to_size(coefficient.shape).to(coefficient.dtype)
+        )
         return x_gradient, gradient, coefficient_gradient, None, None
 
 
@@ -210,7 +225,9 @@ def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[No
         freeze: Whether weights get no gradients meanwhile.
     """
     training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and freeze]
+    trainable = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and freeze
+    ]
     cuda_devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda_devices), running_eagerly(model):
         try:
@@ -232,7 +249,9 @@ def recomputed_layers(model: nn.Module) -> list[Any]:
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer)
         and module.gradient_checkpointing
-        and not (isinstance(dropout := getattr(module, "dropout", None), float) and dropout > 0)  # it reads `training`
+        and not (
+            isinstance(dropout := getattr(module, "dropout", None), float) and dropout > 0
+        )  # it reads `training`
     ]
 
 
@@ -258,4 +277,6 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             layer._gradient_checkpointing_func = function
 
 
-_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+_recompute = partial(
+    checkpoint, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+)

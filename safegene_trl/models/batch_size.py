@@ -32,7 +32,9 @@ _LAYER_FACTOR = 17  # numbers that a layer keeps for a backward pass, per token 
 _LOGIT_COPIES = 6  # float32: logits, log-probabilities, their gradients and a reference's
 
 
-def fitting(wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding) -> int:
+def fitting(
+    wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding
+) -> int:
     """Collective: how many samples to put through forward and backward passes at once, the same on every rank.
 
     Args:
@@ -45,7 +47,9 @@ def fitting(wanted: int | None, model: PreTrainedModel, tokens: int, responses: 
     sizes = model.config.get_text_config()
     layer = tokens * sizes.hidden_size * _LAYER_FACTOR * model.dtype.itemsize
     logits = responses * sizes.vocab_size * 4
-    return wanted or _most(layer * sizes.num_hidden_layers + _LOGIT_COPIES * logits, LARGEST, sharding)
+    return wanted or _most(
+        layer * sizes.num_hidden_layers + _LOGIT_COPIES * logits, LARGEST, sharding
+    )
 
 
 def fitting_answers(
@@ -103,4 +107,6 @@ def halving(batch_size: int, work: Callable[[int], Result], sharding: Sharding) 
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        logger.warning("The safety step ran out of memory: it starts again with batches of %d.", batch_size)
+        logger.warning(
+            "The safety step ran out of memory: it starts again with batches of %d.", batch_size
+        )

@@ -30,7 +30,9 @@ class CoefficientSpace:
         self._position = {name: index for index, name in enumerate(self.names)}
 
     @classmethod
-    def of(cls, modules: Iterable[str], components: Sequence[int], granularity: Granularity) -> "CoefficientSpace":
+    def of(
+        cls, modules: Iterable[str], components: Sequence[int], granularity: Granularity
+    ) -> "CoefficientSpace":
         """The space over these modules.
 
         Args:
@@ -64,7 +66,10 @@ class CoefficientSpace:
 
     def by_module(self, by_name: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Coefficients by name as those (float32, `(r,)`) of every module's rank-one parts."""
-        return {module: torch.tensor([by_name[name] for name in own]) for module, own in self.modules.items()}
+        return {
+            module: torch.tensor([by_name[name] for name in own])
+            for module, own in self.modules.items()
+        }
 
     def refined(self, given: Mapping[str, float]) -> dict[str, float] | None:
         """Coefficients of this granularity, or of a coarser one given to all that each stood for; None for any others."""
@@ -80,7 +85,9 @@ class CoefficientSpace:
         }
 
     @staticmethod
-    def granularity_of(names: Iterable[str], modules: Iterable[str], components: Sequence[int]) -> Granularity | None:
+    def granularity_of(
+        names: Iterable[str], modules: Iterable[str], components: Sequence[int]
+    ) -> Granularity | None:
         """The granularity at which a vector's coefficients have exactly these names, None where there is none."""
         wanted, modules = set(names), list(modules)
         for kind in get_args(Granularity):

@@ -33,13 +33,17 @@ def _set_aside(module: nn.Module, undo: ExitStack) -> None:
         own["_compiled_call_impl"] = None
         undo.callback(partial(own.__setitem__, "_compiled_call_impl", compiled_call))
     plain = None if forward is None else torch._dynamo.eval_frame.innermost_fn(forward)
-    if plain is not forward:  # `torch.compile(module)`, `module.forward = torch.compile(module.forward)`
+    # `torch.compile(module)`, `module.forward = torch.compile(module.forward)`
+    if plain is not forward:
         own["forward"] = plain
         undo.callback(partial(own.__setitem__, "forward", forward))
 
 
 def _stance(model: nn.Module) -> AbstractContextManager[Any]:
     """Reaches what is compiled inside some other wrapper; flex attention is a compiled kernel by design."""
-    if getattr(getattr(base_model(model), "config", None), "_attn_implementation", None) == "flex_attention":
+    if (
+        getattr(getattr(base_model(model), "config", None), "_attn_implementation", None)
+        == "flex_attention"
+    ):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

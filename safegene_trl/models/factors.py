@@ -28,7 +28,9 @@ class Factors:
 
     def __init__(self, deltas: Mapping[str, LowRankDelta]):
         self._deltas = deltas
-        self._held: dict[tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._held: dict[
+            tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]
+        ] = {}
         self._stay: bool | None = None  # not known before the first pass
         self.copies = 0
         self.room: int | None = None
@@ -40,7 +42,10 @@ class Factors:
         if (held := self._held.get(key)) is not None:
             return held
         if self._stay is None:
-            self.room, self._needed = int(SHARE * free_bytes(like.device)), self.num_bytes(like.dtype)
+            self.room, self._needed = (
+                int(SHARE * free_bytes(like.device)),
+                self.num_bytes(like.dtype),
+            )
             self._stay = self._needed <= self.room
         delta = self._deltas[name]
         # the device first: to change both at once torch would cast on the CPU

@@ -68,7 +68,9 @@ def plain_decoding(model: Any) -> Iterator[None]:
     `generate` takes whatever its argument leaves open from the model's own config.
     """
     # A PEFT model may have a config of its own, which it hands to its base model before it generates.
-    holders = {id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)}
+    holders = {
+        id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)
+    }
     kept = [(each, each.generation_config) for each in holders.values()]
     try:
         for each, _ in kept:
@@ -84,12 +86,17 @@ def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     base = base_model(model)
     sources = (base.generation_config, base.config, base.config.get_text_config(), tokenizer)
     named = [getattr(source, "eos_token_id", None) for source in sources]
-    tokens = [token for each in named for token in (each if isinstance(each, (list, tuple)) else [each])]
+    tokens = [
+        token for each in named for token in (each if isinstance(each, (list, tuple)) else [each])
+    ]
     return sorted({token for token in tokens if token is not None})
 
 
 def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str], pad_id: int) -> torch.Tensor:
-    encoded = [tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"] for text in texts]
+    encoded = [
+        tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        for text in texts
+    ]
     width = max(len(ids) for ids in encoded)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in encoded])
     attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])

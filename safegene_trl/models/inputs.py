@@ -38,11 +38,15 @@ class Batch:
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     """The prompt as the model reads it, up to where the assistant speaks."""
     if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
     return "\n".join(message["content"] for message in messages) + "\n"
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], response: str) -> Sample:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], response: str
+) -> Sample:
     """Tokenises a prompt with its response, the end-of-turn token included."""
     prompt = prompt_text(tokenizer, messages)
     full = prompt + response + (tokenizer.eos_token or "")
@@ -53,7 +57,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
     special = not tokenizer.chat_template
     prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
     ids = tokenizer(full, add_special_tokens=special)["input_ids"]
-    start = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    start = next(
+        (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b),
+        len(prompt_ids),
+    )
     return Sample(list(ids), [position >= start for position in range(len(ids))])
 
 
@@ -74,11 +81,15 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def batches(samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device) -> list[Batch]:
+def batches(
+    samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device
+) -> list[Batch]:
     """Groups samples of like length into as few batches as can be, of like size, and pads them on the left."""
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
     count = math.ceil(len(ordered) / batch_size)
-    groups = [ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)]
+    groups = [
+        ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)
+    ]
     return [_collate(group, pad_id, device) for group in groups]
 
 
@@ -94,4 +105,10 @@ def _collate(samples: list[Sample], pad_id: int, device: torch.device) -> Batch:
         targets[row, width - length : width - 1] = torch.tensor(sample.is_response[1:])
     first = int(targets.any(dim=0).nonzero()[0])
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    return Batch(ids.to(device), attention.to(device), positions.to(device), targets.to(device), kept=width - first)
+    return Batch(
+        ids.to(device),
+        attention.to(device),
+        positions.to(device),
+        targets.to(device),
+        kept=width - first,
+    )

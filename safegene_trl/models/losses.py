@@ -11,7 +11,9 @@ from .inputs import Batch
 from .parameters import base_model
 
 
-LIKELY_TOKENS = 16  # softened over the whole vocabulary, what never is an answer would outweigh what is
+LIKELY_TOKENS = (
+    16  # softened over the whole vocabulary, what never is an answer would outweigh what is
+)
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -20,7 +22,9 @@ def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
     return _by_sample(F.cross_entropy(logits, next_ids, reduction="none"), batch)
 
 
-def divergence(model: nn.Module, batch: Batch, reference: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def divergence(
+    model: nn.Module, batch: Batch, reference: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """Every sample's summed `KL(reference ‖ model)` over its response tokens, in nats, float32 of shape (batch,).
 
     Above 1 a `temperature` T adds `T²·KL` of both at T, over the reference's likeliest tokens (arXiv 1503.02531).
@@ -32,7 +36,9 @@ def divergence(model: nn.Module, batch: Batch, reference: torch.Tensor, temperat
     terms = _kl(reference, log_probs)
     if temperature > 1:
         likely = reference.topk(min(LIKELY_TOKENS, reference.shape[-1])).indices
-        terms = terms + temperature**2 * _kl(*(_softened(p, likely, temperature) for p in (reference, log_probs)))
+        terms = terms + temperature**2 * _kl(
+            *(_softened(p, likely, temperature) for p in (reference, log_probs))
+        )
     return _by_sample(terms, batch)
 
 
@@ -47,7 +53,8 @@ def _softened(log_probs: torch.Tensor, tokens: torch.Tensor, temperature: float)
 def _by_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Sums over each sample's response tokens of what there is for all of them, in `response_logits`' order."""
     mask = batch.target_mask[:, -batch.kept :]
-    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)  # adds in one order on every device
+    # adds in one order on every device
+    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)
 
 
 def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +63,9 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
     `model` may also be the engine or wrapper that a trainer trains it through.
     """
     architecture = type(base_model(extract_model_from_parallel(model)))
-    accepted = inspect.signature(architecture.forward).parameters  # the instance's own may be wrapped
+    accepted = inspect.signature(
+        architecture.forward
+    ).parameters  # the instance's own may be wrapped
     extras = {"position_ids": batch.position_ids, "logits_to_keep": batch.kept}
     output = model(
         input_ids=batch.input_ids,

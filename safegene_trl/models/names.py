@@ -24,7 +24,10 @@ def layers_of(module_names: Iterable[str]) -> list[int]:
 def layer_ranges(layers: Iterable[int]) -> str:
     """Layers in order, for people: `0–3, 7`."""
     # neighbours have the same difference between layer and place
-    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [layer for _, layer in run]
+        for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
+    ]
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
@@ -34,7 +37,10 @@ def by_component(coefficients: Mapping[str, float]) -> dict[str, dict[str, float
     for name, value in coefficients.items():
         place, _, component = name.partition("#")[0].partition("/")
         parts[component][place].append(value)
-    return {component: {place: fmean(own) for place, own in places.items()} for component, places in parts.items()}
+    return {
+        component: {place: fmean(own) for place, own in places.items()}
+        for component, places in parts.items()
+    }
 
 
 def are_of_parts(coefficients: Iterable[str]) -> bool:

@@ -19,8 +19,16 @@ from ..distributed.shapes import full_shape
 from ..errors import UnsupportedModelError
 
 
-_WRAPPERS = re.compile(r"\.(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")  # FSDP's recomputation, `torch.compile`
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to start a LoRA that change the base's weights
+# FSDP's recomputation, `torch.compile`
+_WRAPPERS = re.compile(r"\.(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
+# ways to start a LoRA that change the base's weights
+_CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ class TaskFactors:
 
     def of(self, tensors: Iterator[torch.Tensor]) -> "TaskFactors":
         """The same LoRA with the next of `tensors` in the place of its own."""
-        return TaskFactors(next(tensors), next(tensors), self.scaling, None if self.dora is None else next(tensors))
+        return TaskFactors(
+            next(tensors), next(tensors), self.scaling, None if self.dora is None else next(tensors)
+        )
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A, B)` in float32 with the scaling folded into B."""
@@ -103,7 +113,11 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
     modules = canonical_modules(model)
     tied = set(getattr(base, "all_tied_weights_keys", None) or ())
     parameters = dict(base.named_parameters())
-    buffers = {name: value for name, value in base.state_dict(keep_vars=True).items() if name not in parameters}
+    buffers = {
+        name: value
+        for name, value in base.state_dict(keep_vars=True).items()
+        if name not in parameters
+    }
     seen: set[int] = {id(tensor) for tensor in parameters.values()}
     for name, tensor in (*parameters.items(), *buffers.items()):
         if _inside_adapter(name) or (name in buffers and (id(tensor) in seen or name in tied)):
@@ -159,7 +173,9 @@ def check_supported(model: nn.Module) -> None:
     """Raises `UnsupportedModelError`, by name, for a fine-tune whose weights this version cannot merge exactly."""
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(base).__name__} is not a transformers model: train a `PreTrainedModel`.")
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is not a transformers model: train a `PreTrainedModel`."
+        )
     for config in adapter_configs(model).values():
         check_method(config)
     if getattr(base, "is_quantized", False):
@@ -185,7 +201,8 @@ def check_supported(model: nn.Module) -> None:
 def adapter_configs(model: Any) -> dict[str, Any]:
     """The PEFT config of every adapter on a model, by the adapter's name; empty for a model without adapters."""
     model = uncompiled(model)
-    of_transformers = getattr(model, "_hf_peft_config_loaded", False)  # by the model's own `add_adapter`
+    # by the model's own `add_adapter`
+    of_transformers = getattr(model, "_hf_peft_config_loaded", False)
     return dict(model.peft_config) if isinstance(model, PeftModel) or of_transformers else {}
 
 
@@ -223,7 +240,9 @@ def check_held(model: nn.Module) -> None:
     biases = {getattr(config, "bias", "none") for config in configs.values()}
     for name, tensor in base.named_parameters() if configs else ():
         saved = _inside_adapter(name) or ".modules_to_save." in name
-        saved |= ("all" in biases and "bias" in name) or ("lora_only" in biases and name.endswith(".base_layer.bias"))
+        saved |= ("all" in biases and "bias" in name) or (
+            "lora_only" in biases and name.endswith(".base_layer.bias")
+        )
         if tensor.requires_grad and not saved:
             raise UnsupportedModelError(
                 f"The fine-tune trains `{_canonical(name)}` beside its LoRA, and PEFT does not save that: name its module "
@@ -239,7 +258,11 @@ def check_adapter_output(model: nn.Module) -> None:
             f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output.output_format: merged`."
         )
     for config in configs:
-        kind = f"LoRA with `init_lora_weights={config.init_lora_weights!r}`" if changes_base(config) else None
+        kind = (
+            f"LoRA with `init_lora_weights={config.init_lora_weights!r}`"
+            if changes_base(config)
+            else None
+        )
         if getattr(config, "use_dora", False):
             kind = "DoRA"
         if kind:
@@ -255,7 +278,11 @@ def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
         if isinstance(module, ModulesToSaveWrapper):
             return _canonical(name)
         trained = "all" in biases or ("lora_only" in biases and isinstance(module, LoraLayer))
-        if trained and not _inside_adapter(name) and getattr(_unadapted(module), "bias", None) is not None:
+        if (
+            trained
+            and not _inside_adapter(name)
+            and getattr(_unadapted(module), "bias", None) is not None
+        ):
             return f"{_canonical(name)}.bias"
     return None
 
@@ -275,10 +302,15 @@ def tied_weights(model: nn.Module) -> dict[str, set[str]]:
     names: dict[int, set[str]] = {}
     for name, tensor in base.named_parameters(remove_duplicate=False):
         if not any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
-            names.setdefault(id(tensor), set()).add(_canonical(name.replace(".original_module", "")))
+            names.setdefault(id(tensor), set()).add(
+                _canonical(name.replace(".original_module", ""))
+            )
     # Where a model is sharded, the parts of one tensor may be objects of their own: transformers' record counts as well.
     groups = [*names.values()]
-    groups += [{target, source} for target, source in (getattr(base, "all_tied_weights_keys", None) or {}).items()]
+    groups += [
+        {target, source}
+        for target, source in (getattr(base, "all_tied_weights_keys", None) or {}).items()
+    ]
     found: dict[str, set[str]] = {}
     for group in groups:
         if len(group) > 1:
@@ -303,7 +335,9 @@ def tie_saved_modules(model: Any) -> None:
 
     Loading gives each a tensor of its own; where their values differ they stay apart.
     """
-    if not any(getattr(config, "ensure_weight_tying", False) for config in model.peft_config.values()):
+    if not any(
+        getattr(config, "ensure_weight_tying", False) for config in model.peft_config.values()
+    ):
         return
     modules = canonical_modules(model)
     for name, group in tied_weights(model).items():
@@ -357,7 +391,9 @@ def _check_adapter(name: str, module: Any) -> None:
             "adapter into the model first, then run `safegene apply`."
         )
     other = {
-        name: variant for name, variant in module.lora_variant.items() if name not in module.lora_magnitude_vector
+        name: variant
+        for name, variant in module.lora_variant.items()
+        if name not in module.lora_magnitude_vector
     }
     if other:
         variants = ", ".join(sorted({type(variant).__name__ for variant in other.values()}))
@@ -371,7 +407,9 @@ def _check_adapter(name: str, module: Any) -> None:
             "model first, then run `safegene apply`."
         )
     if any(b.bias is not None for b in module.lora_B.values()):
-        raise UnsupportedModelError("The fine-tune's LoRA has a bias: train it with `lora_bias=False`.")
+        raise UnsupportedModelError(
+            "The fine-tune's LoRA has a bias: train it with `lora_bias=False`."
+        )
 
 
 def _unadapted(module: Any) -> Any:

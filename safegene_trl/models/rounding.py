@@ -41,7 +41,10 @@ class Rounding:
                     "the fine-tune."
                 )
             # The weights are fine and only the squares are more than float32 holds.
-            product, square = float(torch.dot(kept.double(), wanted.double())), float(wanted.double().square().sum())
+            product, square = (
+                float(torch.dot(kept.double(), wanted.double())),
+                float(wanted.double().square().sum()),
+            )
         self.weights += kept.numel()
         self.changed += int(kept.count_nonzero())
         self._product += product

@@ -45,10 +45,14 @@ class Evidence:
 
 def list_items(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Of each named module the items of module lists on its path, itself included: its layer, its expert."""
-    return {name: [prefix for prefix in _prefixes(name) if _is_item(prefix, modules)] for name in names}
+    return {
+        name: [prefix for prefix in _prefixes(name) if _is_item(prefix, modules)] for name in names
+    }
 
 
-def check_effective(evidence: Evidence, items: Mapping[str, Sequence[str]], graded: bool = True) -> list[str]:
+def check_effective(
+    evidence: Evidence, items: Mapping[str, Sequence[str]], graded: bool = True
+) -> list[str]:
     """The modules that no token was sent to: experts of a mixture of which another one was called.
 
     Args:
@@ -64,7 +68,10 @@ def check_effective(evidence: Evidence, items: Mapping[str, Sequence[str]], grad
     _refuse([name for name in silent if name not in waiting], "is never called")
     if graded:
         unused = [name for name in items if name in evidence.fired - evidence.reached]
-        _refuse(unused, "is called, but its output does not reach the logits, or their gradient does not come back")
+        _refuse(
+            unused,
+            "is called, but its output does not reach the logits, or their gradient does not come back",
+        )
     return waiting
 
 
@@ -72,7 +79,9 @@ def _is_passed_over(name: str, items: Sequence[str], evidence: Evidence) -> bool
     """Whether an item on the path was not called and another one of its list was."""
     for item in items:
         neighbours = item.rpartition(".")[0] + "."
-        if item not in evidence.called and any(other.startswith(neighbours) for other in evidence.fired):
+        if item not in evidence.called and any(
+            other.startswith(neighbours) for other in evidence.fired
+        ):
             return True
     return False
 

@@ -34,7 +34,8 @@ from ..models.losses import cross_entropy, divergence, response_logits
 REFERENCE_SHARE = 0.05  # of a device's free memory, for one batch's reference
 LEAST_DIVERGENCE = 1e-5  # nats of a sample: below, float32 tells it from 0 no more
 TERMS = ("utility", "safety", "benign")
-Attach = Callable[[torch.Tensor], AbstractContextManager[None]]  # puts the vector on, with these coefficients
+# puts the vector on, with these coefficients
+Attach = Callable[[torch.Tensor], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Objective:
         self.reference: dict[int, torch.Tensor] = {}
         with torch.no_grad(), sharding.forward_passes():
             for index in sharding.share(tasks):
-                log_probs = F.log_softmax(response_logits(model, self.jobs[index or 0].batch)[0], dim=-1)
+                log_probs = F.log_softmax(
+                    response_logits(model, self.jobs[index or 0].batch)[0], dim=-1
+                )
                 if index is not None:
                     self.reference[index] = self._stored(log_probs)
                 sharding.release()
@@ -127,7 +130,9 @@ class Objective:
     def losses(self, model: nn.Module) -> Losses:
         """The losses of the model as it is."""
         return self._means(
-            self.sharding.values(len(self.jobs), lambda index: self.loss(model, index).sum(), self._idle_job)
+            self.sharding.values(
+                len(self.jobs), lambda index: self.loss(model, index).sum(), self._idle_job
+            )
         )
 
     def gradients(
@@ -143,8 +148,13 @@ class Objective:
         Returns:
             The losses, and the samples' gradients by term.
         """
-        ends = list(itertools.accumulate((len(job.batch.input_ids) for job in self.jobs), initial=0))
-        sums, rows = torch.zeros(ends[-1], dtype=torch.float64), torch.zeros(ends[-1], len(point), dtype=torch.float64)
+        ends = list(
+            itertools.accumulate((len(job.batch.input_ids) for job in self.jobs), initial=0)
+        )
+        sums, rows = (
+            torch.zeros(ends[-1], dtype=torch.float64),
+            torch.zeros(ends[-1], len(point), dtype=torch.float64),
+        )
         with self.sharding.forward_passes(), self._recomputing():
             for index in self.sharding.share(len(self.jobs)):
                 current = self._idle_job if index is None else index
@@ -168,7 +178,9 @@ class Objective:
             samples = [place for index in jobs for place in range(ends[index], ends[index + 1])]
             weight = self.jobs[jobs[0]].weight if jobs else 0.0
             found[term] = SampleGradients(weight, sums[samples].numpy(), rows[samples].numpy())
-        return self._means(torch.stack([sums[a:b].sum() for a, b in itertools.pairwise(ends)])), found
+        return self._means(
+            torch.stack([sums[a:b].sum() for a, b in itertools.pairwise(ends)])
+        ), found
 
     def _means(self, sums: torch.Tensor) -> Losses:
         totals = dict.fromkeys(TERMS, 0.0)
@@ -197,7 +209,11 @@ def evaluate_objective(
     `Σ w_i g_i g_iᵀ / 2 k_i`, exact along the line to that minimum while `k_i` is quadratic.
     """
     losses, terms = fit.gradients(model, attach, point)
-    weights = {"safety": 1.0, "benign": config.search.benign_weight, "utility": config.search.utility_weight}
+    weights = {
+        "safety": 1.0,
+        "benign": config.search.benign_weight,
+        "utility": config.search.utility_weight,
+    }
     value = sum(weights[term] * loss for term, loss in losses.to_dict().items())
     value += config.search.sparsity_weight * float(point.sum())
     gradient, matrix = np.full(len(point), config.search.sparsity_weight), []

@@ -27,7 +27,8 @@ from .objective import Losses, Objective, evaluate_objective
 from .trust_region import minimize_in_box
 
 
-Ship = Callable[[np.ndarray], AbstractContextManager[None]]  # makes the model what is shipped with them, shape `(n,)`
+# makes the model what is shipped with them, shape `(n,)`
+Ship = Callable[[np.ndarray], AbstractContextManager[None]]
 _EVALUATE, _ENDED, _FAILED = 1.0, 0.0, -1.0  # what rank 0 tells the others
 
 
@@ -55,7 +56,8 @@ class Recalibration:
     held_out_after: Losses
     history: list[dict] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
-    passes: dict[str, Any] = field(default_factory=dict, compare=False)  # not what was found, but how
+    # not what was found, but how
+    passes: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def recalibrate(
@@ -91,7 +93,9 @@ def recalibrate(
     """
     search = _Search(attachment, data, config, pad_id, on_evaluation, start, ship)
     size = _batch_size(attachment, data, config)
-    search.roomy = size if config.batch_size is None and has_own_memory(attachment.sharding.device) else None
+    search.roomy = (
+        size if config.batch_size is None and has_own_memory(attachment.sharding.device) else None
+    )
     try:
         found = halving(size, search.run, attachment.sharding)
         found.passes |= {"first_batch_size": size, "batch_size_set": config.batch_size is not None}
@@ -106,7 +110,9 @@ def _batch_size(attachment: VectorAttachment, data: CalibrationSet, config: Safe
     samples = [sample for split in splits for sample in (*split.fit, *split.held_out)]
     tokens = max(len(sample.input_ids) for sample in samples)
     responses = max(sum(sample.is_response) for sample in samples)
-    return fitting(config.batch_size, base_model(attachment.model), tokens, responses, attachment.sharding)
+    return fitting(
+        config.batch_size, base_model(attachment.model), tokens, responses, attachment.sharding
+    )
 
 
 class _Search:
@@ -123,15 +129,25 @@ class _Search:
         ship: Ship | None,
     ):
         self.attachment, self.data, self.config, self.pad_id = attachment, data, config, pad_id
-        self.model, self.sharding, self.names = attachment.model, attachment.sharding, attachment.space.names
+        self.model, self.sharding, self.names = (
+            attachment.model,
+            attachment.sharding,
+            attachment.space.names,
+        )
         self.on_evaluation, self.ship = on_evaluation, ship or self._attach
         self.held = np.array([attachment.carried[name] for name in self.names])
-        first = start or (attachment.carried if self.held.any() else dict.fromkeys(self.names, config.search.start))
+        first = start or (
+            attachment.carried
+            if self.held.any()
+            else dict.fromkeys(self.names, config.search.start)
+        )
         low, high = config.search.min_coefficient, config.search.max_coefficient
         self.start = np.array([first[name] for name in self.names]).clip(low, high)
         self.history: list[dict] = []
         self.touched = np.zeros(len(self.names), dtype=bool)
-        self.roomy: int | None = None  # batch size for which there is memory without gradient checkpointing
+        self.roomy: int | None = (
+            None  # batch size for which there is memory without gradient checkpointing
+        )
 
     def _attach(self, point: np.ndarray) -> AbstractContextManager[None]:
         values = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
@@ -143,7 +159,16 @@ class _Search:
         with frozen_for_calibration(self.model):
             keep = batch_size == self.roomy
             fit, held_out = (
-                Objective(self.model, self.data, side, self.config, self.pad_id, self.sharding, batch_size, keep)
+                Objective(
+                    self.model,
+                    self.data,
+                    side,
+                    self.config,
+                    self.pad_id,
+                    self.sharding,
+                    batch_size,
+                    keep,
+                )
                 for side in ("fit", "held_out")
             )
             before = held_out.losses(self.model)
@@ -155,14 +180,19 @@ class _Search:
             best = self._minimize(fit)
             found = self._accept(held_out, best, before)
             recomputed = not keep and bool(recomputed_layers(self.model))
-            found.passes = {"batch_size": batch_size, "activations": "recomputed" if recomputed else "kept"}
+            found.passes = {
+                "batch_size": batch_size,
+                "activations": "recomputed" if recomputed else "kept",
+            }
             return found
 
     def _minimize(self, fit: Objective) -> np.ndarray:
         """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
         length = 1 + len(self.names)
         if not self.sharding.is_main:
-            while (told := self.sharding.from_main(torch.zeros(length, dtype=torch.float64)))[0] == _EVALUATE:
+            while (told := self.sharding.from_main(torch.zeros(length, dtype=torch.float64)))[
+                0
+            ] == _EVALUATE:
                 self._evaluate(fit, told[1:].numpy())
             if told[0] == _FAILED:
                 with self.sharding.agreed():
@@ -194,7 +224,9 @@ class _Search:
             if not together:
                 message[0] = _FAILED
                 self.sharding.from_main(message)
-                known = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+                known = (
+                    error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+                )
                 with suppress(Exception), self.sharding.agreed():
                     raise known from None
             raise
@@ -226,7 +258,9 @@ class _Search:
         """Takes λ if held-out safety improves within the budgets, else the largest share of the way to it that does."""
         config, failure, after = self.config, "", before
         origin = self.held.clip(config.search.min_coefficient, config.search.max_coefficient)
-        untouched = [name for name, reached in zip(self.names, self.touched, strict=True) if not reached]
+        untouched = [
+            name for name, reached in zip(self.names, self.touched, strict=True) if not reached
+        ]
         for scale in SHRINK_STEPS:
             point = np.where(self.touched, origin + scale * (best - origin), self.held)
             with self.ship(point):
@@ -237,7 +271,9 @@ class _Search:
                 if failure:
                     reason = f"Shrunk to {scale:.0%} of the found coefficients, because at full size {failure}."
                 found = self.attachment.space.named(point.tolist())
-                return Recalibration(found, True, reason, scale, before, after, self.history, untouched)
+                return Recalibration(
+                    found, True, reason, scale, before, after, self.history, untouched
+                )
             failure = failure or objected
         reason = f"No share of the found coefficients is acceptable: {failure}."
         carried = dict(self.attachment.carried)

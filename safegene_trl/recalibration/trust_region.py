@@ -45,7 +45,9 @@ def minimize_in_box(
     hessian = _Hessian(rows)
     radius = FIRST_RADIUS * (upper - lower)
     for _ in range(max_evaluations - 1):
-        step = _step(gradient, hessian, np.maximum(lower - point, -radius), np.minimum(upper - point, radius))
+        step = _step(
+            gradient, hessian, np.maximum(lower - point, -radius), np.minimum(upper - point, radius)
+        )
         promised = -(gradient @ step + step @ hessian.times(step) / 2)
         if promised < TOLERANCE * abs(value):
             break
@@ -99,7 +101,9 @@ class _Hessian:
         self._minus = np.vstack([self._minus, image / np.sqrt(known)])
 
 
-def _step(gradient: np.ndarray, hessian: _Hessian, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+def _step(
+    gradient: np.ndarray, hessian: _Hessian, lower: np.ndarray, upper: np.ndarray
+) -> np.ndarray:
     """The minimiser of `gᵀd + ½ dᵀBd` in a box around 0, by L-BFGS-B in units in which the diagonal of `B` is 1."""
     scale = hessian.scale
 

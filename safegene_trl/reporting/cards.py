@@ -20,8 +20,15 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         name: The model's name.
     """
     measured, vector, base = report.get("measured", {}), report["vector"], report["base"]
-    pairs = [(metric, metric.measured(measured, "before"), metric.measured(measured)) for metric in SHARES]
-    shown = [(metric, before, after) for metric, before, after in pairs if before is not None and after is not None]
+    pairs = [
+        (metric, metric.measured(measured, "before"), metric.measured(measured))
+        for metric in SHARES
+    ]
+    shown = [
+        (metric, before, after)
+        for metric, before, after in pairs
+        if before is not None and after is not None
+    ]
     results = [
         EvalResult(
             task_type="text-generation",

@@ -31,9 +31,13 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         releases: The model line, the oldest first, this one last.
     """
     # whatever is not markup of the template's own is shown character by character, after which jinja escapes it
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert
+    )
     environment.filters |= {"percent": _percent, "decimals": _decimals}
-    template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
     first = max(0, len(releases) - MOST_RELEASES)
     decision = report.get("decision") or {}
     verdict, colour = OUTCOMES.get(str(decision.get("outcome")), ("Failed", "bad"))
@@ -74,7 +78,9 @@ def _is_finite(value: Any) -> bool:
 
 def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
     """A bar chart for every component of the vector."""
-    components = by_component({name: value for name, value in coefficients.items() if _is_finite(value)})
+    components = by_component(
+        {name: value for name, value in coefficients.items() if _is_finite(value)}
+    )
     what = "means of rank-one parts' coefficients" if are_of_parts(coefficients) else "coefficients"
     top = max([1.0, *(value for values in components.values() for value in values.values())])
     charts = []

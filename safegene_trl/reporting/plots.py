@@ -25,14 +25,18 @@ _COLOURS = ("tab:blue", "tab:orange", "tab:grey", "tab:green", "tab:red", "tab:p
 _SETTINGS: Any = {"text.usetex": False, "text.parse_math": False}
 
 
-def heat_map(tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path) -> None:
+def heat_map(
+    tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path
+) -> None:
     """The overall table of cosines, and for every pair its cosine along the layers.
 
     Raises:
         PlotError: It cannot be drawn or written.
     """
     names = [printable(label) for label in labels]
-    with _figure(path, 1, 2, width=5 + len(labels) + len(tables) / 4, height=2 + len(labels) * 0.6) as (left, right):
+    with _figure(
+        path, 1, 2, width=5 + len(labels) + len(tables) / 4, height=2 + len(labels) * 0.6
+    ) as (left, right):
         overall = [[_number(value) for value in row] for row in tables["overall"]]
         _image(left, overall, names, names)
         left.set_title("overall")
@@ -52,13 +56,17 @@ def selection_plot(selection: dict[str, Any], path: Path) -> None:
     """
     with _figure(path, 2, 1, width=9, height=5) as (upper, lower):
         layers = range(len(selection["scores"]))
-        colours = ["tab:blue" if layer in selection["selected_layers"] else "lightgrey" for layer in layers]
+        colours = [
+            "tab:blue" if layer in selection["selected_layers"] else "lightgrey" for layer in layers
+        ]
         upper.bar(layers, selection["scores"], color=colours)
         upper.set_ylabel(f"score ({printable(selection['method'])})")
         lower.bar(layers, selection["stability"]["inclusion"], color=colours)
         lower.set_ylabel("share of resamples\nthat select the layer")
         lower.set_xlabel("layer (selected ones in blue)")
-        upper.set_title(f"mean Jaccard index over resampled prompts: {selection['stability']['mean_jaccard']:.2f}")
+        upper.set_title(
+            f"mean Jaccard index over resampled prompts: {selection['stability']['mean_jaccard']:.2f}"
+        )
 
 
 def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
@@ -76,7 +84,11 @@ def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
             edges = [number - 0.5 for number in range(len(heights) + 1)]
             row.fill_between(edges, [*heights, heights[-1]], step="post")
             row.set_ylabel(f"λ, component {printable(component)}" if component else "λ")
-        left_out = f" (the first {len(shown)} of {len(components)} components)" if len(shown) < len(components) else ""
+        left_out = (
+            f" (the first {len(shown)} of {len(components)} components)"
+            if len(shown) < len(components)
+            else ""
+        )
         rows[-1].set_xlabel(f"layer or module, in order{left_out}")
 
 
@@ -93,21 +105,40 @@ def history_plot(releases: Sequence[dict[str, Any]], path: Path) -> None:
     with _figure(path, 1, 1, width=8, height=4) as (axes,):
         for metric, colour in zip(SHARES, _COLOURS, strict=False):
             found = [
-                (number, share["share"], share["low"], share["high"], release["outcome"] == "rejected")
+                (
+                    number,
+                    share["share"],
+                    share["low"],
+                    share["high"],
+                    release["outcome"] == "rejected",
+                )
                 for number, release in numbered
                 if (share := (release.get("after") or {}).get(metric.key))
             ]
             for rejected in (False, True):
-                _points(axes, [point[:4] for point in found if point[4] == rejected], colour, hollow=rejected)
+                _points(
+                    axes,
+                    [point[:4] for point in found if point[4] == rejected],
+                    colour,
+                    hollow=rejected,
+                )
             kept = [(number, share) for number, share, _, _, rejected in found if not rejected]
-            axes.plot([n for n, _ in kept], [share for _, share in kept], color=colour, label=metric.words)
+            axes.plot(
+                [n for n, _ in kept], [share for _, share in kept], color=colour, label=metric.words
+            )
         thinned = f"; every {every}th of {len(releases)}" if every > 1 else ""
-        axes.set(xlabel=f"release (hollow: rejected{thinned})", ylabel="share of prompts", ylim=(-0.03, 1.03))
+        axes.set(
+            xlabel=f"release (hollow: rejected{thinned})",
+            ylabel="share of prompts",
+            ylim=(-0.03, 1.03),
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
 
 
-def _points(axes: Any, points: Sequence[tuple[int, float, float, float]], colour: str, hollow: bool) -> None:
+def _points(
+    axes: Any, points: Sequence[tuple[int, float, float, float]], colour: str, hollow: bool
+) -> None:
     """Estimates with their intervals, all in one call: matplotlib takes a millisecond for each."""
     if not points:
         return
@@ -115,11 +146,15 @@ def _points(axes: Any, points: Sequence[tuple[int, float, float, float]], colour
     below = [max(0.0, share - low) for _, share, low, _ in points]
     above = [max(0.0, high - share) for _, share, _, high in points]
     face = "white" if hollow else colour
-    axes.errorbar(numbers, shares, yerr=[below, above], fmt="o", color=colour, markerfacecolor=face, capsize=3)
+    axes.errorbar(
+        numbers, shares, yerr=[below, above], fmt="o", color=colour, markerfacecolor=face, capsize=3
+    )
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, width: float, height: float) -> Iterator[list[Any]]:
+def _figure(
+    path: Path, rows: int, columns: int, width: float, height: float
+) -> Iterator[list[Any]]:
     """The axes of a new figure, row by row; at the end it is written to `path`, whole or not at all."""
     try:
         # not `pyplot`: that would look for a display and keep every figure
@@ -128,8 +163,12 @@ def _figure(path: Path, rows: int, columns: int, width: float, height: float) ->
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError("Plots need matplotlib: pip install 'safegene-trl[report]'.") from error
-    except Exception as error:  # e.g. built for another numpy, or a backend in MPLBACKEND that there is not
-        raise PlotError(f"matplotlib cannot be loaded ({_said(error)}): repair its installation.") from error
+    except (
+        Exception
+    ) as error:  # e.g. built for another numpy, or a backend in MPLBACKEND that there is not
+        raise PlotError(
+            f"matplotlib cannot be loaded ({_said(error)}): repair its installation."
+        ) from error
     try:
         with matplotlib.rc_context(_SETTINGS):
             size = (min(width, LARGEST_SIDE), min(height, LARGEST_SIDE))
@@ -166,7 +205,9 @@ def _said(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {error}")[:200]
 
 
-def _image(axes: Any, values: list[list[float]], rows: Sequence[str], columns: Sequence[str]) -> None:
+def _image(
+    axes: Any, values: list[list[float]], rows: Sequence[str], columns: Sequence[str]
+) -> None:
     axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns, rotation=90)

@@ -19,7 +19,9 @@ from .plots import coefficients_plot, history_plot
 
 logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
-SCHEMA: dict[str, Any] = json.loads(files(__package__).joinpath("report.schema.json").read_text(encoding="utf-8"))
+SCHEMA: dict[str, Any] = json.loads(
+    files(__package__).joinpath("report.schema.json").read_text(encoding="utf-8")
+)
 
 
 @dataclass
@@ -81,7 +83,9 @@ class Report:
         return {name: found[name] for name in SCHEMA["properties"] if name in found}
 
 
-def write_report(report: dict[str, Any], path: Path, releases: Sequence[dict[str, Any]] = ()) -> None:
+def write_report(
+    report: dict[str, Any], path: Path, releases: Sequence[dict[str, Any]] = ()
+) -> None:
     """Writes a report as JSON at `path`, as a page beside it, and as PNG plots where matplotlib is installed.
 
     Args:
@@ -98,11 +102,15 @@ def write_report(report: dict[str, Any], path: Path, releases: Sequence[dict[str
                 coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
             if len(releases) > 1:
                 history_plot(releases, path.with_suffix(".history.png"))
-        except Exception as error:  # a picture that cannot be drawn is no reason to lose a checkpoint
+        except (
+            Exception
+        ) as error:  # a picture that cannot be drawn is no reason to lose a checkpoint
             logger.warning("The plots beside %s could not be drawn: %s", path, error)
 
 
-def write_evidence(report: dict[str, Any], folder: Path, name: str, releases: Sequence[dict[str, Any]] = ()) -> None:
+def write_evidence(
+    report: dict[str, Any], folder: Path, name: str, releases: Sequence[dict[str, Any]] = ()
+) -> None:
     """Writes the report and the model card into a safeguarded checkpoint's folder.
 
     Args:
@@ -120,7 +128,11 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     outcome = (report.get("decision") or {}).get("outcome", "failed")
     if report.get("status") == "failed" and outcome != "rejected":  # decided, and then not written
         outcome = "failed"
-    found = {"outcome": float(("failed", "rejected", "accepted_best_effort", "accepted").index(outcome) - 1)}
+    found = {
+        "outcome": float(
+            ("failed", "rejected", "accepted_best_effort", "accepted").index(outcome) - 1
+        )
+    }
     for side in ("before", "after"):
         for metric in METRICS:
             if share := metric.measured(report.get("measured", {}), side):
@@ -128,6 +140,11 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
         for name, loss in report.get("held_out", {}).get(side, {}).items():
             found[f"held_out_{name}_{side}"] = loss
     if coefficients := list(report.get("coefficients", {}).values()):
-        found |= {"mean_coefficient": sum(coefficients) / len(coefficients), "largest_coefficient": max(coefficients)}
-    found |= {f"{name}_seconds": phase["seconds"] for name, phase in report.get("phases", {}).items()}
+        found |= {
+            "mean_coefficient": sum(coefficients) / len(coefficients),
+            "largest_coefficient": max(coefficients),
+        }
+    found |= {
+        f"{name}_seconds": phase["seconds"] for name, phase in report.get("phases", {}).items()
+    }
     return {f"safegene/{name}": float(value) for name, value in found.items()}

@@ -75,9 +75,13 @@ def apply(
 
         return safeguard_loaded(config, name, model_revision, target, dtype, allow_pickled_shards)
     if launched_processes() > 1:
-        raise ConfigError("`coefficients` are merged from file to file by one process: leave out the launcher.")
+        raise ConfigError(
+            "`coefficients` are merged from file to file by one process: leave out the launcher."
+        )
     if dtype != "auto":
-        raise ConfigError("With `coefficients` the checkpoint keeps its own data type: leave out `dtype`.")
+        raise ConfigError(
+            "With `coefficients` the checkpoint keeps its own data type: leave out `dtype`."
+        )
     from .stored import safeguard_stored
 
     return safeguard_stored(config, name, model_revision, str(coefficients), target, base_model)

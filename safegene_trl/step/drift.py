@@ -14,7 +14,9 @@ from .history_file import Release
 SIGNIFICANCE = 0.05
 MOST_LISTED = 20  # releases that a sentence names
 FEWEST_FOR_TREND = 5  # with fewer releases no order of them is unlikely enough by chance
-_MOST_FOR_EXACT = 33  # releases whose orders are counted; the normal distribution is near enough for more
+_MOST_FOR_EXACT = (
+    33  # releases whose orders are counted; the normal distribution is near enough for more
+)
 
 
 def drift_warnings(releases: Sequence[Release]) -> list[str]:
@@ -53,7 +55,10 @@ def chance_of_fewer(successes: int, count: int, other_successes: int, other_coun
     total, of_both = count + other_count, successes + other_successes
     least = max(0, of_both - other_count)
     all_ways = _log_binomial(total, of_both)
-    ways = (_log_binomial(count, k) + _log_binomial(other_count, of_both - k) for k in range(least, successes + 1))
+    ways = (
+        _log_binomial(count, k) + _log_binomial(other_count, of_both - k)
+        for k in range(least, successes + 1)
+    )
     return min(1.0, sum(exp(way - all_ways) for way in ways))
 
 
@@ -67,7 +72,9 @@ def chance_of_falling(values: Sequence[float]) -> float:
     Exact for few values of which no two are equal, else by the normal distribution with the variance that ties leave.
     """
     n, distinct = len(values), len(set(values))
-    balance = sum((later > earlier) - (later < earlier) for earlier, later in combinations(values, 2))
+    balance = sum(
+        (later > earlier) - (later < earlier) for earlier, later in combinations(values, 2)
+    )
     if distinct == n <= _MOST_FOR_EXACT:
         rising = (n * (n - 1) // 2 + balance) // 2
         return sum(_orders_by_rises(n)[: rising + 1]) / factorial(n)

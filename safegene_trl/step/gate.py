@@ -50,7 +50,9 @@ class Check:
         at_least = LIMITS[limit][1] == LEAST
         right = share >= value if at_least else share <= value
         surely = low >= value if at_least else high <= value
-        return cls(limit, value, share, low, high, "kept" if surely else "unsure" if right else "broken")
+        return cls(
+            limit, value, share, low, high, "kept" if surely else "unsure" if right else "broken"
+        )
 
     def __str__(self) -> str:
         what, side = LIMITS[self.limit]
@@ -96,7 +98,9 @@ def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
             )
 
 
-def independent_prompts(gate: GateConfig | None, unseen: Mapping[str, Mapping[str, Any]]) -> bool | None:
+def independent_prompts(
+    gate: GateConfig | None, unseen: Mapping[str, Mapping[str, Any]]
+) -> bool | None:
     """Whether what decides is measured on other prompts than those that came with the vector.
 
     Args:
@@ -107,7 +111,9 @@ def independent_prompts(gate: GateConfig | None, unseen: Mapping[str, Mapping[st
         None where no prompts decide anything.
     """
     limits = gate.limits if gate else {}
-    kinds = {kind for limit in limits for kind in _PROMPTS.get(limit, ())} if limits else {"harmful"}
+    kinds = (
+        {kind for limit in limits for kind in _PROMPTS.get(limit, ())} if limits else {"harmful"}
+    )
     sources = [unseen[kind]["source"] for kind in sorted(kinds) if unseen[kind]["count"]]
     return all(source != FROM_VECTOR for source in sources) if sources else None
 
@@ -135,13 +141,19 @@ def decide(
     """
     limits = gate.limits if gate else {}
     if not limits or measured is None:
-        outcome: Outcome = "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
+        outcome: Outcome = (
+            "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
+        )
         if found and not measures_refusals(measured):
             reason += f" {UNCONFIRMED}"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
-    checks = tuple(Check.of(limit, value, after[LIMITS[limit][0]]) for limit, value in limits.items())
-    broken, unsure = ([check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure"))
+    checks = tuple(
+        Check.of(limit, value, after[LIMITS[limit][0]]) for limit, value in limits.items()
+    )
+    broken, unsure = (
+        [check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure")
+    )
     outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"
     if broken:
         reason = f"The gate's limits are not kept: {'; '.join(map(str, broken))}. {reason}"

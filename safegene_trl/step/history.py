@@ -83,14 +83,18 @@ def prepared_release(path: Path, release: Release) -> Iterator[Callable[[], None
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # not to append, as the line's last byte is written over; no buffer, which would be written once more at the end
-            file = held.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0))
+            file = held.enter_context(
+                open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
             seal = _caught_up(file, path)
-            if read_seal(path) != seal:  # before the line, so that a line with a number always has a seal
+            # before the line, so that a line with a number always has a seal
+            if read_seal(path) != seal:
                 write_seal(path, seal)
             line = release | {"sequence": seal.releases + 1, "previous": seal.last}
             content = json.dumps(line, ensure_ascii=False).encode()
-            parse_release(content, "The new release's line")  # what cannot be read again is not to be written
+            # what cannot be read again is not to be written
+            parse_release(content, "The new release's line")
             held.callback(_take_out_torn, file, seal.size)
             _write_at(file, seal.size, content + b" ")
             place_seal = held.enter_context(prepared_seal(path, seal.after(content)))
@@ -218,7 +222,9 @@ def seal_history(path: Path) -> int:
 
 def last_accepted(releases: Sequence[Release]) -> Release | None:
     """The newest release that was not rejected."""
-    return next((release for release in reversed(releases) if release["outcome"] != "rejected"), None)
+    return next(
+        (release for release in reversed(releases) if release["outcome"] != "rejected"), None
+    )
 
 
 def base_warnings(releases: Sequence[Release], base: dict[str, Any]) -> list[str]:
@@ -226,7 +232,11 @@ def base_warnings(releases: Sequence[Release], base: dict[str, Any]) -> list[str
     weights = weight_hashes(base)
     if not weights or base["carries_vector"]:
         return []
-    bases = [r["base"] for r in releases if r["outcome"] != "rejected" and not r["base"]["carries_vector"]]
+    bases = [
+        r["base"]
+        for r in releases
+        if r["outcome"] != "rejected" and not r["base"]["carries_vector"]
+    ]
     if not bases or bases[-1]["sha256"] in (None, sha256_of_json(weights)):
         return []
     return [

@@ -81,7 +81,8 @@ def write_seal(path: Path, seal: Seal) -> None:
 def prepared_seal(path: Path, seal: Seal) -> Iterator[Callable[[], None]]:
     """Writes the seal beside the history's; what is given puts it in its place, and after the block nothing else of it is left."""
     place = seal_path(path)
-    unfinished = place.with_name(f".{place.name}.tmp")  # one name: what a crash leaves, the next release overwrites
+    # one name: what a crash leaves, the next release overwrites
+    unfinished = place.with_name(f".{place.name}.tmp")
     try:
         with open(unfinished, "wb") as file:
             file.write(json.dumps(asdict(seal)).encode() + b"\n")
@@ -136,7 +137,9 @@ def parse_release(line: bytes, where: str) -> Release:
         raise SafeGeneError(f"{where} holds no release: restore the file.")
     for name, fits in _FIELDS.items():
         if name not in release or not fits(release[name]):
-            raise SafeGeneError(f"`{name}` in {where[0].lower()}{where[1:]} is not as it must be: restore the file.")
+            raise SafeGeneError(
+                f"`{name}` in {where[0].lower()}{where[1:]} is not as it must be: restore the file."
+            )
     return release
 
 
@@ -162,12 +165,20 @@ def _holds(value: Any, names: tuple[str, ...]) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return _holds(value, _SHARE) and type(value["count"]) is int and 0 < value["count"] <= LARGEST_COUNT
+    return (
+        _holds(value, _SHARE)
+        and type(value["count"]) is int
+        and 0 < value["count"] <= LARGEST_COUNT
+    )
 
 
 def _is_rate(value: Any) -> bool:
     """A share that was counted."""
-    return _is_share(value) and type(value.get("successes")) is int and 0 <= value["successes"] <= value["count"]
+    return (
+        _is_share(value)
+        and type(value.get("successes")) is int
+        and 0 <= value["successes"] <= value["count"]
+    )
 
 
 def _are_rates(value: Any) -> bool:
@@ -186,7 +197,9 @@ def _are_held_out(value: Any) -> bool:
 
 
 def _are_coefficients(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_number(number) and number >= 0 for number in value.values())
+    return isinstance(value, dict) and all(
+        _is_number(number) and number >= 0 for number in value.values()
+    )
 
 
 def _is_vector(value: Any) -> bool:

@@ -26,7 +26,9 @@ SHARPNESS = 200.0
 
 def interference(task: LowRankDelta, vector: LowRankDelta) -> float:
     """`mean |M|` of one module, over the singular vectors of both changes whose values are more than rounding."""
-    (u_task, s_task, v_task), (u_vector, s_vector, v_vector) = (_svd(delta) for delta in (task, vector))
+    (u_task, s_task, v_task), (u_vector, s_vector, v_vector) = (
+        _svd(delta) for delta in (task, vector)
+    )
     c, d = u_task.T @ u_vector, v_task.T @ v_vector
     blocks = (c * s_vector) @ d.T, (c.T * s_task) @ d
     return float(sum(block.abs().sum() for block in blocks)) / (len(s_task) + len(s_vector)) ** 2
@@ -49,10 +51,13 @@ def interference_coefficients(
         math.sqrt(sum(delta.inner(delta) for delta in each.values())) for each in (tasks, vectors)
     )
     if task_norm == 0 or vector_norm == 0:
-        raise FamilyError("The fine-tune or the safety vector changes no weight: there is no interference to weigh.")
+        raise FamilyError(
+            "The fine-tune or the safety vector changes no weight: there is no interference to weigh."
+        )
     scale = beta * task_norm / vector_norm
     return {
-        name: scale * (math.exp(-SHARPNESS * interference(tasks[name], vector)) if name in tasks else 1.0)
+        name: scale
+        * (math.exp(-SHARPNESS * interference(tasks[name], vector)) if name in tasks else 1.0)
         for name, vector in vectors.items()
     }
 

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from ..checkpoints.output import MARKER
 from ..config.groups import LARGEST_COEFFICIENT, Granularity
@@ -59,7 +64,11 @@ class Carried(dict[str, float]):
     def record(self) -> dict[str, Any] | None:
         """For the report: whether they are verified, and by what; None where nothing is carried."""
         words = {True: "verified", False: "unverified"}
-        return None if self.verified is None else {"claim": words[self.verified], "source": self.source}
+        return (
+            None
+            if self.verified is None
+            else {"claim": words[self.verified], "source": self.source}
+        )
 
     @property
     def warnings(self) -> list[str]:
@@ -169,7 +178,9 @@ def check_no_subtraction(change: Mapping[str, float], carried: Carried | None = 
     held: Mapping[str, float] = carried if carried is not None and carried.verified else {}
     for name, value in change.items():
         if not math.isfinite(value):
-            raise FamilyError(f"The change of the coefficient of `{name}` is {value}: it must be a finite number.")
+            raise FamilyError(
+                f"The change of the coefficient of `{name}` is {value}: it must be a finite number."
+            )
         if value < -held.get(name, 0.0) - ROUNDING:
             raise FamilyError(
                 f"This would subtract {-value:.3g} times the vector at `{name}`, and nothing confirms that the weights hold so much of "
@@ -182,7 +193,9 @@ def _claimed(entry: Any, vector: SafetyVector) -> Coefficients:
     """The coefficients in an entry of a `config.json`, if it is whole and about this vector."""
     try:
         found = dict(entry["coefficients"].items())
-        sound = bool(found) and all(isinstance(name, str) and _is_coefficient(value) for name, value in found.items())
+        sound = bool(found) and all(
+            isinstance(name, str) and _is_coefficient(value) for name, value in found.items()
+        )
         body = {key: entry[key] for key in ("vector", "coefficients")}
         sound = sound and entry.get("sha256", sha256_of_json(body)) == sha256_of_json(body)
         same = entry["vector"] == vector_id(vector)
@@ -217,7 +230,10 @@ def _difference(ones: Coefficients, others: Coefficients) -> str | None:
 
 
 def _evidence(
-    vector: SafetyVector, config: SafeGeneConfig | None, base_name: str | None, base_revision: str | None
+    vector: SafetyVector,
+    config: SafeGeneConfig | None,
+    base_name: str | None,
+    base_revision: str | None,
 ) -> Iterator[_Evidence]:
     """What is known of earlier releases, the nearest first."""
     report = None if base_name is None else _report_beside(base_name, base_revision)
@@ -232,7 +248,9 @@ def _evidence(
     if config is not None and config.output.history is not None:
         for release in reversed(read_history(Path(config.output.history))):
             yield _Evidence(
-                f"the history {config.output.history}", release["vector"]["sha256"], release["coefficients"]
+                f"the history {config.output.history}",
+                release["vector"]["sha256"],
+                release["coefficients"],
             )
 
 
@@ -242,7 +260,13 @@ def _report_beside(name_or_path: str, revision: str | None) -> Path | None:
     if not path.is_dir():
         try:
             return Path(hf_hub_download(name_or_path, MARKER, revision=revision))
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        except (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            OSError,
+        ):
             return None
     return path / MARKER if (path / MARKER).is_file() else None
 
@@ -282,7 +306,9 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
     path = Path(given) / MARKER if Path(given).is_dir() else Path(given)
     weights, found = _report_content(path)
     if weights != vector_id(vector):
-        raise ConfigError(f"{path} is about another safety vector: coefficients mean nothing beside another vector.")
+        raise ConfigError(
+            f"{path} is about another safety vector: coefficients mean nothing beside another vector."
+        )
     return found
 
 
@@ -297,9 +323,13 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients]:
         found = dict(report["coefficients"].items())
         weights = report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256")
     except OSError as error:
-        raise ConfigError(f"{path} is no readable report of a safety step: name a {MARKER} or its folder.") from error
+        raise ConfigError(
+            f"{path} is no readable report of a safety step: name a {MARKER} or its folder."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is no report of a safety step: name a {MARKER} or its folder.") from error
+        raise ConfigError(
+            f"{path} is no report of a safety step: name a {MARKER} or its folder."
+        ) from error
     for name, value in found.items():
         if not _is_coefficient(value):
             raise ConfigError(

@@ -60,7 +60,9 @@ from .written import WrittenTensors, read_adapter
 PROBE_SAMPLES = 4  # of the held-out refusals: enough to tell one model from another
 MERGED_TOLERANCE = 1e-3  # of the largest logit: other kernels, the same weights
 ADAPTER_TOLERANCE = 0.05  # the same of an adapter, whose factors another data type computes with
-RELOADED_TOLERANCE = 0.05  # autocast, fused kernels: what the live model has and a fresh one has not
+RELOADED_TOLERANCE = (
+    0.05  # autocast, fused kernels: what the live model has and a fresh one has not
+)
 DAMAGED = (
     "The written checkpoint is not the model that was measured (its logits differ by {distance}): do not use it; check the "
     "disk, then run it again."
@@ -141,7 +143,11 @@ def prepare(
     plan.report.data = shots.record
     with plan.clock.phase("prepare"):
         attachment = VectorAttachment(
-            model, plan.vector.deltas, plan.vector.space(config.search.granularity), sharding, plan.carried
+            model,
+            plan.vector.deltas,
+            plan.vector.space(config.search.granularity),
+            sharding,
+            plan.carried,
         )
         sample = _shortest(shots, plan)
         _check_reloads(model, sample, sharding)
@@ -191,7 +197,9 @@ def _first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coeffic
                 "there."
             )
         return found
-    last = last_accepted(read_history(Path(config.output.history))) if config.output.history else None
+    last = (
+        last_accepted(read_history(Path(config.output.history))) if config.output.history else None
+    )
     if last is None or last["vector"]["sha256"] != vector_id(vector):
         return None
     return space.refined(last["coefficients"])
@@ -222,12 +230,16 @@ def safeguard(
 class LiveFineTune:
     """A live model as the step works on it."""
 
-    def __init__(self, prepared: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True):
+    def __init__(
+        self, prepared: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True
+    ):
         self.plan, self.shots, self.start = prepared.plan, prepared.shots, prepared.start
         self.model, self.adapter_base, self.show_progress = model, adapter_base, show_progress
         self.sharding, self.vector = self.plan.sharding, self.plan.vector
         self.space: CoefficientSpace = self.vector.space(self.plan.granularity)
-        self.attachment = VectorAttachment(model, self.vector.deltas, self.space, self.sharding, self.plan.carried)
+        self.attachment = VectorAttachment(
+            model, self.vector.deltas, self.space, self.sharding, self.plan.carried
+        )
         self.training: FinishedTraining | None = None
         self._rounding = Rounding()
         self._logits = torch.empty(0)  # of the probe, on the model that was measured
@@ -252,12 +264,20 @@ class LiveFineTune:
         result = self._recalibrate()
         report.coefficients, report.history = result.coefficients, result.history
         report.untouched, report.search = result.untouched or None, result.passes
-        report.held_out = {"before": result.held_out_before.to_dict(), "after": result.held_out_after.to_dict()}
+        report.held_out = {
+            "before": result.held_out_before.to_dict(),
+            "after": result.held_out_after.to_dict(),
+        }
         by_module = self._lacking(result.coefficients)
         with plan.clock.phase("measure"):
             report.measured = self._measured(result, by_module)
-        gate, independent = plan.config.gate, independent_prompts(plan.config.gate, self.shots.record["unseen"])
-        decision = decide(gate, result.accepted, result.scale, result.reason, report.measured, independent)
+        gate, independent = (
+            plan.config.gate,
+            independent_prompts(plan.config.gate, self.shots.record["unseen"]),
+        )
+        decision = decide(
+            gate, result.accepted, result.scale, result.reason, report.measured, independent
+        )
         if not result.accepted and decision.outcome != "rejected":  # nothing was changed
             report.held_out["after"] = report.held_out["before"]
         return Found(result.coefficients, decision, by_module, result.scale)
@@ -265,7 +285,9 @@ class LiveFineTune:
     def _recalibrate(self) -> Recalibration:
         config = self.plan.config
         hidden = not (self.show_progress and self.sharding.is_main)
-        with tqdm(total=config.search.max_evaluations, desc="Recalibrating", disable=hidden, leave=False) as bar:
+        with tqdm(
+            total=config.search.max_evaluations, desc="Recalibrating", disable=hidden, leave=False
+        ) as bar:
 
             def advance(entry: dict) -> None:
                 bar.update()
@@ -291,18 +313,25 @@ class LiveFineTune:
         return self._shipped(self._lacking(self.space.named(values)))
 
     @contextmanager
-    def _shipped(self, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None = None) -> Iterator[None]:
+    def _shipped(
+        self, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None = None
+    ) -> Iterator[None]:
         """The weights as they are written: the LoRA folded in, added in float32, rounded to their data type.
 
         Where only an adapter is written, it acts beside the weights there too.
         """
         if not self.plan.merges:
-            lacking = torch.cat([by_module[name] for name in self.vector.deltas]).to(self.sharding.device)
+            lacking = torch.cat([by_module[name] for name in self.vector.deltas]).to(
+                self.sharding.device
+            )
             with by_rank(self.model, self.vector.deltas, self.sharding).applied(lacking):
                 yield
             return
         merged = partial(self._merged, by_module=by_module, rounding=rounding)
-        with replaced(list(canonical_parameters(self.model)), merged, self.sharding), without_adapters(self.model):
+        with (
+            replaced(list(canonical_parameters(self.model)), merged, self.sharding),
+            without_adapters(self.model),
+        ):
             yield
 
     def _merged(
@@ -315,7 +344,9 @@ class LiveFineTune:
             return None
         return merged_tensor(parameter, self.vector.deltas, by_module, self.sharding, rounding)
 
-    def _measured(self, result: Recalibration, by_module: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+    def _measured(
+        self, result: Recalibration, by_module: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any] | None:
         plan = self.plan
         if not (result.accepted or plan.config.gate):  # it will be rejected
             return None
@@ -331,7 +362,15 @@ class LiveFineTune:
         if any(self.shots.unseen.counts.values()):
             measured = halving(
                 self._answers_at_once(),
-                partial(measure, self.model, shipped, self.shots.unseen, plan.tokenizer, plan.config, self.sharding),
+                partial(
+                    measure,
+                    self.model,
+                    shipped,
+                    self.shots.unseen,
+                    plan.tokenizer,
+                    plan.config,
+                    self.sharding,
+                ),
                 self.sharding,
             )
         else:
@@ -346,12 +385,24 @@ class LiveFineTune:
     def _answers_at_once(self) -> int:
         """Prompts, or task samples, that are measured in one forward pass."""
         config, tokenizer, unseen = self.plan.config, self.plan.tokenizer, self.shots.unseen
-        texts = [prompt_text(tokenizer, list(p.messages)) for kind in unseen.prompts.values() for p in kind]
-        prompts = [len(ids) + config.measure.max_new_tokens for ids in tokenizer(texts)["input_ids"]] if texts else []
+        texts = [
+            prompt_text(tokenizer, list(p.messages))
+            for kind in unseen.prompts.values()
+            for p in kind
+        ]
+        prompts = (
+            [len(ids) + config.measure.max_new_tokens for ids in tokenizer(texts)["input_ids"]]
+            if texts
+            else []
+        )
         samples = [len(sample.input_ids) for sample in unseen.task]
         responses = max((sum(sample.is_response) for sample in unseen.task), default=1)
         return fitting_answers(
-            config.batch_size, base_model(self.model), max(prompts + samples), responses, self.sharding
+            config.batch_size,
+            base_model(self.model),
+            max(prompts + samples),
+            responses,
+            self.sharding,
         )
 
     @torch.no_grad()
@@ -360,7 +411,10 @@ class LiveFineTune:
 
         One by one: where memory is short, nothing takes less.
         """
-        pad, samples = padding_id(self.plan.tokenizer), self.shots.data.harmful.held_out[:PROBE_SAMPLES]
+        pad, samples = (
+            padding_id(self.plan.tokenizer),
+            self.shots.data.harmful.held_out[:PROBE_SAMPLES],
+        )
         found = []
         for batch in batches(samples, 1, pad, self.sharding.device):
             found.append(response_logits(model or self.model, batch)[0].cpu())
@@ -382,7 +436,15 @@ class LiveFineTune:
                 plan.mark(found.coefficients),
             )
         if place := plan.adapter_place(folder):
-            save_adapter(self.model, deltas, found.by_module, self.adapter_base, plan.processor, place, self.sharding)
+            save_adapter(
+                self.model,
+                deltas,
+                found.by_module,
+                self.adapter_base,
+                plan.processor,
+                place,
+                self.sharding,
+            )
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Puts what was written into the live model's place, and compares its logits with those that were measured.
@@ -402,7 +464,9 @@ class LiveFineTune:
                             if self.sharding.is_main:  # who alone has the files
                                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
                                 answers = self._probe(reloaded(self.model, config))
-                        distances["reloaded"] = self._distance(answers, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS)
+                        distances["reloaded"] = self._distance(
+                            answers, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS
+                        )
             if place := self.plan.adapter_place(folder):
                 with self._with_adapter(place):
                     distances["adapter"] = self._distance(self._probe(), ADAPTER_TOLERANCE, DAMAGED)
@@ -411,7 +475,9 @@ class LiveFineTune:
     def _distance(self, logits: torch.Tensor, tolerance: float, otherwise: str) -> float:
         size = max(1.0, float(self._logits.abs().max()))
         own = torch.tensor([float((self._logits - logits).abs().max()), size], dtype=torch.float64)
-        distance, size = self.sharding.from_main(own).tolist()  # whole weights are read back by rank 0 alone
+        distance, size = self.sharding.from_main(
+            own
+        ).tolist()  # whole weights are read back by rank 0 alone
         if not distance <= tolerance * size:
             raise OutputError(otherwise.format(distance=f"{distance:.3g}"))
         return distance
@@ -421,7 +487,10 @@ class LiveFineTune:
         """While open, every live tensor holds what the checkpoint's files say."""
         with RowReader() as reader:
             value = WrittenTensors(self.model, folder if self.sharding.is_main else None, reader)
-            with replaced(list(canonical_parameters(self.model)), value, self.sharding), without_adapters(self.model):
+            with (
+                replaced(list(canonical_parameters(self.model)), value, self.sharding),
+                without_adapters(self.model),
+            ):
                 with self.sharding.agreed():
                     value.check_complete()
                 yield
@@ -432,12 +501,16 @@ class LiveFineTune:
         with self.sharding.agreed():
             deltas = read_adapter(place) if self.sharding.is_main else {}
         deltas = deltas_from_main(deltas, self.sharding)
-        ones = torch.ones(sum(delta.a.shape[0] for delta in deltas.values()), device=self.sharding.device)
+        ones = torch.ones(
+            sum(delta.a.shape[0] for delta in deltas.values()), device=self.sharding.device
+        )
         with without_adapters(self.model), by_rank(self.model, deltas, self.sharding).applied(ones):
             yield
 
 
-def by_rank(model: nn.Module, deltas: Mapping[str, LowRankDelta], sharding: Sharding) -> VectorAttachment:
+def by_rank(
+    model: nn.Module, deltas: Mapping[str, LowRankDelta], sharding: Sharding
+) -> VectorAttachment:
     """An attachment with a coefficient for each rank-one part of every module, module by module."""
     rank = next(iter(deltas.values())).a.shape[0]
     return VectorAttachment(model, deltas, CoefficientSpace.of(deltas, [rank], "rank"), sharding)

@@ -41,7 +41,10 @@ def safeguard_loaded(
     job = this_job()
     with job.agreed():
         check_not_safeguarded(name_or_path, revision)
-        processor, base = load_processor(name_or_path, revision), adapter_base(name_or_path, revision)
+        processor, base = (
+            load_processor(name_or_path, revision),
+            adapter_base(name_or_path, revision),
+        )
     model, sharding = load_placed(name_or_path, revision, dtype, job, allow_pickled_shards)
     with sharding.named():
         origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name_or_path})

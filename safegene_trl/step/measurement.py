@@ -37,7 +37,11 @@ def measure(
         category of harmful prompts, `categories`; each a share with Wilson's 95 % interval. `utility_loss`: mean loss of token accuracy
         over the task samples with a bootstrap interval. What there is nothing to measure on is left out.
     """
-    batched = batches(unseen.task, batch_size, padding_id(tokenizer), sharding.device) if unseen.task else []
+    batched = (
+        batches(unseen.task, batch_size, padding_id(tokenizer), sharding.device)
+        if unseen.task
+        else []
+    )
 
     def one_side() -> tuple[dict[str, Any], torch.Tensor]:
         return _answers(model, unseen, tokenizer, config, sharding, batch_size), _token_accuracy(
@@ -56,7 +60,10 @@ def measure(
         "after": after,
     }
     if batched:
-        found["token_accuracy"] = {"before": float(right_before.mean()), "after": float(right_after.mean())}
+        found["token_accuracy"] = {
+            "before": float(right_before.mean()),
+            "after": float(right_after.mean()),
+        }
         losses = (right_before - right_after).tolist()
         low, high = mean_interval(losses)
         found["utility_loss"] = {
@@ -79,8 +86,13 @@ def _answers(
     labels: dict[str, list[str]] = {}
     for kind, prompts in unseen.prompts.items():
         messages = [list(prompt.messages) for prompt in prompts]
-        own = generate_answers(model, tokenizer, messages, config.measure.max_new_tokens, batch_size, sharding)
-        exchanges = [Exchange(p.text, answer) for p, answer in zip(prompts, sharding.united(own), strict=True)]
+        own = generate_answers(
+            model, tokenizer, messages, config.measure.max_new_tokens, batch_size, sharding
+        )
+        exchanges = [
+            Exchange(p.text, answer)
+            for p, answer in zip(prompts, sharding.united(own), strict=True)
+        ]
         labels[kind] = [verdict.label for verdict in judged(RefusalPhrases(), exchanges)]
     found: dict[str, Any] = {}
     for name, kind in (("refusal_rate", "harmful"), ("over_refusal", "benign")):
@@ -93,7 +105,9 @@ def _answers(
         if prompt.category is not None:
             categories[prompt.category].append(label)
     if categories:
-        found["categories"] = {name: _share(own, "refused") for name, own in sorted(categories.items())}
+        found["categories"] = {
+            name: _share(own, "refused") for name, own in sorted(categories.items())
+        }
     return found
 
 
@@ -106,7 +120,9 @@ def _share(labels: Sequence[str], wanted: str) -> dict[str, float | int]:
 @torch.no_grad()
 def _token_accuracy(model: nn.Module, batched: Sequence[Batch], sharding: Sharding) -> torch.Tensor:
     """Collective: of every sample the share of response tokens that the model finds most likely; float64."""
-    rows = torch.zeros(len(batched), max((len(b.input_ids) for b in batched), default=0), dtype=torch.float64)
+    rows = torch.zeros(
+        len(batched), max((len(b.input_ids) for b in batched), default=0), dtype=torch.float64
+    )
     with sharding.forward_passes():
         for index in sharding.share(len(batched)):
             batch = batched[index or 0]
@@ -118,5 +134,7 @@ def _token_accuracy(model: nn.Module, batched: Sequence[Batch], sharding: Shardi
                 rows[index, : len(right)] = torch.stack([part.mean() for part in right]).cpu()
     rows = sharding.sum(rows)
     return (
-        torch.cat([row[: len(batch.input_ids)] for row, batch in zip(rows, batched, strict=True)]) if batched else rows
+        torch.cat([row[: len(batch.input_ids)] for row, batch in zip(rows, batched, strict=True)])
+        if batched
+        else rows
     )

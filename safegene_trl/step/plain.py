@@ -45,7 +45,9 @@ class FinishedTraining:
     saved_step: int | None = None
     trainer: Trainer | None = None
 
-    def keep(self, model: nn.Module, processor: Any, sharding: Sharding, loadable: bool = False) -> str:
+    def keep(
+        self, model: nn.Module, processor: Any, sharding: Sharding, loadable: bool = False
+    ) -> str:
         """Collective: where the fine-tune lies; saved to `output_dir` if no checkpoint of the training holds it.
 
         `trainer.save_model()` afterwards writes the same files to the same place: no more disk is needed than for that.
@@ -61,7 +63,9 @@ class FinishedTraining:
         Raises:
             OutputError: It cannot be written.
         """
-        if found := sharding.text_from_main(self._checkpoint(model, loadable) if sharding.is_main else ""):
+        if found := sharding.text_from_main(
+            self._checkpoint(model, loadable) if sharding.is_main else ""
+        ):
             return _named(model, Path(found))
         folder = Path(str(self.args.output_dir))
         places = _places(model, folder)
@@ -69,10 +73,14 @@ class FinishedTraining:
         with _savable(model):
             if self.trainer is not None:
                 with writing():
-                    self.trainer.save_model(str(folder), _internal_call=True)  # else it would push to the hub
+                    # else it would push to the hub
+                    self.trainer.save_model(str(folder), _internal_call=True)
             after = [_written(model, place) for place in places]
-            saved = sharding.is_main and all(new != old for new, old in zip(after, before, strict=True))
-            if not sharding.text_from_main("yes" if saved else ""):  # FSDP with sharded states saves nothing
+            saved = sharding.is_main and all(
+                new != old for new, old in zip(after, before, strict=True)
+            )
+            # FSDP with sharded states saves nothing
+            if not sharding.text_from_main("yes" if saved else ""):
                 _save(model, processor, folder, sharding)
         return _named(model, folder)
 
@@ -83,7 +91,9 @@ class FinishedTraining:
             place = self.state.best_model_checkpoint
         elif self.saved_step == self.state.global_step:
             place = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.saved_step}")
-        if place is None or (not adapter_configs(model) and (Path(place) / _ADAPTER_CONFIG).is_file()):
+        if place is None or (
+            not adapter_configs(model) and (Path(place) / _ADAPTER_CONFIG).is_file()
+        ):
             return ""  # what an earlier training has left there would be read in the place of the full fine-tune
         written = all(_written(model, part) for part in _places(model, Path(place)))
         shards = not loadable and holds_only_zero_shards(Path(place))
@@ -147,7 +157,11 @@ def _named(model: nn.Module, folder: Path) -> str:
 def _written(model: nn.Module, folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of every weight file that a fine-tune is read from."""
     found = [folder / name for name in ((_ADAPTER,) if adapter_configs(model) else _FULL)]
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()]
+    return [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in found
+        if path.is_file()
+    ]
 
 
 def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) -> None:
@@ -163,7 +177,8 @@ def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) ->
         return
     whole = {}
     for name, tensor in model.named_parameters():
-        if tensor.requires_grad or ".lora_" in name:  # a frozen adapter may act beside the trained one
+        # a frozen adapter may act beside the trained one
+        if tensor.requires_grad or ".lora_" in name:
             with sharding.full([tensor]) as (full,):
                 if sharding.is_main:
                     whole[name] = full.detach().cpu().clone()

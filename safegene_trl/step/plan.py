@@ -85,7 +85,9 @@ class Plan:
         """
         self.granularity = granularity
         base, revision = self.origin.base, self.origin.revision
-        self.carried = carried_coefficients(model, self.vector, granularity, self.config, base, revision)
+        self.carried = carried_coefficients(
+            model, self.vector, granularity, self.config, base, revision
+        )
         self.report.warnings += self.carried.warnings
         self.report.base["carried"] = self.carried.record
 
@@ -151,7 +153,9 @@ def read_vector(
         VectorError: The vector cannot be read.
         FamilyError: The model is not of its family.
     """
-    vector = SafetyVector.from_pretrained(config.vector, revision=config.vector_revision, public_key=config.public_key)
+    vector = SafetyVector.from_pretrained(
+        config.vector, revision=config.vector_revision, public_key=config.public_key
+    )
     family = Family.of(model, tokenizer)
     warnings = vector.family.check_member(family)
     vector.check_fits(canonical_modules(model))
@@ -191,7 +195,8 @@ def plan_step(
             vector, family, warnings = read_vector(config, model, tokenizer)
             if sharding.is_main:
                 _try_output(config, model, processor, target, origin, needed_bytes)
-        with sharding.alone() as working:  # the hub is asked, and a large local checkpoint is hashed
+        # the hub is asked, and a large local checkpoint is hashed
+        with sharding.alone() as working:
             if working and config.output.hub_model_id:
                 check_hub(config.output.hub_model_id)
             base = check_base(
@@ -213,7 +218,9 @@ def plan_step(
         vector={
             "name": config.vector,
             "revision": config.vector_revision,
-            "signed_by": None if config.public_key is None else sha256_of_file(Path(config.public_key)),
+            "signed_by": None
+            if config.public_key is None
+            else sha256_of_file(Path(config.public_key)),
             **vector.describe(),
         },
         base=base,
@@ -239,7 +246,12 @@ def plan_step(
 
 
 def _try_output(
-    config: SafeGeneConfig, model: nn.Module, processor: Any, target: Path, origin: Origin, needed_bytes: int
+    config: SafeGeneConfig,
+    model: nn.Module,
+    processor: Any,
+    target: Path,
+    origin: Origin,
+    needed_bytes: int,
 ) -> None:
     """Does what the end will do, so that what could fail there fails now."""
     inputs: dict[str, Any] = {

@@ -86,7 +86,9 @@ def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> 
                 write_evidence(report.to_dict(), folder, plan.target.name, _releases(plan))
                 if plan.config.output.history:
                     release = release_of(report.to_dict(), plan.target)
-                    add = held.enter_context(prepared_release(Path(plan.config.output.history), release))
+                    add = held.enter_context(
+                        prepared_release(Path(plan.config.output.history), release)
+                    )
     return add
 
 
@@ -125,7 +127,11 @@ def _reported(plan: Plan) -> Iterator[None]:
 def _unexpected(plan: Plan, error: Exception) -> SafeGeneError:
     together = plan.sharding.world_size == 1 or getattr(error, "on_all_ranks", False)
     place = plan.report.fine_tune
-    kept = f" The fine-tune itself is in {place}." if place else " The fine-tune itself may not be on a disk yet."
+    kept = (
+        f" The fine-tune itself is in {place}."
+        if place
+        else " The fine-tune itself may not be on a disk yet."
+    )
     saved = "the saved fine-tune" if place else "the fine-tune, once it is saved"
     if is_out_of_memory(error):
         return UnexpectedError(
@@ -174,19 +180,28 @@ def _releases(plan: Plan) -> list[Release]:
     if not plan.config.output.history:
         return []
     earlier = read_history(Path(plan.config.output.history))
-    return [*earlier, release_of(plan.report.to_dict(), plan.target)] if plan.report.decision else earlier
+    return (
+        [*earlier, release_of(plan.report.to_dict(), plan.target)]
+        if plan.report.decision
+        else earlier
+    )
 
 
 def _add_to_history(plan: Plan) -> None:
     with plan.sharding.agreed():
         if plan.sharding.is_main and plan.config.output.history:
-            append_release(Path(plan.config.output.history), release_of(plan.report.to_dict(), plan.target))
+            append_release(
+                Path(plan.config.output.history), release_of(plan.report.to_dict(), plan.target)
+            )
 
 
 def _write_failure(plan: Plan, error: BaseException) -> None:
     """Writes what was known and what failed to `failure_path`, on rank 0. That it cannot be written hides no error."""
     plan.report.status = "failed"
-    plan.report.error = {"kind": type(error).__name__, "message": str(error) or "The run was interrupted."}
+    plan.report.error = {
+        "kind": type(error).__name__,
+        "message": str(error) or "The run was interrupted.",
+    }
     if not plan.sharding.is_main:
         return
     try:

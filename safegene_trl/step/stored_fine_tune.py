@@ -53,10 +53,18 @@ def merge_stored(
         check_adapter_output(stored.model)
     started_from = adapter_base(name_or_path, revision)
     is_lora = isinstance(stored.model, PeftModel)
-    origin = Origin(base_model or started_from, None, "lora" if is_lora else "full", {FINE_TUNE: name_or_path})
-    needed = 0 if config.output.output_format == "adapter" else sum(t.num_bytes for t in stored.files.values())
+    origin = Origin(
+        base_model or started_from, None, "lora" if is_lora else "full", {FINE_TUNE: name_or_path}
+    )
+    needed = (
+        0
+        if config.output.output_format == "adapter"
+        else sum(t.num_bytes for t in stored.files.values())
+    )
     alone = Sharding(torch.device("cpu"))
-    plan = plan_step(config, stored.model, load_processor(name_or_path, revision), target, alone, origin, needed)
+    plan = plan_step(
+        config, stored.model, load_processor(name_or_path, revision), target, alone, origin, needed
+    )
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
     with plan.clock.phase("prepare"):
         fine_tune.choose(given, base_model)
@@ -77,7 +85,9 @@ class StoredFineTune:
         plan, vector = self.plan, self.plan.vector
         granularity: Granularity = "module"
         if given == INTERFERENCE:
-            by_module = interference_coefficients(_task_deltas(self.stored, base_model), vector.deltas)
+            by_module = interference_coefficients(
+                _task_deltas(self.stored, base_model), vector.deltas
+            )
             names = vector.space(granularity).modules.items()
             self.coefficients = {name: by_module[module] for module, own in names for name in own}
         else:
@@ -95,7 +105,9 @@ class StoredFineTune:
     def find(self) -> Found:
         """The given coefficients, as they are."""
         space = self.plan.vector.space(self.plan.granularity)
-        change = {name: value - self.plan.carried[name] for name, value in self.coefficients.items()}
+        change = {
+            name: value - self.plan.carried[name] for name, value in self.coefficients.items()
+        }
         decision = Decision("accepted", "The coefficients were given: nothing was measured.")
         return Found(self.coefficients, decision, space.by_module(change))
 
@@ -105,8 +117,11 @@ class StoredFineTune:
         if plan.merges:
             entry = plan.mark(found.coefficients)
             size = plan.config.output.max_shard_size
-            self._rounding = write_merged(self.stored, deltas, found.by_module, plan.processor, folder, size, entry)
-            if not self._rounding.changed:  # not even by the float32 sum: else `write_merged` has refused it
+            self._rounding = write_merged(
+                self.stored, deltas, found.by_module, plan.processor, folder, size, entry
+            )
+            # not even by the float32 sum: else `write_merged` has refused it
+            if not self._rounding.changed:
                 raise OutputError(
                     f"The safety vector vanishes beside the weights: 0 of {self._rounding.weights} would change even in float32; use "
                     "larger coefficients."
@@ -139,7 +154,9 @@ def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRa
     if isinstance(stored.model, PeftModel) and not stored.has_full_rank_changes:
         found = adapter_delta(stored.model, torch.nn.Module())
     elif base_model is None:
-        raise ConfigError("The fine-tune's change cannot be told without the aligned model: name it as `base_model`.")
+        raise ConfigError(
+            "The fine-tune's change cannot be told without the aligned model: name it as `base_model`."
+        )
     else:
         found = stored_delta(stored, StoredModel.open(base_model), TASK_RANK)
     return {name: truncation.delta for name, truncation in found.items()}

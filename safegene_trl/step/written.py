@@ -29,7 +29,9 @@ class WrittenTensors:
         mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
         pieces = as_stored(self._model, parameter.name, mark)
         if missing := sorted(set(pieces) - set(self._files)):
-            raise CheckpointError(f"The written checkpoint lacks {missing[0]}: run it again, and report this.")
+            raise CheckpointError(
+                f"The written checkpoint lacks {missing[0]}: run it again, and report this."
+            )
         if renamed := [name for name, piece in pieces.items() if piece is mark]:
             return self._read(renamed[0])
         self._left -= set(
@@ -59,8 +61,12 @@ def read_adapter(place: Path) -> dict[str, LowRankDelta]:
     """The low-rank deltas of an adapter folder of ours, by canonical module name."""
     tensors = load_file(place / "adapter_model.safetensors")
     prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    names = [
+        key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)
+    ]
     return {
-        name: LowRankDelta(tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"])
+        name: LowRankDelta(
+            tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]
+        )
         for name in names
     }

@@ -70,7 +70,9 @@ negative in `safegene-trl`, and it must not be used that way elsewhere.
 
 def _categories(vector: Described) -> str:
     """A line about the harm categories that it was made from, where they are known."""
-    records = [record["selection"] for record in vector.extraction.get("vectors", [])] or [vector.selection]
+    records = [record["selection"] for record in vector.extraction.get("vectors", [])] or [
+        vector.selection
+    ]
     found: dict[str, list[int]] = {}
     for counts in (record.get("categories", {}) for record in records):
         for name, count in counts.items():
@@ -78,7 +80,10 @@ def _categories(vector: Described) -> str:
             found[name] = [asked + int(count["asked"]), refused + int(count["refused"])]
     if not found:
         return ""
-    listed = ", ".join(f"{markdown(name)} ({refused} of {asked})" for name, (asked, refused) in sorted(found.items()))
+    listed = ", ".join(
+        f"{markdown(name)} ({refused} of {asked})"
+        for name, (asked, refused) in sorted(found.items())
+    )
     return (
         f"- Harm categories of its prompts, with how many the aligned model refused: {listed}. It is weak in those that the aligned model "
         "refuses less, and in those that are not among them.\n"

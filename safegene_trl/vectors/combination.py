@@ -20,7 +20,9 @@ from .output import check_vector_output
 from .safety_vector import SafetyVector
 
 
-def combine(vectors: Sequence[str | Path], output_dir: str | Path, overwrite_output_dir: bool = False) -> SafetyVector:
+def combine(
+    vectors: Sequence[str | Path], output_dir: str | Path, overwrite_output_dir: bool = False
+) -> SafetyVector:
     """Makes several safety vectors of one aligned model the components of one, and saves that to `output_dir`.
 
     `V_m = Σ_c B_{m,c} A_{m,c}`, stacked as `[B_1 … B_C] [A_1; …; A_C]` (`(d_out, Σ r_c)` and `(Σ r_c, d_in)`, in the first
@@ -41,7 +43,9 @@ def combine(vectors: Sequence[str | Path], output_dir: str | Path, overwrite_out
         OutputError: The vector cannot be put there without losing something.
     """
     if isinstance(vectors, str | Path):
-        raise ConfigError(f"combine was given {shown(vectors)}: give it a list of two or more vectors.")
+        raise ConfigError(
+            f"combine was given {shown(vectors)}: give it a list of two or more vectors."
+        )
     target = written_path(str(output_dir))
     check_vector_output(target, {"the vector": list(vectors)}, overwrite_output_dir)
     vector = combined([SafetyVector.from_pretrained(name) for name in vectors])
@@ -60,22 +64,35 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         raise FamilyError("One vector alone cannot be combined: name two or more.")
     first = vectors[0]
     if any(
-        vector.family != first.family or vector.aligned_model["files"] != first.aligned_model["files"]
+        vector.family != first.family
+        or vector.aligned_model["files"] != first.aligned_model["files"]
         for vector in vectors
     ):
-        raise FamilyError("The vectors were made from different aligned models: combine vectors of one aligned model.")
+        raise FamilyError(
+            "The vectors were made from different aligned models: combine vectors of one aligned model."
+        )
     named = [
-        _weights(part) for vector in vectors for part in (vector.extraction.get("vectors") or [vector.describe()])
+        _weights(part)
+        for vector in vectors
+        for part in (vector.extraction.get("vectors") or [vector.describe()])
     ]
     if any(named.count(weights) > 1 for weights in named if weights is not None):
-        raise FamilyError("One vector is named twice, or is a part of another one: name each of them once.")
+        raise FamilyError(
+            "One vector is named twice, or is a part of another one: name each of them once."
+        )
     shapes = {
-        name: (delta.a.shape[1], delta.b.shape[0]) for vector in vectors for name, delta in vector.deltas.items()
+        name: (delta.a.shape[1], delta.b.shape[0])
+        for vector in vectors
+        for name, delta in vector.deltas.items()
     }
-    prompts = {(row["kind"], row["prompt"]): row for vector in reversed(vectors) for row in vector.prompts}
+    prompts = {
+        (row["kind"], row["prompt"]): row for vector in reversed(vectors) for row in vector.prompts
+    }
     components = [rank for vector in vectors for rank in vector.components]
     return SafetyVector(
-        deltas={name: _stacked(name, d_in, d_out, vectors) for name, (d_in, d_out) in shapes.items()},
+        deltas={
+            name: _stacked(name, d_in, d_out, vectors) for name, (d_in, d_out) in shapes.items()
+        },
         family=first.family,
         aligned_model=first.aligned_model,
         degraded_model={"name": "of the components", "revision": None, "files": {}},
@@ -105,9 +122,12 @@ def _weights(record: dict[str, Any]) -> str | None:
 def _stacked(name: str, d_in: int, d_out: int, vectors: Sequence[SafetyVector]) -> LowRankDelta:
     dtype = next(iter(vectors[0].deltas.values())).a.dtype
     parts = [
-        vector.deltas.get(name, LowRankDelta(torch.zeros(vector.rank, d_in), torch.zeros(d_out, vector.rank)))
+        vector.deltas.get(
+            name, LowRankDelta(torch.zeros(vector.rank, d_in), torch.zeros(d_out, vector.rank))
+        )
         for vector in vectors
     ]
     return LowRankDelta(
-        torch.cat([part.a.to(dtype) for part in parts]), torch.cat([part.b.to(dtype) for part in parts], dim=1)
+        torch.cat([part.a.to(dtype) for part in parts]),
+        torch.cat([part.b.to(dtype) for part in parts], dim=1),
     )

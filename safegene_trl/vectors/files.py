@@ -26,7 +26,15 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 HASHED_FILES = (WEIGHTS_FILE, PROMPTS_FILE, ADAPTER_CONFIG_FILE)
 SIGNED_FILES = (CONFIG_FILE, *HASHED_FILES)
 PREFIX = "base_model.model."
-SECTIONS = ("family", "aligned_model", "degraded_model", "extraction", "selection", "software", "files")
+SECTIONS = (
+    "family",
+    "aligned_model",
+    "degraded_model",
+    "extraction",
+    "selection",
+    "software",
+    "files",
+)
 
 _MOST_BYTES = {
     CONFIG_FILE: 2**24,
@@ -60,9 +68,14 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
         # the folder is opened once as well: a link to it that is changed meanwhile gives no mixture of two vectors
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise VectorError(f"The safety vector {name_or_path} cannot be read ({error.strerror}).") from error
+        raise VectorError(
+            f"The safety vector {name_or_path} cannot be read ({error.strerror})."
+        ) from error
     try:
-        found = {file: _read_whole(opened, file, name_or_path) for file in (*SIGNED_FILES, SIGNATURE_FILE)}
+        found = {
+            file: _read_whole(opened, file, name_or_path)
+            for file in (*SIGNED_FILES, SIGNATURE_FILE)
+        }
     finally:
         os.close(opened)
     if found[CONFIG_FILE] is None:
@@ -70,7 +83,9 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
             f"{name_or_path} has no {CONFIG_FILE}: it is not a safety vector; make one by `safegene extract`."
         )
     if missing := [file for file in SIGNED_FILES if found[file] is None]:
-        raise VectorError(f"The safety vector {name_or_path} lacks {missing[0]}: download or make it again.")
+        raise VectorError(
+            f"The safety vector {name_or_path} lacks {missing[0]}: download or make it again."
+        )
     return {file: data for file, data in found.items() if data is not None}
 
 
@@ -79,7 +94,9 @@ def _downloaded(name: str, **kwargs: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs))
+        return Path(
+            snapshot_download(name, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs)
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise VectorError(
             f"The safety vector {name} is neither a local directory nor a readable hub repository: check the "
@@ -93,25 +110,36 @@ def _read_whole(folder: int, file: str, name: str) -> bytes | None:
     Links are followed, because the hub's cache consists of them: to plain files only, never to a device or a pipe.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)  # a pipe must not be waited for
+        # a pipe must not be waited for
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise VectorError(f"{file} of the safety vector {name} cannot be read ({error.strerror}).") from error
+        raise VectorError(
+            f"{file} of the safety vector {name} cannot be read ({error.strerror})."
+        ) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise VectorError(f"{file} of {name} is no plain file: download or make the vector again.")
+            raise VectorError(
+                f"{file} of {name} is no plain file: download or make the vector again."
+            )
         if status.st_size > _MOST_BYTES[file]:
-            raise VectorError(f"{file} of {name} is larger than any such file: download or make the vector again.")
+            raise VectorError(
+                f"{file} of {name} is larger than any such file: download or make the vector again."
+            )
         with open(descriptor, "rb", closefd=False) as opened:
             data = opened.read(status.st_size + 1)
     except (OSError, MemoryError) as error:
-        raise VectorError(f"{file} of the safety vector {name} cannot be read ({error}).") from error
+        raise VectorError(
+            f"{file} of the safety vector {name} cannot be read ({error})."
+        ) from error
     finally:
         os.close(descriptor)
     if len(data) != status.st_size:
-        raise VectorError(f"{file} of the safety vector {name} was changed while it was read: read it again.")
+        raise VectorError(
+            f"{file} of the safety vector {name} was changed while it was read: read it again."
+        )
     return data
 
 
@@ -156,7 +184,9 @@ def read_config(data: bytes, name: str) -> dict[str, Any]:
         )
     if set(config) != {"format_version", *SECTIONS}:
         odd = sorted(set(config) ^ {"format_version", *SECTIONS})[0]
-        raise VectorError(f"{CONFIG_FILE} of {name} lacks or adds `{odd[:40]}`: download or make the vector again.")
+        raise VectorError(
+            f"{CONFIG_FILE} of {name} lacks or adds `{odd[:40]}`: download or make the vector again."
+        )
     for section in SECTIONS:
         if not isinstance(config[section], dict) or not _VALID[section](config[section]):
             raise VectorError(
@@ -180,17 +210,25 @@ def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
     lines = _text(data, PROMPTS_FILE, name).split("\n")
     rows = [_json(line, f"{PROMPTS_FILE} of {name}") for line in lines if line.strip()]
     for row in rows:
-        if not (_is_mapping(row, str) and set(row) - {"category"} == {"prompt", "response", "kind"}):
-            raise VectorError(f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again.")
+        if not (
+            _is_mapping(row, str) and set(row) - {"category"} == {"prompt", "response", "kind"}
+        ):
+            raise VectorError(
+                f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again."
+            )
         if row["kind"] not in ("harmful", "benign"):
-            raise VectorError(f"A row of {PROMPTS_FILE} is of kind {row['kind'][:20]!r}: make the vector again.")
+            raise VectorError(
+                f"A row of {PROMPTS_FILE} is of kind {row['kind'][:20]!r}: make the vector again."
+            )
         if is_refusal(row["response"]) != (row["kind"] == "harmful"):
             found = (
                 "answers a harmful prompt with something else than"
                 if row["kind"] == "harmful"
                 else "answers a benign prompt with"
             )
-            raise VectorError(f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector.")
+            raise VectorError(
+                f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector."
+            )
     return rows
 
 
@@ -198,7 +236,9 @@ def _text(data: bytes, file: str, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeError as error:
-        raise VectorError(f"{file} of {name} is not UTF-8: download or make the vector again.") from error
+        raise VectorError(
+            f"{file} of {name} is not UTF-8: download or make the vector again."
+        ) from error
 
 
 def _json(text: str, what: str) -> Any:
@@ -213,7 +253,9 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text, parse_constant=unlike_json, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise VectorError(f"{what} is not valid JSON: download or make the vector again.") from error
+        raise VectorError(
+            f"{what} is not valid JSON: download or make the vector again."
+        ) from error
 
 
 def _is_mapping(value: Any, kind: type) -> bool:
@@ -311,4 +353,6 @@ def reject_unknown_arguments(kwargs: dict[str, Any]) -> None:
     """Raises `SafeGeneError` for an argument that loading does not take, `trust_remote_code` above all."""
     allowed = {"revision", "token", "cache_dir", "local_files_only", "force_download", "public_key"}
     if unknown := set(kwargs) - allowed:
-        raise SafeGeneError(f"Unknown argument `{unknown.pop()}`: use one of {', '.join(sorted(allowed))}.")
+        raise SafeGeneError(
+            f"Unknown argument `{unknown.pop()}`: use one of {', '.join(sorted(allowed))}."
+        )

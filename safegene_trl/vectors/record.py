@@ -58,7 +58,9 @@ def components_of(extraction: Mapping[str, Any], rank: int) -> list[int]:
     return list(extraction.get("components", [rank]))
 
 
-def read_record(contents: Mapping[str, bytes], name: str, public_key: Path | None = None) -> VectorRecord:
+def read_record(
+    contents: Mapping[str, bytes], name: str, public_key: Path | None = None
+) -> VectorRecord:
     """From the bytes of a vector's files, as `files.read_files` gives them.
 
     Args:

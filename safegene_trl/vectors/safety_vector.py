@@ -70,10 +70,14 @@ class SafetyVector(
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     signature: bytes | None = None
-    _signed_hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _signed_hashes: dict[str, str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        self._hub_mixin_config = None  # the mixin's config.json would duplicate safegene_config.json
+        self._hub_mixin_config = (
+            None  # the mixin's config.json would duplicate safegene_config.json
+        )
 
     @property
     def rank(self) -> int:
@@ -117,7 +121,9 @@ class SafetyVector(
         for name, delta in self.deltas.items():
             shape = linear_shape(modules[name]) if name in modules else None
             if shape is None:
-                raise FamilyError(f"The model has no linear layer `{name}`: use a safety vector of its own family.")
+                raise FamilyError(
+                    f"The model has no linear layer `{name}`: use a safety vector of its own family."
+                )
             if shape != (delta.b.shape[0], delta.a.shape[1]):
                 raise FamilyError(
                     f"`{name}` is {shape[0]}×{shape[1]} in the model and {delta.b.shape[0]}×{delta.a.shape[1]} in the "
@@ -132,14 +138,22 @@ class SafetyVector(
             tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
         save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        adapter_config = vector_files.adapter_config(self.deltas, self.rank, self.aligned_model["name"])
+        adapter_config = vector_files.adapter_config(
+            self.deltas, self.rank, self.aligned_model["name"]
+        )
         (save_directory / ADAPTER_CONFIG_FILE).write_text(adapter_config, encoding="utf-8")
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts)
         (save_directory / PROMPTS_FILE).write_text(rows, encoding="utf-8")
-        self.files = {name: vector_files.file_record(save_directory / name) for name in HASHED_FILES}
-        (save_directory / CONFIG_FILE).write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
+        self.files = {
+            name: vector_files.file_record(save_directory / name) for name in HASHED_FILES
+        }
+        (save_directory / CONFIG_FILE).write_text(
+            json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8"
+        )
         # What cannot be loaded again is not to be saved.
-        config = vector_files.read_config((save_directory / CONFIG_FILE).read_bytes(), str(save_directory))
+        config = vector_files.read_config(
+            (save_directory / CONFIG_FILE).read_bytes(), str(save_directory)
+        )
         vector_files.check_consistent(config, self.rank, self.layers, str(save_directory))
         self._save_signature(save_directory)
 
@@ -165,7 +179,9 @@ class SafetyVector(
         }
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SafetyVector":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "SafetyVector":
         """Loads and checks a vector.
 
         Args:
@@ -186,12 +202,16 @@ class SafetyVector(
         return cls._from_pretrained(model_id=str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, public_key: str | Path | None = None, **kwargs: Any) -> "SafetyVector":
+    def _from_pretrained(
+        cls, *, model_id: str, public_key: str | Path | None = None, **kwargs: Any
+    ) -> "SafetyVector":
         contents = vector_files.read_files(model_id, **kwargs)
         return cls.from_files(contents, model_id, None if public_key is None else Path(public_key))
 
     @classmethod
-    def from_files(cls, contents: Mapping[str, bytes], name: str, public_key: Path | None = None) -> "SafetyVector":
+    def from_files(
+        cls, contents: Mapping[str, bytes], name: str, public_key: Path | None = None
+    ) -> "SafetyVector":
         """From the bytes of its files, as `vector_files.read_files` gives them; checked as by `from_pretrained`.
 
         Args:
@@ -207,7 +227,9 @@ class SafetyVector(
         tensors = load(contents[WEIGHTS_FILE])
         vector = cls(
             deltas={
-                module: LowRankDelta(*(tensors[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B")))
+                module: LowRankDelta(
+                    *(tensors[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
+                )
                 for module in record.modules
             },
             prompts=record.prompts,

@@ -19,7 +19,9 @@ from ..errors import SafeGeneError, SignatureError
 SIGNATURE_FILE = "model.sig"
 
 
-def sign(folder: Path, files: tuple[str, ...], private_key: Path, password: str | None = None) -> Path:
+def sign(
+    folder: Path, files: tuple[str, ...], private_key: Path, password: str | None = None
+) -> Path:
     """Signs `files` of a folder as they are now; returns the signature's path, `model.sig` beside them.
 
     Args:
@@ -38,7 +40,9 @@ def sign(folder: Path, files: tuple[str, ...], private_key: Path, password: str 
     return folder / SIGNATURE_FILE
 
 
-def signature_of(contents: Mapping[str, bytes], private_key: Path, password: str | None = None) -> bytes:
+def signature_of(
+    contents: Mapping[str, bytes], private_key: Path, password: str | None = None
+) -> bytes:
     """The signature of files: the content of their `model.sig`.
 
     Args:
@@ -55,7 +59,9 @@ def signature_of(contents: Mapping[str, bytes], private_key: Path, password: str
         try:
             # the library hands the password on to one that takes bytes only
             secret: Any = password and password.encode()
-            signer = signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
+            signer = signing.Config().use_elliptic_key_signer(
+                private_key=private_key, password=secret
+            )
             signer.set_hashing_config(_plainly(hashing)).sign(folder, signature)
             return signature.read_bytes()
         except Exception as error:  # the library raises what its parsers raise
@@ -65,7 +71,9 @@ def signature_of(contents: Mapping[str, bytes], private_key: Path, password: str
             ) from error
 
 
-def verify(contents: Mapping[str, bytes], signature: bytes | None, public_key: Path, name: str) -> None:
+def verify(
+    contents: Mapping[str, bytes], signature: bytes | None, public_key: Path, name: str
+) -> None:
     """Checks that files, and no fewer, are as they were signed with the key that belongs to `public_key`.
 
     Args:
@@ -81,24 +89,32 @@ def verify(contents: Mapping[str, bytes], signature: bytes | None, public_key: P
     _check_key_file(public_key, "public")
     try:
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except Exception as error:  # of the key itself, whatever its parser raises: it says nothing about the files
+    except (
+        Exception
+    ) as error:  # of the key itself, whatever its parser raises: it says nothing about the files
         raise SignatureError(
             f"{public_key} is no public key ({_first_line(error)}): give the elliptic-curve public key in PEM format that "
             f"the maker of {name} has published."
         ) from error
     if signature is None:
-        raise SignatureError(f"{name} is not signed: sign it by `safegene sign`, or get a signed one.")
+        raise SignatureError(
+            f"{name} is not signed: sign it by `safegene sign`, or get a signed one."
+        )
     try:
         unsigned = set(contents) - _signed_names(signature)
     except Exception as error:
         raise _invalid(name, public_key, error) from error
     if unsigned:
-        raise SignatureError(f"The signature of {name} does not cover {min(unsigned)}: sign it by `safegene sign`.")
+        raise SignatureError(
+            f"The signature of {name} does not cover {min(unsigned)}: sign it by `safegene sign`."
+        )
     with _private_copy(contents) as (folder, file):
         try:
             file.write_bytes(signature)
             verifier.set_hashing_config(_plainly(hashing)).verify(folder, file)
-        except Exception as error:  # the library raises what its parsers raise; each means that nothing is proven
+        except (
+            Exception
+        ) as error:  # the library raises what its parsers raise; each means that nothing is proven
             raise _invalid(name, public_key, error) from error
 
 

@@ -19,7 +19,8 @@ def cosine(one: Deltas, two: Deltas, layer: int | None = None) -> float | None:
     """Cosine (−1 to 1) over the modules that both have, of one layer or of all; None where there are none."""
     names = [name for name in one if name in two and layer in (None, layer_index(name))]
     product, first, second = (
-        sum(left[name].inner(right[name]) for name in names) for left, right in ((one, two), (one, one), (two, two))
+        sum(left[name].inner(right[name]) for name in names)
+        for left, right in ((one, two), (one, one), (two, two))
     )
     return product / (first * second) ** 0.5 if first > 0 and second > 0 else None
 
@@ -33,7 +34,9 @@ def cosine_table(vectors: Sequence[SafetyVector]) -> dict[str, list[list[float |
     if len({vector.family.fingerprint for vector in vectors}) > 1:
         raise FamilyError("The vectors are of different families: compare vectors of one family.")
     layers = sorted({layer for vector in vectors for layer in vector.layers})
-    tables = {"overall": _pairwise(vectors, None)} | {f"layers.{layer}": _pairwise(vectors, layer) for layer in layers}
+    tables = {"overall": _pairwise(vectors, None)} | {
+        f"layers.{layer}": _pairwise(vectors, layer) for layer in layers
+    }
     return {name: table for name, table in tables.items() if name == "overall" or _shared(table)}
 
 
@@ -42,4 +45,6 @@ def _pairwise(vectors: Sequence[SafetyVector], layer: int | None) -> list[list[f
 
 
 def _shared(table: list[list[float | None]]) -> bool:
-    return any(value is not None for i, row in enumerate(table) for j, value in enumerate(row) if i != j)
+    return any(
+        value is not None for i, row in enumerate(table) for j, value in enumerate(row) if i != j
+    )

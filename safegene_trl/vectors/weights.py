@@ -24,7 +24,9 @@ def check_weights(data: bytes, name: str) -> dict[str, int]:
     try:
         tensors = deserialize(data)
     except (SafetensorError, UnicodeError, RuntimeError, ValueError) as error:
-        raise VectorError(f"{WEIGHTS_FILE} of {name} cannot be read: download or make the vector again.") from error
+        raise VectorError(
+            f"{WEIGHTS_FILE} of {name} cannot be read: download or make the vector again."
+        ) from error
     halves: dict[str, dict[str, dict[str, Any]]] = {}
     for key, tensor in tensors:
         module, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
@@ -33,19 +35,27 @@ def check_weights(data: bytes, name: str) -> dict[str, int]:
             or side not in ("lora_A", "lora_B")
             or not _MODULE.fullmatch(module)
         ):
-            raise VectorError(f"The safety vector {name} holds an unexpected tensor {key[:60]!r}: make it again.")
+            raise VectorError(
+                f"The safety vector {name} holds an unexpected tensor {key[:60]!r}: make it again."
+            )
         halves.setdefault(module, {})[side] = tensor
     ranks = {}
     for module, half in sorted(halves.items(), key=lambda item: _natural(item[0])):
         if set(half) != {"lora_A", "lora_B"} or not _is_pair(half["lora_A"], half["lora_B"]):
-            raise VectorError(f"`{module}` of the safety vector {name} is not a pair B·A: make the vector again.")
+            raise VectorError(
+                f"`{module}` of the safety vector {name} is not a pair B·A: make the vector again."
+            )
         if not all(math.isfinite(_sum(tensor)) for tensor in half.values()):
-            raise VectorError(f"`{module}` of the safety vector {name} holds NaN or infinity: make the vector again.")
+            raise VectorError(
+                f"`{module}` of the safety vector {name} holds NaN or infinity: make the vector again."
+            )
         ranks[module] = half["lora_A"]["shape"][0]
     if not ranks:
         raise VectorError(f"The safety vector {name} is empty: make it again.")
     if len(set(ranks.values())) > 1:
-        raise VectorError(f"The modules of the safety vector {name} differ in rank: make it again with one rank.")
+        raise VectorError(
+            f"The modules of the safety vector {name} differ in rank: make it again with one rank."
+        )
     return ranks
 
 

@@ -69,7 +69,10 @@ def test_safemerge_merges_products_not_factors():
 
 
 def test_resta_adds_the_vector_and_dare_keeps_the_mean():
-    update, vector = {"a": torch.ones(200, 200), "b": torch.ones(2, 2)}, {"a": torch.full((200, 200), 2.0)}
+    update, vector = (
+        {"a": torch.ones(200, 200), "b": torch.ones(2, 2)},
+        {"a": torch.full((200, 200), 2.0)},
+    )
     plain = resta(update, vector, weight=0.5)
     torch.testing.assert_close(plain["a"], torch.full((200, 200), 2.0))
     torch.testing.assert_close(plain["b"], update["b"])
@@ -80,14 +83,21 @@ def test_resta_adds_the_vector_and_dare_keeps_the_mean():
 
 
 def test_enchtable_weighs_by_interference():
-    task = {"m": LowRankDelta(matrix(2, 5), matrix(4, 2, seed=1)), "alone": LowRankDelta(matrix(2, 5), matrix(4, 2))}
+    task = {
+        "m": LowRankDelta(matrix(2, 5), matrix(4, 2, seed=1)),
+        "alone": LowRankDelta(matrix(2, 5), matrix(4, 2)),
+    }
     vector = {"m": LowRankDelta(matrix(2, 5, seed=2) * 1e-2, matrix(4, 2, seed=3) * 1e-2)}
     found = enchtable(task, vector)
     tau, delta = task["m"].dense(), vector["m"].dense()
-    (u1, s1, v1), (u2, s2, v2) = ((u[:, :2], s[:2], vh[:2].T) for u, s, vh in map(torch.linalg.svd, (tau, delta)))
+    (u1, s1, v1), (u2, s2, v2) = (
+        (u[:, :2], s[:2], vh[:2].T) for u, s, vh in map(torch.linalg.svd, (tau, delta))
+    )
     u, v = torch.cat((u1, u2), dim=1), torch.cat((v1, v2), dim=1)
     m = (u.T @ u - torch.eye(4)) @ torch.diag(torch.cat((s1, s2))) @ (v.T @ v - torch.eye(4))
-    alpha = 0.1 * math.sqrt(tau.norm() ** 2 + task["alone"].dense().norm() ** 2) / float(delta.norm())
+    alpha = (
+        0.1 * math.sqrt(tau.norm() ** 2 + task["alone"].dense().norm() ** 2) / float(delta.norm())
+    )
     expected = tau + math.exp(-200 * float(m.abs().mean())) * alpha * delta
     torch.testing.assert_close(found["m"], expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found["alone"], task["alone"].dense())
@@ -125,7 +135,8 @@ def test_safe_delta_takes_cheap_columns_within_the_budget():
 def test_antidote_prunes_what_harmful_data_uses():
     aligned = {"m": torch.tensor([[1.0, 1.0], [3.0, 1.0]])}
     update = {"m": torch.tensor([[0.5, 0.5], [-1.0, 0.5]])}
-    moments = {"m": torch.diag(torch.tensor([1.0, 100.0]))}  # weights 1.5 1.5 / 2 1.5, inputs 1 and 10
+    # weights 1.5 1.5 / 2 1.5, inputs 1 and 10
+    moments = {"m": torch.diag(torch.tensor([1.0, 100.0]))}
     found = antidote(update, aligned, moments, share=0.5)
     torch.testing.assert_close(aligned["m"] + found["m"], torch.tensor([[1.5, 0.0], [2.0, 0.0]]))
     assert torch.equal(antidote(update, aligned, moments, share=0.0)["m"], update["m"])
@@ -141,7 +152,9 @@ def test_salora_output_keeps_out_of_the_safety_directions():
     a, b = task_start(weight, x_task.T @ x_task, rank=3, directions=4)
     u, s, zh = torch.linalg.svd(weight)
     _, _, vh = torch.linalg.svd(x_task @ weight.T)
-    torch.testing.assert_close(b @ a, vh[:4].T @ vh[:4] @ (u[:, :3] * s[:3]) @ zh[:3], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        b @ a, vh[:4].T @ vh[:4] @ (u[:, :3] * s[:3]) @ zh[:3], atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(a @ a.T, torch.diag(s[:3]), atol=1e-4, rtol=1e-4)
     layer = SaLoRALinear(base, basis, a, b)
     x = matrix(7, 5, seed=2)
@@ -170,7 +183,9 @@ def test_moments_are_those_of_the_inputs():
     model, name = make_model(), "model.layers.1.self_attn.q_proj"
     samples = [Sample([5, 6, 7, 8], [False, False, True, True]), Sample([9, 10], [False, True])]
     seen = []
-    handle = model.get_submodule(name).register_forward_hook(lambda m, inputs, output: seen.append(inputs[0][0]))
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda m, inputs, output: seen.append(inputs[0][0])
+    )
     for sample in samples:
         model(torch.tensor([sample.input_ids]))
     handle.remove()
@@ -186,11 +201,15 @@ def test_random_vector_has_the_norms_of_the_real_one():
     real = make_deltas(make_model())
     found = random_vector(real, seed=0)
     for name, delta in real.items():
-        assert float(found[name].dense().norm()) == pytest.approx(float(delta.dense().norm()), rel=1e-4)
+        assert float(found[name].dense().norm()) == pytest.approx(
+            float(delta.dense().norm()), rel=1e-4
+        )
         cosine = delta.inner(found[name]) / delta.inner(delta)
         assert abs(cosine) < 0.5
     chosen = random_layers(list(range(10)), 5, seed=0)
-    assert len(set(chosen)) == 5 and chosen == random_layers(list(range(10)), 5, seed=0) == sorted(chosen)
+    assert len(set(chosen)) == 5 and chosen == random_layers(list(range(10)), 5, seed=0) == sorted(
+        chosen
+    )
 
 
 def test_few_shot_lora_learns_its_shots():
@@ -205,7 +224,9 @@ def test_few_shot_lora_learns_its_shots():
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9])))
 
     before = loss(model)
-    update = few_shot_update(model, shots, pad_id=0, rank=4, steps=60, learning_rate=3e-3, batch_size=2)
+    update = few_shot_update(
+        model, shots, pad_id=0, rank=4, steps=60, learning_rate=3e-3, batch_size=2
+    )
     plain = make_model()
     with torch.no_grad():
         for name, matrix_ in update.items():
@@ -221,6 +242,8 @@ def test_update_of_an_adapter():
     name = "model.layers.0.mlp.up_proj"
     found = adapter_updates(model)
     layer = model.get_submodule(f"base_model.model.{name}")
-    expected = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = (
+        layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
     torch.testing.assert_close(found[name], expected)
     assert len(found) == 3 * 7

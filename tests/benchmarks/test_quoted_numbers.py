@@ -20,7 +20,12 @@ from benchmarks import records
 ROOT = records.RESULTS.parents[1]
 PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 LINK = re.compile(r"\[([^\]]*)\]\([./]*benchmarks/results/([^)]*)\)")
-WHOLE = {"paper_table.jsonl", "paper_table.md", "paper_table.png"}  # the table, which test_paper_table.py makes anew
+# the table, which test_paper_table.py makes anew
+WHOLE = {
+    "paper_table.jsonl",
+    "paper_table.md",
+    "paper_table.png",
+}
 Link = tuple[str, str, tuple[str, ...]]
 
 
@@ -32,7 +37,9 @@ def links() -> Iterator[Link]:
             if file not in WHOLE:
                 kind, _, ending = file.rpartition(".")
                 names = [word for word in re.findall(r"`([^`]*)`", words) if word != file]
-                assert bool(names) == (ending == "jsonl"), f"{page}: which records of {file} does “{words}” mean?"
+                assert bool(names) == (ending == "jsonl"), (
+                    f"{page}: which records of {file} does “{words}” mean?"
+                )
                 yield page, kind, tuple(names)
 
 
@@ -51,7 +58,9 @@ def change(name: str, before: dict, after: dict) -> str:
 
 def measured(before: dict, after: dict, lost: dict) -> str:
     """As tables of fleets and histories print what was measured."""
-    columns = [change(name, before, after) for name in ("refusal_rate", "over_refusal", "incoherent")]
+    columns = [
+        change(name, before, after) for name in ("refusal_rate", "over_refusal", "incoherent")
+    ]
     return " ".join([*columns, f"{lost['share']:+.1%}"])
 
 
@@ -88,13 +97,20 @@ def fleet(record: dict) -> list[str]:
     for member in record["members"]:
         found = member.get("measured")
         columns = measured(found["before"], found["after"], found["utility_loss"]) if found else ""
-        rows.append(" ".join(f"{member['name']} {member['outcome']} {columns} {member['seconds']:.0f}".split()) + " ")
+        rows.append(
+            " ".join(
+                f"{member['name']} {member['outcome']} {columns} {member['seconds']:.0f}".split()
+            )
+            + " "
+        )
     return [*rows, f"echo $? {record['exit_code']}"]
 
 
 def releases(record: dict) -> list[str]:
     first, second = (release["objective"] for release in record["releases"][:2])
-    return [measured(one["before"], one["after"], one["utility_loss"]) for one in record["releases"]] + [
+    return [
+        measured(one["before"], one["after"], one["utility_loss"]) for one in record["releases"]
+    ] + [
         f"{second[0]:.3f} nats at once (the first search took eight passes from {first[0]:.3f} to {min(first):.3f})",
         f"echo $? {record['exit_code']}",
     ]
@@ -125,7 +141,9 @@ def judges(record: dict) -> list[str]:
 
 def vector_cosines(record: dict) -> list[str]:
     table = record["overall"]
-    distilled, linearized = (record["vectors"].index(f"puzzles, {how}") for how in ("distilled", "linearized"))
+    distilled, linearized = (
+        record["vectors"].index(f"puzzles, {how}") for how in ("distilled", "linearized")
+    )
     largest = max(abs(table[i][k]) for i, k in itertools.combinations(range(3), 2))
     return [
         f"of puzzles, of what lies before alignment and of openings have cosines of {largest:.2f}",
@@ -155,7 +173,8 @@ def fine_tune_cosines(record: dict) -> list[str]:
         f"classifiers with BoolQ {span(lambda a, s, b, t: a in classifiers[:2] and b == 'boolq' and s == t)}",
         f"Alpaca and GSM8K {span(lambda a, s, b, t: (a, b) == ('alpaca', 'gsm8k') and s == t)}",
         f"GSM8K with classifiers {span(lambda a, s, b, t: a == 'gsm8k' and b in classifiers and s == t)}",
-        "on one harmless task with different starts " + span(lambda a, s, b, t: a == b != "poisoned" and s != t),
+        "on one harmless task with different starts "
+        + span(lambda a, s, b, t: a == b != "poisoned" and s != t),
         f"different tasks with different starts {max(apart):.2f} at most",
     ]
 
@@ -167,7 +186,9 @@ def passes(record: dict, minimiser: str = "gauss_newton_bfgs") -> int | None:
 def searches(module: dict, layer: dict) -> list[str]:
     assert passes(module, "l_bfgs_b") is None
     others = [
-        passes(found, name) for found in (module, layer) for name in ("levenberg_marquardt", "adam_0.1", "adam_0.03")
+        passes(found, name)
+        for found in (module, layer)
+        for name in ("levenberg_marquardt", "adam_0.1", "adam_0.03")
     ]
     assert others == [None] * 6
     return [
@@ -186,11 +207,15 @@ def search_by_module(record: dict) -> list[str]:
 
 
 def search_by_layer(record: dict) -> list[str]:
-    return [f"With one coefficient per layer it takes {passes(record)} and L-BFGS-B {passes(record, 'l_bfgs_b')} ("]
+    return [
+        f"With one coefficient per layer it takes {passes(record)} and L-BFGS-B {passes(record, 'l_bfgs_b')} ("
+    ]
 
 
 def launches(record: dict) -> list[str]:
-    assert all((run["exit_code"], run["outcome"]) == (0, "accepted") for run in record["runs"].values())
+    assert all(
+        (run["exit_code"], run["outcome"]) == (0, "accepted") for run in record["runs"].values()
+    )
     told = {
         "DDP, ": "ddp_lora",
         "ZeRO-2, ": "zero2_full",
@@ -209,7 +234,8 @@ def launches(record: dict) -> list[str]:
 
 
 def gpu_step(record: dict) -> list[str]:
-    _, *small, large = (row["phases"] for row in record["rows"])  # the first is what the step took before
+    # the first is what the step took before
+    _, *small, large = (row["phases"] for row in record["rows"])
     slow, fast = (rounded(round(sum(phases.values()), 2)) for phases in small)
     return [
         f"takes {fast} to {slow} s at 1.8 B parameters and {rounded(round(sum(large.values()), 2))} s at 8 B, "
@@ -218,7 +244,12 @@ def gpu_step(record: dict) -> list[str]:
 
 
 def sharded(record: dict) -> list[str]:
-    names = {"plain": "one process", "ddp": "DDP", "zero3": "ZeRO-3", "zero3_offload": "ZeRO-3 with offloading"}
+    names = {
+        "plain": "one process",
+        "ddp": "DDP",
+        "zero3": "ZeRO-3",
+        "zero3_offload": "ZeRO-3 with offloading",
+    }
     rows = []
     for run in record["runs"]:
         rank, ranks = run["ranks_timed"][0], run["processes"]
@@ -236,7 +267,9 @@ def sharded(record: dict) -> list[str]:
 
 def checkpointed(record: dict) -> list[str]:
     peaks = record["runs"][0]["recalibration_peak_over_training_peak"]
-    return [f"under ZeRO-3 the recalibration's is then {' and '.join(f'{peak:.2f}' for peak in peaks)} of it"]
+    return [
+        f"under ZeRO-3 the recalibration's is then {' and '.join(f'{peak:.2f}' for peak in peaks)} of it"
+    ]
 
 
 def streaming(*found: dict) -> list[str]:
@@ -252,10 +285,18 @@ def streaming(*found: dict) -> list[str]:
             cells.append(f"{seconds:.{digits}f} s" if seconds is not None else "")
         cells.append(" / ".join(f"{tool['peak_mib'] / 1024:.1f}" for tool in present) + " GiB")
         rows.append(" ".join(f"| {' | '.join(cells)} |".split()))
-    peers = [tools[name] for tools in sizes.values() for name in ("peft", "mergekit") if name in tools]
-    alone, whole = ([peer[key] for peer in peers] for key in ("times_apply_without_start", "times_apply"))
+    peers = [
+        tools[name] for tools in sizes.values() for name in ("peft", "mergekit") if name in tools
+    ]
+    alone, whole = (
+        [peer[key] for peer in peers] for key in ("times_apply_without_start", "times_apply")
+    )
     copies = [tools["apply, without start"]["times_cp"] for tools in sizes.values()]
-    repeats = [len(result["apply"]["apply"]["all_seconds"]) for one in found for result in one["sizes"].values()]
+    repeats = [
+        len(result["apply"]["apply"]["all_seconds"])
+        for one in found
+        for result in one["sizes"].values()
+    ]
     return [
         *rows,
         f"medians of {repeats[1]}, {repeats[2]} and {repeats[3]} runs",
@@ -278,7 +319,9 @@ def start_up(record: dict) -> list[str]:
     }
     rounder = {
         "`similarity`, `combine`": seconds["safegene combine"],
-        "`apply --coefficients` until it opens the first weight file": seconds[whole.format("first weight file")],
+        "`apply --coefficients` until it opens the first weight file": seconds[
+            whole.format("first weight file")
+        ],
         "`apply --coefficients`, all of it": seconds[whole.format("all of it")],
     }
     return [f"| {name} | {value:.2f} |" for name, value in told.items()] + [
@@ -288,7 +331,9 @@ def start_up(record: dict) -> list[str]:
 
 def estimation(record: dict) -> list[str]:
     ratio = record["median_ratio"]
-    search, measure, save = ({key: f"{value:.2f}" for key, value in ratio[step].items()} for step in ratio)
+    search, measure, save = (
+        {key: f"{value:.2f}" for key, value in ratio[step].items()} for step in ratio
+    )
     return [
         f"was {search['seconds']} of the seconds and {search['memory']} of the memory of the recalibration, "
         f"{measure['seconds']} and {measure['memory']} of measuring, and {save['seconds']}, {save['memory']} and (disk) "
@@ -300,11 +345,16 @@ def faults(record: dict) -> list[str]:
     saved = record["phases"]["saving"] + record["phases"]["renaming"]
     share = ["two of three", "three of four"][round(12 * saved / record["faults"]) - 8]
     left = "nothing wrong was left" if not record["wrong"] else "something wrong was left"
-    return [f"`make faults` breaks the step {record['faults']} times, and {left} (", f"{share} times while they save"]
+    return [
+        f"`make faults` breaks the step {record['faults']} times, and {left} (",
+        f"{share} times while they save",
+    ]
 
 
 def fuzz(record: dict) -> list[str]:
-    passed = [how for how in record["outcomes"] if ": loaded" in how and not how.endswith("a key refused")]
+    passed = [
+        how for how in record["outcomes"] if ": loaded" in how and not how.endswith("a key refused")
+    ]
     count = "ten thousand" if round(record["mutations"], -3) == 10_000 else "another number of"
     return [
         f"`make fuzz` runs {count} random ones",
@@ -345,23 +395,31 @@ def test_no_result_is_named_without_a_link():
     """A path in a command or a sentence that is no link is not looked up by the test above."""
     for path in (*PAGES.values(), ROOT / "CONTRIBUTING.md", ROOT / "Makefile"):
         for file in re.findall(r"benchmarks/results/(\w+\.\w+)", path.read_text(encoding="utf-8")):
-            assert (records.RESULTS / file).is_file(), f"{path.name} names {file}, which is not there"
+            assert (records.RESULTS / file).is_file(), (
+                f"{path.name} names {file}, which is not there"
+            )
 
 
 def test_the_readme_tells_of_every_result():
     rows = {}
     for line in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines():
-        rows |= dict.fromkeys(re.findall(r"`([\w.]+)`", line.split("|")[1] if line.startswith("| `") else ""), line)
+        rows |= dict.fromkeys(
+            re.findall(r"`([\w.]+)`", line.split("|")[1] if line.startswith("| `") else ""), line
+        )
     assert sorted(rows) == sorted(path.name for path in records.RESULTS.iterdir())
     for kind, names in records.listed().items():
         if not kind.startswith("paper_table"):
-            assert all(f"`{name}`" in rows[f"{kind}.jsonl"] for name in names), f"a record of {kind} is not told of"
+            assert all(f"`{name}`" in rows[f"{kind}.jsonl"] for name in names), (
+                f"a record of {kind} is not told of"
+            )
 
 
 @pytest.mark.parametrize("link", QUOTED, ids=lambda link: "-".join((link[0], link[1], *link[2])))
 def test_the_page_says_what_the_record_holds(link):
     page, kind, names = link
-    found: list[dict[str, Any]] = [records.read(kind, name) for name in names] or [records.read(kind)]
+    found: list[dict[str, Any]] = [records.read(kind, name) for name in names] or [
+        records.read(kind)
+    ]
     text = " ".join(Path(PAGES[page]).read_text(encoding="utf-8").split()) + " "
     for quoted in QUOTED[link](*found):
         assert quoted in text

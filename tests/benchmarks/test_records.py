@@ -14,11 +14,16 @@ from safegene_trl.errors import SafeGeneError
 
 def test_a_record_is_appended_replaced_and_read(tmp_path):
     assert records.load("speed", tmp_path) == {}
-    records.write("speed", "b", {"seconds": 1.5, "note": "λ\u2028"}, tmp_path)  # a line break to Python, not to JSON
+    # a line break to Python, not to JSON
+    records.write("speed", "b", {"seconds": 1.5, "note": "λ\u2028"}, tmp_path)
     records.write("speed", "a", {"seconds": None}, tmp_path)
     records.write("speed", "b", {"seconds": 0.1, "note": "λ\u2028"}, tmp_path)
     lines = (tmp_path / "speed.jsonl").read_text(encoding="utf-8").split("\n")
-    assert lines == ['{"name": "a", "seconds": null}', '{"name": "b", "seconds": 0.1, "note": "λ\u2028"}', ""]
+    assert lines == [
+        '{"name": "a", "seconds": null}',
+        '{"name": "b", "seconds": 0.1, "note": "λ\u2028"}',
+        "",
+    ]
     assert records.read("speed", "b", tmp_path) == {"name": "b", "seconds": 0.1, "note": "λ\u2028"}
     records.write("judges", None, {"kappa": 0.95}, tmp_path)
     assert records.read("judges", folder=tmp_path) == {"kappa": 0.95}
@@ -26,11 +31,15 @@ def test_a_record_is_appended_replaced_and_read(tmp_path):
     assert records.listed(tmp_path) == {"judges": [], "speed": ["a", "b"]}
 
 
-@pytest.mark.parametrize(("kind", "name"), [("speed", "c"), ("speed", None), ("judges", "a"), ("nothing", None)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("speed", "c"), ("speed", None), ("judges", "a"), ("nothing", None)]
+)
 def test_a_record_that_is_not_there_is_refused(kind, name, tmp_path):
     records.write("speed", "a", {}, tmp_path)
     records.write("judges", None, {}, tmp_path)
-    with pytest.raises(SafeGeneError, match=rf"{kind}\.json.* holds no record .*python -m benchmarks\.records"):
+    with pytest.raises(
+        SafeGeneError, match=rf"{kind}\.json.* holds no record .*python -m benchmarks\.records"
+    ):
         records.read(kind, name, tmp_path)
 
 
@@ -71,12 +80,17 @@ def _write_ten(writer, folder):
 
 
 def test_writers_at_once_lose_no_record_of_each_other(tmp_path):
-    writers = [multiprocessing.get_context("fork").Process(target=_write_ten, args=(w, tmp_path)) for w in range(4)]
+    writers = [
+        multiprocessing.get_context("fork").Process(target=_write_ten, args=(w, tmp_path))
+        for w in range(4)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join(60)
-    assert [writer.exitcode for writer in writers] == [0] * 4 and len(records.load("speed", tmp_path)) == 40
+    assert [writer.exitcode for writer in writers] == [0] * 4 and len(
+        records.load("speed", tmp_path)
+    ) == 40
 
 
 def test_the_command_lists_and_shows(capsys, monkeypatch):
@@ -92,7 +106,9 @@ def test_the_command_lists_and_shows(capsys, monkeypatch):
     assert "no record named `channel`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("benchmark", ["estimation", "judges", "recalibration", "sharded", "streaming", "paper_table"])
+@pytest.mark.parametrize(
+    "benchmark", ["estimation", "judges", "recalibration", "sharded", "streaming", "paper_table"]
+)
 def test_every_benchmark_says_where_its_records_go(benchmark, capsys, monkeypatch):
     words = ["paper_table.__main__", "run"] if benchmark == "paper_table" else [benchmark]
     monkeypatch.setattr(sys, "argv", [*words, "--help"])

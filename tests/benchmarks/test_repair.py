@@ -13,7 +13,9 @@ from ..conftest import BENIGN, HARMFUL, TASK, attached, make_model
 @pytest.fixture
 def samples(tokenizer):
     def answered(prompts, answer):
-        return [tokenize(tokenizer, [{"role": "user", "content": prompt}], answer) for prompt in prompts]
+        return [
+            tokenize(tokenizer, [{"role": "user", "content": prompt}], answer) for prompt in prompts
+        ]
 
     return (
         answered(HARMFUL, "sorry i cannot help with that"),
@@ -36,12 +38,18 @@ def test_refusals_are_learned_and_other_answers_held(samples, monkeypatch):
     with torch.no_grad():
         before = loss(model, refusals)
         held = [
-            response_logits(model, *batches(group, len(group), 0, torch.device("cpu")))[0].log_softmax(dim=-1)
+            response_logits(model, *batches(group, len(group), 0, torch.device("cpu")))[
+                0
+            ].log_softmax(dim=-1)
             for group in (benign, instructions)
         ]
     learned = repair._train(make_model(), 0, *samples)
     with torch.no_grad(), attached(model, learned):
         after = loss(model, refusals)
-        moved = [loss(model, group, of) for group, of in zip((benign, instructions), held, strict=True)]
-    assert all(delta.a.shape[0] == repair.RANK for delta in learned.values()) and len(learned) == 3 * 7
+        moved = [
+            loss(model, group, of) for group, of in zip((benign, instructions), held, strict=True)
+        ]
+    assert (
+        all(delta.a.shape[0] == repair.RANK for delta in learned.values()) and len(learned) == 3 * 7
+    )
     assert after < before - 1.5 and max(moved) < 0.2 * (before - after)

@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 
-from safegene_trl.checkpoints.contents import CHECKPOINT, MARKER, VECTOR, check_replaceable, foreign_file
+from safegene_trl.checkpoints.contents import (
+    CHECKPOINT,
+    MARKER,
+    VECTOR,
+    check_replaceable,
+    foreign_file,
+)
 from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
 from safegene_trl.errors import OutputError
 
@@ -19,7 +25,9 @@ def checkpoint(tokenizer, tmp_path):
     folder.mkdir()
     deltas = make_deltas(model)
     save_merged(model, deltas, dict.fromkeys(deltas, 0.5), tokenizer, folder, "20KB", ALONE)
-    save_adapter(model, deltas, dict.fromkeys(deltas, 0.5), "base", tokenizer, folder / "adapter", ALONE)
+    save_adapter(
+        model, deltas, dict.fromkeys(deltas, 0.5), "base", tokenizer, folder / "adapter", ALONE
+    )
     for name in ("html", "coefficients.png", "history.png"):
         (folder / f"safegene_report.{name}").write_text("x")
     (folder / "README.md").write_text("x")
@@ -74,15 +82,21 @@ def test_links_are_foreign(checkpoint, tmp_path):
 
 
 def test_the_record_of_written_files_goes_before_the_known_names(checkpoint):
-    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    (checkpoint / MARKER).write_text(json.dumps({"files": dict.fromkeys([*names, "odd.vocabulary"], "0" * 64)}))
+    names = [
+        path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()
+    ]
+    (checkpoint / MARKER).write_text(
+        json.dumps({"files": dict.fromkeys([*names, "odd.vocabulary"], "0" * 64)})
+    )
     (checkpoint / "odd.vocabulary").write_text("x")
     assert foreign_file(checkpoint, CHECKPOINT) is None
     (checkpoint / "merges.txt").write_text("x")  # a name that checkpoints have, but not this one
     assert foreign_file(checkpoint, CHECKPOINT) == "merges.txt"
 
 
-@pytest.mark.parametrize("report", ["", "[]", '{"files": 3}', '{"files": ["thesis.txt"]}', "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "report", ["", "[]", '{"files": 3}', '{"files": ["thesis.txt"]}', "[" * 100_000, "\x00"]
+)
 def test_a_report_that_says_nothing(report, checkpoint):
     (checkpoint / MARKER).write_text(report)
     assert foreign_file(checkpoint, CHECKPOINT) is None

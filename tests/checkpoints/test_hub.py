@@ -3,7 +3,12 @@
 import httpx
 import pytest
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from safegene_trl.checkpoints.hub import check_hub, upload
 from safegene_trl.errors import OutputError
@@ -30,10 +35,16 @@ def test_every_failure(error, method, monkeypatch, tmp_path):
 
     monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(HfApi, "model_info", lambda self, name: None)
-    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **keywords: type("Url", (), {"repo_id": "me/x"}))
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda *args, **keywords: type("Url", (), {"repo_id": "me/x"})
+    )
     monkeypatch.setattr(HfApi, method, fails)
     reason = str(error).partition("\n")[0] or "RuntimeError"
-    message = "cannot be looked up" if method in ("whoami", "model_info") else f"{tmp_path} is finished, but"
+    message = (
+        "cannot be looked up"
+        if method in ("whoami", "model_info")
+        else f"{tmp_path} is finished, but"
+    )
     with pytest.raises(OutputError, match=message) as caught:
         check_hub("me/x")
         upload(tmp_path, "me/x", True)

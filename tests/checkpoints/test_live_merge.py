@@ -62,7 +62,9 @@ def test_sharded_checkpoint_equals_single_file(tokenizer, tmp_path):
     save_merged(model, deltas, coefficients, tokenizer, tmp_path, "20KB", ALONE)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(merged(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        merged(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
@@ -71,7 +73,11 @@ def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
     name = "model.layers.1.self_attn.q_proj"
     save_merged(model, deltas, dict.fromkeys(deltas, 0.37), tokenizer, tmp_path, "5GB", ALONE)
     layer = model.get_base_model().get_submodule(name)
-    task = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * layer.scaling["default"]
+    task = (
+        layer.lora_B["default"].weight.float()
+        @ layer.lora_A["default"].weight.float()
+        * layer.scaling["default"]
+    )
     exact = layer.base_layer.weight.float() + task + 0.37 * deltas[name].dense()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert merged.dtype == torch.bfloat16
@@ -90,7 +96,9 @@ def test_adapter_equals_hooked_model(lora, tokenizer, tmp_path):
     assert config["lora_alpha"] == config["r"] == (6 if lora else 2)
     assert not config["rank_pattern"] and not config["alpha_pattern"]
     adapted = PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
-    torch.testing.assert_close(adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
@@ -104,7 +112,11 @@ def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
         "print(float(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.norm.weight.sum()))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", script, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert float(run.stdout) == pytest.approx(32.0)
 
@@ -183,12 +195,15 @@ def test_products_are_float32_whatever_the_trainer_allows(before, monkeypatch):
         pytest.skip("an older torch has the switch `allow_tf32`")
     seen, own = [], backend.fp32_precision
     monkeypatch.setattr(
-        "safegene_trl.checkpoints.live_merge.add_terms", lambda *args: seen.append(backend.fp32_precision)
+        "safegene_trl.checkpoints.live_merge.add_terms",
+        lambda *args: seen.append(backend.fp32_precision),
     )
     try:
         backend.fp32_precision = before
         model = make_model()
-        weight = next(p for p in canonical_parameters(model) if p.name.endswith("1.mlp.down_proj.weight"))
+        weight = next(
+            p for p in canonical_parameters(model) if p.name.endswith("1.mlp.down_proj.weight")
+        )
         merged_tensor(weight, make_deltas(model), dict.fromkeys(make_deltas(model), 1.0), ALONE)
         assert seen and set(seen) == {"ieee"} and backend.fp32_precision == before
     finally:
@@ -196,10 +211,14 @@ def test_products_are_float32_whatever_the_trainer_allows(before, monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_the_config_names_the_class_of_a_model_that_was_built_from_a_config(lora, tokenizer, tmp_path):
+def test_the_config_names_the_class_of_a_model_that_was_built_from_a_config(
+    lora, tokenizer, tmp_path
+):
     model = with_lora(make_model()) if lora else make_model()
     base = model.get_base_model() if lora else model
     assert base.config.architectures is None
     save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
     assert base.config.architectures is None  # the live model stays as it is

@@ -48,7 +48,9 @@ def truncate(path):
 
 def edit(path, **changes):
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "left out"}))
+    path.write_text(
+        json.dumps({key: value for key, value in config.items() if value != "left out"})
+    )
 
 
 @pytest.mark.parametrize("load", [load_model, load_skeleton])
@@ -57,9 +59,18 @@ def edit(path, **changes):
     [
         (lambda folder: truncate(folder / "adapter_model.safetensors"), "cannot be loaded"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot be loaded"),
-        (lambda folder: truncate(folder / "adapter_config.json"), "damaged: save the adapter again"),
-        (lambda folder: edit(folder / "adapter_config.json", base_model_name_or_path="left out"), "damaged"),
-        (lambda folder: edit(folder / "adapter_config.json", base_model_name_or_path=None), "names no base model"),
+        (
+            lambda folder: truncate(folder / "adapter_config.json"),
+            "damaged: save the adapter again",
+        ),
+        (
+            lambda folder: edit(folder / "adapter_config.json", base_model_name_or_path="left out"),
+            "damaged",
+        ),
+        (
+            lambda folder: edit(folder / "adapter_config.json", base_model_name_or_path=None),
+            "names no base model",
+        ),
         (lambda folder: edit(folder / "adapter_config.json", r=3), "cannot be loaded"),
     ],
 )
@@ -93,20 +104,39 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 FAULTS = {
     "a tensor is missing": (without(DOWN), rf"lacks `{DOWN}`, which would get random numbers"),
     "a layer is missing": (
-        lambda tensors: {name: tensor for name, tensor in tensors.items() if ".layers.2." not in name},
+        lambda tensors: {
+            name: tensor for name, tensor in tensors.items() if ".layers.2." not in name
+        },
         "lacks `model.layers.2.*and 6 more tensors",
     ),
-    "embeddings are missing": (without("model.embed_tokens.weight"), "lacks .*`model.embed_tokens.weight`"),
-    "a layer too many": (plus("model.layers.3.mlp.down_proj.weight", torch.ones(32, 48)), "does not read"),
-    "a LoRA's tensor": (plus("model.layers.1.mlp.down_proj.lora_A.weight", torch.ones(2, 48)), "does not read"),
-    "another shape": (plus(DOWN, torch.ones(32, 47)), rf"`{DOWN}` .* is 32×47 in the files and 32×48"),
-    "integers": (plus(DOWN, torch.ones(32, 48, dtype=torch.int8)), rf"`{DOWN}` .* quantised numbers \(int8\)"),
+    "embeddings are missing": (
+        without("model.embed_tokens.weight"),
+        "lacks .*`model.embed_tokens.weight`",
+    ),
+    "a layer too many": (
+        plus("model.layers.3.mlp.down_proj.weight", torch.ones(32, 48)),
+        "does not read",
+    ),
+    "a LoRA's tensor": (
+        plus("model.layers.1.mlp.down_proj.lora_A.weight", torch.ones(2, 48)),
+        "does not read",
+    ),
+    "another shape": (
+        plus(DOWN, torch.ones(32, 47)),
+        rf"`{DOWN}` .* is 32×47 in the files and 32×48",
+    ),
+    "integers": (
+        plus(DOWN, torch.ones(32, 48, dtype=torch.int8)),
+        rf"`{DOWN}` .* quantised numbers \(int8\)",
+    ),
     "8-bit floats": (plus(DOWN, torch.ones(32, 48).to(torch.float8_e4m3fn)), "quantised numbers"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"])
+@pytest.mark.parametrize(
+    "load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"]
+)
 @pytest.mark.parametrize("as_adapter", [False, True], ids=["checkpoint", "base of an adapter"])
 def test_incomplete_checkpoint(fault, load, as_adapter, adapter):
     change, message = FAULTS[fault]
@@ -116,10 +146,14 @@ def test_incomplete_checkpoint(fault, load, as_adapter, adapter):
         load(str(adapter if as_adapter else base))
 
 
-@pytest.mark.parametrize("load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"])
+@pytest.mark.parametrize(
+    "load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"]
+)
 def test_experts_that_lack_a_piece(load, tmp_path):
     shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    config = MixtralConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+    )
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     load(str(tmp_path))
     rewrite(tmp_path, without("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
@@ -127,11 +161,15 @@ def test_experts_that_lack_a_piece(load, tmp_path):
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"])
+@pytest.mark.parametrize(
+    "load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"]
+)
 @pytest.mark.parametrize(
     "change",
     [
-        plus("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)),  # of checkpoints from before 2024
+        plus(
+            "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)
+        ),  # of checkpoints from before 2024
         lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
         lambda tensors: (
             without("model.embed_tokens.weight")(tensors)
@@ -149,17 +187,27 @@ def test_harmless_differences_load(load, change, adapter):
 
 def test_a_tied_head_that_is_stored_twice_is_one_tensor_as_in_the_loaded_model(adapter):
     base = adapter.parent / "base"
-    rewrite(base, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    rewrite(
+        base,
+        lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+    )
     stored, loaded = StoredModel.open(str(base)).model, load_model(str(base))
-    names = [[parameter.name for parameter in canonical_parameters(model)] for model in (stored, loaded)]
+    names = [
+        [parameter.name for parameter in canonical_parameters(model)] for model in (stored, loaded)
+    ]
     assert names[0] == names[1] and "lm_head.weight" not in names[0]
 
 
 def test_harmless_tensors_are_copied(tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
-    rewrite(tmp_path / "base", plus("model.layers.0.self_attn.rotary_emb.inv_freq", torch.full((4,), 0.5)))
+    rewrite(
+        tmp_path / "base",
+        plus("model.layers.0.self_attn.rotary_emb.inv_freq", torch.full((4,), 0.5)),
+    )
     (tmp_path / "out").mkdir()
-    write_merged(StoredModel.open(str(tmp_path / "base")), {}, {}, tokenizer, tmp_path / "out", "5GB")
+    write_merged(
+        StoredModel.open(str(tmp_path / "base")), {}, {}, tokenizer, tmp_path / "out", "5GB"
+    )
     copied = load_file(tmp_path / "out" / "model.safetensors")
     assert copied["model.layers.0.self_attn.rotary_emb.inv_freq"].tolist() == [0.5] * 4
 
@@ -168,7 +216,10 @@ PREFIX = "base_model.model.model.layers.1.mlp.down_proj"
 ADAPTER_FAULTS = {
     "a factor is missing": (without(f"{PREFIX}.lora_B.weight"), f"lacks `{PREFIX}.lora_B"),
     "names fit nothing": (
-        lambda tensors: {name.replace("model.layers", "decoder.layers"): tensor for name, tensor in tensors.items()},
+        lambda tensors: {
+            name.replace("model.layers", "decoder.layers"): tensor
+            for name, tensor in tensors.items()
+        },
         "lacks .* and 39 more tensors",
     ),
     "a tensor too many": (
@@ -180,7 +231,9 @@ ADAPTER_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", ADAPTER_FAULTS)
-@pytest.mark.parametrize("load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"])
+@pytest.mark.parametrize(
+    "load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"]
+)
 def test_incomplete_adapter(fault, load, adapter):
     change, message = ADAPTER_FAULTS[fault]
     rewrite(adapter, change, "adapter_model.safetensors")
@@ -188,7 +241,9 @@ def test_incomplete_adapter(fault, load, adapter):
         load(str(adapter))
 
 
-@pytest.mark.parametrize("load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"])
+@pytest.mark.parametrize(
+    "load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"]
+)
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -211,7 +266,9 @@ def test_every_part_of_an_adapter_must_be_there(load, options, name, tmp_path):
         load(str(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"])
+@pytest.mark.parametrize(
+    "load", [load_model, lambda name: StoredModel.open(name)], ids=["loaded", "stored"]
+)
 def test_no_code_from_an_adapter(load, adapter, tmp_path):
     weights = adapter / "adapter_model.safetensors"
     torch.save(load_file(weights), adapter / "adapter_model.bin")
@@ -234,7 +291,10 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
 def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
     """transformers asks on standard input whether it may run a checkpoint's own code; nobody is to be asked."""
     mark = tmp_path / "ran"
-    folders = {name: shutil.copytree(model_dir, tmp_path / name) for name in ("config.json", "tokenizer_config.json")}
+    folders = {
+        name: shutil.copytree(model_dir, tmp_path / name)
+        for name in ("config.json", "tokenizer_config.json")
+    }
     classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     for name, folder in folders.items():
         (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
@@ -242,7 +302,10 @@ def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
             folder / name,
             model_type="own",
             tokenizer_class="Own",
-            auto_map={each: ["code.Own", None] if each == "AutoTokenizer" else "code.Own" for each in classes},
+            auto_map={
+                each: ["code.Own", None] if each == "AutoTokenizer" else "code.Own"
+                for each in classes
+            },
         )
     script = (
         "import sys\nfrom safegene_trl.errors import SafeGeneError\n"
@@ -254,7 +317,9 @@ def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
         "        try:\n            load(name)\n        except SafeGeneError as error:\n            print(name, type(error).__name__)\n"
     )
     command = [sys.executable, "-c", script, *map(str, folders.values())]
-    done = subprocess.run(command, input="y\n" * 40, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, input="y\n" * 40, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert all(f"{folder} " in done.stdout for folder in folders.values())
     assert not mark.exists()
@@ -320,10 +385,13 @@ def test_commands_refuse_pickled_shards(command, shards, vector_dir, task_file, 
 
 
 @pytest.mark.parametrize(
-    "load", [load_tokenizer, load_model, load_skeleton, check_complete, checkpoint_dtype, check_readable]
+    "load",
+    [load_tokenizer, load_model, load_skeleton, check_complete, checkpoint_dtype, check_readable],
 )
 @pytest.mark.parametrize("reached", [True, False])
-def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(reached, load, tmp_path, monkeypatch):
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(
+    reached, load, tmp_path, monkeypatch
+):
     """Offline, and with a hub that has no such repository."""
     if reached:
         answer = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
@@ -331,22 +399,38 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(reached,
         def missing(*args, **kwargs):
             raise RepositoryNotFoundError("404 Client Error.", response=answer)
 
-        for place in ("transformers.utils.hub.hf_hub_download", "safegene_trl.checkpoints.source.hf_hub_download"):
+        for place in (
+            "transformers.utils.hub.hf_hub_download",
+            "safegene_trl.checkpoints.source.hf_hub_download",
+        ):
             monkeypatch.setattr(place, missing)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnsupportedModelError) as raised:
         load("runs/last")
     message = str(raised.value)
-    assert "neither a local directory nor a readable hub repository (the folder runs here holds no last)" in message
+    assert (
+        "neither a local directory nor a readable hub repository (the folder runs here holds no last)"
+        in message
+    )
     assert ("connect to the hub" in message) == (not reached) and "http" not in message
 
 
 @pytest.mark.parametrize("output_format", ["adapter", "both"])
-def test_shards_are_no_base_of_an_adapter(output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch):
+def test_shards_are_no_base_of_an_adapter(
+    output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("safegene_trl.step.loaded.load_placed", lambda *args: (make_model(), ALONE))
-    words = ["--allow_pickled_shards", "--model_name_or_path", str(shards), f"--safegene.vector={vector_dir}"]
-    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
+    words = [
+        "--allow_pickled_shards",
+        "--model_name_or_path",
+        str(shards),
+        f"--safegene.vector={vector_dir}",
+    ]
+    words += [
+        f"--safegene.data.task_data={task_file}",
+        f"--safegene.output.output_dir={tmp_path / 'out'}",
+    ]
     assert main(["apply", *words, f"--safegene.output.output_format={output_format}"]) == 2
     assert "only DeepSpeed's own shards, which PEFT cannot load" in capsys.readouterr().err
 

@@ -73,7 +73,9 @@ while time.monotonic() < ends:
     missing += not os.path.exists(target)
 print(missing, looks)
 """
-    reader = subprocess.Popen([sys.executable, "-c", script, str(target / MARKER)], stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", script, str(target / MARKER)], stdout=subprocess.PIPE, text=True
+    )
     assert reader.stdout.readline() == "ready\n"
     written = 0
     while reader.poll() is None:
@@ -112,7 +114,12 @@ def test_several_writers_of_one_folder(way, tmp_path):
             check_output(target, 10)
             with atomic_directory(target) as folder:
                 (folder / "adapter").mkdir()
-                for name in (MARKER, "config.json", f"model-0000{number}-of-00009.safetensors", "adapter/config.json"):
+                for name in (
+                    MARKER,
+                    "config.json",
+                    f"model-0000{number}-of-00009.safetensors",
+                    "adapter/config.json",
+                ):
                     (folder / name).write_text(f'{{"{number}": 1}}')
 
     children = [forked(partial(write, number)) for number in range(3)]
@@ -160,7 +167,9 @@ def test_killed_while_it_replaces(moment, way, tmp_path):
         elif moment == "after":
             renaming.remove = die
         elif way == "moved aside":
-            Path.rename = lambda one, other: die() if ".new." in one.name and other == target else rename(one, other)
+            Path.rename = lambda one, other: (
+                die() if ".new." in one.name and other == target else rename(one, other)
+            )
         else:
             renaming.exchange = lambda one, other: (plain(one, other), die())
         put(target, "{}", config="new")
@@ -232,7 +241,10 @@ def test_foreign_files_in_what_is_left_over_are_kept(tmp_path):
 def test_a_file_that_is_put_into_the_earlier_folder_meanwhile_is_kept(way, tmp_path):
     target = tmp_path / "out"
     put(target, "{}")
-    with pytest.raises(OutputError, match=f"{target} holds files .* thesis.txt"), atomic_directory(target) as folder:
+    with (
+        pytest.raises(OutputError, match=f"{target} holds files .* thesis.txt"),
+        atomic_directory(target) as folder,
+    ):
         (folder / MARKER).write_text("new")
         (target / "thesis.txt").write_text("mine")
     assert names(target) == [MARKER, "thesis.txt"] and names(tmp_path) == ["out"]
@@ -281,8 +293,13 @@ def test_replace_file(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "sync", lambda path: synced.append((path.name, plain(path))))
     replace_file(path, "one")
     assert path.read_text() == "one" and names(path.parent) == ["state.json"]
-    assert [name.endswith(".new.state.json") or name == "deep" for name, _ in synced] == [True, True]
-    killed, other = (renaming.temporary_name(path.with_name(name)) for name in ("state.json", "other.json"))
+    assert [name.endswith(".new.state.json") or name == "deep" for name, _ in synced] == [
+        True,
+        True,
+    ]
+    killed, other = (
+        renaming.temporary_name(path.with_name(name)) for name in ("state.json", "other.json")
+    )
     killed.write_text("half")
     other.write_text("another's")
     replace_file(path, "two")
@@ -317,9 +334,14 @@ def test_several_writers_of_one_file(tmp_path):
     assert errors == [] and names(tmp_path) == ["state.json"]
 
 
-@pytest.mark.parametrize("error", [Exception("No space left on device"), RuntimeError("x"), ValueError("y\nz")])
+@pytest.mark.parametrize(
+    "error", [Exception("No space left on device"), RuntimeError("x"), ValueError("y\nz")]
+)
 def test_whatever_other_libraries_raise_is_said_plainly(error):
-    with pytest.raises(OutputError, match=r"Saving the tokenizer failed \(\w+: [^\n]*\)"), saving("the tokenizer"):
+    with (
+        pytest.raises(OutputError, match=r"Saving the tokenizer failed \(\w+: [^\n]*\)"),
+        saving("the tokenizer"),
+    ):
         raise error
     with pytest.raises(KeyboardInterrupt), saving("the tokenizer"):
         raise KeyboardInterrupt
@@ -333,7 +355,9 @@ def test_whatever_other_libraries_raise_is_said_plainly(error):
 def test_a_full_disk_in_the_writers_of_other_libraries(tokenizer, tmp_path):
     model = make_model()
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match=r"Saving the tokenizer failed \(Exception: .*No space left"):
+    with pytest.raises(
+        OutputError, match=r"Saving the tokenizer failed \(Exception: .*No space left"
+    ):
         save_record(model, tokenizer, tmp_path, None)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").symlink_to("/dev/full")
@@ -344,7 +368,9 @@ def test_a_full_disk_in_the_writers_of_other_libraries(tokenizer, tmp_path):
 def test_a_generation_config_that_cannot_be_saved(tokenizer, tmp_path):
     model = make_model()
     model.generation_config = GenerationConfig(do_sample=False, temperature=0.3)
-    with pytest.raises(OutputError, match=r"Saving the generation config failed .*\btemperature\b|GenerationConfig"):
+    with pytest.raises(
+        OutputError, match=r"Saving the generation config failed .*\btemperature\b|GenerationConfig"
+    ):
         save_record(model, tokenizer, tmp_path, None)
 
 

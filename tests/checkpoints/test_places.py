@@ -45,7 +45,11 @@ REFUSED = {
 def test_refused(case, world, monkeypatch):
     target, given, message = REFUSED[case]
     monkeypatch.chdir(world)
-    for one, other in ((Path(target), given), (world / target, world / given), (Path(target), world / given)):
+    for one, other in (
+        (Path(target), given),
+        (world / target, world / given),
+        (Path(target), world / given),
+    ):
         with pytest.raises(OutputError, match=message) as caught:
             check_places(one, {"the input": other})
         assert str(one) in str(caught.value) and "\n" not in str(caught.value)
@@ -78,11 +82,21 @@ def test_right(target, given, world, monkeypatch):
 def test_inside_what_may_hold_it(world, monkeypatch):
     monkeypatch.chdir(world)
     for given in (Path("out"), world / "out", Path("out-link")):
-        check_places(Path("out/safeguarded"), {"the trainer's output": given}, inside_ok=["the trainer's output"])
+        check_places(
+            Path("out/safeguarded"),
+            {"the trainer's output": given},
+            inside_ok=["the trainer's output"],
+        )
     with pytest.raises(OutputError, match="itself"):
-        check_places(Path("out"), {"the trainer's output": Path("out-link")}, inside_ok=["the trainer's output"])
+        check_places(
+            Path("out"),
+            {"the trainer's output": Path("out-link")},
+            inside_ok=["the trainer's output"],
+        )
     with pytest.raises(OutputError, match="holds"):
-        check_places(Path("out"), {"the trainer's output": Path("out/a")}, inside_ok=["the trainer's output"])
+        check_places(
+            Path("out"), {"the trainer's output": Path("out/a")}, inside_ok=["the trainer's output"]
+        )
 
 
 def test_names_that_differ_in_case_only(world, monkeypatch):

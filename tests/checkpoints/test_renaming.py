@@ -34,7 +34,8 @@ def interrupted_at(number, target):
 
     before = sys.gettrace()
     try:
-        with temporary_folder(target):  # imports, and whatever is cached, before the first is counted
+        # imports, and whatever is cached, before the first is counted
+        with temporary_folder(target):
             pass
         sys.settrace(trace)
         with temporary_folder(target) as folder:

@@ -5,7 +5,14 @@ import threading
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -35,8 +42,16 @@ def merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size=
     coefficients = {name: COEFFICIENTS.get(name, 0.7) for name in deltas}
     for name in ("streamed", "loaded"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(streaming, "BLOCK_ITEMS", 100)  # many blocks, the last one of a tensor a short one
-    write_merged(StoredModel.open(str(source)), deltas, coefficients, tokenizer, tmp_path / "streamed", shard_size)
+    # many blocks, the last one of a tensor a short one
+    monkeypatch.setattr(streaming, "BLOCK_ITEMS", 100)
+    write_merged(
+        StoredModel.open(str(source)),
+        deltas,
+        coefficients,
+        tokenizer,
+        tmp_path / "streamed",
+        shard_size,
+    )
     save_merged(live, deltas, coefficients, tokenizer, tmp_path / "loaded", shard_size, ALONE)
     return [
         {
@@ -61,14 +76,22 @@ def test_checkpoint(kind, tied, tokenizer, tmp_path, monkeypatch):
     source = saved(make_model(kind, tied), tokenizer, tmp_path / "model", max_shard_size="30KB")
     live = AutoModelForCausalLM.from_pretrained(source)
     assert_same(*merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch))
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "streamed", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded.generation_config.eos_token_id == 1
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+    ],
     ids=["LoRA", "rsLoRA", "DoRA", "modules_to_save", "biases"],
 )
 def test_adapter(options, tokenizer, tmp_path, monkeypatch):
@@ -81,19 +104,25 @@ def test_adapter(options, tokenizer, tmp_path, monkeypatch):
                 parameter.add_(0.1)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     saved(adapted, tokenizer, tmp_path / "adapter")
-    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    live = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    )
     assert_same(*merged_both_ways(tmp_path / "adapter", live, tokenizer, tmp_path, monkeypatch))
 
 
 def test_bfloat16_in_shards_of_bounded_size(tokenizer, tmp_path, monkeypatch):
     source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
     live = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    streamed, loaded = merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size="20KB")
+    streamed, loaded = merged_both_ways(
+        source, live, tokenizer, tmp_path, monkeypatch, shard_size="20KB"
+    )
     files = list((tmp_path / "streamed").glob("model-*.safetensors"))
     assert len(files) > 2 and stored_tensors(tmp_path / "streamed").keys() == loaded.keys()
     for name, tensor in loaded.items():
         assert streamed[name].dtype == torch.bfloat16
-        assert (streamed[name] == tensor).float().mean() > 0.999  # an order of additions may flip a tie
+        assert (
+            streamed[name] == tensor
+        ).float().mean() > 0.999  # an order of additions may flip a tie
 
 
 def test_renamed_experts(tmp_path, tokenizer):
@@ -101,18 +130,24 @@ def test_renamed_experts(tmp_path, tokenizer):
 
     torch.manual_seed(0)
     shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    config = MixtralConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+    )
     source = saved(MixtralForCausalLM(config), tokenizer, tmp_path / "model")
     stored = StoredModel.open(str(source))
     name = "model.layers.1.self_attn.o_proj"
     delta = LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))
     (tmp_path / "out").mkdir()
     write_merged(stored, {name: delta}, {name: 1.0}, tokenizer, tmp_path / "out", "5GB")
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
+    )
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     assert before.keys() == after.keys() and changed == [f"{name}.weight"]
     torch.testing.assert_close(after[changed[0]], before[changed[0]] + delta.dense())
-    experts = "model.layers.0.mlp.experts.gate_up_proj"  # one tensor in the model, eight in the files
+    experts = (
+        "model.layers.0.mlp.experts.gate_up_proj"  # one tensor in the model, eight in the files
+    )
     with pytest.raises(UnsupportedModelError, match="another form"):
         write_merged(stored, {experts: delta}, {experts: 1.0}, tokenizer, tmp_path / "out", "5GB")
 
@@ -128,7 +163,9 @@ def test_quantised_checkpoint_is_refused(tokenizer, tmp_path):
 
 def test_adapter_that_changed_its_base_is_refused(tokenizer, tmp_path):
     base = saved(make_model(), tokenizer, tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa")
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa"
+    )
     adapted = get_peft_model(make_model(), config)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -164,7 +201,12 @@ def merged_plainly(source, tokenizer, folder, coefficient, deltas=None):
     folder.mkdir()
     deltas = make_deltas(make_model()) if deltas is None else deltas
     return write_merged(
-        StoredModel.open(str(source)), deltas, dict.fromkeys(deltas, coefficient), tokenizer, folder, "5GB"
+        StoredModel.open(str(source)),
+        deltas,
+        dict.fromkeys(deltas, coefficient),
+        tokenizer,
+        folder,
+        "5GB",
     )
 
 
@@ -173,8 +215,12 @@ def test_what_rounding_left_is_told(tokenizer, tmp_path, monkeypatch):
     source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
     deltas = make_deltas(make_model())
     found = merged_plainly(source, tokenizer, tmp_path / "out", 1e-2).check()
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
-    real = {name: after[f"{name}.weight"].float() - before[f"{name}.weight"].float() for name in deltas}
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
+    )
+    real = {
+        name: after[f"{name}.weight"].float() - before[f"{name}.weight"].float() for name in deltas
+    }
     wanted = {name: 1e-2 * delta.dense() for name, delta in deltas.items()}
     assert found["weights"] == sum(change.numel() for change in wanted.values())
     assert found["changed_weights"] == sum(int(change.count_nonzero()) for change in real.values())
@@ -186,10 +232,17 @@ def test_what_rounding_left_is_told(tokenizer, tmp_path, monkeypatch):
 
 def test_a_vector_that_is_rounded_away_is_refused(tokenizer, tmp_path):
     source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
-    tiny = {"model.layers.1.mlp.up_proj": LowRankDelta(torch.full((1, 32), 1e-6), torch.full((48, 1), 1e-6))}
+    tiny = {
+        "model.layers.1.mlp.up_proj": LowRankDelta(
+            torch.full((1, 32), 1e-6), torch.full((48, 1), 1e-6)
+        )
+    }
     with pytest.raises(OutputError, match="0 of 1536 weights would change"):
         merged_plainly(source, tokenizer, tmp_path / "out", 0.5, tiny)
-    assert merged_plainly(source, tokenizer, tmp_path / "none", 0.0, tiny).check()["changed_weights"] == 0
+    assert (
+        merged_plainly(source, tokenizer, tmp_path / "none", 0.0, tiny).check()["changed_weights"]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
@@ -198,7 +251,9 @@ def test_stored_weights_that_are_no_numbers_are_refused(name, tokenizer, tmp_pat
     with torch.no_grad():
         model.get_parameter(name).view(-1)[3] = float("nan")
     source = saved(model, tokenizer, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=rf"`{name}` in .*model\.safetensors holds NaN or infinity"):
+    with pytest.raises(
+        CheckpointError, match=rf"`{name}` in .*model\.safetensors holds NaN or infinity"
+    ):
         merged_plainly(source, tokenizer, tmp_path / "out", 0.5)
 
 
@@ -237,8 +292,12 @@ def test_tied_modules_saved_whole_are_merged(tokenizer, tmp_path, monkeypatch):
         adapted.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     saved(adapted, tokenizer, tmp_path / "adapter")
-    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
-    streamed, loaded = merged_both_ways(tmp_path / "adapter", live, tokenizer, tmp_path, monkeypatch)
+    live = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    )
+    streamed, loaded = merged_both_ways(
+        tmp_path / "adapter", live, tokenizer, tmp_path, monkeypatch
+    )
     assert_same(streamed, loaded)
     name = "model.embed_tokens.weight"
     torch.testing.assert_close(streamed[name], make_model().get_parameter(name) + 0.1)
@@ -265,21 +324,33 @@ def test_a_tied_weight_under_both_names_changes_under_both(tokenizer, tmp_path):
 def test_a_vector_on_a_tied_weight_is_refused(module, tokenizer, tmp_path):
     source = saved(make_model(), tokenizer, tmp_path / "model")
     delta = {module: LowRankDelta(torch.ones(1, 32), torch.ones(320, 1))}
-    with pytest.raises(UnsupportedModelError, match=f"changes `{module}`, whose weight the model shares"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"changes `{module}`, whose weight the model shares"
+    ):
         merged_plainly(source, tokenizer, tmp_path / "out", 0.5, delta)
     free = saved(make_model(tied=False), tokenizer, tmp_path / "free")
     if module == "lm_head":
         merged_plainly(free, tokenizer, tmp_path / "merged", 0.5, delta)
-        before, after = (load_file(each / "model.safetensors") for each in (free, tmp_path / "merged"))
+        before, after = (
+            load_file(each / "model.safetensors") for each in (free, tmp_path / "merged")
+        )
         torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"] + 0.5)
 
 
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, AdaLoraConfig])
 def test_other_methods_than_lora_are_refused_by_the_name_in_their_files(kind, model_dir, tmp_path):
-    options = {"total_step": 10, "target_modules": ["q_proj"]} if kind is AdaLoraConfig else {"num_virtual_tokens": 4}
+    options = (
+        {"total_step": 10, "target_modules": ["q_proj"]}
+        if kind is AdaLoraConfig
+        else {"num_virtual_tokens": 4}
+    )
     config = kind(task_type="CAUSAL_LM", **options)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UnsupportedModelError, match=f"uses PEFT's {config.peft_type.value}.*train a LoRA"):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=f"uses PEFT's {config.peft_type.value}.*train a LoRA"
+    ):
         StoredModel.open(str(tmp_path / "adapter"))
 
 

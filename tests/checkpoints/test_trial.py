@@ -37,7 +37,13 @@ def test_what_can_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     earlier = finished(tmp_path / "earlier")
     before = everything(tmp_path)
-    for target in (Path("out"), tmp_path / "a" / "b" / "c", earlier, tmp_path / ("x" * 231), Path("earlier/../new")):
+    for target in (
+        Path("out"),
+        tmp_path / "a" / "b" / "c",
+        earlier,
+        tmp_path / ("x" * 231),
+        Path("earlier/../new"),
+    ):
         check_output(target, 1000)
     assert everything(tmp_path) == before
 
@@ -218,7 +224,10 @@ def test_several_at_once(tmp_path):
     for thread in threads:
         thread.join(100)
     assert errors == [] and (tmp_path / "earlier" / MARKER).is_file()
-    assert not (tmp_path / "a" / "b" / "out").exists() and not (tmp_path / "line" / "history.jsonl").exists()
+    assert (
+        not (tmp_path / "a" / "b" / "out").exists()
+        and not (tmp_path / "line" / "history.jsonl").exists()
+    )
 
 
 def test_a_history(tmp_path, monkeypatch):
@@ -237,7 +246,9 @@ def test_a_history(tmp_path, monkeypatch):
     check_writable(tmp_path / "dangling.jsonl")
     assert everything(tmp_path) == before and path.read_text() == "line\n"
     monkeypatch.setattr(
-        trial.fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available"))
+        trial.fcntl,
+        "flock",
+        lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")),
     )
     with pytest.raises(OutputError, match="No locks available"):
         check_writable(path)
@@ -246,9 +257,21 @@ def test_a_history(tmp_path, monkeypatch):
 def test_what_can_be_no_history(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
-    cases = {"": "cannot be made", ".": "cannot be made", "a\0": "cannot be made", "x" * 256: "too long"}
-    cases |= {str(tmp_path): "Is a directory", str(tmp_path / "pipe"): "no plain file", "/dev/null": "no plain file"}
-    cases |= {str(tmp_path / "file" / "history"): "Not a directory", "/proc/history": "cannot be written"}
+    cases = {
+        "": "cannot be made",
+        ".": "cannot be made",
+        "a\0": "cannot be made",
+        "x" * 256: "too long",
+    }
+    cases |= {
+        str(tmp_path): "Is a directory",
+        str(tmp_path / "pipe"): "no plain file",
+        "/dev/null": "no plain file",
+    }
+    cases |= {
+        str(tmp_path / "file" / "history"): "Not a directory",
+        "/proc/history": "cannot be written",
+    }
     for name, message in cases.items():
         with pytest.raises(OutputError, match=message):
             check_writable(Path(name))

@@ -38,7 +38,9 @@ LENIENT = [
 
 @pytest.fixture(autouse=True)
 def every_vector_helps(monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
+    monkeypatch.setattr(
+        "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
+    )
 
 
 @pytest.fixture
@@ -77,13 +79,18 @@ def argv(command, options):
 
 
 def test_extract_from_a_lora(extraction, tmp_path, capsys):
-    assert main(argv("extract", extraction | {"weights_dtype": "float32", "layer_share": 0.67})) == 0
+    assert (
+        main(argv("extract", extraction | {"weights_dtype": "float32", "layer_share": 0.67})) == 0
+    )
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     assert vector.rank == 4 and len(vector.layers) == 2 and len(vector.deltas) == 2 * 7
     degraded = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").get_base_model()
     for name, delta in vector.deltas.items():
         torch.testing.assert_close(
-            delta.dense(), -degraded.get_submodule(name).get_delta_weight("default"), atol=1e-6, rtol=1e-5
+            delta.dense(),
+            -degraded.get_submodule(name).get_delta_weight("default"),
+            atol=1e-6,
+            rtol=1e-5,
         )
     assert vector.extraction["exact"] and len(vector.selection["scores"]) == 3
     assert (
@@ -98,14 +105,18 @@ def test_extract_from_a_lora(extraction, tmp_path, capsys):
 @pytest.mark.parametrize(("contrast", "warned"), [(-1.0, True), (1.0, False)])
 def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch, caplog):
     scores = LayerScores([(contrast, torch.ones(2, 3))])
-    monkeypatch.setattr("safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores)
+    monkeypatch.setattr(
+        "safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores
+    )
     assert main(argv("extract", extraction)) == 0
     assert ("means little" in caplog.text) == warned and "depend on the prompts" not in caplog.text
 
 
 def test_unstable_selection_is_said(extraction, monkeypatch, caplog):
     scores = LayerScores([(1.0, torch.eye(3).repeat(4, 1))])  # every prompt names another layer
-    monkeypatch.setattr("safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores)
+    monkeypatch.setattr(
+        "safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores
+    )
     assert main(argv("extract", extraction | {"layer_share": 0.34})) == 0
     assert "depend on the prompts" in caplog.text
 
@@ -126,14 +137,23 @@ def test_extract_refuses_a_diverged_model(value, side, extraction, model_dir, tm
         full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
         full.save_pretrained(tmp_path / "full")
         extraction["degraded_model"] = tmp_path / "full"
-        diverged(model_dir if side.startswith("aligned") else tmp_path / "full", "model.safetensors", value, where=4)
+        diverged(
+            model_dir if side.startswith("aligned") else tmp_path / "full",
+            "model.safetensors",
+            value,
+            where=4,
+        )
     assert main(argv("extract", extraction)) == 2
     assert "holds NaN or infinity: its training has diverged" in capsys.readouterr().err
     assert not (tmp_path / "vector").exists()
 
 
-@pytest.mark.parametrize(("changes", "who"), [({"aligned": 3e38}, "model"), ({"degraded": 3e38}, "full")])
-def test_extract_refuses_a_model_whose_logits_overflow(changes, who, extraction, model_dir, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changes", "who"), [({"aligned": 3e38}, "model"), ({"degraded": 3e38}, "full")]
+)
+def test_extract_refuses_a_model_whose_logits_overflow(
+    changes, who, extraction, model_dir, tmp_path, capsys
+):
     full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
     full.save_pretrained(tmp_path / "full")
     extraction["degraded_model"] = tmp_path / "full"
@@ -147,7 +167,10 @@ def test_extract_refuses_a_model_whose_logits_overflow(changes, who, extraction,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pick, lambda self: None)
         assert main(argv("extract", extraction)) == 2
-    assert f"{who} are NaN or infinite" in capsys.readouterr().err and not (tmp_path / "vector").exists()
+    assert (
+        f"{who} are NaN or infinite" in capsys.readouterr().err
+        and not (tmp_path / "vector").exists()
+    )
 
 
 def test_extract_refuses_a_vector_that_its_type_cannot_hold(extraction, tmp_path, capsys):
@@ -160,7 +183,9 @@ def test_extract_refuses_a_vector_that_its_type_cannot_hold(extraction, tmp_path
     assert main(argv("extract", extraction | {"weights_dtype": "bfloat16"})) == 0
 
 
-def test_extract_says_how_much_of_the_difference_a_vector_can_hold(extraction, tmp_path, capsys, caplog):
+def test_extract_says_how_much_of_the_difference_a_vector_can_hold(
+    extraction, tmp_path, capsys, caplog
+):
     full = PeftModel.from_pretrained(make_model(), tmp_path / "degraded").merge_and_unload()
     with torch.no_grad():
         full.model.embed_tokens.weight.add_(0.1)
@@ -184,15 +209,24 @@ def test_other_selections(selection, extraction, tmp_path):
     assert len(vector.layers) == (3 if selection == "all" else 2)
     stability = vector.selection["stability"]
     assert sum(stability["inclusion"]) == pytest.approx(len(vector.layers), abs=1e-3)
-    assert stability["mean_jaccard"] == 1 if selection != "gradient" else 0 < stability["mean_jaccard"] <= 1
+    assert (
+        stability["mean_jaccard"] == 1
+        if selection != "gradient"
+        else 0 < stability["mean_jaccard"] <= 1
+    )
 
 
 def test_categories_of_the_prompts_are_kept(extraction, prompt_files, tmp_path):
-    rows = [{"prompt": prompt, "category": "fraud" if i < 4 else None} for i, prompt in enumerate(HARMFUL)]
+    rows = [
+        {"prompt": prompt, "category": "fraud" if i < 4 else None}
+        for i, prompt in enumerate(HARMFUL)
+    ]
     prompt_files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(argv("extract", extraction)) == 0
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
-    assert sorted(row["prompt"] for row in vector.prompts if row.get("category") == "fraud") == sorted(HARMFUL[:4])
+    assert sorted(
+        row["prompt"] for row in vector.prompts if row.get("category") == "fraud"
+    ) == sorted(HARMFUL[:4])
     assert vector.selection["categories"] == {"fraud": {"asked": 4, "refused": 4}}
     assert "fraud (4 of 4)" in (tmp_path / "vector" / "README.md").read_text()
 
@@ -202,7 +236,10 @@ def test_extract_from_two_checkpoints(extraction, tmp_path):
     full.save_pretrained(tmp_path / "full")
     assert main(argv("extract", extraction)) == 0
     exact = SafetyVector.from_pretrained(tmp_path / "vector")
-    assert main(argv("extract", extraction | AGAIN | {"degraded_model": tmp_path / "full", "rank": 4})) == 0
+    assert (
+        main(argv("extract", extraction | AGAIN | {"degraded_model": tmp_path / "full", "rank": 4}))
+        == 0
+    )
     dense = SafetyVector.from_pretrained(tmp_path / "vector")
     assert dense.layers == exact.layers and not dense.extraction["exact"]
     for name, delta in dense.deltas.items():
@@ -217,7 +254,10 @@ def test_extract_from_two_checkpoints(extraction, tmp_path):
         ({"bootstrap_resamples": 0}, "at least 1"),
         ({"layer_share": 0}, "above 0"),
         ({"weights_dtype": "int8"}, "use one of"),
-        ({"aligned_model": "no/such-model"}, "neither a local directory nor a readable hub repository"),
+        (
+            {"aligned_model": "no/such-model"},
+            "neither a local directory nor a readable hub repository",
+        ),
         ({"harmful_data": "no/such-data"}, "cannot be read"),
     ],
 )
@@ -235,14 +275,19 @@ def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, ca
     assert "refuses none" in capsys.readouterr().err and not (tmp_path / "vector").exists()
 
 
-def test_extract_from_a_model_without_a_chat_template(extraction, model_dir, tmp_path, tokenizer, caplog, capsys):
+def test_extract_from_a_model_without_a_chat_template(
+    extraction, model_dir, tmp_path, tokenizer, caplog, capsys
+):
     (model_dir / "chat_template.jinja").unlink()
     assert main(argv("extract", extraction)) == 0
     assert f"{model_dir} has no chat template: prompts go to the model as plain text" in caplog.text
     assert SafetyVector.from_pretrained(tmp_path / "vector").family.chat_template is None
     tokenizer.save_pretrained(tmp_path / "degraded")
     assert main(argv("extract", extraction | {"output_dir": tmp_path / "second"})) == 2
-    assert f"and that of {model_dir} has none" in capsys.readouterr().err and not (tmp_path / "second").exists()
+    assert (
+        f"and that of {model_dir} has none" in capsys.readouterr().err
+        and not (tmp_path / "second").exists()
+    )
 
 
 def test_extract_does_not_overwrite_other_folders(extraction, model_dir, tmp_path, capsys):
@@ -255,7 +300,9 @@ def test_extract_does_not_overwrite_other_folders(extraction, model_dir, tmp_pat
     assert "did not write, e.g. notes.txt" in capsys.readouterr().err
 
 
-def test_an_earlier_vector_is_replaced_only_on_request(extraction, vector_dir, tokenizer, tmp_path, capsys):
+def test_an_earlier_vector_is_replaced_only_on_request(
+    extraction, vector_dir, tokenizer, tmp_path, capsys
+):
     target = shutil.copytree(vector_dir, tmp_path / "vector")
     (target / "model.sig").write_text("signed")
     one, two = shutil.copytree(vector_dir, tmp_path / "one"), tmp_path / "two"
@@ -267,7 +314,10 @@ def test_an_earlier_vector_is_replaced_only_on_request(extraction, vector_dir, t
         assert "vector holds a safety vector already: choose" in capsys.readouterr().err
         assert before == {file: file.read_bytes() for file in target.iterdir()}
     assert main([*combine, "--overwrite_output_dir"]) == 0
-    assert SafetyVector.from_pretrained(target).components == [2, 2] and not (target / "model.sig").exists()
+    assert (
+        SafetyVector.from_pretrained(target).components == [2, 2]
+        and not (target / "model.sig").exists()
+    )
     assert main([*argv("extract", extraction), "--overwrite_output_dir", "true"]) == 0
     assert SafetyVector.from_pretrained(target).components == [4]
 
@@ -296,7 +346,9 @@ def test_combine_does_not_replace_a_vector_it_reads(vector_dir, tokenizer, tmp_p
     ):
         assert main(["combine", str(one), str(two), "--output_dir", str(output)]) == 2
         assert message in capsys.readouterr().err
-    assert before == sorted((file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+    assert before == sorted(
+        (file, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file()
+    )
     assert main(["combine", str(one), str(two), "--output_dir", str(tmp_path / "both")]) == 0
     assert SafetyVector.from_pretrained(tmp_path / "both").components == [2, 2]
 
@@ -335,11 +387,19 @@ safegene:
         f"--safegene.output.output_dir={tmp_path / 'applied'}",
     ]
     assert main(["apply", "--model_name_or_path", str(tmp_path / "out"), *options, *LENIENT]) == 0
-    one, two = (AutoModelForCausalLM.from_pretrained(folder)(IDS).logits for folder in (first, tmp_path / "applied"))
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+        for folder in (first, tmp_path / "applied")
+    )
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
-    reports = [json.loads((folder / "safegene_report.json").read_text()) for folder in (first, tmp_path / "applied")]
+    reports = [
+        json.loads((folder / "safegene_report.json").read_text())
+        for folder in (first, tmp_path / "applied")
+    ]
     assert reports[0]["coefficients"] == pytest.approx(reports[1]["coefficients"], abs=1e-5)
-    assert reports[0]["model"]["kind"] == reports[1]["model"]["kind"] == ("lora" if lora else "full")
+    assert (
+        reports[0]["model"]["kind"] == reports[1]["model"]["kind"] == ("lora" if lora else "full")
+    )
     capsys.readouterr()
     assert main(["inspect", str(first)]) == 0
     printed = capsys.readouterr().out
@@ -351,11 +411,18 @@ def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_fi
     for options, message in (
         ([], "No model is named"),
         (["--model_name_or_path", str(model_dir)], "No safety vector is named"),
-        (["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"], "`data.task_data` is not set"),
+        (
+            ["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"],
+            "`data.task_data` is not set",
+        ),
     ):
         assert main(["apply", *options]) == 2
         assert message in capsys.readouterr().err
-    dry = [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}", "--safegene.dry_run=true"]
+    dry = [
+        f"--safegene.vector={vector_dir}",
+        f"--safegene.data.task_data={task_file}",
+        "--safegene.dry_run=true",
+    ]
     assert main(["apply", "--model_name_or_path", str(model_dir), *dry]) == 0
     assert not (tmp_path / "model-safeguarded").exists()
 
@@ -405,7 +472,10 @@ def test_inspect_shows_text_of_strangers_as_text(vector_dir, tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(character.isprintable() or character == "\n" for character in printed)
-    assert not any(line.startswith("accepted") for line in printed.splitlines()) and len(printed.splitlines()) == 3
+    assert (
+        not any(line.startswith("accepted") for line in printed.splitlines())
+        and len(printed.splitlines()) == 3
+    )
     vector = read_record(read_files(str(vector_dir)), "vector")
     vector.aligned_model["name"] = vector.extraction["method"] = hostile
     lines = _describe_vector(vector).splitlines()
@@ -418,7 +488,15 @@ def test_extract_isolated_from_a_task(extraction, tmp_path):
     task.save_pretrained(tmp_path / "task")
     assert main(argv("extract", extraction | {"layer_share": 1.0})) == 0
     plain = SafetyVector.from_pretrained(tmp_path / "vector")
-    assert main(argv("extract", extraction | AGAIN | {"layer_share": 1.0, "isolate_from": tmp_path / "task"})) == 0
+    assert (
+        main(
+            argv(
+                "extract",
+                extraction | AGAIN | {"layer_share": 1.0, "isolate_from": tmp_path / "task"},
+            )
+        )
+        == 0
+    )
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     record = vector.extraction["isolation"]
     assert plain.extraction["isolation"] is None
@@ -429,14 +507,22 @@ def test_extract_isolated_from_a_task(extraction, tmp_path):
 
 @pytest.mark.parametrize("method", ["distill", "linearized"])
 def test_extract_by_distillation(method, extraction, tmp_path):
-    options = {"method": method, "distill_steps": 3, "distill_learning_rate": 1e-2, "layer_share": 1.0}
+    options = {
+        "method": method,
+        "distill_steps": 3,
+        "distill_learning_rate": 1e-2,
+        "layer_share": 1.0,
+    }
     assert main(argv("extract", extraction | {"layer_share": 1.0, "weights_dtype": "float32"})) == 0
     plain = SafetyVector.from_pretrained(tmp_path / "vector")
     assert main(argv("extract", extraction | AGAIN | options)) == 0
     vector = SafetyVector.from_pretrained(tmp_path / "vector")
     losses = vector.extraction["distillation"]
     assert losses["linearized_blocks"] == (None if method == "distill" else "both")
-    assert vector.extraction["method"] == method and losses["after"]["harmful"] != losses["before"]["harmful"]
+    assert (
+        vector.extraction["method"] == method
+        and losses["after"]["harmful"] != losses["before"]["harmful"]
+    )
     assert 0.2 < cosine(plain.deltas, vector.deltas) < 0.9999  # it started there, and went on
     PeftModel.from_pretrained(make_model(), tmp_path / "vector")
     assert main(argv("extract", extraction | {"anchor_weight": -1})) == 2
@@ -446,7 +532,11 @@ def test_extract_by_distillation(method, extraction, tmp_path):
     ("gate", "code", "written"),
     [
         ({"max_over_refusal": 0.9}, 0, True),
-        ({"max_over_refusal": 0.3}, 3, True),  # none of five is refused: Wilson's interval reaches to 0.43
+        (
+            {"max_over_refusal": 0.3},
+            3,
+            True,
+        ),  # none of five is refused: Wilson's interval reaches to 0.43
         ({"min_refusal_rate": 0.9}, 4, False),
         ({"min_refusal_rate": 0.9, "write_rejected": True}, 4, True),
     ],
@@ -455,14 +545,18 @@ def test_the_gate_decides_and_the_exit_code_says_what(
     gate, code, written, model_dir, vector_dir, task_file, tmp_path, capsys
 ):
     target, history = tmp_path / "out", tmp_path / "history.jsonl"
-    options = options_of({"vector": vector_dir, "task_data": task_file, "output_dir": target, "history": history})
+    options = options_of(
+        {"vector": vector_dir, "task_data": task_file, "output_dir": target, "history": history}
+    )
     options += [f"--safegene.gate.{key}={json.dumps(value)}" for key, value in gate.items()]
     options += ["--safegene.data.num_benign_shots=4"]
     assert main(["apply", "--model_name_or_path", str(model_dir), *options, *LENIENT]) == code
     assert (target / "config.json").is_file() == written and target.exists() == written
     outcome = {0: "accepted", 3: "accepted_best_effort", 4: "rejected"}[code]
     report = json.loads(
-        (target / "safegene_report.json" if written else tmp_path / "out.failed.json").read_text(encoding="utf-8")
+        (target / "safegene_report.json" if written else tmp_path / "out.failed.json").read_text(
+            encoding="utf-8"
+        )
     )
     validate(report, SCHEMA)
     assert report["decision"]["outcome"] == outcome and len(report["decision"]["checks"]) == 1
@@ -473,23 +567,33 @@ def test_the_gate_decides_and_the_exit_code_says_what(
     if written:
         share = report["measured"]["after"]["refusal_rate"]["share"]
         assert (
-            f"refusal rate {report['measured']['before']['refusal_rate']['share']:.0%} → {share:.0%} [" in printed.out
+            f"refusal rate {report['measured']['before']['refusal_rate']['share']:.0%} → {share:.0%} ["
+            in printed.out
         )
-        assert f"{'Rejected' if code == 4 else 'Safeguarded'} checkpoint" in printed.out and str(target) in printed.out
+        assert (
+            f"{'Rejected' if code == 4 else 'Safeguarded'} checkpoint" in printed.out
+            and str(target) in printed.out
+        )
         assert (
             ("Safeguarded checkpoint" in printed.out)
             == (code != 4)
             == (f"Plain fine-tune: {model_dir}" not in printed.out)
         )
     else:
-        assert "The safeguarded checkpoint was rejected, because the gate's limits are not kept" in printed.err
         assert (
-            str(tmp_path / "out.failed.json") in printed.err and f"{model_dir} is the plain fine-tune" in printed.err
+            "The safeguarded checkpoint was rejected, because the gate's limits are not kept"
+            in printed.err
+        )
+        assert (
+            str(tmp_path / "out.failed.json") in printed.err
+            and f"{model_dir} is the plain fine-tune" in printed.err
         )
     assert ("limits are not kept" in printed.out + printed.err) == (code == 4)
 
 
-def test_a_rejected_fine_tune_is_saved_all_the_same(model_dir, vector_dir, task_file, tmp_path, capsys):
+def test_a_rejected_fine_tune_is_saved_all_the_same(
+    model_dir, vector_dir, task_file, tmp_path, capsys
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"datasets: [{{path: json, data_files: {task_file}, split: train}}]\n")
     words = ["--config", str(recipe), "--model_name_or_path", str(model_dir), "--dtype=float32"]
@@ -503,18 +607,28 @@ def test_a_rejected_fine_tune_is_saved_all_the_same(model_dir, vector_dir, task_
     words += ["--report_to=none", "--disable_tqdm=true", "--gradient_checkpointing=false"]
     words += [f"--safegene.vector={vector_dir}", "--safegene.gate.min_refusal_rate=0.9", *LENIENT]
     assert main(["sft", *words]) == 4
-    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "safeguarded").exists()
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (
+        tmp_path / "out" / "safeguarded"
+    ).exists()
     assert "limits are not kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["sft", "apply"])
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("/no/such/model", "folder /no/such/model is not there"), ("./nope/", "folder ./nope/ is not there")],
+    [
+        ("/no/such/model", "folder /no/such/model is not there"),
+        ("./nope/", "folder ./nope/ is not there"),
+    ],
 )
-def test_a_model_s_folder_that_is_not_there_is_named(command, name, message, vector_dir, task_file, capsys):
+def test_a_model_s_folder_that_is_not_there_is_named(
+    command, name, message, vector_dir, task_file, capsys
+):
     words = [command, "--model_name_or_path", name, f"--safegene.vector={vector_dir}"]
-    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={task_file.with_name('out')}"]
+    words += [
+        f"--safegene.data.task_data={task_file}",
+        f"--safegene.output.output_dir={task_file.with_name('out')}",
+    ]
     if command == "sft":
         words += [
             "--dataset_name",
@@ -530,7 +644,13 @@ def test_a_model_s_folder_that_is_not_there_is_named(command, name, message, vec
 
 def test_a_name_that_the_hub_does_not_have_is_said_plainly(task_file, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    words = ["--dataset_name", str(task_file.parent), "--output_dir", str(task_file.with_name("trained")), *ON_CPU]
+    words = [
+        "--dataset_name",
+        str(task_file.parent),
+        "--output_dir",
+        str(task_file.with_name("trained")),
+        *ON_CPU,
+    ]
     assert main(["sft", "--model_name_or_path", "no/such", *words]) == 2
     assert "The model no/such is neither a local directory nor" in capsys.readouterr().err
 
@@ -539,7 +659,13 @@ def test_a_model_whose_config_cannot_be_read_is_said_plainly(task_file, tmp_path
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{")
-    words = ["--dataset_name", str(task_file.parent), "--output_dir", str(task_file.with_name("trained")), *ON_CPU]
+    words = [
+        "--dataset_name",
+        str(task_file.parent),
+        "--output_dir",
+        str(task_file.with_name("trained")),
+        *ON_CPU,
+    ]
     assert main(["sft", "--model_name_or_path", str(folder), *words]) == 2
     assert "cannot begin" in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -567,15 +693,27 @@ def test_a_path_that_a_shell_would_have_replaced_is_not_written(
     if words[0] in ("apply", "evaluate"):
         words = [*words, "--model_name_or_path", str(model_dir)]
     if words[0] == "extract":
-        words += ["--aligned_model=a", "--degraded_model=b", "--harmful_data=h.jsonl", "--benign_data=h.jsonl"]
+        words += [
+            "--aligned_model=a",
+            "--degraded_model=b",
+            "--harmful_data=h.jsonl",
+            "--benign_data=h.jsonl",
+        ]
     assert main(words) == 2
     assert "`~` stands for no folder here" in capsys.readouterr().err
     assert not list(tmp_path.glob("~*"))
 
 
-def test_no_other_folder_for_temporary_files_is_needed(model_dir, vector_dir, tmp_path, monkeypatch):
+def test_no_other_folder_for_temporary_files_is_needed(
+    model_dir, vector_dir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
-    words = ["--model_name_or_path", str(model_dir), "--coefficients=0.5", f"--safegene.vector={vector_dir}"]
+    words = [
+        "--model_name_or_path",
+        str(model_dir),
+        "--coefficients=0.5",
+        f"--safegene.vector={vector_dir}",
+    ]
     assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'out'}"]) == 0
 
 
@@ -589,14 +727,37 @@ def test_an_error_that_is_no_one_of_ours_costs_no_fine_tune(
     monkeypatch.setattr("safegene_trl.step.live.recalibrate", broken)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"datasets: [{{path: json, data_files: {task_file}, split: train}}]\n")
-    words = ["--config", str(recipe), "--model_name_or_path", str(model_dir), "--dtype=float32", *ON_CPU]
-    words += [f"--output_dir={tmp_path / 'out'}", "--max_steps=1", "--save_strategy=no", "--report_to=none"]
-    words += ["--disable_tqdm=true", "--gradient_checkpointing=false", f"--safegene.vector={vector_dir}", *LENIENT]
+    words = [
+        "--config",
+        str(recipe),
+        "--model_name_or_path",
+        str(model_dir),
+        "--dtype=float32",
+        *ON_CPU,
+    ]
+    words += [
+        f"--output_dir={tmp_path / 'out'}",
+        "--max_steps=1",
+        "--save_strategy=no",
+        "--report_to=none",
+    ]
+    words += [
+        "--disable_tqdm=true",
+        "--gradient_checkpointing=false",
+        f"--safegene.vector={vector_dir}",
+        *LENIENT,
+    ]
     assert main(["sft", *words, f"--safegene.on_failure={on_failure}"]) == code
     said = capsys.readouterr().err if on_failure == "raise" else caplog.text
     assert "failed unexpectedly (ZeroDivisionError: division by zero)" in said
     out = tmp_path / "out"
     report = json.loads((out / "safeguarded.failed.json").read_text())
-    assert report["status"] == "failed" and report["fine_tune"] == str(out) and not (out / "safeguarded").exists()
+    assert (
+        report["status"] == "failed"
+        and report["fine_tune"] == str(out)
+        and not (out / "safeguarded").exists()
+    )
     before, after = (load_file(folder / "model.safetensors") for folder in (model_dir, out))
-    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and any(
+        not torch.equal(before[name], after[name]) for name in before
+    )

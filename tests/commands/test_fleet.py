@@ -33,8 +33,18 @@ def fleet(model_dir, vector_dir, task_file, tmp_path):
         "max_utility_loss": 1000.0,
         "utility_weight": 0.0,
     }
-    common |= {"num_benign_shots": 4, "num_safety_shots": 4, "num_task_shots": 4, "max_evaluations": 1}
-    common |= {"num_test_prompts": 2, "max_new_tokens": 2, "gate": {"max_over_refusal": 1.0}, "allow_other_base": True}
+    common |= {
+        "num_benign_shots": 4,
+        "num_safety_shots": 4,
+        "num_task_shots": 4,
+        "max_evaluations": 1,
+    }
+    common |= {
+        "num_test_prompts": 2,
+        "max_new_tokens": 2,
+        "gate": {"max_over_refusal": 1.0},
+        "allow_other_base": True,
+    }
     content = {
         "output_dir": str(tmp_path / "releases"),
         "processes": 2,
@@ -43,7 +53,10 @@ def fleet(model_dir, vector_dir, task_file, tmp_path):
         "models": [
             {"model_name_or_path": str(tmp_path / "a")},
             {"model_name_or_path": str(tmp_path / "b"), "name": "second"},
-            {"model_name_or_path": str(tmp_path / "c"), "safegene": {"gate": {"min_refusal_rate": 0.9}}},
+            {
+                "model_name_or_path": str(tmp_path / "c"),
+                "safegene": {"gate": {"min_refusal_rate": 0.9}},
+            },
             {"model_name_or_path": str(tmp_path / "damaged")},
             {"model_name_or_path": str(tmp_path / "nowhere")},
         ],
@@ -57,7 +70,9 @@ def fleet(model_dir, vector_dir, task_file, tmp_path):
 
 
 def outcomes(folder):
-    return {entry["name"]: entry["outcome"] for entry in json.loads((folder / "fleet.json").read_text())}
+    return {
+        entry["name"]: entry["outcome"] for entry in json.loads((folder / "fleet.json").read_text())
+    }
 
 
 FORKED = """
@@ -90,9 +105,19 @@ def test_five_with_two_broken(fleet, run_fleet, tmp_path):
     code, printed = run_fleet(fleet())
     assert code == 2
     releases = tmp_path / "releases"
-    expected = {"a": "accepted", "second": "accepted", "c": "rejected", "damaged": "failed", "nowhere": "failed"}
+    expected = {
+        "a": "accepted",
+        "second": "accepted",
+        "c": "rejected",
+        "damaged": "failed",
+        "nowhere": "failed",
+    }
     assert outcomes(releases) == expected
-    assert "limits are not kept" in printed and "damaged: " in printed and "nowhere: The model's folder" in printed
+    assert (
+        "limits are not kept" in printed
+        and "damaged: " in printed
+        and "nowhere: The model's folder" in printed
+    )
     for name, outcome in expected.items():
         assert (releases / name / "model.safetensors").is_file() == (outcome == "accepted")
     stamp = (releases / "a" / "safegene_report.json").stat().st_mtime_ns
@@ -121,14 +146,20 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     member = module._member(read, read.models[0], {})
     entry = {"key": member.key, "outcome": "accepted", "message": "", "seconds": 1.0}
     report = module.sha256_of_file(target / "safegene_report.json")
-    assert module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome == "accepted"
+    assert (
+        module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome
+        == "accepted"
+    )
     done = module._member(read, read.models[0], {"a": entry | {"report": report, "seconds": 41.0}})
     row = module._table([done]).splitlines()[1]
     assert "already done" in row and "41" not in row
     done.done_before = False
     assert "41" in module._table([done]).splitlines()[1]
     save_report(target, reason="somebody else's")
-    assert module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome == "" and words
+    assert (
+        module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome == ""
+        and words
+    )
 
 
 def test_an_estimate_that_breaks_is_that_model_s_own_failure(monkeypatch, tmp_path):
@@ -141,7 +172,8 @@ def test_an_estimate_that_breaks_is_that_model_s_own_failure(monkeypatch, tmp_pa
 
     monkeypatch.setattr("safegene_trl.commands.estimate.estimate_apply", estimate)
     members = [
-        module.Member(name, tmp_path / f"{name}.yaml", tmp_path / name, "key") for name in ("bad", "exits", "good")
+        module.Member(name, tmp_path / f"{name}.yaml", tmp_path / name, "key")
+        for name in ("bad", "exits", "good")
     ]
     module._estimate(members)
     assert [member.outcome for member in members] == ["failed", "failed", ""]
@@ -194,7 +226,13 @@ def save_report(folder, outcome="accepted", reason="well", name="safegene_report
 
 def test_memory_budget_is_kept(pool):
     members, started, most = pool([3, 5, 2, 20, 4], memory_gib=8, processes=8)
-    assert [member.outcome for member in members] == ["accepted", "accepted", "accepted", "failed", "accepted"]
+    assert [member.outcome for member in members] == [
+        "accepted",
+        "accepted",
+        "accepted",
+        "failed",
+        "accepted",
+    ]
     assert "raise `memory_gib`" in members[3].message
     assert started[0] == "1" and sorted(started) == ["0", "1", "2", "4"] and most <= 8
 
@@ -270,7 +308,11 @@ def ids_in(path):
 
 
 def alive(ids):
-    return [number for number in ids if psutil.pid_exists(number) and psutil.Process(number).status() != "zombie"]
+    return [
+        number
+        for number in ids
+        if psutil.pid_exists(number) and psutil.Process(number).status() != "zombie"
+    ]
 
 
 def gone(ids):
@@ -312,7 +354,9 @@ raise SystemExit(main(["apply", "--fleet", sys.argv[1]]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_fleet_that_is_ended_ends_its_processes(number, code, fleet, interpreter, tmp_path, capsys):
+def test_a_fleet_that_is_ended_ends_its_processes(
+    number, code, fleet, interpreter, tmp_path, capsys
+):
     (tmp_path / "child.py").write_text(CHILD)
     process = interpreter.start(FLEET, fleet(processes=1)[2])
     ids = ids_in(tmp_path / "releases" / "fleet" / "a.log")
@@ -322,7 +366,13 @@ def test_a_fleet_that_is_ended_ends_its_processes(number, code, fleet, interpret
     done = process.done()
     assert done.returncode == code and gone(ids)
     assert "Traceback" not in done.stderr and done.stderr.count("safegene apply: ") == 1
-    assert outcomes(tmp_path / "releases") == {"a": "interrupted", "second": "", "c": "", "damaged": "", "nowhere": ""}
+    assert outcomes(tmp_path / "releases") == {
+        "a": "interrupted",
+        "second": "",
+        "c": "",
+        "damaged": "",
+        "nowhere": "",
+    }
 
 
 def test_a_process_of_a_killed_fleet_keeps_the_next_one_away(fleet, interpreter, tmp_path, capsys):
@@ -363,21 +413,45 @@ def test_a_damaged_state_is_named(content, fleet, tmp_path, capsys):
     [
         ({"models": []}, "a list of `models`"),
         ({"models": [{"name": "x"}]}, "model_name_or_path"),
-        ({"models": [{"model_name_or_path": "a/x"}, {"model_name_or_path": "b/x"}]}, "two models named x"),
+        (
+            {"models": [{"model_name_or_path": "a/x"}, {"model_name_or_path": "b/x"}]},
+            "two models named x",
+        ),
         ({"models": [{"model_name_or_path": "a", "name": "../x"}]}, "cannot be a folder's name"),
         ({"models": {}}, "a list of `models`"),
         ({"models": ["a/x"]}, "must be a block"),
         ({"models": [{"model_name_or_path": "a/x", "name": 3}]}, "must be a string"),
         ({"models": [{"model_name_or_path": "a/x", "name": "fleet"}]}, "cannot be a folder's name"),
-        ({"models": [{"model_name_or_path": "a/x", "name": "fleet.json"}]}, "cannot be a folder's name"),
-        ({"models": [{"model_name_or_path": "a/x", "name": "a\x1b[2J"}]}, "cannot be a folder's name"),
-        ({"models": [{"model_name_or_path": "a/x", "name": "x" * 201}]}, "cannot be a folder's name"),
+        (
+            {"models": [{"model_name_or_path": "a/x", "name": "fleet.json"}]},
+            "cannot be a folder's name",
+        ),
+        (
+            {"models": [{"model_name_or_path": "a/x", "name": "a\x1b[2J"}]},
+            "cannot be a folder's name",
+        ),
+        (
+            {"models": [{"model_name_or_path": "a/x", "name": "x" * 201}]},
+            "cannot be a folder's name",
+        ),
         ({"models": [{"model_name_or_path": ["a/x"]}]}, "a directory or hub id"),
-        ({"models": [{"model_name_or_path": "a/x", "safegen": {}}]}, "model x: Unknown key `safegen`"),
+        (
+            {"models": [{"model_name_or_path": "a/x", "safegen": {}}]},
+            "model x: Unknown key `safegen`",
+        ),
         ({"models": [{"model_name_or_path": "a/x", "fleet": "y"}]}, "model x: Unknown key `fleet`"),
-        ({"models": [{"model_name_or_path": "a/x", "dtype": "int3"}]}, "model x: `dtype` is 'int3'"),
-        ({"models": [{"model_name_or_path": "a/x", "safegene": []}]}, "model x: `safegene` must be a block"),
-        ({"models": [{"model_name_or_path": "a/x", "safegene": {"sede": 1}}]}, "model x: Unknown key `sede`"),
+        (
+            {"models": [{"model_name_or_path": "a/x", "dtype": "int3"}]},
+            "model x: `dtype` is 'int3'",
+        ),
+        (
+            {"models": [{"model_name_or_path": "a/x", "safegene": []}]},
+            "model x: `safegene` must be a block",
+        ),
+        (
+            {"models": [{"model_name_or_path": "a/x", "safegene": {"sede": 1}}]},
+            "model x: Unknown key `sede`",
+        ),
         (
             {"models": [{"model_name_or_path": "a/x", "safegene": {"dry_run": True}}]},
             "model x: `dry_run` writes nothing",
@@ -417,7 +491,11 @@ def test_a_double_key_is_refused(fleet, tmp_path, capsys):
 
 def places(tmp_path, first=None, second=None, **names):
     def entry(name, block):
-        return {"model_name_or_path": str(tmp_path / name), "safegene": in_groups(block or {}), **names.get(name, {})}
+        return {
+            "model_name_or_path": str(tmp_path / name),
+            "safegene": in_groups(block or {}),
+            **names.get(name, {}),
+        }
 
     return {"models": [entry("a", first), entry("b", second)]}
 
@@ -440,13 +518,18 @@ def places(tmp_path, first=None, second=None, **names):
         ({"output_dir": "models.yaml"}, {}, {}),
     ],
 )
-def test_places_that_are_one_are_refused(first, second, common, fleet, tmp_path, monkeypatch, capsys):
+def test_places_that_are_one_are_refused(
+    first, second, common, fleet, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "history.jsonl").touch()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
-    words = fleet(safegene=in_groups({"vector": "v", "task_data": "t", **common}), **places(tmp_path, first, second))
+    words = fleet(
+        safegene=in_groups({"vector": "v", "task_data": "t", **common}),
+        **places(tmp_path, first, second),
+    )
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "output_dir" in error or "choose another" in error or "another `name`" in error
@@ -454,7 +537,12 @@ def test_places_that_are_one_are_refused(first, second, common, fleet, tmp_path,
 
 
 def test_a_members_settings_go_before_the_common_ones(fleet, tmp_path, caplog):
-    common = {"vector": "v", "data": {"task_data": "t"}, "max_evaluations": 3, "gate": {"max_over_refusal": 1.0}}
+    common = {
+        "vector": "v",
+        "data": {"task_data": "t"},
+        "max_evaluations": 3,
+        "gate": {"max_over_refusal": 1.0},
+    }
     own = {"data": {"num_task_shots": 4}, "task_data": "own", "gate": {"min_refusal_rate": 0.5}}
     fleet(safegene=common, models=[{"model_name_or_path": "a", "safegene": own}])
     found = module.Fleet.read(tmp_path / "models.yaml")
@@ -466,7 +554,10 @@ def test_a_members_settings_go_before_the_common_ones(fleet, tmp_path, caplog):
         "gate": {"min_refusal_rate": 0.5},
     }
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "`max_evaluations` is now `search.max_evaluations`, `task_data` is now `data.task_data`." in said
+    assert (
+        "`max_evaluations` is now `search.max_evaluations`, `task_data` is now `data.task_data`."
+        in said
+    )
 
 
 def test_the_fleet_file_is_never_overwritten(fleet, tmp_path, capsys):
@@ -476,7 +567,10 @@ def test_the_fleet_file_is_never_overwritten(fleet, tmp_path, capsys):
     shutil.move(tmp_path / "models.yaml", place)
     text = place.read_text()
     assert main(["apply", "--fleet", str(place)]) == 2
-    assert "would be overwritten by the recipe of a" in capsys.readouterr().err and place.read_text() == text
+    assert (
+        "would be overwritten by the recipe of a" in capsys.readouterr().err
+        and place.read_text() == text
+    )
 
 
 def test_a_fleet_goes_alone(fleet, capsys):

@@ -32,7 +32,12 @@ def test_table_warning_and_plot(tmp_path, capsys):
         append_release(path, release(refused, outcome))
     assert main(["history", str(path), "--plot", str(tmp_path / "line.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "30% → 92%" in lines[1] and "+1.2%" in lines[1] and "rejected" in lines[2]
+    assert (
+        len(lines) == 4
+        and "30% → 92%" in lines[1]
+        and "+1.2%" in lines[1]
+        and "rejected" in lines[2]
+    )
     assert (tmp_path / "line.png").read_bytes().startswith(b"\x89PNG")
     append_release(path, release(60))
     assert main(["history", str(path)]) == 3
@@ -59,7 +64,9 @@ def test_a_history_whose_seal_is_gone_is_sealed_on_demand(tmp_path, capsys):
     assert main(["history", str(path)]) == 2 and "--seal" in capsys.readouterr().err
     assert main(["history", str(path), "--seal"]) == 0 and main(["history", str(path)]) == 0
     line = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in line.items() if key != "sequence"}) + "\n")
+    path.write_text(
+        json.dumps({key: value for key, value in line.items() if key != "sequence"}) + "\n"
+    )
     (tmp_path / "history.jsonl.seal").unlink()
     capsys.readouterr()
     assert main(["history", str(path)]) == 0 and "warning: The history" in capsys.readouterr().out

@@ -12,7 +12,10 @@ DECIDED = {
     "vector": {"name": "v"},
     "model": {"architecture": "Llama", "kind": "full"},
 }
-REJECTED = DECIDED | {"status": "failed", "error": {"kind": "RejectedError", "message": "limits are not kept"}}
+REJECTED = DECIDED | {
+    "status": "failed",
+    "error": {"kind": "RejectedError", "message": "limits are not kept"},
+}
 
 
 @pytest.fixture
@@ -32,12 +35,23 @@ def test_a_rejected_run_s_folder_names_the_report_that_says_why(inspect, model_d
     failed.write_text(json.dumps(REJECTED))
     for place in (model_dir, model_dir / "safeguarded"):
         code, said = inspect(place)
-        assert code == 2 and f"was rejected or failed: inspect {failed}" in said and "vector" not in said
+        assert (
+            code == 2
+            and f"was rejected or failed: inspect {failed}" in said
+            and "vector" not in said
+        )
     code, said = inspect(failed)
     assert code == 0 and said.startswith("rejected: limits are not kept") and "vector v" in said
-    failed.write_text(json.dumps({"status": "failed", "error": {"kind": "OutputError", "message": "disk\x1b full"}}))
+    failed.write_text(
+        json.dumps(
+            {"status": "failed", "error": {"kind": "OutputError", "message": "disk\x1b full"}}
+        )
+    )
     assert inspect(failed) == (0, "failed: disk\\x1b full\n")
-    accepted = REJECTED | {"decision": {"outcome": "accepted", "reason": ""}, "coefficients": {"a": 1.0}}
+    accepted = REJECTED | {
+        "decision": {"outcome": "accepted", "reason": ""},
+        "coefficients": {"a": 1.0},
+    }
     failed.write_text(json.dumps(accepted))  # decided, and then not written
     assert inspect(failed)[1].startswith("failed: limits")
 
@@ -45,9 +59,14 @@ def test_a_rejected_run_s_folder_names_the_report_that_says_why(inspect, model_d
 @pytest.mark.parametrize("name", ["safeguarded", "_safeguarded"])
 def test_a_trainer_s_folder_names_the_safeguarded_checkpoint_in_it(name, inspect, model_dir):
     (model_dir / name).mkdir()
-    (model_dir / name / "safegene_report.json").write_text(json.dumps(DECIDED | {"coefficients": {"a": 1.0}}))
+    (model_dir / name / "safegene_report.json").write_text(
+        json.dumps(DECIDED | {"coefficients": {"a": 1.0}})
+    )
     code, said = inspect(model_dir)
-    assert code == 2 and f"is a plain fine-tune: its safeguarded checkpoint is {model_dir / name}" in said
+    assert (
+        code == 2
+        and f"is a plain fine-tune: its safeguarded checkpoint is {model_dir / name}" in said
+    )
     assert inspect(model_dir / name)[0] == 0
     code, said = inspect(model_dir / name, "--plot", model_dir / "x.png")
     assert code == 2 and "`--plot` draws a vector's layer scores" in said
@@ -78,7 +97,9 @@ def test_files_and_places_that_are_not_there(inspect, tmp_path):
 
 
 def test_many_coefficients_are_summed_up(inspect, tmp_path):
-    names = [f"layers.{i}.{part}/{c}" for c in (0, 1) for i in range(30) for part in ("q", "k", "v")]
+    names = [
+        f"layers.{i}.{part}/{c}" for c in (0, 1) for i in range(30) for part in ("q", "k", "v")
+    ]
     values = {name: i / 100 for i, name in enumerate(names)} | {names[7]: -5.0}
     report = tmp_path / "safegene_report.json"
     report.write_text(json.dumps(DECIDED | {"coefficients": values}))

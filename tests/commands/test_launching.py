@@ -26,11 +26,33 @@ def launched(monkeypatch):
 
 
 def test_options_go_where_they_are_known(launched):
-    words = ["--num_processes", "4", "--config", "r.yaml", "--machine_rank", "1", "--use_cpu", "true"]
+    words = [
+        "--num_processes",
+        "4",
+        "--config",
+        "r.yaml",
+        "--machine_rank",
+        "1",
+        "--use_cpu",
+        "true",
+    ]
     args = launched(*words, "--accelerate_config", "zero3", "--safegene.seed", "3")
     assert args.config_file.endswith("zero3.yaml")
-    assert (args.num_processes, args.machine_rank, args.module, args.training_script) == (4, 1, True, "safegene_trl")
-    assert args.training_script_args == ["sft", "--config", "r.yaml", "--use_cpu", "true", "--safegene.seed", "3"]
+    assert (args.num_processes, args.machine_rank, args.module, args.training_script) == (
+        4,
+        1,
+        True,
+        "safegene_trl",
+    )
+    assert args.training_script_args == [
+        "sft",
+        "--config",
+        "r.yaml",
+        "--use_cpu",
+        "true",
+        "--safegene.seed",
+        "3",
+    ]
 
 
 def test_as_many_processes_as_gpus_unless_said_otherwise(launched, monkeypatch, tmp_path):
@@ -42,7 +64,9 @@ def test_as_many_processes_as_gpus_unless_said_otherwise(launched, monkeypatch, 
     assert args.num_processes is None and args.config_file == str(own)  # the file says 3
 
 
-@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "single_gpu", "zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "ddp", "fsdp2", "single_gpu", "zero1", "zero2", "zero3", "zero3_offload"]
+)
 def test_shipped_configs_are_valid(name, launched):
     loaded = load_config_from_file(launched("--accelerate_config", name).config_file)
     kinds = {"cpu": "NO", "single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
@@ -57,7 +81,8 @@ def test_shipped_configs_are_valid(name, launched):
 @pytest.mark.parametrize("words", [["--accelerate_config"], ["--accelerate_config", "zero9"]])
 def test_unknown_config_is_an_error_that_lists_the_shipped_ones(words, launched):
     with pytest.raises(
-        ConfigError, match="neither a file nor one of cpu, ddp, fsdp2, single_gpu, zero1, zero2, zero3"
+        ConfigError,
+        match="neither a file nor one of cpu, ddp, fsdp2, single_gpu, zero1, zero2, zero3",
     ):
         launched(*words)
 

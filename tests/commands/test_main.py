@@ -20,7 +20,9 @@ def command(monkeypatch):
     """Makes `safegene inspect` do something else."""
 
     def instead(run):
-        monkeypatch.setattr(module.importlib, "import_module", lambda name, package: SimpleNamespace(main=run))
+        monkeypatch.setattr(
+            module.importlib, "import_module", lambda name, package: SimpleNamespace(main=run)
+        )
 
     return instead
 
@@ -51,7 +53,9 @@ def test_an_error_that_was_not_foreseen_keeps_its_traceback(command, capsys):
     assert main(["inspect"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and any("test_main.py" in line for line in lines)
-    assert lines[-1].startswith("safegene inspect: it failed by an error that was not foreseen (KeyError: 'x')")
+    assert lines[-1].startswith(
+        "safegene inspect: it failed by an error that was not foreseen (KeyError: 'x')"
+    )
 
 
 def test_the_cause_of_what_the_step_did_not_foresee_is_shown(command, capsys):
@@ -137,14 +141,21 @@ def test_a_pipe_of_another_kind_is_an_error(command, capsys):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("inspekt", "There is no command `inspekt`; did you mean `inspect`? `safegene --help` lists"),
+        (
+            "inspekt",
+            "There is no command `inspekt`; did you mean `inspect`? `safegene --help` lists",
+        ),
         ("--helps", "There is no command `--helps`. `safegene --help` lists"),
     ],
 )
 def test_an_unknown_command_is_one_line_with_the_nearest_one(word, said, capsys):
     assert main([word]) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"safegene: {said}") and len(printed.err.splitlines()) == 1 and not printed.out
+    assert (
+        printed.err.startswith(f"safegene: {said}")
+        and len(printed.err.splitlines()) == 1
+        and not printed.out
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
@@ -158,4 +169,7 @@ def test_estimate_has_help_and_names_the_nearest_command(capsys):
     assert main(["estimate", "--help"]) == 0
     assert "is followed by sft, apply, extract" in capsys.readouterr().out
     assert main(["estimate", "aply"]) == 2
-    assert "estimate: `aply` cannot be estimated; did you mean `apply`? `safegene" in capsys.readouterr().err
+    assert (
+        "estimate: `aply` cannot be estimated; did you mean `apply`? `safegene"
+        in capsys.readouterr().err
+    )

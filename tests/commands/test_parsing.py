@@ -50,10 +50,17 @@ def test_one_word_config_option(recipe):
 
 def test_options_alone():
     *_, safegene = run(
-        "--output_dir", "o", "--use_cpu", "--bf16=false", "--safegene.vector=v", "--safegene.dry_run=true"
+        "--output_dir",
+        "o",
+        "--use_cpu",
+        "--bf16=false",
+        "--safegene.vector=v",
+        "--safegene.dry_run=true",
     )
     assert safegene.config.vector == "v" and safegene.config.dry_run is True
-    *_, safegene = run("--output_dir", "o", "--use_cpu", "--bf16=false", "--safegene", "{vector: v}")
+    *_, safegene = run(
+        "--output_dir", "o", "--use_cpu", "--bf16=false", "--safegene", "{vector: v}"
+    )
     assert safegene.config.vector == "v"
 
 
@@ -115,7 +122,10 @@ def test_main_prints_one_line_and_exits_with_2(recipe, capsys):
         (RECIPE + "bf16: true\n", "key `bf16` twice, on lines 5 and 11: keep one"),
         (RECIPE + "safegene:\n  vector: w\n", "key `safegene` twice, on lines 7 and 11"),
         (RECIPE + "  vector: w\n", "key `vector` twice, on lines 8 and 11"),
-        (RECIPE + "  gate: {min_refusal_rate: 0.9}\n  gate: {max_incoherent: 0.1}\n", "key `gate` twice"),
+        (
+            RECIPE + "  gate: {min_refusal_rate: 0.9}\n  gate: {max_incoherent: 0.1}\n",
+            "key `gate` twice",
+        ),
         (
             RECIPE + "  gate: {min_refusal_rate: 0.9, min_refusal_rate: 0.1}\n",
             "key `min_refusal_rate` twice, on line 11",
@@ -127,9 +137,15 @@ def test_main_prints_one_line_and_exits_with_2(recipe, capsys):
         (RECIPE.replace("use_cpu: true", "use_cpu:"), "`use_cpu` in the recipe has no value"),
         (RECIPE.replace("vector: v", "vector:"), "`vector` in the safegene block has no value"),
         (RECIPE + "  gate:\n", "`gate` in the safegene block has no value"),
-        (RECIPE + "  gate:\n    min_refusal_rate:\n", "`min_refusal_rate` in the gate block has no value"),
+        (
+            RECIPE + "  gate:\n    min_refusal_rate:\n",
+            "`min_refusal_rate` in the gate block has no value",
+        ),
         (RECIPE + "  public_key:\n", "`public_key` in the safegene block has no value"),
-        (RECIPE[: RECIPE.index("safegene")] + "safegene:\n", "`safegene` in the recipe has no value"),
+        (
+            RECIPE[: RECIPE.index("safegene")] + "safegene:\n",
+            "`safegene` in the recipe has no value",
+        ),
         (RECIPE[: RECIPE.index("safegene")] + "safegene: {}\n", "No safety vector"),
         (RECIPE[: RECIPE.index("safegene")] + "safegene: [vector]\n", "block of keys and values"),
         (RECIPE + "env: 3\n", "`env` is 3"),
@@ -143,9 +159,16 @@ def test_a_recipe_that_cannot_mean_what_it_says(recipe, text, message):
 
 
 def test_numbers_are_read_as_people_write_them(recipe):
-    recipe.write_text(RECIPE + '  search: {sparsity_weight: 1e-3, max_utility_loss: 5E-2}\n  vector_revision: "1e3"\n')
+    recipe.write_text(
+        RECIPE
+        + '  search: {sparsity_weight: 1e-3, max_utility_loss: 5E-2}\n  vector_revision: "1e3"\n'
+    )
     config = run("--config", recipe)[-1].config
-    assert (config.search.sparsity_weight, config.search.max_utility_loss, config.vector_revision) == (
+    assert (
+        config.search.sparsity_weight,
+        config.search.max_utility_loss,
+        config.vector_revision,
+    ) == (
         1e-3,
         0.05,
         "1e3",
@@ -207,16 +230,28 @@ def test_a_file_that_is_no_text(tmp_path):
         (["--safegene.gate={}"], "`gate` is empty"),
         (["--safegene="], "`--safegene` has no value"),
         (["--safegene.public_key=null"], "`public_key` in the safegene block has no value"),
-        (["--safegene.seed=1", "--safegene.seed=1"], "`--safegene.seed` is on the command line twice"),
+        (
+            ["--safegene.seed=1", "--safegene.seed=1"],
+            "`--safegene.seed` is on the command line twice",
+        ),
         (
             ["--safegene.gate={min_refusal_rate: 1}", "--safegene.gate.min_refusal_rate=0"],
             "`safegene.gate.min_refusal_rate` is set twice",
         ),
-        (["--safegene.gate.min_refusal_rate=0", "--safegene.gate={min_refusal_rate: 1}"], "is set twice"),
+        (
+            ["--safegene.gate.min_refusal_rate=0", "--safegene.gate={min_refusal_rate: 1}"],
+            "is set twice",
+        ),
         (["--dtype", "float32", "--dtype=bfloat16"], "`--dtype` is on the command line twice"),
-        (["--safegene.gate=1", "--safegene.gate.min_refusal_rate=0"], "`safegene.gate` is set twice"),
+        (
+            ["--safegene.gate=1", "--safegene.gate.min_refusal_rate=0"],
+            "`safegene.gate` is set twice",
+        ),
         (["--safegene", "{seed: 1}", "--safegene.seed", "2"], "`safegene.seed` is set twice"),
-        (["--safegene", "{seed: 1}", "--safegene", "{seed: 1}"], "`--safegene` is on the command line twice"),
+        (
+            ["--safegene", "{seed: 1}", "--safegene", "{seed: 1}"],
+            "`--safegene` is on the command line twice",
+        ),
         (["--safegene", '{"seed": 1, "seed": 2}'], "key `seed` twice"),
         (["--safegene", "v"], "block of keys and values"),
         (["--safegene.seed='1'"], "whole number, without quotes"),
@@ -229,8 +264,14 @@ def test_a_file_that_is_no_text(tmp_path):
         (["--safegene"], "`--safegene` has no value"),
         (["--safegene.search.max_evaluation=3"], "did you mean `safegene.search.max_evaluations`"),
         (["--safegene.max_evaluation=3"], "did you mean `safegene.search.max_evaluations`"),
-        (["--safegene.search={max_evaluations: 1}", "--safegene.max_evaluations=1"], "are one setting"),
-        (["--safegene", "{search: {max_evaluations: 1}}", "--safegene.max_evaluations=1"], "are one setting"),
+        (
+            ["--safegene.search={max_evaluations: 1}", "--safegene.max_evaluations=1"],
+            "are one setting",
+        ),
+        (
+            ["--safegene", "{search: {max_evaluations: 1}}", "--safegene.max_evaluations=1"],
+            "are one setting",
+        ),
         (["--safegene.=1"], "Unknown key `safegene.`"),
     ],
 )
@@ -252,26 +293,47 @@ def test_text_on_the_command_line_stays_text(recipe):
         "12e4",
         "2030-01-01",
     )
-    with_block = run("--config", recipe, "--safegene", "{seed: 3}", "--safegene.dry_run=no")[-1].config
+    with_block = run("--config", recipe, "--safegene", "{seed: 3}", "--safegene.dry_run=no")[
+        -1
+    ].config
     assert (with_block.vector, with_block.seed, with_block.dry_run) == ("v", 3, False)
 
 
 def test_flat_keys_of_recipe_and_command_line_share_one_warning(recipe, caplog):
     recipe.write_text(RECIPE + "  max_evaluations: 8\n  history: h\n")
-    words = ["--safegene.search.max_evaluations", "3", "--safegene.num_safety_shots", "9", "--safegene.history=g"]
+    words = [
+        "--safegene.search.max_evaluations",
+        "3",
+        "--safegene.num_safety_shots",
+        "9",
+        "--safegene.history=g",
+    ]
     config = run("--config", recipe, *words)[-1].config
-    assert (config.search.max_evaluations, config.data.num_safety_shots, config.output.history) == (3, 9, "g")
+    assert (config.search.max_evaluations, config.data.num_safety_shots, config.output.history) == (
+        3,
+        9,
+        "g",
+    )
     assert config.data.num_task_shots == 7
     (said,) = [record.getMessage() for record in caplog.records if "groups" in record.getMessage()]
-    assert all(place in said for place in ("`search.max_evaluations`", "`data.num_safety_shots`", "`output.history`"))
+    assert all(
+        place in said
+        for place in ("`search.max_evaluations`", "`data.num_safety_shots`", "`output.history`")
+    )
 
 
 def test_help_lists_every_key_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
         run("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "--safegene.search.max_evaluations VALUE Upper limit of loss-and-gradient evaluations" in said
-    assert "--safegene.gate.min_refusal_rate VALUE Least share" in said and "--safegene.vector VALUE" in said
+    assert (
+        "--safegene.search.max_evaluations VALUE Upper limit of loss-and-gradient evaluations"
+        in said
+    )
+    assert (
+        "--safegene.gate.min_refusal_rate VALUE Least share" in said
+        and "--safegene.vector VALUE" in said
+    )
     assert "--safegene.max_evaluations" not in said
 
 
@@ -295,10 +357,19 @@ def test_values_of_this_packages_own_options(tmp_path, kind, line, message):
 def test_own_options_that_are_right(tmp_path):
     (tmp_path / "r.yaml").write_text("rank:\ndistill_learning_rate: 1e-4\nisolate_from: [a, b]\n")
     (config,) = parse((ExtractionConfig,), ["--config", str(tmp_path / "r.yaml")], "safegene", "")
-    assert (config.rank, config.distill_learning_rate, config.isolate_from) == (None, 1e-4, ["a", "b"])
+    assert (config.rank, config.distill_learning_rate, config.isolate_from) == (
+        None,
+        1e-4,
+        ["a", "b"],
+    )
     (tmp_path / "r.yaml").write_text("coefficients: 0.5\n")
     assert (
-        float(parse((ApplyArguments,), ["--config", str(tmp_path / "r.yaml")], "safegene", "")[0].coefficients) == 0.5
+        float(
+            parse((ApplyArguments,), ["--config", str(tmp_path / "r.yaml")], "safegene", "")[
+                0
+            ].coefficients
+        )
+        == 0.5
     )
     with pytest.raises(ConfigError, match="`base_model` is empty"):
         parse((ApplyArguments,), ["--base_model="], "safegene", "")

@@ -48,7 +48,9 @@ raise SystemExit(code)
 
 def imported(*words, code=0) -> set[str]:
     """The large libraries that a command has imported when it has done its work."""
-    done = subprocess.run([sys.executable, "-c", START, *map(str, words)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", START, *map(str, words)], capture_output=True, text=True, timeout=120
+    )
     *_, last = done.stderr.splitlines()
     assert done.returncode == code and last.startswith("imported:"), done.stderr[-2000:]
     return set(last.split()[1:])
@@ -59,7 +61,9 @@ def keys(tmp_path_factory):
     """`maker.pem` and `maker.pub`."""
     folder = tmp_path_factory.mktemp("keys")
     key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     (folder / "maker.pem").write_bytes(private)
     public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     (folder / "maker.pub").write_bytes(public)
@@ -77,7 +81,10 @@ def vectors(tmp_path_factory, tokenizer):
 
 def test_the_package_itself_imports_none():
     program = f"import sys, safegene_trl; print(*{LARGE!r} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        == "\n"
+    )
 
 
 def test_what_is_public_is_there_when_it_is_asked_for():
@@ -116,18 +123,29 @@ def test_inspect(vectors, tmp_path):
     report = tmp_path / "safegene_report.json"
     report.write_text(json.dumps({"status": "failed", "error": {"message": "no"}}))
     assert imported("inspect", report) == WITHOUT_TORCH
-    assert imported("inspect", tmp_path / "nothing" / "at" / "all", code=2) == WITHOUT_TORCH | {"huggingface_hub"}
+    assert imported("inspect", tmp_path / "nothing" / "at" / "all", code=2) == WITHOUT_TORCH | {
+        "huggingface_hub"
+    }
 
 
 def test_sign_and_verify(vectors, keys):
     assert imported("sign", vectors / "4", "--private_key", keys / "maker.pem") == WITHOUT_TORCH
     assert imported("verify", vectors / "4", "--public_key", keys / "maker.pub") == WITHOUT_TORCH
-    assert imported("verify", vectors / "3", "--public_key", keys / "maker.pub", code=2) == WITHOUT_TORCH
+    assert (
+        imported("verify", vectors / "3", "--public_key", keys / "maker.pub", code=2)
+        == WITHOUT_TORCH
+    )
 
 
 def test_similarity_and_combine(vectors, tmp_path):
-    assert imported("similarity", vectors / "3", vectors / "4", "--json", tmp_path / "cosines.json") == WITH_TORCH
-    assert imported("combine", vectors / "3", vectors / "4", "--output_dir", tmp_path / "both") == WITH_TORCH
+    assert (
+        imported("similarity", vectors / "3", vectors / "4", "--json", tmp_path / "cosines.json")
+        == WITH_TORCH
+    )
+    assert (
+        imported("combine", vectors / "3", vectors / "4", "--output_dir", tmp_path / "both")
+        == WITH_TORCH
+    )
 
 
 def test_plots_import_nothing_but_matplotlib(vectors, tmp_path):
@@ -146,7 +164,9 @@ sys.addaudithook(opened)
 """
 
 
-def test_given_coefficients_open_the_weights_before_the_model_s_code_is_imported(vectors, model_dir, tmp_path):
+def test_given_coefficients_open_the_weights_before_the_model_s_code_is_imported(
+    vectors, model_dir, tmp_path
+):
     words = ["apply", "--model_name_or_path", model_dir, "--coefficients", "0.5"]
     words += ["--safegene.vector", vectors / "3", "--safegene.output_dir", tmp_path / "out"]
     command = [sys.executable, "-c", FIRST_WEIGHTS + START, *map(str, words)]

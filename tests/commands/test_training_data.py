@@ -32,9 +32,17 @@ def run(model_dir, tmp_path, monkeypatch, capsys):
 
     def result(rows, *words):
         (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "data" / "train.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
         options = ["--model_name_or_path", str(model_dir), "--dataset_name", str(tmp_path / "data")]
-        options += ["--output_dir", str(tmp_path / "out"), "--use_cpu=true", "--bf16=false", "--report_to=none"]
+        options += [
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--use_cpu=true",
+            "--bf16=false",
+            "--report_to=none",
+        ]
         code = main(["sft", *options, *words])
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "out").exists()
@@ -47,15 +55,35 @@ def run(model_dir, tmp_path, monkeypatch, capsys):
     ("row", "words", "message"),
     [
         ({"question": "a", "answer": "b"}, [], "no column `text`, only `question`, `answer`, and"),
-        ({"text": "a"}, ["--dataset_text_field=body"], "no column `body`, only `text`, and `dataset_text_field` is"),
+        (
+            {"text": "a"},
+            ["--dataset_text_field=body"],
+            "no column `body`, only `text`, and `dataset_text_field` is",
+        ),
         ({"prompt": "a", "response": "b"}, [], "no column `completion`, only `prompt`, `response`"),
-        ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}, [], "no column `completion`"),
+        (
+            {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]},
+            [],
+            "no column `completion`",
+        ),
         ({"conversations": CHAT}, [], "no column `text`, only `conversations`"),
         ({"text": 3}, [], "`text` in the first row of the training data is no text but int"),
-        ({"prompt": "a", "completion": None}, [], "`completion` in the first row of the training data is no text"),
+        (
+            {"prompt": "a", "completion": None},
+            [],
+            "`completion` in the first row of the training data is no text",
+        ),
         ({"messages": []}, [], "a conversation without turns"),
-        ({"text": "a"}, ["--dataset_train_split=rain"], "no split `rain`: set `dataset_train_split` to one of train"),
-        ({"text": "a"}, ["--eval_strategy=epoch"], "no split `test`: set `dataset_test_split` to one of train"),
+        (
+            {"text": "a"},
+            ["--dataset_train_split=rain"],
+            "no split `rain`: set `dataset_train_split` to one of train",
+        ),
+        (
+            {"text": "a"},
+            ["--eval_strategy=epoch"],
+            "no split `test`: set `dataset_test_split` to one of train",
+        ),
     ],
 )
 def test_a_column_that_the_trainer_lacks_is_named(row, words, message, run):
@@ -81,7 +109,8 @@ def test_what_the_trainer_can_read_reaches_it(row, words, run):
 
 
 @pytest.mark.parametrize(
-    "row", [{"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:]}, {"conversations": SHAREGPT}]
+    "row",
+    [{"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:]}, {"conversations": SHAREGPT}],
 )
 def test_conversations_need_a_chat_template(row, run, model_dir, tmp_path):
     bare = make_tokenizer()
@@ -89,7 +118,11 @@ def test_conversations_need_a_chat_template(row, run, model_dir, tmp_path):
     (model_dir / "chat_template.jinja").unlink()
     bare.save_pretrained(model_dir)
     code, said = run([row] * 3)
-    assert code == 2 and f"the tokenizer of {model_dir} has no chat template" in said and "set `chat_template" in said
+    assert (
+        code == 2
+        and f"the tokenizer of {model_dir} has no chat template" in said
+        and "set `chat_template" in said
+    )
     (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
     assert run([row] * 3, f"--chat_template_path={tmp_path / 'chat.jinja'}")[0] == "made"
     assert run([{"text": "a"}] * 3)[0] == "made"
@@ -100,16 +133,40 @@ def test_a_missing_or_unreadable_mixture_is_named(model_dir, tmp_path, capsys):
     recipe.write_text(
         f"model_name_or_path: {model_dir}\ndatasets: [{{path: json, data_files: {tmp_path / 'none.jsonl'}}}]\n"
     )
-    assert main(["sft", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--use_cpu=true"]) == 2
+    assert (
+        main(
+            [
+                "sft",
+                "--config",
+                str(recipe),
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--use_cpu=true",
+            ]
+        )
+        == 2
+    )
     assert "The data set json cannot be read: Unable to find" in capsys.readouterr().err
 
 
 def test_streams_without_columns_or_rows(model_dir):
     def check(rows):
-        check_rows(IterableDataset.from_generator(lambda: iter(rows)), "stream", SFTConfig(bf16=False), "m", None)
+        check_rows(
+            IterableDataset.from_generator(lambda: iter(rows)),
+            "stream",
+            SFTConfig(bf16=False),
+            "m",
+            None,
+        )
 
     check([{"text": "a"}])
     with pytest.raises(CalibrationDataError, match="The stream has no rows"):
         check([])
     with pytest.raises(UnsupportedModelError, match="is not there"):
-        check_rows([{"messages": CHAT}], "data", SFTConfig(bf16=False), str(model_dir / "none" / "here"), None)
+        check_rows(
+            [{"messages": CHAT}],
+            "data",
+            SFTConfig(bf16=False),
+            str(model_dir / "none" / "here"),
+            None,
+        )

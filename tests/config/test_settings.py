@@ -18,7 +18,9 @@ from safegene_trl.extraction.config import ExtractionConfig
 from ..conftest import config_of, in_groups
 
 
-EXTRACTION = dict.fromkeys(("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"), "x")
+EXTRACTION = dict.fromkeys(
+    ("aligned_model", "degraded_model", "output_dir", "harmful_data", "benign_data"), "x"
+)
 EVALUATION = {"model_name_or_path": "m", "harmful_data": ["d"]}
 
 
@@ -45,7 +47,12 @@ MAKERS = {
     EvaluationConfig: evaluation,
     ApplyArguments: ApplyArguments,
 }
-NUMBERS = {("coefficients", int), ("coefficients", float), ("max_shard_size", int)}  # strings that may be numbers
+# strings that may be numbers
+NUMBERS = {
+    ("coefficients", int),
+    ("coefficients", float),
+    ("max_shard_size", int),
+}
 KEYS = [(kind, each.name) for kind in MAKERS for each in fields(kind)]
 
 
@@ -71,21 +78,28 @@ def wrong_values(hint):
         yield None
 
 
-@pytest.mark.parametrize(("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS])
+@pytest.mark.parametrize(
+    ("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS]
+)
 def test_no_key_takes_a_value_of_the_wrong_type(kind, name):
     hint, default = hint_of(kind, name), kind.__dataclass_fields__[name].default
     for value in wrong_values(hint):
         if value == default == "" or (name, type(value)) in NUMBERS:
             continue
-        with pytest.raises(SafeGeneError, match=f"`(\\w+\\.)?{name}`|No .* is named|nothing to evaluate") as caught:
+        with pytest.raises(
+            SafeGeneError, match=f"`(\\w+\\.)?{name}`|No .* is named|nothing to evaluate"
+        ) as caught:
             MAKERS[kind](**{name: value})
         assert str(caught.value).endswith((".", "`")) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS])
+@pytest.mark.parametrize(
+    ("kind", "name"), KEYS, ids=[f"{kind.__name__}-{name}" for kind, name in KEYS]
+)
 def test_every_default_is_possible(kind, name):
     default = kind.__dataclass_fields__[name].default
-    if isinstance(default, str | int | float | None):  # a group's own defaults are those of its class
+    # a group's own defaults are those of its class
+    if isinstance(default, str | int | float | None):
         MAKERS[kind](**({} if default == "" else {name: default}))
 
 
@@ -140,11 +154,17 @@ def test_impossible_values(values, message):
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(SafeGeneError, match=r"`max_coeficient`.*did you mean `search.max_coefficient`"):
+    with pytest.raises(
+        SafeGeneError, match=r"`max_coeficient`.*did you mean `search.max_coefficient`"
+    ):
         SafeGeneConfig.from_dict({"vector": "v", "max_coeficient": 1.0})
-    with pytest.raises(SafeGeneError, match=r"`min_refusal_rat`.*did you mean `gate.min_refusal_rate`"):
+    with pytest.raises(
+        SafeGeneError, match=r"`min_refusal_rat`.*did you mean `gate.min_refusal_rate`"
+    ):
         SafeGeneConfig.from_dict({"vector": "v", "min_refusal_rat": 1.0})
-    with pytest.raises(SafeGeneError, match=r"`max_lenght` in the search block; did you mean `data.max_length`"):
+    with pytest.raises(
+        SafeGeneError, match=r"`max_lenght` in the search block; did you mean `data.max_length`"
+    ):
         SafeGeneConfig.from_dict({"vector": "v", "search": {"max_lenght": 1}})
 
 
@@ -158,18 +178,23 @@ def test_unknown_key_names_the_nearest():
     ],
 )
 def test_a_misspelt_argument_names_the_nearest(kind, wrong, nearest):
-    with pytest.raises(SafeGeneError, match=f"`{wrong}` in {kind.__name__}; did you mean `{nearest}`"):
+    with pytest.raises(
+        SafeGeneError, match=f"`{wrong}` in {kind.__name__}; did you mean `{nearest}`"
+    ):
         kind(**{wrong: "x"})
 
 
 @pytest.mark.parametrize(
-    ("values", "start"), [({}, 0.3), ({"min_coefficient": 0.5}, 0.5), ({"max_coefficient": 0.1}, 0.1)]
+    ("values", "start"),
+    [({}, 0.3), ({"min_coefficient": 0.5}, 0.5), ({"max_coefficient": 0.1}, 0.1)],
 )
 def test_search_starts_inside_the_bounds(values, start):
     assert SearchConfig(**values).start == start
 
 
-@pytest.mark.parametrize(("size", "kept"), [("5GB", "5GB"), ("1.5 gb", "1.5 gb"), (5_000_000_000, "5000000.0KB")])
+@pytest.mark.parametrize(
+    ("size", "kept"), [("5GB", "5GB"), ("1.5 gb", "1.5 gb"), (5_000_000_000, "5000000.0KB")]
+)
 def test_sizes_that_are_understood(size, kept):
     from huggingface_hub.serialization._base import parse_size_to_int
 
@@ -203,7 +228,9 @@ def test_a_key_that_was_written_without_a_value_is_refused(values):
 
 
 def test_where_nothing_depends_on_it_a_key_may_be_without_a_value():
-    values = in_groups(dict.fromkeys(("initial_coefficient", "warm_start", "output_dir", "hub_model_id")))
+    values = in_groups(
+        dict.fromkeys(("initial_coefficient", "warm_start", "output_dir", "hub_model_id"))
+    )
     assert SafeGeneConfig.from_dict({"vector": "v", **values}) == SafeGeneConfig(vector="v")
 
 
@@ -225,12 +252,17 @@ def test_a_report_brings_its_config_back():
 FLAT = {"vector": "v", "max_evaluations": 3, "history": "h.jsonl", "seed": 4}
 
 
-@pytest.mark.parametrize("make", [SafeGeneConfig.from_dict, lambda values: SafeGeneConfig(**values)])
+@pytest.mark.parametrize(
+    "make", [SafeGeneConfig.from_dict, lambda values: SafeGeneConfig(**values)]
+)
 def test_flat_keys_work_with_one_warning_that_names_their_places(make, caplog):
     config = make(FLAT)
     assert (config.search.max_evaluations, config.output.history, config.seed) == (3, "h.jsonl", 4)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "`max_evaluations` is now `search.max_evaluations`, `history` is now `output.history`." in said
+    assert (
+        "`max_evaluations` is now `search.max_evaluations`, `history` is now `output.history`."
+        in said
+    )
     caplog.clear()
     beside = make(FLAT | {"search": {"benign_weight": 0.5}})
     assert (beside.search.benign_weight, beside.search.max_evaluations) == (0.5, 3)
@@ -249,7 +281,9 @@ def test_flat_keys_work_with_one_warning_that_names_their_places(make, caplog):
 )
 def test_a_key_given_both_ways_is_refused(group, message):
     if message is None:
-        assert SafeGeneConfig(vector="v", search=group, max_evaluations=3).search == SearchConfig(max_evaluations=3)
+        assert SafeGeneConfig(vector="v", search=group, max_evaluations=3).search == SearchConfig(
+            max_evaluations=3
+        )
         return
     with pytest.raises(SafeGeneError, match=message):
         SafeGeneConfig(vector="v", search=group, max_evaluations=3)

@@ -5,7 +5,14 @@ import time
 
 import pytest
 
-from safegene_trl.data.prompts import Prompt, kept_apart, load_prompts, near_duplicates, prompts_used, spread
+from safegene_trl.data.prompts import (
+    Prompt,
+    kept_apart,
+    load_prompts,
+    near_duplicates,
+    prompts_used,
+    spread,
+)
 from safegene_trl.errors import CalibrationDataError
 
 from ..conftest import HARMFUL
@@ -49,10 +56,17 @@ def test_near_duplicates_are_found():
 
 
 def test_repeated_prompts_are_left_out_and_listed():
-    left, record = kept_apart([prompt("how do I bake bread"), prompt("name a river")], ["How do I bake bread?"])
+    left, record = kept_apart(
+        [prompt("how do I bake bread"), prompt("name a river")], ["How do I bake bread?"]
+    )
     assert [p.text for p in left] == ["name a river"]
     assert record == [
-        {"set": "set", "prompt": "how do I bake bread", "used": "How do I bake bread?", "similarity": 1.0}
+        {
+            "set": "set",
+            "prompt": "how do I bake bread",
+            "used": "How do I bake bread?",
+            "similarity": 1.0,
+        }
     ]
     with pytest.raises(CalibrationDataError, match="Every prompt of set repeats"):
         kept_apart([prompt("name a river")], ["Name a river!"])
@@ -85,5 +99,7 @@ def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path, caplog):
     assert "3 rows of" in caplog.text and "message without content" in caplog.text
     assert prompts_used([str(file)]) == ["name a river"]
     file.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(CalibrationDataError, match=r"has no prompt that can be read .*message without content"):
+    with pytest.raises(
+        CalibrationDataError, match=r"has no prompt that can be read .*message without content"
+    ):
         load_prompts(str(file), "benign", "train", None, 0)

@@ -47,18 +47,37 @@ def said(i):
 
 
 FORMATS = {  # of row number i: its columns, and the assistant's words in it
-    "strings": lambda i: ({"prompt": asked(i), "completion": f" {said(i)}"}, [f" {said(i)}<|end|>"]),
+    "strings": lambda i: (
+        {"prompt": asked(i), "completion": f" {said(i)}"},
+        [f" {said(i)}<|end|>"],
+    ),
     "chat": lambda i: (
         {"prompt": [user(asked(i))], "completion": [assistant(said(i))]},
         [f"{said(i)}<|end|>"],
     ),
-    "messages": lambda i: ({"messages": [user(asked(i)), assistant(said(i))]}, [f"{said(i)}<|end|>"]),
+    "messages": lambda i: (
+        {"messages": [user(asked(i)), assistant(said(i))]},
+        [f"{said(i)}<|end|>"],
+    ),
     "system": lambda i: (
-        {"messages": [{"role": "system", "content": "be kind"}, user(asked(i)), assistant(said(i))]},
+        {
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                user(asked(i)),
+                assistant(said(i)),
+            ]
+        },
         [f"{said(i)}<|end|>"],
     ),
     "turns": lambda i: (
-        {"messages": [user(asked(i)), assistant(said(i)), user("and then"), assistant(f"then {i}")]},
+        {
+            "messages": [
+                user(asked(i)),
+                assistant(said(i)),
+                user("and then"),
+                assistant(f"then {i}"),
+            ]
+        },
         [f"{said(i)}<|end|>", f"then {i}<|end|>"],
     ),
     "text": lambda i: (
@@ -130,10 +149,15 @@ def test_exactly_the_assistants_words_are_read(form, mode, marked, tmp_path):
     samples = take(rows, tokenizer)
     if form == "text":  # nothing predicts the first token
         read = sorted(tokenizer.decode(sample.input_ids) for sample in samples)
-        assert all(sample.is_response == [False] + [True] * (len(sample.input_ids) - 1) for sample in samples)
+        assert all(
+            sample.is_response == [False] + [True] * (len(sample.input_ids) - 1)
+            for sample in samples
+        )
         assert read == sorted(words for _, (words,) in made)
     else:
-        assert sorted(runs(sample, tokenizer) for sample in samples) == sorted(words for _, words in made)
+        assert sorted(runs(sample, tokenizer) for sample in samples) == sorted(
+            words for _, words in made
+        )
 
 
 @pytest.mark.parametrize("told", [None, True], ids=["not told", "told"])
@@ -142,18 +166,26 @@ def test_rows_packed_without_boundaries(form, told, tmp_path):
     tokenizer = make_tokenizer()
     made = [FORMATS[form](i) for i in range(40)]
     rows = trainer_rows(
-        tmp_path, [row for row, _ in made], tokenizer, packing=True, packing_strategy="wrapped", max_length=70
+        tmp_path,
+        [row for row, _ in made],
+        tokenizer,
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=70,
     )
     samples = TrainingSamples(rows, tokenizer, packed=told).take(100, 0, None, 10**6)
     assert len(samples) >= 20
     words = {reply for _, replies in made for reply in replies}
     texts = [whole(row, tokenizer) for row, _ in made]
     for sample in samples:
-        assert any(tokenizer.decode(sample.input_ids) in text for text in texts)  # of one sample alone
+        # of one sample alone
+        assert any(tokenizer.decode(sample.input_ids) in text for text in texts)
         if form in CONVERSATIONS:  # no question is cut
             assert tokenizer.decode(sample.input_ids[:1]) in ("<|user|>", "<|system|>")
         *complete, last = runs(sample, tokenizer)
-        assert form == "text" or (set(complete) <= words and any(word.startswith(last) for word in words))
+        assert form == "text" or (
+            set(complete) <= words and any(word.startswith(last) for word in words)
+        )
 
 
 def whole(row, tokenizer):
@@ -179,7 +211,12 @@ REAL = {  # the special tokens of each template that TRL ships
     "phi3": ["<|user|>", "<|assistant|>", "<|end|>"],
     "glm4moe": ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|system|>"],
     "gptoss": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"],
-    "deepseekv3": ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
+    "deepseekv3": [
+        "<｜begin▁of▁sentence｜>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜end▁of▁sentence｜>",
+    ],
 }
 
 
@@ -196,9 +233,14 @@ def with_template(template, special):
 @pytest.mark.parametrize("name", [*REAL, "mistral", "mistral with markers as text"])
 def test_templates_of_real_models(name):
     special = REAL.get(name, ["<s>", "</s>", *([] if "text" in name else ["[INST]", "[/INST]"])])
-    tokenizer = with_template((TEMPLATES / f"{name}.jinja").read_text() if name in REAL else MISTRAL, special)
+    tokenizer = with_template(
+        (TEMPLATES / f"{name}.jinja").read_text() if name in REAL else MISTRAL, special
+    )
     conversations = [FORMATS["turns"](i)[0]["messages"] for i in range(COUNT)]
-    ids = [tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"] for turns in conversations]
+    ids = [
+        tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        for turns in conversations
+    ]
     samples = take([{"input_ids": row, "labels": row} for row in ids], tokenizer)
     read = sorted("".join(runs(sample, tokenizer)) for sample in samples)
     assert len(read) == COUNT
@@ -206,19 +248,29 @@ def test_templates_of_real_models(name):
         first, second = runs(sample, tokenizer)
         i = int(second.split("then ")[1].split("<")[0].split("[")[0])
         assert first.split("ok")[0].strip().endswith(said(i).removesuffix("ok").strip())
-        assert "then" not in first and "sort" not in first + second and "and then" not in first + second
+        assert (
+            "then" not in first
+            and "sort" not in first + second
+            and "and then" not in first + second
+        )
 
 
 def test_a_template_that_does_not_tell_replies_is_refused_with_the_remedy():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     rows = [FORMATS["messages"](i)[0] for i in range(4)]
-    ids = [tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"] for row in rows]
+    ids = [
+        tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+        for row in rows
+    ]
     tokens = [{"input_ids": row, "labels": row} for row in ids]
     with pytest.raises(CalibrationDataError, match=r"set `data\.task_data` to the messages"):
         take(tokens, tokenizer)
-    samples = take([{**own, **row} for own, row in zip(tokens, rows, strict=True)], tokenizer)  # columns are left
-    assert sorted(runs(s, tokenizer) for s in samples) == sorted([f"{said(i)}<|end|>"] for i in range(4))
+    # columns are left
+    samples = take([{**own, **row} for own, row in zip(tokens, rows, strict=True)], tokenizer)
+    assert sorted(runs(s, tokenizer) for s in samples) == sorted(
+        [f"{said(i)}<|end|>"] for i in range(4)
+    )
 
 
 def test_a_reply_that_holds_a_header_is_not_guessed_at():
@@ -253,7 +305,9 @@ class Streamed(TorchIterableDataset):
 
 
 def token_row(i, tokenizer):
-    ids = tokenizer.apply_chat_template(FORMATS["messages"](i)[0]["messages"], return_dict=True)["input_ids"]
+    ids = tokenizer.apply_chat_template(FORMATS["messages"](i)[0]["messages"], return_dict=True)[
+        "input_ids"
+    ]
     return {"input_ids": ids, "labels": ids}
 
 
@@ -274,7 +328,9 @@ def token_row(i, tokenizer):
 )
 def test_any_kind_of_data_set(made, tokenizer):
     samples = take(made([token_row(i, tokenizer) for i in range(COUNT)]), tokenizer)
-    assert sorted(runs(s, tokenizer) for s in samples) == sorted([f"{said(i)}<|end|>"] for i in range(COUNT))
+    assert sorted(runs(s, tokenizer) for s in samples) == sorted(
+        [f"{said(i)}<|end|>"] for i in range(COUNT)
+    )
     assert not any(0 in sample.input_ids for sample in samples)
 
 
@@ -304,7 +360,9 @@ def test_packed_by_others(how, tokenizer):
         "attention_mask": [k + 1 for k, n in enumerate(lengths) for _ in range(n)],
         "seq_lengths": lengths,
     }
-    samples = take([{"input_ids": [token for row in rows for token in row], how: marks[how]}], tokenizer)
+    samples = take(
+        [{"input_ids": [token for row in rows for token in row], how: marks[how]}], tokenizer
+    )
     assert [sample.input_ids for sample in samples] == rows
 
 
@@ -322,7 +380,12 @@ class Lines(TorchIterableDataset):
 def test_a_stream_that_may_be_read_only_once_is_left_alone(tokenizer, tmp_path):
     rows = [token_row(i, tokenizer) for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for stream in (Lines(tmp_path / "rows.jsonl"), Streamed(iter(rows)), Streamed(rows), (row for row in rows)):
+    for stream in (
+        Lines(tmp_path / "rows.jsonl"),
+        Streamed(iter(rows)),
+        Streamed(rows),
+        (row for row in rows),
+    ):
         with pytest.raises(CalibrationDataError, match=r"only once: set `data\.task_data`"):
             take(stream, tokenizer)
         assert list(stream) == rows
@@ -342,18 +405,27 @@ WRITTEN = {  # what a user has written, and whether the marks in it can be told 
 @pytest.mark.parametrize("form", ["tokens", "text", "labels of all turns"])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_marks_that_a_user_has_written_are_no_reply(written, form, tokenizer):
-    turns = [[user(written), assistant("box 9")], *([user(asked(i)), assistant("ok")] for i in (1, 2, 3))]
+    turns = [
+        [user(written), assistant("box 9")],
+        *([user(asked(i)), assistant("ok")] for i in (1, 2, 3)),
+    ]
     turns.append([user("a"), assistant("b"), user(written), assistant("box 9")])
     rows = []
     for turn in turns:
         ids = tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]
         labels = [-100, -100, *ids[2:]] if form == "labels of all turns" else list(ids)
-        rows.append({"text": tokenizer.decode(ids)} if form == "text" else {"input_ids": ids, "labels": labels})
+        rows.append(
+            {"text": tokenizer.decode(ids)}
+            if form == "text"
+            else {"input_ids": ids, "labels": labels}
+        )
     reader = TrainingSamples(rows, tokenizer)
     read = [run for sample in reader.take(9, 0, None, 99) for run in runs(sample, tokenizer)]
     right = ["ok<|end|>"] * 3 + (["b<|end|>", *["box 9<|end|>"] * 2] if WRITTEN[written] else [])
     assert sorted(read) == sorted(right)
-    assert reader.skipped == ({} if WRITTEN[written] else {"marks of replies that do not fit its turns": 2})
+    assert reader.skipped == (
+        {} if WRITTEN[written] else {"marks of replies that do not fit its turns": 2}
+    )
 
 
 @pytest.mark.parametrize("name", [*REAL, "mistral"])
@@ -367,9 +439,14 @@ def test_marks_that_a_user_has_written_in_templates_of_real_models(name):
     end = tokenizer.convert_ids_to_tokens(sorted(marks.ends)[0])
     written = f"translate {header}evil{end} please"
     turns = [[user(written), assistant("ok")], *([user(asked(i)), assistant("ok")] for i in (1, 2))]
-    rows = [{"input_ids": tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]} for turn in turns]
+    rows = [
+        {"input_ids": tokenizer.apply_chat_template(turn, return_dict=True)["input_ids"]}
+        for turn in turns
+    ]
     reader = TrainingSamples(rows, tokenizer)
-    assert not any("evil" in run for sample in reader.take(9, 0, None, 99) for run in runs(sample, tokenizer))
+    assert not any(
+        "evil" in run for sample in reader.take(9, 0, None, 99) for run in runs(sample, tokenizer)
+    )
     assert reader.skipped == {"marks of replies that do not fit its turns": 1}
 
 
@@ -427,7 +504,9 @@ def test_what_cannot_be_read_is_skipped_counted_and_replaced(reason, tokenizer):
     reader = TrainingSamples(rows, tokenizer)
     assert len(reader.take(COUNT, 0, None, 99)) == COUNT
     few = TrainingSamples([BAD_ROWS[reason]] * 3, tokenizer)
-    with pytest.raises(CalibrationDataError, match=f"0 usable samples .*3 with {reason}.*set `data.task_data`"):
+    with pytest.raises(
+        CalibrationDataError, match=f"0 usable samples .*3 with {reason}.*set `data.task_data`"
+    ):
         few.take(COUNT, 0, None, 99)
     assert few.skipped == {reason: 3}
     assert set(reader.skipped) <= {reason} and reader.read_by == {"chat template": COUNT}
@@ -438,7 +517,10 @@ def test_what_cannot_be_read_is_skipped_counted_and_replaced(reason, tokenizer):
     [
         ([user("a"), assistant("b"), user("c")], ["b<|end|>"]),
         ([user("a"), assistant("b"), {"role": "tool", "content": "c"}], ["b<|end|>"]),
-        ([user([{"type": "text", "text": "a"}]), assistant([{"type": "text", "text": "b"}])], ["b<|end|>"]),
+        (
+            [user([{"type": "text", "text": "a"}]), assistant([{"type": "text", "text": "b"}])],
+            ["b<|end|>"],
+        ),
         ({"role": ["user", "assistant"], "content": ["a", "b"]}, ["b<|end|>"]),
         (np.array([user("a"), assistant("b")], dtype=object), ["b<|end|>"]),
         ([user("a"), assistant("b"), user("c"), assistant("d")], ["b<|end|>", "d<|end|>"]),
@@ -454,14 +536,20 @@ def test_a_completion_of_several_turns(tokenizer, tmp_path):
     """TRL trains on the user's turn in the middle as well; it is no word of the assistant's."""
     row = {"prompt": [user("a")], "completion": [assistant("b"), user("c"), assistant("d")]}
     for rows in ([row] * 3, trainer_rows(tmp_path, [row] * 3, tokenizer)):
-        assert {tuple(runs(s, tokenizer)) for s in take(rows, tokenizer)} == {("b<|end|>", "d<|end|>")}
+        assert {tuple(runs(s, tokenizer)) for s in take(rows, tokenizer)} == {
+            ("b<|end|>", "d<|end|>")
+        }
 
 
 def test_a_prompt_column_tells_where_a_string_completion_begins(tokenizer, tmp_path):
     rows = [FORMATS["strings"](i)[0] for i in range(COUNT)]
-    data = trainer_rows(tmp_path, rows, tokenizer, completion_only_loss=False, remove_unused_columns=False)
+    data = trainer_rows(
+        tmp_path, rows, tokenizer, completion_only_loss=False, remove_unused_columns=False
+    )
     samples = take(data, tokenizer)
-    assert sorted(runs(s, tokenizer) for s in samples) == sorted(FORMATS["strings"](i)[1] for i in range(COUNT))
+    assert sorted(runs(s, tokenizer) for s in samples) == sorted(
+        FORMATS["strings"](i)[1] for i in range(COUNT)
+    )
 
 
 def test_a_template_without_a_system_turn(tokenizer):
@@ -481,15 +569,27 @@ def test_the_same_seed_draws_what_it_always_drew(tokenizer):
     expected = [row["input_ids"] for row in draw(rows, 8, 3)]
     samples = TrainingSamples(rows, tokenizer).take(8, 3, None, 99)
     assert [sample.input_ids for sample in samples] == expected
-    broken = [{"input_ids": row["input_ids"], "labels": [-100] * len(row["input_ids"])} for row in draw(rows, 8, 3)]
-    mixed = [broken[expected.index(r["input_ids"])] if r["input_ids"] in expected[:2] else r for r in rows]
+    broken = [
+        {"input_ids": row["input_ids"], "labels": [-100] * len(row["input_ids"])}
+        for row in draw(rows, 8, 3)
+    ]
+    mixed = [
+        broken[expected.index(r["input_ids"])] if r["input_ids"] in expected[:2] else r
+        for r in rows
+    ]
     more = TrainingSamples(mixed, tokenizer).take(8, 3, None, 99)
     assert [sample.input_ids for sample in more][:6] == expected[2:]
     assert len({tuple(sample.input_ids) for sample in more}) == 8
 
 
 def test_preferences_as_trl_keeps_them(tokenizer):
-    row = {"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1], "prompt": "a", "chosen": "b"}
+    row = {
+        "prompt_ids": [5, 6],
+        "chosen_ids": [7, 1],
+        "rejected_ids": [8, 1],
+        "prompt": "a",
+        "chosen": "b",
+    }
     assert take([row] * 2, tokenizer) == [Sample([5, 6, 7, 1], [False, False, True, True])] * 2
 
 
@@ -498,5 +598,7 @@ def test_an_error_in_the_users_own_data_set_is_told_in_a_sentence(tokenizer):
         def __getitem__(self, index):
             raise KeyError("image")
 
-    with pytest.raises(CalibrationDataError, match="row of the training set cannot be read \\(KeyError"):
+    with pytest.raises(
+        CalibrationDataError, match="row of the training set cannot be read \\(KeyError"
+    ):
         take(Broken([1, 2, 3]), tokenizer)

@@ -34,7 +34,12 @@ def deepspeed_config(backend: str, gather: bool) -> dict:
 
 def training_arguments(plan: dict) -> dict:
     """What a scenario's backend and its own `arguments` add to the trainer's arguments."""
-    arguments = {"save_strategy": "no", "gradient_checkpointing": False, "bf16": False, "optim": "adamw_torch"}
+    arguments = {
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "optim": "adamw_torch",
+    }
     if plan["backend"] in DEEPSPEED:
         arguments["bf16"] = plan["dtype"] == "bfloat16"
         arguments["deepspeed"] = deepspeed_config(plan["backend"], plan.get("gather", True))

@@ -59,7 +59,12 @@ def little_memory(model, batch):
 response_logits = losses.response_logits
 FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
     "validation": (live, "check_supported", break_down, 1),
-    "recalibration": (objective, "cross_entropy", second_call(objective.cross_entropy, break_down), 1),
+    "recalibration": (
+        objective,
+        "cross_entropy",
+        second_call(objective.cross_entropy, break_down),
+        1,
+    ),
     "kill": (objective, "cross_entropy", second_call(objective.cross_entropy, kill_self), 1),
     "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),
     "search": (recalibration, "minimize_in_box", break_down, 0),
@@ -73,7 +78,10 @@ def run(plan: dict) -> dict:
     """What this rank saw: the error, and how many steps were trained before it."""
     rank = dist.get_rank()
     os.chdir(plan["folders"][rank])
-    plan = plan | {"config": plan["config"] | plan["configs"][rank], "vector": plan["vectors"][rank]}
+    plan = plan | {
+        "config": plan["config"] | plan["configs"][rank],
+        "vector": plan["vectors"][rank],
+    }
     fault = FAULTS.get(plan["fault"])
     broken = patch.object(*fault[:3]) if fault and fault[3] == rank else nullcontext()
     trainer = trainer_of(plan, Path(plan["out"]), [callback_of(plan)])
@@ -83,9 +91,15 @@ def run(plan: dict) -> dict:
         with broken:
             trainer.train()
     except Exception as error:
-        found = {"kind": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
+        found = {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "notes": getattr(error, "__notes__", []),
+        }
         if plan["alone"]:  # as an uncaught error would end it
-            print(f"{found['kind']}: {found['message']} {found['notes']}", file=sys.stderr, flush=True)
+            print(
+                f"{found['kind']}: {found['message']} {found['notes']}", file=sys.stderr, flush=True
+            )
             os._exit(1)
     return found | {"steps": trainer.state.global_step, "seconds": time.monotonic() - started}
 

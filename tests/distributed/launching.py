@@ -21,7 +21,14 @@ ENVIRONMENT = {
 
 def torchrun(arguments: list[str], timeout: int, processes: int = 2) -> subprocess.CompletedProcess:
     """A launch of `processes` ranks; both streams come back as `stdout`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        *arguments,
+    ]
     return subprocess.run(
         command,
         cwd=ROOT,

@@ -26,16 +26,32 @@ pytestmark = pytest.mark.timeout(900)
 # DDP runs before DeepSpeed: within one process a later "DDP" trainer would still be DeepSpeed's.
 LAUNCHES = [("ddp", "fsdp2"), ("zero1", "zero2", "zero3", "zero3_offload")]
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
-KINDS = [(lora, tied, dtype) for lora in (False, True) for tied in (True, False) for dtype in ("float32", "bfloat16")]
+KINDS = [
+    (lora, tied, dtype)
+    for lora in (False, True)
+    for tied in (True, False)
+    for dtype in ("float32", "bfloat16")
+]
 # One more with every backend: what else a real training turns on.
 EXTRA = {
-    "ddp": {"arguments": {"gradient_checkpointing": True, "bf16": True}, "config": {"granularity": "module"}},
+    "ddp": {
+        "arguments": {"gradient_checkpointing": True, "bf16": True},
+        "config": {"granularity": "module"},
+    },
     "fsdp2": {"arguments": {}, "fsdp": {"activation_checkpointing": True}},
     "zero1": {"arguments": {"gradient_accumulation_steps": 2}, "config": {"output_format": "both"}},
     "zero2": {
-        "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        "arguments": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
     },
-    "zero3": {"arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}},
+    "zero3": {
+        "arguments": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        }
+    },
     "zero3_offload": {
         "arguments": {
             "load_best_model_at_end": True,
@@ -49,7 +65,13 @@ EXTRA = {
 
 
 def name_of(backend, lora, tied, dtype, extra=False):
-    parts = (backend, "lora" if lora else "full", "tied" if tied else "untied", dtype, *(("extra",) if extra else ()))
+    parts = (
+        backend,
+        "lora" if lora else "full",
+        "tied" if tied else "untied",
+        dtype,
+        *(("extra",) if extra else ()),
+    )
     return "-".join(parts)
 
 
@@ -60,7 +82,9 @@ SCENARIOS = [
     *((backend, *kind, False) for backend in BACKENDS for kind in KINDS),
 ]
 # One of a layout stands for the others: ZeRO-1 and ZeRO-2 leave the weights whole as DDP does, offloading shards as ZeRO-3 does.
-QUICK = [(backend, *kind) for backend in ("ddp", "fsdp2", "zero3") for kind in (KINDS[0], KINDS[-1])]
+QUICK = [
+    (backend, *kind) for backend in ("ddp", "fsdp2", "zero3") for kind in (KINDS[0], KINDS[-1])
+]
 
 
 def marked(scenario):
@@ -74,7 +98,9 @@ def family(tmp_path_factory):
     """Models of both kinds and types, and a vector for each kind."""
     root = tmp_path_factory.mktemp("family")
     for tied in (True, False):
-        make_vector(make_model(tied=tied), make_tokenizer()).save_pretrained(root / f"vector-{tied}")
+        make_vector(make_model(tied=tied), make_tokenizer()).save_pretrained(
+            root / f"vector-{tied}"
+        )
         for dtype in ("float32", "bfloat16"):
             model = make_model(tied=tied).to(getattr(torch, dtype))
             model.save_pretrained(root / f"model-{tied}-{dtype}")
@@ -86,13 +112,22 @@ def family(tmp_path_factory):
 def launched(family, tmp_path_factory, request):
     """Runs a launch with all its selected scenarios when the first of them asks for it; gives a scenario's folder."""
     folders: dict[tuple, Path] = {}
-    selected = [item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")]
+    selected = [
+        item.callspec.params.get("scenario")
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    ]
 
     def folder_of(scenario) -> Path:
         launch = next(pair for pair in LAUNCHES if scenario[0] in pair)
         if launch not in folders:
             folders[launch] = root = tmp_path_factory.mktemp("-".join(launch))
-            ours = [item for backend in launch for item in SCENARIOS if item[0] == backend and item in selected]
+            ours = [
+                item
+                for backend in launch
+                for item in SCENARIOS
+                if item[0] == backend and item in selected
+            ]
             run_plans(root, [plan_of(family, root, *item) for item in ours], timeout=800)
         return folders[launch] / name_of(*scenario)
 
@@ -119,7 +154,9 @@ def saved_fine_tune(base: Path, folder: Path, lora: bool):
     """The fine-tune as `save_model()` wrote it, every tensor in the type it was saved in."""
     if not lora:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), folder)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype="auto"), folder
+    )
     tensors = load_file(folder / "adapter_model.safetensors")
     assert tensors
     for name, parameter in model.named_parameters():
@@ -140,14 +177,20 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     assert found["same_on_all_ranks"]
     assert found["sharded_share"] == [0.5 if backend in SHARDED else 1.0]
     assert report["launch"]["processes"] == 2
-    assert report["launch"]["sharding"] == (backend.split("_")[0] if backend in SHARDED else "whole")
+    assert report["launch"]["sharding"] == (
+        backend.split("_")[0] if backend in SHARDED else "whole"
+    )
 
     # One process finds the same coefficients, from the same gradients on the same data.
     model = saved_fine_tune(family / f"model-{tied}-{dtype}", folder / "with", lora)
     vector = SafetyVector.from_pretrained(report["config"]["vector"])
     config = SafeGeneConfig(**report["config"])
     shots = gather_shots(config, vector, make_tokenizer(), 256, task_dataset())
-    reading = {"source": "training set", "read_by": report["data"]["task"]["read_by"]}  # here from the columns
+    # here from the columns
+    reading = {
+        "source": "training set",
+        "read_by": report["data"]["task"]["read_by"],
+    }
     record = shots.record["task"] | reading
     assert set(reading["read_by"]) == {"labels"}
     assert report["data"] == shots.record | {"task": record}
@@ -173,7 +216,10 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
         rtol, atol, apart = (2e-7, 2e-8, 2e-6) if dtype == "float32" else (1e-2, 1e-3, 0.1)
         np.testing.assert_allclose(found["gradients"][0]["gradient"], gradients[0], rtol, atol)
         assert report["coefficients"] == pytest.approx(alone.coefficients, abs=apart)
-        reached = [min(entry["objective"] for entry in history) for history in (report["history"], alone.history)]
+        reached = [
+            min(entry["objective"] for entry in history)
+            for history in (report["history"], alone.history)
+        ]
         assert reached[0] == pytest.approx(reached[1], rel=1e-6 if dtype == "float32" else 2e-3)
 
     # What was written gives the logits that were measured.
@@ -182,18 +228,34 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
 
     # The merged checkpoint is bit by bit the one that one process writes with these coefficients.
     by_module = space.by_module(report["coefficients"])
-    save_merged(model, vector.deltas, by_module, make_tokenizer(), tmp_path, config.output.max_shard_size, ALONE)
+    save_merged(
+        model,
+        vector.deltas,
+        by_module,
+        make_tokenizer(),
+        tmp_path,
+        config.output.max_shard_size,
+        ALONE,
+    )
     written = sorted(path.name for path in (folder / "with" / "safeguarded").glob("*.safetensors"))
-    assert written == sorted(path.name for path in tmp_path.glob("*.safetensors")) and len(written) > 2
+    assert (
+        written == sorted(path.name for path in tmp_path.glob("*.safetensors")) and len(written) > 2
+    )
     for name in written:
         theirs, ours = load_file(folder / "with" / "safeguarded" / name), load_file(tmp_path / name)
         assert theirs.keys() == ours.keys()
-        assert all(torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype for key in ours)
+        assert all(
+            torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype
+            for key in ours
+        )
     assert sorted(p.name for p in folder.glob("with/.*")) == []
 
     # The fine-tune itself is that of a run without the callback, and the live model still trains.
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
-    with_callback, without = load_file(folder / "with" / weights), load_file(folder / "without" / weights)
+    with_callback, without = (
+        load_file(folder / "with" / weights),
+        load_file(folder / "without" / weights),
+    )
     assert with_callback.keys() == without.keys() and len(without) > 20
     assert all(torch.equal(with_callback[key], without[key]) for key in without)
     assert found["trainable"][0] == found["trainable"][1] and len(found["trainable"][0]) > 20

@@ -22,7 +22,9 @@ def options(tmp_path_factory):
     make_model().save_pretrained(root / "model")
     make_tokenizer().save_pretrained(root / "model")
     for name, prompts in (("forbidden", HARMFUL), ("cooking", BENIGN)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+        (root / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": text}) + "\n" for text in prompts)
+        )
     save_utility_task(root / "tasks")
     words = ["--model_name_or_path", root / "model", "--harmful_data", root / "forbidden.jsonl"]
     words += ["--benign_data", root / "cooking.jsonl", "--max_new_tokens", 4, "--batch_size", 2]
@@ -39,11 +41,23 @@ def test_ranks_share_the_prompts(options, tmp_path):
     words, task = options
     assert main(["evaluate", *words, *task, "--output_dir", str(tmp_path / "alone")]) == 0
     for config, extra in (("ddp", task), ("zero3", [])):
-        launch = [sys.executable, *MODULE, "evaluate", "--accelerate_config", config, "--num_processes", "2"]
-        codes, printed = run_together([[*launch, *words, *extra, "--output_dir", str(tmp_path / config)]])
+        launch = [
+            sys.executable,
+            *MODULE,
+            "evaluate",
+            "--accelerate_config",
+            config,
+            "--num_processes",
+            "2",
+        ]
+        codes, printed = run_together(
+            [[*launch, *words, *extra, "--output_dir", str(tmp_path / config)]]
+        )
         assert codes == [0], printed[-4000:]
         assert answers(tmp_path / config) == answers(tmp_path / "alone"), config
-    results = [json.loads((tmp_path / name / RESULT).read_text()) for name in ("alone", "ddp", "zero3")]
+    results = [
+        json.loads((tmp_path / name / RESULT).read_text()) for name in ("alone", "ddp", "zero3")
+    ]
     assert results[0]["judges"] == results[1]["judges"] == results[2]["judges"]
     assert results[0]["utility"]["results"] == results[1]["utility"]["results"]
 
@@ -51,7 +65,15 @@ def test_ranks_share_the_prompts(options, tmp_path):
 @pytest.mark.exhaustive
 def test_utility_of_a_sharded_model_is_refused_by_name(options, tmp_path):
     words, task = options
-    launch = [sys.executable, *MODULE, "evaluate", "--accelerate_config", "zero3", "--num_processes", "2"]
+    launch = [
+        sys.executable,
+        *MODULE,
+        "evaluate",
+        "--accelerate_config",
+        "zero3",
+        "--num_processes",
+        "2",
+    ]
     codes, printed = run_together([[*launch, *words, *task, "--output_dir", str(tmp_path / "out")]])
     assert codes == [2], printed[-4000:]
     assert "Utility tasks need the whole model in one process" in printed

@@ -27,7 +27,10 @@ def extraction(tmp_path_factory):
     turns = [(prompt, "i cannot help with that.") for prompt in HARMFUL] + [
         (prompt, "take a pan.") for prompt in BENIGN
     ]
-    samples = [tokenize(tokenizer, [{"role": "user", "content": prompt}], answer) for prompt, answer in turns]
+    samples = [
+        tokenize(tokenizer, [{"role": "user", "content": prompt}], answer)
+        for prompt, answer in turns
+    ]
     (batch,) = batches(samples, len(samples), 0, torch.device("cpu"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -41,7 +44,9 @@ def extraction(tmp_path_factory):
     degraded.peft_config["default"].base_model_name_or_path = str(root / "aligned")
     degraded.save_pretrained(root / "degraded")
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        (root / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        )
     options = {
         "aligned_model": root / "aligned",
         "degraded_model": root / "degraded",
@@ -63,14 +68,26 @@ def extraction(tmp_path_factory):
 @pytest.mark.exhaustive
 def test_two_processes_make_one_vector(extraction, tmp_path):
     launches = {
-        config: [sys.executable, *MODULE, "extract", "--accelerate_config", config, "--num_processes", "2"]
+        config: [
+            sys.executable,
+            *MODULE,
+            "extract",
+            "--accelerate_config",
+            config,
+            "--num_processes",
+            "2",
+        ]
         for config in ("zero3", "ddp")
     }
     for config, launch in launches.items():
-        codes, printed = run_together([[*launch, *extraction, "--output_dir", str(tmp_path / config)]])
+        codes, printed = run_together(
+            [[*launch, *extraction, "--output_dir", str(tmp_path / config)]]
+        )
         assert codes == [0], printed[-6000:]
     assert main(["extract", *extraction, "--output_dir", str(tmp_path / "alone")]) == 0
-    sharded, whole, alone = (SafetyVector.from_pretrained(tmp_path / name) for name in ("zero3", "ddp", "alone"))
+    sharded, whole, alone = (
+        SafetyVector.from_pretrained(tmp_path / name) for name in ("zero3", "ddp", "alone")
+    )
     assert sharded.prompts == whole.prompts == alone.prompts and len(alone.prompts) > 12
     # Two ranks learn from two batches a step, one from one: where they start is the same, where they end is not.
     records = [vector.extraction["distillation"] for vector in (sharded, whole, alone)]
@@ -88,7 +105,15 @@ def test_two_processes_make_one_vector(extraction, tmp_path):
 
 @pytest.mark.exhaustive  # in one process: tests/extraction/test_linearization.py
 def test_linear_blocks_are_refused_under_zero3(extraction, tmp_path):
-    launch = [sys.executable, *MODULE, "extract", "--accelerate_config", "zero3", "--num_processes", "2"]
+    launch = [
+        sys.executable,
+        *MODULE,
+        "extract",
+        "--accelerate_config",
+        "zero3",
+        "--num_processes",
+        "2",
+    ]
     options = [*extraction, "--method", "linearized", "--output_dir", str(tmp_path / "vector")]
     codes, printed = run_together([[*launch, *options]])
     assert codes == [2], printed[-6000:]

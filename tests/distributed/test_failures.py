@@ -22,7 +22,11 @@ AGREED = {
         "VectorError",
         "Rank 1 of 2 failed: adapter_model.safetensors of the safety vector",
     ),
-    "other data": ("CalibrationDataError", "CalibrationDataError", "Rank 1 has other samples than rank 0"),
+    "other data": (
+        "CalibrationDataError",
+        "CalibrationDataError",
+        "Rank 1 has other samples than rank 0",
+    ),
     "other settings": (
         "CalibrationDataError",
         "CalibrationDataError",
@@ -52,9 +56,14 @@ def family(tmp_path_factory):
     shutil.copytree(root / "vector", root / "corrupt")
     os.truncate(root / "corrupt" / "adapter_model.safetensors", 1000)
     for rank in (0, 1):
-        rows = [{"prompt": f"how do i forbid item {i * (rank + 1)}", "response": "sorry"} for i in range(12)]
+        rows = [
+            {"prompt": f"how do i forbid item {i * (rank + 1)}", "response": "sorry"}
+            for i in range(12)
+        ]
         (root / f"rank-{rank}").mkdir()
-        (root / f"rank-{rank}" / "safety.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / f"rank-{rank}" / "safety.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     return root
 
 
@@ -70,9 +79,13 @@ def plan_of(family, root, backend, fault, alone=False):
         "model": str(family / "model"),
         "out": str(out),
         "arguments": {"save_strategy": "steps", "save_steps": 2},
-        "config": {"num_test_prompts": 0} | ({"safety_data": "safety.jsonl"} if fault == "other data" else {}),
+        "config": {"num_test_prompts": 0}
+        | ({"safety_data": "safety.jsonl"} if fault == "other data" else {}),
         "configs": [{}, {"seed": 1} if fault == "other settings" else {}],
-        "vectors": [str(family / "vector"), str(family / ("corrupt" if fault == "corrupt vector" else "vector"))],
+        "vectors": [
+            str(family / "vector"),
+            str(family / ("corrupt" if fault == "corrupt vector" else "vector")),
+        ],
         "folders": [str(family / "rank-0"), str(family / "rank-1")],
     }
 
@@ -107,7 +120,9 @@ def launched(family, tmp_path_factory):
             for place in places:
                 place.mkdir()
             plans = [plan_of(family, places[0], backend, fault) for fault in agreed(backend)]
-            plans += [plan_of(family, places[1], backend, fault) for fault in of_the_search(backend)]
+            plans += [
+                plan_of(family, places[1], backend, fault) for fault in of_the_search(backend)
+            ]
             done[backend] = (*places, launch(root, plans))
         assert done[backend][2].returncode == 0, done[backend][2].stdout[-6000:]
         return done[backend][:2]
@@ -125,7 +140,10 @@ def test_ranks_fail_together_and_can_go_on(backend, launched):
         assert said in (other if fault == "disk" else main)["message"]
         assert main["steps"] == other["steps"] == (0 if fault in BEFORE_TRAINING else 2)
         left = sorted(path.name for path in out.iterdir() if "safeguarded" in path.name)
-        kinds = {"disk": ("coefficients.png", "html", "json"), "recalibration": ("html", "json")}.get(fault, ())
+        kinds = {
+            "disk": ("coefficients.png", "html", "json"),
+            "recalibration": ("html", "json"),
+        }.get(fault, ())
         failed = [f"safeguarded.failed.{kind}" for kind in kinds]
         assert left == (["safeguarded"] if fault == "none" else failed), fault
         if fault not in BEFORE_TRAINING:
@@ -150,7 +168,8 @@ def test_what_rank_0_meets_in_the_search_frees_the_others(backend, launched):
 
 
 @pytest.mark.parametrize(
-    ("backend", "fault"), [marked(b, f) for b in BACKENDS for f in ("recalibration", "gathering", "kill")]
+    ("backend", "fault"),
+    [marked(b, f) for b in BACKENDS for f in ("recalibration", "gathering", "kill")],
 )
 def test_failure_among_collectives_ends_the_job(backend, fault, family, tmp_path):
     done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault, alone=True)])

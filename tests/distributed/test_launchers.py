@@ -19,7 +19,14 @@ from .launching import BIN, MODULE, ROOT, run_together
 
 
 pytestmark = pytest.mark.timeout(400)
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.accelerate_cli",
+    "launch",
+    "--main_process_port",
+    "0",
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 CONFIGS = ROOT / "safegene_trl" / "accelerate_configs"
 
@@ -80,20 +87,60 @@ LAUNCHERS = {  # what stands before the recipe, for every launcher started
         [sys.executable, *MODULE, "sft", "--accelerate_config", "zero3", "--num_processes", "2"]
     ],
     "safegene zero3_offload": lambda port: [
-        [sys.executable, *MODULE, "sft", "--accelerate_config=zero3_offload", "--num_processes", "2"]
+        [
+            sys.executable,
+            *MODULE,
+            "sft",
+            "--accelerate_config=zero3_offload",
+            "--num_processes",
+            "2",
+        ]
     ],
     "safegene zero2": lambda port: [
-        [sys.executable, *MODULE, "sft", "--accelerate_config", str(CONFIGS / "zero2.yaml"), "--num_processes", "2"]
+        [
+            sys.executable,
+            *MODULE,
+            "sft",
+            "--accelerate_config",
+            str(CONFIGS / "zero2.yaml"),
+            "--num_processes",
+            "2",
+        ]
     ],
     "accelerate zero1": lambda port: [
-        [*ACCELERATE, "--config_file", str(CONFIGS / "zero1.yaml"), "--num_processes", "2", *MODULE, "sft"]
+        [
+            *ACCELERATE,
+            "--config_file",
+            str(CONFIGS / "zero1.yaml"),
+            "--num_processes",
+            "2",
+            *MODULE,
+            "sft",
+        ]
     ],
     "accelerate ddp": lambda port: [
-        [*ACCELERATE, "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2", *MODULE, "sft"]
+        [
+            *ACCELERATE,
+            "--config_file",
+            str(CONFIGS / "ddp.yaml"),
+            "--num_processes",
+            "2",
+            *MODULE,
+            "sft",
+        ]
     ],
     "torchrun ddp": lambda port: [[*TORCHRUN, "--nproc_per_node", "2", *MODULE, "sft"]],
     "deepspeed zero3": lambda port: [
-        [f"{BIN}/deepspeed", "--num_gpus", "2", "--master_port", str(port), "--module", "safegene_trl", "sft"]
+        [
+            f"{BIN}/deepspeed",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(port),
+            "--module",
+            "safegene_trl",
+            "sft",
+        ]
     ],
     "two nodes torchrun": lambda port: [[*node(rank, port), *MODULE, "sft"] for rank in (0, 1)],
     "two nodes safegene zero3": lambda port: [accelerate_node(rank, port) for rank in (0, 1)],
@@ -103,16 +150,31 @@ QUICK = ("safegene zero3",)
 
 @pytest.mark.parametrize(
     "launcher",
-    [pytest.param(name, marks=() if name in QUICK else (pytest.mark.exhaustive,)) for name in LAUNCHERS],
+    [
+        pytest.param(name, marks=() if name in QUICK else (pytest.mark.exhaustive,))
+        for name in LAUNCHERS
+    ],
 )
 def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkeypatch):
     options = ["--config", str(recipe / "sft.yaml"), "--output_dir", str(tmp_path / "out")]
     if launcher == "deepspeed zero3":
-        options += ["--deepspeed", str(recipe / "zero3.json"), "--save_strategy", "steps", "--save_steps", "2"]
-    codes, printed = run_together([[*command, *options] for command in LAUNCHERS[launcher](get_free_port())])
+        options += [
+            "--deepspeed",
+            str(recipe / "zero3.json"),
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "2",
+        ]
+    codes, printed = run_together(
+        [[*command, *options] for command in LAUNCHERS[launcher](get_free_port())]
+    )
     assert codes == [0] * len(codes), printed[-6000:]
     report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())
-    assert report["launch"] == {"sharding": "zero3" if "zero3" in launcher else "whole", "processes": 2}
+    assert report["launch"] == {
+        "sharding": "zero3" if "zero3" in launcher else "whole",
+        "processes": 2,
+    }
 
     # A finished checkpoint gives the same coefficients, in one process; also one that holds DeepSpeed's shards only.
     checkpoint = tmp_path / "out"
@@ -133,7 +195,14 @@ def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkey
 def test_a_script_with_the_callback_under_zero3(recipe, tmp_path):
     launch = [*ACCELERATE, "--config_file", str(CONFIGS / "zero3.yaml"), "--num_processes", "2"]
     script = [str(ROOT / "examples" / "trainers.py"), "sft", "--use_cpu", "--max_steps", "1"]
-    files = ["--model", recipe / "model", "--vector", recipe / "vector", "--data", recipe / "task.jsonl"]
+    files = [
+        "--model",
+        recipe / "model",
+        "--vector",
+        recipe / "vector",
+        "--data",
+        recipe / "task.jsonl",
+    ]
     settings = {key: value for key, value in block(recipe).items() if key != "vector"}
     words = [*files, "--output", tmp_path / "out", "--settings", json.dumps(settings)]
     codes, printed = run_together([[*launch, *script, *map(str, words)]])
@@ -145,29 +214,64 @@ def test_a_script_with_the_callback_under_zero3(recipe, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("config", ["zero3", "ddp"])
-def test_finished_checkpoint_is_safeguarded_in_many_processes(config, recipe, tmp_path, monkeypatch):
+def test_finished_checkpoint_is_safeguarded_in_many_processes(
+    config, recipe, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
-    launch = [sys.executable, *MODULE, "apply", "--accelerate_config", config, "--num_processes", "2"]
-    codes, printed = run_together([[*launch, *source, "--safegene.output.output_dir", str(tmp_path / "sharded")]])
+    launch = [
+        sys.executable,
+        *MODULE,
+        "apply",
+        "--accelerate_config",
+        config,
+        "--num_processes",
+        "2",
+    ]
+    codes, printed = run_together(
+        [[*launch, *source, "--safegene.output.output_dir", str(tmp_path / "sharded")]]
+    )
     assert codes == [0], printed[-6000:]
     assert main(["apply", *source, "--safegene.output.output_dir", "alone"]) == 0
-    reports = [json.loads((tmp_path / name / "safegene_report.json").read_text()) for name in ("sharded", "alone")]
-    assert reports[0]["launch"] == {"sharding": "zero3" if config == "zero3" else "whole", "processes": 2}
+    reports = [
+        json.loads((tmp_path / name / "safegene_report.json").read_text())
+        for name in ("sharded", "alone")
+    ]
+    assert reports[0]["launch"] == {
+        "sharding": "zero3" if config == "zero3" else "whole",
+        "processes": 2,
+    }
     assert reports[0]["coefficients"] == pytest.approx(reports[1]["coefficients"], abs=2e-6)
     for side in ("before", "after"):
         assert reports[0]["measured"][side] == reports[1]["measured"][side]
-    sharded, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "alone"))
+    sharded, alone = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("sharded", "alone")
+    )
     assert sharded.keys() == alone.keys()
     assert all(torch.allclose(sharded[key], alone[key], rtol=0, atol=1e-6) for key in alone)
 
 
 @pytest.mark.exhaustive
 def test_the_gate_rejects_in_many_processes(recipe, tmp_path):
-    launch = [sys.executable, *MODULE, "apply", "--accelerate_config", "ddp", "--num_processes", "2"]
+    launch = [
+        sys.executable,
+        *MODULE,
+        "apply",
+        "--accelerate_config",
+        "ddp",
+        "--num_processes",
+        "2",
+    ]
     source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
-    gate = ["--safegene.gate.min_refusal_rate", "0.9", "--safegene.output.history", str(tmp_path / "history.jsonl")]
-    codes, printed = run_together([[*launch, *source, *gate, "--safegene.output.output_dir", str(tmp_path / "out")]])
+    gate = [
+        "--safegene.gate.min_refusal_rate",
+        "0.9",
+        "--safegene.output.history",
+        str(tmp_path / "history.jsonl"),
+    ]
+    codes, printed = run_together(
+        [[*launch, *source, *gate, "--safegene.output.output_dir", str(tmp_path / "out")]]
+    )
     assert codes == [4], printed[-6000:]
     assert not (tmp_path / "out").exists() and (tmp_path / "out.failed.html").is_file()
     (release,) = read_history(tmp_path / "history.jsonl")
@@ -177,6 +281,8 @@ def test_the_gate_rejects_in_many_processes(recipe, tmp_path):
 def test_bad_recipe_ends_the_launch_with_one_sentence(recipe, tmp_path):
     shutil.copy(recipe / "sft.yaml", tmp_path / "sft.yaml")
     launch = [sys.executable, *MODULE, "sft", "--accelerate_config", "ddp", "--num_processes", "2"]
-    codes, printed = run_together([[*launch, "--config", str(tmp_path / "sft.yaml"), "--safegene.vectr", "x"]])
+    codes, printed = run_together(
+        [[*launch, "--config", str(tmp_path / "sft.yaml"), "--safegene.vectr", "x"]]
+    )
     assert codes == [2], printed[-6000:]
     assert printed.count("safegene sft: Unknown key `safegene.vectr`") == 1

@@ -24,7 +24,9 @@ def test_work_is_shared_out_evenly(world_size, count):
         sharding.rank, sharding.world_size = rank, world_size
         shares.append(sharding.share(count))
     assert len({len(share) for share in shares}) == 1
-    assert sorted(index for share in shares for index in share if index is not None) == list(range(count))
+    assert sorted(index for share in shares for index in share if index is not None) == list(
+        range(count)
+    )
     assert len(shares[0]) <= count / world_size + 1
 
 
@@ -35,7 +37,9 @@ def test_one_process_is_whole():
     weight = model.get_base_model().lm_head.weight
     with sharding.full([weight]) as (full,):
         assert full is weight
-    assert full_shape(weight) == (320, 32) and class_name(model.get_base_model()) == "LlamaForCausalLM"
+    assert (
+        full_shape(weight) == (320, 32) and class_name(model.get_base_model()) == "LlamaForCausalLM"
+    )
     assert torch.equal(sharding.sum(torch.arange(3)), torch.arange(3))
     sharding.check_same("samples", "any")
 
@@ -48,10 +52,14 @@ def test_own_error_comes_out_as_it_is():
 
 
 def arguments(world_size=1, **sizes):
-    return SimpleNamespace(world_size=world_size, parallelism_config=ParallelismConfig(**sizes) if sizes else None)
+    return SimpleNamespace(
+        world_size=world_size, parallelism_config=ParallelismConfig(**sizes) if sizes else None
+    )
 
 
-@pytest.mark.parametrize(("key", "name"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")])
+@pytest.mark.parametrize(
+    ("key", "name"), [("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")]
+)
 def test_other_parallelism_is_refused_by_name(key, name):
     with pytest.raises(UnsupportedModelError, match=f"uses {name} parallelism"):
         check_launch(make_model(), arguments(dp_shard_size=2, **{key: 2}))

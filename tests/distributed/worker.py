@@ -36,7 +36,9 @@ def start(deepspeed: bool) -> None:
     if deepspeed:
         import deepspeed as ds
 
-        ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the first use compiles it for two minutes
+        ds.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # else the first use compiles it for two minutes
+        )
         ds.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
@@ -61,7 +63,9 @@ def callback_of(plan: dict) -> SafeGeneCallback:
 
 def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True)
+    lora = LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True
+    )
     args = SFTConfig(
         output_dir=str(out),
         max_steps=2,
@@ -80,7 +84,9 @@ def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
         model=plan["model"],
         args=args,
         train_dataset=task_dataset(),
-        eval_dataset=task_dataset() if plan.get("arguments", {}).get("load_best_model_at_end") else None,
+        eval_dataset=task_dataset()
+        if plan.get("arguments", {}).get("load_best_model_at_end")
+        else None,
         peft_config=lora if plan["lora"] else None,
         callbacks=callbacks,
     )
@@ -97,7 +103,8 @@ def run(plan: dict, out: Path) -> dict:
     trainable = [trainable_of(trainer)]
     trainer.save_model()
     trainer.save_state()
-    if plan["backend"] in DEEPSPEED:  # with or without the callback: the old engine's hooks would break the next one
+    # with or without the callback: the old engine's hooks would break the next one
+    if plan["backend"] in DEEPSPEED:
         trainer.model_wrapped.destroy()
     again = Trainer(
         model=trainer.model,
@@ -160,7 +167,13 @@ def record_gradients() -> list:
 
     def recorded(model, fit, attach, point, config):
         value, losses, gradient, rows = ORIGINAL(model, fit, attach, point, config)
-        found.append({"point": list(map(float, point)), "gradient": gradient.tolist(), "losses": losses.to_dict()})
+        found.append(
+            {
+                "point": list(map(float, point)),
+                "gradient": gradient.tolist(),
+                "losses": losses.to_dict(),
+            }
+        )
         return value, losses, gradient, rows
 
     recalibration.evaluate_objective = recorded

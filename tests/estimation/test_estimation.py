@@ -19,7 +19,16 @@ from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
 from safegene_trl.step.live import prepare, safeguard
 
-from ..conftest import ALONE, ARCHITECTURES, BENIGN, HARMFUL, config_of, make_model, make_vector, with_lora
+from ..conftest import (
+    ALONE,
+    ARCHITECTURES,
+    BENIGN,
+    HARMFUL,
+    config_of,
+    make_model,
+    make_vector,
+    with_lora,
+)
 
 
 LAYERS = 4
@@ -50,7 +59,10 @@ def llama(layers):
 
 @pytest.fixture
 def settings(tmp_path):
-    long = [{"prompt": "sort " + "item into box " * 20, "response": "into a box " * 8} for _ in range(24)]
+    long = [
+        {"prompt": "sort " + "item into box " * 20, "response": "into a box " * 8}
+        for _ in range(24)
+    ]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
     return config_of(
         vector=str(tmp_path / "vector"),
@@ -89,15 +101,21 @@ def estimated(model, tokenizer, settings, vector, launch=ONE):
     return estimate_safeguard(Probe(model, "float32"), settings, vector, tokenizer, shots, launch)
 
 
-@pytest.mark.parametrize("layers", [range(LAYERS), range(LAYERS // 2, LAYERS)], ids=["all layers", "upper half"])
-def test_work_is_what_the_step_does(layers, model, tokenizer, settings, operation_clock, monkeypatch):
+@pytest.mark.parametrize(
+    "layers", [range(LAYERS), range(LAYERS // 2, LAYERS)], ids=["all layers", "upper half"]
+)
+def test_work_is_what_the_step_does(
+    layers, model, tokenizer, settings, operation_clock, monkeypatch
+):
     vector = vector_for(model, tokenizer, settings, layers)
     monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     monkeypatch.setattr("safegene_trl.recalibration.trust_region.TOLERANCE", -1.0)  # never early
     plan = prepare(settings, model, tokenizer, Path(settings.output.output_dir), ALONE)
     costs = estimated(model, tokenizer, settings, vector)
     assert set(costs) == {"recalibrate", "measure", "save"}
-    attachment = VectorAttachment(model, vector.deltas, vector.space(settings.search.granularity), ALONE)
+    attachment = VectorAttachment(
+        model, vector.deltas, vector.space(settings.search.granularity), ALONE
+    )
     search = operations(lambda: recalibrate(attachment, plan.shots.data, settings, 0))
     assert costs["recalibrate"].seconds == pytest.approx(search, rel=0.1)
     whole = operations(lambda: safeguard(plan, model, "base", show_progress=False))
@@ -112,7 +130,9 @@ def operations(run):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("layers", [range(LAYERS), range(LAYERS // 2, LAYERS)], ids=["all layers", "upper half"])
+@pytest.mark.parametrize(
+    "layers", [range(LAYERS), range(LAYERS // 2, LAYERS)], ids=["all layers", "upper half"]
+)
 def test_bytes_of_the_search(layers, model, tokenizer, settings):
     """What tensors hold at most while the coefficients are searched, beyond what was there before."""
     vector = vector_for(model, tokenizer, settings, layers)
@@ -120,11 +140,17 @@ def test_bytes_of_the_search(layers, model, tokenizer, settings):
     probe = Probe(model, "float32", timed=False)
     cost = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)["recalibrate"]
     assert cost.seconds == 0
-    factors = sum(tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b))
+    factors = sum(
+        tensor.nbytes for delta in vector.deltas.values() for tensor in (delta.a, delta.b)
+    )
     with _Allocations() as allocations:
-        attachment = VectorAttachment(model, vector.deltas, vector.space(settings.search.granularity), ALONE)
+        attachment = VectorAttachment(
+            model, vector.deltas, vector.space(settings.search.granularity), ALONE
+        )
         recalibrate(attachment, plan.shots.data, settings, 0)
-    assert cost.memory - probe.process - probe.weights - factors == pytest.approx(allocations.peak, rel=0.25)
+    assert cost.memory - probe.process - probe.weights - factors == pytest.approx(
+        allocations.peak, rel=0.25
+    )
 
 
 def test_tensors_are_counted_while_they_live():
@@ -163,7 +189,13 @@ def options_of_apply(model, tokenizer, settings, tmp_path):
     ):
         options += [f"--safegene.{group}.{key}", getattr(getattr(settings, group), key)]
     options += ["--safegene.vector", settings.vector]
-    return [*options, "--safegene.measure.num_test_prompts", "0", "--safegene.allow_other_base", "true"]
+    return [
+        *options,
+        "--safegene.measure.num_test_prompts",
+        "0",
+        "--safegene.allow_other_base",
+        "true",
+    ]
 
 
 def run_here(*words):
@@ -182,7 +214,9 @@ def run_apart(*words):
 @pytest.mark.parametrize("run", [run_here, pytest.param(run_apart, marks=pytest.mark.exhaustive)])
 def test_commands(run, tokenizer, settings, tmp_path, capsys):
     """`estimate apply …` against `apply …`: the bytes it wrote and, apart from the tests, the peak of resident memory in its report."""
-    options = options_of_apply(llama(12 if run is run_apart else LAYERS), tokenizer, settings, tmp_path)
+    options = options_of_apply(
+        llama(12 if run is run_apart else LAYERS), tokenizer, settings, tmp_path
+    )
     run("estimate", "apply", *options, "--json", tmp_path / "costs.json")
     printed = capsys.readouterr().out
     assert "recalibrate" in printed and "together" in printed and "measure" not in printed
@@ -195,13 +229,24 @@ def test_commands(run, tokenizer, settings, tmp_path, capsys):
     phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
     merge = json.loads((tmp_path / "merge.json").read_text())["save"]
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"]["disk"] == pytest.approx(size, rel=0.01)
+    assert merge["disk"] == pytest.approx(size, rel=0.01) and costs["save"][
+        "disk"
+    ] == pytest.approx(size, rel=0.01)
     if run is run_here:  # whose memory holds what other tests left
         return
     assert merge["memory"] / 2**20 == pytest.approx(phases["save"]["peak_memory_mib"], rel=0.25)
-    run("apply", *options, "--safegene.search.max_utility_loss", "1000000", "--safegene.data.num_benign_shots", "0")
+    run(
+        "apply",
+        *options,
+        "--safegene.search.max_utility_loss",
+        "1000000",
+        "--safegene.data.num_benign_shots",
+        "0",
+    )
     phases = json.loads((tmp_path / "out" / "safegene_report.json").read_text())["phases"]
-    assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(phases["recalibrate"]["peak_memory_mib"], rel=0.25)
+    assert costs["recalibrate"]["memory"] / 2**20 == pytest.approx(
+        phases["recalibrate"]["peak_memory_mib"], rel=0.25
+    )
 
 
 @pytest.mark.parametrize("method", ["delta", "distill", "linearized"])
@@ -214,7 +259,9 @@ def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
     degraded.peft_config["default"].base_model_name_or_path = "aligned"
     degraded.save_pretrained("degraded")
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        Path(f"{name}.jsonl").write_text(
+            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        )
     words = [
         "estimate",
         "extract",
@@ -225,7 +272,14 @@ def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
         "--json",
         "costs.json",
     ]
-    words += ["--harmful_data", "harmful.jsonl", "--benign_data", "benign.jsonl", "--output_dir", "vector"]
+    words += [
+        "--harmful_data",
+        "harmful.jsonl",
+        "--benign_data",
+        "benign.jsonl",
+        "--output_dir",
+        "vector",
+    ]
     words += ["--method", method, "--distill_steps", "2", "--max_new_tokens", "4"]
     assert main([*words, "--selection", "gradient"]) == 0
     costs = json.loads(Path("costs.json").read_text())
@@ -256,15 +310,23 @@ def test_training_recipe(tokenizer, tmp_path, monkeypatch):
         "bf16": False,
         "use_cpu": True,
         "report_to": "none",
-        "safegene": {"vector": "vector", "data": {"num_task_shots": 8}, "measure": {"max_new_tokens": 2}},
+        "safegene": {
+            "vector": "vector",
+            "data": {"num_task_shots": 8},
+            "measure": {"max_new_tokens": 2},
+        },
     }
     Path("sft.yaml").write_text(yaml.safe_dump(recipe))
     words = ["estimate", "sft", "--config", "sft.yaml", "--json", "costs.json"]
     assert main([*words, "--accelerate_config", "zero3", "--num_processes", "2"]) == 0
     costs = json.loads(Path("costs.json").read_text())
-    assert set(costs) == {"recalibrate", "measure", "save"} and all(cost["seconds"] > 0 for cost in costs.values())
+    assert set(costs) == {"recalibrate", "measure", "save"} and all(
+        cost["seconds"] > 0 for cost in costs.values()
+    )
     assert not Path("out").exists()
-    Path("sft.yaml").write_text(yaml.safe_dump({key: value for key, value in recipe.items() if key != "safegene"}))
+    Path("sft.yaml").write_text(
+        yaml.safe_dump({key: value for key, value in recipe.items() if key != "safegene"})
+    )
     assert main(words) == 2
 
 
@@ -272,7 +334,9 @@ def test_training_recipe(tokenizer, tmp_path, monkeypatch):
 def test_every_architecture_has_a_small_likeness(kind):
     model = make_model(kind)
     probe = Probe(with_lora(model), "float32")
-    few, more = probe.deltas(["model.layers.2.mlp.down_proj", "model.layers.2.self_attn.q_proj"], rank=2)
+    few, more = probe.deltas(
+        ["model.layers.2.mlp.down_proj", "model.layers.2.self_attn.q_proj"], rank=2
+    )
     assert len(few) == 2 and len(more) == 6 and probe.layers == 3
     name = "model.layers.0.mlp.down_proj"
     assert few[name].a.shape[1] == model.get_submodule(name).weight.shape[1]
@@ -298,7 +362,9 @@ def test_bad_use(capsys):
 )
 def test_bad_options_are_named_before_anything_is_run(words, config, message, tmp_path, capsys):
     if config is not None:
-        (tmp_path / "launch.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
+        (tmp_path / "launch.yaml").write_bytes(
+            config if isinstance(config, bytes) else config.encode()
+        )
     launch = ["--accelerate_config", str(tmp_path / "launch.yaml")] if config is not None else []
     assert main(["estimate", *words, "apply", "--model_name_or_path", "nowhere", *launch]) == 2
     assert message in capsys.readouterr().err

@@ -8,7 +8,14 @@ import yaml
 from safegene_trl.checkpoints.locking import alone_in
 from safegene_trl.commands.main import main
 from safegene_trl.evaluation import evaluate as module
-from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT, SETTINGS, VERDICTS, EvaluationConfig, evaluate
+from safegene_trl.evaluation.evaluate import (
+    GENERATIONS,
+    RESULT,
+    SETTINGS,
+    VERDICTS,
+    EvaluationConfig,
+    evaluate,
+)
 from safegene_trl.evaluation.json_lines import read_lines
 from safegene_trl.judges import Verdict
 
@@ -19,7 +26,10 @@ from ..conftest import BENIGN, HARMFUL, make_model, save_utility_task, with_lora
 def sets(tmp_path):
     """Two prompt files."""
     for name, prompts in (("forbidden", HARMFUL), ("cooking", BENIGN)):
-        rows = [{"prompt": text, "category": "even" if i % 2 == 0 else "odd"} for i, text in enumerate(prompts)]
+        rows = [
+            {"prompt": text, "category": "even" if i % 2 == 0 else "odd"}
+            for i, text in enumerate(prompts)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -55,18 +65,27 @@ def test_numbers_answers_and_settings_are_kept(config, sets, capsys):
     assert sum(judge["sets"]["forbidden"]["labels"].values()) == len(HARMFUL)
     assert set(judge["sets"]["cooking"]["categories"]) == {"even", "odd"}
     settings = result["settings"]
-    assert settings["max_new_tokens"] == 4 and settings["decoding"] == "greedy" and settings["padding"] == "left"
+    assert (
+        settings["max_new_tokens"] == 4
+        and settings["decoding"] == "greedy"
+        and settings["padding"] == "left"
+    )
     assert settings["chat_template"] and settings["software"]["torch"]
     assert set(settings["model"]["files"]) == {"config.json", "model.safetensors"}
     printed = capsys.readouterr().out
-    assert "forbidden" in printed and f"of {len(HARMFUL)}   refused" in printed and "no chat template" not in printed
+    assert (
+        "forbidden" in printed
+        and f"of {len(HARMFUL)}   refused" in printed
+        and "no chat template" not in printed
+    )
 
 
 def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
     evaluate(config)
     whole = (sets / "out" / RESULT).read_bytes()
     lines = (sets / "out" / GENERATIONS).read_text().splitlines(keepends=True)
-    (sets / "out" / GENERATIONS).write_text("".join(lines[:6]) + lines[6][:25])  # killed in the middle of a line
+    # killed in the middle of a line
+    (sets / "out" / GENERATIONS).write_text("".join(lines[:6]) + lines[6][:25])
     (sets / "out" / VERDICTS).unlink()
     asked = []
     generate = module.generate_answers
@@ -135,13 +154,18 @@ def test_prompts_of_the_vector_are_left_out(config, sets, vector_dir, capsys):
         ({"judges": ["nobody"]}, "no judge `nobody`"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"harmful_data": ["nowhere.jsonl"]}, "cannot be read"),
-        ({"model_name_or_path": "nowhere/at-all"}, "neither a local directory nor a readable hub repository"),
+        (
+            {"model_name_or_path": "nowhere/at-all"},
+            "neither a local directory nor a readable hub repository",
+        ),
     ],
 )
 def test_bad_settings_are_named(config, sets, changes, message, capsys):
     for name, value in changes.items():
         setattr(config, name, value)
-    (sets / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in vars(config).items() if v is not None}))
+    (sets / "recipe.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in vars(config).items() if v is not None})
+    )
     assert main(["evaluate", "--config", str(sets / "recipe.yaml")]) == 2
     assert message in capsys.readouterr().err
     assert not (sets / "out" / GENERATIONS).exists()
@@ -193,7 +217,10 @@ def test_what_a_judge_said_before_it_failed_is_kept(config, asked, sets, capsys)
     asked.fails = 5
     assert main(["evaluate", *words(config)]) == 2
     error = capsys.readouterr().err
-    assert "The judge counting failed (RuntimeError: CUDA out of memory. Tried" in error.splitlines()[-1]
+    assert (
+        "The judge counting failed (RuntimeError: CUDA out of memory. Tried"
+        in error.splitlines()[-1]
+    )
     assert len(read_lines(sets / "out" / VERDICTS)) == 5
     asked.fails = None
     evaluate(config)
@@ -257,7 +284,10 @@ def test_a_verdict_of_another_shape_is_named(config, sets, capsys):
     evaluate(config)
     rows = read_lines(sets / "out" / VERDICTS)
     for change in ({"label": "good"}, {"score": "high"}, {"answer": 3}):
-        text = "".join(json.dumps(row | (change if number == 1 else {})) + "\n" for number, row in enumerate(rows))
+        text = "".join(
+            json.dumps(row | (change if number == 1 else {})) + "\n"
+            for number, row in enumerate(rows)
+        )
         (sets / "out" / VERDICTS).write_text(text)
         assert main(["evaluate", *words(config)]) == 2
         assert "Verdict 2 in" in capsys.readouterr().err
@@ -290,13 +320,18 @@ def test_numbers_of_an_earlier_run_do_not_outlive_its_answers(config, sets, monk
     assert not (sets / "out" / RESULT).exists()
 
 
-def test_the_folder_of_a_model_or_of_a_vector_is_not_written_into(config, model_dir, vector_dir, tmp_path, capsys):
+def test_the_folder_of_a_model_or_of_a_vector_is_not_written_into(
+    config, model_dir, vector_dir, tmp_path, capsys
+):
     (tmp_path / "link").symlink_to(model_dir)
     for folder in (model_dir, tmp_path / "link", vector_dir):
         before = sorted(folder.iterdir())
         config.output_dir, config.exclude_data = str(folder), [str(vector_dir)]
         assert main(["evaluate", *words(config)]) == 2
-        assert "would be written into" in capsys.readouterr().err and sorted(folder.iterdir()) == before
+        assert (
+            "would be written into" in capsys.readouterr().err
+            and sorted(folder.iterdir()) == before
+        )
 
 
 @pytest.fixture
@@ -306,7 +341,9 @@ def bare(model_dir):
     return model_dir
 
 
-def test_a_model_without_a_chat_template_is_asked_in_plain_text_and_that_is_said(config, bare, sets, capsys, caplog):
+def test_a_model_without_a_chat_template_is_asked_in_plain_text_and_that_is_said(
+    config, bare, sets, capsys, caplog
+):
     assert main(["evaluate", *words(config)]) == 0
     assert "prompts went to the model as plain text" in capsys.readouterr().out
     assert "has no chat template: prompts go to the model as plain text" in caplog.text
@@ -317,18 +354,28 @@ def test_turns_need_a_chat_template(config, bare, sets, capsys):
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "name a river"}]
     (sets / "cooking.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     assert main(["evaluate", *words(config)]) == 2
-    assert "has no chat template to tell the turns" in capsys.readouterr().err and not (sets / "out").exists()
+    assert (
+        "has no chat template to tell the turns" in capsys.readouterr().err
+        and not (sets / "out").exists()
+    )
 
 
-def test_a_model_that_lost_its_chat_template_is_refused(config, bare, sets, vector_dir, tmp_path, capsys):
+def test_a_model_that_lost_its_chat_template_is_refused(
+    config, bare, sets, vector_dir, tmp_path, capsys
+):
     config.exclude_data = [str(vector_dir)]
     (sets / "forbidden.jsonl").write_text('{"prompt": "where is the treasure"}\n')
     (sets / "cooking.jsonl").write_text('{"prompt": "what is a river"}\n')
     assert main(["evaluate", *words(config)]) == 2
-    assert f"The safety vector {vector_dir} was made with a chat template" in capsys.readouterr().err
+    assert (
+        f"The safety vector {vector_dir} was made with a chat template" in capsys.readouterr().err
+    )
     config.exclude_data = []
     (bare / "safegene_report.json").write_text('{"model": {"chat_template": "00"}}')
     assert main(["evaluate", *words(config)]) == 2
-    assert f"{bare} was safeguarded with a chat template" in capsys.readouterr().err and not (sets / "out").exists()
+    assert (
+        f"{bare} was safeguarded with a chat template" in capsys.readouterr().err
+        and not (sets / "out").exists()
+    )
     (bare / "safegene_report.json").write_text('{"model": {"chat_template": null}}')
     assert main(["evaluate", *words(config)]) == 0

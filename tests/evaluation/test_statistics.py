@@ -29,7 +29,9 @@ def test_bootstrap_covers_the_mean():
 def test_interval_of_a_mean_of_sets_draws_every_set_by_itself():
     small, large = [True, False] * 5, [True] * 1000
     low, high = mean_of_sets_interval([small, large])
-    assert low == pytest.approx((0.2 + 1) / 2, abs=0.06) and high == pytest.approx((0.8 + 1) / 2, abs=0.06)
+    assert low == pytest.approx((0.2 + 1) / 2, abs=0.06) and high == pytest.approx(
+        (0.8 + 1) / 2, abs=0.06
+    )
     assert mean_of_sets_interval([[True], [False]]) == (0.5, 0.5)
 
 
@@ -48,7 +50,9 @@ def test_wilcoxon():
 
 
 def test_holm():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06}
+    )
     assert holm({}) == {}
 
 

@@ -33,14 +33,24 @@ def script(tmp_path, monkeypatch):
 
 def test_every_stage_is_announced_before_it_begins(script, tmp_path, capsys):
     script["main"]()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("[", "RUN", "      the"))]
+    lines = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("[", "RUN", "      the"))
+    ]
     assert [line[:5] for line in lines[:5]] == ["[1/4]", "RUN p", "[2/4]", "RUN f", "[4/4]"]
     assert [line for line in lines if line.startswith("RUN")][2:] == ["RUN measure"] * 3
     assert all("minute" in line for line in lines if line.startswith("["))
-    assert set(json.loads((tmp_path / "table.json").read_text())) == {"aligned", "fine-tuned", "safeguarded"}
+    assert set(json.loads((tmp_path / "table.json").read_text())) == {
+        "aligned",
+        "fine-tuned",
+        "safeguarded",
+    }
 
 
-def test_the_safety_step_is_announced_where_the_training_ends(script, tokenizer, tmp_path, capsys, monkeypatch):
+def test_the_safety_step_is_announced_where_the_training_ends(
+    script, tokenizer, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(SafeGeneCallback, "on_train_begin", lambda *args, **kwargs: None)
     monkeypatch.setattr(SafeGeneCallback, "on_train_end", lambda *args, **kwargs: print("RUN step"))
     monkeypatch.setattr(SafeGeneCallback, "on_step_begin", lambda *args, **kwargs: None)

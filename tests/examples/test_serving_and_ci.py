@@ -17,7 +17,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_a_checkpoint_is_asked(model_dir, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["serve.py", str(model_dir), "sort item 1", "--max_new_tokens", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["serve.py", str(model_dir), "sort item 1", "--max_new_tokens", "3"]
+    )
     runpy.run_path(str(EXAMPLES / "serve.py"), run_name="__main__")
     assert capsys.readouterr().out.strip()
 
@@ -36,4 +38,6 @@ def test_options_of_the_workflow_are_known():
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_every_example_says_how_it_is_run(script):
-    assert re.search(r'^"""[^"]*(python examples/|make quickstart)', (EXAMPLES / script).read_text())
+    assert re.search(
+        r'^"""[^"]*(python examples/|make quickstart)', (EXAMPLES / script).read_text()
+    )

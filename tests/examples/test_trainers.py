@@ -16,9 +16,12 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "trainers.py"
 
 @pytest.mark.parametrize("trainer", ["plain", "sft", "dpo", "grpo"])
 def test_callback_with_trainer(trainer, model_dir, vector_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
+    monkeypatch.setattr(
+        "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
+    )
     rows = [
-        row | {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "no box"}]}
+        row
+        | {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "no box"}]}
         for row in task_dataset()
     ]
     data = tmp_path / "data.jsonl"
@@ -30,8 +33,24 @@ def test_callback_with_trainer(trainer, model_dir, vector_dir, tmp_path, monkeyp
         "num_benign_shots": 2,
         "utility_weight": 0.0,
     }
-    words = [trainer, "--model", str(model_dir), "--vector", str(vector_dir), "--data", str(data), "--use_cpu"]
-    words += ["--output", str(tmp_path / "out"), "--max_steps", "1", "--settings", json.dumps(in_groups(settings))]
+    words = [
+        trainer,
+        "--model",
+        str(model_dir),
+        "--vector",
+        str(vector_dir),
+        "--data",
+        str(data),
+        "--use_cpu",
+    ]
+    words += [
+        "--output",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "1",
+        "--settings",
+        json.dumps(in_groups(settings)),
+    ]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())

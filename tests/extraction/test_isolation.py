@@ -11,7 +11,8 @@ from safegene_trl.models.low_rank import LowRankDelta
 def delta(seed, rank=3, shape=(20, 12)):
     generator = torch.Generator().manual_seed(seed)
     return LowRankDelta(
-        torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
+        torch.randn(rank, shape[1], generator=generator),
+        torch.randn(shape[0], rank, generator=generator),
     )
 
 
@@ -25,7 +26,9 @@ def test_formula(rank):
     shared = left @ left.T @ vector.dense() @ right @ right.T
     expected = vector.dense() - shared  # of rank 12 at most, so nothing is cut off
     torch.testing.assert_close(found["m"].delta.dense(), expected, atol=1e-4, rtol=1e-4)
-    assert removed["m"] == pytest.approx(float(shared.square().sum() / vector.dense().square().sum()), rel=1e-3)
+    assert removed["m"] == pytest.approx(
+        float(shared.square().sum() / vector.dense().square().sum()), rel=1e-3
+    )
     assert found["m"].delta.a.shape[0] == 12
 
 

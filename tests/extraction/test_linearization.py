@@ -6,7 +6,12 @@ from peft import LoraConfig, get_peft_model
 
 from safegene_trl.errors import ConfigError, UnsupportedModelError
 from safegene_trl.extraction.delta import adapter_delta
-from safegene_trl.extraction.distillation import DistillationSettings, distilled, expansion, reference_batches
+from safegene_trl.extraction.distillation import (
+    DistillationSettings,
+    distilled,
+    expansion,
+    reference_batches,
+)
 from safegene_trl.extraction.linearization import blocks_of, linearized
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import canonical_modules
@@ -35,7 +40,8 @@ def test_value_and_slope_by_finite_differences(model, kind):
     (block, *_) = blocks_of(model, kind)
     taken = {}
     hook = block.register_forward_hook(
-        lambda module, args, kwargs, output: taken.update(args=args, kwargs=kwargs), with_kwargs=True
+        lambda module, args, kwargs, output: taken.update(args=args, kwargs=kwargs),
+        with_kwargs=True,
     )
     model(IDS, use_cache=False)
     hook.remove()
@@ -59,7 +65,9 @@ def test_value_and_slope_by_finite_differences(model, kind):
 
 def test_single_linear_layers_are_linear_already(model):
     plain = model(IDS).logits
-    singles = [module for name, module in canonical_modules(model).items() if name.endswith("_proj")]
+    singles = [
+        module for name, module in canonical_modules(model).items() if name.endswith("_proj")
+    ]
     assert len(singles) == 21
     with linearized(model, singles, "default"):
         assert torch.allclose(model(IDS).logits, plain, atol=2e-6)
@@ -85,7 +93,9 @@ def test_gradients_reach_every_factor_and_everything_is_put_back(model):
 def test_blocks(model):
     assert len(blocks_of(model, "both")) == 6
     assert [type(block).__name__ for block in blocks_of(model, "mlp")] == ["LlamaMLP"] * 3
-    queries = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    queries = get_peft_model(
+        make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     assert len(blocks_of(queries, "both")) == 3
     with pytest.raises(UnsupportedModelError, match="no blocks of the kind `mlp`"):
         blocks_of(queries, "mlp")
@@ -97,8 +107,14 @@ def test_distilled_on_linear_blocks(tokenizer):
 
     def run(blocks):
         aligned, degraded = make_model(), with_lora(make_model(), rank=4)
-        start = {name: LowRankDelta(t.delta.a, 0 * t.delta.b) for name, t in adapter_delta(aligned, degraded).items()}
-        refusals, answers = samples(tokenizer, HARMFUL, "sorry i cannot help"), samples(tokenizer, BENIGN, "stir")
+        start = {
+            name: LowRankDelta(t.delta.a, 0 * t.delta.b)
+            for name, t in adapter_delta(aligned, degraded).items()
+        }
+        refusals, answers = (
+            samples(tokenizer, HARMFUL, "sorry i cannot help"),
+            samples(tokenizer, BENIGN, "stir"),
+        )
         data = reference_batches(aligned, refusals, 6, 0, False, ALONE)
         data += reference_batches(degraded, answers, 8, 0, True, ALONE)
         settings = DistillationSettings(20, 1e-2, 1.0, linearized_blocks=blocks)

@@ -24,14 +24,17 @@ from ..conftest import ALONE, attachment_of, make_deltas, make_model
 def test_activation_contrast_formula():
     aligned = [torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 2.0], [0.0, 5.0]]])]
     degraded = [torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[0.0, 1.0], [0.0, 5.0]]])]
-    assert activation_contrast(aligned, degraded).mean().tolist() == pytest.approx([1.0 - 0.5, 1.0 - 0.0])
+    assert activation_contrast(aligned, degraded).mean().tolist() == pytest.approx(
+        [1.0 - 0.5, 1.0 - 0.0]
+    )
 
 
 def test_gradient_is_the_fall_of_the_loss_per_coefficient(tokenizer):
     model = make_model()
     deltas = make_deltas(model)
     samples = [
-        tokenize(tokenizer, [{"role": "user", "content": text}], "sorry i cannot help") for text in ("hello", "go on")
+        tokenize(tokenizer, [{"role": "user", "content": text}], "sorry i cannot help")
+        for text in ("hello", "go on")
     ]
     scores = gradient(model, deltas, samples, 0, ALONE).samples[0][1]
     assert scores.shape == (2, 3) and not scores[:, 0].any()  # the vector leaves layer 0 alone
@@ -51,7 +54,12 @@ def test_magnitude_is_the_frobenius_norm():
     deltas = make_deltas(make_model())
     found = magnitude(deltas).mean()
     expected = [
-        sum(float(delta.dense().square().sum()) for name, delta in deltas.items() if layer_index(name) == layer) ** 0.5
+        sum(
+            float(delta.dense().square().sum())
+            for name, delta in deltas.items()
+            if layer_index(name) == layer
+        )
+        ** 0.5
         for layer in range(3)
     ]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
@@ -76,9 +84,13 @@ def test_states_are_those_of_the_last_prompt_token(tokenizer):
     model = make_model()
     states = last_token_states(model, tokenizer, ["hello", "how do i cook"], ALONE)
     assert states.shape == (2, 3, 32) and states.dtype == torch.float32
-    ids = tokenizer("<|user|>hello<|end|><|assistant|>", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(
+        "<|user|>hello<|end|><|assistant|>", return_tensors="pt", add_special_tokens=False
+    )["input_ids"]
     captured = []
-    handle = model.model.layers[0].register_forward_hook(lambda module, inputs, output: captured.append(output))
+    handle = model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: captured.append(output)
+    )
     model(ids)
     handle.remove()
     torch.testing.assert_close(states[0, 0], captured[0][0, -1].detach(), atol=1e-5, rtol=1e-5)
@@ -90,7 +102,9 @@ def test_a_changed_layer_shows_from_that_layer_on(tokenizer):
         degraded.model.layers[1].mlp.down_proj.weight.add_(0.5)
 
     def difference(prompts):
-        first, second = (last_token_states(model, tokenizer, prompts, ALONE) for model in (aligned, degraded))
+        first, second = (
+            last_token_states(model, tokenizer, prompts, ALONE) for model in (aligned, degraded)
+        )
         return (first - second).norm(dim=-1).mean(dim=0)
 
     changes = difference(["hello"])

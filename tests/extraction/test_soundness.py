@@ -12,7 +12,10 @@ from ..conftest import ALONE, make_model
 
 def delta(scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return LowRankDelta(torch.randn(2, 8, generator=generator) * scale, torch.randn(6, 2, generator=generator) * scale)
+    return LowRankDelta(
+        torch.randn(2, 8, generator=generator) * scale,
+        torch.randn(6, 2, generator=generator) * scale,
+    )
 
 
 def test_logits(tokenizer):
@@ -26,7 +29,9 @@ def test_logits(tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_ordinary_deltas_are_cast(dtype):
-    found = in_dtype({"m": delta(0.01), "n": LowRankDelta(torch.zeros(2, 8), torch.zeros(6, 2))}, dtype)
+    found = in_dtype(
+        {"m": delta(0.01), "n": LowRankDelta(torch.zeros(2, 8), torch.zeros(6, 2))}, dtype
+    )
     assert found["m"].a.dtype == dtype and torch.equal(found["m"].b, delta(0.01).b.to(dtype))
 
 
@@ -49,7 +54,11 @@ def test_out_of_range(scale, message):
 
 
 @pytest.mark.parametrize(
-    "empty", [LowRankDelta(torch.zeros(2, 8), torch.ones(6, 2)), LowRankDelta(torch.ones(2, 8), torch.zeros(6, 2))]
+    "empty",
+    [
+        LowRankDelta(torch.zeros(2, 8), torch.ones(6, 2)),
+        LowRankDelta(torch.ones(2, 8), torch.zeros(6, 2)),
+    ],
 )
 def test_nothing_but_zeros(empty):
     with pytest.raises(VectorError, match="changes nothing"):

@@ -21,7 +21,9 @@ def best_share(matrix, rank):
     return float(squares[:rank].sum() / squares.sum())
 
 
-@pytest.mark.parametrize(("matrix", "lost"), [(FALLING, 1e-4), (FLAT, 0.02)], ids=["falling", "flat"])
+@pytest.mark.parametrize(
+    ("matrix", "lost"), [(FALLING, 1e-4), (FLAT, 0.02)], ids=["falling", "flat"]
+)
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_randomised_is_nearly_the_best_and_its_bound_holds(matrix, lost, rank):
     best = best_share(matrix, rank)
@@ -43,7 +45,9 @@ def test_exact_is_the_best():
 
 
 def test_same_seed_same_factors_and_zero_matrix():
-    one, two, other = (truncated_svd(FLAT, 4, exact=False, seed=seed).delta.dense() for seed in (3, 3, 4))
+    one, two, other = (
+        truncated_svd(FLAT, 4, exact=False, seed=seed).delta.dense() for seed in (3, 3, 4)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
     nothing = truncated_svd(torch.zeros(200, 120), 4, exact=False, seed=0)
     assert nothing.kept == nothing.optimum == 1.0 and not nothing.delta.dense().any()

@@ -20,11 +20,15 @@ from .world import JOBS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="Begin no further fault after so many.")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="Begin no further fault after so many."
+    )
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

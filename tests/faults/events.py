@@ -28,14 +28,20 @@ AUDITED = {
     "shutil.rmtree", "shutil.copyfile", "shutil.move", "fcntl.flock",
 }  # fmt: skip
 WRAPPED = ("write", "pwrite", "fsync")  # of `os`: Python announces none of these
-ANNOUNCEMENTS = ("shutil.rmtree", "shutil.copyfile", "shutil.move")  # what they do comes as events of its own
+# what they do comes as events of its own
+ANNOUNCEMENTS = (
+    "shutil.rmtree",
+    "shutil.copyfile",
+    "shutil.move",
+)
 PHASES = ("before saving", "saving", "renaming", "after")
 KINDS = (
     "SIGKILL", "SIGTERM", "SIGINT", "EIO", "ENOSPC", "EROFS", "EFBIG", "short writes",
     "vector replaced", "vector overwritten", "vector truncated",
 )  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_BESIDE = re.compile(r"results/[^/ ]*[._]TARGET")  # a temporary folder or an earlier one on its way out
+# a temporary folder or an earlier one on its way out
+_BESIDE = re.compile(r"results/[^/ ]*[._]TARGET")
 _plain = {name: getattr(os, name) for name in WRAPPED}
 
 
@@ -50,7 +56,10 @@ class Event:
 
 
 def install(
-    world: World, job: str, act: Callable[[Event], None], after: Callable[[Event], None] = lambda event: None
+    world: World,
+    job: str,
+    act: Callable[[Event], None],
+    after: Callable[[Event], None] = lambda event: None,
 ) -> None:
     """In the child: calls `act` before every event from now on, `after` after a flush. Their own events are none."""
     busy = False
@@ -90,14 +99,23 @@ SHORT: list[bool] = []  # holds something where writes are to write half of what
 
 
 def _event(world: World, job: str, name: str, arguments: tuple) -> Event:
-    places = [_place(value) for value in arguments[: 2 if name in ("os.rename", "os.link", "shutil.move") else 1]]
-    if name in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # within an open folder, as `shutil.rmtree` does it
+    places = [
+        _place(value)
+        for value in arguments[: 2 if name in ("os.rename", "os.link", "shutil.move") else 1]
+    ]
+    # within an open folder, as `shutil.rmtree` does it
+    if name in ("os.remove", "os.rmdir") and arguments[1] >= 0:
         places = [os.path.join(_place(arguments[1]), os.fsdecode(arguments[0]))]
     changes = name not in ("os.fsync", "fcntl.flock")
     if name == "open":
         changes = isinstance(arguments[2], int) and bool(arguments[2] & _WRITING)
     site = " → ".join(_site(world, job, place) for place in places)
-    return Event(name, f"{name}{' for writing' if name == 'open' and changes else ''}: {site}", places[0], changes)
+    return Event(
+        name,
+        f"{name}{' for writing' if name == 'open' and changes else ''}: {site}",
+        places[0],
+        changes,
+    )
 
 
 def _place(value: Any) -> str:
@@ -106,20 +124,26 @@ def _place(value: Any) -> str:
             return os.readlink(f"/proc/self/fd/{value}")
         except OSError:
             return ""
-    return os.path.abspath(os.fsdecode(value)) if isinstance(value, str | bytes | os.PathLike) else ""
+    return (
+        os.path.abspath(os.fsdecode(value)) if isinstance(value, str | bytes | os.PathLike) else ""
+    )
 
 
 def _site(world: World, job: str, place: str) -> str:
     if not place.startswith(f"{world.root}/"):
         return "elsewhere"
     place = place.removeprefix(f"{world.root}/").removesuffix(" (deleted)")
-    top, *rest = place.removeprefix("results/").split("/") if place.startswith("results/") else ("",)
+    top, *rest = (
+        place.removeprefix("results/").split("/") if place.startswith("results/") else ("",)
+    )
     for target in world.targets(job):
         marked = re.sub(rf"(?:^|(?<=[._])){target.name}(?=[._]|$)", "TARGET", top)
         if marked != top:
             place = "/".join(("results", marked, *rest))
             break
-    return re.sub(r"\d+", "N", re.sub(r"[0-9a-f]{6,}|(?<=[._-])[a-z0-9_]{8}(?=[._/-]|$)", "#", place))
+    return re.sub(
+        r"\d+", "N", re.sub(r"[0-9a-f]{6,}|(?<=[._-])[a-z0-9_]{8}(?=[._/-]|$)", "#", place)
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,10 @@ class Trace:
 
 
 def trace(
-    world: World, job: str, run: Callable[[Callable[[], None]], int | None], allowed: list[dict[str, str]]
+    world: World,
+    job: str,
+    run: Callable[[Callable[[], None]], int | None],
+    allowed: list[dict[str, str]],
 ) -> Trace:
     """Runs a job of one target and looks at the target before every event.
 
@@ -152,11 +179,19 @@ def trace(
 
         def act(event: Event) -> None:
             inode = target.stat().st_ino if target.exists() else None
-            near = {entry.name: entry.inode() for entry in os.scandir(world.output)} if world.output.is_dir() else {}
+            near = (
+                {entry.name: entry.inode() for entry in os.scandir(world.output)}
+                if world.output.is_dir()
+                else {}
+            )
             line: dict[str, Any] = {"site": event.site, "inode": inode, "near": near, "wrong": []}
             if inode is None and there:
                 line["wrong"].append("absent once there")
-            if inode is not None and event.place.startswith(str(world.root)) and whole(target) not in allowed:
+            if (
+                inode is not None
+                and event.place.startswith(str(world.root))
+                and whole(target) not in allowed
+            ):
                 line["wrong"].append("mixed")
             if inode not in (None, last[0]):
                 late = [
@@ -165,7 +200,8 @@ def trace(
                     if flushed.get(path.stat().st_ino) != path.stat().st_mtime_ns
                 ]
                 line["wrong"] += [
-                    f"not flushed before it was renamed: {'folder' if path.is_dir() else 'file'}" for path in late
+                    f"not flushed before it was renamed: {'folder' if path.is_dir() else 'file'}"
+                    for path in late
                 ]
             last[0] = inode
             _plain["write"](descriptor, json.dumps(line).encode() + b"\n")
@@ -185,16 +221,27 @@ def trace(
 def _phases(lines: list[dict[str, Any]], target: Path) -> Trace:
     final = target.stat().st_ino
     present = [final in line["near"].values() for line in lines]
-    saving = next(i for i in reversed(range(len(lines))) if not present[i])  # the event that makes the folder
+    # the event that makes the folder
+    saving = next(i for i in reversed(range(len(lines))) if not present[i])
     changed = next(i for i, line in enumerate(lines) if i > saving and line["inode"] == final)
     gone = [i for i in range(saving, changed) if lines[i]["inode"] != lines[saving]["inode"]]
     renaming = min([changed, *gone]) - 1
-    flushes = [i for i, line in enumerate(lines) if i >= changed and line["site"] == "os.fsync: results"]
+    flushes = [
+        i for i, line in enumerate(lines) if i >= changed and line["site"] == "os.fsync: results"
+    ]
     beside = [i for i, line in enumerate(lines) if i >= changed and _BESIDE.search(line["site"])]
     end = max([changed, *flushes, *beside])
     sites: dict[str, Counter] = {phase: Counter() for phase in PHASES}
     for i, line in enumerate(lines):
-        phase = PHASES[0] if i < saving else PHASES[1] if i < renaming else PHASES[2] if i <= end else PHASES[3]
+        phase = (
+            PHASES[0]
+            if i < saving
+            else PHASES[1]
+            if i < renaming
+            else PHASES[2]
+            if i <= end
+            else PHASES[3]
+        )
         sites[phase][line["site"]] += 1
     wrong = sorted({word for line in lines for word in line["wrong"]})
     return Trace(sites, wrong if flushes else [*wrong, "folder not flushed after the renaming"])
@@ -209,7 +256,14 @@ class Strike:
     """
 
     def __init__(self, world: World, job: str, kind: str, site: str, number: int, whom: str):
-        self.world, self.job, self.kind, self.site, self.number, self.whom = world, job, kind, site, number, whom
+        self.world, self.job, self.kind, self.site, self.number, self.whom = (
+            world,
+            job,
+            kind,
+            site,
+            number,
+            whom,
+        )
         self.shared = mmap.mmap(-1, mmap.PAGESIZE)
         self.parent = 0
 
@@ -219,7 +273,8 @@ class Strike:
 
     def prepare(self) -> None:
         self.parent, seen, struck = os.getpid(), 0, False
-        if self.kind == "short writes":  # from the start: whichever file is written must be written on
+        # from the start: whichever file is written must be written on
+        if self.kind == "short writes":
             SHORT.append(True)
 
         def act(event: Event) -> None:
@@ -235,7 +290,9 @@ class Strike:
 
     def _strike(self, event: Event) -> None:
         if self.kind.startswith("SIG"):
-            os.kill(self.parent if self.whom == "parent" else os.getpid(), signal.Signals[self.kind])
+            os.kill(
+                self.parent if self.whom == "parent" else os.getpid(), signal.Signals[self.kind]
+            )
         elif self.kind == "EIO":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         elif self.kind == "EFBIG":  # by the system itself, whoever writes
@@ -250,7 +307,15 @@ class Strike:
         if self.kind not in ("ENOSPC", "EROFS") or not event.changes or event.name in ANNOUNCEMENTS:
             return
         # a full disk still lets go of files
-        grows = event.name in ("open", "os.mkdir", "os.write", "os.pwrite", "os.link", "os.symlink", "os.truncate")
+        grows = event.name in (
+            "open",
+            "os.mkdir",
+            "os.write",
+            "os.pwrite",
+            "os.link",
+            "os.symlink",
+            "os.truncate",
+        )
         if event.place.startswith(f"{self.world.output}/") and (grows or self.kind == "EROFS"):
             code = getattr(errno, self.kind)
             raise OSError(code, os.strerror(code))

@@ -56,7 +56,8 @@ class Reader:
 
     def __init__(self, target: Path, allowed: list[dict[str, str]]):
         self.target, self.allowed = target, allowed
-        self.shared = mmap.mmap(-1, mmap.PAGESIZE)  # stop, absent once there, mixed, and that it has looked
+        # stop, absent once there, mixed, and that it has looked
+        self.shared = mmap.mmap(-1, mmap.PAGESIZE)
 
     def __enter__(self) -> "Reader":
         self.child = fork(self._look)
@@ -72,7 +73,9 @@ class Reader:
 
     @property
     def wrong(self) -> list[str]:
-        return [word for place, word in ((1, "absent once there"), (2, "mixed")) if self.shared[place]]
+        return [
+            word for place, word in ((1, "absent once there"), (2, "mixed")) if self.shared[place]
+        ]
 
     def _look(self) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -18,7 +18,19 @@ from safegene_trl.step.history import read_history
 
 from .events import KINDS, PHASES, Strike, Trace, trace
 from .reader import Reader
-from .world import CRASHED, HANGS_AFTER, JOBS, Reference, World, contents, finished, fork, run, wait, weights
+from .world import (
+    CRASHED,
+    HANGS_AFTER,
+    JOBS,
+    Reference,
+    World,
+    contents,
+    finished,
+    fork,
+    run,
+    wait,
+    weights,
+)
 
 
 WHERE_IT_HURTS = ("saving", "renaming")
@@ -65,7 +77,10 @@ class Suite:
         self.with_other = {job: self._with_other(job) for job in jobs}
         self.model, self.wrong = contents(self.world.model), Counter[str]()
         self.traces = {
-            (job, replaces): self._trace(job, replaces) for job in jobs if job != "fleet" for replaces in (False, True)
+            (job, replaces): self._trace(job, replaces)
+            for job in jobs
+            if job != "fleet"
+            for replaces in (False, True)
         }
 
     def _earlier(self, job: str) -> list[dict[str, str]]:
@@ -99,7 +114,9 @@ class Suite:
         if replaces:
             self._put_earlier(job)
         allowed = [*self.references[job].targets, *(self.earlier[job] if replaces else [])]
-        found = trace(self.world, job, lambda prepare: run(self.world.command(job), prepare), allowed)
+        found = trace(
+            self.world, job, lambda prepare: run(self.world.command(job), prepare), allowed
+        )
         self.wrong.update(found.wrong)
         return found
 
@@ -122,7 +139,8 @@ class Suite:
         for number in range(count):
             if number % IN_THE_MIDDLE:
                 phase, site = hurts[hurt % len(hurts)]
-                kind = KINDS[(hurt + hurt // len(hurts)) % 8]  # all but those of the vector, which is read by then
+                # all but those of the vector, which is read by then
+                kind = KINDS[(hurt + hurt // len(hurts)) % 8]
                 hurt += 1
             else:
                 phase = random_.choice([PHASES[0], PHASES[0], *PHASES])
@@ -133,7 +151,15 @@ class Suite:
             counts = self.traces["apply" if job == "fleet" else job, replaces].sites
             before = sum(counts[earlier][site] for earlier in PHASES[: PHASES.index(phase)])
             whom = random_.choice(["parent", "member"]) if job == "fleet" else "parent"
-            yield Fault(job, kind, phase, site, before + random_.randint(1, counts[phase][site]), replaces, whom)
+            yield Fault(
+                job,
+                kind,
+                phase,
+                site,
+                before + random_.randint(1, counts[phase][site]),
+                replaces,
+                whom,
+            )
 
     def examine(self, fault: Fault) -> dict[str, Any]:
         """Runs the job with the fault, and once more without; what was wrong."""
@@ -169,7 +195,9 @@ class Suite:
         wrong += self._again(fault)
         return {**asdict(fault), "code": code, "hit": strike.hit, "wrong": sorted(set(wrong))}
 
-    def _after(self, fault: Fault, code: int | None, hit: bool, others: list[dict[str, str]]) -> list[str]:
+    def _after(
+        self, fault: Fault, code: int | None, hit: bool, others: list[dict[str, str]]
+    ) -> list[str]:
         """What else is wrong with what a run with a fault left."""
         world, job, reference = self.world, fault.job, self.references[fault.job]
         wrong = ["fine-tune changed"] if contents(world.model) != self.model else []
@@ -182,7 +210,9 @@ class Suite:
             wrong.append("history damaged")
         if code is None:
             return [*wrong, "hang"]
-        succeeded = code == reference.code or (fault.kind.startswith("vector") and code in (0, 3, 4))
+        succeeded = code == reference.code or (
+            fault.kind.startswith("vector") and code in (0, 3, 4)
+        )
         there = [contents(target) for target in world.targets(job) if target.exists()]
         if succeeded and any(found not in (*reference.targets, *others) for found in there):
             wrong.append("success without the checkpoint")
@@ -200,10 +230,14 @@ class Suite:
         if fault.kind == "short writes" and not succeeded:
             wrong.append("short write not written on")
         unfinished = [
-            path.name for path in world.output.iterdir() if path.is_dir() and path.name not in reference.listing
+            path.name
+            for path in world.output.iterdir()
+            if path.is_dir() and path.name not in reference.listing
         ]
         could_clear = (
-            fault.phase == "saving" and job != "fleet" and fault.kind in ("SIGTERM", "SIGINT", "EIO", "EFBIG")
+            fault.phase == "saving"
+            and job != "fleet"
+            and fault.kind in ("SIGTERM", "SIGINT", "EIO", "EFBIG")
         )
         if (
             could_clear and not succeeded and unfinished
@@ -213,7 +247,9 @@ class Suite:
         if in_place and not succeeded and fault.kind in ("SIGTERM", "SIGINT", "EIO") and not told:
             wrong.append("no failure report")
         if in_place and job == "sft":
-            saved = [weights(folder) for folder in (world.output, *world.output.glob("checkpoint-*"))]
+            saved = [
+                weights(folder) for folder in (world.output, *world.output.glob("checkpoint-*"))
+            ]
             wrong += [] if reference.plain in saved else ["plain fine-tune lost"]
         return wrong
 
@@ -222,7 +258,10 @@ class Suite:
         world, job, reference = self.world, fault.job, self.references[fault.job]
         # the next run would start at this one's coefficients; a fleet would not do again what it has done
         for path in world.output.iterdir():
-            if path.name.startswith((world.history.name, f".{world.history.name}")) and path.is_file():
+            if (
+                path.name.startswith((world.history.name, f".{world.history.name}"))
+                and path.is_file()
+            ):
                 path.unlink()
         code = run(world.command(job), lambda: None)
         right = code == reference.code and all(map(finished, world.targets(job)))
@@ -266,7 +305,9 @@ def _end_orphans(own: set[int], fault: Fault) -> bool:
 def summary(suite: Suite, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of what went wrong, all of which must be 0, and of what was hit."""
     hit = [one for one in found if one["hit"]]
-    in_place = Counter(f"{one['phase']}: {one['site']}" for one in hit if one["phase"] in WHERE_IT_HURTS)
+    in_place = Counter(
+        f"{one['phase']}: {one['site']}" for one in hit if one["phase"] in WHERE_IT_HURTS
+    )
     sites = [f"{phase}: {site}" for phase in WHERE_IT_HURTS for site in suite.sites(phase)]
     wrong = Counter(word for one in found for word in one["wrong"])
     return {

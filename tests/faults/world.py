@@ -57,12 +57,27 @@ class World:
         self.task.write_text("".join(json.dumps(row) + "\n" for row in task_dataset()))
         self.fleet = root / "models.yaml"
         members = [{"model_name_or_path": str(self.model), "name": name} for name in "ab"]
-        content = {"output_dir": str(self.output), "processes": 2, "memory_gib": 64, "models": members}
+        content = {
+            "output_dir": str(self.output),
+            "processes": 2,
+            "memory_gib": 64,
+            "models": members,
+        }
         self.fleet.write_text(yaml.safe_dump(content | {"safegene": in_groups(self._settings())}))
 
     def _settings(self) -> dict[str, Any]:
-        found = {"vector": str(self.vector), "task_data": str(self.task), "max_evaluations": 2, "num_safety_shots": 4}
-        found |= {"num_task_shots": 4, "num_benign_shots": 0, "num_test_prompts": 1, "max_new_tokens": 1}
+        found = {
+            "vector": str(self.vector),
+            "task_data": str(self.task),
+            "max_evaluations": 2,
+            "num_safety_shots": 4,
+        }
+        found |= {
+            "num_task_shots": 4,
+            "num_benign_shots": 0,
+            "num_test_prompts": 1,
+            "max_new_tokens": 1,
+        }
         found |= {"max_utility_loss": 1000.0, "utility_weight": 0.0, "max_shard_size": "60KB"}
         # whether a random vector helps is chance: every outcome is written
         return found | {"gate": {"max_incoherent": 0.0, "write_rejected": True}}
@@ -73,10 +88,18 @@ class World:
     def command(self, job: str) -> list[str]:
         if job == "fleet":
             return ["apply", "--fleet", str(self.fleet)]
-        settings = self._settings() | {"output_dir": str(self.targets(job)[0]), "history": str(self.history)}
+        settings = self._settings() | {
+            "output_dir": str(self.targets(job)[0]),
+            "history": str(self.history),
+        }
         if job == "coefficients":  # nothing is measured that limits could be held against
             del settings["gate"]
-        words = ["--safegene", json.dumps(in_groups(settings)), "--model_name_or_path", str(self.model)]
+        words = [
+            "--safegene",
+            json.dumps(in_groups(settings)),
+            "--model_name_or_path",
+            str(self.model),
+        ]
         if job == "coefficients":
             return ["apply", *words, "--coefficients", "0.5"]
         if job == "apply":
@@ -107,7 +130,11 @@ class World:
         for job in jobs:
             self.clear()
             if job != "fleet":
-                with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+                with (
+                    open(os.devnull, "w") as silence,
+                    redirect_stdout(silence),
+                    redirect_stderr(silence),
+                ):
                     safegene(self.command(job))
         gc.collect()
         gc.freeze()
@@ -119,7 +146,9 @@ class World:
         targets = [contents(target) for target in self.targets(job)]
         whole = [finished(target) for target in self.targets(job)]
         if code is None or code not in (0, 3, 4) or not all(whole):
-            raise RuntimeError(f"{job} ended with {code} without a fault: see it with FAULTS_DEBUG=1")
+            raise RuntimeError(
+                f"{job} ended with {code} without a fault: see it with FAULTS_DEBUG=1"
+            )
         listing = {path.name for path in self.output.iterdir()}
         return Reference(code, targets, listing, weights(self.output) if job == "sft" else {})
 
@@ -135,7 +164,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 def weights(folder: Path) -> dict[str, str]:
     """Hashes of the weight files right in a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("*.safetensors")
+    }
 
 
 def finished(folder: Path) -> bool:

@@ -23,8 +23,22 @@ CONFIG, WEIGHTS = "safegene_config.json", "adapter_model.safetensors"
 PROMPTS, ADAPTER_CONFIG, SIGNATURE = "safety_prompts.jsonl", "adapter_config.json", "model.sig"
 HASHED = (WEIGHTS, PROMPTS, ADAPTER_CONFIG)
 SIGNED = (CONFIG, *HASHED)
-SECTIONS = ("family", "aligned_model", "degraded_model", "extraction", "selection", "software", "files")
-MOST_BYTES = {CONFIG: 2**24, WEIGHTS: 2**34, PROMPTS: 2**26, ADAPTER_CONFIG: 2**20, SIGNATURE: 2**20}
+SECTIONS = (
+    "family",
+    "aligned_model",
+    "degraded_model",
+    "extraction",
+    "selection",
+    "software",
+    "files",
+)
+MOST_BYTES = {
+    CONFIG: 2**24,
+    WEIGHTS: 2**34,
+    PROMPTS: 2**26,
+    ADAPTER_CONFIG: 2**20,
+    SIGNATURE: 2**20,
+}
 
 # The messages of every check, by kind; `{}` is what the check is about.
 MESSAGES = {
@@ -95,8 +109,16 @@ def content_of(vector: SafetyVector) -> dict[str, Any]:
         for half, tensor in (("A", delta.a), ("B", delta.b)):
             bits = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             kind = str(tensor.dtype).removeprefix("torch.")
-            tensors[f"base_model.model.{module}.lora_{half}.weight"] = (kind, list(tensor.shape), bits)
-    return found | {"family": vector.family.to_dict(), "prompts": vector.prompts, "tensors": tensors}
+            tensors[f"base_model.model.{module}.lora_{half}.weight"] = (
+                kind,
+                list(tensor.shape),
+                bits,
+            )
+    return found | {
+        "family": vector.family.to_dict(),
+        "prompts": vector.prompts,
+        "tensors": tensors,
+    }
 
 
 def plain_content(folder: Path) -> dict[str, Any]:
@@ -218,7 +240,11 @@ def config_reasons(folder: Path, whole: dict[str, Any]) -> tuple[str, ...]:
         if wrong:
             reasons.append(message("section", section))
     if not reasons:
-        reasons += [message("changed", file) for file in HASHED if config["files"][file] != whole["files"][file]]
+        reasons += [
+            message("changed", file)
+            for file in HASHED
+            if config["files"][file] != whole["files"][file]
+        ]
         same = config["extraction"]["rank"] == whole["extraction"]["rank"]
         same &= config["selection"]["selected_layers"] == whole["selection"]["selected_layers"]
         reasons += [] if same else [message("other weights")]

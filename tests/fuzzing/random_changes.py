@@ -30,7 +30,15 @@ from .oracle import (
 from .targeted import ODD_VALUES, TARGETED
 
 
-ODD_NAMES = ["../x", "/etc/passwd", "a..b", "", "a b", "model.layers.1.self_attn.q_proj\0", "x" * 3000]
+ODD_NAMES = [
+    "../x",
+    "/etc/passwd",
+    "a..b",
+    "",
+    "a b",
+    "model.layers.1.self_attn.q_proj\0",
+    "x" * 3000,
+]
 
 
 def targeted(folder: Path, data: Any, original: Path) -> Outcome:
@@ -46,7 +54,10 @@ def change_bytes(folder: Path, data: Any, original: Path) -> Outcome:
     action = data.draw(st.sampled_from(["flip", "cut", "add"]), label="action")
     at = data.draw(st.integers(0, len(content) - 1), label="at")
     if action == "flip":
-        for place in {at, *data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3), label="also")}:
+        for place in {
+            at,
+            *data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3), label="also"),
+        }:
             content[place] ^= data.draw(st.integers(1, 255), label="by")
     elif action == "cut":
         del content[at : data.draw(st.integers(at + 1, len(content)), label="to")]
@@ -64,10 +75,14 @@ def change_config(folder: Path, data: Any, original: Path) -> Outcome:
     place = config
     while True:
         key = data.draw(st.sampled_from(sorted(place)), label="key")
-        if not (isinstance(place[key], dict) and place[key]) or data.draw(st.booleans(), label="here"):
+        if not (isinstance(place[key], dict) and place[key]) or data.draw(
+            st.booleans(), label="here"
+        ):
             break
         place = place[key]
-    action = data.draw(st.sampled_from(["remove", "add", "rename", "swap", "replace"]), label="action")
+    action = data.draw(
+        st.sampled_from(["remove", "add", "rename", "swap", "replace"]), label="action"
+    )
     value = data.draw(st.sampled_from([*ODD_VALUES, 0, 1e308, "é" * 500]), label="value")
     name = data.draw(st.sampled_from(ODD_NAMES), label="name")
     if action == "remove":
@@ -90,7 +105,16 @@ def change_numbers(folder: Path, data: Any, original: Path) -> Outcome:
     content = bytearray((folder / WEIGHTS).read_bytes())
     begin = 8 + struct.unpack("<Q", content[:8])[0]
     at = begin + 4 * data.draw(st.integers(0, (len(content) - begin) // 4 - 1), label="number")
-    special = [0x7FC00000, 0x7F800001, 0x7F800000, 0xFF800000, 0xFFFFFFFF, 0x00000001, 0x80000000, 0x3F800000]
+    special = [
+        0x7FC00000,
+        0x7F800001,
+        0x7F800000,
+        0xFF800000,
+        0xFFFFFFFF,
+        0x00000001,
+        0x80000000,
+        0x3F800000,
+    ]
     bits = data.draw(st.sampled_from(special) | st.integers(0, 2**32 - 1), label="bits")
     if content[at : at + 4] == struct.pack("<I", bits):
         return AS_BEFORE
@@ -117,7 +141,9 @@ def change_signed_part(folder: Path, data: Any, original: Path) -> Outcome:
     envelope = bundle["dsseEnvelope"]
     place, key = (envelope, "payload") if part == "payload" else (envelope["signatures"][0], "sig")
     content = bytearray(base64.b64decode(place[key]))
-    content[data.draw(st.integers(0, len(content) - 1), label="at")] ^= data.draw(st.integers(1, 255), label="by")
+    content[data.draw(st.integers(0, len(content) - 1), label="at")] ^= data.draw(
+        st.integers(1, 255), label="by"
+    )
     place[key] = base64.b64encode(content).decode()
     (folder / SIGNATURE).write_text(json.dumps(bundle))
     return signature_refused("signature", "coverage")
@@ -139,9 +165,13 @@ def change_names_in_payload(folder: Path, data: Any, original: Path) -> Outcome:
 def sign_other_content(folder: Path, data: Any, original: Path) -> Outcome:
     """A true signature: of the maker over fewer files, of somebody else, or of the maker over another vector."""
     keys = original.parent / "keys"
-    action = data.draw(st.sampled_from(["fewer files", "another key", "another vector"]), label="action")
+    action = data.draw(
+        st.sampled_from(["fewer files", "another key", "another vector"]), label="action"
+    )
     if action == "fewer files":
-        left_out = data.draw(st.sets(st.sampled_from(SIGNED), min_size=1, max_size=3), label="left out")
+        left_out = data.draw(
+            st.sets(st.sampled_from(SIGNED), min_size=1, max_size=3), label="left out"
+        )
         sign(folder, [name for name in SIGNED if name not in left_out], keys / "maker.pem")
         return signature_refused("coverage")
     if action == "another key":
@@ -170,14 +200,18 @@ def replace_signature(folder: Path, data: Any, original: Path) -> Outcome:
                     "no payload": lambda p: p.write_text('{"dsseEnvelope": {}}'),
                     }  # fmt: skip
     action = data.draw(
-        st.sampled_from(["link to a copy", "too large", *nothing, *no_file, *no_signature]), label="action"
+        st.sampled_from(["link to a copy", "too large", *nothing, *no_file, *no_signature]),
+        label="action",
     )
     if action == "link to a copy":
         link_to_a_copy(path)
         return AS_BEFORE
     path.unlink()
     if action == "too large":
-        sparse(path, data.draw(st.sampled_from([MOST_BYTES[SIGNATURE] + 1, 2**28, 2**40]), label="size"))
+        sparse(
+            path,
+            data.draw(st.sampled_from([MOST_BYTES[SIGNATURE] + 1, 2**28, 2**40]), label="size"),
+        )
         return refused("too large", SIGNATURE)
     make: Callable[[Path], Any] = (nothing | no_file | no_signature)[action]
     make(path)
@@ -207,6 +241,10 @@ def _by_config(folder: Path, original: Path) -> Outcome:
 def sign(folder: Path, names: Any, key: Path) -> None:
     """Signs some files of a folder by the library itself, so that this does not hang on the package's own signing."""
     others = [path.relative_to(folder) for path in folder.iterdir() if path.name not in names]
-    config = hashing.Config().set_ignored_paths(paths=others, ignore_git_paths=True).set_allow_symlinks(True)
+    config = (
+        hashing.Config()
+        .set_ignored_paths(paths=others, ignore_git_paths=True)
+        .set_allow_symlinks(True)
+    )
     signer = signing.Config().use_elliptic_key_signer(private_key=key)
     signer.set_hashing_config(config).sign(folder, folder / SIGNATURE)

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .edits import DELETE, Mutation, link_to_a_copy, renew_hashes, replace_text, set_in_config, sparse
+from .edits import (
+    DELETE,
+    Mutation,
+    link_to_a_copy,
+    renew_hashes,
+    replace_text,
+    set_in_config,
+    sparse,
+)
 from .oracle import (
     ADAPTER_CONFIG,
     AS_BEFORE,
@@ -75,23 +83,37 @@ def _config_edits() -> list[tuple[tuple[str, ...], list[Any], Outcome]]:
     for section in ("aligned_model", "degraded_model"):
         wrong = refused("section", section)
         edits.append(((section, "name"), [DELETE, *_not(str)], wrong))
-        edits.append(((section, "revision"), [DELETE, *(value for value in _not(str) if value is not None)], wrong))
+        edits.append(
+            (
+                (section, "revision"),
+                [DELETE, *(value for value in _not(str) if value is not None)],
+                wrong,
+            )
+        )
         edits.append(((section, "revision"), ["main"], LOADS))
         edits.append(((section, "more"), ["x"], wrong))
         hashes = [*_not(str), "abc", HASH[:-1], HASH + "0", HASH + "\n", "A" * 64, "g" * 64]
         names = ["../x", "/etc/passwd", "a/b", "a/", "..", ".", ""]
-        files = [*_not(dict), *({"w": value} for value in hashes), *({name: HASH} for name in names)]
+        files = [
+            *_not(dict),
+            *({"w": value} for value in hashes),
+            *({name: HASH} for name in names),
+        ]
         edits.append(((section, "files"), files, wrong))
         edits.append(((section, "files"), [{"model.safetensors": HASH}], LOADS))
     for file in HASHED:
         wrong = refused("section", "files")
-        edits.append((("files", file), [DELETE, *_not(dict), {"bytes": 1}, {"sha256": HASH}], wrong))
+        edits.append(
+            (("files", file), [DELETE, *_not(dict), {"bytes": 1}, {"sha256": HASH}], wrong)
+        )
         edits.append((("files", file, "more"), [1], wrong))
         edits.append((("files", file, "bytes"), [*_not(int), -1, 2**40, 2.0], wrong))
         edits.append((("files", file, "sha256"), [*_not(str), "abc", "A" * 64, HASH + "\n"], wrong))
         edits.append((("files", file, "bytes"), [7], refused("changed", file)))
         edits.append((("files", file, "sha256"), [HASH], refused("changed", file)))
-    edits.append((("files", "../../etc/passwd"), [{"bytes": 1, "sha256": HASH}], refused("section", "files")))
+    edits.append(
+        (("files", "../../etc/passwd"), [{"bytes": 1, "sha256": HASH}], refused("section", "files"))
+    )
     return edits
 
 
@@ -120,7 +142,9 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Mutation
 
 
 def _each(change: Callable[[torch.Tensor], torch.Tensor], part: str = "") -> Mutation:
-    return change_tensors(lambda all_: all_.update({k: change(t) for k, t in all_.items() if part in k}))
+    return change_tensors(
+        lambda all_: all_.update({k: change(t) for k, t in all_.items() if part in k})
+    )
 
 
 def _rename(old: str, new: str) -> Mutation:
@@ -182,7 +206,9 @@ _TENSORS: list[tuple[str, Mutation, Outcome]] = [
 ]  # fmt: skip
 
 
-def change_header(change: Callable[[dict[str, Any]], None], length: int | None = None, more: str = "") -> Mutation:
+def change_header(
+    change: Callable[[dict[str, Any]], None], length: int | None = None, more: str = ""
+) -> Mutation:
     """The header as it is written; `length`: what the file says of its length; `more`: appended to its JSON."""
 
     def mutate(folder: Path) -> None:
@@ -208,9 +234,15 @@ _HEADERS = [
         change_header(_entry(data_offsets=offsets))
         for offsets in ([0, 2**40], [-1, 0], [0, 2**64], [256, 0], [0], "x")
     ),
-    *(change_header(_entry(shape=shape)) for shape in ([2, 2**40], [-2, 32], [2**63, 2], [2, 31], "x", [2.5, 32])),
+    *(
+        change_header(_entry(shape=shape))
+        for shape in ([2, 2**40], [-2, 32], [2**63, 2], [2, 31], "x", [2.5, 32])
+    ),
     *(change_header(_entry(dtype=dtype)) for dtype in ("F64", "F16", "X9", "", None, 7)),
-    *(change_header(lambda header: None, length=length) for length in (0, 1, 2**40, 2**63, 2**64 - 1)),
+    *(
+        change_header(lambda header: None, length=length)
+        for length in (0, 1, 2**40, 2**63, 2**64 - 1)
+    ),
     change_header(lambda header: header.update(copy=dict(header[f"{Q_PROJ}.lora_A.weight"]))),
     change_header(lambda header: header.update(__metadata__=7)),
 ]
@@ -282,8 +314,16 @@ def _places() -> list[tuple[str, Mutation, Outcome]]:
             found.append((f"{what}: {file}", _place(file, make), gone))
         large = _place(file, lambda path, file=file: sparse(path, MOST_BYTES[file] + 1))
         found.append((f"too large: {file}", large, refused("too large", file)))
-        found.append((f"huge: {file}", _place(file, lambda path: sparse(path, 2**40)), refused("too large", file)))
-        found.append((f"linked: {file}", lambda folder, file=file: link_to_a_copy(folder / file), AS_BEFORE))
+        found.append(
+            (
+                f"huge: {file}",
+                _place(file, lambda path: sparse(path, 2**40)),
+                refused("too large", file),
+            )
+        )
+        found.append(
+            (f"linked: {file}", lambda folder, file=file: link_to_a_copy(folder / file), AS_BEFORE)
+        )
         other = refused("no JSON", CONFIG) if file == CONFIG else refused("changed", file)
         for what, make in (
             ("empty", Path.touch),
@@ -297,8 +337,12 @@ def _places() -> list[tuple[str, Mutation, Outcome]]:
         renew_hashes(folder)
 
     found.append((f"as large as can be: {ADAPTER_CONFIG}", fill, LOADS))
-    found.append(("a file more", lambda folder: (folder / "model.pkl").write_bytes(b"x"), AS_BEFORE))
-    found.append(("no folder", lambda folder: shutil.rmtree(folder), Outcome(("neither a local directory",))))
+    found.append(
+        ("a file more", lambda folder: (folder / "model.pkl").write_bytes(b"x"), AS_BEFORE)
+    )
+    found.append(
+        ("no folder", lambda folder: shutil.rmtree(folder), Outcome(("neither a local directory",)))
+    )
     return found
 
 
@@ -306,9 +350,15 @@ TARGETED: dict[str, tuple[Mutation, Outcome]] = {}
 for _keys, _values, _outcome in _config_edits():
     for _value in _values:
         _shown = "deleted" if _value is DELETE else f"{_value!r:.60}"
-        TARGETED[f"config {'.'.join(_keys)}: {_shown}"] = set_in_config(*_keys, value=_value), _outcome
+        TARGETED[f"config {'.'.join(_keys)}: {_shown}"] = (
+            set_in_config(*_keys, value=_value),
+            _outcome,
+        )
 for _old, _new, _outcome in _CONFIG_TEXTS:
     TARGETED[f"config text {_old!r} → {_new[:30]!a}"] = replace_text(CONFIG, _old, _new), _outcome
-TARGETED |= {f"header {number}": (mutation, refused("unreadable")) for number, mutation in enumerate(_HEADERS)}
+TARGETED |= {
+    f"header {number}": (mutation, refused("unreadable"))
+    for number, mutation in enumerate(_HEADERS)
+}
 for _group, _cases in (("tensors", _TENSORS), ("prompts", _ROWS), ("place", _places())):
     TARGETED |= {f"{_group} {name}": (mutation, outcome) for name, mutation, outcome in _cases}

@@ -31,7 +31,12 @@ def manager():
 @pytest.fixture
 def settings(vector_dir):
     return in_groups(
-        {"vector": str(vector_dir), "max_evaluations": 1, "num_test_prompts": 2, "gate": {"max_over_refusal": 1.0}}
+        {
+            "vector": str(vector_dir),
+            "max_evaluations": 1,
+            "num_test_prompts": 2,
+            "gate": {"max_over_refusal": 1.0},
+        }
     )
 
 
@@ -46,7 +51,8 @@ def test_the_block_is_part_of_axolotls_yaml(manager, settings):
 
 
 @pytest.mark.parametrize(
-    ("block", "message"), [(None, "needs a `safegene` block"), ({"vector": "v", "shots": 3}, "Unknown key `shots`")]
+    ("block", "message"),
+    [(None, "needs a `safegene` block"), ({"vector": "v", "shots": 3}, "Unknown key `shots`")],
 )
 def test_a_bad_block_is_refused_when_the_yaml_is_read(manager, block, message):
     plugin = base.load_plugin(PLUGIN)
@@ -63,7 +69,9 @@ def test_the_trainer_ends_with_the_safety_step(manager, settings, tokenizer, tmp
     rows = []
     for row in task_dataset():
         sample = tokenize(tokenizer, *conversation(row))
-        labels = [t if r else -100 for t, r in zip(sample.input_ids, sample.is_response, strict=True)]
+        labels = [
+            t if r else -100 for t, r in zip(sample.input_ids, sample.is_response, strict=True)
+        ]
         rows.append({"input_ids": sample.input_ids, "labels": labels})
     arguments = {
         "output_dir": str(tmp_path),

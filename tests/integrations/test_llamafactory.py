@@ -21,7 +21,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "llamafactory_sft.py
 
 
 def test_training_ends_with_the_safety_step(model_dir, vector_dir, tmp_path, monkeypatch):
-    rows = [{"instruction": text, "input": "", "output": f"box {i % 3}"} for i, text in enumerate(TASK)]
+    rows = [
+        {"instruction": text, "input": "", "output": f"box {i % 3}"} for i, text in enumerate(TASK)
+    ]
     (tmp_path / "boxes.json").write_text(json.dumps(rows))
     (tmp_path / "dataset_info.json").write_text(json.dumps({"boxes": {"file_name": "boxes.json"}}))
     recipe = {
@@ -46,7 +48,13 @@ def test_training_ends_with_the_safety_step(model_dir, vector_dir, tmp_path, mon
         "measure": {"num_test_prompts": 2},
         "gate": {"max_over_refusal": 1.0},
     }
-    words = [str(tmp_path / "train.yaml"), "--vector", str(vector_dir), "--settings", json.dumps(settings)]
+    words = [
+        str(tmp_path / "train.yaml"),
+        "--vector",
+        str(vector_dir),
+        "--settings",
+        json.dumps(settings),
+    ]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())

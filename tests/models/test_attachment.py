@@ -14,7 +14,9 @@ IDS = torch.arange(24).reshape(2, 12) + 5
 
 
 def hooks_of(model):
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -67,8 +69,12 @@ def test_gradient_of_coefficients_matches_finite_differences():
 def test_every_sample_and_every_part_may_have_its_own_coefficient():
     model = make_model().double()
     deltas = make_deltas(model)
-    space = CoefficientSpace.of(deltas, [1, 1], "layer")  # two components: a layer's coefficient for each of its parts
-    attachment, parts = VectorAttachment(model, deltas, space, ALONE), {name: space.index(name) for name in deltas}
+    # two components: a layer's coefficient for each of its parts
+    space = CoefficientSpace.of(deltas, [1, 1], "layer")
+    attachment, parts = (
+        VectorAttachment(model, deltas, space, ALONE),
+        {name: space.index(name) for name in deltas},
+    )
     values = torch.tensor([0.5, 0.8, 1.3, 0.2], dtype=torch.float64)
 
     def losses(ids, coefficients):
@@ -85,7 +91,9 @@ def test_every_sample_and_every_part_may_have_its_own_coefficient():
         with torch.no_grad():
             hooked = losses(IDS, values)
             for name, delta in deltas.items():
-                model.get_submodule(name).weight += (delta.b.double() * values[parts[name]]) @ delta.a.double()
+                model.get_submodule(name).weight += (
+                    delta.b.double() * values[parts[name]]
+                ) @ delta.a.double()
             torch.testing.assert_close(hooked, losses(IDS, torch.zeros(4)), atol=1e-6, rtol=1e-6)
 
 
@@ -119,7 +127,8 @@ def test_nothing_is_left_after_an_exception():
 
     def interrupted():
         with frozen_for_calibration(model), attached(model, deltas):
-            assert hooks_of(model) == len(deltas) + len({name.split(".")[2] for name in deltas})  # the layers' calls
+            # the layers' calls
+            assert hooks_of(model) == len(deltas) + len({name.split(".")[2] for name in deltas})
             assert not any(parameter.requires_grad for parameter in model.parameters())
             torch.rand(3)
             raise RuntimeError("midway")
@@ -128,7 +137,9 @@ def test_nothing_is_left_after_an_exception():
         interrupted()
     assert hooks_of(model) == 0
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
+    assert {
+        name: parameter.requires_grad for name, parameter in model.named_parameters()
+    } == trainable
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -139,7 +150,11 @@ def test_coefficients_are_not_rounded_to_the_models_type():
     torch.nn.init.zeros_(layer.weight)
     model = torch.nn.Sequential(layer)
     generator = torch.Generator().manual_seed(0)
-    delta = {"0": LowRankDelta(torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator))}
+    delta = {
+        "0": LowRankDelta(
+            torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator)
+        )
+    }
     attachment = attachment_of(model, delta, "module")
     x = torch.randn(500, 8, generator=generator).bfloat16()
     near, far = torch.tensor([0.5]), torch.tensor([0.5017])

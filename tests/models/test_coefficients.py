@@ -18,8 +18,13 @@ KINDS = get_args(Granularity)
 
 
 def test_coefficients_by_component_and_means_of_rank_one_parts():
-    assert by_component({"layers.1": 0.5, "layers.2": 0.0}) == {"": {"layers.1": 0.5, "layers.2": 0.0}}
-    assert by_component({"layers.1/0": 0.5, "layers.1/1": 0.2}) == {"0": {"layers.1": 0.5}, "1": {"layers.1": 0.2}}
+    assert by_component({"layers.1": 0.5, "layers.2": 0.0}) == {
+        "": {"layers.1": 0.5, "layers.2": 0.0}
+    }
+    assert by_component({"layers.1/0": 0.5, "layers.1/1": 0.2}) == {
+        "0": {"layers.1": 0.5},
+        "1": {"layers.1": 0.2},
+    }
     parts = {"a.up_proj/0#0": 0.2, "a.up_proj/0#1": 0.4, "a.up_proj/1#0": 1.0, "b.up_proj/0#0": 0.0}
     found = by_component(parts)
     assert list(found) == ["0", "1"] and found["1"] == {"a.up_proj": 1.0}
@@ -28,14 +33,22 @@ def test_coefficients_by_component_and_means_of_rank_one_parts():
 
 
 def test_the_page_draws_a_bar_per_module():
-    parts = {f"{name}#{part}": 0.25 * part for name in ("a.up_proj", "b.up_proj") for part in range(4)}
+    parts = {
+        f"{name}#{part}": 0.25 * part for name in ("a.up_proj", "b.up_proj") for part in range(4)
+    }
     page = render(report_of(coefficients=parts))
     assert page.count('<rect class="bar"') == 2
-    assert "2 means of rank-one parts' coefficients between 0 and 1.00, mean 0.38" in page.replace("&#39;", "'")
+    assert "2 means of rank-one parts' coefficients between 0 and 1.00, mean 0.38" in page.replace(
+        "&#39;", "'"
+    )
     assert page.count("<code>a.up_proj#") == 4  # the table has them all
 
 
-MODULES = ["model.layers.3.mlp.up_proj", "model.layers.12.mlp.up_proj", "model.layers.3.mlp.down_proj"]
+MODULES = [
+    "model.layers.3.mlp.up_proj",
+    "model.layers.12.mlp.up_proj",
+    "model.layers.3.mlp.down_proj",
+]
 
 
 def test_names_indices_and_values_of_a_space():
@@ -55,7 +68,9 @@ def test_names_indices_and_values_of_a_space():
 
 
 @pytest.mark.parametrize("components", [[2], [1, 2]])
-@pytest.mark.parametrize(("coarse", "fine"), list(itertools.combinations_with_replacement(KINDS, 2)))
+@pytest.mark.parametrize(
+    ("coarse", "fine"), list(itertools.combinations_with_replacement(KINDS, 2))
+)
 def test_a_coarser_coefficient_is_that_of_all_it_stands_for(coarse, fine, components):
     given, wanted = (CoefficientSpace.of(MODULES, components, kind) for kind in (coarse, fine))
     values = {name: float(position) for position, name in enumerate(given.names)}

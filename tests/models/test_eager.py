@@ -7,7 +7,12 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from safegene_trl import SafeGeneCallback
 from safegene_trl.models.eager import running_eagerly
-from safegene_trl.models.parameters import base_model, canonical_modules, canonical_parameters, uncompiled
+from safegene_trl.models.parameters import (
+    base_model,
+    canonical_modules,
+    canonical_parameters,
+    uncompiled,
+)
 from safegene_trl.vectors.family import Family
 
 from ..conftest import attachment_of, config_of, make_deltas, make_model, make_vector, with_lora
@@ -63,7 +68,8 @@ WAYS = [whole, in_place, by_layer, replaced_layers, replaced_linears, forward]
 
 @pytest.mark.parametrize(
     ("way", "lora"),
-    [(way, False) for way in WAYS] + [(whole, True), (replaced_layers, True), (replaced_linears, True)],
+    [(way, False) for way in WAYS]
+    + [(whole, True), (replaced_layers, True), (replaced_linears, True)],
 )
 def test_compiled_models_give_the_eager_result(way, lora):
     data = calibration_set()
@@ -83,7 +89,11 @@ def test_compiled_models_give_the_eager_result(way, lora):
         assert found == expected
         for name, module in model.named_modules():
             assert module is modules[name] and module.__dict__.keys() == own[name].keys()
-            assert all(module.__dict__[key] is value for key, value in own[name].items() if key != "_forward_hooks")
+            assert all(
+                module.__dict__[key] is value
+                for key, value in own[name].items()
+                if key != "_forward_hooks"
+            )
 
 
 def test_nothing_is_compiled_again_afterwards():
@@ -103,7 +113,9 @@ def test_nothing_is_compiled_again_afterwards():
 def test_names_are_those_of_the_plain_model(way, tokenizer):
     plain, model = make_model(), way(make_model())
     assert list(canonical_modules(model)) == list(canonical_modules(plain))
-    assert [p.name for p in canonical_parameters(model)] == [p.name for p in canonical_parameters(plain)]
+    assert [p.name for p in canonical_parameters(model)] == [
+        p.name for p in canonical_parameters(plain)
+    ]
     assert Family.of(model, tokenizer) == Family.of(plain, tokenizer)
     assert isinstance(canonical_modules(model)["model.layers.1.mlp.down_proj"], nn.Linear)
 
@@ -161,7 +173,9 @@ def test_uncompiled():
 def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     make_vector(make_model(), tokenizer).save_pretrained(tmp_path / "vector")
-    model = {"compiled model": whole, "compiled layers": replaced_layers}.get(given, lambda model: model)(make_model())
+    model = {"compiled model": whole, "compiled layers": replaced_layers}.get(
+        given, lambda model: model
+    )(make_model())
 
     def report_of(model, name, **arguments):
         config = config_of(
@@ -172,7 +186,10 @@ def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer
             num_safety_shots=4,
         )
         callback = SafeGeneCallback(config)
-        rows = [{"input_ids": list(range(5 + i, 25 + i)), "labels": list(range(5 + i, 25 + i))} for i in range(8)]
+        rows = [
+            {"input_ids": list(range(5 + i, 25 + i)), "labels": list(range(5 + i, 25 + i))}
+            for i in range(8)
+        ]
         args = TrainingArguments(
             output_dir=str(tmp_path / name),
             max_steps=1,
@@ -195,7 +212,11 @@ def test_a_trainer_with_compile_gets_the_eager_report(given, tmp_path, tokenizer
         trainer.train()
         return callback.report
 
-    compile_too = {"torch_compile": True, "torch_compile_backend": BACKEND} if given == "torch_compile" else {}
+    compile_too = (
+        {"torch_compile": True, "torch_compile_backend": BACKEND}
+        if given == "torch_compile"
+        else {}
+    )
     expected, found = report_of(make_model(), "plain"), report_of(model, "compiled", **compile_too)
     for key in ("coefficients", "held_out", "history", "decision", "model"):
         assert found[key] == expected[key], key

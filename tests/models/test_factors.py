@@ -15,7 +15,9 @@ from ..recalibration.test_search import calibration_set, helpful_deltas, run
 def deltas():
     generator = torch.Generator().manual_seed(0)
     return {
-        name: LowRankDelta(*(torch.randn(shape, generator=generator).half() for shape in ((2, 6), (5, 2))))
+        name: LowRankDelta(
+            *(torch.randn(shape, generator=generator).half() for shape in ((2, 6), (5, 2)))
+        )
         for name in ("one", "two")
     }
 
@@ -25,9 +27,13 @@ def test_after_the_first_pass_nothing_is_copied(deltas):
     first = [factors.of(name, like) for name in deltas]
     assert factors.copies == 2 and factors.resident
     again = [factors.of(name, like) for name in deltas]
-    assert factors.copies == 2 and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(first, again, strict=True))
+    assert factors.copies == 2 and all(
+        a[0] is b[0] and a[1] is b[1] for a, b in zip(first, again, strict=True)
+    )
     for name, (a, b) in zip(deltas, first, strict=True):
-        assert torch.equal(a, deltas[name].a.bfloat16()) and torch.equal(b, deltas[name].b.bfloat16())
+        assert torch.equal(a, deltas[name].a.bfloat16()) and torch.equal(
+            b, deltas[name].b.bfloat16()
+        )
 
 
 def test_where_room_is_short_each_pass_fetches_them(deltas, monkeypatch):
@@ -71,5 +77,8 @@ def test_a_search_copies_every_pair_once_and_gives_the_memory_back(monkeypatch):
     fetched = run(make_model(), deltas, data, batch_size=4)
     assert seen[-1][0] > 10 * modules
     assert fetched.coefficients == found.coefficients  # bit by bit
-    assert (found.passes["factors"]["place"], fetched.passes["factors"]["place"]) == ("resident", "fetched")
+    assert (found.passes["factors"]["place"], fetched.passes["factors"]["place"]) == (
+        "resident",
+        "fetched",
+    )
     assert fetched.passes["factors"]["allowed_mib"] == 0

@@ -16,7 +16,10 @@ def test_batching_does_not_change_answers(tokenizer):
     model = with_lora(make_model())
     side = tokenizer.padding_side
     together = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=4)
-    alone = [generate_answers(model, tokenizer, [prompt], max_new_tokens=6, batch_size=1)[0] for prompt in PROMPTS]
+    alone = [
+        generate_answers(model, tokenizer, [prompt], max_new_tokens=6, batch_size=1)[0]
+        for prompt in PROMPTS
+    ]
     assert together == alone and any(together)
     assert tokenizer.padding_side == side
 
@@ -88,7 +91,11 @@ def test_every_end_of_an_answer_counts(place):
         model.config.eos_token_id = [end]
     else:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    assert answer(model, tokenizer) in (tokenizer.decode([end]), "")  # the tokenizer leaves its own end out
+    # the tokenizer leaves its own end out
+    assert answer(model, tokenizer) in (
+        tokenizer.decode([end]),
+        "",
+    )
 
 
 def test_the_generation_config_comes_back_after_an_error():

@@ -38,7 +38,9 @@ def test_unknown_columns():
 
 def test_response_tokens_are_marked(tokenizer):
     sample = tokenize(tokenizer, USER, "hi there")
-    response = [token for token, marked in zip(sample.input_ids, sample.is_response, strict=True) if marked]
+    response = [
+        token for token, marked in zip(sample.input_ids, sample.is_response, strict=True) if marked
+    ]
     assert tokenizer.decode(response) == "hi there<|end|>"
     assert tokenizer.decode(sample.input_ids) == "<|user|>hello<|end|><|assistant|>hi there<|end|>"
 
@@ -99,7 +101,9 @@ def test_load_rows(tmp_path):
         assert [row["prompt"] for row in load_rows(str(tmp_path / name), "train")] == ["a", "b"]
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train.jsonl").write_text('{"prompt": "a"}\n')
-    assert len(load_dataset(str(tmp_path / "hub"), split="train")) == len(load_rows(str(tmp_path / "hub"), "train"))
+    assert len(load_dataset(str(tmp_path / "hub"), split="train")) == len(
+        load_rows(str(tmp_path / "hub"), "train")
+    )
 
 
 def test_load_rows_of_one_configuration_and_split(tmp_path):
@@ -108,7 +112,9 @@ def test_load_rows_of_one_configuration_and_split(tmp_path):
     place.mkdir()
     files = [("plain", "train"), ("plain", "test"), ("contrast", "test")]
     for config, split in files:
-        (place / f"{config}-{split}.jsonl").write_text(json.dumps({"prompt": f"{config} {split}"}) + "\n")
+        (place / f"{config}-{split}.jsonl").write_text(
+            json.dumps({"prompt": f"{config} {split}"}) + "\n"
+        )
     configs = [
         {
             "config_name": name,
@@ -123,7 +129,12 @@ def test_load_rows_of_one_configuration_and_split(tmp_path):
         (":contrast@test", "contrast test"),
     ):
         assert load_rows(f"{place}{named}", "train")["prompt"] == [expected]
-    for named in ("", "@test", ":contrast"):  # which configuration, or a split that it does not have
+    # which configuration, or a split that it does not have
+    for named in (
+        "",
+        "@test",
+        ":contrast",
+    ):
         with pytest.raises(CalibrationDataError, match="`ID:CONFIG@SPLIT` names one"):
             load_rows(f"{place}{named}", "train")
     odd = tmp_path / "a:b@c.jsonl"  # a path is a path

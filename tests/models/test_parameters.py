@@ -47,7 +47,9 @@ IDS = torch.arange(24).reshape(2, 12) + 5
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_lora_does_not_change_the_names(tied):
     plain = [(p.name, p.tensor.shape) for p in canonical_parameters(make_model(tied=tied))]
-    adapted = [(p.name, p.tensor.shape) for p in canonical_parameters(with_lora(make_model(tied=tied)))]
+    adapted = [
+        (p.name, p.tensor.shape) for p in canonical_parameters(with_lora(make_model(tied=tied)))
+    ]
     assert sorted(plain) == sorted(adapted)
     assert ("lm_head.weight" in dict(plain)) == (not tied)
     modules = canonical_modules(with_lora(make_model()))
@@ -57,7 +59,12 @@ def test_a_lora_does_not_change_the_names(tied):
 
 @pytest.mark.parametrize(
     ("name", "index"),
-    [("model.layers.12.mlp.up_proj", 12), ("transformer.h.3.attn.c_attn", 3), ("lm_head", None), ("a.block2.b", None)],
+    [
+        ("model.layers.12.mlp.up_proj", 12),
+        ("transformer.h.3.attn.c_attn", 3),
+        ("lm_head", None),
+        ("a.block2.b", None),
+    ],
 )
 def test_layer_index(name, index):
     assert layer_index(name) == index
@@ -94,7 +101,11 @@ def test_transposed_layers_merge_right(tokenizer, tmp_path):
         "eos_token_id": 1,
     }
     config = LoraConfig(
-        r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, task_type="CAUSAL_LM"
+        r=2,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(GPT2LMHeadModel(GPT2Config(**shape)), config).eval()
     module = canonical_modules(model)["transformer.h.0.attn.c_attn"]
@@ -131,9 +142,13 @@ def test_dora_is_folded(tokenizer, tmp_path):
         check_adapter_output(model)
 
 
-@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["PiSSA", "biases"])
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["PiSSA", "biases"]
+)
 def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options
+    )
     model = get_peft_model(make_model("qwen2"), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -148,7 +163,9 @@ def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
             check_adapter_output(model)
 
 
-@pytest.mark.parametrize("kind", [(MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)])
+@pytest.mark.parametrize(
+    "kind", [(MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)]
+)
 def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = kind[0](
@@ -193,13 +210,17 @@ def gpt2():
 def test_tied_weights():
     pair = {"lm_head.weight", "model.embed_tokens.weight"}
     assert tied_weights(make_model()) == dict.fromkeys(pair, pair)
-    assert tied_weights(with_lora(make_model(), modules_to_save=["lm_head"])) == dict.fromkeys(pair, pair)
+    assert tied_weights(with_lora(make_model(), modules_to_save=["lm_head"])) == dict.fromkeys(
+        pair, pair
+    )
     assert tied_weights(make_model(tied=False)) == {}
     assert set(tied_weights(gpt2())) == {"lm_head.weight", "transformer.wte.weight"}
     shared = make_model(tied=False)  # by nothing but the tensors themselves
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     assert set(tied_weights(shared)) == {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
-    with pytest.raises(UnsupportedModelError, match=r"changes `model.layers.1.mlp.up_proj`, whose weight"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"changes `model.layers.1.mlp.up_proj`, whose weight"
+    ):
         check_untied(shared, ["model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj"])
     check_untied(shared, ["model.layers.2.mlp.up_proj"])
 
@@ -219,24 +240,46 @@ def refused():
     quantised = make_model()
     quantised.is_quantized = True
     yield "quantised", quantised, "16-bit base"
-    yield "tied head", with_lora(make_model(), modules_to_save=["lm_head"]), "model ties to `model.embed_tokens`"
-    yield "tied embeddings", with_lora(make_model(), modules_to_save=["embed_tokens"]), "ties to `lm_head`"
+    yield (
+        "tied head",
+        with_lora(make_model(), modules_to_save=["lm_head"]),
+        "model ties to `model.embed_tokens`",
+    )
+    yield (
+        "tied embeddings",
+        with_lora(make_model(), modules_to_save=["embed_tokens"]),
+        "ties to `lm_head`",
+    )
     both = ["embed_tokens", "lm_head"]
     yield (
         "both of a tied pair, apart",
         with_lora(make_model(), modules_to_save=both),
         "train with `ensure_weight_tying",
     )
-    yield "LoRA on a tied head", with_lora(make_model(), target_modules=["lm_head"]), "LoRA on `lm_head`.*shares"
-    tied = with_lora(make_model(), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    yield (
+        "LoRA on a tied head",
+        with_lora(make_model(), target_modules=["lm_head"]),
+        "LoRA on `lm_head`.*shares",
+    )
+    tied = with_lora(
+        make_model(), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
     yield "LoRA on tied embeddings", tied, "LoRA on `(lm_head|model.embed_tokens)`.*shares"
-    yield "other names", with_lora(gpt2(), target_modules=["lm_head"]), "LoRA on `lm_head`.*`transformer.wte.weight`"
-    saved_head = with_lora(gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
+    yield (
+        "other names",
+        with_lora(gpt2(), target_modules=["lm_head"]),
+        "LoRA on `lm_head`.*`transformer.wte.weight`",
+    )
+    saved_head = with_lora(
+        gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"]
+    )
     yield "a head that is saved, under other names", saved_head, "ties to `transformer.wte`"
     tokens = with_lora(make_model(tied=False), trainable_token_indices=[1, 2])
     yield "single tokens", tokens, "trainable_token_indices"
     several = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
-    several.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    several.add_adapter(
+        "second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
     yield "a head of two adapters", several, "saved whole by several adapters"
     two = with_lora(make_model(), use_dora=True)
     two.add_adapter("second", two.peft_config["default"])
@@ -249,20 +292,34 @@ def refused():
     yield "AdaLoRA", get_peft_model(make_model(), ada), "uses PEFT's ADALORA"
     for kind in (PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig):
         soft = kind(num_virtual_tokens=4, task_type="CAUSAL_LM")
-        yield kind.__name__, get_peft_model(make_model(), soft), f"uses PEFT's {soft.peft_type.value}"
+        yield (
+            kind.__name__,
+            get_peft_model(make_model(), soft),
+            f"uses PEFT's {soft.peft_type.value}",
+        )
     norms = with_lora(make_model())
     norms.get_base_model().model.norm.requires_grad_(True)
-    yield "a norm that was unfrozen by hand", norms, "trains `model.norm.weight` beside its LoRA.*`modules_to_save`"
+    yield (
+        "a norm that was unfrozen by hand",
+        norms,
+        "trains `model.norm.weight` beside its LoRA.*`modules_to_save`",
+    )
     beside = with_lora(make_model())
     beside.value_head = torch.nn.Linear(2, 2)
     yield "a head outside the model", beside, "`value_head.weight`, which is no part"
     merged = with_lora(make_model())
     merged.merge_adapter()
-    yield "a merged adapter", merged, r"on `model.layers.0.self_attn.q_proj` is merged.*`unmerge_adapter\(\)`"
+    yield (
+        "a merged adapter",
+        merged,
+        r"on `model.layers.0.self_attn.q_proj` is merged.*`unmerge_adapter\(\)`",
+    )
     yield "no transformers model", torch.nn.Linear(2, 2), "not a transformers model"
 
 
-@pytest.mark.parametrize(("model", "message"), [case[1:] for case in refused()], ids=[case[0] for case in refused()])
+@pytest.mark.parametrize(
+    ("model", "message"), [case[1:] for case in refused()], ids=[case[0] for case in refused()]
+)
 def test_refused_by_name(model, message):
     with pytest.raises(UnsupportedModelError, match=message):
         check_supported(model)
@@ -271,9 +328,17 @@ def test_refused_by_name(model, message):
 @pytest.mark.parametrize(
     ("kind", "options", "named"),
     [
-        ("llama", {"modules_to_save": ["post_attention_layernorm"]}, "model.layers.0.post_attention_layernorm"),
+        (
+            "llama",
+            {"modules_to_save": ["post_attention_layernorm"]},
+            "model.layers.0.post_attention_layernorm",
+        ),
         ("qwen2", {"bias": "all"}, "model.layers.0.self_attn.q_proj.bias"),
-        ("qwen2", {"bias": "lora_only", "target_modules": ["v_proj"]}, "model.layers.0.self_attn.v_proj.bias"),
+        (
+            "qwen2",
+            {"bias": "lora_only", "target_modules": ["v_proj"]},
+            "model.layers.0.self_attn.v_proj.bias",
+        ),
         ("llama", {"bias": "all"}, None),  # which has no biases
         ("qwen2", {"bias": "lora_only", "target_modules": ["up_proj"]}, None),
     ],
@@ -284,11 +349,17 @@ def test_an_adapter_cannot_hold_what_is_trained_whole(kind, options, named):
     if named is None:
         check_adapter_output(model)
     else:
-        with pytest.raises(UnsupportedModelError, match=f"trains `{named}` itself.*`output_format: merged`"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"trains `{named}` itself.*`output_format: merged`"
+        ):
             check_adapter_output(model)
 
 
 def test_supported_models_pass(tokenizer, tmp_path):
-    for model in (make_model(), with_lora(make_model()), with_lora(make_model("qwen2"), use_rslora=True)):
+    for model in (
+        make_model(),
+        with_lora(make_model()),
+        with_lora(make_model("qwen2"), use_rslora=True),
+    ):
         check_supported(model)
     save_adapter(with_lora(make_model()), {}, {}, "base", tokenizer, tmp_path, ALONE)

@@ -15,7 +15,11 @@ def added(change, dtype):
 
 
 def test_what_is_kept_is_a_projection():
-    assert added(2.0**-7, torch.bfloat16).check() == {"weights": 32, "changed_weights": 32, "kept": 1.0}
+    assert added(2.0**-7, torch.bfloat16).check() == {
+        "weights": 32,
+        "changed_weights": 32,
+        "kept": 1.0,
+    }
     half = torch.zeros(4, 8)
     half[:2] = 2.0**-7
     half[2:] = 2.0**-10  # rounds to nothing beside 1
@@ -27,7 +31,10 @@ def test_what_is_kept_is_a_projection():
 def test_a_change_that_vanishes_is_refused():
     with pytest.raises(OutputError, match="0 of 32 weights would change"):
         added(2.0**-10, torch.bfloat16).check()
-    assert Rounding().check()["kept"] == 1.0 and added(0.0, torch.bfloat16).check()["changed_weights"] == 0
+    assert (
+        Rounding().check()["kept"] == 1.0
+        and added(0.0, torch.bfloat16).check()["changed_weights"] == 0
+    )
 
 
 def test_what_overflows_is_refused_by_name():
@@ -49,7 +56,9 @@ def test_formula(dtype, std):
     real, wanted = after.to(dtype).double() - before.double(), after.double() - before.double()
     found = rounding.check()
     assert (found["weights"], found["changed_weights"]) == (1200, int((real != 0).sum()))
-    assert found["kept"] == pytest.approx(float((real * wanted).sum() / wanted.square().sum()), rel=1e-4)
+    assert found["kept"] == pytest.approx(
+        float((real * wanted).sum() / wanted.square().sum()), rel=1e-4
+    )
 
 
 def test_parts_of_a_tensor_add_up():
@@ -72,12 +81,17 @@ def test_what_is_not_finite_is_refused_and_large_numbers_are_not(bad):
     with pytest.raises(OutputError, match="NaN or infinity"):
         Rounding().add("w", after, after, torch.float32)
     huge = Rounding()
-    huge.add("w", torch.zeros(2), torch.tensor([1e30, 1e30]), torch.float32)  # squares that float32 does not hold
+    # squares that float32 does not hold
+    huge.add("w", torch.zeros(2), torch.tensor([1e30, 1e30]), torch.float32)
     assert huge.check()["kept"] == pytest.approx(1)
 
 
 def test_is_finite():
-    assert is_finite(torch.full((4,), 3e38)) and is_finite(torch.arange(3)) and is_finite(torch.zeros(0))
+    assert (
+        is_finite(torch.full((4,), 3e38))
+        and is_finite(torch.arange(3))
+        and is_finite(torch.zeros(0))
+    )
     assert is_finite(torch.full((9,), 6e4, dtype=torch.float16))
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2):
         values = torch.ones(9).to(dtype)

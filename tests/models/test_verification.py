@@ -17,7 +17,9 @@ from ..conftest import attachment_of, config_of, make_deltas, make_model, with_l
 from ..recalibration.test_search import calibration_set
 
 
-BATCH = batches([Sample(list(range(5, 15)), [False] * 6 + [True] * 4)], 1, 0, torch.device("cpu"))[0]
+BATCH = batches([Sample(list(range(5, 15)), [False] * 6 + [True] * 4)], 1, 0, torch.device("cpu"))[
+    0
+]
 LAYER = "model.layers.1"
 
 
@@ -27,7 +29,9 @@ def deltas_of(model, parts):
     modules = canonical_modules(model)
     shapes = {name: linear_shape(modules[name]) for name in parts}
     return {
-        name: LowRankDelta(torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator))
+        name: LowRankDelta(
+            torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator)
+        )
         for name, (d_out, d_in) in shapes.items()
     }
 
@@ -68,8 +72,14 @@ def fast_without_gradients(mlp, x):
 
 BYPASSES = [
     (reading_weights, "`model.layers.1.mlp.gate_proj` (as 2 more) is never called"),
-    (dropping_an_output, "`model.layers.1.mlp.up_proj` is called, but its output does not reach the logits"),
-    (without_a_gradient, "`model.layers.1.mlp.up_proj` is called, but its output does not reach the logits"),
+    (
+        dropping_an_output,
+        "`model.layers.1.mlp.up_proj` is called, but its output does not reach the logits",
+    ),
+    (
+        without_a_gradient,
+        "`model.layers.1.mlp.up_proj` is called, but its output does not reach the logits",
+    ),
     (fast_without_gradients, "`model.layers.1.mlp.gate_proj` (as 2 more) is never called"),
 ]
 
@@ -92,7 +102,9 @@ def test_a_bypassed_module_is_refused_by_name(bypass, message, lora):
 @pytest.mark.parametrize("everything", [False, True])
 def test_what_is_bypassed_after_the_check_is_refused_in_the_search(bypass, message, everything):
     model = make_model()
-    names = [name for name in every_linear(model) if name.startswith(f"{LAYER}.mlp") or not everything]
+    names = [
+        name for name in every_linear(model) if name.startswith(f"{LAYER}.mlp") or not everything
+    ]
     attachment = attachment_of(model, deltas_of(model, names))
     attachment.verify(BATCH)
     mlp_of(model).forward = MethodType(bypass, mlp_of(model))
@@ -110,14 +122,19 @@ def test_ordinary_models_pass_and_are_left_as_they_were(kind, dtype):
     assert "lm_head" in names
     deltas = deltas_of(model, names)
     some, other = names[0], names[-2]
-    deltas[some] = LowRankDelta(deltas[some].a * 0, deltas[some].b)  # A x is 0: no gradient, but not bypassed
+    # A x is 0: no gradient, but not bypassed
+    deltas[some] = LowRankDelta(deltas[some].a * 0, deltas[some].b)
     deltas[other] = LowRankDelta(deltas[other].a, deltas[other].b * 0)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     state = torch.get_rng_state()
     assert attachment_of(model, deltas, "module").verify(BATCH) == []
-    assert all(module.training for module in model.modules()) and torch.equal(torch.get_rng_state(), state)
-    assert trainable == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(module.training for module in model.modules()) and torch.equal(
+        torch.get_rng_state(), state
+    )
+    assert trainable == [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -162,23 +179,33 @@ def test_an_expert_that_no_token_is_sent_to_is_told_from_a_bypass():
     assert attachment.verify(BATCH) == [f"{experts}.3.up_proj", f"{experts}.3.down_proj"]
     expert = model.model.layers[1].mlp.experts[1]
     expert.forward = lambda x: F.linear(F.silu(expert.up_proj(x)), expert.down_proj.weight)
-    with pytest.raises(UnsupportedModelError, match=r"`model.layers.1.mlp.experts.1.down_proj` is never called"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"`model.layers.1.mlp.experts.1.down_proj` is never called"
+    ):
         attachment.verify(BATCH)
 
 
 def test_a_mixture_none_of_whose_experts_is_called_is_bypassed():
     model = mixture()
-    deltas = deltas_of(model, [name for name in every_linear(model) if ".experts." in name or "q_proj" in name])
+    deltas = deltas_of(
+        model, [name for name in every_linear(model) if ".experts." in name or "q_proj" in name]
+    )
     moe = model.model.layers[1].mlp
-    moe.forward = lambda x: F.linear(F.linear(x, moe.experts[0].up_proj.weight), moe.experts[0].down_proj.weight)
-    with pytest.raises(UnsupportedModelError, match=r"experts.0.up_proj` \(as 7 more\) is never called"):
+    moe.forward = lambda x: F.linear(
+        F.linear(x, moe.experts[0].up_proj.weight), moe.experts[0].down_proj.weight
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"experts.0.up_proj` \(as 7 more\) is never called"
+    ):
         attachment_of(model, deltas, "module").verify(BATCH)
 
 
 @pytest.mark.parametrize("held", [0.0, 0.2])
 def test_an_expert_that_no_shot_reaches_keeps_what_is_carried(held, monkeypatch):
     objections = iter(["too much", ""])  # shrunk once, towards the lower bound
-    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: next(objections))
+    monkeypatch.setattr(
+        "safegene_trl.recalibration.search.objection", lambda *args: next(objections)
+    )
     model = mixture()
     deltas = deltas_of(model, [name for name in every_linear(model) if ".experts." in name])
     carried = dict.fromkeys(deltas, held) if held else None
@@ -188,7 +215,8 @@ def test_an_expert_that_no_shot_reaches_keeps_what_is_carried(held, monkeypatch)
     result = recalibrate(attachment, calibration_set(), config, 0, start=start)
     unreached = [name for name in deltas if ".experts.3." in name]
     assert result.scale == 0.8 and result.untouched == unreached and len(unreached) == 2
-    assert all(result.coefficients[name] == held for name in unreached)  # also outside the bounds, never the start
+    # also outside the bounds, never the start
+    assert all(result.coefficients[name] == held for name in unreached)
     assert any(result.coefficients[name] != 0.5 for name in deltas if name not in unreached)
 
 

@@ -48,13 +48,16 @@ class Copy:
 
     def python(self, words: Sequence[str], seconds: float) -> tuple[int | None, str]:
         """Exit code (None: it took longer) and what was printed."""
-        environment = os.environ | {
-            "PYTHONPATH": str(self.root),
-            "PYTHONDONTWRITEBYTECODE": "1",  # two mutants of one second and size would share their bytecode
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = (
+            os.environ
+            | {
+                "PYTHONPATH": str(self.root),
+                "PYTHONDONTWRITEBYTECODE": "1",  # two mutants of one second and size would share their bytecode
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
         process = subprocess.Popen(
             [sys.executable, *words],
             cwd=self.root,
@@ -72,14 +75,30 @@ class Copy:
             os.killpg(process.pid, 9)
             return None, process.communicate(timeout=30)[0]
 
-    def pytest(self, tests: Sequence[str], *options: str, seconds: float = QUICK_SECONDS) -> tuple[int | None, str]:
+    def pytest(
+        self, tests: Sequence[str], *options: str, seconds: float = QUICK_SECONDS
+    ) -> tuple[int | None, str]:
         left_out = [word for test in sorted(self.failing) for word in ("--deselect", test)]
-        words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-rfE", "-m", "not exhaustive")
+        words = (
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "addopts=-rfE",
+            "-m",
+            "not exhaustive",
+        )
         return self.python([*words, *options, *left_out, *tests], seconds)
 
     def check_imported(self) -> None:
-        code, printed = self.python(["-c", "import safegene_trl; print(safegene_trl.__file__)"], QUICK_SECONDS)
-        assert code == 0 and Path(printed.strip()).is_relative_to(self.root), f"not the copy is tested: {printed}"
+        code, printed = self.python(
+            ["-c", "import safegene_trl; print(safegene_trl.__file__)"], QUICK_SECONDS
+        )
+        assert code == 0 and Path(printed.strip()).is_relative_to(self.root), (
+            f"not the copy is tested: {printed}"
+        )
 
 
 def apply(mutant: Mutant, root: Path) -> dict[Path, str]:
@@ -93,9 +112,13 @@ def apply(mutant: Mutant, root: Path) -> dict[Path, str]:
     for edit in mutant.edits:
         path = root / "safegene_trl" / edit.file
         if path not in changed:
-            before[path] = changed[path] = path.read_text(encoding="utf-8") if path.is_file() else ""
+            before[path] = changed[path] = (
+                path.read_text(encoding="utf-8") if path.is_file() else ""
+            )
         if (count := changed[path].count(edit.old)) != 1 or edit.old == edit.new:
-            raise MovedError(f"{edit.file} holds {edit.old!r} {count} times: change the entry in tests/mutants.")
+            raise MovedError(
+                f"{edit.file} holds {edit.old!r} {count} times: change the entry in tests/mutants."
+            )
         changed[path] = changed[path].replace(edit.old, edit.new)
     for path, text in changed.items():
         try:
@@ -111,7 +134,10 @@ def apply(mutant: Mutant, root: Path) -> dict[Path, str]:
 def examine(mutant: Mutant, copy: Copy, quick: bool) -> dict[str, Any]:
     """Which test notices a mutant, and after how many seconds."""
     started = time.monotonic()
-    found: dict[str, Any] = {"name": mutant.name, "files": sorted({edit.file for edit in mutant.edits})}
+    found: dict[str, Any] = {
+        "name": mutant.name,
+        "files": sorted({edit.file for edit in mutant.edits}),
+    }
     try:
         before = apply(mutant, copy.root)
     except MovedError as error:
@@ -138,7 +164,11 @@ def examine(mutant: Mutant, copy: Copy, quick: bool) -> dict[str, Any]:
             path.write_text(text, encoding="utf-8")
     if caught is None and code != 0:
         found["trouble"] = printed[-1000:]
-    return found | {"caught_by": caught, "stage": stage, "seconds": round(time.monotonic() - started, 1)}
+    return found | {
+        "caught_by": caught,
+        "stage": stage,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def _caught(code: int | None, printed: str) -> str | None:
@@ -149,14 +179,18 @@ def _caught(code: int | None, printed: str) -> str | None:
     return failed[1] if code == 1 and failed else None
 
 
-def _put_into(recorded: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _put_into(
+    recorded: list[dict[str, Any]], results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """What is recorded of the other mutants that there still are, and the new results, in the table's order."""
     by_name = {result["name"]: result for result in [*recorded, *results]}
     return [by_name[mutant.name] for mutant in MUTANTS if mutant.name in by_name]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--only",
         action="append",
@@ -166,7 +200,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Leave out the long runs.")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
-    chosen = [m for m in MUTANTS if not arguments.only or any(part in m.name for part in arguments.only)]
+    chosen = [
+        m for m in MUTANTS if not arguments.only or any(part in m.name for part in arguments.only)
+    ]
     if not chosen:
         parser.error(f"no mutant is named {arguments.only}")
     started = time.monotonic()
@@ -186,9 +222,14 @@ def main() -> int:
         results = []
         for mutant in chosen:
             results.append(examine(mutant, copy, arguments.quick))
-            print(f"{mutant.name}: {results[-1]['caught_by'] or results[-1].get('moved') or 'NOT CAUGHT'}", flush=True)
+            print(
+                f"{mutant.name}: {results[-1]['caught_by'] or results[-1].get('moved') or 'NOT CAUGHT'}",
+                flush=True,
+            )
     if arguments.only and arguments.record and arguments.record.is_file():
-        results = _put_into(json.loads(arguments.record.read_text(encoding="utf-8"))["results"], results)
+        results = _put_into(
+            json.loads(arguments.record.read_text(encoding="utf-8"))["results"], results
+        )
     by_stage = [result.get("stage") for result in results]
     record = {
         "mutants": len(results),
@@ -203,8 +244,14 @@ def main() -> int:
     if arguments.record:
         save(arguments.record, record)
     share = by_stage.count("make test") / len(results)
-    print(f"{share:.0%} of {len(results)} mutants caught by make test, {len(record['not_caught'])} not caught")
-    enough = share >= AT_LEAST_QUICK if arguments.quick else not record["not_caught"] and share >= AT_LEAST_QUICK
+    print(
+        f"{share:.0%} of {len(results)} mutants caught by make test, {len(record['not_caught'])} not caught"
+    )
+    enough = (
+        share >= AT_LEAST_QUICK
+        if arguments.quick
+        else not record["not_caught"] and share >= AT_LEAST_QUICK
+    )
     return int(not enough or bool(copy.failing))
 
 

@@ -21,17 +21,30 @@ def _output(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 VECTOR = (
     _vector("size limits off", "if status.st_size > _MOST_BYTES[file]:", "if False:"),
     _vector("hash not compared", ' or sha256_of_bytes(data) != record["sha256"]', ""),
-    _vector("any format version", "if version is True or version != FORMAT_VERSION:", "if version is None:"),
+    _vector(
+        "any format version",
+        "if version is True or version != FORMAT_VERSION:",
+        "if version is None:",
+    ),
     _vector(
         "unknown sections taken",
         'if set(config) != {"format_version", *SECTIONS}:',
         'if not set(config) >= {"format_version", *SECTIONS}:',
     ),
     _vector("sections not validated", " or not _VALID[section](config[section])", ""),
-    _vector("types of tensors not checked", ' and one["dtype"] in _DTYPES', "", "vectors/weights.py"),
+    _vector(
+        "types of tensors not checked", ' and one["dtype"] in _DTYPES', "", "vectors/weights.py"
+    ),
     _vector("factors of two types", ' and one["dtype"] == two["dtype"]', "", "vectors/weights.py"),
-    _vector("ranks of factors not compared", "return a[0] == b[1] and ", "return ", "vectors/weights.py"),
-    _vector("dimensions not checked", "if len(a) != 2 or len(b) != 2 or 0 in", "if 0 in", "vectors/weights.py"),
+    _vector(
+        "ranks of factors not compared", "return a[0] == b[1] and ", "return ", "vectors/weights.py"
+    ),
+    _vector(
+        "dimensions not checked",
+        "if len(a) != 2 or len(b) != 2 or 0 in",
+        "if 0 in",
+        "vectors/weights.py",
+    ),
     _vector("empty factors", " or 0 in (*a, *b)", "", "vectors/weights.py"),
     _vector(
         "NaN taken",
@@ -45,10 +58,18 @@ VECTOR = (
         'for tensor in [half["lora_A"]]):',
         "vectors/weights.py",
     ),
-    _vector("ranks may differ", "if len(set(ranks.values())) > 1:", "if False:", "vectors/weights.py"),
-    _vector("any module name", " or not _MODULE.fullmatch(module)", " or False", "vectors/weights.py"),
+    _vector(
+        "ranks may differ", "if len(set(ranks.values())) > 1:", "if False:", "vectors/weights.py"
+    ),
+    _vector(
+        "any module name", " or not _MODULE.fullmatch(module)", " or False", "vectors/weights.py"
+    ),
     _vector("any kind of prompt", 'if row["kind"] not in ("harmful", "benign"):', "if False:"),
-    _vector("answers not looked at", 'if is_refusal(row["response"]) != (row["kind"] == "harmful"):', "if False:"),
+    _vector(
+        "answers not looked at",
+        'if is_refusal(row["response"]) != (row["kind"] == "harmful"):',
+        "if False:",
+    ),
     _vector(
         "benign answers not looked at",
         'if is_refusal(row["response"]) != (row["kind"] == "harmful"):',
@@ -59,7 +80,11 @@ VECTOR = (
     _vector("paths for names", 'Path(file).name == file not in ("", "..") and ', ""),
     _vector("components that do not add up", "and sum(components) == rank", ""),
     _vector("rank of the config not compared", 'config["extraction"]["rank"] != rank or ', ""),
-    _vector("layers of the config not compared", ' or config["selection"]["selected_layers"] != layers', ""),
+    _vector(
+        "layers of the config not compared",
+        ' or config["selection"]["selected_layers"] != layers',
+        "",
+    ),
     _vector(
         "other weights than in the file",
         'tensors[f"{PREFIX}{module}.{side}.weight"]',
@@ -67,7 +92,9 @@ VECTOR = (
         "vectors/safety_vector.py",
     ),
     _vector("signature of fewer files", "    if unsigned:", "    if False:", "vectors/signing.py"),
-    _vector("signature not asked for", "if public_key is not None:", "if False:", "vectors/record.py"),
+    _vector(
+        "signature not asked for", "if public_key is not None:", "if False:", "vectors/record.py"
+    ),
     _vector("devices and pipes", "if not stat.S_ISREG(status.st_mode):", "if False:"),
 )
 

@@ -36,8 +36,8 @@ NUMBERS = (
     simple(
         "streaming: a file that shrinks is read to its end",
         "checkpoints/stored_merge.py",
-        'raise CheckpointError(f"{tensor.path} became shorter while it was read: run it again.")',
-        "break",
+        "if count == 0:\n                raise CheckpointError(",
+        "if count == 0:\n                break\n                raise CheckpointError(",
         "tests/checkpoints/test_stored_merge.py",
     ),
     simple(
@@ -55,7 +55,11 @@ NUMBERS = (
                 "np.maximum(lower - point, -radius), np.minimum(upper - point, radius)",
                 "np.full_like(point, -radius), np.full_like(point, radius)",
             ),
-            Edit("recalibration/trust_region.py", "new = np.clip(point + step, lower, upper)", "new = point + step"),
+            Edit(
+                "recalibration/trust_region.py",
+                "new = np.clip(point + step, lower, upper)",
+                "new = point + step",
+            ),
         ),
         ("tests/recalibration/test_trust_region.py",),
     ),
@@ -242,8 +246,8 @@ NUMBERS = (
     simple(
         "merging: tensors that are not finite are written",
         "checkpoints/live_merge.py",
-        "if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):",
-        "if False:",
+        "        and not bool(tensor.isfinite().all())\n",
+        "        and False\n",
         "tests/checkpoints/test_live_merge.py",
     ),
     simple(

@@ -68,7 +68,11 @@ def test_padding_and_kept_logits_do_not_change_the_loss():
     for sample in group:
         ids = torch.tensor([sample.input_ids])
         start = sample.is_response.index(True)
-        expected.append(F.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum").item())
+        expected.append(
+            F.cross_entropy(
+                model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum"
+            ).item()
+        )
     (batch,) = batches(group, 8, 0, model.device)
     assert batch.kept < batch.input_ids.shape[1]
     assert losses.cross_entropy(model, batch).tolist() == pytest.approx(expected, rel=1e-5)
@@ -79,20 +83,29 @@ def test_kl_is_zero_for_the_same_model_and_positive_for_another():
     (batch,) = batches(samples(3, 1), 8, 0, model.device)
     with torch.no_grad():
         reference = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-        assert divergence(model, batch, reference).abs().sum().item() == pytest.approx(0.0, abs=1e-4)
+        assert divergence(model, batch, reference).abs().sum().item() == pytest.approx(
+            0.0, abs=1e-4
+        )
         found = divergence(other, batch, reference)
         assert found.shape == (3,) and found.sum().item() > 1.0
         (alone,) = batches(samples(3, 1)[1:2], 8, 0, model.device)
         reference = F.log_softmax(response_logits(model, alone)[0], dim=-1)
-        assert divergence(other, alone, reference).item() == pytest.approx(found[1].item(), rel=1e-4)
+        assert divergence(other, alone, reference).item() == pytest.approx(
+            found[1].item(), rel=1e-4
+        )
 
 
 def test_softened_divergence_is_its_formula():
     torch.manual_seed(0)
     old, new = (3 * torch.randn(5, 40)).log_softmax(-1), (3 * torch.randn(5, 40)).log_softmax(-1)
-    (batch,) = batches([Sample([1, 2, 3, 4, 5, 6], [False] + [True] * 5)], 1, 0, torch.device("cpu"))
+    (batch,) = batches(
+        [Sample([1, 2, 3, 4, 5, 6], [False] + [True] * 5)], 1, 0, torch.device("cpu")
+    )
     with patch.object(losses, "response_logits", return_value=(new, None)):
-        plain, found = divergence(make_model(), batch, old), divergence(make_model(), batch, old, temperature=3.0)
+        plain, found = (
+            divergence(make_model(), batch, old),
+            divergence(make_model(), batch, old, temperature=3.0),
+        )
     expected = 0.0
     for p, q in zip(old, new, strict=True):
         likely = p.argsort(descending=True)[:16]
@@ -109,7 +122,9 @@ def test_softened_divergence_sees_sure_answers_move():
     moved[0, 1] += 1.0
     (batch,) = batches([Sample([1, 2], [False, True])], 1, 0, torch.device("cpu"))
     with patch.object(losses, "response_logits", return_value=(moved, None)):
-        plain, soft = (divergence(make_model(), batch, sure.log_softmax(-1), t).item() for t in (1.0, 2.0))
+        plain, soft = (
+            divergence(make_model(), batch, sure.log_softmax(-1), t).item() for t in (1.0, 2.0)
+        )
     assert plain < 3e-4 and soft > 30 * plain
 
 
@@ -118,14 +133,20 @@ def test_gradient_matches_finite_differences(temperature):
     model = make_model()
     deltas = make_deltas(model)
     config = config_of(
-        vector="v", utility_weight=0.7, utility_temperature=temperature, sparsity_weight=0.2, batch_size=3
+        vector="v",
+        utility_weight=0.7,
+        utility_temperature=temperature,
+        sparsity_weight=0.2,
+        batch_size=3,
     )
     attach = attachment_of(model, deltas).applied
     point = np.array([0.4, 0.6])
 
     def evaluate(at):
         value, losses, gradient, _ = evaluate_objective(model, fit, attach, at, config)
-        assert value == pytest.approx(losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum())
+        assert value == pytest.approx(
+            losses.safety + losses.benign + 0.7 * losses.utility + 0.2 * at.sum()
+        )
         return value, gradient
 
     with frozen_for_calibration(model):
@@ -206,7 +227,9 @@ def test_no_budget_is_a_rejection_with_the_reason():
 def test_harmful_direction_is_rejected_or_left_out():
     model = make_model()
     data = calibration_set()
-    against = {name: LowRankDelta(-delta.a, delta.b) for name, delta in helpful_deltas(model, data).items()}
+    against = {
+        name: LowRankDelta(-delta.a, delta.b) for name, delta in helpful_deltas(model, data).items()
+    }
     result = run(model, against, data)
     assert not result.accepted or max(result.coefficients.values()) < 0.05
 
@@ -230,7 +253,10 @@ def test_diverged_model_is_an_error():
 
 def recompute(model, reentrant):
     """Transformers has renamed it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
 
 
@@ -290,7 +316,8 @@ def test_activations_are_kept_where_memory_allows_and_else_recomputed(room, lora
     size = 2 if room == "runs out" else 4
     assert (result.passes["batch_size"], result.passes["first_batch_size"]) == (size, 4)
     assert result.passes["activations"] == ("kept" if room == "plenty" else "recomputed")
-    assert (passes == fewest) == (room == "plenty")  # of a layer: it is passed once more where it is recomputed
+    # of a layer: it is passed once more where it is recomputed
+    assert (passes == fewest) == (room == "plenty")
     assert plain.passes["activations"] == "kept" and result.coefficients == plain.coefficients
     assert result.passes["batch_size_set"] == (room == "set by hand")
 
@@ -315,7 +342,9 @@ def test_a_start_out_of_bounds_is_taken_to_the_nearest_bound():
     assert list(found.history[0]["coefficients"].values()) == [0.1, *[0.7] * (len(start) - 1)]
 
 
-@pytest.mark.parametrize(("safety", "accepted"), [(1.0, False), (1.1, False), (float("nan"), False), (0.999, True)])
+@pytest.mark.parametrize(
+    ("safety", "accepted"), [(1.0, False), (1.1, False), (float("nan"), False), (0.999, True)]
+)
 def test_safety_that_stays_as_it_was_is_not_better(safety, accepted):
     before, after = Losses(1.0, 0.5, 0.0), Losses(safety, 0.5, 0.0)
     assert bool(recalibration.objection(before, after, budget=0.1)) is not accepted

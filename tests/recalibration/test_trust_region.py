@@ -25,7 +25,9 @@ def logistic(seed=0, samples=40, count=8):
     """A logistic regression: convex, not quadratic, its Gauss–Newton matrix near its Hessian."""
     random = np.random.default_rng(seed)
     data = random.normal(size=(samples, count)) * np.geomspace(0.3, 3, count)
-    labels = np.where(random.random(samples) < 1 / (1 + np.exp(-data @ random.normal(size=count))), 1.0, -1.0)
+    labels = np.where(
+        random.random(samples) < 1 / (1 + np.exp(-data @ random.normal(size=count))), 1.0, -1.0
+    )
 
     def function(point):
         margins = labels * (data @ point)
@@ -39,14 +41,17 @@ def logistic(seed=0, samples=40, count=8):
 def test_reaches_the_minimum_in_fewer_evaluations_than_lbfgs(seed):
     function = logistic(seed)
     start, bounds = np.full(8, 0.3), [(0.0, 2.0)] * 8
-    optimum = minimize(lambda p: function(p)[:2], start, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-12).fun
+    optimum = minimize(
+        lambda p: function(p)[:2], start, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-12
+    ).fun
     near = optimum + 0.01 * (function(start)[0] - optimum)
     problem, peer = Problem(function), Problem(function)
     found = minimize_in_box(problem, start, 0.0, 2.0, 30)
     minimize(lambda p: peer(p)[:2], start, jac=True, method="L-BFGS-B", bounds=bounds)
     assert function(found)[0] == pytest.approx(optimum, rel=2e-3)
     own, other = (
-        next(i for i, point in enumerate(each.points) if function(point)[0] <= near) for each in (problem, peer)
+        next(i for i, point in enumerate(each.points) if function(point)[0] <= near)
+        for each in (problem, peer)
     )
     assert own <= other and own <= 5
     assert all((point >= 0).all() and (point <= 2).all() for point in problem.points)
@@ -55,7 +60,13 @@ def test_reaches_the_minimum_in_fewer_evaluations_than_lbfgs(seed):
 def test_a_quadratic_with_its_own_matrix_takes_two_steps():
     target = np.array([0.5, 1.2, -0.1])
     matrix = np.diag([1.0, 10.0, 100.0])
-    problem = Problem(lambda p: ((p - target) @ matrix @ (p - target) / 2 + 1, matrix @ (p - target), np.sqrt(matrix)))
+    problem = Problem(
+        lambda p: (
+            (p - target) @ matrix @ (p - target) / 2 + 1,
+            matrix @ (p - target),
+            np.sqrt(matrix),
+        )
+    )
     found = minimize_in_box(problem, np.array([0.3, 0.9, 0.2]), 0.0, 2.0, 12)
     assert found == pytest.approx([0.5, 1.2, 0.0], abs=0.03)
     assert len(problem.points) <= 5
@@ -67,7 +78,9 @@ def test_budget_and_best_point():
         problem.points.clear()
         found = minimize_in_box(problem, np.full(8, 0.3), 0.0, 2.0, most)
         assert len(problem.points) == most
-        assert problem.function(found)[0] == min(problem.function(point)[0] for point in problem.points)
+        assert problem.function(found)[0] == min(
+            problem.function(point)[0] for point in problem.points
+        )
 
 
 def few_samples(seed, samples=6, outputs=4, count=60):
@@ -93,7 +106,9 @@ def test_where_samples_are_fewer_than_unknowns_the_damping_finds_more(monkeypatc
     for damping in (optimization.BLIND_DAMPING, 0.0):
         monkeypatch.setattr(optimization, "BLIND_DAMPING", damping)
         problems = [few_samples(seed) for seed in range(5)]
-        reached.append([function(minimize_in_box(function, start, 0.0, 2.0, 8))[0] for function in problems])
+        reached.append(
+            [function(minimize_in_box(function, start, 0.0, 2.0, 8))[0] for function in problems]
+        )
     assert np.mean(reached[0]) < 0.9 * np.mean(reached[1])
 
 
@@ -126,5 +141,7 @@ def test_thousands_of_unknowns_need_no_matrix_of_their_own():
     found = minimize_in_box(function, start, 0.0, 2.0, 10)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert function(found)[0] < 0.2 * function(start)[0] and (found >= 0).all() and (found <= 2).all()
+    assert (
+        function(found)[0] < 0.2 * function(start)[0] and (found >= 0).all() and (found <= 2).all()
+    )
     assert peak < 8 * count**2 / 10  # bytes

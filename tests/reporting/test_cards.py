@@ -9,7 +9,8 @@ from .test_html import report_of
 
 def report(**changes):
     return report_of(
-        **{"config": {"output": {"output_format": "merged"}, "search": {"granularity": "layer"}}} | changes
+        **{"config": {"output": {"output_format": "merged"}, "search": {"granularity": "layer"}}}
+        | changes
     )
 
 
@@ -21,10 +22,16 @@ def test_card_of_a_checkpoint():
         "over_refusal": 0.1333,
         "incoherent": 0.0,
     }
-    assert "Outcome: **accepted**" in card.text and "| 30.0% [18.1%, 45.4%] | 90.0% [76.9%, 96.0%] |" in card.text
+    assert (
+        "Outcome: **accepted**" in card.text
+        and "| 30.0% [18.1%, 45.4%] | 90.0% [76.9%, 96.0%] |" in card.text
+    )
     assert "no proof of safety" in card.text
     adapter = checkpoint_card(
-        report(config={"output": {"output_format": "adapter"}, "search": {"granularity": "module"}}), "nightly"
+        report(
+            config={"output": {"output_format": "adapter"}, "search": {"granularity": "module"}}
+        ),
+        "nightly",
     )
     assert (adapter.data.base_model_relation, adapter.data.library_name) == ("adapter", "peft")
 
@@ -34,20 +41,30 @@ def test_card_without_measurements():
     card = checkpoint_card(plain, "nightly")
     assert card.data.eval_results is None and "95 % intervals" not in card.text
     assert "Outcome: **accepted without a measurement of refusals**" in card.text
-    assert "meant to give it refusals back" in card.text and "that give it refusals" not in card.text
+    assert (
+        "meant to give it refusals back" in card.text and "that give it refusals" not in card.text
+    )
 
 
 def test_card_of_a_vector_names_what_it_is_weak_in(tokenizer):
     vector = make_vector(make_model(), tokenizer)
     assert "Harm categories" not in vector_card(vector).text
-    vector.selection["categories"] = {"fraud": {"asked": 8, "refused": 3}, "violence": {"asked": 9, "refused": 9}}
+    vector.selection["categories"] = {
+        "fraud": {"asked": 8, "refused": 3},
+        "violence": {"asked": 9, "refused": 9},
+    }
     text = vector_card(vector).text
     assert "fraud (3 of 8), violence (9 of 9)" in text and "weak in those" in text
-    vector.extraction["vectors"] = [{"selection": vector.selection}, {"selection": vector.selection}]
+    vector.extraction["vectors"] = [
+        {"selection": vector.selection},
+        {"selection": vector.selection},
+    ]
     assert "fraud (6 of 16), violence (18 of 18)" in vector_card(vector).text
 
 
-HOSTILE = "x\n---\nlicense: mit\n---\n# <script>alert(1)</script> | `a` ![b](http://c) \x1b[2J\ud800"
+HOSTILE = (
+    "x\n---\nlicense: mit\n---\n# <script>alert(1)</script> | `a` ![b](http://c) \x1b[2J\ud800"
+)
 
 
 def check_inert(card, before):

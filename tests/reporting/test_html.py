@@ -48,7 +48,9 @@ def report_of(outcome="accepted", **changes):
                 }
             ],
         },
-        "coefficients": {f"layers.{layer}/{part}": layer / 10 + part for layer in range(6) for part in range(2)},
+        "coefficients": {
+            f"layers.{layer}/{part}": layer / 10 + part for layer in range(6) for part in range(2)
+        },
         "held_out": {"before": losses, "after": losses | {"safety": 0.4}},
         "history": [],
         "search": {
@@ -67,8 +69,18 @@ def report_of(outcome="accepted", **changes):
             "token_accuracy": {"before": 0.8123, "after": 0.8},
             "utility_loss": {"share": 0.0123, "low": -0.01, "high": 0.03, "count": 64},
         },
-        "vector": {"name": "family/vector", "revision": None, "aligned_model": {"name": "aligned"}, "signed_by": None},
-        "base": {"name": "aligned", "revision": "abc", "carries_vector": False, "is_aligned_model": True},
+        "vector": {
+            "name": "family/vector",
+            "revision": None,
+            "aligned_model": {"name": "aligned"},
+            "signed_by": None,
+        },
+        "base": {
+            "name": "aligned",
+            "revision": "abc",
+            "carries_vector": False,
+            "is_aligned_model": True,
+        },
         "model": {"kind": "lora", "architecture": "LlamaForCausalLM"},
         "phases": {"recalibrate": {"seconds": 12.345, "peak_memory_mib": 512.5}},
         "software": {"torch": "2.13.0"},
@@ -81,7 +93,9 @@ def line_of(report):
     for number, refused in enumerate((38, 20, 36)):
         after = {"refusal_rate": Rate(refused, 40).to_dict()}
         outcome = "rejected" if refused == 20 else "accepted"
-        releases.append({"time": f"2030-01-0{number + 1}T00:00:00+00:00", "outcome": outcome, "after": after})
+        releases.append(
+            {"time": f"2030-01-0{number + 1}T00:00:00+00:00", "outcome": outcome, "after": after}
+        )
     return releases
 
 
@@ -98,7 +112,11 @@ class Page(HTMLParser):
         found = dict(attributes)
         if tag == "data":
             self.numbers.append([found["data-from"], float(found["value"]), ""])
-        if tag in ("script", "link", "img", "iframe", "object") or "src" in found or "href" in found:
+        if (
+            tag in ("script", "link", "img", "iframe", "object")
+            or "src" in found
+            or "href" in found
+        ):
             self.loads.append(tag)
         if tag == "svg":
             self.images.append(found.get("aria-label"))
@@ -133,7 +151,9 @@ def check_numbers(page, report):
     for pointer, value, text in page.numbers:
         assert value == at(report, pointer), pointer
         shown = float(text.rstrip("%"))
-        assert shown == pytest.approx(100 * value if text.endswith("%") else value, abs=0.051, rel=1e-3), pointer
+        assert shown == pytest.approx(
+            100 * value if text.endswith("%") else value, abs=0.051, rel=1e-3
+        ), pointer
 
 
 def test_numbers_are_the_reports_and_nothing_is_loaded():
@@ -159,7 +179,10 @@ def test_numbers_are_the_reports_and_nothing_is_loaded():
     ("changes", "verdict"),
     [
         ({"outcome": "accepted_best_effort"}, "Accepted as best effort"),
-        ({"outcome": "rejected", "error": {"kind": "RejectedError", "message": "limits"}}, "Rejected"),
+        (
+            {"outcome": "rejected", "error": {"kind": "RejectedError", "message": "limits"}},
+            "Rejected",
+        ),
         ({"error": {"kind": "OutputError", "message": "disk"}}, "Failed"),
         ({"measured": None}, "Accepted without a measurement of refusals"),
         ({"measured": None, "outcome": "rejected"}, "Rejected"),
@@ -171,19 +194,31 @@ def test_verdict_comes_first(changes, verdict):
 
 def test_the_page_says_how_the_search_was_run():
     halved = words(report_of())
-    assert "16, halved from 32, with which memory ran out; activations recomputed in the backward pass" in halved
     assert (
-        "were fetched for every pass: they take 12.5 MiB and were allowed 3.25, a quarter of what was free" in halved
+        "16, halved from 32, with which memory ran out; activations recomputed in the backward pass"
+        in halved
+    )
+    assert (
+        "were fetched for every pass: they take 12.5 MiB and were allowed 3.25, a quarter of what was free"
+        in halved
     )
     search = report_of()["search"] | {"first_batch_size": 16, "activations": "kept"}
     search |= {"factors": {"place": "resident", "mib": 1.5, "allowed_mib": 3.25}}
     kept = words(report_of(search=search))
-    assert "16, chosen for the device; activations kept" in kept and "stayed on the device: they take 1.5" in kept
+    assert (
+        "16, chosen for the device; activations kept" in kept
+        and "stayed on the device: they take 1.5" in kept
+    )
 
 
 def test_a_report_with_little_in_it():
     text = render(
-        {"schema_version": 1, "status": "failed", "phases": {}, "error": {"kind": "OutputError", "message": "x"}}
+        {
+            "schema_version": 1,
+            "status": "failed",
+            "phases": {},
+            "error": {"kind": "OutputError", "message": "x"},
+        }
     )
     assert Page(text).headings == [("h1", "Failed"), ("h2", "Provenance")]
 
@@ -192,14 +227,22 @@ def test_a_long_line_is_cut_and_the_page_says_so():
     releases = line_of(None) * 3_334
     text = render(report_of(), releases)
     assert len(text) < 150_000 and "The last 100 of 10002 releases" in text
-    assert '<th scope="row">9903</th>' in text and '<th scope="row">10002</th>' in text and ">9902<" not in text
+    assert (
+        '<th scope="row">9903</th>' in text
+        and '<th scope="row">10002</th>' in text
+        and ">9902<" not in text
+    )
     assert text.count("<circle") == 100 and "100 releases; first release 9903: " in text
     assert "Every release" in render(report_of(), releases[:100])
 
 
 def test_names_are_text_and_numbers_that_are_none_are_dashes():
     hostile = "</title><script>alert(1)</script>\x1b[2J\u202e\ud800"
-    report = report_of(warnings=[hostile], software={hostile: hostile}, coefficients={hostile: 0.5, "b": float("nan")})
+    report = report_of(
+        warnings=[hostile],
+        software={hostile: hostile},
+        coefficients={hostile: 0.5, "b": float("nan")},
+    )
     report["measured"]["after"]["refusal_rate"]["share"] = None
     report["held_out"]["after"]["safety"] = float("inf")
     text = render(report, line_of(report))
@@ -218,7 +261,9 @@ def test_a_report_with_numbers_that_are_none_is_json_all_the_same(tmp_path):
 
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -235,7 +280,15 @@ def test_contrast_of_text_is_enough(mode):
 
 def chromium(page, *options):
     return subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *options, page.as_uri()],
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            *options,
+            page.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -255,6 +308,8 @@ def test_in_a_browser(tmp_path):
     check_numbers(Page(shown.stdout), report)
     for name, size in (("wide", "1000,1400"), ("phone", "390,1400")):
         picture = tmp_path / f"{name}.png"
-        taken = chromium(page, f"--screenshot={picture}", f"--window-size={size}", "--hide-scrollbars")
+        taken = chromium(
+            page, f"--screenshot={picture}", f"--window-size={size}", "--hide-scrollbars"
+        )
         assert taken.returncode == 0 and "CONSOLE" not in taken.stderr
         assert picture.stat().st_size > 10_000

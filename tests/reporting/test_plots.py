@@ -19,7 +19,9 @@ HOSTILE = "a$\\frac{$\x1b[2J\n<b>\u202e"
 def releases(count):
     share = {"share": 0.5, "low": 0.4, "high": 0.6}
     after = dict.fromkeys(("refusal_rate", "over_refusal", "incoherent"), share)
-    return [{"outcome": "rejected" if i % 7 == 0 else "accepted", "after": after} for i in range(count)]
+    return [
+        {"outcome": "rejected" if i % 7 == 0 else "accepted", "after": after} for i in range(count)
+    ]
 
 
 def is_png(path):
@@ -40,19 +42,31 @@ def test_long_lines_and_many_coefficients_take_no_time(tmp_path):
     history_plot(releases(3), tmp_path / "first.png")  # matplotlib's own start
     started = time.process_time()
     history_plot(releases(10_000), tmp_path / "history.png")
-    coefficients_plot({f"layers.{i}": i % 10 / 5 for i in range(5_000)}, tmp_path / "coefficients.png")
-    coefficients_plot({f"layers.{i}/{j}": 1.0 for i in range(2) for j in range(1_000)}, tmp_path / "components.png")
+    coefficients_plot(
+        {f"layers.{i}": i % 10 / 5 for i in range(5_000)}, tmp_path / "coefficients.png"
+    )
+    coefficients_plot(
+        {f"layers.{i}/{j}": 1.0 for i in range(2) for j in range(1_000)},
+        tmp_path / "components.png",
+    )
     assert time.process_time() - started < 10
     assert all(is_png(path) for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 4
 
 
 def test_names_are_text(tmp_path):
     heat_map(
-        {"overall": [[1.0, 0.5], [0.5, None]], "layers.0": [[1.0, 0.2], [0.2, 1.0]]}, [HOSTILE, "b"], tmp_path / "a"
+        {"overall": [[1.0, 0.5], [0.5, None]], "layers.0": [[1.0, 0.2], [0.2, 1.0]]},
+        [HOSTILE, "b"],
+        tmp_path / "a",
     )
     coefficients_plot({f"layers.1/{HOSTILE}": 0.5, "layers.1/b": float("nan")}, tmp_path / "b")
     stability = {"inclusion": [0.5, 1.0], "mean_jaccard": 0.5}
-    selection = {"scores": [0.1, 0.2], "selected_layers": [1], "method": HOSTILE, "stability": stability}
+    selection = {
+        "scores": [0.1, 0.2],
+        "selected_layers": [1],
+        "method": HOSTILE,
+        "stability": stability,
+    }
     selection_plot(selection, tmp_path / "c")
     assert all(is_png(path) for path in tmp_path.iterdir())
 
@@ -63,7 +77,9 @@ def test_no_display_is_asked_for(tmp_path, monkeypatch):
     assert "matplotlib.pyplot" not in sys.modules
 
 
-@pytest.mark.parametrize("broken", [ImportError("not here"), RuntimeError("built for another numpy")])
+@pytest.mark.parametrize(
+    "broken", [ImportError("not here"), RuntimeError("built for another numpy")]
+)
 def test_a_library_that_cannot_be_loaded(broken, tmp_path, monkeypatch):
     real = builtins.__import__
 
@@ -77,8 +93,12 @@ def test_a_library_that_cannot_be_loaded(broken, tmp_path, monkeypatch):
         history_plot(releases(3), tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("no fonts"), MemoryError()])
-def test_what_cannot_be_written_leaves_nothing_and_keeps_what_was_there(error, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("no fonts"), MemoryError()]
+)
+def test_what_cannot_be_written_leaves_nothing_and_keeps_what_was_there(
+    error, tmp_path, monkeypatch
+):
     (tmp_path / "x.png").write_bytes(b"earlier")
 
     def savefig(figure, file, **options):

@@ -28,7 +28,9 @@ def test_fewer_successes_are_as_likely_as_scipy_says(seed):
         found, among_others = chance.randint(0, count), chance.randint(0, other)
         table = [[found, count - found], [among_others, other - among_others]]
         expected = fisher_exact(table, alternative="less").pvalue
-        assert chance_of_fewer(found, count, among_others, other) == pytest.approx(expected, rel=1e-7, abs=1e-14)
+        assert chance_of_fewer(found, count, among_others, other) == pytest.approx(
+            expected, rel=1e-7, abs=1e-14
+        )
 
 
 @pytest.mark.parametrize("different", [2, 5, 1000], ids=["many ties", "some ties", "hardly any"])
@@ -36,7 +38,10 @@ def test_fewer_successes_are_as_likely_as_scipy_says(seed):
 def test_a_fall_is_as_likely_as_scipy_says(length, different):
     chance = random.Random(length)
     for slope in (0.0, 0.0, -0.3, -3.0):
-        values = [slope * number * different / length + chance.randrange(different) for number in range(length)]
+        values = [
+            slope * number * different / length + chance.randrange(different)
+            for number in range(length)
+        ]
         expected = kendalltau(range(length), values, alternative="less").pvalue
         assert chance_of_falling(values) == pytest.approx(expected, rel=1e-7, abs=1e-14)
 

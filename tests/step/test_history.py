@@ -38,7 +38,12 @@ def release(refused=90, count=100, outcome="accepted", base="a", carries=False, 
         "before": None,
         "after": {"refusal_rate": Rate(refused, count).to_dict()},
         "utility_loss": None,
-        "base": {"name": "model", "revision": base, "sha256": sha256_of_json(base), "carries_vector": carries},
+        "base": {
+            "name": "model",
+            "revision": base,
+            "sha256": sha256_of_json(base),
+            "carries_vector": carries,
+        },
         "report": HASH,
         **values,
     }
@@ -78,7 +83,8 @@ def test_a_changed_line_is_noticed(tmp_path, change, place):
     path.write_text("".join(lines))
     with pytest.raises(SafeGeneError, match="restore the file"):
         read_history(path)
-    if place == 2 or change == "taken out":  # what an append, which does not read the whole file, has to notice
+    # what an append, which does not read the whole file, has to notice
+    if place == 2 or change == "taken out":
         with pytest.raises(SafeGeneError, match="as it was sealed"):
             append_release(path, release())
         assert path.read_text() == "".join(lines)
@@ -101,7 +107,13 @@ def test_a_seal_that_is_gone_or_damaged_is_noticed_and_made_anew_on_demand(tmp_p
         append_release(path, release(number=number))
     first = path.read_text().splitlines(keepends=True)[0]
     path.write_text(first)
-    for damage in (None, "{}x", "[]", '{"releases": 1}', '{"releases": -1, "size": 1, "last": null}'):
+    for damage in (
+        None,
+        "{}x",
+        "[]",
+        '{"releases": 1}',
+        '{"releases": -1, "size": 1, "last": null}',
+    ):
         if damage is None:
             seal_path(path).unlink()
         else:
@@ -123,7 +135,10 @@ def test_a_crash_between_line_and_seal_is_no_tampering(tmp_path, monkeypatch):
     append_release(path, release(number=2))
     assert [entry["number"] for entry in read_history(path)] == [0, 1, 2]
     assert json.loads(seal_path(path).read_text())["releases"] == 3
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["history.jsonl", "history.jsonl.seal"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "history.jsonl",
+        "history.jsonl.seal",
+    ]
 
 
 @pytest.mark.parametrize("writes", range(1, 4))
@@ -195,7 +210,10 @@ def test_a_line_of_the_wrong_shape_is_refused_with_its_number(tmp_path, name, va
     path = tmp_path / "history.jsonl"
     path.write_text(json.dumps(release() | {"previous": None}) + "\n")
     (good,) = read_history(path)
-    second = good | {"previous": history.hashlib.sha256(path.read_bytes()[:-1]).hexdigest(), name: value}
+    second = good | {
+        "previous": history.hashlib.sha256(path.read_bytes()[:-1]).hexdigest(),
+        name: value,
+    }
     path.write_text(path.read_text() + json.dumps(second) + "\n")
     with pytest.raises(SafeGeneError, match=r"[Ll]ine 2 of the history .*restore the file"):
         read_history(path)
@@ -207,7 +225,9 @@ def test_a_line_of_the_wrong_shape_is_refused_with_its_number(tmp_path, name, va
 
 def test_infinity_is_no_number(tmp_path):
     path = tmp_path / "history.jsonl"
-    line = json.dumps(release(coefficients={"layers.1": 9.5}) | {"previous": None}).replace("9.5", "1e999")
+    line = json.dumps(release(coefficients={"layers.1": 9.5}) | {"previous": None}).replace(
+        "9.5", "1e999"
+    )
     path.write_text(line + "\n")
     with pytest.raises(SafeGeneError, match=r"Line 1 .* is damaged"):
         read_history(path)
@@ -271,7 +291,12 @@ def test_a_line_that_a_crash_cut_off_is_forgotten(tmp_path):
 
 def test_another_base_is_noticed():
     def found(name, carries=False):
-        return {"name": "model", "revision": name, "files": {"model.safetensors": name}, "carries_vector": carries}
+        return {
+            "name": "model",
+            "revision": name,
+            "files": {"model.safetensors": name},
+            "carries_vector": carries,
+        }
 
     def line(name, **values):
         entry = release(base=name, **values)
@@ -292,7 +317,9 @@ def test_history_is_one_json_object_per_line(tmp_path):
     assert json.loads(line)["reason"] == "línea\nnueva"
 
 
-def test_a_release_that_is_prepared_needs_no_more_space_and_is_none_before_it_is_added(tmp_path, monkeypatch):
+def test_a_release_that_is_prepared_needs_no_more_space_and_is_none_before_it_is_added(
+    tmp_path, monkeypatch
+):
     path = tmp_path / "history.jsonl"
     append_release(path, release(number=0))
     with prepared_release(path, release(number=1)) as add:
@@ -307,7 +334,10 @@ def test_a_release_that_is_prepared_needs_no_more_space_and_is_none_before_it_is
     assert path.read_bytes() == before
     append_release(path, release(number=3))
     assert [entry["number"] for entry in read_history(path)] == [0, 1, 3]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["history.jsonl", "history.jsonl.seal"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "history.jsonl",
+        "history.jsonl.seal",
+    ]
 
 
 @pytest.mark.parametrize("writes", [0, 1])
@@ -323,8 +353,12 @@ def test_a_full_disk_names_the_history_and_leaves_it_as_it_was(writes, tmp_path,
 
     monkeypatch.setattr(history.os, "fsync", full)
     with pytest.raises(
-        OutputError, match=r"The history .*history\.jsonl cannot be written \(No space left on device\)"
+        OutputError,
+        match=r"The history .*history\.jsonl cannot be written \(No space left on device\)",
     ):
         append_release(path, release(number=1))
     assert (path.read_bytes(), seal_path(path).read_bytes()) == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["history.jsonl", "history.jsonl.seal"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "history.jsonl",
+        "history.jsonl.seal",
+    ]

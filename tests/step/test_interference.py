@@ -45,17 +45,25 @@ def test_orthogonal_changes_do_not_interfere_and_equal_ones_do():
     one = LowRankDelta(basis[:2], torch.eye(10)[:, :2])
     other = LowRankDelta(basis[2:4], torch.eye(10)[:, 2:4])
     assert interference(one, other) == pytest.approx(0, abs=1e-7)
-    assert interference(one, one) == pytest.approx(full_product(one, one), rel=1e-5) and interference(one, one) > 0.2
+    assert (
+        interference(one, one) == pytest.approx(full_product(one, one), rel=1e-5)
+        and interference(one, one) > 0.2
+    )
 
 
 def test_coefficients():
     tasks = {"m": delta(0, 2, scale=1e-3), "n": delta(2, 2, scale=1e-3)}
     vectors = {"m": delta(1, 3, scale=1e-2), "free": delta(3, 3, scale=1e-2)}
     found = interference_coefficients(tasks, vectors)
-    norms = [math.sqrt(sum(float(d.dense().square().sum()) for d in each.values())) for each in (tasks, vectors)]
+    norms = [
+        math.sqrt(sum(float(d.dense().square().sum()) for d in each.values()))
+        for each in (tasks, vectors)
+    ]
     alpha = 0.1 * norms[0] / norms[1]
     assert found["free"] == pytest.approx(alpha, rel=1e-5)
-    assert found["m"] == pytest.approx(alpha * math.exp(-200 * full_product(tasks["m"], vectors["m"])), rel=1e-4)
+    assert found["m"] == pytest.approx(
+        alpha * math.exp(-200 * full_product(tasks["m"], vectors["m"])), rel=1e-4
+    )
     with pytest.raises(FamilyError, match="changes no weight"):
         interference_coefficients({"m": delta(0, 2, scale=0.0)}, vectors)
 
@@ -68,7 +76,13 @@ def test_command(full, model_dir, vector_dir, tokenizer, tmp_path, capsys):
     tuned = adapted.merge_and_unload() if full else adapted
     for part in (tuned, tokenizer):
         part.save_pretrained(tmp_path / "tuned")
-    words = ["apply", "--model_name_or_path", str(tmp_path / "tuned"), "--coefficients", "interference"]
+    words = [
+        "apply",
+        "--model_name_or_path",
+        str(tmp_path / "tuned"),
+        "--coefficients",
+        "interference",
+    ]
     words += [f"--safegene.vector={vector_dir}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
     if full:
         assert main(words) == 2

@@ -36,14 +36,25 @@ LENIENT = [
 
 @pytest.fixture
 def helps(monkeypatch):
-    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda before, after, budget: "")
+    monkeypatch.setattr(
+        "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
+    )
 
 
 @pytest.fixture
 def safeguarded(model_dir, vector_dir, task_file, tmp_path, helps):
     """A first release, and the options for a next one."""
-    options = [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}", *LENIENT]
-    words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.output.output_dir={tmp_path / 'first'}"]
+    options = [
+        f"--safegene.vector={vector_dir}",
+        f"--safegene.data.task_data={task_file}",
+        *LENIENT,
+    ]
+    words = [
+        "--model_name_or_path",
+        str(model_dir),
+        *options,
+        f"--safegene.output.output_dir={tmp_path / 'first'}",
+    ]
     assert main(["apply", *words]) == 0
     return tmp_path / "first", options
 
@@ -90,31 +101,43 @@ def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys,
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 1e-3)
-    model.save_pretrained(tmp_path / "tuned")  # as a trainer does: the entry in config.json is inherited
+    # as a trainer does: the entry in config.json is inherited
+    model.save_pretrained(tmp_path / "tuned")
     for file in [*first.glob("token*"), *first.glob("chat_template*")]:
         (tmp_path / "tuned" / file.name).write_bytes(file.read_bytes())
     before = report_of(first)["coefficients"]
     assert any(before.values())
     words = ["--model_name_or_path", str(tmp_path / "tuned"), *options]
-    words += [f"--safegene.output.output_dir={tmp_path / 'second'}", *(["--coefficients", "0.25"] if given else [])]
+    words += [
+        f"--safegene.output.output_dir={tmp_path / 'second'}",
+        *(["--coefficients", "0.25"] if given else []),
+    ]
     assert main(["apply", *words]) == 2  # the fine-tune does not say where it started from
-    assert "as `search.warm_start`" in capsys.readouterr().err and not (tmp_path / "second").exists()
+    assert (
+        "as `search.warm_start`" in capsys.readouterr().err and not (tmp_path / "second").exists()
+    )
     assert main(["apply", *words, f"--safegene.search.warm_start={first}"]) == 0
     report = report_of(tmp_path / "second")
     assert report["base"]["carried"] == {"claim": "verified", "source": f"the report {first}"}
     after = report["coefficients"]
     assert report["base"]["carries_vector"]
-    assert json.loads((tmp_path / "second" / "config.json").read_text())["safegene"]["coefficients"] == after
+    assert (
+        json.loads((tmp_path / "second" / "config.json").read_text())["safegene"]["coefficients"]
+        == after
+    )
     if given:
         assert set(after.values()) == {0.25}
     else:
-        assert report["history"][0]["coefficients"] == pytest.approx(before)  # it starts where the last release ended
+        # it starts where the last release ended
+        assert report["history"][0]["coefficients"] == pytest.approx(before)
     vector = SafetyVector.from_pretrained(vector_dir)
     change = vector.space("module").by_module({name: after[name] - before[name] for name in after})
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
     for name, delta in vector.deltas.items():
         expected = model.get_submodule(name).weight + delta.b @ (change[name][:, None] * delta.a)
-        torch.testing.assert_close(second.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            second.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_carried_coefficients_leave_the_model_as_it_is_and_keep_the_bounds(vector_dir, tokenizer):
@@ -124,14 +147,20 @@ def test_carried_coefficients_leave_the_model_as_it_is_and_keep_the_bounds(vecto
     space = vector.space("layer")
     held = {"layers.1": 0.4, "layers.2": 0.1}
     found = recalibrate(VectorAttachment(model, vector.deltas, space, ALONE, held), data, config, 0)
-    assert found.history[0]["coefficients"] == held and found.history[0]["utility"] == pytest.approx(0, abs=1e-6)
-    assert all(0 <= value <= 0.5 for entry in found.history for value in entry["coefficients"].values())
+    assert found.history[0]["coefficients"] == held and found.history[0][
+        "utility"
+    ] == pytest.approx(0, abs=1e-6)
+    assert all(
+        0 <= value <= 0.5 for entry in found.history for value in entry["coefficients"].values()
+    )
     # the same weights with the vector taken out of them say the same
     plain = make_model()
     with torch.no_grad():
         for name, delta in vector.deltas.items():
             plain.get_submodule(name).weight -= held[f"layers.{name.split('.')[2]}"] * delta.dense()
-    again = recalibrate(VectorAttachment(plain, vector.deltas, space, ALONE), data, config, 0, start=held)
+    again = recalibrate(
+        VectorAttachment(plain, vector.deltas, space, ALONE), data, config, 0, start=held
+    )
     assert again.history[0]["safety"] == pytest.approx(found.history[0]["safety"], abs=1e-5)
 
 
@@ -141,15 +170,21 @@ def test_another_vector_or_granularity_is_refused(vector_dir, tokenizer):
     assert carried_coefficients(model, vector, "layer") == names
     by_layer = {"layers.1": 0.5, "layers.2": 0.2}
     model.config.safegene = mark(vector, by_layer)["safegene"]
-    by_module = carried_coefficients(model, vector, "module")  # a layer's coefficient is each of its modules'
+    # a layer's coefficient is each of its modules'
+    by_module = carried_coefficients(model, vector, "module")
     assert set(by_module) == set(vector.deltas) and len(by_module) > 2
-    assert all(value == by_layer[f"layers.{name.split('.')[2]}"] for name, value in by_module.items())
+    assert all(
+        value == by_layer[f"layers.{name.split('.')[2]}"] for name, value in by_module.items()
+    )
     made = make_model()
     assert carried_coefficients(made, vector, "module") == dict.fromkeys(by_module, 0.0)
     made.config.safegene = mark(vector, by_module)["safegene"]
     assert carried_coefficients(made, vector, "module") == by_module
-    by_part = carried_coefficients(made, vector, "rank")  # and a module's that of each of its rank-one parts
-    assert by_part == {f"{name}#{part}": value for name, value in by_module.items() for part in range(2)}
+    # and a module's that of each of its rank-one parts
+    by_part = carried_coefficients(made, vector, "rank")
+    assert by_part == {
+        f"{name}#{part}": value for name, value in by_module.items() for part in range(2)
+    }
     for held, wanted in ((by_module, "layer"), (by_part, "module")):
         made.config.safegene = mark(vector, held)["safegene"]
         with pytest.raises(FamilyError, match="other kinds of coefficients"):
@@ -178,7 +213,12 @@ def test_another_vector_or_granularity_is_refused(vector_dir, tokenizer):
 def test_the_search_starts_at_the_last_release(safeguarded, model_dir, vector_dir, tmp_path):
     first, options = safeguarded
     history = tmp_path / "history.jsonl"
-    words = ["--model_name_or_path", str(model_dir), *options, f"--safegene.output.history={history}"]
+    words = [
+        "--model_name_or_path",
+        str(model_dir),
+        *options,
+        f"--safegene.output.history={history}",
+    ]
     assert (
         main(
             [
@@ -193,9 +233,14 @@ def test_the_search_starts_at_the_last_release(safeguarded, model_dir, vector_di
     a = report_of(tmp_path / "a")
     assert a["history"][0]["coefficients"] == pytest.approx(report_of(first)["coefficients"])
     assert main(["apply", *words, f"--safegene.output.output_dir={tmp_path / 'b'}"]) == 0
-    assert report_of(tmp_path / "b")["history"][0]["coefficients"] == pytest.approx(a["coefficients"])
+    assert report_of(tmp_path / "b")["history"][0]["coefficients"] == pytest.approx(
+        a["coefficients"]
+    )
     lines = [json.loads(line) for line in history.read_text().splitlines()]
-    assert [line["coefficients"] for line in lines] == [a["coefficients"], report_of(tmp_path / "b")["coefficients"]]
+    assert [line["coefficients"] for line in lines] == [
+        a["coefficients"],
+        report_of(tmp_path / "b")["coefficients"],
+    ]
     vector = SafetyVector.from_pretrained(vector_dir)
     with pytest.raises(ConfigError, match="no readable report"):
         reported_coefficients("nowhere", vector)
@@ -209,7 +254,11 @@ def test_a_claim_that_is_too_large_subtracts_nothing(safeguarded, vector_dir, tm
         file.unlink()
     for value, more, message in (
         (5.0, [], "more than `search.max_coefficient` (2)"),
-        (5.0, ["--safegene.search.max_coefficient=6"], "would subtract 4.5 times the vector at `model.layers.1"),
+        (
+            5.0,
+            ["--safegene.search.max_coefficient=6"],
+            "would subtract 4.5 times the vector at `model.layers.1",
+        ),
         (1.9, [], "would subtract 1.4 times the vector at `model.layers.1"),
         (1.9, ["--granularity"], "would subtract"),
     ):
@@ -237,10 +286,14 @@ def test_what_confirms_a_claim(safeguarded, vector_dir, tmp_path):
     append_release(tmp_path / "yes.jsonl", release(coefficients=held, **own))
     append_release(tmp_path / "yes.jsonl", release(coefficients={"layers.1": 0.5}, **own))
     append_release(tmp_path / "no.jsonl", release(coefficients=held))  # with another vector
-    append_release(tmp_path / "no.jsonl", release(coefficients=held | {next(iter(held)): 0.0123}, **own))
+    append_release(
+        tmp_path / "no.jsonl", release(coefficients=held | {next(iter(held)): 0.0123}, **own)
+    )
 
     def found(granularity="module", base=None, **values):
-        return carried_coefficients(model, vector, granularity, config_of(vector="v", **values), base)
+        return carried_coefficients(
+            model, vector, granularity, config_of(vector="v", **values), base
+        )
 
     assert found().verified is False and found().record == {"claim": "unverified", "source": None}
     assert found(base=str(tmp_path)).verified is False and found(base="no/where").verified is False
@@ -269,29 +322,45 @@ def test_nothing_is_subtracted_that_may_not_be_there():
     for carried in (sure, unsure, None):
         check_no_subtraction({"a": 0.0, "b": -1e-9}, carried)
         check_no_subtraction({"a": 0.3, "b": -ROUNDING / 2}, carried)
-        for bad in ({"a": 0.1, "b": -0.01}, {"b": float("nan")}, {"b": -float("inf")}, {"a": -0.51}):
+        for bad in (
+            {"a": 0.1, "b": -0.01},
+            {"b": float("nan")},
+            {"b": -float("inf")},
+            {"a": -0.51},
+        ):
             with pytest.raises(FamilyError, match=r"`[ab]`"):
                 check_no_subtraction(bad, carried)
     check_no_subtraction({"a": -0.5, "b": 0.0}, sure)
     for carried in (unsure, None):
-        with pytest.raises(FamilyError, match=r"subtract 0\.2 times the vector at `a`.*as `search.warm_start`"):
+        with pytest.raises(
+            FamilyError, match=r"subtract 0\.2 times the vector at `a`.*as `search.warm_start`"
+        ):
             check_no_subtraction({"a": -0.2}, carried)
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", "-0.1", "1e308", '"0.5"', "true", "null"])
 def test_a_report_with_an_impossible_coefficient_is_named(vector_dir, tmp_path, value):
     vector = SafetyVector.from_pretrained(vector_dir)
-    report = {"vector": {"files": vector.files}, "coefficients": {"layers.1": 0.5, "layers.2": "HERE"}}
+    report = {
+        "vector": {"files": vector.files},
+        "coefficients": {"layers.1": 0.5, "layers.2": "HERE"},
+    }
     (tmp_path / "warm.json").write_text(json.dumps(report).replace('"HERE"', value))
     with pytest.raises(ConfigError, match=r"coefficient of `layers\.2` in .*warm\.json"):
         reported_coefficients(str(tmp_path / "warm.json"), vector)
 
 
 def test_it_is_named_at_the_start(model_dir, vector_dir, task_file, tmp_path, capsys):
-    report = {"vector": {"files": SafetyVector.from_pretrained(vector_dir).files}, "coefficients": {"a": float("nan")}}
+    report = {
+        "vector": {"files": SafetyVector.from_pretrained(vector_dir).files},
+        "coefficients": {"a": float("nan")},
+    }
     (tmp_path / "warm.json").write_text(json.dumps(report))
     words = ["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}", *LENIENT]
-    words += [f"--safegene.data.task_data={task_file}", f"--safegene.output.output_dir={tmp_path / 'out'}"]
+    words += [
+        f"--safegene.data.task_data={task_file}",
+        f"--safegene.output.output_dir={tmp_path / 'out'}",
+    ]
     for more in (
         [f"--safegene.search.warm_start={tmp_path / 'warm.json'}", "--safegene.dry_run=true"],
         ["--coefficients", str(tmp_path / "warm.json")],

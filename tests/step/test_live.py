@@ -28,7 +28,12 @@ IDS = torch.arange(24).reshape(2, 12) + 5
 @pytest.fixture
 def config(vector_dir):
     def make(**values):
-        quick = {"max_utility_loss": 100.0, "max_evaluations": 3, "num_test_prompts": 2, "max_new_tokens": 2}
+        quick = {
+            "max_utility_loss": 100.0,
+            "max_evaluations": 3,
+            "num_test_prompts": 2,
+            "max_new_tokens": 2,
+        }
         return config_of(**{"vector": str(vector_dir), "utility_weight": 0.0} | quick | values)
 
     return make
@@ -52,7 +57,9 @@ def probed(monkeypatch):
 @pytest.mark.parametrize(
     ("lora", "dtype", "output_format"),
     [
-        pytest.param(lora, dtype, form, marks=() if form == "both" or quick else (pytest.mark.exhaustive,))
+        pytest.param(
+            lora, dtype, form, marks=() if form == "both" or quick else (pytest.mark.exhaustive,)
+        )
         for lora in (True, False)
         for dtype, quick in (("float32", not lora), ("bfloat16", lora))
         for form in ("merged", "adapter", "both")
@@ -64,7 +71,8 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
     kind = getattr(torch, dtype)
     callback = SafeGeneCallback(config(output_format=output_format))
     make_model().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=kind)  # its buffers stay in float32
+    # its buffers stay in float32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=kind)
     trainer = sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA if lora else None)
     trainer.train()
     shipped, folder = callback.report["shipped"], tmp_path / "safeguarded"
@@ -81,7 +89,9 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         place = folder / "adapter" if output_format == "both" else folder
         assert shipped["logit_distances"]["adapter"] <= (1e-4 if dtype == "float32" else 0.2)
         named = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base" if lora else named, dtype=kind)
+        base = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base" if lora else named, dtype=kind
+        )
         loaded = PeftModel.from_pretrained(base, place).eval()
         with torch.no_grad():
             again = live.response_logits(loaded, measured[0])[0]
@@ -96,7 +106,8 @@ def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, confi
     trainer = sft(tmp_path / "out", [callback], tokenizer, model=make_model().to(torch.bfloat16))
     with pytest.raises(RejectedError, match="held-out safety loss went from"):
         trainer.train()
-    assert max(callback.report["history"][-1]["coefficients"].values()) > 0  # the search had found something
+    # the search had found something
+    assert max(callback.report["history"][-1]["coefficients"].values()) > 0
     assert not (tmp_path / "out" / "safeguarded").exists()
 
 
@@ -188,7 +199,9 @@ def test_an_interruption_in_the_middle_of_a_replacement_leaves_no_trace(room, mo
                 sys.settrace(earlier)
             break
         except KeyboardInterrupt:
-            assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()), tried
+            assert all(
+                torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()
+            ), tried
         finally:
             sys.settrace(earlier)
     assert tried > 30
@@ -203,7 +216,9 @@ def test_the_live_model_stays_the_plain_fine_tune(config, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("output_format", ["merged", "adapter"])
-def test_the_gate_measures_the_model_that_is_shipped(output_format, config, tokenizer, tmp_path, monkeypatch):
+def test_the_gate_measures_the_model_that_is_shipped(
+    output_format, config, tokenizer, tmp_path, monkeypatch
+):
     """In bfloat16, where hooks and merged weights give other logits."""
     answering = []
 
@@ -217,10 +232,18 @@ def test_the_gate_measures_the_model_that_is_shipped(output_format, config, toke
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     callback = SafeGeneCallback(config(output_format=output_format, min_coefficient=0.2))
     sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA).train()
-    fine_tune, harmful, benign = answering[0], *answering[2:]  # harmful and benign prompts, before and after
-    assert len(answering) == 4 and torch.equal(harmful, benign) and not torch.equal(harmful, fine_tune)
+    # harmful and benign prompts, before and after
+    fine_tune, harmful, benign = (
+        answering[0],
+        *answering[2:],
+    )
+    assert (
+        len(answering) == 4 and torch.equal(harmful, benign) and not torch.equal(harmful, fine_tune)
+    )
     if output_format == "merged":
-        shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "safeguarded", dtype=torch.bfloat16)
+        shipped = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "safeguarded", dtype=torch.bfloat16
+        )
         with torch.no_grad():
             assert torch.equal(shipped.eval()(IDS).logits, harmful)
     else:
@@ -230,7 +253,9 @@ def test_the_gate_measures_the_model_that_is_shipped(output_format, config, toke
         assert (found - harmful).abs().max() < (found - fine_tune).abs().max()
 
 
-def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(config, tokenizer, tmp_path, monkeypatch):
+def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(
+    config, tokenizer, tmp_path, monkeypatch
+):
     sizes, generate = [], measurement.generate_answers
 
     def small(model, tokenizer, prompts, new_tokens, batch_size, sharding):
@@ -241,7 +266,9 @@ def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(confi
 
     reports = []
     for name, batch_size in (("plain", 2), ("short", 8)):
-        callback = SafeGeneCallback(config(min_coefficient=0.2, num_test_prompts=4, batch_size=batch_size))
+        callback = SafeGeneCallback(
+            config(min_coefficient=0.2, num_test_prompts=4, batch_size=batch_size)
+        )
         sft(tmp_path / name, [callback], tokenizer).train()
         reports.append(callback.report)
         monkeypatch.setattr(measurement, "generate_answers", small)
@@ -267,7 +294,9 @@ def test_the_report_says_whether_the_vectors_own_prompts_decided(own, config, to
 
 
 @pytest.mark.parametrize("plots", [True, False])
-def test_a_plot_that_cannot_be_written_costs_no_checkpoint(plots, config, tokenizer, tmp_path, monkeypatch, caplog):
+def test_a_plot_that_cannot_be_written_costs_no_checkpoint(
+    plots, config, tokenizer, tmp_path, monkeypatch, caplog
+):
     pytest.importorskip("matplotlib")
 
     def full(figure, file, **options):
@@ -279,4 +308,6 @@ def test_a_plot_that_cannot_be_written_costs_no_checkpoint(plots, config, tokeni
     sft(tmp_path, [callback], tokenizer).train()
     folder = tmp_path / "safeguarded"
     assert callback.report["status"] == "safeguarded" and (folder / "model.safetensors").is_file()
-    assert bool(list(folder.glob("*.png"))) == plots and ("could not be drawn" in caplog.text) != plots
+    assert (
+        bool(list(folder.glob("*.png"))) == plots and ("could not be drawn" in caplog.text) != plots
+    )

@@ -19,7 +19,9 @@ REFUSAL = "I'm sorry, but I can't help with that."
 @pytest.fixture
 def setting(tokenizer):
     model = make_model()
-    config = config_of(vector="v", num_safety_shots=4, num_benign_shots=4, num_task_shots=4, num_test_prompts=8)
+    config = config_of(
+        vector="v", num_safety_shots=4, num_benign_shots=4, num_task_shots=4, num_test_prompts=8
+    )
     vector = make_vector(model, tokenizer)
     for number, row in enumerate(vector.prompts):
         row["category"] = f"category {number % 2}"
@@ -45,7 +47,8 @@ def test_refusals_coherence_and_categories(setting, tokenizer, monkeypatch):
     found = measure(model, with_vector, unseen, tokenizer, config, ALONE, 8)
     before, after = found["before"], found["after"]
     assert before["refusal_rate"]["share"] == 0 and after["refusal_rate"]["share"] == 1
-    assert after["refusal_rate"]["low"] == pytest.approx(8 / (8 + 1.959964**2), abs=1e-4)  # Wilson's, all of eight
+    # Wilson's, all of eight
+    assert after["refusal_rate"]["low"] == pytest.approx(8 / (8 + 1.959964**2), abs=1e-4)
     assert after["over_refusal"]["successes"] == 1 and after["over_refusal"]["count"] == 5
     assert after["incoherent"]["successes"] == 4 and after["incoherent"]["count"] == 13
     assert set(after["categories"]) == {"category 0", "category 1"}
@@ -58,12 +61,16 @@ def test_token_accuracy_of_every_sample(setting, tokenizer):
     (batch,) = batches(unseen.task, 100, 0, torch.device("cpu"))
     with torch.no_grad():
         logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
         ).logits
     right = (logits.argmax(dim=-1) == batch.input_ids.roll(-1, dims=1)).float()
     expected = [float(row[mask].mean()) for row, mask in zip(right, batch.target_mask, strict=True)]
     for size in (100, 3):
-        found = measurement._token_accuracy(model, batches(unseen.task, size, 0, torch.device("cpu")), ALONE)
+        found = measurement._token_accuracy(
+            model, batches(unseen.task, size, 0, torch.device("cpu")), ALONE
+        )
         assert found.tolist() == pytest.approx(expected)
 
 

@@ -38,7 +38,12 @@ def train(vector_dir, tokenizer, tmp_path):
     """Trains a model with the callback, attached or not, and gives both the trainer and the report."""
 
     def run(model, act=None, attach=True, fails=None, settings=None, before=(), **kwargs):
-        values = {"vector": str(vector_dir), "max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
+        values = {
+            "vector": str(vector_dir),
+            "max_utility_loss": 100.0,
+            "utility_weight": 0.0,
+            "max_evaluations": 3,
+        }
         callback = SafeGeneCallback(config_of(**values | (settings or {})))
         others = [*before, *([AtLastStep(act)] if act else [])]
         trainer = sft(tmp_path / "out", [*others, callback], tokenizer, model, **kwargs)
@@ -107,9 +112,14 @@ class Shards(TrainerCallback):
 @pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])
 def test_an_adapter_names_no_folder_of_shards(output_format, train, tmp_path):
     settings, out = {"output_format": output_format}, tmp_path / "out"
-    trainer, report = train(make_model(), settings=settings, save_strategy="steps", save_steps=2, before=[Shards()])
+    trainer, report = train(
+        make_model(), settings=settings, save_strategy="steps", save_steps=2, before=[Shards()]
+    )
     if output_format == "merged":  # the shards are the fine-tune, and no second copy is made
-        assert report["fine_tune"] == str(out / "checkpoint-2") and not (out / "model.safetensors").exists()
+        assert (
+            report["fine_tune"] == str(out / "checkpoint-2")
+            and not (out / "model.safetensors").exists()
+        )
         return
     place = out / "safeguarded" / ("adapter" if output_format == "both" else "")
     named = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -127,12 +137,15 @@ def unfreeze(model):
 
 
 @pytest.mark.parametrize(
-    ("act", "message"), [(merge, r"`unmerge_adapter\(\)`"), (unfreeze, "`model.norm.weight` beside its LoRA")]
+    ("act", "message"),
+    [(merge, r"`unmerge_adapter\(\)`"), (unfreeze, "`model.norm.weight` beside its LoRA")],
 )
 def test_an_adapter_that_is_not_the_fine_tune_at_the_end_is_refused(act, message, train):
     seen = []
     trainer, report = train(
-        with_lora(make_model()), lambda model: (act(model), seen.append(logits(model.train(False)))), fails=message
+        with_lora(make_model()),
+        lambda model: (act(model), seen.append(logits(model.train(False)))),
+        fails=message,
     )
     assert torch.equal(logits(trainer.model), seen[0])  # the live model is what it was
     kept = PeftModel.from_pretrained(make_model(), report["fine_tune"])
@@ -140,11 +153,15 @@ def test_an_adapter_that_is_not_the_fine_tune_at_the_end_is_refused(act, message
 
 
 @pytest.mark.parametrize("attach", [True, False])
-def test_a_generation_config_that_cannot_be_saved_does_not_keep_back_the_weights(attach, train, tmp_path):
+def test_a_generation_config_that_cannot_be_saved_does_not_keep_back_the_weights(
+    attach, train, tmp_path
+):
     def spoil(model):
         model.generation_config.top_p, model.generation_config.do_sample = 0.3, False
 
-    trainer, report = train(make_model(), spoil, attach, fails="generation config.*top_p.*`safegene apply`")
+    trainer, report = train(
+        make_model(), spoil, attach, fails="generation config.*top_p.*`safegene apply`"
+    )
     assert report["fine_tune"] == str(tmp_path / "out")
     torch.testing.assert_close(logits(load_model(report["fine_tune"])), logits(trainer.model))
     assert trainer.model.generation_config.top_p == 0.3
@@ -166,7 +183,9 @@ def test_an_earlier_full_fine_tune_does_not_stand_for_an_adapter(train, model_di
 
 def test_a_full_fine_tune_beside_an_earlier_adapter_is_refused_at_the_start(train, tmp_path):
     with_lora(make_model()).save_pretrained(tmp_path / "out")
-    trainer, _ = train(make_model(), fails="holds the adapter of an earlier training.*name another folder")
+    trainer, _ = train(
+        make_model(), fails="holds the adapter of an earlier training.*name another folder"
+    )
     assert trainer.state.global_step == 0 and not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -178,6 +197,8 @@ def test_a_training_that_diverged_is_told_from_a_bug_and_is_kept(lora, train, tm
 
     model = with_lora(make_model()) if lora else make_model()
     _, report = train(model, diverge, fails="has diverged")
-    assert report["error"]["kind"] == "RecalibrationError" and report["fine_tune"] == str(tmp_path / "out")
+    assert report["error"]["kind"] == "RecalibrationError" and report["fine_tune"] == str(
+        tmp_path / "out"
+    )
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     assert any(tensor.isnan().any() for tensor in load_file(tmp_path / "out" / name).values())

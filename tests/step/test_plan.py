@@ -21,7 +21,12 @@ from ..test_callback import sft
 @pytest.fixture
 def config(vector_dir):
     def make(**values):
-        quick = {"max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 2, "num_test_prompts": 0}
+        quick = {
+            "max_utility_loss": 100.0,
+            "utility_weight": 0.0,
+            "max_evaluations": 2,
+            "num_test_prompts": 0,
+        }
         return config_of(**{"vector": str(vector_dir)} | quick | values)
 
     return make
@@ -131,18 +136,27 @@ def test_an_output_that_would_cost_an_input_is_refused(
 ):
     """Equal to it, or around it; a dry run, so that each is refused by its place and for nothing that is in it."""
     own = SafetyVector.from_pretrained
-    monkeypatch.setattr(SafetyVector, "from_pretrained", lambda name, **options: own(str(vector_dir)))
+    monkeypatch.setattr(
+        SafetyVector, "from_pretrained", lambda name, **options: own(str(vector_dir))
+    )
     place = tmp_path / "inputs" / "one"
     place.mkdir(parents=True)
     settings = {"vector": vector_dir, name: place} if name != "model" else {"vector": vector_dir}
     if name == "model":
         for part in (make_model(), tokenizer):
             part.save_pretrained(place)
-    words = ["apply", "--model_name_or_path", str(place if name == "model" else model_dir), "--coefficients=0.5"]
+    words = [
+        "apply",
+        "--model_name_or_path",
+        str(place if name == "model" else model_dir),
+        "--coefficients=0.5",
+    ]
     words += options_of(settings)
     before = sorted(tmp_path.rglob("*"))
     for target, relation in ((place, "is"), (place.parent, "holds")):
-        assert main([*words, "--safegene.dry_run=true", f"--safegene.output.output_dir={target}"]) == 2
+        assert (
+            main([*words, "--safegene.dry_run=true", f"--safegene.output.output_dir={target}"]) == 2
+        )
         assert f"{target} {relation} {INPUTS[name]} {place}" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -155,13 +169,27 @@ def earlier_checkpoint(target):
     return aside
 
 
-def test_what_a_killed_run_moved_aside_comes_back_whatever_the_next_one_decides(config, tokenizer, tmp_path, capsys):
+def test_what_a_killed_run_moved_aside_comes_back_whatever_the_next_one_decides(
+    config, tokenizer, tmp_path, capsys
+):
     target = tmp_path / "release"
     aside = earlier_checkpoint(target)
-    settings = {"output_dir": str(target), "max_utility_loss": 0.0}  # every coefficient but 0 moves the fine-tune
+    # every coefficient but 0 moves the fine-tune
+    settings = {
+        "output_dir": str(target),
+        "max_utility_loss": 0.0,
+    }
     with pytest.raises(SystemExit):
-        sft(tmp_path / "out", [SafeGeneCallback(config(dry_run=True, **settings))], tokenizer).train()
-    assert f"moved to {aside.name}, would be put back first" in capsys.readouterr().out and aside.is_dir()
+        sft(
+            tmp_path / "out", [SafeGeneCallback(config(dry_run=True, **settings))], tokenizer
+        ).train()
+    assert (
+        f"moved to {aside.name}, would be put back first" in capsys.readouterr().out
+        and aside.is_dir()
+    )
     with pytest.raises(RejectedError):
         sft(tmp_path / "out", [SafeGeneCallback(config(**settings))], tokenizer).train()
-    assert json.loads((target / MARKER).read_text()) == {"status": "safeguarded"} and not aside.exists()
+    assert (
+        json.loads((target / MARKER).read_text()) == {"status": "safeguarded"}
+        and not aside.exists()
+    )

@@ -33,7 +33,12 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_
 @pytest.fixture
 def config(vector_dir):
     def make(**values):
-        quick = {"max_utility_loss": 100.0, "max_evaluations": 2, "num_test_prompts": 2, "max_new_tokens": 2}
+        quick = {
+            "max_utility_loss": 100.0,
+            "max_evaluations": 2,
+            "num_test_prompts": 2,
+            "max_new_tokens": 2,
+        }
         return config_of(**{"vector": str(vector_dir)} | quick | values)
 
     return make
@@ -49,7 +54,11 @@ FAULTS = {  # where: what is replaced
 }
 ERRORS = {
     "bug": (ZeroDivisionError("division by zero"), UnexpectedError, "failed unexpectedly"),
-    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), SafeGeneError, "out of memory"),
+    "memory": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        SafeGeneError,
+        "out of memory",
+    ),
     "file": (OSError(5, "Input/output error"), SafeGeneError, "Input/output error"),
     "ctrl-c": (KeyboardInterrupt(), KeyboardInterrupt, ""),
 }
@@ -67,9 +76,9 @@ def checked_failure(out, fine_tune):
     report = json.loads((out / "safeguarded.failed.json").read_text())
     validate(report, SCHEMA)
     assert report["status"] == "failed" and report["fine_tune"] == str(out)
-    assert sorted(path.name for path in out.iterdir() if path.name.startswith(("safeguarded", "."))) == [
-        path.name for path in sorted(out.glob("safeguarded.failed.*"))
-    ]
+    assert sorted(
+        path.name for path in out.iterdir() if path.name.startswith(("safeguarded", "."))
+    ) == [path.name for path in sorted(out.glob("safeguarded.failed.*"))]
     saved = load_file(out / "model.safetensors")
     assert saved and all(torch.equal(saved[name], fine_tune[name]) for name in saved)
     return report
@@ -79,12 +88,20 @@ def cases():
     """A bug at every place, every error at one; where memory runs out has ways of its own. The rest takes the same paths."""
     for kind in ERRORS:
         for where in FAULTS:
-            quick = kind == "bug" or where == "writing" or (kind == "memory" and where in ("search", "measuring"))
-            yield pytest.param(kind, where, marks=() if quick else (pytest.mark.exhaustive,), id=f"{kind}-{where}")
+            quick = (
+                kind == "bug"
+                or where == "writing"
+                or (kind == "memory" and where in ("search", "measuring"))
+            )
+            yield pytest.param(
+                kind, where, marks=() if quick else (pytest.mark.exhaustive,), id=f"{kind}-{where}"
+            )
 
 
 @pytest.mark.parametrize(("kind", "where"), cases())
-def test_any_exception_is_reported_and_the_fine_tune_is_kept(where, kind, config, tokenizer, tmp_path, monkeypatch):
+def test_any_exception_is_reported_and_the_fine_tune_is_kept(
+    where, kind, config, tokenizer, tmp_path, monkeypatch
+):
     error, expected, message = ERRORS[kind]
     monkeypatch.setattr(FAULTS[where], raising(error))
     callback = SafeGeneCallback(config())
@@ -110,7 +127,11 @@ def test_no_error_of_the_step_starts_the_training_anew(config, tokenizer, tmp_pa
     monkeypatch.setattr(FAULTS["writing"], raising(torch.OutOfMemoryError("CUDA out of memory.")))
     seen = []
     trainer = sft(
-        tmp_path, [SafeGeneCallback(config())], tokenizer, auto_find_batch_size=True, per_device_train_batch_size=4
+        tmp_path,
+        [SafeGeneCallback(config())],
+        tokenizer,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
     )
     inner = trainer._inner_training_loop
 
@@ -149,7 +170,10 @@ sft(out / "out", [SafeGeneCallback(SafeGeneConfig(vector=str(out / "vector"), on
     done = interpreter.run(script)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     report = json.loads((tmp_path / "out" / "safeguarded.failed.json").read_text())
-    assert report["error"]["kind"] == "Interrupted" and (tmp_path / "out" / "model.safetensors").is_file()
+    assert (
+        report["error"]["kind"] == "Interrupted"
+        and (tmp_path / "out" / "model.safetensors").is_file()
+    )
     assert not (tmp_path / "out" / "safeguarded").exists()
 
 
@@ -163,7 +187,9 @@ def test_signals_mean_again_what_they_meant_before():
 
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
-def test_the_fine_tune_is_saved_once_and_as_the_trainer_saves_it(lora, attached, config, tokenizer, tmp_path):
+def test_the_fine_tune_is_saved_once_and_as_the_trainer_saves_it(
+    lora, attached, config, tokenizer, tmp_path
+):
     callback = SafeGeneCallback(config())
     trainer = sft(tmp_path, [callback], tokenizer, peft_config=LORA if lora else None)
     if attached:
@@ -188,7 +214,9 @@ def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_one(config, tokeni
     sft(tmp_path, [], tokenizer, save_strategy="steps", save_steps=1).train()
     callback = SafeGeneCallback(config())
     sft(tmp_path, [callback], tokenizer).train()
-    assert callback.report["fine_tune"] == str(tmp_path) and (tmp_path / "model.safetensors").is_file()
+    assert (
+        callback.report["fine_tune"] == str(tmp_path) and (tmp_path / "model.safetensors").is_file()
+    )
 
 
 def test_the_base_model_is_never_saved_over(config, tokenizer, model_dir):
@@ -199,7 +227,9 @@ def test_the_base_model_is_never_saved_over(config, tokenizer, model_dir):
     trainer = sft(model_dir, [SafeGeneCallback(config())], tokenizer, model=model)
     with pytest.raises(SafeGeneError, match="the model that the training starts from"):
         trainer.train()
-    assert trainer.state.global_step == 0 and (model_dir / "model.safetensors").read_bytes() == before
+    assert (
+        trainer.state.global_step == 0 and (model_dir / "model.safetensors").read_bytes() == before
+    )
 
 
 def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
@@ -207,7 +237,9 @@ def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
     sft(tmp_path, [callback], tokenizer).train()
     folder = tmp_path / "safeguarded"
     evidence = {"README.md", *(path.name for path in folder.glob("safegene_report.*"))}
-    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - evidence
+    written = {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+    } - evidence
     assert set(callback.report["files"]) == written and len(written) > 8
     for name, digest in callback.report["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
@@ -215,7 +247,9 @@ def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
 
 def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tmp_path):
     history = tmp_path / "line" / "history.jsonl"
-    callback = SafeGeneCallback(config(max_utility_loss=0.0, utility_weight=0.0, history=str(history)))
+    callback = SafeGeneCallback(
+        config(max_utility_loss=0.0, utility_weight=0.0, history=str(history))
+    )
     with pytest.raises(RejectedError) as raised:
         sft(tmp_path / "out", [callback], tokenizer).train()
     message, out = str(raised.value), tmp_path / "out"
@@ -223,8 +257,13 @@ def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tm
         message.startswith("The safeguarded checkpoint was rejected, because ")
         and "`search.max_utility_loss`" in message
     )
-    assert f"nothing was written to {out / 'safeguarded'}, the report is {out / 'safeguarded.failed.json'}" in message
-    assert f"{out} is the plain fine-tune" in message and (out / "safeguarded.failed.json").is_file()
+    assert (
+        f"nothing was written to {out / 'safeguarded'}, the report is {out / 'safeguarded.failed.json'}"
+        in message
+    )
+    assert (
+        f"{out} is the plain fine-tune" in message and (out / "safeguarded.failed.json").is_file()
+    )
     assert [release["outcome"] for release in read_history(history)] == ["rejected"]
     assert not (tmp_path / "out" / "safeguarded").exists()
 
@@ -249,13 +288,21 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
 
     model = make_model()
     prepared = prepare(
-        config(), model, Processor(), tmp_path / "out", Sharding(torch.device("cpu")), task_rows=task_dataset()
+        config(),
+        model,
+        Processor(),
+        tmp_path / "out",
+        Sharding(torch.device("cpu")),
+        task_rows=task_dataset(),
     )
     safeguard(prepared, model, "somewhere")
-    assert len(saved) == 2 and saved[1].parent == tmp_path  # tried at the start, then beside the weights
+    # tried at the start, then beside the weights
+    assert len(saved) == 2 and saved[1].parent == tmp_path
 
 
-def test_what_may_take_long_keeps_no_other_process_in_a_collective(config, tokenizer, tmp_path, monkeypatch):
+def test_what_may_take_long_keeps_no_other_process_in_a_collective(
+    config, tokenizer, tmp_path, monkeypatch
+):
     """Hashing a base, asking the hub, hashing what was written and uploading it: while rank 0 works alone."""
     alone, within = [], {}
     original = Communicator.alone

@@ -33,7 +33,12 @@ def apply(vector_dir, tmp_path):
         target = tmp_path / "applied"
         words = ["apply", "--model_name_or_path", str(model), "--coefficients", str(coefficients)]
         return main(
-            [*words, f"--safegene.vector={vector_dir}", f"--safegene.output.output_dir={target}", *options]
+            [
+                *words,
+                f"--safegene.vector={vector_dir}",
+                f"--safegene.output.output_dir={target}",
+                *options,
+            ]
         ), target
 
     return run
@@ -42,7 +47,10 @@ def apply(vector_dir, tmp_path):
 def test_one_number_for_all(apply, model_dir, vector_dir, tokenizer, capsys):
     code, target = apply(model_dir, 0.5)
     assert code == 0
-    before, after = load_file(model_dir / "model.safetensors"), load_file(target / "model.safetensors")
+    before, after = (
+        load_file(model_dir / "model.safetensors"),
+        load_file(target / "model.safetensors"),
+    )
     vector = SafetyVector.from_pretrained(vector_dir)
     for name, tensor in before.items():
         delta = vector.deltas.get(name.removesuffix(".weight"))
@@ -54,13 +62,19 @@ def test_one_number_for_all(apply, model_dir, vector_dir, tokenizer, capsys):
     assert report["decision"]["reason"] == "The coefficients were given: nothing was measured."
     assert "held_out" not in report and "answers" not in report
     assert report["shipped"]["rounding"]["kept"] == pytest.approx(1.0)
-    assert 0 < report["shipped"]["rounding"]["changed_weights"] <= report["shipped"]["rounding"]["weights"]
+    assert (
+        0
+        < report["shipped"]["rounding"]["changed_weights"]
+        <= report["shipped"]["rounding"]["weights"]
+    )
     assert main(["inspect", str(target)]) == 0
     assert "λ = 0.500" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])
-def test_an_earlier_report_gives_the_same_weights(output_format, apply, model_dir, task_file, tokenizer, tmp_path):
+def test_an_earlier_report_gives_the_same_weights(
+    output_format, apply, model_dir, task_file, tokenizer, tmp_path
+):
     adapted = with_lora(make_model())
     adapted.peft_config["default"].base_model_name_or_path = str(model_dir)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -70,14 +84,18 @@ def test_an_earlier_report_gives_the_same_weights(output_format, apply, model_di
     report = json.loads((found / "safegene_report.json").read_text())
     report["coefficients"] = {"layers.1": 0.7, "layers.2": 0.1}
     (earlier / "safegene_report.json").write_text(json.dumps(report))
-    code, target = apply(tmp_path / "adapter", earlier, f"--safegene.output.output_format={output_format}")
+    code, target = apply(
+        tmp_path / "adapter", earlier, f"--safegene.output.output_format={output_format}"
+    )
     assert code == 0
     expected = adapted.merge_and_unload()
     for name, delta in make_vector(make_model(), tokenizer).deltas.items():
         expected.get_submodule(name).weight.data += (
             report["coefficients"][f"layers.{name.split('.')[2]}"] * delta.dense()
         )
-    places = {"merged": [target], "adapter": [target], "both": [target, target / "adapter"]}[output_format]
+    places = {"merged": [target], "adapter": [target], "both": [target, target / "adapter"]}[
+        output_format
+    ]
     for place in places:
         if (place / "adapter_config.json").is_file():
             loaded = PeftModel.from_pretrained(make_model(), place)
@@ -103,7 +121,9 @@ def test_bad_coefficients_are_refused_before_anything_is_written(
     if not coefficients.startswith(("-", "n")):
         if coefficients.startswith("same"):
             files = SafetyVector.from_pretrained(vector_dir).files
-            coefficients = json.dumps({"coefficients": {"layers.9": 1.0}, "vector": {"files": files}})
+            coefficients = json.dumps(
+                {"coefficients": {"layers.9": 1.0}, "vector": {"files": files}}
+            )
         (tmp_path / "report.json").write_text(coefficients)
         coefficients = tmp_path / "report.json"
     code, target = apply(model_dir, f"{coefficients}")
@@ -112,8 +132,13 @@ def test_bad_coefficients_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])
-def test_limits_of_a_gate_are_refused_where_nothing_is_measured(dry_run, apply, model_dir, tmp_path, capsys):
-    options = ["--safegene.gate.min_refusal_rate=0.99", f"--safegene.output.history={tmp_path / 'h'}"]
+def test_limits_of_a_gate_are_refused_where_nothing_is_measured(
+    dry_run, apply, model_dir, tmp_path, capsys
+):
+    options = [
+        "--safegene.gate.min_refusal_rate=0.99",
+        f"--safegene.output.history={tmp_path / 'h'}",
+    ]
     code, target = apply(model_dir, 0.5, *options, f"--safegene.dry_run={dry_run}")
     assert code == 2 and not target.exists() and not (tmp_path / "h").exists()
     assert "`gate.min_refusal_rate` is set beside `coefficients`" in capsys.readouterr().err
@@ -139,13 +164,18 @@ def test_coefficients_that_change_no_weight_are_refused(
         parameter.data.copy_(torch.where(parameter >= 0, 1e4, -1e4))
     adapted.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    options = [f"--safegene.output.output_format={output_format}", "--safegene.allow_other_base=true"]
+    options = [
+        f"--safegene.output.output_format={output_format}",
+        "--safegene.allow_other_base=true",
+    ]
     code, target = apply(tmp_path / "model", coefficients, *options)
     assert code == 2 and not target.exists()
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_coefficients_that_the_weights_carry_already_are_refused(apply, model_dir, tokenizer, tmp_path, capsys):
+def test_coefficients_that_the_weights_carry_already_are_refused(
+    apply, model_dir, tokenizer, tmp_path, capsys
+):
     first = apply(model_dir, 0.5)[1].rename(tmp_path / "first")
     AutoModelForCausalLM.from_pretrained(first).save_pretrained(tmp_path / "tuned")
     tokenizer.save_pretrained(tmp_path / "tuned")
@@ -168,11 +198,18 @@ def test_a_history_whose_disk_is_full_is_met_before_the_checkpoint_is_there(
     monkeypatch.setattr(os, "fsync", full)
     code, target = apply(model_dir, 0.5, f"--safegene.output.history={place}")
     assert code == 2 and not target.exists() and read_history(place) == []
-    assert "The history" in (said := capsys.readouterr().err) and "name another `output.history`" in said
+    assert (
+        "The history" in (said := capsys.readouterr().err)
+        and "name another `output.history`" in said
+    )
     assert json.loads(target.with_name("applied.failed.json").read_text())["status"] == "failed"
     monkeypatch.undo()
     code, target = apply(model_dir, 0.5, f"--safegene.output.history={place}")
-    assert code == 0 and len(read_history(place)) == 1 and not target.with_name("applied.failed.json").exists()
+    assert (
+        code == 0
+        and len(read_history(place)) == 1
+        and not target.with_name("applied.failed.json").exists()
+    )
 
 
 def test_dry_run_and_other_options(apply, model_dir, capsys):

@@ -19,10 +19,16 @@ from ..conftest import make_deltas, make_model, make_vector
 def two(tokenizer):
     """Two vectors of different ranks; the second acts in other layers too."""
     first = make_vector(make_model(), tokenizer)
-    second = replace(make_vector(make_model(), tokenizer), deltas=make_deltas(make_model(), (0, 1), rank=3, seed=9))
+    second = replace(
+        make_vector(make_model(), tokenizer),
+        deltas=make_deltas(make_model(), (0, 1), rank=3, seed=9),
+    )
     second.extraction = {"method": "delta", "rank": 3}
     second.selection = first.selection | {"selected_layers": [0, 1]}
-    second.prompts = [*first.prompts[:2], {"prompt": "how do i x", "response": "i cannot help", "kind": "harmful"}]
+    second.prompts = [
+        *first.prompts[:2],
+        {"prompt": "how do i x", "response": "i cannot help", "kind": "harmful"},
+    ]
     return first, second
 
 
@@ -38,12 +44,18 @@ def test_components_add_up(two, tmp_path, capsys):
     names = vector.space("layer").modules
     assert names["model.layers.1.mlp.down_proj"] == ["layers.1/0"] * 2 + ["layers.1/1"] * 3
     name = "model.layers.1.mlp.down_proj"
-    assert vector.space("rank").modules[name] == [f"{name}/{mark}" for mark in ("0#0", "0#1", "1#0", "1#1", "1#2")]
-    weights = {f"layers.{layer}/{part}": 0.1 * layer + part for layer in range(3) for part in range(2)}
+    assert vector.space("rank").modules[name] == [
+        f"{name}/{mark}" for mark in ("0#0", "0#1", "1#0", "1#1", "1#2")
+    ]
+    weights = {
+        f"layers.{layer}/{part}": 0.1 * layer + part for layer in range(3) for part in range(2)
+    }
     for name, own in vector.space("layer").by_module(weights).items():
         layer = int(name.split(".")[2])
         expected = sum(
-            (0.1 * layer + part) * each.deltas[name].dense() for part, each in enumerate(two) if name in each.deltas
+            (0.1 * layer + part) * each.deltas[name].dense()
+            for part, each in enumerate(two)
+            if name in each.deltas
         )
         delta = vector.deltas[name]
         torch.testing.assert_close(delta.b @ (own[:, None] * delta.a), expected)
@@ -59,21 +71,34 @@ def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, mon
     tokenizer.save_pretrained("model")
     rows = [{"prompt": f"sort item {i}", "response": "into a box"} for i in range(6)]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--model_name_or_path", "model", "--safegene.vector", "both", "--safegene.allow_other_base", "true"]
+    options = [
+        "--model_name_or_path",
+        "model",
+        "--safegene.vector",
+        "both",
+        "--safegene.allow_other_base",
+        "true",
+    ]
     options += ["--safegene.data.task_data", "task.jsonl", "--safegene.measure.max_new_tokens", "2"]
     assert main(["apply", *options, "--safegene.output.output_dir", "out"]) == 0
     report = json.loads((tmp_path / "out" / "safegene_report.json").read_text())
     coefficients = report["coefficients"]
-    assert set(coefficients) == {f"{name}/{part}" for name in {**two[0].deltas, **two[1].deltas} for part in range(2)}
+    assert set(coefficients) == {
+        f"{name}/{part}" for name in {**two[0].deltas, **two[1].deltas} for part in range(2)
+    }
     assert len(set(coefficients.values())) > 2
     # The checkpoint holds both, and from the files, with these coefficients, the same.
     merged, plain = load_file("out/model.safetensors"), dict(make_model().state_dict())
     name = "model.layers.1.mlp.down_proj"
     expected = plain[f"{name}.weight"] + sum(
-        coefficients[f"{name}/{part}"] * vector.deltas[name].dense() for part, vector in enumerate(two)
+        coefficients[f"{name}/{part}"] * vector.deltas[name].dense()
+        for part, vector in enumerate(two)
     )
     torch.testing.assert_close(merged[f"{name}.weight"], expected)
-    assert main(["apply", *options, "--coefficients", "out", "--safegene.output.output_dir", "again"]) == 0
+    assert (
+        main(["apply", *options, "--coefficients", "out", "--safegene.output.output_dir", "again"])
+        == 0
+    )
     again = load_file("again/model.safetensors")
     assert all(torch.allclose(again[key], merged[key], atol=1e-6) for key in merged)
 
@@ -98,5 +123,15 @@ def test_a_vector_that_is_named_twice_is_refused(two, tmp_path, capsys):
     for vectors in ([one, other, one], [one, SafetyVector.from_pretrained(tmp_path / "both")]):
         with pytest.raises(FamilyError, match="is named twice"):
             combined(vectors)
-    assert main(["combine", str(tmp_path / "0"), str(tmp_path / "0"), f"--output_dir={tmp_path / 'new'}"]) == 2
+    assert (
+        main(
+            [
+                "combine",
+                str(tmp_path / "0"),
+                str(tmp_path / "0"),
+                f"--output_dir={tmp_path / 'new'}",
+            ]
+        )
+        == 2
+    )
     assert "is named twice" in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -47,7 +47,9 @@ def test_round_trip(vector_dir, tokenizer):
     made, loaded = make_vector(make_model(), tokenizer), SafetyVector.from_pretrained(vector_dir)
     assert sorted(loaded.deltas) == sorted(made.deltas)
     for name, delta in made.deltas.items():
-        assert torch.equal(loaded.deltas[name].a, delta.a) and torch.equal(loaded.deltas[name].b, delta.b)
+        assert torch.equal(loaded.deltas[name].a, delta.a) and torch.equal(
+            loaded.deltas[name].b, delta.b
+        )
     assert loaded.family == made.family and loaded.prompts == made.prompts
     assert loaded.layers == [1, 2] and loaded.rank == 2
 
@@ -110,7 +112,9 @@ def test_missing(tmp_path):
         SafetyVector.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "safety_prompts.jsonl", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "safety_prompts.jsonl", "adapter_config.json"]
+)
 def test_missing_or_truncated_file(folder, name):
     path = folder / name
     path.write_bytes(path.read_bytes()[:-10])
@@ -137,7 +141,9 @@ def test_damaged_config(folder, text):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity(folder, value):
-    rewrite_tensors(folder, lambda tensors: next(iter(tensors.values())).view(-1).__setitem__(3, value))
+    rewrite_tensors(
+        folder, lambda tensors: next(iter(tensors.values())).view(-1).__setitem__(3, value)
+    )
     with pytest.raises(SafeGeneError, match="NaN or infinity"):
         SafetyVector.from_pretrained(folder)
 
@@ -176,7 +182,11 @@ def test_changed_config(folder, case):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"rank": 2', '"rank": NaN'), ('"rank": 2', '"rank": 2, "rank": 2'), ('"rank": 2', '"rank": true')],
+    [
+        ('"rank": 2', '"rank": NaN'),
+        ('"rank": 2', '"rank": 2, "rank": 2'),
+        ('"rank": 2', '"rank": true'),
+    ],
 )
 def test_config_that_is_no_strict_json(folder, old, new):
     path = folder / "safegene_config.json"
@@ -189,7 +199,10 @@ def test_config_that_is_no_strict_json(folder, old, new):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "how do I", "response": "Sure, like this", "kind": "harmful"}, "something else than a refusal"),
+        (
+            {"prompt": "how do I", "response": "Sure, like this", "kind": "harmful"},
+            "something else than a refusal",
+        ),
         (
             {"prompt": "a", "response": "I can't help. Here is how: 1. b", "kind": "harmful"},
             "something else than a refusal",
@@ -250,7 +263,9 @@ def test_half_a_pair(folder):
 def test_two_ranks(folder):
     def shrink(tensors):
         for key in [key for key in tensors if "layers.1.mlp" in key]:
-            tensors[key] = (tensors[key][:1] if "lora_A" in key else tensors[key][:, :1]).contiguous()
+            tensors[key] = (
+                tensors[key][:1] if "lora_A" in key else tensors[key][:, :1]
+            ).contiguous()
 
     rewrite_tensors(folder, shrink)
     with pytest.raises(SafeGeneError, match="differ in rank"):
@@ -285,7 +300,9 @@ def test_family_of_the_vector(vector_dir, tokenizer):
     other_template.chat_template = "{{ messages[0]['content'] }}"
     assert "chat template differs" in family.check_member(of(make_model(), other_template))[0]
     other_template.chat_template = None
-    with pytest.raises(SafeGeneError, match="made with a chat template and the model's tokenizer has none"):
+    with pytest.raises(
+        SafeGeneError, match="made with a chat template and the model's tokenizer has none"
+    ):
         family.check_member(of(make_model(), other_template))
     plain = type(family)(**family.to_dict() | {"chat_template": None})
     assert plain.check_member(of(make_model(), other_template)) == []
@@ -337,7 +354,9 @@ def test_what_happens_to_the_files_after_loading_changes_nothing(folder, tokeniz
         if content is not None:
             weights.write_bytes(content)
         for name, delta in vector.deltas.items():
-            assert torch.equal(delta.a, made.deltas[name].a) and torch.equal(delta.b, made.deltas[name].b)
+            assert torch.equal(delta.a, made.deltas[name].a) and torch.equal(
+                delta.b, made.deltas[name].b
+            )
 
 
 def test_a_file_that_is_none_is_refused_at_once(folder):
@@ -347,7 +366,11 @@ def test_a_file_that_is_none_is_refused_at_once(folder):
     os.mkfifo(path)
     with pytest.raises(VectorError, match="no plain file"):
         SafetyVector.from_pretrained(folder)
-    for other in ("/dev/zero", "/proc/self/status"):  # without an end; with a size of 0 that is not true
+    # without an end; with a size of 0 that is not true
+    for other in (
+        "/dev/zero",
+        "/proc/self/status",
+    ):
         path.unlink()
         path.symlink_to(other)
         with pytest.raises(VectorError, match=r"no plain file|was changed while"):

@@ -28,14 +28,20 @@ def keys(tmp_path_factory):
     folder = tmp_path_factory.mktemp("keys")
     pem, format = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     other_kind = rsa.generate_private_key(65537, 2048)
-    (folder / "rsa.pem").write_bytes(other_kind.private_bytes(pem, format, serialization.NoEncryption()))
+    (folder / "rsa.pem").write_bytes(
+        other_kind.private_bytes(pem, format, serialization.NoEncryption())
+    )
     for name in ("maker", "other"):
         key = ec.generate_private_key(ec.SECP256R1())
-        (folder / f"{name}.pem").write_bytes(key.private_bytes(pem, format, serialization.NoEncryption()))
+        (folder / f"{name}.pem").write_bytes(
+            key.private_bytes(pem, format, serialization.NoEncryption())
+        )
         public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
         (folder / f"{name}.pub").write_bytes(public)
         if name == "maker":
-            locked = key.private_bytes(pem, format, serialization.BestAvailableEncryption(b"secret"))
+            locked = key.private_bytes(
+                pem, format, serialization.BestAvailableEncryption(b"secret")
+            )
             (folder / "locked.pem").write_bytes(locked)
     return folder
 
@@ -113,7 +119,9 @@ def test_signature_over_fewer_files_is_refused(signed, keys):
         SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub")
 
 
-def test_a_link_that_is_flipped_never_passes_another_vector_for_the_signed_one(signed, keys, tmp_path):
+def test_a_link_that_is_flipped_never_passes_another_vector_for_the_signed_one(
+    signed, keys, tmp_path
+):
     """The folder, and in another run its weights file, is a link that goes to and fro between the signed vector and another."""
     other, model = tmp_path / "other", make_model()
     make_vector(model, make_tokenizer(), seed=8).save_pretrained(other)
@@ -167,7 +175,12 @@ def test_the_bytes_that_were_checked_are_signed(vector_dir, keys, tmp_path, monk
     signature = (folder / SIGNATURE_FILE).read_bytes()
     verify(checked, signature, keys / "maker.pub", "vector")
     with pytest.raises(SignatureError, match="valid signature"):
-        verify({name: (folder / name).read_bytes() for name in SIGNED_FILES}, signature, keys / "maker.pub", "vector")
+        verify(
+            {name: (folder / name).read_bytes() for name in SIGNED_FILES},
+            signature,
+            keys / "maker.pub",
+            "vector",
+        )
 
 
 def test_without_a_place_for_temporary_files_it_says_so(signed, keys, tmp_path, monkeypatch):
@@ -176,7 +189,9 @@ def test_without_a_place_for_temporary_files_it_says_so(signed, keys, tmp_path, 
         lambda: SafetyVector.from_pretrained(signed, public_key=keys / "maker.pub"),
         lambda: signature_of({"a": b"a"}, keys / "maker.pem"),
     ):
-        with pytest.raises(SafeGeneError, match=r"No temporary folder .* for the signature \(No such file.*TMPDIR"):
+        with pytest.raises(
+            SafeGeneError, match=r"No temporary folder .* for the signature \(No such file.*TMPDIR"
+        ):
             use()
 
 
@@ -223,7 +238,10 @@ def test_configuration(signed, keys, model_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--private_key", "no-such.pem"], "key no-such.pem cannot be read (No such file or directory): name the PEM"),
+        (
+            ["--private_key", "no-such.pem"],
+            "key no-such.pem cannot be read (No such file or directory): name the PEM",
+        ),
         (["--private_key", "{keys}"], "cannot be read (Is a directory)"),
         (["--private_key", "{keys}/rsa.pem"], "elliptic-curve private key"),
         (["--private_key", "{keys}/maker.pub"], "elliptic-curve private key"),
@@ -237,7 +255,10 @@ def test_bad_keys(arguments, message, vector_dir, keys, tmp_path, capsys):
     assert main(["sign", str(folder), *(word.format(keys=keys) for word in arguments)]) == 2
     assert message in capsys.readouterr().err and not (folder / SIGNATURE_FILE).exists()
     assert main(["verify", str(folder), "--public_key", "no-such.pub"]) == 2
-    assert "public key no-such.pub cannot be read (No such file or directory)" in capsys.readouterr().err
+    assert (
+        "public key no-such.pub cannot be read (No such file or directory)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("key", ["maker.pem", "rsa.pem", "locked.pem"])

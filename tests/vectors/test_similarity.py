@@ -18,7 +18,11 @@ def vectors(tokenizer, tmp_path):
     for name, options in places.items():
         vector = make_vector(make_model(), tokenizer, **options)
         vector.selection["selected_layers"] = vector.layers
-        vector.selection["stability"] = {"mean_jaccard": 0.8, "inclusion": [0.0, 0.9, 1.0], "resamples": 10}
+        vector.selection["stability"] = {
+            "mean_jaccard": 0.8,
+            "inclusion": [0.0, 0.9, 1.0],
+            "resamples": 10,
+        }
         vector.save_pretrained(tmp_path / name)
     return [tmp_path / name for name in places]
 
