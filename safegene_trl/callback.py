@@ -128,12 +128,12 @@ class SafeGeneCallback(TrainerCallback):
             return
         model, loader = uncompiled(kwargs["model"]), kwargs.get("train_dataloader")
         sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
-        with sharding.named(), sharding.agreed():
+        with sharding.naming_rank(), sharding.raising_together():
             check_launch(model, args)
             _check_output_dir(model, args)
             processor = _processor(kwargs.get("processing_class"), model)
         rows = None if loader is None else loader.dataset
-        with sharding.named():
+        with sharding.naming_rank():
             target, origin = self._target(args), _origin(model, args)
             self._prepared = prepare(
                 self.config, model, processor, target, sharding, origin, rows, _packed(args)

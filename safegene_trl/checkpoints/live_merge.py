@@ -106,13 +106,13 @@ def save_merged(
         name: (part.dtype, part.shape) for group in parts.values() for name, part in group.items()
     }
     with ExitStack() as files:
-        with sharding.agreed(), writing():
+        with sharding.raising_together(), writing():
             if sharding.is_main:
                 place = _Files(folder, contents, max_shard_size, files)
                 save_record(model, tokenizer, folder, mark)
         for parameter in parameters:
             tensor = merged_tensor(parameter, deltas, coefficients, sharding)
-            with sharding.agreed(), writing():
+            with sharding.raising_together(), writing():
                 if sharding.is_main and tensor is not None:
                     if deltas:  # a plain fine-tune is kept as it is
                         check_finite(parameter.name, tensor)
@@ -278,7 +278,7 @@ def save_adapter(
                     torch.cat([a.cpu() for a, _ in pairs]),
                     torch.cat([b.cpu() for _, b in pairs], dim=1),
                 )
-    with sharding.agreed(), writing():
+    with sharding.raising_together(), writing():
         if sharding.is_main:
             _write_adapter(
                 stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder

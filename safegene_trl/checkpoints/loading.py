@@ -110,7 +110,7 @@ def load_placed(
     allow_pickle: bool = False,
 ) -> tuple[nn.Module, Sharding]:
     """Collective: a finished checkpoint, whole or sharded as this job was launched (see `sharding.place`)."""
-    with job.agreed():
+    with job.raising_together():
         found = resolve_dtype(dtype, name_or_path, revision)
         # Once the launch has switched ZeRO-3 on, transformers no longer tells what did not fit.
         check_complete(name_or_path, revision)

@@ -54,10 +54,10 @@ def atomic_directory(
     `target` is cleared away, and an earlier folder that it had moved aside is put back. Collective where a `job` is given: the
     folder exists on rank 0 only, and takes its place only after all ranks have come to the end.
     """
-    agreed, is_main = (nullcontext, True) if job is None else (job.agreed, job.is_main)
+    together, is_main = (nullcontext, True) if job is None else (job.raising_together, job.is_main)
     folder = target
     with ExitStack() as held:
-        with agreed(), writing():
+        with together(), writing():
             if is_main:
                 check_name(target)
                 restore(target, kind)
@@ -65,10 +65,10 @@ def atomic_directory(
                 folder = held.enter_context(temporary_folder(target, clear=kind))
         with writing():
             yield folder
-        with agreed(), writing():
+        with together(), writing():
             if is_main:
                 _finish(folder)
-        with agreed(), writing():
+        with together(), writing():
             if is_main:
                 install(folder, target, kind)
 

@@ -14,7 +14,7 @@ from ..errors import CalibrationDataError, PeerError, SafeGeneError
 
 
 _MESSAGE_BYTES = 2048
-_TURNS = itertools.count()  # of `Communicator.alone`, the same on every rank
+_TURNS = itertools.count()  # of `Communicator.on_main_rank`, the same on every rank
 
 
 def _together(error: Exception) -> Exception:
@@ -61,21 +61,21 @@ class Communicator:
         dist.all_reduce(total)
         return total.cpu()
 
-    def from_main(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Collective: rank 0's values of a tensor that has one shape everywhere, on the CPU."""
         return self.sum(tensor if self.is_main else torch.zeros_like(tensor))
 
-    def _told(self, flag: bool) -> bool:
+    def _broadcast_flag(self, flag: bool) -> bool:
         """Collective: rank 0's yes or no."""
-        return bool(self.from_main(torch.tensor([int(flag)])).item())
+        return bool(self.broadcast(torch.tensor([int(flag)])).item())
 
-    def text_from_main(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Collective: rank 0's text, of any length."""
         own = torch.tensor(list(text.encode()) if self.is_main else [], dtype=torch.uint8)
-        (size,) = self.from_main(torch.tensor([len(own)])).tolist()
-        return bytes(self.from_main(own if self.is_main else own.new_zeros(size)).tolist()).decode()
+        (size,) = self.broadcast(torch.tensor([len(own)])).tolist()
+        return bytes(self.broadcast(own if self.is_main else own.new_zeros(size)).tolist()).decode()
 
-    def united(self, texts: Sequence[str]) -> list[str]:
+    def gather_texts(self, texts: Sequence[str]) -> list[str]:
         """Collective: texts of which every rank has its share and empty ones in the others' places."""
         if self.world_size == 1:
             return list(texts)
@@ -86,7 +86,7 @@ class Communicator:
         return ["".join(parts) for parts in zip(*map(json.loads, rows), strict=True)]
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def raising_together(self) -> Iterator[None]:
         """Collective at its end: all ranks leave the block well, or every rank raises.
 
         Inside go things that can fail on one rank alone: files, shapes, data. No collective operation may be inside.
@@ -107,12 +107,12 @@ class Communicator:
             raise failure
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def on_main_rank(self) -> Iterator[bool]:
         """Collective at its end: rank 0 works in the block, which gets True there, and the others wait as long as it takes.
 
         For what may take longer than a collective operation may wait: hashing a large checkpoint, an upload. The others
         look at the process group's store, so that no operation's time-out runs. If it fails every rank raises, as with
-        `agreed`.
+        `raising_together`.
         """
         failure: Exception | None = None
         try:
@@ -135,7 +135,7 @@ class Communicator:
                 time.sleep(0.05)
 
     @contextmanager
-    def named(self) -> Iterator[None]:
+    def naming_rank(self) -> Iterator[None]:
         """Adds to every error that leaves the block which rank it was on."""
         try:
             yield

@@ -88,7 +88,7 @@ class Sharding(Communicator):
         undo.callback(_restore, tensor, live.to("cpu", copy=True))
         live.copy_(whole)
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         """After forward and backward passes: frees what they left gathered."""
 
     def values(
@@ -102,14 +102,14 @@ class Sharding(Communicator):
         with self.forward_passes():
             for index in self.share(count):
                 current = value(idle if index is None else index)
-                self.release()
+                self.reshard()
                 if index is not None:
                     found[index] = float(current.detach())
         return self.sum(found)
 
     def forward_passes(self) -> AbstractContextManager:
         """Around forward passes. Where those are collective a failing rank cannot tell the others: it ends the job."""
-        return nullcontext() if self.collective_forward else self.agreed()
+        return nullcontext() if self.collective_forward else self.raising_together()
 
 
 class _Zero3(Sharding):
@@ -143,11 +143,11 @@ class _Zero3(Sharding):
     def overwrite(self, tensor: Any, whole: torch.Tensor | None, undo: ExitStack) -> None:
         import deepspeed
 
-        if not self._told(whole is not None):
+        if not self._broadcast_flag(whole is not None):
             return
         if not hasattr(tensor, "ds_id"):  # a buffer, whole everywhere
             super().overwrite(
-                tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo
+                tensor, self.broadcast(tensor if whole is None else whole.to(tensor)), undo
             )
             return
         own = tensor.ds_tensor.detach().to("cpu", copy=True)
@@ -159,7 +159,7 @@ class _Zero3(Sharding):
             if whole is not None:
                 tensor.detach().copy_(whole)
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         self._offload.release_backward_leftovers()
         self._offload.empty_partition_cache()
 
@@ -183,11 +183,11 @@ class _Fsdp2(Sharding):
 
     @torch.no_grad()
     def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None, undo: ExitStack) -> None:
-        if not self._told(whole is not None):
+        if not self._broadcast_flag(whole is not None):
             return
         if not isinstance(tensor, DTensor):
             super().overwrite(
-                tensor, self.from_main(tensor if whole is None else whole.to(tensor)), undo
+                tensor, self.broadcast(tensor if whole is None else whole.to(tensor)), undo
             )
             return
         local = tensor.to_local()
@@ -196,7 +196,7 @@ class _Fsdp2(Sharding):
         source = empty if whole is None else whole.to(empty)
         local.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements).to_local())
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         # A forward pass without a backward leaves the outermost weights whole: plain parameters, freed later on.
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
@@ -222,7 +222,7 @@ def place(
         )
     plugin = DeepSpeedPlugin() if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None
     if plugin is None or plugin.zero_stage < 3:
-        with job.agreed():
+        with job.raising_together():
             return load().to(job.device), job
     import deepspeed
 

@@ -191,14 +191,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     """
     check_is(config, EvaluationConfig, "evaluate")
     job = this_job()
-    with job.named():
+    with job.naming_rank():
         return _evaluated(config, job)
 
 
 def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None:
     folder = Path(config.output_dir)
     with ExitStack() as held:
-        with job.agreed():
+        with job.raising_together():
             config.check()
             _check_folder(folder, config)
             prompts, repeated = _prompts(config)
@@ -276,7 +276,7 @@ def _answer(
     records: Callable[[], Records],
 ) -> nn.Module | None:
     """Collective: generates the answers that are missing; the model, where it had to be loaded."""
-    with job.agreed():
+    with job.raising_together():
         answers = read_answers(Path(config.output_dir))
         if job.is_main and answers:
             records().check(answers)
@@ -294,12 +294,12 @@ def _answer(
         raise ConfigError(
             "Utility tasks need the whole model in one process: launch with `ddp` or without a launcher."
         )
-    with job.agreed():
+    with job.raising_together():
         if job.is_main and not answers:
             records().check(answers)
             records().begin()
     for part, texts in _generated(model, tokenizer, missing, config, sharding):
-        with job.agreed():
+        with job.raising_together():
             if job.is_main:
                 records().add_answers(part, texts)
     return model
@@ -339,7 +339,7 @@ def _generated(
         own = generate_answers(
             model, tokenizer, messages, config.max_new_tokens, config.batch_size, sharding
         )
-        answers = sharding.united(own)
+        answers = sharding.gather_texts(own)
         logger.info("%d of %d answers", start + len(part), len(ordered))
         yield part, answers
 

@@ -30,7 +30,7 @@ def own_answers(
     for kind, prompts in (("harmful", harmful), ("benign", benign)):
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         own = generate_answers(model, tokenizer, messages, max_new_tokens, batch_size, sharding)
-        answers = sharding.united(own)
+        answers = sharding.gather_texts(own)
         rows += [
             {"prompt": prompt, "response": answer, "kind": kind}
             for prompt, answer in zip(prompts, map(whole_sentences, answers), strict=True)

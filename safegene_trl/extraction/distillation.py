@@ -87,7 +87,7 @@ def reference_batches(
     with sharding.forward_passes():
         for index in sharding.share(len(groups)):
             log_probs = F.log_softmax(response_logits(model, groups[index or 0])[0], dim=-1)
-            sharding.release()
+            sharding.reshard()
             if index is not None:
                 own[index] = log_probs.cpu()
                 vocabulary = log_probs.shape[-1]
@@ -191,7 +191,7 @@ class _Outcome(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         sharding = _sharding(args, kwargs)
-        sharding.release()
+        sharding.reshard()
         self.losses["after"] = _losses(kwargs["model"], self._data, sharding)
         modules = canonical_modules(kwargs["model"])
         for name in self._modules:

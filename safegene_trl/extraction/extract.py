@@ -41,7 +41,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     """
     check_is(config, ExtractionConfig, "extract")
     target, job = Path(config.output_dir), this_job()
-    with job.agreed():
+    with job.raising_together():
         config.check()
         if job.is_main:
             inputs = {
@@ -52,9 +52,9 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
                 "the task model": config.isolate_from,
             }
             check_vector_output(target, inputs, config.overwrite_output_dir)
-    with job.named():
+    with job.naming_rank():
         vector = make_vector(config, job, show_progress)
-    with atomic_directory(target, VECTOR, job) as folder, job.agreed():
+    with atomic_directory(target, VECTOR, job) as folder, job.raising_together():
         if vector is not None:
             vector.save_pretrained(folder)
     if vector is not None:

@@ -23,7 +23,7 @@ from ..data.sources import draw, load_rows
 from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError, FamilyError, UnsupportedModelError
 from ..models.inputs import Sample, padding_id, shortened, tokenize
-from ..models.low_rank import LowRankDelta, deltas_from_main
+from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.names import layer_index
 from ..provenance import model_reference, sha256_of_json, software_versions
 from ..vectors.family import Family
@@ -77,7 +77,7 @@ def make_vector(
     """
     show_progress = show_progress and job.is_main
     truncations: dict[str, Truncation] = {}
-    with job.agreed():
+    with job.raising_together():
         config.check()
         harmful, benign = (
             read_prompts(source, config.data_split)
@@ -93,7 +93,7 @@ def make_vector(
             if warning := coverage.check():
                 logger.warning(warning)
             truncations, isolation = _isolated(config, stored, truncations, show_progress)
-    deltas = deltas_from_main(
+    deltas = broadcast_deltas(
         {name: truncation.delta for name, truncation in truncations.items()}, job
     )
     aligned = _aligned_side(config, tokenizer, harmful, benign, job)

@@ -80,7 +80,7 @@ def last_token_states(
                 text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template
             )
             output = model(**inputs.to(sharding.device), output_hidden_states=True, use_cache=False)
-            sharding.release()
+            sharding.reshard()
             states.append(
                 torch.stack([hidden[0, -1].float().cpu() for hidden in output.hidden_states[1:]])
             )
@@ -126,7 +126,7 @@ def gradient(
             with attachment.applied(coefficients):
                 loss = cross_entropy(degraded, batch).sum() / sum(sample.is_response)
                 row[columns] = -torch.autograd.grad(loss, coefficients)[0].cpu()
-            sharding.release()
+            sharding.reshard()
     return LayerScores([(1.0, rows)])
 
 

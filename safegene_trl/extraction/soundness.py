@@ -34,8 +34,8 @@ def check_runs(
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
     with sharding.forward_passes():
         finite = is_finite(model(**inputs.to(sharding.device), use_cache=False).logits)
-        sharding.release()
-    with sharding.agreed():
+        sharding.reshard()
+    with sharding.raising_together():
         if not finite:
             raise FamilyError(
                 f"The logits of {named} are NaN or infinite: it has diverged, or its numbers are too large for the `dtype` it "

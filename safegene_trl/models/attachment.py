@@ -101,7 +101,7 @@ class VectorAttachment:
                                 -1, 1, logits.shape[-1], device=logits.device
                             )
                             torch.autograd.grad((logits.float() * direction).sum(), values)
-                    self.sharding.release()
+                    self.sharding.reshard()
                 waiting = check_effective(self.evidence, self._items, graded)
         self.evidence = Evidence()
         return waiting
@@ -110,7 +110,7 @@ class VectorAttachment:
         """Collective: the same of all passes since `evidence` was last emptied, over all ranks."""
         known = sorted({item for own in self._items.values() for item in own})
         return check_effective(
-            self.evidence.united(list(self._items), known, self.sharding), self._items
+            self.evidence.gather_texts(list(self._items), known, self.sharding), self._items
         )
 
     @contextmanager

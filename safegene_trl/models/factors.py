@@ -16,13 +16,13 @@ class Factors:
     """The factors `A` and `B` of all modules, for one pass after another.
 
     They are 0.5 to 2 % of the weights. Where there is room they are brought to their device once and
-    stay there until `release`; where not, each is fetched anew for every pass.
+    stay there until `clear`; where not, each is fetched anew for every pass.
 
     Args:
         deltas: The vector's low-rank deltas by module name.
 
     Attributes:
-        copies: How many factor pairs were copied or cast since the last `release`.
+        copies: How many factor pairs were copied or cast since the last `clear`.
         room: Bytes that they were allowed when it was decided whether they stay; None before the first pass.
     """
 
@@ -72,7 +72,7 @@ class Factors:
         sizes = {"mib": round(self._needed / 2**20, 3), "allowed_mib": round(self.room / 2**20, 3)}
         return {"place": "resident" if self._stay else "fetched", **sizes}
 
-    def release(self) -> None:
+    def clear(self) -> None:
         """Gives their memory back; the next pass decides anew."""
         self._held.clear()
         self._stay, self.room, self.copies = None, None, 0

@@ -54,7 +54,7 @@ def generate_answers(
                 generation_config=settings,
                 synced_gpus=sharding.collective_forward,
             )
-            sharding.release()
+            sharding.reshard()
             decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for i, answer in zip(group, decoded, strict=True):
                 answers[i] = "" if index is None else answer.strip()

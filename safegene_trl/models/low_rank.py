@@ -26,12 +26,12 @@ class LowRankDelta:
         return float(((b.T @ other_b) * (a @ other_a.T)).sum())
 
 
-def deltas_from_main(
+def broadcast_deltas(
     deltas: Mapping[str, LowRankDelta], job: Communicator
 ) -> dict[str, LowRankDelta]:
     """Collective: rank 0's deltas, in float32, on every rank."""
     own = {name: (list(delta.a.shape), list(delta.b.shape)) for name, delta in deltas.items()}
-    shapes = json.loads(job.text_from_main(json.dumps(own)))
+    shapes = json.loads(job.broadcast_text(json.dumps(own)))
     found = {}
     for name, pair in shapes.items():
         here = (
@@ -39,5 +39,5 @@ def deltas_from_main(
             if job.is_main
             else [torch.zeros(shape) for shape in pair]
         )
-        found[name] = LowRankDelta(*(job.from_main(tensor.float()) for tensor in here))
+        found[name] = LowRankDelta(*(job.broadcast(tensor.float()) for tensor in here))
     return found

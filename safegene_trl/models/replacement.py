@@ -37,7 +37,7 @@ def replaced(
         try:
             yield
         finally:
-            sharding.release()
+            sharding.reshard()
 
 
 @contextmanager

@@ -111,7 +111,7 @@ class Objective:
                 )
                 if index is not None:
                     self.reference[index] = self._stored(log_probs)
-                sharding.release()
+                sharding.reshard()
 
     @staticmethod
     def _stored(log_probs: torch.Tensor) -> torch.Tensor:
@@ -167,7 +167,7 @@ class Objective:
                     gradient = torch.zeros_like(coefficients)
                     if loss.requires_grad:
                         (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
-                self.sharding.release()
+                self.sharding.reshard()
                 if index is not None:
                     own = slice(ends[index], ends[index + 1])
                     sums[own], rows[own] = loss.detach().double().cpu(), gradient.double().cpu()

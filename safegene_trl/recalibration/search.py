@@ -102,7 +102,7 @@ def recalibrate(
         found.passes |= {"factors": attachment.factors.describe()}
         return found
     finally:
-        attachment.factors.release()
+        attachment.factors.clear()
 
 
 def _batch_size(attachment: VectorAttachment, data: CalibrationSet, config: SafeGeneConfig) -> int:
@@ -190,12 +190,12 @@ class _Search:
         """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
         length = 1 + len(self.names)
         if not self.sharding.is_main:
-            while (told := self.sharding.from_main(torch.zeros(length, dtype=torch.float64)))[
+            while (told := self.sharding.broadcast(torch.zeros(length, dtype=torch.float64)))[
                 0
             ] == _EVALUATE:
                 self._evaluate(fit, told[1:].numpy())
             if told[0] == _FAILED:
-                with self.sharding.agreed():
+                with self.sharding.raising_together():
                     pass
             return self._best()
         together = False
@@ -203,7 +203,7 @@ class _Search:
         def evaluate(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
             nonlocal together
             together = True  # what fails from here on fails on every rank
-            self.sharding.from_main(
+            self.sharding.broadcast(
                 torch.cat((torch.tensor([_EVALUATE], dtype=torch.float64), torch.as_tensor(point)))
             )
             found = self._evaluate(fit, point)
@@ -223,14 +223,14 @@ class _Search:
         except BaseException as error:
             if not together:
                 message[0] = _FAILED
-                self.sharding.from_main(message)
+                self.sharding.broadcast(message)
                 known = (
                     error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
                 )
-                with suppress(Exception), self.sharding.agreed():
+                with suppress(Exception), self.sharding.raising_together():
                     raise known from None
             raise
-        self.sharding.from_main(message)
+        self.sharding.broadcast(message)
         return self._best()
 
     def _evaluate(self, fit: Objective, point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:

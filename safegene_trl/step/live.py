@@ -34,7 +34,7 @@ from ..models.batch_size import fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import Batch, batches, padding_id, prompt_text
 from ..models.losses import response_logits
-from ..models.low_rank import LowRankDelta, deltas_from_main
+from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.parameters import (
     Parameter,
     base_model,
@@ -123,14 +123,14 @@ def prepare(
         SafeGeneError: One of its kinds, saying what to do.
     """
     origin = origin or Origin(None, None, "lora" if isinstance(model, PeftModel) else "full")
-    with sharding.agreed():
+    with sharding.raising_together():
         check_supported(model)
         if config.output.output_format != "merged":
             check_adapter_output(model)
             _check_base(origin)
         needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model)
     plan = plan_step(config, model, processor, target, sharding, origin, needed)
-    with plan.clock.phase("prepare"), sharding.agreed():
+    with plan.clock.phase("prepare"), sharding.raising_together():
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
@@ -170,7 +170,7 @@ def _check_reloads(model: nn.Module, sample: Batch, sharding: Sharding) -> None:
     """Raises `UnsupportedModelError` where a model loaded from a checkpoint of the live one would compute something else."""
     if not can_reload(model, sharding):
         return
-    with frozen_for_calibration(model), without_adapters(model), sharding.agreed():
+    with frozen_for_calibration(model), without_adapters(model), sharding.raising_together():
         config = base_model(model).config
         fresh = reloaded(model, type(config).from_dict(config.to_dict()))
         # of a model that has diverged already something else is to be said
@@ -258,9 +258,9 @@ class LiveFineTune:
     def find(self) -> Found:
         """Searches, tries what was found as it would be shipped, measures and decides."""
         plan, report = self.plan, self.plan.report
-        with self.sharding.agreed():
+        with self.sharding.raising_together():
             check_finished(self.model, plan.merges or plan.origin.kind == "full")
-        self.sharding.release()
+        self.sharding.reshard()
         result = self._recalibrate()
         report.coefficients, report.history = result.coefficients, result.history
         report.untouched, report.search = result.untouched or None, result.passes
@@ -377,7 +377,7 @@ class LiveFineTune:
             with frozen_for_calibration(self.model), shipped():
                 pass
         if plan.merges and any(bool(value.any()) for value in by_module.values()):
-            with self.sharding.agreed():
+            with self.sharding.raising_together():
                 if self.sharding.is_main:
                     plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
@@ -418,7 +418,7 @@ class LiveFineTune:
         found = []
         for batch in batches(samples, 1, pad, self.sharding.device):
             found.append(response_logits(model or self.model, batch)[0].cpu())
-            self.sharding.release()
+            self.sharding.reshard()
         return torch.cat(found)
 
     def write(self, folder: Path, found: Found) -> None:
@@ -460,7 +460,7 @@ class LiveFineTune:
                     distances["merged"] = self._distance(self._probe(), MERGED_TOLERANCE, DAMAGED)
                     if can_reload(self.model, self.sharding):
                         answers = self._logits
-                        with self.sharding.agreed():
+                        with self.sharding.raising_together():
                             if self.sharding.is_main:  # who alone has the files
                                 config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
                                 answers = self._probe(reloaded(self.model, config))
@@ -475,7 +475,7 @@ class LiveFineTune:
     def _distance(self, logits: torch.Tensor, tolerance: float, otherwise: str) -> float:
         size = max(1.0, float(self._logits.abs().max()))
         own = torch.tensor([float((self._logits - logits).abs().max()), size], dtype=torch.float64)
-        distance, size = self.sharding.from_main(
+        distance, size = self.sharding.broadcast(
             own
         ).tolist()  # whole weights are read back by rank 0 alone
         if not distance <= tolerance * size:
@@ -491,16 +491,16 @@ class LiveFineTune:
                 replaced(list(canonical_parameters(self.model)), value, self.sharding),
                 without_adapters(self.model),
             ):
-                with self.sharding.agreed():
+                with self.sharding.raising_together():
                     value.check_complete()
                 yield
 
     @contextmanager
     def _with_adapter(self, place: Path) -> Iterator[None]:
         """While open, the written adapter acts in the place of the fine-tune's own."""
-        with self.sharding.agreed():
+        with self.sharding.raising_together():
             deltas = read_adapter(place) if self.sharding.is_main else {}
-        deltas = deltas_from_main(deltas, self.sharding)
+        deltas = broadcast_deltas(deltas, self.sharding)
         ones = torch.ones(
             sum(delta.a.shape[0] for delta in deltas.values()), device=self.sharding.device
         )

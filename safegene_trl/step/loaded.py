@@ -39,14 +39,14 @@ def safeguard_loaded(
             "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
         )
     job = this_job()
-    with job.agreed():
+    with job.raising_together():
         check_not_safeguarded(name_or_path, revision)
         processor, base = (
             load_processor(name_or_path, revision),
             adapter_base(name_or_path, revision),
         )
     model, sharding = load_placed(name_or_path, revision, dtype, job, allow_pickled_shards)
-    with sharding.named():
+    with sharding.naming_rank():
         origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name_or_path})
         prepared = prepare(config, model, processor, target, sharding, origin)
         if config.dry_run:

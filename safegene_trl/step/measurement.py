@@ -91,7 +91,7 @@ def _answers(
         )
         exchanges = [
             Exchange(p.text, answer)
-            for p, answer in zip(prompts, sharding.united(own), strict=True)
+            for p, answer in zip(prompts, sharding.gather_texts(own), strict=True)
         ]
         labels[kind] = [verdict.label for verdict in judged(RefusalPhrases(), exchanges)]
     found: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _token_accuracy(model: nn.Module, batched: Sequence[Batch], sharding: Shardi
             logits, targets = response_logits(model, batch)
             counts = batch.target_mask.sum(dim=1).tolist()
             right = (logits.argmax(dim=-1) == targets).double().split(counts)
-            sharding.release()
+            sharding.reshard()
             if index is not None:
                 rows[index, : len(right)] = torch.stack([part.mean() for part in right]).cpu()
     rows = sharding.sum(rows)

@@ -63,7 +63,7 @@ class FinishedTraining:
         Raises:
             OutputError: It cannot be written.
         """
-        if found := sharding.text_from_main(
+        if found := sharding.broadcast_text(
             self._checkpoint(model, loadable) if sharding.is_main else ""
         ):
             return _named(model, Path(found))
@@ -80,7 +80,7 @@ class FinishedTraining:
                 new != old for new, old in zip(after, before, strict=True)
             )
             # FSDP with sharded states saves nothing
-            if not sharding.text_from_main("yes" if saved else ""):
+            if not sharding.broadcast_text("yes" if saved else ""):
                 _save(model, processor, folder, sharding)
         return _named(model, folder)
 
@@ -165,11 +165,11 @@ def _written(model: nn.Module, folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) -> None:
-    with sharding.agreed(), writing():
+    with sharding.raising_together(), writing():
         if sharding.is_main:
             folder.mkdir(parents=True, exist_ok=True)
     if not isinstance(model, PeftModel):
-        with sharding.agreed(), writing():
+        with sharding.raising_together(), writing():
             if sharding.is_main:
                 for name in (*_FULL, _ADAPTER):  # of an earlier run
                     (folder / name).unlink(missing_ok=True)
@@ -182,7 +182,7 @@ def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) ->
             with sharding.full([tensor]) as (full,):
                 if sharding.is_main:
                     whole[name] = full.detach().cpu().clone()
-    with sharding.agreed(), writing():
+    with sharding.raising_together(), writing():
         if sharding.is_main:
             model.save_pretrained(str(folder), state_dict=whole or None)
             processor.save_pretrained(folder)

@@ -191,12 +191,12 @@ def plan_step(
     clock = PhaseClock()
     with clock.phase("prepare"):
         tokenizer = getattr(processor, "tokenizer", processor)
-        with sharding.agreed():
+        with sharding.raising_together():
             vector, family, warnings = read_vector(config, model, tokenizer)
             if sharding.is_main:
                 _try_output(config, model, processor, target, origin, needed_bytes)
         # the hub is asked, and a large local checkpoint is hashed
-        with sharding.alone() as working:
+        with sharding.on_main_rank() as working:
             if working and config.output.hub_model_id:
                 check_hub(config.output.hub_model_id)
             base = check_base(
@@ -207,7 +207,7 @@ def plan_step(
                 working,
                 carries_vector(model),
             )
-        with sharding.agreed():
+        with sharding.raising_together():
             if sharding.is_main and config.output.history:
                 warnings += history_warnings(Path(config.output.history))
                 warnings += base_warnings(read_history(Path(config.output.history)), base)

@@ -40,7 +40,7 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         UnexpectedError: Something failed that this package did not expect.
         SafeGeneError: Another of its kinds, saying what to do.
     """
-    with plan.sharding.named(), _reported(plan):
+    with plan.sharding.naming_rank(), _reported(plan):
         plan.report.fine_tune = str(fine_tune.keep())
         found = fine_tune.find()
         plan.report.coefficients = found.coefficients
@@ -52,7 +52,7 @@ def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
         change = {name: value - plan.carried[name] for name, value in found.coefficients.items()}
         check_no_subtraction(change, plan.carried)
         _write(plan, fine_tune, found)
-        with plan.sharding.alone() as working:
+        with plan.sharding.on_main_rank() as working:
             if working and plan.config.output.hub_model_id and not rejected:
                 upload(plan.target, plan.config.output.hub_model_id, plan.config.output.hub_private)
     return plan.report.to_dict()
@@ -63,7 +63,7 @@ def _write(plan: Plan, fine_tune: FineTune, found: Found) -> None:
     with ExitStack() as held:
         # what may still fail of the history fails before the checkpoint takes its place
         add = _written(plan, fine_tune, found, held)
-        with sharding.agreed():
+        with sharding.raising_together():
             add()
     if sharding.is_main:
         _remove_failure(plan.target)
@@ -76,12 +76,12 @@ def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> 
         with plan.clock.phase("save"):
             fine_tune.write(folder, found)
         with plan.clock.phase("verify"):
-            with sharding.alone() as working:
+            with sharding.on_main_rank() as working:
                 if working:
                     report.files = hashes(folder)
             report.shipped = (report.shipped or {}) | fine_tune.compare(folder)
         report.status = "safeguarded"
-        with sharding.agreed():
+        with sharding.raising_together():
             if sharding.is_main:
                 write_evidence(report.to_dict(), folder, plan.target.name, _releases(plan))
                 if plan.config.output.history:
@@ -188,7 +188,7 @@ def _releases(plan: Plan) -> list[Release]:
 
 
 def _add_to_history(plan: Plan) -> None:
-    with plan.sharding.agreed():
+    with plan.sharding.raising_together():
         if plan.sharding.is_main and plan.config.output.history:
             append_release(
                 Path(plan.config.output.history), release_of(plan.report.to_dict(), plan.target)

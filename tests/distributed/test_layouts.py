@@ -46,7 +46,7 @@ def test_one_process_is_whole():
 
 def test_own_error_comes_out_as_it_is():
     error = KeyError("x")
-    with pytest.raises(KeyError) as caught, ALONE.named(), ALONE.agreed():
+    with pytest.raises(KeyError) as caught, ALONE.naming_rank(), ALONE.raising_together():
         raise error
     assert caught.value is error and not hasattr(error, "__notes__")
 

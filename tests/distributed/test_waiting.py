@@ -19,12 +19,12 @@ from safegene_trl.distributed.layouts import Sharding
 
 dist.init_process_group("gloo", timeout=timedelta(seconds=2))
 job = Sharding(torch.device("cpu"))
-with job.alone() as working:
+with job.on_main_rank() as working:
     if working:
         time.sleep(5)
 said = "nothing"
 try:
-    with job.alone() as working:
+    with job.on_main_rank() as working:
         if working:
             raise SafeGeneError("the hub is gone")
 except SafeGeneError as error:

@@ -43,7 +43,7 @@ def test_where_room_is_short_each_pass_fetches_them(deltas, monkeypatch):
         factors.of("one", like)
     assert factors.copies == 3 and not factors.resident
     assert factors.describe()["place"] == "fetched"
-    factors.release()
+    factors.clear()
     monkeypatch.setattr(module, "free_bytes", lambda device: 4 * factors.num_bytes(like.dtype))
     assert factors.describe() == {}
     factors.of("one", like)
@@ -66,7 +66,7 @@ def test_a_search_copies_every_pair_once_and_gives_the_memory_back(monkeypatch):
         seen.append((self.copies, len(self._deltas)))
         release(self)
 
-    monkeypatch.setattr(Factors, "release", noted)
+    monkeypatch.setattr(Factors, "clear", noted)
     model, data = make_model(), calibration_set()
     deltas = helpful_deltas(make_model(), data)
     found = run(model, deltas, data, batch_size=4)

@@ -305,7 +305,7 @@ def test_what_may_take_long_keeps_no_other_process_in_a_collective(
 ):
     """Hashing a base, asking the hub, hashing what was written and uploading it: while rank 0 works alone."""
     alone, within = [], {}
-    original = Communicator.alone
+    original = Communicator.on_main_rank
 
     @contextmanager
     def watched(self):
