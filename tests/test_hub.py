@@ -71,6 +71,10 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
         "gate.write_rejected": "true",
         "max_evaluations": 1,
         "num_benign_shots": 4,
+        "num_safety_shots": 4,
+        "num_task_shots": 4,
+        "num_test_prompts": 4,
+        "max_new_tokens": 4,
     }
     words = options_of(settings)
     done = python(SAFEGENE, "apply", "--model_name_or_path", model_dir, *words)
