@@ -60,11 +60,11 @@ def test_two_types_in_turn_do_not_push_each_other_out(deltas):
 
 def test_a_search_copies_every_pair_once_and_gives_the_memory_back(monkeypatch):
     seen = []
-    release = Factors.release
+    clear = Factors.clear
 
     def noted(self):
         seen.append((self.copies, len(self._deltas)))
-        release(self)
+        clear(self)
 
     monkeypatch.setattr(Factors, "clear", noted)
     model, data = make_model(), calibration_set()
