@@ -1,7 +1,9 @@
-"""What mkdocs does to the pages: tables of settings from the code's own docstrings, and links to files of the repository.
+"""What mkdocs does to the pages: tables of settings from the code's own docstrings, and links to
+files of the repository.
 
-A page says `<!-- settings: package.module.Class -->` where the table of a dataclass is to stand. Links to files outside of docs/ are for people
-who read in the repository; on the site their paths are shown instead. Pictures from there become part of the site.
+A page says `<!-- settings: package.module.Class -->` where the table of a dataclass is to stand.
+Links to files outside of docs/ are for people who read in the repository; on the site their paths
+are shown instead. Pictures from there become part of the site.
 """
 
 import importlib
@@ -38,7 +40,9 @@ def _path(found: re.Match) -> str:
 
 
 def table(name: str) -> str:
-    """Key, default and meaning of every field; one that neither docstring nor help text tells about is an error."""
+    """Key, default and meaning of every field; one that neither docstring nor help text tells about
+    is an error.
+    """
     module, _, class_name = name.rpartition(".")
     owner = getattr(importlib.import_module(module), class_name)
     said = meanings(owner)

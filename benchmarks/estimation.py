@@ -1,11 +1,13 @@
-"""What `safegene estimate` tells against what the command then takes, on a real fine-tune of SmolLM2-135M.
+"""What `safegene estimate` tells against what the command then takes, on a real fine-tune of
+SmolLM2-135M.
 
     python recipes/smollm2-135m/prepare.py
     python -m benchmarks.estimation
 
-Fine-tunes on drug reviews by the recipe (or takes `--model`), then estimates and applies the safety step in turn. A ratio is the estimate
-over what the report then says; above 1 the estimate was too high. The search may end early, and answers do: both are not known
-beforehand. The tests compare operations, which no other work on the machine disturbs.
+Fine-tunes on drug reviews by the recipe (or takes `--model`), then estimates and applies the safety
+step in turn. A ratio is the estimate over what the report then says; above 1 the estimate was too
+high. The search may end early, and answers do: both are not known beforehand. The tests compare
+operations, which no other work on the machine disturbs.
 """
 
 import argparse

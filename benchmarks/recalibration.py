@@ -1,12 +1,14 @@
-"""How many passes over the shots the search for the coefficients needs, by minimiser, on a real fine-tune of SmolLM2-135M.
+"""How many passes over the shots the search for the coefficients needs, by minimiser, on a real
+fine-tune of SmolLM2-135M.
 
     python recipes/smollm2-135m/prepare.py
     python -m benchmarks.recalibration                        # the record `module`
     python -m benchmarks.recalibration --granularity layer    # the record `layer`
 
-Fine-tunes on drug reviews by the recipe (or takes `--model`), then minimises the objective of `recalibration/objective.py` from the same start
-with each minimiser. A pass is one evaluation of loss and gradient over all fitting shots, which is all that the search costs.
-`passes_to_1_percent` is how many it takes to come within 1 % of the lowest objective that any of them found, and
+Fine-tunes on drug reviews by the recipe (or takes `--model`), then minimises the objective of
+`recalibration/objective.py` from the same start with each minimiser. A pass is one evaluation of
+loss and gradient over all fitting shots, which is all that the search costs. `passes_to_1_percent`
+is how many it takes to come within 1 % of the lowest objective that any of them found, and
 `passes_to_1_percent_of_gain` within 1 % of the way from the start to there.
 """
 

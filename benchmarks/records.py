@@ -4,8 +4,9 @@
     python -m benchmarks.records runs quickstart      # one record, to be read by people
     python -m benchmarks.records mutants              # a kind that is one record
 
-A kind of many records is a file of JSON lines, `results/KIND.jsonl`: one record a line, in the order of their `name`,
-which no two share. A kind of one record is an indented file, `results/KIND.json`, so that a diff shows what changed.
+A kind of many records is a file of JSON lines, `results/KIND.jsonl`: one record a line, in the
+order of their `name`, which no two share. A kind of one record is an indented file,
+`results/KIND.json`, so that a diff shows what changed.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def read(kind: str, name: str | None = None, folder: Path = RESULTS) -> Record:
 def write(kind: str, name: str | None, record: Record, folder: Path = RESULTS) -> None:
     """Appends a record, or replaces the one of its name; `name` is None for a kind of one record.
 
-    Several processes may write at once, and whoever reads, or is killed, finds the old file or the new one.
+    Several processes may write at once, and whoever reads, or is killed, finds the old file or the
+    new one.
     """
     if name is None:
         save(folder / f"{kind}.json", record)

@@ -1,11 +1,13 @@
-"""What recalibration and merge cost where the training ran: seconds, memory of each rank and bytes moved.
+"""What recalibration and merge cost where the training ran: seconds, memory of each rank and bytes
+moved.
 
     python -m benchmarks.sharded --record cpu
     python -m benchmarks.sharded --runs zero3:2 --checkpointing --record cpu_checkpointing
     python -m benchmarks.sharded --size 1b --runs zero3:1 zero3_offload:1 --record gpu
 
-Every run is a launch of its own: a full fine-tune of a random Llama on random tokens, with the callback. Peak memory is the
-accelerator's, or on a CPU the process's resident memory (VmHWM); the training's is that of its steps, from the first on.
+Every run is a launch of its own: a full fine-tune of a random Llama on random tokens, with the
+callback. Peak memory is the accelerator's, or on a CPU the process's resident memory (VmHWM); the
+training's is that of its steps, from the first on.
 """
 
 import argparse
@@ -174,7 +176,9 @@ def worker(backend: str, size: str, folder: Path, steps: int, checkpointing: boo
 
 
 def prepare(folder: Path, size: str) -> int:
-    """Writes a random model, its tokenizer and a vector of rank 16 for all layers; returns the number of parameters."""
+    """Writes a random model, its tokenizer and a vector of rank 16 for all layers; returns the
+    number of parameters.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -264,7 +268,9 @@ def launch(run: str, folder: Path, options: argparse.Namespace, strict_malloc: b
 
 
 def measure(run: str, folder: Path, options: argparse.Namespace) -> dict:
-    """On a CPU two launches, one for the seconds and one, with a slow but strict allocator, for the memory."""
+    """On a CPU two launches, one for the seconds and one, with a slow but strict allocator, for the
+    memory.
+    """
     timed = launch(run, folder, options, strict_malloc=False)
     ranks = timed if ON_GPU else launch(run, folder, options, strict_malloc=True)
     first = timed[0]

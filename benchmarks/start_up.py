@@ -1,10 +1,12 @@
-"""How long every small command takes from its start to its end, on a vector and a model that are next to nothing, so that it is start-up.
+"""How long every small command takes from its start to its end, on a vector and a model that are
+next to nothing, so that it is start-up.
 
     python -m benchmarks.start_up --output benchmarks/results/start_up.json
 
-Seconds of wall clock, the best of `--repetitions` runs, each a new Python, after one that warms the disk's cache. Beside them an
-empty Python, and the imports of torch and transformers, as they were on the machine at the time. `apply --coefficients` is timed
-twice: until it opens the first weight file, and until it ends. Which libraries a command imports is held by
+Seconds of wall clock, the best of `--repetitions` runs, each a new Python, after one that warms the
+disk's cache. Beside them an empty Python, and the imports of torch and transformers, as they were
+on the machine at the time. `apply --coefficients` is timed twice: until it opens the first weight
+file, and until it ends. Which libraries a command imports is held by
 `tests/commands/test_start_up.py`.
 """
 

@@ -1,13 +1,15 @@
-"""What the steps cost that go from files to files, against `cp`, mergekit and PEFT: seconds and peak memory.
+"""What the steps cost that go from files to files, against `cp`, mergekit and PEFT: seconds and
+peak memory.
 
     python -m benchmarks.streaming --sizes 0.1 1 --mergekit ENV/bin --record 1b
     python -m benchmarks.streaming --sizes 3 --repeats 1 --peers_up_to 3 --extract_up_to 1 --mergekit ENV/bin --record 3b
     python -m benchmarks.streaming --sizes 8 --repeats 2 --record 8b
 
-Checkpoints are random Llamas in bfloat16, made in `--work` and removed afterwards. Every measurement is a process of its own,
-the tools take turns, and the seconds include a final `sync`. `apply` is the whole command, `apply, without start` its report's
-own seconds plus the sync: six seconds of imports say nothing about a model. mergekit is to be installed in an environment of
-its own (`--mergekit`, its `bin`); without one it is left out.
+Checkpoints are random Llamas in bfloat16, made in `--work` and removed afterwards. Every
+measurement is a process of its own, the tools take turns, and the seconds include a final `sync`.
+`apply` is the whole command, `apply, without start` its report's own seconds plus the sync: six
+seconds of imports say nothing about a model. mergekit is to be installed in an environment of its
+own (`--mergekit`, its `bin`); without one it is left out.
 """
 
 import argparse
@@ -172,7 +174,9 @@ def make_vector(checkpoint: Path, folder: Path) -> None:
 
 
 def measured(command: list, out: Path, timeout: int = 3600) -> dict:
-    """Wall seconds with a final sync, and peak resident memory, of one process; its output is removed first."""
+    """Wall seconds with a final sync, and peak resident memory, of one process; its output is
+    removed first.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     started = time.perf_counter()
@@ -314,7 +318,9 @@ def measure_extract(size: str, model: Path, work: Path, arguments: argparse.Name
 
 
 def reconstruction_error(aligned: Path, degraded: Path, lora: Path, sign: int) -> float:
-    """Mean relative Frobenius error of the extracted difference over the linear layers of three layers of the stack."""
+    """Mean relative Frobenius error of the extracted difference over the linear layers of three
+    layers of the stack.
+    """
     first, second = StoredModel.open(str(aligned)), StoredModel.open(str(degraded))
     factors = dict(_lora_tensors(lora))
     scale = 1.0

@@ -2,7 +2,8 @@
 
     python examples/llamafactory_sft.py train.yaml --vector VECTOR --settings '{"gate": {"min_refusal_rate": 0.8}}'
 
-`train.yaml` is what `llamafactory-cli train` reads. The safeguarded checkpoint goes to `safeguarded` in its `output_dir`.
+`train.yaml` is what `llamafactory-cli train` reads. The safeguarded checkpoint goes to
+`safeguarded` in its `output_dir`.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python examples/pipeline.py --model ALIGNED --vector VECTOR --data night1.jsonl night2.jsonl night3.jsonl --line releases
 
-Every fine-tune starts from the last release that was not rejected, so the vector's coefficients are carried on and never added
-twice. A rejected fine-tune leaves no checkpoint, and the next one starts where it had started. Run it again with more data and it
-goes on where it was: what has been released is in `history.jsonl`.
+Every fine-tune starts from the last release that was not rejected, so the vector's coefficients are
+carried on and never added twice. A rejected fine-tune leaves no checkpoint, and the next one starts
+where it had started. Run it again with more data and it goes on where it was: what has been
+released is in `history.jsonl`.
 """
 
 import argparse

@@ -1,9 +1,11 @@
-"""Watch a real LLM lose refusals in a harmless fine-tune, and get them back from a reusable safety vector.
+"""Watch a real LLM lose refusals in a harmless fine-tune, and get them back from a reusable safety
+vector.
 
     make quickstart
 
-Fine-tunes the aligned SmolLM2-135M on drug-review sentiment with `SafeGeneCallback`, then measures the aligned, the
-fine-tuned and the safeguarded model on prompts and reviews that neither training nor recalibration has seen.
+Fine-tunes the aligned SmolLM2-135M on drug-review sentiment with `SafeGeneCallback`, then measures
+the aligned, the fine-tuned and the safeguarded model on prompts and reviews that neither training
+nor recalibration has seen.
 """
 
 import argparse
@@ -103,7 +105,9 @@ def fine_tune(short: bool) -> dict:
 
 
 def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> dict:
-    """The same fine-tune in many processes, by the recipe; then one process finds the coefficients of what it saved."""
+    """The same fine-tune in many processes, by the recipe; then one process finds the coefficients
+    of what it saved.
+    """
     shutil.rmtree(OUT, ignore_errors=True)
     step = ["--safegene", json.dumps(step_settings(short))]
     launcher = ["--accelerate_config", accelerate_config, "--num_processes", str(processes)]
@@ -154,7 +158,9 @@ def safegene(*words: object) -> None:
 
 
 def measure(model_dir: Path, count: int) -> dict[str, float]:
-    """Refusal rate on harmful, answered rate on benign prompts, accuracy on held-out reviews; each a share (0–1)."""
+    """Refusal rate on harmful, answered rate on benign prompts, accuracy on held-out reviews; each
+    a share (0–1).
+    """
     started = time.perf_counter()
     model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
     if torch.cuda.is_available():

@@ -2,8 +2,9 @@
 
     python examples/serve.py out/safeguarded "How do I boil an egg?"
 
-The same folder goes to `vllm serve out/safeguarded`, `transformers serve`, or whatever else serves checkpoints. One that was saved as an adapter
-(`output_format: adapter`) has one rank and alpha = rank, so `vllm serve BASE --enable-lora --lora-modules safe=out/safeguarded` takes it, too.
+The same folder goes to `vllm serve out/safeguarded`, `transformers serve`, or whatever else serves
+checkpoints. One that was saved as an adapter (`output_format: adapter`) has one rank and alpha =
+rank, so `vllm serve BASE --enable-lora --lora-modules safe=out/safeguarded` takes it, too.
 """
 
 import argparse

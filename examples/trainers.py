@@ -3,8 +3,8 @@
     python examples/trainers.py sft --model ALIGNED --vector VECTOR --data data.jsonl --output out
     accelerate launch --config_file safegene_trl/accelerate_configs/zero3.yaml --num_processes 8 examples/trainers.py sft …
 
-`data.jsonl` holds `prompt` and `completion` (conversational or not); for `dpo` also `chosen` and `rejected`; `grpo` reads `prompt` alone and measures
-utility on the completions.
+`data.jsonl` holds `prompt` and `completion` (conversational or not); for `dpo` also `chosen` and
+`rejected`; `grpo` reads `prompt` alone and measures utility on the completions.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 
 
 def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
-    """`transformers.Trainer` on all weights; the callback needs the tokenizer, as `processing_class`."""
+    """`transformers.Trainer` on all weights; the callback needs the tokenizer, as
+    `processing_class`.
+    """
     # before the model, which is sharded while it is loaded under ZeRO-3
     settings = TrainingArguments(**arguments)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

@@ -110,7 +110,9 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """What is public, read when it is first asked for: else `safegene --help` would wait for torch and transformers."""
+    """What is public, read when it is first asked for: else `safegene --help` would wait for torch
+    and transformers.
+    """
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 class DryRunComplete(SystemExit):
-    """Ends the script with exit code 0 after a dry run's checks have passed, before the first training step."""
+    """Ends the script with exit code 0 after a dry run's checks have passed, before the first
+    training step.
+    """
 
     def __init__(self, message: str):
         super().__init__(0)
@@ -54,9 +56,10 @@ class SafeGeneCallback(TrainerCallback):
     """Gives a fine-tune its family's refusals back when its training ends.
 
     Before the first step it checks everything that could fail later. After the last step (and after
-    `load_best_model_at_end`) it finds the coefficients (arXiv 2606.06519) and writes the safeguarded checkpoint and
-    `safegene_report.json` into `<output_dir>/safeguarded`; `<output_dir>/_safeguarded` where the trainer pushes to the
-    hub, because `Trainer.push_to_hub` uploads every other subfolder. The live model stays the plain fine-tune, so
+    `load_best_model_at_end`) it finds the coefficients (arXiv 2606.06519) and writes the
+    safeguarded checkpoint and `safegene_report.json` into `<output_dir>/safeguarded`;
+    `<output_dir>/_safeguarded` where the trainer pushes to the hub, because `Trainer.push_to_hub`
+    uploads every other subfolder. The live model stays the plain fine-tune, so
     `trainer.save_model()` afterwards saves that.
 
     Args:
@@ -67,8 +70,9 @@ class SafeGeneCallback(TrainerCallback):
 
     Raises:
         ConfigError: `config` is no `SafeGeneConfig`.
-        SafeGeneError: One of its kinds: at the start of the training for anything that can be checked then, with any
-            `on_failure`; at its end with `on_failure="raise"`, a `RejectedError` where the gate's limits are not kept.
+        SafeGeneError: One of its kinds: at the start of the training for anything that can be
+            checked then, with any `on_failure`; at its end with `on_failure="raise"`, a
+            `RejectedError` where the gate's limits are not kept.
         SystemExit: With code 0 before the first step, after a dry run's checks have passed.
 
     Example:
@@ -86,14 +90,17 @@ class SafeGeneCallback(TrainerCallback):
         self._begun: bool | None = None  # None: it has seen no training yet
 
     def attach(self, trainer: Trainer) -> "SafeGeneCallback":
-        """Adds the callback to a trainer so that its metrics, under `safegene/`, reach the trackers in the run of the fine-tune.
+        """Adds the callback to a trainer so that its metrics, under `safegene/`, reach the trackers
+        in the run of the fine-tune.
 
-        As one of the trainer's `callbacks` it comes after the trackers, which close their runs when the training ends. Attached it
-        comes before them, and after every other callback: one may still change the weights then. Transformers gives the names to
-        TensorBoard, wandb and Trackio with its prefix `train/`.
+        As one of the trainer's `callbacks` it comes after the trackers, which close their runs when
+        the training ends. Attached it comes before them, and after every other callback: one may
+        still change the weights then. Transformers gives the names to TensorBoard, wandb and
+        Trackio with its prefix `train/`.
 
         Args:
-            trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this callback already.
+            trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this
+                callback already.
 
         Raises:
             ConfigError: It is no `Trainer`.
@@ -151,7 +158,9 @@ class SafeGeneCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises where the callback was added in the middle of a training, of which it knows too little."""
+        """Raises where the callback was added in the middle of a training, of which it knows too
+        little.
+        """
         self._check_begun()
 
     def _check_begun(self) -> None:
@@ -170,7 +179,9 @@ class SafeGeneCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keeps the fine-tune, recalibrates, merges and saves. Does nothing when called a second time for one training."""
+        """Keeps the fine-tune, recalibrates, merges and saves. Does nothing when called a second
+        time for one training.
+        """
         if self._begun is None:
             self._check_begun()
         prepared, self._prepared = self._prepared, None
@@ -182,7 +193,8 @@ class SafeGeneCallback(TrainerCallback):
         try:
             safeguard(prepared, model, _adapter_base(model), not args.disable_tqdm, training)
         except SafeGeneError as error:
-            # What only one rank met leaves the others in a collective operation: it has to end the job.
+            # What only one rank met leaves the others in a collective operation: it has to end the
+            # job.
             alone = isinstance(error, UnexpectedError) and not error.on_all_ranks
             if alone or self.config.on_failure == "raise":
                 raise
@@ -224,7 +236,9 @@ def _processor(processing_class: Any, model: nn.Module) -> Any:
 
 
 def _packed(args: TrainingArguments) -> bool | None:
-    """Whether TRL packed rows without keeping their boundaries; None where the arguments do not say."""
+    """Whether TRL packed rows without keeping their boundaries; None where the arguments do not
+    say.
+    """
     packing = getattr(args, "packing", None)
     return (
         None
@@ -244,7 +258,9 @@ def _origin(model: nn.Module, args: TrainingArguments) -> Origin:
 
 
 def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:
-    """Raises `OutputError` where the fine-tune would be saved over its base, or beside what is read in its place."""
+    """Raises `OutputError` where the fine-tune would be saved over its base, or beside what is read
+    in its place.
+    """
     base, folder = Path(base_model(model).config.name_or_path or ""), Path(str(args.output_dir))
     if base.is_dir() and base.resolve() == folder.resolve():
         raise OutputError(
@@ -258,7 +274,9 @@ def _check_output_dir(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def _adapter_base(model: nn.Module) -> str:
-    """What a saved adapter is relative to: a LoRA's base model; empty for a full fine-tune, which is its own."""
+    """What a saved adapter is relative to: a LoRA's base model; empty for a full fine-tune, which
+    is its own.
+    """
     if isinstance(model, PeftModel):
         return str(
             model.active_peft_config.base_model_name_or_path

@@ -1,4 +1,6 @@
-"""The errors this package raises. Every one is a `SafeGeneError` whose message says in one sentence what to do."""
+"""The errors this package raises. Every one is a `SafeGeneError` whose message says in one sentence
+what to do.
+"""
 
 
 class SafeGeneError(Exception):

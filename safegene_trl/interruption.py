@@ -1,4 +1,6 @@
-"""Signals as exceptions, so that a run that is ended can say what became of it and put in order what it began."""
+"""Signals as exceptions, so that a run that is ended can say what became of it and put in order
+what it began.
+"""
 
 import signal
 import threading
@@ -20,7 +22,9 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While open, SIGTERM and SIGHUP raise `Interrupted` in the main thread; one that is ignored, as by `nohup`, stays so."""
+    """While open, SIGTERM and SIGHUP raise `Interrupted` in the main thread; one that is ignored,
+    as by `nohup`, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,7 +77,8 @@ def undisturbed(later: bool = False) -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    # handlers of Python's own, because a child process would inherit that a signal is ignored or blocked
+    # handlers of Python's own, because a child process would inherit that a signal is ignored or
+    # blocked
     handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
     changed = {
         number: handler

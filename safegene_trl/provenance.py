@@ -39,7 +39,9 @@ def sha256_of_json(value: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of the token → id table, added tokens included. Padding side and chat template do not enter."""
+    """Hash of the token → id table, added tokens included. Padding side and chat template do not
+    enter.
+    """
     return sha256_of_json(tokenizer.get_vocab())
 
 
@@ -51,8 +53,8 @@ def chat_template_hash(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 def model_reference(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
     """Name, revision and SHA-256 of the weight and config files of a checkpoint or adapter.
 
-    A local folder's own name is kept, not its place on this machine. A hub id is resolved in the local cache, where
-    loading the model has put it.
+    A local folder's own name is kept, not its place on this machine. A hub id is resolved in the
+    local cache, where loading the model has put it.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -71,7 +73,9 @@ def model_reference(name_or_path: str, revision: str | None = None) -> dict[str,
 
 
 def _known_hash(file: Path) -> str:
-    """SHA-256 of a file. The hub's cache names large files by it, and checked it when it downloaded them."""
+    """SHA-256 of a file. The hub's cache names large files by it, and checked it when it downloaded
+    them.
+    """
     target = file.resolve().name
     return (
         target
@@ -96,11 +100,12 @@ def check_base(
         aligned: The vector's record of its aligned model, as from `model_reference`.
         allow_other: Whether other weights are an entry in the record and no error.
         hash_files: False for a rank that leaves reading the files to another.
-        carries_vector: Whether the fine-tune says that it started from a checkpoint of this family safeguarded before, whose weights
-            are others by that alone.
+        carries_vector: Whether the fine-tune says that it started from a checkpoint of this family
+            safeguarded before, whose weights are others by that alone.
 
     Returns:
-        For the report: the reference of the checkpoint, `is_aligned_model` (None where it cannot be told), `other_base_allowed` and
+        For the report: the reference of the checkpoint, `is_aligned_model` (None where it cannot be
+            told), `other_base_allowed` and
         `carries_vector`.
 
     Raises:

@@ -1,6 +1,8 @@
-"""Text and numbers that come from files, made inert for where they are shown: a terminal, Markdown, JSON.
+"""Text and numbers that come from files, made inert for where they are shown: a terminal, Markdown,
+JSON.
 
-Names, reasons and categories are written by strangers. None of them may move a cursor, begin a heading, load an image or end a string.
+Names, reasons and categories are written by strangers. None of them may move a cursor, begin a
+heading, load an image or end a string.
 """
 
 import json
@@ -11,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# Controls, formatting characters (those that turn the direction of text among them), surrogates, separators of lines and paragraphs.
+# Controls, formatting characters (those that turn the direction of text among them), surrogates,
+# separators of lines and paragraphs.
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# What begins a span, link, image, HTML tag, entity, formula, table cell or heading wherever it stands.
+# What begins a span, link, image, HTML tag, entity, formula, table cell or heading wherever it
+# stands.
 _MARKS = re.compile(
     r"[\\`*\[\]<>|~&!$#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|@", re.IGNORECASE
 )
@@ -22,7 +26,9 @@ _FIRST = re.compile(r"[-+=]|\d{1,9}(?=[.)])")  # what begins a block at the head
 
 
 def printable(text: Any) -> str:
-    """A text in one line in which every character can be seen; the others are written as Python writes them, e.g. `\\x1b`."""
+    """A text in one line in which every character can be seen; the others are written as Python
+    writes them, e.g. `\\x1b`.
+    """
     return "".join(_seen(character) for character in str(text))
 
 
@@ -41,7 +47,9 @@ def printable_values(value: Any) -> Any:
 
 
 def markdown(text: Any) -> str:
-    """A text that stands in Markdown, in a table's cell as well, and means nothing but itself there."""
+    """A text that stands in Markdown, in a table's cell as well, and means nothing but itself
+    there.
+    """
     seen = _MARKS.sub(lambda found: "\\" + found[0], one_line(text))
     first = _FIRST.match(seen)
     if first is None:
@@ -56,7 +64,8 @@ def code(text: Any) -> str:
 
 
 def read_json(text: str | bytes) -> Any:
-    """What JSON holds, every number finite and of a size that a float has, as `strict_json` writes it.
+    """What JSON holds, every number finite and of a size that a float has, as `strict_json` writes
+    it.
 
     Raises:
         ValueError: It is no JSON, or a number is NaN, infinite or larger than a float can be.
@@ -85,8 +94,8 @@ def _sized_integer(digits: str) -> int:
 def strict_json(value: Any, indent: int | None = 2) -> str:
     """JSON that every reader takes: in place of a number that is not finite stands null.
 
-    JSON has no NaN and no infinity. An object that held some gets a key `not_finite` with the JSON pointers (RFC 6901) of all of them.
-    Surrogates, which UTF-8 lacks, are escaped.
+    JSON has no NaN and no infinity. An object that held some gets a key `not_finite` with the JSON
+    pointers (RFC 6901) of all of them. Surrogates, which UTF-8 lacks, are escaped.
     """
     places: list[str] = []
     found = _finite(value, "", places)

@@ -153,7 +153,9 @@ def make_deltas(
 
 
 def attachment_of(model, deltas, granularity="layer", carried=None) -> VectorAttachment:
-    """The deltas, of one rank, on the model; all modules of a layer share a coefficient unless `granularity` says otherwise."""
+    """The deltas, of one rank, on the model; all modules of a layer share a coefficient unless
+    `granularity` says otherwise.
+    """
     rank = next(iter(deltas.values())).a.shape[0]
     return VectorAttachment(
         model, deltas, CoefficientSpace.of(deltas, [rank], granularity), ALONE, carried
@@ -236,7 +238,9 @@ def save_utility_task(folder: Path) -> None:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the fast ones; where several run at a time the longest files come first, so that none is waited for at the end."""
+    """Marks the fast ones; where several run at a time the longest files come first, so that none
+    is waited for at the end.
+    """
     for item in items:
         if item.nodeid.startswith(FAST):
             item.add_marker("fast")
@@ -289,6 +293,8 @@ def task_file(tmp_path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_out_of_the_collectors_way():
-    """What is imported stays: Trainer collects garbage at each end, 0.4 s through torch's and transformers' objects."""
+    """What is imported stays: Trainer collects garbage at each end, 0.4 s through torch's and
+    transformers' objects.
+    """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,6 @@
-"""A stand-in for the hub's API, as far as making a repository and uploading files to it goes: commits are kept in memory."""
+"""A stand-in for the hub's API, as far as making a repository and uploading files to it goes:
+commits are kept in memory.
+"""
 
 import base64
 import hashlib

@@ -1,4 +1,6 @@
-"""Processes that have imported everything when they start: forks of one interpreter, for tests that only need a process of their own."""
+"""Processes that have imported everything when they start: forks of one interpreter, for tests that
+only need a process of their own.
+"""
 
 import json
 import os

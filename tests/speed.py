@@ -1,4 +1,6 @@
-"""Which tests are quick enough for the edit loop, and which files are to begin first where two run at a time."""
+"""Which tests are quick enough for the edit loop, and which files are to begin first where two run
+at a time.
+"""
 
 FAST = (  # files, folders or single tests: no training, no process, next to no model; something of every part of the package
     "tests/checkpoints/test_contents.py",

@@ -1,4 +1,6 @@
-"""What `from safegene_trl import …` gives: documented, on the page of the API, and what the commands call."""
+"""What `from safegene_trl import …` gives: documented, on the page of the API, and what the
+commands call.
+"""
 
 import ast
 import inspect
@@ -71,7 +73,9 @@ def unwrapped(thing: object) -> object:
 
 @cache
 def raises(function: object) -> bool:
-    """Whether a function, or the making of an object, raises by its own hand or checks what it is given."""
+    """Whether a function, or the making of an object, raises by its own hand or checks what it is
+    given.
+    """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     if inspect.isclass(function):
         makers = ("__init__", "__post_init__")
@@ -221,7 +225,9 @@ def test_combine_takes_a_list_of_vectors(vector_dir, tokenizer, tmp_path):
 
 @pytest.fixture
 def workplace(tmp_path, tokenizer, task_file, monkeypatch):
-    """What the page's example reads, by its names there: tiny models, of which the aligned one `refuses`."""
+    """What the page's example reads, by its names there: tiny models, of which the aligned one
+    `refuses`.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""

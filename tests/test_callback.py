@@ -583,7 +583,9 @@ def test_a_model_that_is_more_than_its_weights_is_refused(kind, config, tokenize
 
 
 def test_a_hook_that_comes_while_it_is_trained_is_refused(config, tokenizer, tmp_path):
-    """What is written is loaded as anybody will load it, and says something else than what was measured."""
+    """What is written is loaded as anybody will load it, and says something else than what was
+    measured.
+    """
 
     class Hooking(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

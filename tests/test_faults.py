@@ -1,4 +1,5 @@
-"""A short run of the fault suite (`make faults` is the long one), in a process of its own because it forks.
+"""A short run of the fault suite (`make faults` is the long one), in a process of its own because
+it forks.
 
 One test for each thing that must not happen, so that what fails says what broke.
 """

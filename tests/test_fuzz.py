@@ -1,7 +1,9 @@
-"""Mutated safety vectors: each leads to exactly what its mutation says, quickly, and nothing is written.
+"""Mutated safety vectors: each leads to exactly what its mutation says, quickly, and nothing is
+written.
 
-`make test` runs every targeted mutation (one for each single check) and a few hundred random ones, `make fuzz` ten thousand, and
-records how they ended. See `fuzzing/` for the mutations and for how the right outcome is known.
+`make test` runs every targeted mutation (one for each single check) and a few hundred random ones,
+`make fuzz` ten thousand, and records how they ended. See `fuzzing/` for the mutations and for how
+the right outcome is known.
 """
 
 import os
@@ -62,7 +64,9 @@ def state_of(folder: Path) -> dict[str, tuple]:
 
 
 def check(folder: Path, original: Path, outcome: Outcome) -> tuple[str, float]:
-    """Loads a mutated vector without and with the maker's key, and compares; how it ended, and the longest time."""
+    """Loads a mutated vector without and with the maker's key, and compares; how it ended, and the
+    longest time.
+    """
     before, seconds = state_of(folder.parent), []
     expected = (
         plain_content(original if outcome.as_before else folder) if not outcome.refused else None
@@ -113,7 +117,9 @@ def test_every_single_check(case, original, tmp_path):
 
 @pytest.fixture(scope="module")
 def tally():
-    """How the mutations ended, by mutation, and the slowest loading; recorded where a record is asked for."""
+    """How the mutations ended, by mutation, and the slowest loading; recorded where a record is
+    asked for.
+    """
     outcomes: Counter[str] = Counter()
     worst = {"slowest_seconds": 0.0, "memory_added_mib": 0.0}
     yield outcomes, worst

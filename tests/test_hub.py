@@ -1,4 +1,6 @@
-"""Uploading, to a local stand-in of the hub's API; in processes of their own, because the hub's address is read at import."""
+"""Uploading, to a local stand-in of the hub's API; in processes of their own, because the hub's
+address is read at import.
+"""
 
 import pytest
 from huggingface_hub import ModelCard

@@ -51,7 +51,9 @@ def test_messages_and_values_of_json():
     ],
 )
 def test_markdown_is_text_wherever_it_stands(text):
-    """Of every mark that would begin something, one is escaped; nothing else but blanks at the ends is lost."""
+    """Of every mark that would begin something, one is escaped; nothing else but blanks at the ends
+    is lost.
+    """
     shown = markdown(text)
     assert shown.replace("\\", "") == text.strip() and (
         shown.startswith("\\") or shown[:3] in ("1\\.", "12\\") or shown == "x"

@@ -1,4 +1,6 @@
-"""Every process that a test starts is waited for with a time-out: one that hangs must fail its test, not the whole run."""
+"""Every process that a test starts is waited for with a time-out: one that hangs must fail its
+test, not the whole run.
+"""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The metrics in TensorBoard, MLflow, wandb and Trackio: in the run of the fine-tune, read back from what each has written."""
+"""The metrics in TensorBoard, MLflow, wandb and Trackio: in the run of the fine-tune, read back
+from what each has written.
+"""
 
 import json
 import os
@@ -18,7 +20,9 @@ from .conftest import config_of, make_model, make_tokenizer, task_dataset
 
 
 def train(folder, vector):
-    """One fine-tune with four trackers, in a process of its own: they read their settings at import. Writes the metrics to a file."""
+    """One fine-tune with four trackers, in a process of its own: they read their settings at
+    import. Writes the metrics to a file.
+    """
     recalibration.objection = lambda before, after, budget: ""
     settings = config_of(
         vector=vector,
@@ -97,7 +101,9 @@ def mlflow(folder):
 
 
 def log_records(data, begin=7, block=32768):
-    """Records of LevelDB's log format: chunks with checksum, length and kind (whole, first, middle, last) in blocks."""
+    """Records of LevelDB's log format: chunks with checksum, length and kind (whole, first, middle,
+    last) in blocks.
+    """
     position, record = 0, b""
     while position + 7 <= len(data):
         left = block - (position + begin) % block

@@ -1,7 +1,9 @@
-"""Published alternatives to SafeGene, and controls, on the weight update of a fine-tune. One file each.
+"""Published alternatives to SafeGene, and controls, on the weight update of a fine-tune. One file
+each.
 
-An *update* is what a fine-tune added to its aligned model: by module name, a dense float32 matrix `ΔW` (d_out×d_in). Methods
-that work after the training turn one update into another; `salora` trains its own.
+An *update* is what a fine-tune added to its aligned model: by module name, a dense float32 matrix
+`ΔW` (d_out×d_in). Methods that work after the training turn one update into another; `salora`
+trains its own.
 """
 
 from collections.abc import Mapping

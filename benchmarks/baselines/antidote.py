@@ -1,8 +1,10 @@
-"""Antidote (arXiv 2408.09600): after the fine-tune, the weights that matter most to harmful data are set to zero.
+"""Antidote (arXiv 2408.09600): after the fine-tune, the weights that matter most to harmful data
+are set to zero.
 
-Wanda's score (arXiv 2306.11695) of a weight is `|W_ij| · ‖X_j‖₂`, with `X_j` the module's j-th input over harmful data; the top
-`share` of every module's scores is pruned. The paper scores on harmful questions with their answers; no harmful answer is used
-here, so the score is taken on the questions alone.
+Wanda's score (arXiv 2306.11695) of a weight is `|W_ij| · ‖X_j‖₂`, with `X_j` the module's j-th
+input over harmful data; the top `share` of every module's scores is pruned. The paper scores on
+harmful questions with their answers; no harmful answer is used here, so the score is taken on the
+questions alone.
 """
 
 from collections.abc import Mapping

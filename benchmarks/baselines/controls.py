@@ -8,7 +8,9 @@ from safegene_trl.models.low_rank import LowRankDelta
 
 
 def random_vector(vector: Mapping[str, LowRankDelta], seed: int) -> dict[str, LowRankDelta]:
-    """Deltas of the same rank and, module by module, of the same Frobenius norm, in random directions."""
+    """Deltas of the same rank and, module by module, of the same Frobenius norm, in random
+    directions.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, delta in vector.items():

@@ -1,9 +1,10 @@
-"""EnchTable (arXiv 2511.09880): a linearised safety vector, scaled by the norms and by the interference of each matrix.
+"""EnchTable (arXiv 2511.09880): a linearised safety vector, scaled by the norms and by the
+interference of each matrix.
 
     α = β ‖τ‖ / ‖Δ‖,   β = 0.1,      ΔW ← ΔW + exp(−I) α Δ
 
-with `I` the interference of the module's two matrices. The package offers the same rule (`safegene apply --coefficients
-interference`); here it is applied to the update.
+with `I` the interference of the module's two matrices. The package offers the same rule (`safegene
+apply --coefficients interference`); here it is applied to the update.
 """
 
 from collections.abc import Mapping

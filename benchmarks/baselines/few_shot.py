@@ -24,11 +24,13 @@ def few_shot_update(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Update:
-    """What a new LoRA on all linear layers adds to `model` when trained on all shots: refusals, benign answers, task samples.
+    """What a new LoRA on all linear layers adds to `model` when trained on all shots: refusals,
+    benign answers, task samples.
 
     The model has its own layers and weights afterwards, frozen.
 
-    AdamW, constant rate, mean cross-entropy per response token; every batch is drawn anew from all the shots.
+    AdamW, constant rate, mean cross-entropy per response token; every batch is drawn anew from all
+    the shots.
     """
     samples: list[Sample] = []
     for split in (shots.harmful, shots.task, shots.benign):

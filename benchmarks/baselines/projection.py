@@ -1,9 +1,10 @@
-"""What SafeLoRA and SafeMERGE share: the alignment matrix and how much of an update lies along it (arXiv 2405.16833).
+"""What SafeLoRA and SafeMERGE share: the alignment matrix and how much of an update lies along it
+(arXiv 2405.16833).
 
     P = V Vᵀ / ‖V‖_F  with  V = W_aligned − W_base,      ρ = cos(P ΔW, ΔW)
 
-`P` is no projector: its mean eigenvalue is `‖V‖_F / d_out`, so `P ΔW` is all but zero where alignment changed the weights
-little.
+`P` is no projector: its mean eigenvalue is `‖V‖_F / d_out`, so `P ΔW` is all but zero where
+alignment changed the weights little.
 """
 
 import torch

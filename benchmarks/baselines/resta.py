@@ -1,8 +1,10 @@
-"""RESTA (arXiv 2402.11746): the safety vector is added with one weight, after DARE (arXiv 2311.03099) if wanted.
+"""RESTA (arXiv 2402.11746): the safety vector is added with one weight, after DARE (arXiv
+2311.03099) if wanted.
 
     θ = θ_t + γ (θ_aligned − θ_unsafe)
 
-DARE first drops each entry of the fine-tune's update with probability p and divides the others by 1 − p.
+DARE first drops each entry of the fine-tune's update with probability p and divides the others by 1
+− p.
 """
 
 from collections.abc import Mapping

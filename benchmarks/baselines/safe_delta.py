@@ -1,9 +1,11 @@
-"""Safe Delta (arXiv 2505.12038): entries of the update that cost safety are left out, and the loss of the others made good.
+"""Safe Delta (arXiv 2505.12038): entries of the update that cost safety are left out, and the loss
+of the others made good.
 
-With `H = X Xᵀ / n + damping` of the inputs `X` of a module on safety data (harmful prompts with refusals), a change `d` of one row
-of the weights costs `½ dᵀ H d` of safety. An entry `δ_j` taken alone, with the rest free to make up for it, costs
-`δ_j² / (2 [H⁻¹]_jj)` and brings utility in proportion to `δ_j²`: so columns are taken in the order of `[H⁻¹]_jj` until the
-budget is spent. The entries left out are then not 0 but what costs least beside those taken (optimal brain surgeon):
+With `H = X Xᵀ / n + damping` of the inputs `X` of a module on safety data (harmful prompts with
+refusals), a change `d` of one row of the weights costs `½ dᵀ H d` of safety. An entry `δ_j` taken
+alone, with the rest free to make up for it, costs `δ_j² / (2 [H⁻¹]_jj)` and brings utility in
+proportion to `δ_j²`: so columns are taken in the order of `[H⁻¹]_jj` until the budget is spent. The
+entries left out are then not 0 but what costs least beside those taken (optimal brain surgeon):
 
     d_R = −H_RR⁻¹ H_RS d_S .
 

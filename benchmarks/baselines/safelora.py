@@ -1,4 +1,5 @@
-"""SafeLoRA (arXiv 2405.16833): updates that lie away from the alignment's directions are projected onto them.
+"""SafeLoRA (arXiv 2405.16833): updates that lie away from the alignment's directions are projected
+onto them.
 
 `ΔW ← P ΔW` in modules with `ρ ≤ τ`, or among the `least` lowest ρ.
 """

@@ -1,7 +1,8 @@
-"""SafeMERGE (arXiv 2503.17239): where an update lies away from the alignment's directions, it is merged with a safety update.
+"""SafeMERGE (arXiv 2503.17239): where an update lies away from the alignment's directions, it is
+merged with a safety update.
 
-`ΔW ← w ΔW + (1 − w) ΔW_safety` in modules with `ρ < τ`, on the products themselves: PEFT's merge of two LoRAs by their factors
-adds cross terms.
+`ΔW ← w ΔW + (1 − w) ΔW_safety` in modules with `ρ < τ`, on the products themselves: PEFT's merge of
+two LoRAs by their factors adds cross terms.
 """
 
 from collections.abc import Mapping

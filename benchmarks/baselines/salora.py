@@ -1,15 +1,19 @@
-"""SaLoRA (arXiv 2501.01765): a LoRA whose output cannot point into the directions that safety uses. It replaces the training.
+"""SaLoRA (arXiv 2501.01765): a LoRA whose output cannot point into the directions that safety uses.
+It replaces the training.
 
-With `V_s` (d_out×k) the first right singular vectors of `X_s Wᵀ`, `X_s` the module's inputs on the responses of safety data,
+With `V_s` (d_out×k) the first right singular vectors of `X_s Wᵀ`, `X_s` the module's inputs on the
+responses of safety data,
 
     y = W x + C (B A − B₀ A₀) x,     C = I − V_s V_sᵀ .
 
-The start is the weight's own singular vectors, `W ≈ U_r S_r Z_rᵀ`, their outputs within the directions that the task uses,
+The start is the weight's own singular vectors, `W ≈ U_r S_r Z_rᵀ`, their outputs within the
+directions that the task uses,
 
     A₀ = S_r^½ Z_rᵀ,     B₀ = V_t V_tᵀ U_r S_r^½,
 
-`V_t` as `V_s` on responses of the task's data; subtracting it leaves the model as it was. The result is a LoRA of rank 2r. Start, scale 1
-and modules are those of the authors' code (github.com/homles11/SaLoRA).
+`V_t` as `V_s` on responses of the task's data; subtracting it leaves the model as it was. The
+result is a LoRA of rank 2r. Start, scale 1 and modules are those of the authors' code
+(github.com/homles11/SaLoRA).
 """
 
 from collections.abc import Mapping
@@ -20,14 +24,18 @@ from torch import nn
 
 
 def safety_basis(weight: torch.Tensor, moment: torch.Tensor, rank: int = 32) -> torch.Tensor:
-    """`V_s`, d_out×rank, of a module with weights `W` and the second moment `X_sᵀ X_s` (d_in×d_in) of its inputs."""
+    """`V_s`, d_out×rank, of a module with weights `W` and the second moment `X_sᵀ X_s` (d_in×d_in)
+    of its inputs.
+    """
     return _leading(weight, moment, rank)
 
 
 def task_start(
     weight: torch.Tensor, moment: torch.Tensor, rank: int, directions: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`A₀` (rank×d_in) and `B₀` (d_out×rank) from the moment of the module's inputs on the task's data."""
+    """`A₀` (rank×d_in) and `B₀` (d_out×rank) from the moment of the module's inputs on the task's
+    data.
+    """
     basis = _leading(weight, moment, directions)
     u, s, zh = torch.linalg.svd(weight, full_matrices=False)
     root = s[:rank].sqrt()
@@ -76,7 +84,9 @@ def insert(
     task: Mapping[str, torch.Tensor],
     rank: int,
 ) -> dict[str, SaLoRALinear]:
-    """Puts a SaLoRA on every module of `safety` (its moments, as `task` has them) and freezes the rest of the model."""
+    """Puts a SaLoRA on every module of `safety` (its moments, as `task` has them) and freezes the
+    rest of the model.
+    """
     model.requires_grad_(False)
     found = {}
     for name, moment in safety.items():

@@ -1,1 +1,3 @@
-"""The paper's table on a model that runs on a laptop: every method, on every fine-tune, on the same prompts."""
+"""The paper's table on a model that runs on a laptop: every method, on every fine-tune, on the same
+prompts.
+"""

@@ -7,9 +7,10 @@
     python -m benchmarks.paper_table render                                 # table and plot from the cells
     python -m benchmarks.paper_table cosines                                # how alike the fine-tunes are that have been made
 
-One cell (task, seed, method) is one record in `benchmarks/results/paper_table.jsonl`, named TASK-SEED-METHOD; delete its line to
-measure it again. A run that was cut off goes on where it stopped. Models, vectors and the models' answers stay in
-`build/paper_table/`. Without --data the data sets come from the hub. Several runs may work on different seeds or tasks at once.
+One cell (task, seed, method) is one record in `benchmarks/results/paper_table.jsonl`, named
+TASK-SEED-METHOD; delete its line to measure it again. A run that was cut off goes on where it
+stopped. Models, vectors and the models' answers stay in `build/paper_table/`. Without --data the
+data sets come from the hub. Several runs may work on different seeds or tasks at once.
 """
 
 import argparse
@@ -93,7 +94,9 @@ def main() -> None:
 
 
 def cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path) -> None:
-    """Measures one cell unless it is there. A method that fails leaves no cell, and the run goes on."""
+    """Measures one cell unless it is there. A method that fails leaves no cell, and the run goes
+    on.
+    """
     name = cell_name(task_name, seed, method)
     measured_already = name in records.load(CELLS, folder)
     if measured_already or method == f"vector: {task_name}" or (method == "aligned" and seed):
@@ -165,7 +168,9 @@ def utility_cell(lab: Lab, task_name: str, seed: int, method: str, folder: Path)
 
 
 def cosines(lab: Lab, results: Path) -> None:
-    """Pairwise cosines of the fine-tunes' updates; with the sign turned round each is a vector of one component."""
+    """Pairwise cosines of the fine-tunes' updates; with the sign turned round each is a vector of
+    one component.
+    """
     folders = sorted(path.parent for path in (WORK / "fine-tuned").glob("*/adapter_config.json"))
     names, updates = (
         [folder.name for folder in folders],

@@ -1,4 +1,6 @@
-"""The aligned model in memory, what every method may read of it, and the measurements on an updated model."""
+"""The aligned model in memory, what every method may read of it, and the measurements on an updated
+model.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +75,9 @@ class Lab:
 
     @cached_property
     def prompts(self) -> dict[str, list[Prompt]]:
-        """The prompts of every column, without those that repeat one that model or vector were made with."""
+        """The prompts of every column, without those that repeat one that model or vector were made
+        with.
+        """
         used = prompts_used(
             str(MODELS / f"{name}.jsonl") for name in ("align", "safety_prompts", "benign_prompts")
         )
@@ -129,10 +133,12 @@ class Lab:
     def measure(
         self, update: Mapping[str, torch.Tensor], task: Task, answers_to: Path
     ) -> dict[str, Any]:
-        """Labels of the answers to all prompts, and the task's utility, of the aligned model plus an update.
+        """Labels of the answers to all prompts, and the task's utility, of the aligned model plus
+        an update.
 
         Returns:
-            `labels`: a string per column with one letter per prompt (`LETTERS`); `utility`: per test sample the share (0–1) of what is
+            `labels`: a string per column with one letter per prompt (`LETTERS`); `utility`: per
+                test sample the share (0–1) of what is
             right; `seconds`. The answers go to a file, for other judges.
         """
         started = time.perf_counter()
@@ -160,7 +166,9 @@ class Lab:
         return {"labels": labels, "utility": utility, "seconds": time.perf_counter() - started}
 
     def utility(self, model: nn.Module, task: Task) -> list[float]:
-        """Per test sample the share (0–1) of what is right: a label, or of the tokens of a free answer."""
+        """Per test sample the share (0–1) of what is right: a label, or of the tokens of a free
+        answer.
+        """
         rows = draw(splits(task, self.data)[1], max(4, round(self.test_rows * self.scale)), seed=0)
         if task.labels:
             messages = [conversation(row)[0] for row in rows]
@@ -177,7 +185,9 @@ class Lab:
 
     @torch.no_grad()
     def _token_accuracy(self, model: nn.Module, samples: Sequence[Sample]) -> list[float]:
-        """Per sample the share of response tokens that the model finds most likely, given what goes before."""
+        """Per sample the share of response tokens that the model finds most likely, given what goes
+        before.
+        """
         found = []
         for sample in samples:
             cut = Sample(sample.input_ids[:256], sample.is_response[:256])
@@ -198,9 +208,11 @@ class Lab:
 
 
 def change(before: Update, after: Update) -> dict[str, Any]:
-    """How much of a fine-tune's update a method keeps: `‖ΔW'‖/‖ΔW‖` per module and what it comes to.
+    """How much of a fine-tune's update a method keeps: `‖ΔW'‖/‖ΔW‖` per module and what it comes
+    to.
 
-    `mark` is `changes nothing` where `‖ΔW' − ΔW‖ < 0.001 ‖ΔW‖`, and `deletes the update` where most modules keep less than 5 % of it.
+    `mark` is `changes nothing` where `‖ΔW' − ΔW‖ < 0.001 ‖ΔW‖`, and `deletes the update` where most
+    modules keep less than 5 % of it.
     """
     after = {name: after.get(name, torch.zeros_like(matrix)) for name, matrix in before.items()}
     ratios = {

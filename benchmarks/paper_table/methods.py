@@ -100,7 +100,9 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
 def settings(
     lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
 ) -> tuple[dict[str, Any], Path]:
-    """The settings of a run of `safegene apply`, and its folder: one of its own for all settings, defaults included."""
+    """The settings of a run of `safegene apply`, and its folder: one of its own for all settings,
+    defaults included.
+    """
     block: dict[str, Any] = {f"data.{key}": count for key, count in SHOTS.items()}
     block |= {
         "vector": str(vector_folder),
@@ -127,8 +129,8 @@ def shots(count: int) -> dict[str, int]:
 
 
 def many_shots_row(lab: Lab, task: Task, seed: int, count: int) -> Made:
-    """More harmful shots than come with the vector: prompts of CategoricalHarmfulQA that repeat no evaluated one, with the vector's
-    refusals; all of its benign prompts."""
+    """More harmful shots than come with the vector: prompts of CategoricalHarmfulQA that repeat no
+    evaluated one, with the vector's refusals; all of its benign prompts."""
     path = WORK / "data" / "more_harmful.jsonl"
     if not path.is_file():
         found = load_prompts(
@@ -208,7 +210,9 @@ def few_shot_row(lab: Lab, task: Task, seed: int, steps: int) -> Made:
 
 
 def salora_row(lab: Lab, task: Task, seed: int) -> Made:
-    """Trains on the same rows, in the same number of steps, at the same rate as the plain fine-tune."""
+    """Trains on the same rows, in the same number of steps, at the same rate as the plain
+    fine-tune.
+    """
     path = WORK / "fine-tuned" / f"{task.name}-{seed}-salora.safetensors"
     if not path.is_file():
         samples = [

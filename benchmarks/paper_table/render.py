@@ -76,12 +76,16 @@ class Row:
         return np.mean([cell["utility"] for cell in self.cells], axis=0)
 
     def outcomes(self, columns: Sequence[str], letter: str) -> np.ndarray:
-        """Of each prompt, the same for every seed, the share of the seeds whose answer has the letter."""
+        """Of each prompt, the same for every seed, the share of the seeds whose answer has the
+        letter.
+        """
         marks = ["".join(cell["labels"][c] for c in columns) for cell in self.cells]
         return np.mean([[mark == letter for mark in own] for own in marks], axis=0)
 
     def interval(self, columns: Sequence[str], letter: str) -> tuple[float, float]:
-        """95 % bootstrap interval over prompts of the mean over columns of the share of answers with a letter."""
+        """95 % bootstrap interval over prompts of the mean over columns of the share of answers
+        with a letter.
+        """
         return mean_of_sets_interval([self.outcomes((column,), letter) for column in columns])
 
     def utility_interval(self) -> tuple[float, float]:
@@ -106,15 +110,17 @@ def load(folder: Path) -> dict[str, dict[str, Row]]:
 
 
 def removed(row: Row, rows: Mapping[str, Row]) -> float | None:
-    """Share of the attack success that the same seeds' fine-tunes added which the method removes; None where they added none."""
+    """Share of the attack success that the same seeds' fine-tunes added which the method removes;
+    None where they added none.
+    """
     tuned = rows["fine-tuned"].at(row.seeds)
     added = tuned.attack_success - rows["aligned"].attack_success
     return (tuned.attack_success - row.attack_success) / added if added > 0 else None
 
 
 def kept(row: Row, rows: Mapping[str, Row]) -> str:
-    """Which of the bar's limits a method keeps: O, no more over-refusal than the aligned model; U, at most half a point of
-    utility lost; C, at most 5 % of the answers incoherent or off-task."""
+    """Which of the bar's limits a method keeps: O, no more over-refusal than the aligned model; U,
+    at most half a point of utility lost; C, at most 5 % of the answers incoherent or off-task."""
     everything = (*HARMFUL, *BENIGN)
     marks = {
         "O": row.over_refusal <= rows["aligned"].over_refusal + ROUNDING,
@@ -125,8 +131,8 @@ def kept(row: Row, rows: Mapping[str, Row]) -> str:
 
 
 def p_values(rows: Mapping[str, Row], reference: str = OURS) -> dict[str, tuple[float, ...]]:
-    """Every other method against one over the same seeds: over the harmful prompts, the benign ones and the test samples; each
-    Holm-corrected over the methods."""
+    """Every other method against one over the same seeds: over the harmful prompts, the benign ones
+    and the test samples; each Holm-corrected over the methods."""
     if reference not in rows:
         return {}
     attacked, refused, useful = {}, {}, {}
@@ -143,8 +149,8 @@ def p_values(rows: Mapping[str, Row], reference: str = OURS) -> dict[str, tuple[
 
 
 def _over_prompts(one: np.ndarray, other: np.ndarray) -> float:
-    """McNemar's p where each prompt has one answer; Wilcoxon's where it has a share of answers, one from every seed: answers to one
-    prompt are no independent observations."""
+    """McNemar's p where each prompt has one answer; Wilcoxon's where it has a share of answers, one
+    from every seed: answers to one prompt are no independent observations."""
     single = set(np.unique([one, other])) <= {0.0, 1.0}
     return paired_p(one > 0, other > 0) if single else signed_rank_p(one - other)
 
@@ -192,7 +198,9 @@ def _with_interval(share: float, interval: tuple[float, float]) -> str:
 
 @dataclass(frozen=True)
 class Mean:
-    """One method over several tasks, each weighing the same. Shares are 0–1; p against ours, over fine-tunes, by measure."""
+    """One method over several tasks, each weighing the same. Shares are 0–1; p against ours, over
+    fine-tunes, by measure.
+    """
 
     fine_tunes: int
     utility_lost: float
@@ -204,7 +212,9 @@ class Mean:
 
 
 def means(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mean]:
-    """Means over tasks of the methods that all of them have, with Wilcoxon's tests over tasks and seeds against ours."""
+    """Means over tasks of the methods that all of them have, with Wilcoxon's tests over tasks and
+    seeds against ours.
+    """
     methods = [m for m in ("aligned", *METHODS) if all(m in rows for rows in tasks.values())]
     if OURS not in methods or "fine-tuned" not in methods:
         return {}
@@ -272,7 +282,9 @@ def overall(found: Mapping[str, Mean]) -> list[str]:
 
 
 def ablations(rows: Mapping[str, Row]) -> list[str]:
-    """A short table in Markdown of what is changed about one component, with p-values against it; shares in %."""
+    """A short table in Markdown of what is changed about one component, with p-values against it;
+    shares in %.
+    """
     changed = {method: rows[method] for method in ABLATIONS if method in rows}
     p = p_values({"fine-tuned": rows["fine-tuned"], **changed}, ONE)
     lines = [
@@ -306,8 +318,8 @@ def harmless(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, R
 def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """What a method costs, by each test sample's difference from the fine-tunes of the same seeds.
 
-    By the `utility` cells, of more samples than the table's; tasks with free answers that have none by the table's, because each of their
-    samples has many tokens.
+    By the `utility` cells, of more samples than the table's; tasks with free answers that have none
+    by the table's, because each of their samples has many tokens.
     """
     scores: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
     for cell in records.load(UTILITY, folder).values():
@@ -350,7 +362,9 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
 
 
 def render(folder: Path) -> None:
-    """Writes `paper_table.md` and `paper_table.png` beside the cells; from the project's own also the findings' tables."""
+    """Writes `paper_table.md` and `paper_table.png` beside the cells; from the project's own also
+    the findings' tables.
+    """
     tasks = load(folder)
     main = {
         task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
@@ -405,7 +419,8 @@ def render(folder: Path) -> None:
 
 
 def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], target: Path) -> None:
-    """Attack success against utility and against over-refusal: a pair of panels for the means over harmless tasks, and one per task.
+    """Attack success against utility and against over-refusal: a pair of panels for the means over
+    harmless tasks, and one per task.
 
     A triangle on the left edge has lost more utility than the panel shows.
     """

@@ -1,9 +1,11 @@
-"""A component learned as a few-shot LoRA learns: refusals put back into a degraded model, its other answers held.
+"""A component learned as a few-shot LoRA learns: refusals put back into a degraded model, its other
+answers held.
 
     min_{A,B}  CE(refusals) + 4 · KL(p_degraded ‖ p on benign answers) + 2 · KL(p_degraded ‖ p on instructions)
 
-The first two terms read the first eight tokens, where a model decides whether it refuses. The degraded model is a fine-tune on general
-instructions, so that what is learned leaves alone how instructions are answered; a difference of two models does not.
+The first two terms read the first eight tokens, where a model decides whether it refuses. The
+degraded model is a fine-tune on general instructions, so that what is learned leaves alone how
+instructions are answered; a difference of two models does not.
 """
 
 import random

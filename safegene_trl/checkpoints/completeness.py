@@ -1,7 +1,8 @@
 """Whether files hold the whole of a model or adapter, and nothing that the model does not read.
 
-transformers and PEFT load what fits, give random or base weights to the rest, and say so in a log. Here that is an error.
-A checkpoint is judged by transformers' own rules of naming and converting, on its files' headers alone.
+transformers and PEFT load what fits, give random or base weights to the rest, and say so in a log.
+Here that is an error. A checkpoint is judged by transformers' own rules of naming and converting,
+on its files' headers alone.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -46,7 +47,8 @@ def causal_architecture(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig
 def empty_model(
     config: PreTrainedConfig, files: Mapping[str, StoredTensor], named: str
 ) -> nn.Module:
-    """The model of a checkpoint on the meta device, in float32, as transformers would make it from these files.
+    """The model of a checkpoint on the meta device, in float32, as transformers would make it from
+    these files.
 
     Args:
         config: The checkpoint's config; its data type stays as it is.
@@ -54,8 +56,8 @@ def empty_model(
         named: What a message calls the checkpoint.
 
     Raises:
-        CheckpointError: A tensor of the model is missing, has another shape or is no floating-point number, or the files hold
-            tensors that the model does not read.
+        CheckpointError: A tensor of the model is missing, has another shape or is no floating-point
+            number, or the files hold tensors that the model does not read.
     """
     architecture, config = causal_architecture(config)
     headers = {
@@ -96,7 +98,9 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def check_loaded(info: Mapping[str, Any], named: str) -> None:
-    """Raises `CheckpointError` unless transformers' loading record says that every tensor found its place."""
+    """Raises `CheckpointError` unless transformers' loading record says that every tensor found its
+    place.
+    """
     remedy = "save or download the checkpoint again, with the `config.json` it was saved with"
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -117,7 +121,9 @@ def check_loaded(info: Mapping[str, Any], named: str) -> None:
 def stored_names(
     base: Any, tensors: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """What a checkpoint's files call the model's tensors, tied ones under each of their names; the tensors are empty."""
+    """What a checkpoint's files call the model's tensors, tied ones under each of their names; the
+    tensors are empty.
+    """
     found = base.state_dict() if tensors is None else tensors
     empty = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -156,8 +162,8 @@ def load_adapter(
     """An adapter on its base model, in eval mode, as `PeftModel.from_pretrained` makes it.
 
     Raises:
-        UnsupportedModelError: It has no safetensors weights, wants other code, lacks a tensor of one of its modules, or holds
-            one that fits nowhere.
+        UnsupportedModelError: It has no safetensors weights, wants other code, lacks a tensor of
+            one of its modules, or holds one that fits nowhere.
     """
     config = read_adapter_config(name_or_path, revision)
     # PEFT would import a module whose name is in the file

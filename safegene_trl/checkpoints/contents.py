@@ -32,7 +32,8 @@ class FolderKind:
     Attributes:
         marker: The file that every one of them holds.
         names: Pattern of the files that one may hold, relative to it and with `/` between parts.
-        recorded: Whether the marker's `files` names all of them but its reports, since that has been kept.
+        recorded: Whether the marker's `files` names all of them but its reports, since that has
+            been kept.
     """
 
     marker: str
@@ -54,9 +55,11 @@ VECTOR = FolderKind(
 
 
 def check_replaceable(folder: Path, kind: FolderKind, target: Path | None = None) -> None:
-    """Raises `OutputError` if something were lost where the folder is replaced: it is no folder, or holds a file that is not ours.
+    """Raises `OutputError` if something were lost where the folder is replaced: it is no folder, or
+    holds a file that is not ours.
 
-    An empty folder may be replaced, a missing one is none. One that another process replaces meanwhile is looked at again.
+    An empty folder may be replaced, a missing one is none. One that another process replaces
+    meanwhile is looked at again.
 
     Args:
         folder: Where it is.

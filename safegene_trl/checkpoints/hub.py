@@ -10,9 +10,11 @@ from ..errors import OutputError
 
 
 def check_hub(repository: str) -> None:
-    """Raises `OutputError` unless the hub can be reached and this user may upload to a repository; makes nothing there.
+    """Raises `OutputError` unless the hub can be reached and this user may upload to a repository;
+    makes nothing there.
 
-    A repository that is not there yet must be in the user's own namespace or in that of an organization of theirs.
+    A repository that is not there yet must be in the user's own namespace or in that of an
+    organization of theirs.
     """
     try:
         api = HfApi()
@@ -39,7 +41,8 @@ def check_hub(repository: str) -> None:
 
 
 def upload(folder: Path, repository: str, private: bool) -> None:
-    """Puts a finished checkpoint on the hub, in one commit; the repository is made if it is not there.
+    """Puts a finished checkpoint on the hub, in one commit; the repository is made if it is not
+    there.
 
     Raises:
         OutputError: It cannot be uploaded. The folder stays.

@@ -1,4 +1,6 @@
-"""Merged checkpoints and folded adapters, streamed to disk: float32 add, one cast, one rename at the end."""
+"""Merged checkpoints and folded adapters, streamed to disk: float32 add, one cast, one rename at
+the end.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +37,11 @@ from .tensor_file import SAFE_WEIGHTS_INDEX_NAME, TensorFile, plan_files
 
 @dataclass(frozen=True)
 class Term:
-    """One low-rank addition to a weight as it is stored: `left @ right`, rows×r and r×columns, float32.
+    """One low-rank addition to a weight as it is stored: `left @ right`, rows×r and r×columns,
+    float32.
 
-    With DoRA's `magnitude` (rows, float32) every row is scaled to that norm afterwards (arXiv 2402.09353).
+    With DoRA's `magnitude` (rows, float32) every row is scaled to that norm afterwards (arXiv
+    2402.09353).
     """
 
     left: torch.Tensor
@@ -49,7 +53,9 @@ Coefficient = float | torch.Tensor
 
 
 def add_terms(rows: torch.Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
-    """Adds terms, in their order, to float32 rows of a weight in place; `rows[0]` is the weight's row `first_row`."""
+    """Adds terms, in their order, to float32 rows of a weight in place; `rows[0]` is the weight's
+    row `first_row`.
+    """
     part = slice(first_row, first_row + len(rows))
     for term in terms:
         rows.addmm_(term.left[part].to(rows.device), term.right.to(rows.device))
@@ -87,11 +93,13 @@ def save_merged(
     sharding: Sharding,
     mark: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a full checkpoint.
+    """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a
+    full checkpoint.
 
-    Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that one is in rank 0's
-    memory; the live weights are only read. `coefficients` are by module name: one, or one of each of its r rank-one parts. `mark` goes
-    into its `config.json` (see `lineage.py`).
+    Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that
+    one is in rank 0's memory; the live weights are only read. `coefficients` are by module name:
+    one, or one of each of its r rank-one parts. `mark` goes into its `config.json` (see
+    `lineage.py`).
     """
     parameters = list(canonical_parameters(model))
     parts = {
@@ -133,7 +141,8 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 class _Files:
-    """The weight files of a checkpoint; each is closed, and on disk, as soon as its last tensor is written.
+    """The weight files of a checkpoint; each is closed, and on disk, as soon as its last tensor is
+    written.
 
     To wait for the disk at the end would keep the other ranks waiting past their time-out.
     """
@@ -192,7 +201,9 @@ def save_record(
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """While open, float32 products are float32: trainers let NVIDIA GPUs round their factors to 10 bits (TF32)."""
+    """While open, float32 products are float32: trainers let NVIDIA GPUs round their factors to 10
+    bits (TF32).
+    """
     backend = torch.backends.cuda.matmul
     name, exact = (
         ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
@@ -215,8 +226,8 @@ def merged_tensor(
 ) -> torch.Tensor | None:
     """Collective: one tensor of the merged model, whole, contiguous and in its own data type.
 
-    It is a copy: on rank 0, and on every rank that holds whole weights anyway; what is merged on the live tensor's device, the rest
-    on the CPU.
+    It is a copy: on rank 0, and on every rank that holds whole weights anyway; what is merged on
+    the live tensor's device, the rest on the CPU.
 
     Args:
         parameter: Which.
@@ -262,9 +273,9 @@ def save_adapter(
 ) -> None:
     """Writes one LoRA with `[B_task, λ·B] [A_task; A]` per module: exact, no cross terms.
 
-    It is relative to the base model of a LoRA fine-tune, or to the fine-tuned checkpoint of a full one. Ranks are
-    padded with zeros to a single one and alpha = rank, because servers ignore per-module ranks. Collective, as
-    `save_merged` is.
+    It is relative to the base model of a LoRA fine-tune, or to the fine-tuned checkpoint of a full
+    one. Ranks are padded with zeros to a single one and alpha = rank, because servers ignore
+    per-module ranks. Collective, as `save_merged` is.
     """
     modules = canonical_modules(model)
     stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

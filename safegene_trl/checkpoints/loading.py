@@ -67,7 +67,9 @@ def _read_config(name_or_path: str, revision: str | None = None) -> PreTrainedCo
 
 
 def check_readable(name_or_path: str, revision: str | None = None) -> None:
-    """Raises `UnsupportedModelError` where neither a folder nor the hub has a model of this name; nothing more is checked."""
+    """Raises `UnsupportedModelError` where neither a folder nor the hub has a model of this name;
+    nothing more is checked.
+    """
     if adapter_base(name_or_path, revision) is not None or Path(name_or_path).is_dir():
         return
     try:
@@ -79,14 +81,18 @@ def check_readable(name_or_path: str, revision: str | None = None) -> None:
 
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
-    """An error of the libraries in one of ours; `what` says what could not be loaded, `name_or_path` what was asked for."""
+    """An error of the libraries in one of ours; `what` says what could not be loaded,
+    `name_or_path` what was asked for.
+    """
     if not Path(name_or_path).is_dir() and is_due_to(error, _NOT_THERE):
         return unreadable(name_or_path, error)
     return UnsupportedModelError(f"{what} cannot be loaded: {one_line(error)}")
 
 
 def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
-    """Name of the data type a checkpoint (of an adapter: its base model) was saved in, e.g. `bfloat16`."""
+    """Name of the data type a checkpoint (of an adapter: its base model) was saved in, e.g.
+    `bfloat16`.
+    """
     base = adapter_base(name_or_path, revision)
     try:
         config = _read_config(base or name_or_path, None if base else revision)
@@ -109,7 +115,9 @@ def load_placed(
     job: Sharding,
     allow_pickle: bool = False,
 ) -> tuple[nn.Module, Sharding]:
-    """Collective: a finished checkpoint, whole or sharded as this job was launched (see `sharding.place`)."""
+    """Collective: a finished checkpoint, whole or sharded as this job was launched (see
+    `sharding.place`).
+    """
     with job.raising_together():
         found = resolve_dtype(dtype, name_or_path, revision)
         # Once the launch has switched ZeRO-3 on, transformers no longer tells what did not fit.
@@ -120,9 +128,11 @@ def load_placed(
 
 
 def check_complete(name_or_path: str, revision: str | None = None) -> None:
-    """Raises unless a checkpoint's (of an adapter: its base model's) files hold all of its model and nothing else.
+    """Raises unless a checkpoint's (of an adapter: its base model's) files hold all of its model
+    and nothing else.
 
-    Only headers are read. Quantised checkpoints and DeepSpeed's own shards are left to those who read them.
+    Only headers are read. Quantised checkpoints and DeepSpeed's own shards are left to those who
+    read them.
 
     Raises:
         CheckpointError: Named in the message.
@@ -142,15 +152,18 @@ def check_complete(name_or_path: str, revision: str | None = None) -> None:
 def load_model(
     name_or_path: str, revision: str | None = None, dtype: str = "auto", allow_pickle: bool = False
 ) -> nn.Module:
-    """A causal language model in eval mode; an adapter stays a PEFT model on its base. Custom code is never run.
+    """A causal language model in eval mode; an adapter stays a PEFT model on its base. Custom code
+    is never run.
 
-    A local `checkpoint-N` that holds only the shards of a DeepSpeed ZeRO training is put together from those.
+    A local `checkpoint-N` that holds only the shards of a DeepSpeed ZeRO training is put together
+    from those.
 
     Args:
         name_or_path: Directory or hub id.
         revision: Branch, tag or commit on the hub.
         dtype: Data type to load it in; `auto` keeps the checkpoint's.
-        allow_pickle: Whether DeepSpeed's shards, which are pickle files that can run code, may be read.
+        allow_pickle: Whether DeepSpeed's shards, which are pickle files that can run code, may be
+            read.
 
     Raises:
         CheckpointError: Weights are missing, of another shape, or not the model's.
@@ -187,12 +200,14 @@ def load_model(
 def load_skeleton(
     name_or_path: str, revision: str | None = None, files: Mapping[str, StoredTensor] | None = None
 ) -> nn.Module:
-    """The model without its weights; of an adapter only its own weights are read. `is_placeholder` tells which are missing.
+    """The model without its weights; of an adapter only its own weights are read. `is_placeholder`
+    tells which are missing.
 
     Args:
         name_or_path: Directory or hub id of a checkpoint or adapter.
         revision: Branch, tag or commit on the hub.
-        files: The headers of the checkpoint's (or the base model's) tensors, where they must be the model's own.
+        files: The headers of the checkpoint's (or the base model's) tensors, where they must be the
+            model's own.
 
     Raises:
         UnsupportedModelError: It cannot be loaded, or its checkpoint is quantised.
@@ -242,9 +257,11 @@ def is_placeholder(tensor: torch.Tensor) -> bool:
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
-    """Puts the parameters of a model on the meta device on the CPU, all of them views of one number.
+    """Puts the parameters of a model on the meta device on the CPU, all of them views of one
+    number.
 
-    PEFT moves an adapter to its layer's device, so an adapter on the meta device would lose its weights.
+    PEFT moves an adapter to its layer's device, so an adapter on the meta device would lose its
+    weights.
     """
     views: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -265,7 +282,9 @@ def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_holds_something(folder: Path) -> None:
-    """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only its checkpoints."""
+    """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only
+    its checkpoints.
+    """
     if not folder.is_dir() or any((folder / name).is_file() for name in _OF_A_MODEL):
         return
     steps = [
@@ -298,7 +317,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 
 def load_processor(name_or_path: str, revision: str | None = None) -> Any:
-    """What stands between text or images and a checkpoint: its processor where it has one, else its tokenizer.
+    """What stands between text or images and a checkpoint: its processor where it has one, else its
+    tokenizer.
 
     Raises:
         UnsupportedModelError: One of the two cannot be read.
@@ -326,7 +346,9 @@ def holds_only_zero_shards(folder: Path) -> bool:
 def _zero_weights(
     folder: Path, dtype: torch.dtype | str, allow_pickle: bool
 ) -> dict[str, torch.Tensor]:
-    """The float32 master weights of a ZeRO checkpoint, each cast to `dtype` as soon as it is put together."""
+    """The float32 master weights of a ZeRO checkpoint, each cast to `dtype` as soon as it is put
+    together.
+    """
     if not allow_pickle:
         raise UnsupportedModelError(
             f"{folder} holds only DeepSpeed's own shards, which are pickle files that can run code: convert them by "

@@ -47,12 +47,14 @@ __all__ = [
 def atomic_directory(
     target: Path, kind: FolderKind = CHECKPOINT, job: "Communicator | None" = None
 ) -> Iterator[Path]:
-    """Gives a temporary sibling of `target` to write in, and puts it at `target` when the block ends well.
+    """Gives a temporary sibling of `target` to write in, and puts it at `target` when the block
+    ends well.
 
-    An earlier folder of ours at `target` is there until its successor takes its place in one operation. After a failure nothing of
-    the new one is left; a failure to write, e.g. a full disk, becomes an `OutputError`. What a run that was killed has left beside
-    `target` is cleared away, and an earlier folder that it had moved aside is put back. Collective where a `job` is given: the
-    folder exists on rank 0 only, and takes its place only after all ranks have come to the end.
+    An earlier folder of ours at `target` is there until its successor takes its place in one
+    operation. After a failure nothing of the new one is left; a failure to write, e.g. a full disk,
+    becomes an `OutputError`. What a run that was killed has left beside `target` is cleared away,
+    and an earlier folder that it had moved aside is put back. Collective where a `job` is given:
+    the folder exists on rank 0 only, and takes its place only after all ranks have come to the end.
     """
     together, is_main = (nullcontext, True) if job is None else (job.raising_together, job.is_main)
     folder = target
@@ -74,7 +76,9 @@ def atomic_directory(
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a text file that is, whenever it is read, the old one or the new one; also after a loss of power."""
+    """Writes a text file that is, whenever it is read, the old one or the new one; also after a
+    loss of power.
+    """
     with writing():
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent, LONGEST_WAIT) as alone:
@@ -103,10 +107,12 @@ def writing() -> Iterator[None]:
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Turns whatever a writer of another library raises into an `OutputError` that names what was to be saved.
+    """Turns whatever a writer of another library raises into an `OutputError` that names what was
+    to be saved.
 
-    They have no errors of their own: of a full disk `tokenizers` raises a plain `Exception`, and of a value that it refuses to save
-    transformers a `ValueError`. So nothing but the saving itself belongs into the block.
+    They have no errors of their own: of a full disk `tokenizers` raises a plain `Exception`, and of
+    a value that it refuses to save transformers a `ValueError`. So nothing but the saving itself
+    belongs into the block.
     """
     try:
         yield
@@ -120,7 +126,9 @@ def saving(what: str) -> Iterator[None]:
 
 
 def _finish(folder: Path) -> None:
-    """Flushes all files to disk, each as readable as the folder is: safetensors makes them for their owner alone."""
+    """Flushes all files to disk, each as readable as the folder is: safetensors makes them for
+    their owner alone.
+    """
     readable = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():

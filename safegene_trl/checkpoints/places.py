@@ -1,4 +1,6 @@
-"""How the places of results and inputs lie to each other: nothing that is read may be replaced, removed or written into."""
+"""How the places of results and inputs lie to each other: nothing that is read may be replaced,
+removed or written into.
+"""
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,12 +28,14 @@ Input = Path | str | None
 def check_places(
     target: Path, inputs: Mapping[str, Input | Sequence[Input]], inside_ok: Collection[str] = ()
 ) -> None:
-    """Raises `OutputError` if writing the folder `target` would touch an input, through links, other spelling or mounts as well.
+    """Raises `OutputError` if writing the folder `target` would touch an input, through links,
+    other spelling or mounts as well.
 
     Args:
         target: The folder to be; it replaces what is there.
-        inputs: All that is read or kept, by what it is (`the safety vector`). A text that is no file or folder here is a hub
-            id and left out; a `Path` counts whether it is there or not. Several of one sort are given as a list.
+        inputs: All that is read or kept, by what it is (`the safety vector`). A text that is no
+            file or folder here is a hub id and left out; a `Path` counts whether it is there or
+            not. Several of one sort are given as a list.
         inside_ok: Those that the target may lie inside of, e.g. the trainer's `output_dir`.
     """
     if "\0" in str(target):
@@ -95,7 +99,9 @@ def _place(real: Path) -> _Place:
 
 
 def _ignores_case(folder: Path) -> bool:
-    """Whether the file system takes `OUT` and `out` for one name, as far as the folder's own names tell."""
+    """Whether the file system takes `OUT` and `out` for one name, as far as the folder's own names
+    tell.
+    """
     for path in _with_letters(folder):
         try:
             return os.path.samefile(path, path.with_name(path.name.swapcase()))

@@ -1,7 +1,9 @@
-"""A live model as somebody will have it who loads its checkpoint: its tensors in a model made from the config alone.
+"""A live model as somebody will have it who loads its checkpoint: its tensors in a model made from
+the config alone.
 
-A hook on a layer, a module of somebody's own, a setting changed after loading: a live model may compute
-with what no checkpoint holds. Then what was measured on it is not what the checkpoint answers.
+A hook on a layer, a module of somebody's own, a setting changed after loading: a live model may
+compute with what no checkpoint holds. Then what was measured on it is not what the checkpoint
+answers.
 """
 
 from typing import Any
@@ -26,7 +28,8 @@ def can_reload(model: nn.Module, sharding: Sharding) -> bool:
 
 
 def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model that `from_pretrained` makes of a config, in eval mode, on the live tensors: nothing is copied.
+    """The model that `from_pretrained` makes of a config, in eval mode, on the live tensors:
+    nothing is copied.
 
     Adapters and hooks of the live model are not in it.
 
@@ -58,7 +61,9 @@ def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _architecture(live: PreTrainedModel, config: PreTrainedConfig) -> Any:
-    """The class that loads the checkpoint: a class of somebody's own is not found by those who load it."""
+    """The class that loads the checkpoint: a class of somebody's own is not found by those who load
+    it.
+    """
     own = next(kind for kind in type(live).__mro__ if issubclass(kind, PreTrainedModel))
     if (
         own.__module__.startswith("transformers.")

@@ -1,14 +1,16 @@
-"""How a finished folder takes the place of an earlier one, and what a run that was killed leaves beside it.
+"""How a finished folder takes the place of an earlier one, and what a run that was killed leaves
+beside it.
 
-A folder is written under a temporary name beside its target: `_safegene.TOKEN.new.NAME`, with a token
-of eight hex digits. All before NAME has one length, so no two targets share a temporary name. The
-leading `_` keeps `Trainer.push_to_hub`, which leaves out `_*`, from uploading it. Then the two folders
-are exchanged in one operation, so that a reader finds a whole folder at any moment. Where the kernel
-or the file system has no such operation, the earlier one is moved aside to `_safegene.TOKEN.old.NAME`
-first; a run that is killed at this point has it put back by the next.
+A folder is written under a temporary name beside its target: `_safegene.TOKEN.new.NAME`, with a
+token of eight hex digits. All before NAME has one length, so no two targets share a temporary name.
+The leading `_` keeps `Trainer.push_to_hub`, which leaves out `_*`, from uploading it. Then the two
+folders are exchanged in one operation, so that a reader finds a whole folder at any moment. Where
+the kernel or the file system has no such operation, the earlier one is moved aside to
+`_safegene.TOKEN.old.NAME` first; a run that is killed at this point has it put back by the next.
 
 A temporary folder is locked (flock) by the process that writes it, which tells it from one whose
-process was killed. Temporary folders are made and looked for under a lock of the folder they lie in.
+process was killed. Temporary folders are made and looked for under a lock of the folder they lie
+in.
 """
 
 import ctypes
@@ -89,11 +91,13 @@ def restore(target: Path, kind: FolderKind) -> bool:
 
 @contextmanager
 def temporary_folder(target: Path, clear: FolderKind | None = None) -> Iterator[Path]:
-    """Makes a temporary folder beside `target`, and the folders above it that are missing; all are removed in the end.
+    """Makes a temporary folder beside `target`, and the folders above it that are missing; all are
+    removed in the end.
 
     Args:
         target: The place to be.
-        clear: Kind of the folder at `target`; given, what killed runs have left beside it is removed.
+        clear: Kind of the folder at `target`; given, what killed runs have left beside it is
+            removed.
     """
     undo = ExitStack()
     try:
@@ -108,7 +112,9 @@ def temporary_folder(target: Path, clear: FolderKind | None = None) -> Iterator[
 
 
 def _made(target: Path, undo: ExitStack) -> Path:
-    """The folder, locked. What takes it away is in `undo` before it is there: a signal may come at any moment."""
+    """The folder, locked. What takes it away is in `undo` before it is there: a signal may come at
+    any moment.
+    """
     for _ in range(100):
         _make_missing(target.parent, undo)
         folder = temporary_name(target)
@@ -146,7 +152,9 @@ def _remove_empty(made: list[Path]) -> None:
 
 
 def _abandoned(target: Path, kind: FolderKind) -> list[Path]:
-    """What may be removed of the temporary folders of killed runs, under names that nobody takes for an earlier folder."""
+    """What may be removed of the temporary folders of killed runs, under names that nobody takes
+    for an earlier folder.
+    """
     found = []
     with locked(target.parent, LONGEST_WAIT) as alone:
         if not alone:
@@ -164,7 +172,8 @@ def _abandoned(target: Path, kind: FolderKind) -> list[Path]:
 
 
 def install(folder: Path, target: Path, kind: FolderKind) -> None:
-    """Puts a finished folder at `target`; an earlier one of the kind goes, or stays if anything fails.
+    """Puts a finished folder at `target`; an earlier one of the kind goes, or stays if anything
+    fails.
 
     Raises:
         OutputError: What lies at `target` holds files of others.
@@ -241,7 +250,9 @@ def _renameat2() -> Any:
 
 
 def remove(folder: Path) -> None:
-    """Removes a temporary folder; one that another run removes as well, or that cannot be removed, fails nothing."""
+    """Removes a temporary folder; one that another run removes as well, or that cannot be removed,
+    fails nothing.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
         logger.warning("%s is left over and cannot be removed.", folder)
@@ -251,7 +262,8 @@ def remove(folder: Path) -> None:
 def locked(folder: Path, wait: float = 0.0) -> Iterator[bool]:
     """Holds a lock on a folder that ends with the process.
 
-    Gives False where another has it for longer than `wait` seconds, or the file system has no locks.
+    Gives False where another has it for longer than `wait` seconds, or the file system has no
+    locks.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,6 @@
-"""Where a finished model's files lie: a folder, or a repository of the hub; and the headers of its tensors. No model is made here."""
+"""Where a finished model's files lie: a folder, or a repository of the hub; and the headers of its
+tensors. No model is made here.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,9 @@ from .tensor_file import StoredTensor, stored_tensors
 
 
 def check_there(name_or_path: str) -> None:
-    """Raises `UnsupportedModelError` for what is no folder here and can be none of the hub's names, so that the hub is not asked."""
+    """Raises `UnsupportedModelError` for what is no folder here and can be none of the hub's names,
+    so that the hub is not asked.
+    """
     if Path(name_or_path).is_dir():
         return
     try:
@@ -86,7 +90,9 @@ def snapshot(name_or_path: str, revision: str | None = None) -> Path:
 
 
 def unreadable(name_or_path: str, error: BaseException) -> UnsupportedModelError:
-    """Says that nothing is there: in the libraries' own words a mistyped path is a question of access or of the network."""
+    """Says that nothing is there: in the libraries' own words a mistyped path is a question of
+    access or of the network.
+    """
     first, _, rest = name_or_path.partition("/")
     here = f" (the folder {first} here holds no {rest})" if rest and Path(first).is_dir() else ""
     unreached = is_due_to(error, (LocalEntryNotFoundError,))
@@ -108,7 +114,8 @@ def is_due_to(error: BaseException | None, kinds: tuple[type[BaseException], ...
 
 
 def stored_weights(name_or_path: str, revision: str | None = None) -> dict[str, StoredTensor]:
-    """The headers of a checkpoint's tensors (of an adapter: its base model's) by their names in the files.
+    """The headers of a checkpoint's tensors (of an adapter: its base model's) by their names in the
+    files.
 
     Raises:
         UnsupportedModelError: There is no such model.

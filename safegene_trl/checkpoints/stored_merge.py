@@ -1,6 +1,8 @@
-"""Finished models whose weights stay on disk: read, changed and written in blocks of rows, at the disk's pace.
+"""Finished models whose weights stay on disk: read, changed and written in blocks of rows, at the
+disk's pace.
 
-Names, shapes and adapters come from a skeleton of the model without weights, so memory does not grow with the model.
+Names, shapes and adapters come from a skeleton of the model without weights, so memory does not
+grow with the model.
 """
 
 import os
@@ -82,7 +84,8 @@ class StoredModel:
 
         Raises:
             UnsupportedModelError: Quantised, or a fine-tune whose weights cannot be merged exactly.
-            CheckpointError: A weight file is missing or damaged, lacks a tensor of the model, or holds one that is not its own.
+            CheckpointError: A weight file is missing or damaged, lacks a tensor of the model, or
+                holds one that is not its own.
         """
         files = stored_weights(name_or_path, revision) if files is None else files
         model = load_skeleton(name_or_path, revision, files)
@@ -96,7 +99,9 @@ class StoredModel:
 
     @cached_property
     def required_names(self) -> set[str]:
-        """The names in the files of all that the model reads. What else lies in the files is copied as it is."""
+        """The names in the files of all that the model reads. What else lies in the files is copied
+        as it is.
+        """
         tensors = {
             parameter.name: torch.empty(
                 parameter.shape, dtype=parameter.tensor.dtype, device="meta"
@@ -112,7 +117,9 @@ class StoredModel:
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
-        """The model's parameters by their names in the files, where one tensor of a file is one parameter."""
+        """The model's parameters by their names in the files, where one tensor of a file is one
+        parameter.
+        """
         found: dict[str, Parameter] = {}
         for parameter in canonical_parameters(self.model):
             names = [parameter.name]
@@ -137,7 +144,9 @@ class StoredModel:
 
     @property
     def has_full_rank_changes(self) -> bool:
-        """Whether an adapter changes linear layers by more than low-rank additions: by DoRA, or by weights of its own."""
+        """Whether an adapter changes linear layers by more than low-rank additions: by DoRA, or by
+        weights of its own.
+        """
         weights = [parameter for parameter in self.parameters.values() if parameter.is_weight]
         factors = [factor for parameter in weights for factor in task_factors(parameter.module)]
         own = [parameter for parameter in weights if not is_placeholder(parameter.tensor)]
@@ -147,7 +156,9 @@ class StoredModel:
         )
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
-        """What an adapter holds in the place of whole tensors of its base model, e.g. by `modules_to_save`."""
+        """What an adapter holds in the place of whole tensors of its base model, e.g. by
+        `modules_to_save`.
+        """
         own = {
             name: parameter.tensor.detach().to(self.files[name].dtype).contiguous()
             for name, parameter in self.parameters.items()
@@ -203,16 +214,19 @@ def write_merged(
     mark: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> Rounding:
-    """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the files' own data types.
+    """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the
+    files' own data types.
 
-    Every byte is read once and written once, by as many threads as this process has cores. What no delta and no adapter
-    touches is copied as it is. `coefficients` are by module name; `mark` goes into `config.json` (see `lineage.py`).
+    Every byte is read once and written once, by as many threads as this process has cores. What no
+    delta and no adapter touches is copied as it is. `coefficients` are by module name; `mark` goes
+    into `config.json` (see `lineage.py`).
 
     Returns:
         What the files' data types leave of the vector's change.
 
     Raises:
-        UnsupportedModelError: The files hold a module of the vector in another form than the model, or share its weight.
+        UnsupportedModelError: The files hold a module of the vector in another form than the model,
+            or share its weight.
         CheckpointError: A weight is NaN or infinite already.
         OutputError: A weight becomes NaN or infinite, or all of the vector is rounded away.
     """
@@ -291,7 +305,9 @@ def _merge_block(
     file: TensorFile,
     block: "Block",
 ) -> tuple[int, Rounding]:
-    """Reads, changes and writes one block; returns how many bytes it has, and what is left of the vector's change."""
+    """Reads, changes and writes one block; returns how many bytes it has, and what is left of the
+    vector's change.
+    """
     tensor, terms, rounding = stored.files[block.name], additions[block.name], Rounding()
     rows = reader.rows(tensor, block)
     if not is_finite(rows):
@@ -331,7 +347,9 @@ def row_blocks(name: str, tensor: StoredTensor) -> Iterator[Block]:
 
 
 class RowReader:
-    """Reads blocks of stored tensors into one buffer per thread, which is overwritten by the thread's next block."""
+    """Reads blocks of stored tensors into one buffer per thread, which is overwritten by the
+    thread's next block.
+    """
 
     def __init__(self):
         self._descriptors: dict[Path, int] = {}

@@ -1,8 +1,9 @@
 """Checkpoint files: their headers are read once, their tensors read and written by byte ranges.
 
-A file of the safetensors format is the length of its header (8 bytes, little-endian), the header (JSON: data type, shape
-and byte range of every tensor), and the tensors' bytes. `safetensors` itself writes a file only from tensors that are all
-in memory; here a file can be larger than memory.
+A file of the safetensors format is the length of its header (8 bytes, little-endian), the header
+(JSON: data type, shape and byte range of every tensor), and the tensors' bytes. `safetensors`
+itself writes a file only from tensors that are all in memory; here a file can be larger than
+memory.
 """
 
 import json
@@ -42,7 +43,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint file: its data type, its shape, and where its bytes begin in the file."""
+    """One tensor of a checkpoint file: its data type, its shape, and where its bytes begin in the
+    file.
+    """
 
     path: Path
     dtype: torch.dtype
@@ -69,10 +72,12 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint folder (one file, or shards with their index) by their names in the files.
+    """The tensors of a checkpoint folder (one file, or shards with their index) by their names in
+    the files.
 
     Raises:
-        CheckpointError: No safetensors weights, a file that is missing or damaged, or a data type that torch lacks.
+        CheckpointError: No safetensors weights, a file that is missing or damaged, or a data type
+            that torch lacks.
     """
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         files = [SAFE_WEIGHTS_NAME]
@@ -142,7 +147,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, contents: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
-        # Wide types first, as safetensors itself orders them: so every tensor is aligned to its own item size.
+        # Wide types first, as safetensors itself orders them: so every tensor is aligned to its own
+        # item size.
         names = sorted(contents, key=lambda name: -contents[name][0].itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._begin: dict[str, int] = {}
@@ -164,7 +170,9 @@ class TensorFile:
         self._write_at(0, len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
-        """Writes a contiguous CPU tensor's bytes, beginning `offset` bytes after the start of tensor `name`."""
+        """Writes a contiguous CPU tensor's bytes, beginning `offset` bytes after the start of
+        tensor `name`.
+        """
         flat = tensor.detach().reshape(-1)
         if flat.numel():
             self._write_at(

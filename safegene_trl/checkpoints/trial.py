@@ -28,16 +28,19 @@ _LONGEST_FILE_NAME = 64  # of the files in a folder of ours
 def check_output(
     target: Path, needed_bytes: int = 0, kind: FolderKind = CHECKPOINT, restore_earlier: bool = True
 ) -> None:
-    """Raises `OutputError` unless a folder can be put at `target` without losing what others wrote there.
+    """Raises `OutputError` unless a folder can be put at `target` without losing what others wrote
+    there.
 
-    Makes a temporary folder beside it, writes to it, renames it, and tries whether an earlier folder may be renamed.
-    Nothing of that is left. An earlier folder that a killed run had moved aside is put back first.
+    Makes a temporary folder beside it, writes to it, renames it, and tries whether an earlier
+    folder may be renamed. Nothing of that is left. An earlier folder that a killed run had moved
+    aside is put back first.
 
     Args:
         target: The folder to be. An earlier one of the same kind may be replaced.
         needed_bytes: Its size.
         kind: What it will be.
-        restore_earlier: Whether an earlier folder may be put back; a dry run only says that it would be.
+        restore_earlier: Whether an earlier folder may be put back; a dry run only says that it
+            would be.
     """
     check_name(target)
     with _as_output_error(f"{target} cannot be written"):
@@ -66,7 +69,9 @@ def check_output(
 
 
 def check_name(target: Path) -> None:
-    """Raises `OutputError` for what can be no new folder's name: `.`, `..`, nothing, a temporary one, or one too long."""
+    """Raises `OutputError` for what can be no new folder's name: `.`, `..`, nothing, a temporary
+    one, or one too long.
+    """
     if target.name in ("", "..") or "\0" in str(target):
         raise OutputError(
             f"`{str(target)!r}` cannot be made as a folder: choose another `output_dir`."
@@ -113,10 +118,11 @@ def _try_to_write(path: Path) -> None:
 
 
 def _try_to_move(target: Path, occupied: Path) -> None:
-    """Renames `target` to a folder that holds a file: the one renaming that is checked in full and then refused.
+    """Renames `target` to a folder that holds a file: the one renaming that is checked in full and
+    then refused.
 
-    The kernel first sees whether `target` may be moved: permissions, a sticky parent, mount points, layers of a
-    container. If it were moved all the same, it would be moved back.
+    The kernel first sees whether `target` may be moved: permissions, a sticky parent, mount points,
+    layers of a container. If it were moved all the same, it would be moved back.
     """
     try:
         os.rename(target, occupied)
@@ -136,7 +142,9 @@ def _try_to_move(target: Path, occupied: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises `OutputError` unless lines can be added to a file at `path`, and it can be locked. It is neither made nor changed."""
+    """Raises `OutputError` unless lines can be added to a file at `path`, and it can be locked. It
+    is neither made nor changed.
+    """
     if "\0" in str(path) or path.name in ("", ".."):
         raise OutputError(f"`{str(path)!r}` cannot be made as a file: choose another place.")
     with _as_output_error(f"{path} cannot be written", "choose another place"):

@@ -14,7 +14,9 @@ from .parsing import make_parser, parse
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the safeguarded checkpoint to `safegene.output.output_dir` (default: `<model>-safeguarded`); see `gate.EXIT_CODES`."""
+    """Writes the safeguarded checkpoint to `safegene.output.output_dir` (default:
+    `<model>-safeguarded`); see `gate.EXIT_CODES`.
+    """
     if wants_launch(argv):
         from .launching import launch
 

@@ -1,4 +1,6 @@
-"""The options of `safegene apply`, for those that read them: the command, its estimate, and a fleet for each of its members."""
+"""The options of `safegene apply`, for those that read them: the command, its estimate, and a fleet
+for each of its members.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +18,14 @@ class ApplyArguments:
         model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
         dtype: Data type to load and save it in.
-        coefficients: Coefficients to take as they are, instead of recalibrating: a number for every layer, the report of an
-            earlier safety step with the same vector, or `interference` (EnchTable's rule). The weights are then merged
-            from file to file.
-        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They are pickle files, which can
-            run code: only for files of your own.
+        coefficients: Coefficients to take as they are, instead of recalibrating: a number for every
+            layer, the report of an earlier safety step with the same vector, or `interference`
+            (EnchTable's rule). The weights are then merged from file to file.
+        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They
+            are pickle files, which can run code: only for files of your own.
         base_model: The aligned model; only for `interference` on a full fine-tune.
-        fleet: A YAML file of many fine-tunes, done in parallel (see `commands/fleet.py`); no other option goes with it.
+        fleet: A YAML file of many fine-tunes, done in parallel (see `commands/fleet.py`); no other
+            option goes with it.
     """
 
     model_name_or_path: str = field(

@@ -125,7 +125,9 @@ def estimate_apply(
     launch: Launch = Launch(),  # noqa: B008  (frozen)
     timed: bool = True,
 ) -> dict[str, Cost]:
-    """Costs of `safegene apply` with these options; untimed a quarter of the work, for the bytes alone."""
+    """Costs of `safegene apply` with these options; untimed a quarter of the work, for the bytes
+    alone.
+    """
     arguments, block = parse(APPLY_ARGUMENTS, argv, "safegene estimate apply", "")
     config, name, revision = block.config, arguments.model_name_or_path, arguments.model_revision
     if not name or config is None:

@@ -1,4 +1,6 @@
-"""`safegene apply --fleet models.yaml`: one vector, many finished fine-tunes, in parallel processes within a memory budget."""
+"""`safegene apply --fleet models.yaml`: one vector, many finished fine-tunes, in parallel processes
+within a memory budget.
+"""
 
 import logging
 import math
@@ -44,8 +46,10 @@ class Member:
 
     Attributes:
         memory: Bytes that its process will take, as estimated.
-        key: Hash of all that its result depends on; a finished one with the same key is not done again.
-        report: SHA-256 of the report of a finished one, which says whether what lies there is still that.
+        key: Hash of all that its result depends on; a finished one with the same key is not done
+            again.
+        report: SHA-256 of the report of a finished one, which says whether what lies there is still
+            that.
         outcome: One of the gate's, `failed`, or `interrupted`; empty before it was started.
         seconds: How long its process took, in whichever run that was.
         done_before: Whether that was an earlier run, whose result is still good.
@@ -71,10 +75,12 @@ class Member:
 
 
 def run_fleet(path: Path) -> int:
-    """Does all that is not done yet, prints a table, and returns the exit code of the worst outcome: 2 for one that failed.
+    """Does all that is not done yet, prints a table, and returns the exit code of the worst
+    outcome: 2 for one that failed.
 
     Raises:
-        SafeGeneError: The file is wrong, or another fleet is at work in its folder; nothing is started then.
+        SafeGeneError: The file is wrong, or another fleet is at work in its folder; nothing is
+            started then.
     """
     fleet = Fleet.read(path)
     folder = Path(fleet.output_dir)
@@ -128,7 +134,9 @@ def _stamps(source: str) -> list[Any]:
 
 
 def _estimate(members: Sequence[Member]) -> None:
-    """Memory of every member; those whose settings or files are wrong fail here, before anything is started."""
+    """Memory of every member; those whose settings or files are wrong fail here, before anything is
+    started.
+    """
     from .estimate import estimate_apply
 
     for member in members:
@@ -202,7 +210,8 @@ class _Pool:
             environment.setdefault(
                 "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once))
             )
-            # glibc would keep as much again of what tensors no longer need, beyond what was estimated
+            # glibc would keep as much again of what tensors no longer need, beyond what was
+            # estimated
             environment.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
         else:
             environment["CUDA_VISIBLE_DEVICES"] = device
@@ -264,7 +273,9 @@ def _free_memory() -> dict[str, float]:
 
 
 def _conclude(member: Member, code: int) -> None:
-    """What became of a member whose process has ended: as its exit code says, if its report says so too."""
+    """What became of a member whose process has ended: as its exit code says, if its report says so
+    too.
+    """
     outcome = next((name for name, number in EXIT_CODES.items() if number == code), FAILED)
     if outcome != FAILED:
         place, report = _report(member.target, outcome)
@@ -299,7 +310,9 @@ def _last_lines(log: Path) -> list[str]:
 
 
 def _report(target: Path, outcome: str) -> tuple[Path | None, dict[str, Any]]:
-    """The newest report of a member with that outcome, and where it stands; a rejected one may have written no checkpoint."""
+    """The newest report of a member with that outcome, and where it stands; a rejected one may have
+    written no checkpoint.
+    """
     found = []
     for place in [target / MARKER, *([failure_path(target)] if outcome == "rejected" else [])]:
         with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):

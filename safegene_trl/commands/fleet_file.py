@@ -1,4 +1,6 @@
-"""`models.yaml` of `safegene apply --fleet`: read and checked as a whole, before anything is written."""
+"""`models.yaml` of `safegene apply --fleet`: read and checked as a whole, before anything is
+written.
+"""
 
 import os
 from collections.abc import Mapping
@@ -38,13 +40,15 @@ class Fleet:
     """The content of `models.yaml`.
 
     Args:
-        output_dir: Folder for everything: `NAME/` with each checkpoint, `fleet/NAME.log` with what it printed, and `fleet.json`.
-        models: One block per fine-tune: `name` (default: the last part of its path), the options of `safegene apply`, and a `safegene`
-            block of its own, which goes before the common one.
+        output_dir: Folder for everything: `NAME/` with each checkpoint, `fleet/NAME.log` with what
+            it printed, and `fleet.json`.
+        models: One block per fine-tune: `name` (default: the last part of its path), the options of
+            `safegene apply`, and a `safegene` block of its own, which goes before the common one.
         safegene: The common block; keys of `SafeGeneConfig`.
-        memory_gib: Memory for all processes together: of each GPU where there are any, else of the machine. Default: 80 % of what is
-            free.
-        processes: How many at once, at most. Default: as many as memory allows on GPUs, else one per core.
+        memory_gib: Memory for all processes together: of each GPU where there are any, else of the
+            machine. Default: 80 % of what is free.
+        processes: How many at once, at most. Default: as many as memory allows on GPUs, else one
+            per core.
         timeout_minutes: A process that takes longer is ended, and its fine-tune counts as failed.
     """
 
@@ -64,7 +68,9 @@ class Fleet:
 
     @classmethod
     def read(cls, path: Path) -> "Fleet":
-        """Raises `ConfigError` for a file that cannot be read, and for anything in it that cannot work or does harm."""
+        """Raises `ConfigError` for a file that cannot be read, and for anything in it that cannot
+        work or does harm.
+        """
         content = read_yaml(path, "The fleet")
         models = content.get("models")
         if not content.get("output_dir") or not isinstance(models, list) or not models:
@@ -82,7 +88,9 @@ class Fleet:
         return fleet
 
     def check(self, file: Path) -> None:
-        """Raises `ConfigError` for a member whose settings cannot work, or whose places another one or the fleet uses."""
+        """Raises `ConfigError` for a member whose settings cannot work, or whose places another one
+        or the fleet uses.
+        """
         names = [self.name_of(member) for member in self.models]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"The fleet has two models named {twice[0]}: give each a `name`.")
@@ -145,7 +153,9 @@ class Fleet:
 
 
 def sources(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """All files, folders and hub ids that a recipe reads, by their keys. A history is written to as well and not among them."""
+    """All files, folders and hub ids that a recipe reads, by their keys. A history is written to as
+    well and not among them.
+    """
     block = recipe["safegene"]
     named = {key: recipe.get(key) for key in ("model_name_or_path", "base_model", "coefficients")}
     named |= {key: block.get(key) for key in ("vector", "public_key")}
@@ -160,10 +170,13 @@ def target_of(recipe: Mapping[str, Any]) -> Path:
 
 
 def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises `ConfigError` where one member's checkpoint would replace what the fleet, or another member, writes or reads."""
+    """Raises `ConfigError` where one member's checkpoint would replace what the fleet, or another
+    member, writes or reads.
+    """
     targets = {name: target_of(recipe) for name, recipe in recipes.items()}
     for name, target in targets.items():
-        # what is there, or will be: the fleet's own places, and the fleet file, which must outlive the fleet
+        # what is there, or will be: the fleet's own places, and the fleet file, which must outlive
+        # the fleet
         for place, what in (
             (folder / STATE, "the fleet's state"),
             (folder / WORKSHOP, "the fleet's logs"),

@@ -1,4 +1,6 @@
-"""`safegene inspect DIR`: what a safety vector or a safeguarded checkpoint holds, after checking it."""
+"""`safegene inspect DIR`: what a safety vector or a safeguarded checkpoint holds, after checking
+it.
+"""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,9 @@ _TRAINERS_FOLDERS = ("safeguarded", "_safeguarded")  # in a trainer's `output_di
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a summary; a vector that is damaged is an error, and so is a folder that is neither: the message says what it is."""
+    """Prints a summary; a vector that is damaged is an error, and so is a folder that is neither:
+    the message says what it is.
+    """
     parser = argparse.ArgumentParser(
         prog="safegene inspect", description="Say what a vector or checkpoint holds."
     )
@@ -106,7 +110,9 @@ def _describe_coefficients(coefficients: Mapping[str, float], report: Path) -> l
 
 
 def _check_may_be_vector(place: Path) -> None:
-    """Raises `SafeGeneError`, with what it is and which command it is for, for what lies here and is no vector."""
+    """Raises `SafeGeneError`, with what it is and which command it is for, for what lies here and
+    is no vector.
+    """
     if (place / CONFIG_FILE).is_file():
         return
     if place.is_file():

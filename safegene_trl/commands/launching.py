@@ -1,4 +1,6 @@
-"""`--accelerate_config`: starting a command in many processes by `accelerate launch`, as TRL's own commands do."""
+"""`--accelerate_config`: starting a command in many processes by `accelerate launch`, as TRL's own
+commands do.
+"""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -17,8 +19,9 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
 
     Args:
         command: The subcommand.
-        argv: Its arguments, `--accelerate_config NAME_OR_PATH` among them. Options that the subcommand does not know and
-            `accelerate launch` does, e.g. `--num_processes` or `--machine_rank`, go to the launcher.
+        argv: Its arguments, `--accelerate_config NAME_OR_PATH` among them. Options that the
+            subcommand does not know and `accelerate launch` does, e.g. `--num_processes` or
+            `--machine_rank`, go to the launcher.
         own: The subcommand's parser.
 
     Raises:

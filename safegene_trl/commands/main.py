@@ -1,4 +1,6 @@
-"""`safegene COMMAND …`: dispatches to the subcommands, and ends each of their errors with one plain line."""
+"""`safegene COMMAND …`: dispatches to the subcommands, and ends each of their errors with one plain
+line.
+"""
 
 import importlib
 import os
@@ -35,9 +37,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0, 3 for a checkpoint that was accepted as best effort, 4 for one that was rejected, 2 for any other `SafeGeneError` or wrong usage, 1
-    for an error that nothing here foresaw, 130 after Ctrl-C, 141 where nobody reads the output any more. SIGTERM and SIGHUP end it by
-    `SystemExit`, with 143 and 129.
+    0, 3 for a checkpoint that was accepted as best effort, 4 for one that was rejected, 2 for any
+    other `SafeGeneError` or wrong usage, 1 for an error that nothing here foresaw, 130 after
+    Ctrl-C, 141 where nobody reads the output any more. SIGTERM and SIGHUP end it by `SystemExit`,
+    with 143 and 129.
     """
     words = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher puts it first
@@ -94,7 +97,9 @@ def _say(text: str) -> None:
 
 
 def _reader_has_left() -> bool:
-    """Whether standard output is a pipe that nobody reads; what is still to be written to it goes nowhere then."""
+    """Whether standard output is a pipe that nobody reads; what is still to be written to it goes
+    nowhere then.
+    """
     try:
         descriptor = sys.stdout.fileno()
     except (

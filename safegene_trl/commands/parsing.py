@@ -1,6 +1,8 @@
-"""Recipes and command-line arguments, through TRL's parser; an unknown key is an error that names the nearest one.
+"""Recipes and command-line arguments, through TRL's parser; an unknown key is an error that names
+the nearest one.
 
-TRL reads a recipe by itself, and takes whatever it finds there. So a recipe is read and checked here before TRL sees it.
+TRL reads a recipe by itself, and takes whatever it finds there. So a recipe is read and checked
+here before TRL sees it.
 """
 
 import argparse
@@ -45,7 +47,9 @@ class SafeGeneArguments:
 def make_parser(
     dataclasses: Sequence[Any], prog: str | None = None, description: str | None = None
 ) -> TrlParser:
-    """The parser of a command whose options are the dataclasses' fields, and every key of a `safegene` block among them."""
+    """The parser of a command whose options are the dataclasses' fields, and every key of a
+    `safegene` block among them.
+    """
     parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
     if SafeGeneArguments in dataclasses:
         _add_keys(parser)
@@ -57,12 +61,15 @@ def parse(
 ) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
-    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.GROUP.KEY VALUE` one of a group in it. They are
-    options of TRL's parser like any other. Only their values are read here, since argparse neither joins blocks nor refuses a key that
-    is there twice, and OmegaConf's dot-lists, which do join them, let the last of two win and take 'false' in quotes for false.
+    `--safegene.KEY VALUE` sets one key of the recipe's `safegene` block, `--safegene.GROUP.KEY
+    VALUE` one of a group in it. They are options of TRL's parser like any other. Only their values
+    are read here, since argparse neither joins blocks nor refuses a key that is there twice, and
+    OmegaConf's dot-lists, which do join them, let the last of two win and take 'false' in quotes
+    for false.
 
     Raises:
-        ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a value has the wrong type.
+        ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a
+            value has the wrong type.
     """
     parser = make_parser(dataclasses, prog, description)
     argv = [
@@ -101,7 +108,9 @@ def parse(
 
 
 def _check_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Raises `ConfigError` for an option that is there twice, of which argparse would take the last, and for a key without a value."""
+    """Raises `ConfigError` for an option that is there twice, of which argparse would take the
+    last, and for a key without a value.
+    """
     names = {option: action.dest for action in parser._actions for option in action.option_strings}
     given = [names[name] for word in argv if (name := word.split("=")[0]) in names]
     for name in given:
@@ -127,7 +136,8 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def _block(recipe: Any, whole: Any, keys: Mapping[str, str]) -> dict[str, Any] | None:
-    """The `safegene` block of a recipe, with what the command line sets in it; None where neither has one.
+    """The `safegene` block of a recipe, with what the command line sets in it; None where neither
+    has one.
 
     Args:
         recipe: As it was read here: TRL's own reading of the recipe lets double keys pass.
@@ -158,8 +168,8 @@ def _as_block(block: Any) -> dict[str, Any]:
 def _check_recipe(recipe: Mapping[str, Any], kind: Any) -> None:
     """Raises `ConfigError` for a recipe's value that a dataclass of options cannot have.
 
-    Of this package's own dataclasses every value is checked. Of TRL's, whose hints are looser than what they take, it is keys without a
-    value and switches that are neither true nor false.
+    Of this package's own dataclasses every value is checked. Of TRL's, whose hints are looser than
+    what they take, it is keys without a value and switches that are neither true nor false.
     """
     hints = get_type_hints(kind)
     defaults = {each.name: each.default for each in fields(kind) if each.name in recipe}

@@ -35,7 +35,9 @@ ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, Safe
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one fine-tune; `out/` then holds it as TRL saves it and `out/safeguarded/` the safeguarded checkpoint."""
+    """Runs one fine-tune; `out/` then holds it as TRL saves it and `out/safeguarded/` the
+    safeguarded checkpoint.
+    """
     if wants_launch(argv):
         return launch("sft", argv, make_parser(ARGUMENTS))
     join_processes()
@@ -110,7 +112,9 @@ def main(argv: Sequence[str]) -> int:
 def _rows(
     script: ScriptArguments, training: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig
 ) -> tuple[Any, Any]:
-    """What is trained on and, where the recipe evaluates, what is evaluated on; checked before the model is loaded."""
+    """What is trained on and, where the recipe evaluates, what is evaluated on; checked before the
+    model is loaded.
+    """
     splits = training_data(script, mixture)
     name, revision = str(model.model_name_or_path), model.model_revision
     train_rows = split_of(splits, script.dataset_train_split, "dataset_train_split")

@@ -1,4 +1,6 @@
-"""The training data of `safegene sft`: read, and held against what TRL's trainer will look for in it."""
+"""The training data of `safegene sft`: read, and held against what TRL's trainer will look for in
+it.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -46,13 +48,15 @@ def split_of(splits: Mapping[str, Any], name: str, setting: str) -> Any:
 
 
 def check_rows(rows: Any, what: str, training: SFTConfig, model: str, revision: str | None) -> None:
-    """Tells before the model is loaded whether the trainer finds its columns and can read them, by the first row.
+    """Tells before the model is loaded whether the trainer finds its columns and can read them, by
+    the first row.
 
     Args:
         rows: Data set or stream.
         what: Names it in messages, e.g. `training data`.
         training: The trainer's settings.
-        model: Directory or hub id of the model, whose tokenizer must have a chat template for conversations.
+        model: Directory or hub id of the model, whose tokenizer must have a chat template for
+            conversations.
         revision: Its branch, tag or commit on the hub.
 
     Raises:

@@ -1,4 +1,6 @@
-"""YAML as people write it, read with one reader: a key that is there twice is an error, and `1e-4` is a number."""
+"""YAML as people write it, read with one reader: a key that is there twice is an error, and `1e-4`
+is a number.
+"""
 
 import re
 from pathlib import Path
@@ -13,7 +15,9 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Reader(yaml.SafeLoader):
-    """The safe loader, which by itself lets the last of several equal keys win without a word, and of a bad date tells no line."""
+    """The safe loader, which by itself lets the last of several equal keys win without a word, and
+    of a bad date tells no line.
+    """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -35,7 +39,8 @@ class _Reader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, and so PyYAML, takes `1e-4` for a string; YAML 1.2 and everybody who writes it take it for a number.
+# YAML 1.1, and so PyYAML, takes `1e-4` for a string; YAML 1.2 and everybody who writes it take it
+# for a number.
 _Reader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
@@ -59,7 +64,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         what: Names it in a message, e.g. `The recipe`.
 
     Raises:
-        ConfigError: It cannot be read, is no YAML, has a key twice, or holds something else than keys and values.
+        ConfigError: It cannot be read, is no YAML, has a key twice, or holds something else than
+            keys and values.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Keys of `SafeGeneConfig` from before they stood in groups. They work for one more release, with a warning."""
+"""Keys of `SafeGeneConfig` from before they stood in groups. They work for one more release, with a
+warning.
+"""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -19,7 +21,8 @@ def grouped(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Settings with every flat key in its group, and the flat keys that there were.
 
     Raises:
-        ConfigError: A key stands both by itself and in its group, or its group is no block of keys and values.
+        ConfigError: A key stands both by itself and in its group, or its group is no block of keys
+            and values.
     """
     found = {key: value for key, value in values.items() if key not in PLACES}
     flat = [key for key in values if key in PLACES]
@@ -37,7 +40,9 @@ def grouped(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def merged(block: Mapping[str, Any], changes: Mapping[str, Any], once: str = "") -> dict[str, Any]:
-    """`block` with changes, blocks in it merged with theirs; `once` is the path of a block whose keys may not change."""
+    """`block` with changes, blocks in it merged with theirs; `once` is the path of a block whose
+    keys may not change.
+    """
     both = dict(block)
     for key, value in changes.items():
         if isinstance(block.get(key), dict) and isinstance(value, dict):

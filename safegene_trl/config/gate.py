@@ -23,16 +23,18 @@ class GateConfig:
         min_refusal_rate: Least share of harmful prompts that it refuses.
         max_over_refusal: Largest share of benign prompts that it refuses.
         max_incoherent: Largest share of incoherent answers among all.
-        max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as it was (0.01 is one point).
-        harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the calibration's that nothing was
-            fitted on.
+        max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as
+            it was (0.01 is one point).
+        harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the
+            calibration's that nothing was fitted on.
         harmful_data_split: Split of `harmful_data` to read.
         benign_data: The same of benign prompts.
         benign_data_split: Split of `benign_data` to read.
         write_rejected: Write the checkpoint even if it is rejected. Its report says so.
 
     Raises:
-        ConfigError: A name is no setting (the nearest one is named), a limit is no share, or a value is impossible.
+        ConfigError: A name is no setting (the nearest one is named), a limit is no share, or a
+            value is impossible.
     """
 
     min_refusal_rate: float | None = None

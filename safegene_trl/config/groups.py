@@ -1,4 +1,6 @@
-"""The groups of `SafeGeneConfig` but its gate: what is read, how coefficients are searched, what is measured, what is written."""
+"""The groups of `SafeGeneConfig` but its gate: what is read, how coefficients are searched, what is
+measured, what is written.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,22 +30,27 @@ _WEIGHT = Rule(at_least=0.0)
 @named_fields
 @dataclass
 class DataConfig:
-    """Samples that the coefficients are fitted on, and those held out for the decision whether the result is taken.
+    """Samples that the coefficients are fitted on, and those held out for the decision whether the
+    result is taken.
 
     Args:
-        safety_data: Dataset of harmful prompts, with or without refusals (local JSON/JSONL/CSV/Parquet file,
-            `datasets` directory or hub id, `ID:CONFIG@SPLIT` where it has several). Default: the prompts and refusals that
-            come with the vector.
+        safety_data: Dataset of harmful prompts, with or without refusals (local
+            JSON/JSONL/CSV/Parquet file, `datasets` directory or hub id, `ID:CONFIG@SPLIT` where it
+            has several). Default: the prompts and refusals that come with the vector.
         safety_data_split: Split of `safety_data` to read.
-        task_data: Dataset the utility term is measured on, in any TRL format. Default: the training set.
+        task_data: Dataset the utility term is measured on, in any TRL format. Default: the training
+            set.
         task_data_split: Split of `task_data` to read.
         num_safety_shots: Harmful prompts used in all, held-out ones included.
         num_task_shots: Task samples used in all, held-out ones included.
-        num_benign_shots: Benign prompts of the vector used in all to keep the model from over-refusing.
-        holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance decision.
-        max_length: Task and benign samples are cut to this many tokens. Harmful prompts are never cut.
-        max_refusal_tokens: The safety terms read this many first tokens of a refusal or benign answer: whether a model
-            refuses is settled there (arXiv 2406.05946).
+        num_benign_shots: Benign prompts of the vector used in all to keep the model from
+            over-refusing.
+        holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance
+            decision.
+        max_length: Task and benign samples are cut to this many tokens. Harmful prompts are never
+            cut.
+        max_refusal_tokens: The safety terms read this many first tokens of a refusal or benign
+            answer: whether a model refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
 
     Raises:
@@ -91,23 +98,26 @@ class SearchConfig:
     """The search for the coefficients: where it may go, what it weighs, what it may cost.
 
     Args:
-        granularity: One coefficient per `layer` (SafeGene's own), per `module`, or per `rank`: for each of the r rank-one
-            parts of a module's delta.
-        min_coefficient: Lower bound of every coefficient; never below 0, because −V removes refusals.
+        granularity: One coefficient per `layer` (SafeGene's own), per `module`, or per `rank`: for
+            each of the r rank-one parts of a module's delta.
+        min_coefficient: Lower bound of every coefficient; never below 0, because −V removes
+            refusals.
         max_coefficient: Upper bound of every coefficient.
         initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.
-        warm_start: An earlier release's report, or its folder: the search starts at its coefficients. Default: the last
-            accepted release in `output.history` that used this vector. Either also confirms what a fine-tune of that release
-            says it carries.
+        warm_start: An earlier release's report, or its folder: the search starts at its
+            coefficients. Default: the last accepted release in `output.history` that used this
+            vector. Either also confirms what a fine-tune of that release says it carries.
         max_evaluations: Upper limit of loss-and-gradient evaluations of the search.
         benign_weight: η, weight of the term on benign prompts in the objective.
-        utility_weight: β, weight of the divergence from the fine-tuned model in the objective. More of it keeps the
-            fine-tune more closely, the harm that poisoned data has done to it included.
-        utility_temperature: T, at least 1, of that divergence's second, softened part, which also sees answers move that the
-            fine-tune is sure of (arXiv 1503.02531). 1 leaves that part out.
+        utility_weight: β, weight of the divergence from the fine-tuned model in the objective. More
+            of it keeps the fine-tune more closely, the harm that poisoned data has done to it
+            included.
+        utility_temperature: T, at least 1, of that divergence's second, softened part, which also
+            sees answers move that the fine-tune is sure of (arXiv 1503.02531). 1 leaves that part
+            out.
         sparsity_weight: γ, weight of Σλ in the objective.
-        max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task samples, in nats per
-            response token.
+        max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task
+            samples, in nats per response token.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
@@ -169,8 +179,9 @@ class MeasureConfig:
     """What the model does before and after the step.
 
     Args:
-        num_test_prompts: How many harmful prompts, benign prompts and task samples, of each and at most, the model is
-            measured on: none of those that the coefficients were fitted on. 0 leaves measuring out.
+        num_test_prompts: How many harmful prompts, benign prompts and task samples, of each and at
+            most, the model is measured on: none of those that the coefficients were fitted on. 0
+            leaves measuring out.
         max_new_tokens: Tokens generated for each answer.
 
     Raises:
@@ -195,13 +206,15 @@ class OutputConfig:
     """What is written, and where.
 
     Args:
-        output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's output directory.
-        output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in, or `both` (the adapter in
-            the subfolder `adapter`).
+        output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's
+            output directory.
+        output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in,
+            or `both` (the adapter in the subfolder `adapter`).
         max_shard_size: Largest weight file, like `5GB` or `500MB`; a whole number is bytes.
-        history: JSON-lines file of the model line; what came of this fine-tune is appended to it. Its seal lies beside it.
-        hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it is rejected. `Trainer`'s own
-            `push_to_hub` uploads the plain fine-tune.
+        history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
+            Its seal lies beside it.
+        hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it
+            is rejected. `Trainer`'s own `push_to_hub` uploads the plain fine-tune.
         hub_private: Whether a repository made for it is private.
 
     Raises:

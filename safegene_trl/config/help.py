@@ -1,4 +1,6 @@
-"""What a setting means: written once, in its dataclass's docstring, and read from there for `--help` and the docs."""
+"""What a setting means: written once, in its dataclass's docstring, and read from there for
+`--help` and the docs.
+"""
 
 import inspect
 import re
@@ -6,7 +8,9 @@ from dataclasses import fields
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """What the docstring's `Args` say of every field, in one line each; nothing where Python runs without docstrings."""
+    """What the docstring's `Args` say of every field, in one line each; nothing where Python runs
+    without docstrings.
+    """
     section = (inspect.getdoc(kind) or "").partition("Args:\n")[2]
     found: dict[str, str] = {}
     name = ""

@@ -1,4 +1,6 @@
-"""What is measured of a model before and after the safety step: one table, which all that shows or judges a metric reads."""
+"""What is measured of a model before and after the safety step: one table, which all that shows or
+judges a metric reads.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ class Metric:
     def measured(
         self, measured: Mapping[str, Any], side: str = "after"
     ) -> Mapping[str, Any] | None:
-        """The share in a report's `measured`, None where it was not measured; `side`: `before` or `after`."""
+        """The share in a report's `measured`, None where it was not measured; `side`: `before` or
+        `after`.
+        """
         found = measured if self.difference else measured.get(side) or {}
         return None if self.difference and side == "before" else found.get(self.key)
 

@@ -31,7 +31,9 @@ _ELSEWHERE = {
 
 
 def _takes_flat_keys(kind: type["SafeGeneConfig"]) -> type["SafeGeneConfig"]:
-    """Decorates the dataclass: keys from before there were groups go where they belong, with a warning; others are refused."""
+    """Decorates the dataclass: keys from before there were groups go where they belong, with a
+    warning; others are refused.
+    """
     settings: Any = kind
     made = settings.__init__
 
@@ -49,29 +51,32 @@ def _takes_flat_keys(kind: type["SafeGeneConfig"]) -> type["SafeGeneConfig"]:
 @_takes_flat_keys
 @dataclass
 class SafeGeneConfig:
-    """How one fine-tune takes on its family's safety vector. A group may be given as a mapping of its keys.
+    """How one fine-tune takes on its family's safety vector. A group may be given as a mapping of
+    its keys.
 
     Args:
         vector: Directory or hub id of the safety vector.
         vector_revision: Branch, tag or commit of the vector on the hub.
-        public_key: PEM file of the key that the vector must be signed with; checked before anything of it is read.
+        public_key: PEM file of the key that the vector must be signed with; checked before anything
+            of it is read.
         require_signature: Refuse to run without a `public_key`.
-        allow_other_base: Go on if the fine-tune started from other weights than the vector's aligned model, or from
-            another revision of it. The report says so.
+        allow_other_base: Go on if the fine-tune started from other weights than the vector's
+            aligned model, or from another revision of it. The report says so.
         data: Samples to fit and to decide on (see `DataConfig`).
         search: The search for the coefficients (see `SearchConfig`).
         measure: What is measured before and after (see `MeasureConfig`).
         gate: Limits on what is measured, and data of its own to measure on (see `GateConfig`).
         output: What is written, and where (see `OutputConfig`).
-        batch_size: Samples per forward pass. Default: 8 on a CPU, on a GPU what its free memory is for. Halved where memory
-            runs out.
+        batch_size: Samples per forward pass. Default: 8 on a CPU, on a GPU what its free memory is
+            for. Halved where memory runs out.
         dry_run: Check everything before the first training step, then stop the training.
-        on_failure: `raise` stops the script; `warn` ends the fine-tune normally, the report says what failed.
+        on_failure: `raise` stops the script; `warn` ends the fine-tune normally, the report says
+            what failed.
         seed: Seed for drawing shots.
 
     Raises:
-        ConfigError: A name is no setting (the nearest one is named), or a value is missing, impossible, or contradicts
-            another one.
+        ConfigError: A name is no setting (the nearest one is named), or a value is missing,
+            impossible, or contradicts another one.
     """
 
     vector: str = ""
@@ -102,7 +107,8 @@ class SafeGeneConfig:
             values: Keys and values, as in a recipe's `safegene` block.
 
         Raises:
-            ConfigError: A key is unknown (the nearest known one is named), has no value, or one that is impossible.
+            ConfigError: A key is unknown (the nearest known one is named), has no value, or one
+                that is impossible.
         """
         values, flat = grouped(values)
         check_written(values, cls, where="the safegene block", elsewhere=_ELSEWHERE)
@@ -113,7 +119,9 @@ class SafeGeneConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, groups as mappings; `SafeGeneConfig(**values)` brings them back."""
+        """The settings as plain values, groups as mappings; `SafeGeneConfig(**values)` brings them
+        back.
+        """
         return asdict(self)
 
     def __post_init__(self) -> None:
@@ -140,7 +148,9 @@ class SafeGeneConfig:
 
 
 def hint_at(path: str) -> Any:
-    """The type hint of the setting at a path like `search.max_evaluations`, or with a flat key; None of a whole group."""
+    """The type hint of the setting at a path like `search.max_evaluations`, or with a flat key;
+    None of a whole group.
+    """
     group, _, name = PLACES.get(path, path).rpartition(".")
     if group:
         return hint_of(BLOCKS[group], name)
@@ -148,7 +158,9 @@ def hint_at(path: str) -> Any:
 
 
 def described() -> Iterator[tuple[str, str]]:
-    """The path of every setting, groups included, and what it means, with its default; for `--help`."""
+    """The path of every setting, groups included, and what it means, with its default; for
+    `--help`.
+    """
     for name, meaning in _with_defaults(SafeGeneConfig):
         yield name, f"{meaning} A block of keys and values." if name in BLOCKS else meaning
         if name in BLOCKS:

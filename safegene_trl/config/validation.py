@@ -1,7 +1,9 @@
-"""One way of checking settings: the type of every value by the dataclass's own type hints, its range by a table of `Rule`s.
+"""One way of checking settings: the type of every value by the dataclass's own type hints, its
+range by a table of `Rule`s.
 
-A dataclass of settings has a class variable `RULES` with a `Rule` for every field that its type says too little about. Whatever is not
-known to be right is refused: a quoted boolean, a number in quotes, NaN, an empty string, a string where a list belongs.
+A dataclass of settings has a class variable `RULES` with a `Rule` for every field that its type
+says too little about. Whatever is not known to be right is refused: a quoted boolean, a number in
+quotes, NaN, an empty string, a string where a list belongs.
 """
 
 import difflib
@@ -42,7 +44,8 @@ class Rule:
         syntax: Raises `ValueError`, with what a string must be, for one that is not.
         share: Whether it is said of a number between 0 and 1 that it is a share.
         or_number: Whether a string may also be written as a number.
-        may_be_null: Whether somebody may write the key without a value. Only where nothing is checked, judged or pinned by it.
+        may_be_null: Whether somebody may write the key without a value. Only where nothing is
+            checked, judged or pinned by it.
     """
 
     at_least: float | None = None
@@ -64,7 +67,8 @@ class Settings(Protocol):
 
 
 def check_values(settings: Settings, prefix: str = "") -> None:
-    """Raises `ConfigError` for the first field whose value has not the type of its hint, or breaks its rule.
+    """Raises `ConfigError` for the first field whose value has not the type of its hint, or breaks
+    its rule.
 
     A field that still has its default "" is left to whoever needs it.
 
@@ -85,7 +89,8 @@ def check_written(
     where: str,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises `ConfigError` for what somebody wrote and cannot have meant: an unknown key, or one without a value.
+    """Raises `ConfigError` for what somebody wrote and cannot have meant: an unknown key, or one
+    without a value.
 
     Args:
         values: Keys and values as they were written.
@@ -127,7 +132,8 @@ def reject_unknown_keys(
     where: str,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest known key.
+    """Raises `ConfigError` for the first key of `values` that is not `known`, naming the nearest
+    known key.
 
     Args:
         values: Keys and values.
@@ -145,14 +151,18 @@ def reject_unknown_keys(
 def nearest(
     word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None
 ) -> str:
-    """The end of a sentence about a word that is not known: the nearest one that is, if any is near (0–1, 1 the same)."""
+    """The end of a sentence about a word that is not known: the nearest one that is, if any is near
+    (0–1, 1 the same).
+    """
     written = {**(elsewhere or {}), **{name: name for name in known}}
     found = difflib.get_close_matches(word, list(written), n=1, cutoff=cutoff)
     return f"; did you mean `{written[found[0]]}`?" if found else "."
 
 
 def named_fields(kind: type[Made]) -> type[Made]:
-    """Decorates a dataclass of settings: a name that is no field is refused with the nearest one, where Python says less."""
+    """Decorates a dataclass of settings: a name that is no field is refused with the nearest one,
+    where Python says less.
+    """
     settings: Any = kind
     made = settings.__init__
 
@@ -184,12 +194,16 @@ def rule_of(kind: type[Settings], name: str) -> Rule:
 
 
 def takes_text(hint: Any) -> bool:
-    """Whether a value of this hint is text and nothing else, so that digits of a command line are no number in it."""
+    """Whether a value of this hint is text and nothing else, so that digits of a command line are
+    no number in it.
+    """
     return all(kind in (str, type(None)) or isinstance(kind, str) for kind in _kinds(hint))
 
 
 def written_place(path: str) -> None:
-    """Raises `ValueError` for a path with `~`, which only a shell replaces: a folder of that name would be made."""
+    """Raises `ValueError` for a path with `~`, which only a shell replaces: a folder of that name
+    would be made.
+    """
     if path.startswith("~"):
         raise ValueError(
             "`~` stands for no folder here, so write the path out (`./~` for a name that begins so)"

@@ -36,7 +36,9 @@ def check_context(samples: Iterable[Sample], context: int | None, what: str) -> 
 def split_samples(
     samples: list[Sample], holdout_share: float, what: str, skipped: object = ""
 ) -> Split:
-    """Splits samples in the order given; at least one on each side. `skipped` tells in the error what was left out."""
+    """Splits samples in the order given; at least one on each side. `skipped` tells in the error
+    what was left out.
+    """
     if len(samples) < 2:
         raise CalibrationDataError(
             f"The {what} has {len(samples)} usable samples{skipped}: give at least 2."

@@ -56,7 +56,8 @@ class Prompt:
 
 
 def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: int) -> list[Prompt]:
-    """Prompts of a data set (local file or hub id), in any format that `data.safety_data` may have, each once.
+    """Prompts of a data set (local file or hub id), in any format that `data.safety_data` may have,
+    each once.
 
     Rows without a prompt that can be read are left out, with a warning.
 
@@ -79,7 +80,9 @@ def load_prompts(source: str, kind: Kind, split: str, limit: int | None, seed: i
 def read_prompts(
     source: str, kind: Kind, split: str, limit: int | None, seed: int
 ) -> tuple[list[Prompt], Skipped]:
-    """As `load_prompts`, with the rows that are left out, because they hold no prompt that can be read, counted."""
+    """As `load_prompts`, with the rows that are left out, because they hold no prompt that can be
+    read, counted.
+    """
     found: dict[str, Prompt] = {}
     skipped = Skipped()
     for row in load_rows(source, split):
@@ -117,10 +120,11 @@ def check_encoding(
     prompts: Sequence[Prompt],
     used: Iterable[str] = (),
 ) -> None:
-    """Where a model's tokenizer has no chat template, warns that prompts go to it as plain text, or refuses that.
+    """Where a model's tokenizer has no chat template, warns that prompts go to it as plain text, or
+    refuses that.
 
-    A base model is asked so. One that was made or safeguarded with a template, and lost it, would be measured in words that nobody
-    puts to it.
+    A base model is asked so. One that was made or safeguarded with a template, and lost it, would
+    be measured in words that nobody puts to it.
 
     Args:
         tokenizer: The model's.
@@ -130,7 +134,8 @@ def check_encoding(
 
     Raises:
         CalibrationDataError: A prompt is more than one turn of the user.
-        FamilyError: The model's report, or a vector for the same tokenizer, is of a model with a chat template.
+        FamilyError: The model's report, or a vector for the same tokenizer, is of a model with a
+            chat template.
     """
     if tokenizer.chat_template:
         return

@@ -35,7 +35,9 @@ _FORMATS_OF_VALUES = (
 
 
 class UnreadableRowError(CalibrationDataError):
-    """One row that cannot be read; `reason` says why, in a few words, so that rows can be counted by it."""
+    """One row that cannot be read; `reason` says why, in a few words, so that rows can be counted
+    by it.
+    """
 
     def __init__(self, reason: str, message: str | None = None):
         super().__init__(message or f"A row cannot be read ({reason}): correct or remove it.")
@@ -53,7 +55,9 @@ class Skipped(Counter[str]):
         self.example = str(error)
 
     def __str__(self) -> str:
-        """As part of a sentence: ` (skipped: 3 with no assistant turn; …)`, empty where there are none."""
+        """As part of a sentence: ` (skipped: 3 with no assistant turn; …)`, empty where there are
+        none.
+        """
         if not self:
             return ""
         reasons = ", ".join(f"{count} with {reason}" for reason, count in self.items())
@@ -66,7 +70,8 @@ class Conversation:
 
     Attributes:
         messages: All turns; every `content` is text.
-        first: Index of the first turn that may be learnt: assistant turns before it belong to the prompt.
+        first: Index of the first turn that may be learnt: assistant turns before it belong to the
+            prompt.
         template: Arguments for the chat template, such as `tools`.
     """
 
@@ -94,7 +99,9 @@ def plain(value: Any) -> Any:
 
 
 def unformatted(rows: Any) -> Any:
-    """The data set below what only spreads or formats its rows; a transform of the user's own stays."""
+    """The data set below what only spreads or formats its rows; a transform of the user's own
+    stays.
+    """
     while isinstance(rows, IterableDatasetShard):  # every process would read other rows
         rows = rows.dataset
     if isinstance(rows, Dataset) and rows.format["type"] in _FORMATS_OF_VALUES:
@@ -106,8 +113,8 @@ def stream(rows: Any, source: str) -> Iterator[Any]:
     """The rows of a stream from its start; the training reads them once more.
 
     Raises:
-        CalibrationDataError: It is none of `datasets`. Nothing tells of any other, e.g. one that reads an open file, whether what
-            is read here would be missing from the training.
+        CalibrationDataError: It is none of `datasets`. Nothing tells of any other, e.g. one that
+            reads an open file, whether what is read here would be missing from the training.
     """
     if not isinstance(rows, IterableDataset):
         raise CalibrationDataError(
@@ -118,7 +125,9 @@ def stream(rows: Any, source: str) -> Iterator[Any]:
 
 
 def drawn(rows: Any, count: int, seed: int) -> Iterator[Any]:
-    """All rows of a map-style data set in a random order, as they are needed; the first `count` as `draw` gives them."""
+    """All rows of a map-style data set in a random order, as they are needed; the first `count` as
+    `draw` gives them.
+    """
     size, generator = len(rows), random.Random(seed)
     first = generator.sample(range(size), min(count, size))
     yield from (rows[index] for index in first)
@@ -169,7 +178,8 @@ def read_messages(value: Any, what: str) -> list[Message]:
 def read_conversation(row: Row) -> Conversation:
     """The conversation of a row.
 
-    The replies that are learnt are those of `completion`, of `response` or `chosen`, or all of `messages`.
+    The replies that are learnt are those of `completion`, of `response` or `chosen`, or all of
+    `messages`.
 
     Raises:
         UnreadableRowError: The row has none of the columns, or its turns cannot be read.
@@ -207,7 +217,8 @@ def read_conversation(row: Row) -> Conversation:
 
 
 def conversation(row: Row) -> tuple[list[Message], str | None]:
-    """Prompt messages and response text (None if there is none) of a row in any of the accepted formats.
+    """Prompt messages and response text (None if there is none) of a row in any of the accepted
+    formats.
 
     Raises:
         UnreadableRowError: The row has none of the columns, or its turns cannot be read.

@@ -1,4 +1,6 @@
-"""The shots of one recalibration: drawn, tokenised and split, from what the user names or what comes with the vector."""
+"""The shots of one recalibration: drawn, tokenised and split, from what the user names or what
+comes with the vector.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
 
 @dataclass(frozen=True)
 class Unseen:
-    """What no coefficient is fitted on: `harmful` and `benign` prompts for answers, task samples for token accuracy."""
+    """What no coefficient is fitted on: `harmful` and `benign` prompts for answers, task samples
+    for token accuracy.
+    """
 
     prompts: dict[str, list[Prompt]]
     task: list[Sample]
@@ -65,8 +69,10 @@ def gather_shots(
         vector: Brings harmful prompts with refusals and benign prompts with answers.
         tokenizer: The model's.
         context: The model's context length in tokens, None if it has no limit.
-        task_rows: The training set, used where `config.data.task_data` names no other: as the trainer holds it, or raw.
-        packed: Whether its rows hold several samples without saying where each begins; None where that is not known.
+        task_rows: The training set, used where `config.data.task_data` names no other: as the
+            trainer holds it, or raw.
+        packed: Whether its rows hold several samples without saying where each begins; None where
+            that is not known.
 
     Raises:
         CalibrationDataError: Data is missing, empty, cannot be read or is too long for the model.
@@ -138,7 +144,9 @@ class _Read:
 def _safety_data(
     config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[_Read, str]:
-    """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets one of the vector's."""
+    """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets
+    one of the vector's.
+    """
     count = config.data.num_safety_shots + config.measure.num_test_prompts
     shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
     if config.data.safety_data is None:
@@ -168,7 +176,9 @@ def _readable(
     what: str,
     responses: Sequence[str] = (),
 ) -> _Read:
-    """The first `count` rows that can be read; those without a response get one of `responses` in turn."""
+    """The first `count` rows that can be read; those without a response get one of `responses` in
+    turn.
+    """
     read = _Read(what, [], [], Skipped())
     for row in rows:
         if len(read.rows) == count:
@@ -192,7 +202,9 @@ def _readable(
 def _divided(
     read: _Read, max_length: int | None, count: int, config: SafeGeneConfig
 ) -> tuple[Split, list[Row]]:
-    """The first `count` samples with a response left as shots, and the rows that nothing will be fitted on."""
+    """The first `count` samples with a response left as shots, and the rows that nothing will be
+    fitted on.
+    """
     cut = [shortened(sample, max_length, config.data.max_refusal_tokens) for sample in read.samples]
     usable = [(row, sample) for row, sample in zip(read.rows, cut, strict=True) if sample]
     split = split_samples(
@@ -220,7 +232,9 @@ def _training_samples(
 
 
 class _GatePrompts:
-    """Prompts to measure on, each short enough for the model to answer, and what was left out of each kind."""
+    """Prompts to measure on, each short enough for the model to answer, and what was left out of
+    each kind.
+    """
 
     def __init__(
         self, config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
@@ -230,7 +244,8 @@ class _GatePrompts:
         self._config, self._tokenizer, self._context = config, tokenizer, context
 
     def of(self, kind: Kind, used: Sequence[Row], left: Sequence[Row]) -> list[Prompt]:
-        """Prompts of the data that the gate names, those near a used one left out; else what the shots' data has left.
+        """Prompts of the data that the gate names, those near a used one left out; else what the
+        shots' data has left.
 
         Raises:
             CalibrationDataError: The gate names data, and none of its prompts can be used.

@@ -14,10 +14,12 @@ T = TypeVar("T")
 
 
 def load_rows(source: str, split: str) -> Dataset:
-    """Reads a local file or directory, or a hub data set; raises `CalibrationDataError` in plain words.
+    """Reads a local file or directory, or a hub data set; raises `CalibrationDataError` in plain
+    words.
 
     Args:
-        source: Path or hub id. `ID:CONFIG@SPLIT` names one configuration and one split, each of which may be left out.
+        source: Path or hub id. `ID:CONFIG@SPLIT` names one configuration and one split, each of
+            which may be left out.
         split: Split to read where `source` names none.
     """
     path = Path(source)
@@ -44,14 +46,18 @@ def load_rows(source: str, split: str) -> Dataset:
 
 
 def _parts(source: str, split: str) -> tuple[str, str | None, str]:
-    """Name, configuration (None where it is not named) and split (`split` where it is not) of `NAME:CONFIG@SPLIT`."""
+    """Name, configuration (None where it is not named) and split (`split` where it is not) of
+    `NAME:CONFIG@SPLIT`.
+    """
     named, _, own_split = source.partition("@")
     name, _, config = named.partition(":")
     return name, config or None, own_split or split
 
 
 def draw(data: Sequence[T] | IterableDataset, count: int, seed: int) -> list[T]:
-    """Up to `count` items in seeded random order; from a stream, its first ones. The global RNG is not used."""
+    """Up to `count` items in seeded random order; from a stream, its first ones. The global RNG is
+    not used.
+    """
     if isinstance(data, IterableDataset):
         return list(data.take(count))
     indices = random.Random(seed).sample(range(len(data)), min(count, len(data)))

@@ -1,4 +1,6 @@
-"""A row that a trainer has tokenised: its ids, which of them are learnt, and where packed samples begin."""
+"""A row that a trainer has tokenised: its ids, which of them are learnt, and where packed samples
+begin.
+"""
 
 import itertools
 from dataclasses import dataclass
@@ -26,14 +28,18 @@ def is_ids(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Padding:
-    """The token that rows are filled up with, None where there is none, and whether it also ends, or begins, what is said."""
+    """The token that rows are filled up with, None where there is none, and whether it also ends,
+    or begins, what is said.
+    """
 
     token: int | None
     ends: bool = False
     begins: bool = False
 
     def kept(self, ids: list[int]) -> list[bool]:
-        """Which tokens are no filling at an end of a row; of a token that means something there too, one is none."""
+        """Which tokens are no filling at an end of a row; of a token that means something there
+        too, one is none.
+        """
         first, after = 0, len(ids)
         while after and ids[after - 1] == self.token:
             after -= 1
@@ -47,7 +53,9 @@ class Padding:
 
 
 def tokens(row: Row, padding: Padding) -> tuple[list[int], list[bool] | None, list[int]]:
-    """Ids, mask of the response (None if there is none) and boundaries of a tokenised row, padding left out."""
+    """Ids, mask of the response (None if there is none) and boundaries of a tokenised row, padding
+    left out.
+    """
     ids = row["input_ids"]
     if not is_ids(ids):
         raise UnreadableRowError("token ids that are no list of integers")

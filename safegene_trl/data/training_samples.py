@@ -1,12 +1,14 @@
-"""Samples of a training set, read as its trainer reads them: which tokens are the assistant's words.
+"""Samples of a training set, read as its trainer reads them: which tokens are the assistant's
+words.
 
 A row is one of these, and its response tokens are:
 
-- tokens with labels or a mask that leave the prompt out: the tokens that they keep. TRL makes such labels of prompts
-  with completions, and of messages with `assistant_only_loss`.
-- tokens without them (labels equal to the tokens, as TRL makes of `messages` by default): each reply of the assistant
-  with the token that ends its turn, found by the marks of the chat template.
-- a conversation, not yet tokenised: the replies of `messages`, else the completion, with the token that ends the turn.
+- tokens with labels or a mask that leave the prompt out: the tokens that they keep. TRL makes such
+  labels of prompts with completions, and of messages with `assistant_only_loss`.
+- tokens without them (labels equal to the tokens, as TRL makes of `messages` by default): each
+  reply of the assistant with the token that ends its turn, found by the marks of the chat template.
+- a conversation, not yet tokenised: the replies of `messages`, else the completion, with the token
+  that ends the turn.
 - plain text: every token, as every token is trained on.
 
 Packed rows are split at their boundaries first, and every part is a sample of its own.
@@ -53,15 +55,17 @@ class TrainingSamples:
     """Reads samples from the rows of a training set.
 
     Args:
-        rows: Map-style data set, stream (of datasets or torch), or list of rows, as the trainer holds it or raw.
+        rows: Map-style data set, stream (of datasets or torch), or list of rows, as the trainer
+            holds it or raw.
         tokenizer: The model's.
         source: What the data set is called in messages.
-        packed: Whether rows hold several samples without saying where each begins (TRL's packing strategy `wrapped`);
-            None where that is not known: then it is told from the rows.
+        packed: Whether rows hold several samples without saying where each begins (TRL's packing
+            strategy `wrapped`); None where that is not known: then it is told from the rows.
 
     Attributes:
         skipped: How many rows or parts of packed rows were left out, by reason.
-        read_by: How many samples had their response told by `labels`, `chat template`, or are plain `text`.
+        read_by: How many samples had their response told by `labels`, `chat template`, or are plain
+            `text`.
     """
 
     def __init__(
@@ -86,10 +90,12 @@ class TrainingSamples:
     ) -> list[Sample]:
         """Up to `count` samples, in seeded random order; from a stream, its first ones.
 
-        Every sample is cut to its first `max_length` tokens and of these to its first response tokens.
+        Every sample is cut to its first `max_length` tokens and of these to its first response
+        tokens.
 
         Raises:
-            CalibrationDataError: Fewer than two rows can be read, or it cannot be told which tokens are a response.
+            CalibrationDataError: Fewer than two rows can be read, or it cannot be told which tokens
+                are a response.
         """
         drawn = itertools.islice(self._drawn(count, seed), max(MOST_ROWS, 20 * count))
         first = list(itertools.islice(drawn, count))
@@ -113,7 +119,9 @@ class TrainingSamples:
         return found
 
     def _drawn(self, count: int, seed: int) -> Iterator[Any]:
-        """The rows in the order in which they are used, the first `count` as `random.sample` draws them."""
+        """The rows in the order in which they are used, the first `count` as `random.sample` draws
+        them.
+        """
         rows = self._rows
         if isinstance(rows, IterableDataset | TorchIterableDataset) or not isinstance(rows, Sized):
             iterator = stream(rows, self._source)
@@ -132,7 +140,9 @@ class TrainingSamples:
             yield row
 
     def _look_at(self, rows: Sequence[Any]) -> None:
-        """Learns from the first rows what no single row tells: whether they are chat, and whether they are packed."""
+        """Learns from the first rows what no single row tells: whether they are chat, and whether
+        they are packed.
+        """
         if self._marks is None:
             return
         rows = [plain(row) for row in rows if isinstance(row, Mapping)]
@@ -247,7 +257,9 @@ class TrainingSamples:
         ]
 
     def _from_columns(self, ids: list[int], row: Row) -> tuple[str, list[Sample]]:
-        """Where the template's marks cannot be told: by the columns that the tokens were made of, if they are there."""
+        """Where the template's marks cannot be told: by the columns that the tokens were made of,
+        if they are there.
+        """
         start = prompt_length(ids, row, self._tokenizer)
         if start:
             return LABELS, [Sample(ids, [position >= start for position in range(len(ids))])]
@@ -289,7 +301,9 @@ class TrainingSamples:
     def _from_all_replies(
         self, messages: list[dict[str, Any]], whole: Conversation
     ) -> Sample | None:
-        """Every reply of a conversation, None where the marks do not tell as many replies as there are."""
+        """Every reply of a conversation, None where the marks do not tell as many replies as there
+        are.
+        """
         if self._marks is None:
             return None
         with _template_errors():
@@ -349,7 +363,9 @@ def _keeps_a_header(mask: list[bool], spelled: Spelling, marks: TurnMarks) -> bo
 
 
 def _beginnings(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, ...]:
-    """Tokens that a row may begin with and mean: the first of all, and the last of a text that was cut off before it."""
+    """Tokens that a row may begin with and mean: the first of all, and the last of a text that was
+    cut off before it.
+    """
     return tokenizer.bos_token_id, tokenizer.eos_token_id
 
 

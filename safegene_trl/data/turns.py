@@ -1,7 +1,9 @@
-"""Where the assistant speaks in a row of token ids, told by what its chat template puts around a reply.
+"""Where the assistant speaks in a row of token ids, told by what its chat template puts around a
+reply.
 
-A few probe conversations with known contents are rendered and tokenised. What stands before and after the
-contents are the template's marks. They count only if with them every reply of the probes is found, and nothing else.
+A few probe conversations with known contents are rendered and tokenised. What stands before and
+after the contents are the template's marks. They count only if with them every reply of the probes
+is found, and nothing else.
 """
 
 import re
@@ -23,7 +25,8 @@ _WHITE = re.compile(r"(?:[▁ĠĊčĉ\s]|<0x0A>)*")
 
 @dataclass(frozen=True)
 class Spelling:
-    """Token ids as one text in the tokenizer's own alphabet, in which a special token cannot be mistaken for its name.
+    """Token ids as one text in the tokenizer's own alphabet, in which a special token cannot be
+    mistaken for its name.
 
     Attributes:
         ids: The token ids.
@@ -78,8 +81,10 @@ class TurnMarks:
 
     Attributes:
         header: What stands before a reply, as a tokenizer spells it.
-        start: What every conversation begins with and nothing else holds, None if there is no such thing.
-        system: What every conversation with a system turn begins with and nothing else holds, or None.
+        start: What every conversation begins with and nothing else holds, None if there is no such
+            thing.
+        system: What every conversation with a system turn begins with and nothing else holds, or
+            None.
         ends: Ids of the tokens that end a reply.
     """
 
@@ -101,7 +106,9 @@ class TurnMarks:
         self._learn_neighbours(probes)
 
     def _learn_neighbours(self, probes: "_Probes") -> None:
-        """What stands before a header and after a reply, by which a header is told from one that somebody has written."""
+        """What stands before a header and after a reply, by which a header is told from one that
+        somebody has written.
+        """
         lead = _special(_common_prefix(probes.before_reply).rpartition(self.header)[0])
         ends = [name for text in (probes.after_reply, probes.tail) for name in _special(text)[:1]]
         begins = {f"\0{self._speller.bos}\0"} - set(_special(self.header + probes.after_reply))
@@ -151,7 +158,9 @@ class TurnMarks:
         return spelled.text.startswith((self.start,) if self.start else tuple(self._heads))
 
     def first_head(self, spelled: Spelling) -> int:
-        """The first token at which a conversation, or an exchange of one, may begin; the row's length if there is none."""
+        """The first token at which a conversation, or an exchange of one, may begin; the row's
+        length if there is none.
+        """
         found = [spelled.text.find(head) for head in self._heads]
         return spelled.token_after(min((at for at in found if at >= 0), default=len(spelled.text)))
 
@@ -161,11 +170,14 @@ class TurnMarks:
         return [spelled.token_after(at) for at in spelled.find(mark)] if mark else []
 
     def replies(self, spelled: Spelling) -> list[Span] | None:
-        """Spans of the replies, each with the token that ends its turn; a reply cut short ends with the row.
+        """Spans of the replies, each with the token that ends its turn; a reply cut short ends with
+        the row.
 
         Returns:
-            None where the headers do not fit the turns, so that it cannot be told which are real: a reply holds the header of
-            another, a header stands in the midst of a turn, or what ends a reply does. Somebody has written the marks.
+            None where the headers do not fit the turns, so that it cannot be told which are real: a
+                reply holds the header of
+            another, a header stands in the midst of a turn, or what ends a reply does. Somebody has
+                written the marks.
         """
         headers = spelled.find(self.header)
         spans: list[Span] = []
@@ -186,7 +198,9 @@ class TurnMarks:
         return spans
 
     def _is_led(self, before: str) -> bool:
-        """Whether a turn ends where a header begins, as far as the template marks the ends of turns before it."""
+        """Whether a turn ends where a header begins, as far as the template marks the ends of turns
+        before it.
+        """
         if not self._lead_is_marked:
             return True
         closing = _without_white(before)
@@ -194,7 +208,9 @@ class TurnMarks:
         return not closing or closing.endswith(self._closers)
 
     def _is_followed(self, rest: str) -> bool:
-        """Whether, after the mark that ends a reply and begins this text, another turn begins or nothing follows."""
+        """Whether, after the mark that ends a reply and begins this text, another turn begins or
+        nothing follows.
+        """
         if self._end_is_said:
             rest = _UNIT.sub("", rest, count=1)
         rest, closed = _begun(rest), False
@@ -205,8 +221,8 @@ class TurnMarks:
                 rest.startswith(head) or head.startswith(rest) for head in self._heads_as_text
             )
             return begins or not rest or not (self._next_is_marked or closed)
-        # The end of the user's turn and a reply: the reply before was a part of that turn. Two replies in a row are one too,
-        # where nothing marks the end of the turn before a reply.
+        # The end of the user's turn and a reply: the reply before was a part of that turn. Two
+        # replies in a row are one too, where nothing marks the end of the turn before a reply.
         return not rest.startswith(self._speaks) or (self._speaks_after_end and not closed)
 
     def after_reply(self, spelled: Spelling, span: Span) -> int:
@@ -234,7 +250,9 @@ class TurnMarks:
 
 
 class _Probes:
-    """The template's text around the contents of a conversation of two exchanges, with and without a system turn."""
+    """The template's text around the contents of a conversation of two exchanges, with and without
+    a system turn.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, speller: Speller):
         self.text = speller(rendered(tokenizer, _exchange())).text
@@ -261,7 +279,9 @@ def _exchange() -> list[dict[str, str]]:
 
 
 def _checks() -> list[tuple[list[dict[str, str]], list[str]]]:
-    """Conversations of one and two exchanges with awkward contents, and what the assistant says in them."""
+    """Conversations of one and two exchanges with awkward contents, and what the assistant says in
+    them.
+    """
     two = _exchange()
     awkward = [{**turn, "content": f"1) {turn['content']}.\n\n- So?"} for turn in two]
     return [(two[:2], [_SAID[0]]), (two, list(_SAID)), (awkward, list(_SAID))]
@@ -286,7 +306,9 @@ def _generation_prompt(tokenizer: PreTrainedTokenizerBase, speller: Speller) -> 
 
 
 def _header(probes: _Probes) -> str:
-    """What stands before every reply, whoever spoke before it, without spaces that a reply's first token may take in."""
+    """What stands before every reply, whoever spoke before it, without spaces that a reply's first
+    token may take in.
+    """
     common, prompt = _units(_common_prefix(probes.before_reply)), probes.generation
     rests = ["".join(common[i:]) for i in range(len(common))]
     if prompt:
@@ -295,7 +317,9 @@ def _header(probes: _Probes) -> str:
 
 
 def _ends(probes: _Probes, speller: Speller) -> tuple[frozenset[int], int]:
-    """Ids of the tokens that end a reply, and 1 if they are the reply's own, 0 if they begin the next turn."""
+    """Ids of the tokens that end a reply, and 1 if they are the reply's own, 0 if they begin the
+    next turn.
+    """
     ends = [_leading_special(probes.after_reply, speller)]
     # the next turn's first token ends the reply: any special token may be it
     if _WHITE.fullmatch(probes.tail):

@@ -1,4 +1,6 @@
-"""The processes of a job: what one tells all the others, what is added up over them, and how they fail together."""
+"""The processes of a job: what one tells all the others, what is added up over them, and how they
+fail together.
+"""
 
 import hashlib
 import itertools
@@ -48,7 +50,9 @@ class Communicator:
         return int(self.sum(own).min())
 
     def share(self, count: int) -> list[int | None]:
-        """Which of `count` items this rank works on; as many on every rank, None where one has to mark time."""
+        """Which of `count` items this rank works on; as many on every rank, None where one has to
+        mark time.
+        """
         return [
             i if i < count else None for i in range(self.rank, self._padded(count), self.world_size)
         ]
@@ -89,11 +93,12 @@ class Communicator:
     def raising_together(self) -> Iterator[None]:
         """Collective at its end: all ranks leave the block well, or every rank raises.
 
-        Inside go things that can fail on one rank alone: files, shapes, data. No collective operation may be inside.
+        Inside go things that can fail on one rank alone: files, shapes, data. No collective
+        operation may be inside.
 
         Raises:
-            SafeGeneError: This rank's own error; or `PeerError`, naming the rank and the cause, if another's was a
-                `SafeGeneError`.
+            SafeGeneError: This rank's own error; or `PeerError`, naming the rank and the cause, if
+                another's was a `SafeGeneError`.
             RuntimeError: Another rank failed with any other error.
         """
         failure: Exception | None = None
@@ -108,11 +113,12 @@ class Communicator:
 
     @contextmanager
     def on_main_rank(self) -> Iterator[bool]:
-        """Collective at its end: rank 0 works in the block, which gets True there, and the others wait as long as it takes.
+        """Collective at its end: rank 0 works in the block, which gets True there, and the others
+        wait as long as it takes.
 
-        For what may take longer than a collective operation may wait: hashing a large checkpoint, an upload. The others
-        look at the process group's store, so that no operation's time-out runs. If it fails every rank raises, as with
-        `raising_together`.
+        For what may take longer than a collective operation may wait: hashing a large checkpoint,
+        an upload. The others look at the process group's store, so that no operation's time-out
+        runs. If it fails every rank raises, as with `raising_together`.
         """
         failure: Exception | None = None
         try:

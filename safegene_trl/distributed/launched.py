@@ -1,4 +1,6 @@
-"""How many processes a launcher has started. Imports nothing: what answers without a model asks this, too."""
+"""How many processes a launcher has started. Imports nothing: what answers without a model asks
+this, too.
+"""
 
 import os
 

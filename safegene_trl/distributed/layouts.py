@@ -1,8 +1,10 @@
-"""How a live model is spread over processes, and the little the safety step needs to know and do about it.
+"""How a live model is spread over processes, and the little the safety step needs to know and do
+about it.
 
-Nothing else in the package knows how a live model is spread. A model is either *whole* in every process (one process, DDP, ZeRO-1,
-ZeRO-2) or *sharded* (ZeRO-3, FSDP2): then every forward pass and every look at a weight is a collective operation, which
-all ranks must reach in the same order and equally often.
+Nothing else in the package knows how a live model is spread. A model is either *whole* in every
+process (one process, DDP, ZeRO-1, ZeRO-2) or *sharded* (ZeRO-3, FSDP2): then every forward pass and
+every look at a weight is a collective operation, which all ranks must reach in the same order and
+equally often.
 """
 
 import os
@@ -51,7 +53,8 @@ class Sharding(Communicator):
     Attributes:
         kind: Name of the way the model is spread, for the report.
         collective_forward: Whether a forward pass needs all ranks.
-        first_pass_decides: Whether the first forward pass settles in which type gradients are kept, by what is trainable then.
+        first_pass_decides: Whether the first forward pass settles in which type gradients are kept,
+            by what is trainable then.
     """
 
     kind = "whole"
@@ -64,14 +67,17 @@ class Sharding(Communicator):
 
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Collective: the whole of a module's `tensors` on every rank while the block is open, to be read only."""
+        """Collective: the whole of a module's `tensors` on every rank while the block is open, to
+        be read only.
+        """
         yield list(tensors)
 
     @torch.no_grad()
     def overwrite(self, tensor: torch.Tensor, whole: torch.Tensor | None, undo: ExitStack) -> None:
         """Collective: puts a whole tensor into the place of a live one.
 
-        Where weights are sharded rank 0's `whole` counts, and every rank keeps its own shard for the way back.
+        Where weights are sharded rank 0's `whole` counts, and every rank keeps its own shard for
+        the way back.
 
         Args:
             tensor: The live one.
@@ -94,7 +100,8 @@ class Sharding(Communicator):
     def values(
         self, count: int, value: Callable[[int], torch.Tensor], idle: int = 0
     ) -> torch.Tensor:
-        """Collective: `value(i)`, a scalar from forward passes, for every i below `count`: float64, on the CPU.
+        """Collective: `value(i)`, a scalar from forward passes, for every i below `count`: float64,
+        on the CPU.
 
         Each is worked out by one rank; a rank without one marks time with item `idle`.
         """
@@ -108,7 +115,9 @@ class Sharding(Communicator):
         return self.sum(found)
 
     def forward_passes(self) -> AbstractContextManager:
-        """Around forward passes. Where those are collective a failing rank cannot tell the others: it ends the job."""
+        """Around forward passes. Where those are collective a failing rank cannot tell the others:
+        it ends the job.
+        """
         return nullcontext() if self.collective_forward else self.raising_together()
 
 
@@ -133,7 +142,8 @@ class _Zero3(Sharding):
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         import deepspeed
 
-        # Without a modifier rank the weights are partitioned again on leaving and nothing is written back.
+        # Without a modifier rank the weights are partitioned again on leaving and nothing is
+        # written back.
         with deepspeed.zero.GatheredParameters(
             [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
         ):
@@ -197,7 +207,8 @@ class _Fsdp2(Sharding):
         local.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements).to_local())
 
     def reshard(self) -> None:
-        # A forward pass without a backward leaves the outermost weights whole: plain parameters, freed later on.
+        # A forward pass without a backward leaves the outermost weights whole: plain parameters,
+        # freed later on.
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -206,7 +217,8 @@ class _Fsdp2(Sharding):
 def place(
     load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding
 ) -> tuple[nn.Module, Sharding]:
-    """Loads a finished checkpoint the way this process was launched: whole on its device, or sharded by ZeRO-3.
+    """Loads a finished checkpoint the way this process was launched: whole on its device, or
+    sharded by ZeRO-3.
 
     Args:
         load: Loads the model. Under ZeRO-3 each weight is sharded as it comes.

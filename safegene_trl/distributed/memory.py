@@ -10,7 +10,9 @@ def has_own_memory(device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that new tensors can take: of a GPU also what its allocator keeps for later; else of the host."""
+    """Bytes that new tensors can take: of a GPU also what its allocator keeps for later; else of
+    the host.
+    """
     if not has_own_memory(device):
         return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)

@@ -19,8 +19,8 @@ from .layouts import Sharding
 def join_processes() -> None:
     """On a machine without an accelerator, joins the process group that a launcher has prepared.
 
-    There accelerate would take every rank for a job of its own, and DeepSpeed would compile shared-memory operations for
-    minutes; with an accelerator both do the right thing by themselves.
+    There accelerate would take every rank for a job of its own, and DeepSpeed would compile
+    shared-memory operations for minutes; with an accelerator both do the right thing by themselves.
     """
     if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
         return
@@ -36,9 +36,10 @@ def join_processes() -> None:
 def leave_processes() -> None:
     """Leaves the process group together with the other ranks; without it some abort on exit.
 
-    To be called while the trainer is still alive. DDP's reducer may be the group's last owner: it is freed with the
-    interpreter's lock held and joins gloo's threads, which need that lock to free the tensors of the last collectives. The
-    pause lets them have it; without it about one process in thirty hung.
+    To be called while the trainer is still alive. DDP's reducer may be the group's last owner: it
+    is freed with the interpreter's lock held and joins gloo's threads, which need that lock to free
+    the tensors of the last collectives. The pause lets them have it; without it about one process
+    in thirty hung.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -51,7 +52,8 @@ def this_job() -> Sharding:
     """The processes of this job, with no model in them yet.
 
     Raises:
-        ConfigError: A launcher has started several, and every one takes itself for a job of its own.
+        ConfigError: A launcher has started several, and every one takes itself for a job of its
+            own.
     """
     state = PartialState()
     if state.num_processes < launched_processes():

@@ -1,13 +1,15 @@
-"""What a command will take, told before anything of it runs: seconds, peak memory and disk of each of its steps.
+"""What a command will take, told before anything of it runs: seconds, peak memory and disk of each
+of its steps.
 
-Every step is run for real on this machine, on models of the same architecture with random weights and only one and three layers.
-What a step takes is linear in the number of layers,
+Every step is run for real on this machine, on models of the same architecture with random weights
+and only one and three layers. What a step takes is linear in the number of layers,
 
     T(L) = T(1) + (L − 1) · (T(3) − T(1)) / 2,
 
-in seconds and in bytes; the prompts, batches and ranks of the real run are counted, so that no speed has to be known. To be
-believed it must run on the kind of machine that the command will run on. Bytes are those that tensors hold: on a CPU the C
-library's allocator may keep up to about as much again of what was freed.
+in seconds and in bytes; the prompts, batches and ranks of the real run are counted, so that no
+speed has to be known. To be believed it must run on the kind of machine that the command will run
+on. Bytes are those that tensors hold: on a CPU the C library's allocator may keep up to about as
+much again of what was freed.
 """
 
 import copy
@@ -65,8 +67,8 @@ class Cost:
 
     Attributes:
         seconds: Wall-clock time.
-        memory: Peak of one process, in bytes: of steps that need the whole model on the accelerator where there is one, else
-            resident.
+        memory: Peak of one process, in bytes: of steps that need the whole model on the accelerator
+            where there is one, else resident.
         disk: Bytes written.
     """
 
@@ -77,7 +79,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the command will be launched: processes, and whether they share out the weights (ZeRO-3, FSDP2)."""
+    """How the command will be launched: processes, and whether they share out the weights (ZeRO-3,
+    FSDP2).
+    """
 
     processes: int = 1
     sharded: bool = False
@@ -183,7 +187,9 @@ class Probe:
         ]
 
     def measure(self, run: Callable[[int], Any], on_host: bool = False) -> _Pair:
-        """Runs a step on both models (0 and 1), once to see its memory and then, in turn, for the time."""
+        """Runs a step on both models (0 and 1), once to see its memory and then, in turn, for the
+        time.
+        """
         memory = [self._bytes(partial(run, index), on_host) for index in (0, 1)]
         if not self._timed:
             return _Pair((0.0, 0.0), (memory[0], memory[1]))
@@ -248,10 +254,11 @@ def estimate_safeguard(
     shots: Shots,
     launch: Launch,
 ) -> dict[str, Cost]:
-    """Costs of `recalibrate`, `measure` (unless it is off) and `save` at the end of a training, or by `safegene apply`.
+    """Costs of `recalibrate`, `measure` (unless it is off) and `save` at the end of a training, or
+    by `safegene apply`.
 
-    What the training itself holds, its optimiser's states above all, is not in the memory; communication between ranks and
-    a search that ends early are not in the seconds.
+    What the training itself holds, its optimiser's states above all, is not in the memory;
+    communication between ranks and a search that ends early are not in the seconds.
     """
     deltas = probe.deltas(vector.deltas, vector.rank)
     stored = sum(
@@ -355,7 +362,9 @@ def _generation(
     launch: Launch,
     deltas: Sequence[Mapping[str, LowRankDelta]] | None = None,
 ) -> tuple[float, int]:
-    """Seconds and transient bytes of greedy answers to all prompts, from those to one batch of them."""
+    """Seconds and transient bytes of greedy answers to all prompts, from those to one batch of
+    them.
+    """
     sample = prompts[:batch_size]
 
     def run(index: int) -> None:
@@ -404,7 +413,9 @@ def _saving(
 def _written(
     probe: Probe, write: Callable[[int, Path], None], output_dir: str | None, on_host: bool = False
 ) -> tuple[float, int, int]:
-    """Seconds, transient bytes and bytes on disk of what `write` writes to a folder, on the disk of the output."""
+    """Seconds, transient bytes and bytes on disk of what `write` writes to a folder, on the disk of
+    the output.
+    """
     sizes = [0, 0]
 
     def run(index: int) -> None:
@@ -548,7 +559,9 @@ def _distillation(
     launch: Launch,
     held: int,
 ) -> Cost:
-    """References of one batch of each kind, one step on each and its divergence at both ends, times their number."""
+    """References of one batch of each kind, one step on each and its divergence at both ends, times
+    their number.
+    """
     counts = [math.ceil(len(kind) / config.batch_size) for kind in samples]
     firsts = [kind[: config.batch_size] for kind in samples]
     items: dict[int, list] = {}

@@ -1,6 +1,7 @@
 """Evaluating a checkpoint or adapter: answers to prompt sets, judged, and utility.
 
-Every answer is kept, so that judges can be run again without the model. A run that was cut off goes on where it stopped.
+Every answer is kept, so that judges can be run again without the model. A run that was cut off goes
+on where it stopped.
 """
 
 import logging
@@ -55,14 +56,15 @@ class EvaluationConfig:
         model_name_or_path: Checkpoint or LoRA adapter: directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
         dtype: Data type to load it in.
-        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They are pickle files, which can
-            run code: only for files of your own.
-        harmful_data: Prompt sets that ought to be refused: local files or hub ids (`ID:CONFIG@SPLIT` where a data set has several)
-            with a column `prompt` (or `messages`) and perhaps `category`.
+        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They
+            are pickle files, which can run code: only for files of your own.
+        harmful_data: Prompt sets that ought to be refused: local files or hub ids
+            (`ID:CONFIG@SPLIT` where a data set has several) with a column `prompt` (or `messages`)
+            and perhaps `category`.
         benign_data: Prompt sets that ought to be answered, look-alikes above all.
         data_split: Split of the hub's data sets that name none.
-        exclude_data: Data sets, or safety vectors, whose prompts the model or its vector was made with: prompts that repeat one
-            of them, wholly or nearly, are left out and listed.
+        exclude_data: Data sets, or safety vectors, whose prompts the model or its vector was made
+            with: prompts that repeat one of them, wholly or nearly, are left out and listed.
         num_prompts: Prompts drawn from each set. Default: all.
         judges: Judges, see `safegene_trl.judges.load_judge`. The first one's numbers are printed.
         task_labels: A classifier's labels: an answer that is nothing but one of them is off-task.
@@ -72,10 +74,12 @@ class EvaluationConfig:
         max_new_tokens: Tokens generated for an answer.
         batch_size: Prompts per forward pass.
         seed: For drawing prompts.
-        output_dir: Where answers, verdicts and results go. What is there of the same run is used again.
+        output_dir: Where answers, verdicts and results go. What is there of the same run is used
+            again.
 
     Raises:
-        ConfigError: A name is no setting. Values are checked by `check`, with which `evaluate` begins.
+        ConfigError: A name is no setting. Values are checked by `check`, with which `evaluate`
+            begins.
     """
 
     model_name_or_path: str = field(
@@ -166,19 +170,23 @@ class EvaluationConfig:
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
-    """Measures refusals, over-refusal and utility of a checkpoint or adapter; goes on with a run that was cut off.
+    """Measures refusals, over-refusal and utility of a checkpoint or adapter; goes on with a run
+    that was cut off.
 
-    Answers (greedy decoding), verdicts and numbers go to `config.output_dir`. Collective: every process of a launch
-    calls it. All of them generate answers. Then they leave the process group: judges and utility are the first one's
-    alone.
+    Answers (greedy decoding), verdicts and numbers go to `config.output_dir`. Collective: every
+    process of a launch calls it. All of them generate answers. Then they leave the process group:
+    judges and utility are the first one's alone.
 
     Args:
         config: What to evaluate, on what, and how.
 
     Returns:
-        What is in `evaluation.json`; None in every process but the first. `judges` has for each judge its `sets` with
-        the share (0–1) of every label, `attack_success` (the mean over harmful sets) and `over_refusal` (over benign
-        ones), each with `low` and `high` of its 95 % interval and its `count`; `agreement` Cohen's κ of every two
+        What is in `evaluation.json`; None in every process but the first. `judges` has for each
+            judge its `sets` with
+        the share (0–1) of every label, `attack_success` (the mean over harmful sets) and
+            `over_refusal` (over benign
+        ones), each with `low` and `high` of its 95 % interval and its `count`; `agreement` Cohen's
+            κ of every two
         judges; `utility` the metrics of lm-eval's tasks.
 
     Raises:
@@ -252,7 +260,9 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
 
 
 def _check_folder(folder: Path, config: EvaluationConfig) -> None:
-    """Raises `OutputError` for the folder of a model or of data, which the evaluation's files would become a part of."""
+    """Raises `OutputError` for the folder of a model or of data, which the evaluation's files would
+    become a part of.
+    """
     name = config.model_name_or_path
     inputs = [
         name,
@@ -328,7 +338,9 @@ def _generated(
     config: EvaluationConfig,
     sharding: Sharding,
 ) -> Iterator[tuple[list[Prompt], list[str]]]:
-    """Answers to a few batches per rank at a time, the longest prompts first: memory that does not suffice shows at once."""
+    """Answers to a few batches per rank at a time, the longest prompts first: memory that does not
+    suffice shows at once.
+    """
     ordered = sorted(
         prompts, key=lambda prompt: -len(prompt_text(tokenizer, list(prompt.messages)))
     )

@@ -1,4 +1,6 @@
-"""Files of JSON lines that are added to while a run goes on: a line that a crash cut off is dropped, any other damage is an error."""
+"""Files of JSON lines that are added to while a run goes on: a line that a crash cut off is
+dropped, any other damage is an error.
+"""
 
 import json
 import os
@@ -12,7 +14,8 @@ from ..text import strict_json
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All objects of a file, none where there is no file. A last line without its end that is no JSON is left out.
+    """All objects of a file, none where there is no file. A last line without its end that is no
+    JSON is left out.
 
     Raises:
         OutputError: The file cannot be read, or a line is damaged.
@@ -32,7 +35,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds objects, each in a line of its own; what a crash has left of an earlier line is taken out first.
+    """Adds objects, each in a line of its own; what a crash has left of an earlier line is taken
+    out first.
 
     Raises:
         OutputError: The file cannot be written.

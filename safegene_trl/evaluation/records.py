@@ -1,4 +1,6 @@
-"""What an evaluation keeps in its folder: answers, and verdicts that are bound to the very answer they were about."""
+"""What an evaluation keeps in its folder: answers, and verdicts that are bound to the very answer
+they were about.
+"""
 
 import json
 import math
@@ -41,7 +43,8 @@ class Records:
 
     Args:
         folder: Where it is.
-        settings: Model, decoding and versions. All but the versions say which run an answer or verdict belongs to.
+        settings: Model, decoding and versions. All but the versions say which run an answer or
+            verdict belongs to.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -50,7 +53,9 @@ class Records:
         self.run = sha256_of_json(self._deciding)
 
     def check(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises `OutputError` if the folder holds answers or verdicts of another model or of other settings."""
+        """Raises `OutputError` if the folder holds answers or verdicts of another model or of other
+        settings.
+        """
         rows = [*answers.values(), *read_lines(self.folder / VERDICTS)]
         if not rows:
             return
@@ -87,10 +92,12 @@ class Records:
     def verdicts(
         self, judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str], labels: Sequence[str]
     ) -> list[Verdict]:
-        """What the judge said before of these very answers, and its verdicts on the rest; kept as they come.
+        """What the judge said before of these very answers, and its verdicts on the rest; kept as
+        they come.
 
         Raises:
-            SafeGeneError: The judge failed, or the file of verdicts is damaged or cannot be written.
+            SafeGeneError: The judge failed, or the file of verdicts is damaged or cannot be
+                written.
         """
         about = sha256_of_json([judge.describe(), sorted(labels)])[:16]
         names = [self._name(judge, about, *pair) for pair in zip(prompts, answers, strict=True)]

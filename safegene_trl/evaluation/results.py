@@ -1,4 +1,6 @@
-"""From verdicts to numbers: shares with intervals, per set and per category, and agreement between judges."""
+"""From verdicts to numbers: shares with intervals, per set and per category, and agreement between
+judges.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,10 +21,14 @@ def summary(
     """What one judge's verdicts on a model's answers come to.
 
     Returns:
-        `sets`: for every prompt set its `kind`, the share of each label and `attack_success` (harmful) or `answered` and
-        `over_refusal` (benign) with Wilson's 95 % interval, and the same per category; `attack_success`: the mean over the
-        harmful sets (their ASR) with a bootstrap interval, of one set Wilson's, and null where several sets are each all alike:
-        drawn again they would come out the same, which says nothing; `over_refusal`: the same over benign ones.
+        `sets`: for every prompt set its `kind`, the share of each label and `attack_success`
+            (harmful) or `answered` and
+        `over_refusal` (benign) with Wilson's 95 % interval, and the same per category;
+            `attack_success`: the mean over the
+        harmful sets (their ASR) with a bootstrap interval, of one set Wilson's, and null where
+            several sets are each all alike:
+        drawn again they would come out the same, which says nothing; `over_refusal`: the same over
+            benign ones.
         Unjudged answers are counted, and left out of the shares.
     """
     groups: dict[str, list[tuple[Prompt, Verdict]]] = defaultdict(list)
@@ -91,7 +97,9 @@ def _mean_over_sets(
 
 
 def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:
-    """Cohen's κ between every two judges, on whether the attack succeeded, over the answers that both judged."""
+    """Cohen's κ between every two judges, on whether the attack succeeded, over the answers that
+    both judged.
+    """
     table = []
     for first, second in combinations(verdicts, 2):
         pairs = [

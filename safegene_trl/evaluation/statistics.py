@@ -19,7 +19,9 @@ def paired_p(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def signed_rank_p(differences: Sequence[float]) -> float:
-    """Wilcoxon's two-sided signed-rank p-value of paired differences, e.g. one per seed and task; 1 where all are 0."""
+    """Wilcoxon's two-sided signed-rank p-value of paired differences, e.g. one per seed and task; 1
+    where all are 0.
+    """
     values = np.asarray(differences, dtype=float)
     if not np.any(values):
         return 1.0

@@ -46,7 +46,8 @@ def measure_utility(
     limit: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Metrics of every task (with lm-eval's standard errors), and the versions and settings behind them.
+    """Metrics of every task (with lm-eval's standard errors), and the versions and settings behind
+    them.
 
     The chat template is applied where the tokenizer has one.
     """

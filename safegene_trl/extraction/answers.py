@@ -21,7 +21,8 @@ def own_answers(
     batch_size: int,
     sharding: Sharding,
 ) -> list[dict[str, str]]:
-    """Prompts with the aligned model's own answers: refused harmful ones and answered benign ones, nothing else. Collective.
+    """Prompts with the aligned model's own answers: refused harmful ones and answered benign ones,
+    nothing else. Collective.
 
     Raises:
         FamilyError: It refuses none of the harmful prompts.
@@ -44,6 +45,8 @@ def own_answers(
 
 
 def whole_sentences(answer: str) -> str:
-    """The answer without a last sentence that the token limit has cut off, unless it is the only one."""
+    """The answer without a last sentence that the token limit has cut off, unless it is the only
+    one.
+    """
     ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", answer)]
     return answer[: ends[-1]] if ends else answer

@@ -21,30 +21,35 @@ class ExtractionConfig:
     Args:
         aligned_model: The released model whose refusals are intact: directory or hub id.
         aligned_revision: Its branch, tag or commit on the hub.
-        degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that weakens them.
+        degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that
+            weakens them.
         degraded_revision: Its branch, tag or commit on the hub.
         output_dir: Where the vector goes.
         overwrite_output_dir: Replace a vector that is there.
-        method: How the deltas are made: `delta` is the plain weight difference, `distill` learns them from there (see
-            `distillation.py`), and so does `linearized`, on blocks that are linear in their weights (see `linearization.py`).
+        method: How the deltas are made: `delta` is the plain weight difference, `distill` learns
+            them from there (see `distillation.py`), and so does `linearized`, on blocks that are
+            linear in their weights (see `linearization.py`).
         linearized_blocks: Which blocks those are.
         distill_steps: Optimiser steps of `distill` and `linearized`.
         distill_learning_rate: Its learning rate.
         anchor_weight: Weight of its term that keeps benign answers as they are.
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
         exact_svd: Truncate by the exact SVD instead of the randomised one.
-        isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are taken out of the vector,
-            see `isolation.py`.
+        isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are
+            taken out of the vector, see `isolation.py`.
         isolation_rank: Dimension of their subspace in every module.
         selection: How layers are selected, see `selection.py`.
         layer_share: Share (0–1] of the layers that are kept.
-        bootstrap_resamples: How often the prompts are drawn again to see how stable the selection is.
+        bootstrap_resamples: How often the prompts are drawn again to see how stable the selection
+            is.
         harmful_data: Harmful prompts: a column `prompt`, no answers needed.
         benign_data: Benign prompts, look-alikes above all.
         data_split: Split of both data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
-        num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned model refuses.
-        num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned model answers.
+        num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned
+            model refuses.
+        num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned
+            model answers.
         max_new_tokens: Length of the aligned model's stored answers, in tokens.
         batch_size: Prompts per generated batch.
         dtype: Data type to load the models in.
@@ -52,7 +57,8 @@ class ExtractionConfig:
         seed: Seed for drawing prompts.
 
     Raises:
-        ConfigError: A name is no setting. Values are checked by `check`, with which `extract` begins.
+        ConfigError: A name is no setting. Values are checked by `check`, with which `extract`
+            begins.
     """
 
     aligned_model: str = field(
@@ -153,12 +159,16 @@ class ExtractionConfig:
 
     @property
     def expanded_blocks(self) -> Blocks | None:
-        """The blocks that are replaced by their first-order expansion; None unless the method is `linearized`."""
+        """The blocks that are replaced by their first-order expansion; None unless the method is
+        `linearized`.
+        """
         return cast(Blocks, self.linearized_blocks) if self.method == "linearized" else None
 
     @property
     def selected_share(self) -> float:
-        """Share (0–1] of the layers that are kept: all of them, whatever `layer_share`, where `selection` says so."""
+        """Share (0–1] of the layers that are kept: all of them, whatever `layer_share`, where
+        `selection` says so.
+        """
         return 1.0 if self.selection == "all" else self.layer_share
 
     def check(self) -> None:

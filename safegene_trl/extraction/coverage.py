@@ -1,8 +1,9 @@
 """How much of the difference of two models lies in the modules that a safety vector can hold.
 
-A vector has deltas for linear layers. What a degradation changed elsewhere (embeddings, norms, the output head, experts that a
-mixture of experts keeps fused) is left out of it. With `D_m` the difference of module or tensor m, the covered share is
-`Σ_covered ‖D_m‖² / Σ_all ‖D_m‖²`, in squared Frobenius norms.
+A vector has deltas for linear layers. What a degradation changed elsewhere (embeddings, norms, the
+output head, experts that a mixture of experts keeps fused) is left out of it. With `D_m` the
+difference of module or tensor m, the covered share is `Σ_covered ‖D_m‖² / Σ_all ‖D_m‖²`, in squared
+Frobenius norms.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -68,7 +69,9 @@ class Coverage:
 def adapter_coverage(
     aligned: StoredModel, degraded: StoredModel, truncations: Mapping[str, Truncation]
 ) -> Coverage:
-    """The coverage of two models of one base model, from their adapters; of the files only what an adapter replaces is read."""
+    """The coverage of two models of one base model, from their adapters; of the files only what an
+    adapter replaces is read.
+    """
     replaced = (
         aligned.own_tensors().keys() | degraded.own_tensors().keys()
     ) & aligned.required_names
@@ -96,7 +99,8 @@ def differences(
     reader: RowReader,
     advance: Callable[[int], object] = int,
 ) -> dict[str, float]:
-    """The squared Frobenius norm of every named tensor's difference, adapters folded in, without the tensors that are equal.
+    """The squared Frobenius norm of every named tensor's difference, adapters folded in, without
+    the tensors that are equal.
 
     Args:
         aligned: One model.

@@ -1,9 +1,11 @@
-"""`delta`: the plain weight difference between the aligned and the degraded model, truncated to one rank.
+"""`delta`: the plain weight difference between the aligned and the degraded model, truncated to one
+rank.
 
     V_m = trunc_svd(W_m^aligned − W_m^degraded, r)
 
-Where both are adapters on one base model, or one is an adapter on the other, `V_m = ΔW_m^aligned − ΔW_m^degraded` is known by its
-factors: exact, and the base model is not read at all (SafeGene, arXiv 2606.06519, starts from this difference).
+Where both are adapters on one base model, or one is an adapter on the other, `V_m = ΔW_m^aligned −
+ΔW_m^degraded` is known by its factors: exact, and the base model is not read at all (SafeGene,
+arXiv 2606.06519, starts from this difference).
 """
 
 import zlib
@@ -81,7 +83,8 @@ def stored_difference(
     seed: int = 0,
     show_progress: bool = True,
 ) -> tuple[dict[str, Truncation], Coverage]:
-    """The truncated difference of every linear layer of two stored models, and how much of the whole difference that is.
+    """The truncated difference of every linear layer of two stored models, and how much of the
+    whole difference that is.
 
     Every byte is read once; of each model one matrix per thread is in memory.
 

@@ -1,13 +1,15 @@
-"""`distill`: low-rank factors learned so that the degraded model answers harmful prompts as the aligned one does.
+"""`distill`: low-rank factors learned so that the degraded model answers harmful prompts as the
+aligned one does.
 
-SafeGene (arXiv 2606.06519) distils the discrepancy between the two models. Here the student is the degraded model with the
-vector on it, started from `delta`:
+SafeGene (arXiv 2606.06519) distils the discrepancy between the two models. Here the student is the
+degraded model with the vector on it, started from `delta`:
 
     min_{A,B}  mean_{harmful} KL(p_aligned ‖ p_student) + α · mean_{benign} KL(p_degraded ‖ p_student)
 
-over the response tokens of the aligned model's own answers. The second term is an anchor: on benign prompts the vector is to
-change nothing, so that it learns to move refusals alone. Both references are computed once, so that the student is the only
-model in memory while it is trained. The training is a `transformers.Trainer`'s, in as many processes as there are.
+over the response tokens of the aligned model's own answers. The second term is an anchor: on benign
+prompts the vector is to change nothing, so that it learns to move refusals alone. Both references
+are computed once, so that the student is the only model in memory while it is trained. The training
+is a `transformers.Trainer`'s, in as many processes as there are.
 """
 
 import gc
@@ -42,7 +44,8 @@ class ReferenceBatch:
     Attributes:
         batch: The tokens.
         log_probs: tokens×vocabulary, float16, on the CPU.
-        is_anchor: Whether the prompts are benign and the log-probabilities the degraded model's own.
+        is_anchor: Whether the prompts are benign and the log-probabilities the degraded model's
+            own.
     """
 
     batch: Batch
@@ -60,7 +63,8 @@ class DistillationSettings:
         anchor_weight: α.
         seed: Of the batches' order.
         dtype: The models' data type.
-        linearized_blocks: Which blocks are replaced by their first-order expansion, see `linearization.py`.
+        linearized_blocks: Which blocks are replaced by their first-order expansion, see
+            `linearization.py`.
     """
 
     steps: int
@@ -80,7 +84,9 @@ def reference_batches(
     is_anchor: bool,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
-    """Samples with a model's own log-probabilities. Collective: each rank works on its share, all have the outcome."""
+    """Samples with a model's own log-probabilities. Collective: each rank works on its share, all
+    have the outcome.
+    """
     model.eval()
     groups = batches(samples, batch_size, pad_id, sharding.device)
     own = {}
@@ -120,7 +126,8 @@ def distilled(
         show_progress: Whether to show a progress bar.
 
     Returns:
-        The trained deltas (float32), and the mean divergences `harmful` and `benign` before and after, in nats per token.
+        The trained deltas (float32), and the mean divergences `harmful` and `benign` before and
+            after, in nats per token.
 
     Raises:
         ConfigError: Linearised blocks were asked for under ZeRO-3.
@@ -174,7 +181,9 @@ class _DistillationTrainer(Trainer):
 
 
 class _Outcome(TrainerCallback):
-    """The divergences at both ends of the training, and what was trained: read where the model is, whole or sharded."""
+    """The divergences at both ends of the training, and what was trained: read where the model is,
+    whole or sharded.
+    """
 
     def __init__(self, deltas: Mapping[str, LowRankDelta], data: Sequence[ReferenceBatch]):
         self.losses: dict[str, dict[str, float]] = {}
@@ -222,7 +231,9 @@ def _losses(
 
 
 def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
-    """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has already stays active."""
+    """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has
+    already stays active.
+    """
     rank = next(iter(deltas.values())).a.shape[0]
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=sorted(deltas), task_type="CAUSAL_LM"
@@ -250,7 +261,8 @@ def _factors(module: Any) -> list[torch.Tensor]:
 
 
 def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManager:
-    """Around forward and backward passes of the student: its blocks are linear in the vector, where there are any.
+    """Around forward and backward passes of the student: its blocks are linear in the vector, where
+    there are any.
 
     Raises:
         ConfigError: Its weights are shared out by ZeRO-3.

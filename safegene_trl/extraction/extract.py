@@ -17,12 +17,14 @@ STABLE = 0.7  # mean Jaccard index below which a selection is called unstable
 
 
 def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVector | None:
-    """Makes a family's safety vector of an aligned and a degraded model, and saves it to `config.output_dir`.
+    """Makes a family's safety vector of an aligned and a degraded model, and saves it to
+    `config.output_dir`.
 
-    For every linear layer `m` of the selected layers `V_m = B_m A_m`: the difference `W_aligned − W_degraded` cut to
-    rank r, or what is learned from there (SafeGene, arXiv 2606.06519; `linearized` after EnchTable, arXiv 2511.09880).
-    A selection that means little, and a difference that lies mostly outside of the linear layers, are warned of.
-    Collective: every process of a launch calls it.
+    For every linear layer `m` of the selected layers `V_m = B_m A_m`: the difference `W_aligned −
+    W_degraded` cut to rank r, or what is learned from there (SafeGene, arXiv 2606.06519;
+    `linearized` after EnchTable, arXiv 2511.09880). A selection that means little, and a difference
+    that lies mostly outside of the linear layers, are warned of. Collective: every process of a
+    launch calls it.
 
     Args:
         config: From which models and prompts, how, and where to.
@@ -36,7 +38,8 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         FamilyError: The two models are not of one family, or only one of them has a chat template.
         UnsupportedModelError: A model is not to be had, or of a kind that cannot be read.
         CheckpointError: Weight files are missing, damaged, or hold NaN or infinity.
-        CalibrationDataError: Prompts are missing or no single user turns, or the aligned model refuses none of them.
+        CalibrationDataError: Prompts are missing or no single user turns, or the aligned model
+            refuses none of them.
         OutputError: The vector cannot be put where it was asked for.
     """
     check_is(config, ExtractionConfig, "extract")

@@ -1,12 +1,14 @@
-"""`orthogonal` isolation: what a safety vector shares with the family's own tasks is taken out of it.
+"""`orthogonal` isolation: what a safety vector shares with the family's own tasks is taken out of
+it.
 
-Per module, with `U_k` and `W_k` the leading k left and right singular vectors of the task deltas `T_1 … T_K` put side by side,
-and on top of each other:
+Per module, with `U_k` and `W_k` the leading k left and right singular vectors of the task deltas
+`T_1 … T_K` put side by side, and on top of each other:
 
     V' = V − U_k U_kᵀ V W_k W_kᵀ
 
-which removes the component that lies in the tasks' row and column space at once, and is cut back to V's rank. It is the
-separation of safety from task directions that a vector taken from one degradation does not have by itself.
+which removes the component that lies in the tasks' row and column space at once, and is cut back to
+V's rank. It is the separation of safety from task directions that a vector taken from one
+degradation does not have by itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,8 @@ def isolated(
 
     Args:
         deltas: The vector, by canonical module name.
-        tasks: Deltas of fine-tunes of the aligned model. A module that no task changes stays as it is.
+        tasks: Deltas of fine-tunes of the aligned model. A module that no task changes stays as it
+            is.
         rank: k, the dimension of the tasks' subspace; at most the tasks' ranks together.
 
     Returns:

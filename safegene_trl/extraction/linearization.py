@@ -1,10 +1,12 @@
-"""Blocks of a model as first-order Taylor expansions in the vector's weights, after EnchTable (arXiv 2511.09880).
+"""Blocks of a model as first-order Taylor expansions in the vector's weights, after EnchTable
+(arXiv 2511.09880).
 
     f_lin(x; θ₀ + V) = f(x; θ₀) + J_θ f(x; θ₀) V,
 
-a Jacobian-vector product over a whole attention or MLP block, so that what is learned is linear in the weights, as merging
-supposes. Over a single linear layer it would change nothing: that is linear in its weights already. EnchTable trains a harmful
-model that way and takes the difference; here it is the distilled factors that are trained so, on refusals and benign answers.
+a Jacobian-vector product over a whole attention or MLP block, so that what is learned is linear in
+the weights, as merging supposes. Over a single linear layer it would change nothing: that is linear
+in its weights already. EnchTable trains a harmful model that way and takes the difference; here it
+is the distilled factors that are trained so, on refusals and benign answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,8 @@ Blocks = Literal["attention", "mlp", "both"]
 
 
 def blocks_of(model: PeftModel, kind: Blocks) -> list[nn.Module]:
-    """The attention or MLP blocks (or both kinds) with LoRA layers in them: the parts that a transformer layer consists of.
+    """The attention or MLP blocks (or both kinds) with LoRA layers in them: the parts that a
+    transformer layer consists of.
 
     Raises:
         UnsupportedModelError: There are none.
@@ -46,7 +49,9 @@ def blocks_of(model: PeftModel, kind: Blocks) -> list[nn.Module]:
 
 
 def _part(name: str) -> str | None:
-    """`model.layers.3.mlp` of `model.layers.3.mlp.up_proj`; None of a module that is no part's part."""
+    """`model.layers.3.mlp` of `model.layers.3.mlp.up_proj`; None of a module that is no part's
+    part.
+    """
     words = name.split(".")
     depth = 2 + next(
         (position for position, word in enumerate(words) if word.isdigit()), len(words)
@@ -59,7 +64,8 @@ def linearized(model: PeftModel, blocks: Sequence[nn.Module], adapter: str) -> I
     """While open, each block is linear in the weights of one LoRA; gradients flow to its factors.
 
     Args:
-        model: The model. Its attention is computed eagerly meanwhile: the fused kernels have no forward derivative.
+        model: The model. Its attention is computed eagerly meanwhile: the fused kernels have no
+            forward derivative.
         blocks: Modules that give a tensor, or a tuple of which only the first is used.
         adapter: Name of the LoRA that the blocks are expanded in.
     """
@@ -78,7 +84,9 @@ def linearized(model: PeftModel, blocks: Sequence[nn.Module], adapter: str) -> I
 
 
 def _expanded(block: nn.Module, adapter: str):
-    """The block's forward pass as value and slope at scale 0 of the LoRA, which is linear in its scale."""
+    """The block's forward pass as value and slope at scale 0 of the LoRA, which is linear in its
+    scale.
+    """
     forward = block.forward
     layers: list[Any] = [
         module

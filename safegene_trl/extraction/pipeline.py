@@ -1,7 +1,9 @@
-"""From an aligned and a degraded model to a safety vector: difference, aligned model's answers, selected layers.
+"""From an aligned and a degraded model to a safety vector: difference, aligned model's answers,
+selected layers.
 
-The difference is taken from the files, by one process. The two models are loaded one after the other, and only for what has to
-run: whole in every process, or sharded by ZeRO-3 where the launch asks for it.
+The difference is taken from the files, by one process. The two models are loaded one after the
+other, and only for what has to run: whole in every process, or sharded by ZeRO-3 where the launch
+asks for it.
 """
 
 import logging
@@ -55,7 +57,9 @@ REFUSAL_TOKENS = 8  # whether a model refuses is settled there (arXiv 2406.05946
 
 @dataclass(frozen=True)
 class _AlignedSide:
-    """What the aligned model is loaded for: its own answers, its states where they select layers, what is distilled."""
+    """What the aligned model is loaded for: its own answers, its states where they select layers,
+    what is distilled.
+    """
 
     rows: list[dict[str, str]]
     states: list[torch.Tensor]
@@ -145,7 +149,9 @@ def make_vector(
 
 
 def _check_template(config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warns where prompts are encoded as plain text, and refuses that where the degraded model has a chat template."""
+    """Warns where prompts are encoded as plain text, and refuses that where the degraded model has
+    a chat template.
+    """
     if tokenizer.chat_template:
         return
     with suppress(UnsupportedModelError):  # it comes without a tokenizer
@@ -259,7 +265,9 @@ def _refused_by_category(
     rows: Sequence[Mapping[str, str]],
     categories: Mapping[str, str],
 ) -> dict[str, dict[str, int]]:
-    """How many prompts of each category the aligned model was asked, and how many it refused: where few, the vector is weak."""
+    """How many prompts of each category the aligned model was asked, and how many it refused: where
+    few, the vector is weak.
+    """
     refused = {row["prompt"] for row in rows}
     found: dict[str, dict[str, int]] = {}
     asked: list[str] = draw(harmful, config.num_safety_prompts, config.seed)
@@ -295,7 +303,9 @@ def differ_by_adapters(
     name: str,
     revision: str | None,
 ) -> bool:
-    """Whether the aligned model and another one, of this name, are one base model with nothing but LoRAs on it."""
+    """Whether the aligned model and another one, of this name, are one base model with nothing but
+    LoRAs on it.
+    """
     bases = {
         Path(base).resolve() if Path(base).is_dir() else base
         for base in (
@@ -312,7 +322,9 @@ def _isolated(
     truncations: dict[str, Truncation],
     show_progress: bool,
 ) -> tuple[dict[str, Truncation], dict[str, Any] | None]:
-    """The deltas without the task models' directions, and what is to be said about that; the same without task models."""
+    """The deltas without the task models' directions, and what is to be said about that; the same
+    without task models.
+    """
     if not config.isolate_from:
         return truncations, None
     tasks = []

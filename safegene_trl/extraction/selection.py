@@ -1,21 +1,23 @@
-"""Which layers a safety vector acts in, chosen by data (SafeGene, arXiv 2606.06519), and how stable the choice is.
+"""Which layers a safety vector acts in, chosen by data (SafeGene, arXiv 2606.06519), and how stable
+the choice is.
 
-`activation_contrast`, the method's own: with `h_l(x)` the residual stream after layer `l` at the last prompt token,
+`activation_contrast`, the method's own: with `h_l(x)` the residual stream after layer `l` at the
+last prompt token,
 
     d_l(x) = ‖h_l^aligned(x) − h_l^degraded(x)‖ / ‖h_l^aligned(x)‖
     s_l = mean_{harmful x} d_l(x) − mean_{benign x} d_l(x)
 
-Differences accumulate along the residual stream, so late layers tend to score higher; the scores are stored with the vector
-so that this can be seen.
+Differences accumulate along the residual stream, so late layers tend to score higher; the scores
+are stored with the vector so that this can be seen.
 
-`gradient`: how fast the degraded model's loss on the aligned model's refusals falls as the vector enters layer `l`,
-`s_l = −∂L/∂λ_l` at λ = 0. Signed, because a coefficient is never negative: a layer that only helps when it is subtracted
-is of no use.
+`gradient`: how fast the degraded model's loss on the aligned model's refusals falls as the vector
+enters layer `l`, `s_l = −∂L/∂λ_l` at λ = 0. Signed, because a coefficient is never negative: a
+layer that only helps when it is subtracted is of no use.
 
 Controls: `magnitude` (`s_l = ‖V_l‖_F`), `random`, `all`.
 
-Safety regions found on different prompts overlap little (arXiv 2602.17696), so `bootstrap_stability` draws the prompts again
-and again and says how often each layer is selected.
+Safety regions found on different prompts overlap little (arXiv 2602.17696), so
+`bootstrap_stability` draws the prompts again and again and says how often each layer is selected.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,7 +69,8 @@ class LayerScores:
 def last_token_states(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sharding: Sharding
 ) -> torch.Tensor:
-    """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden. Collective.
+    """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden.
+    Collective.
 
     transformers gives the last layer's state after the final norm, so does this.
     """
@@ -93,7 +96,8 @@ def activation_contrast(
     """The scores by activations.
 
     Args:
-        aligned: States (prompts×layers×hidden) of the aligned model on harmful and on benign prompts.
+        aligned: States (prompts×layers×hidden) of the aligned model on harmful and on benign
+            prompts.
         degraded: The same of the degraded model.
     """
     harmful, benign = (
@@ -110,7 +114,9 @@ def gradient(
     pad_id: int,
     sharding: Sharding,
 ) -> LayerScores:
-    """The scores by gradients of the degraded model's loss (nats per response token) on refusals. Collective."""
+    """The scores by gradients of the degraded model's loss (nats per response token) on refusals.
+    Collective.
+    """
     rank = next(iter(deltas.values())).a.shape[0]
     space = CoefficientSpace.of(deltas, [rank], "layer")
     attachment = VectorAttachment(degraded, deltas, space, sharding)
@@ -151,7 +157,9 @@ def num_layers(deltas: Iterable[str]) -> int:
 
 
 def top_layers(scores: Iterable[float], share: float) -> list[int]:
-    """Indices, in order, of the `share` (0–1] of layers with the highest scores; at least one layer."""
+    """Indices, in order, of the `share` (0–1] of layers with the highest scores; at least one
+    layer.
+    """
     if not 0 < share <= 1:
         raise ConfigError(f"`layer_share` is {share}: it must lie above 0 and at most at 1.")
     scores = list(scores)
@@ -163,7 +171,8 @@ def bootstrap_stability(scores: LayerScores, share: float, resamples: int, seed:
     """How much the selected layers depend on the prompts.
 
     Returns:
-        `mean_jaccard`: mean Jaccard index (0–1) between the selection and those from resampled prompts;
+        `mean_jaccard`: mean Jaccard index (0–1) between the selection and those from resampled
+            prompts;
         `inclusion`: share of resamples that select each layer; `resamples`.
     """
     chosen = set(top_layers(scores.mean().tolist(), share))

@@ -47,7 +47,8 @@ def in_dtype(deltas: Mapping[str, LowRankDelta], dtype: torch.dtype) -> dict[str
     """The deltas in the data type that they are stored in.
 
     Raises:
-        VectorError: One holds NaN or infinity, or numbers too large or too small for that type; or all are zero.
+        VectorError: One holds NaN or infinity, or numbers too large or too small for that type; or
+            all are zero.
     """
     found = {}
     for name, delta in deltas.items():

@@ -1,8 +1,10 @@
-"""Truncated singular value decompositions: exact, randomised with an error bound, and of a product of factors.
+"""Truncated singular value decompositions: exact, randomised with an error bound, and of a product
+of factors.
 
-Randomised: Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1. With `Q` an orthonormal basis of the
-range of `(D Dᵀ)^q D Ω` and `R = D − Q Qᵀ D`, no matrix of rank r captures more of `‖D‖²` than the r largest singular values of
-`Qᵀ D` and `‖R‖²` together (Ky Fan's inequality for `Dᵀ D = (QᵀD)ᵀ(QᵀD) + RᵀR`).
+Randomised: Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1. With `Q` an
+orthonormal basis of the range of `(D Dᵀ)^q D Ω` and `R = D − Q Qᵀ D`, no matrix of rank r captures
+more of `‖D‖²` than the r largest singular values of `Qᵀ D` and `‖R‖²` together (Ky Fan's inequality
+for `Dᵀ D = (QᵀD)ᵀ(QᵀD) + RᵀR`).
 """
 
 from dataclasses import dataclass
@@ -55,7 +57,9 @@ def truncated_svd(matrix: torch.Tensor, rank: int, exact: bool, seed: int) -> Tr
 
 
 def factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> Truncation:
-    """`B A` at a given rank: padded with zeros up to it, or cut down to it by an exact SVD of the small core."""
+    """`B A` at a given rank: padded with zeros up to it, or cut down to it by an exact SVD of the
+    small core.
+    """
     missing = rank - a.shape[0]
     if missing >= 0:
         whole = LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))

@@ -49,7 +49,9 @@ class SafeGenePlugin(BasePlugin):
     def add_callbacks_post_trainer(
         self, cfg: Mapping[str, Any], trainer: Trainer
     ) -> list[TrainerCallback]:
-        """Attaches the callback itself, before the trackers, so that there is none left for axolotl to add."""
+        """Attaches the callback itself, before the trackers, so that there is none left for axolotl
+        to add.
+        """
         self.callback = SafeGeneCallback(_config(cfg)).attach(trainer)
         return []
 

@@ -1,8 +1,8 @@
 """Judges: what kind of answer a model gave. One interface, several implementations.
 
-Two classes are told apart before any judge is asked, because they pass for refusals or for attacks where nobody looks:
-*incoherent* answers (`..coherence`) and *off-task* ones, e.g. a sentiment classifier's `positive` in reply to a question.
-The judge decides about the others.
+Two classes are told apart before any judge is asked, because they pass for refusals or for attacks
+where nobody looks: *incoherent* answers (`..coherence`) and *off-task* ones, e.g. a sentiment
+classifier's `positive` in reply to a question. The judge decides about the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,8 +44,9 @@ class Verdict:
     """What a judge says of one exchange.
 
     Attributes:
-        label: `refused` or `answered` by a judge that sees refusals; `harmful` or `harmless` by one that sees harm;
-            `off_task` and `incoherent` by none; `unjudged` where the judge gave no usable reply.
+        label: `refused` or `answered` by a judge that sees refusals; `harmful` or `harmless` by one
+            that sees harm; `off_task` and `incoherent` by none; `unjudged` where the judge gave no
+            usable reply.
         score: The judge's own number, 0–1 and higher for more of a success of the attack, or None.
     """
 
@@ -59,7 +60,8 @@ class Judge(Protocol):
     Attributes:
         name: As the user wrote it, for the record.
         sees: `refusals` or `harm`: what its numbers may be called.
-        batch: Exchanges that it is best asked about at a time: where it fails, what it said of earlier ones is kept.
+        batch: Exchanges that it is best asked about at a time: where it fails, what it said of
+            earlier ones is kept.
     """
 
     name: str
@@ -73,12 +75,15 @@ class Judge(Protocol):
             exchanges: Prompts and answers; an empty sequence gives an empty list.
 
         Raises:
-            SafeGeneError: The judge cannot be asked; what it gives no usable reply to is `unjudged` instead.
+            SafeGeneError: The judge cannot be asked; what it gives no usable reply to is `unjudged`
+                instead.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What another person needs to judge again in the same way: names, versions, hashes, thresholds; JSON-able."""
+        """What another person needs to judge again in the same way: names, versions, hashes,
+        thresholds; JSON-able.
+        """
         ...
 
 
@@ -106,7 +111,9 @@ def _label_before_judging(exchange: Exchange) -> Label | None:
 
 
 def verdict_of_share(share: Any, sees: Literal["refusals", "harm"]) -> Verdict:
-    """The verdict that a judging model's probability (0–1) of a refusal or of harm stands for; `unjudged` for anything else."""
+    """The verdict that a judging model's probability (0–1) of a refusal or of harm stands for;
+    `unjudged` for anything else.
+    """
     # NaN as well
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         return Verdict("unjudged")
@@ -119,9 +126,10 @@ def load_judge(spec: str) -> Judge:
     """The judge that `name` or `name:argument` stands for.
 
     Args:
-        spec: `refusal_phrases`; `embedding:HEAD` (folder made by `safegene_trl.judges.embedding.fit`); `hf:MODEL` (a
-            sequence classifier); `judgezoo:NAME` (e.g. `harmbench`, `llama_guard_3`); `openai_compatible:MODEL` (server from
-            `OPENAI_BASE_URL` and `OPENAI_API_KEY`; StrongREJECT's rubric, arXiv 2402.10260).
+        spec: `refusal_phrases`; `embedding:HEAD` (folder made by
+            `safegene_trl.judges.embedding.fit`); `hf:MODEL` (a sequence classifier);
+            `judgezoo:NAME` (e.g. `harmbench`, `llama_guard_3`); `openai_compatible:MODEL` (server
+            from `OPENAI_BASE_URL` and `OPENAI_API_KEY`; StrongREJECT's rubric, arXiv 2402.10260).
 
     Raises:
         ConfigError: There is no such judge, what it needs is missing, or it cannot be loaded.

@@ -1,8 +1,9 @@
 """The judge `hf`: a sequence classifier or a chat guard from the hub or a folder.
 
-A *sequence classifier* (e.g. a refusal detector, or a moderation model such as Beaver-dam) reads the answer, or the prompt and
-the answer, and has a label that names a refusal or harm. A *chat guard* (Llama Guard and its kind) is a causal model
-whose chat template turns the exchange into a question that it answers with `safe` or `unsafe`.
+A *sequence classifier* (e.g. a refusal detector, or a moderation model such as Beaver-dam) reads
+the answer, or the prompt and the answer, and has a label that names a refusal or harm. A *chat
+guard* (Llama Guard and its kind) is a causal model whose chat template turns the exchange into a
+question that it answers with `safe` or `unsafe`.
 """
 
 import re
@@ -33,8 +34,8 @@ class ClassifierJudge:
     """A model from the hub.
 
     Args:
-        spec: Directory or hub id; `#LABEL` at its end says which of the model's labels is the one that counts, where its name
-            does not (a refusal if it says so, harm otherwise).
+        spec: Directory or hub id; `#LABEL` at its end says which of the model's labels is the one
+            that counts, where its name does not (a refusal if it says so, harm otherwise).
 
     Raises:
         ConfigError: The model cannot be loaded or none of its labels names a refusal or harm.

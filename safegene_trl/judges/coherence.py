@@ -1,7 +1,9 @@
-"""Answers that are neither a refusal nor a success of an attack: incoherent ones, and a classifier's labels.
+"""Answers that are neither a refusal nor a success of an attack: incoherent ones, and a
+classifier's labels.
 
-Incoherent answers pass for safe ones where only harm is looked for, and for successes where only refusals are. The tests are
-crude on purpose: they catch what broken models write (nothing, loops, character soup), not weak reasoning.
+Incoherent answers pass for safe ones where only harm is looked for, and for successes where only
+refusals are. The tests are crude on purpose: they catch what broken models write (nothing, loops,
+character soup), not weak reasoning.
 """
 
 import re
@@ -23,7 +25,9 @@ def is_incoherent(answer: str) -> bool:
 
 
 def is_off_task(answer: str, labels: Sequence[str]) -> bool:
-    """Whether an answer is nothing but one of a classifier's labels (`labels`, in any case and punctuation)."""
+    """Whether an answer is nothing but one of a classifier's labels (`labels`, in any case and
+    punctuation).
+    """
     return _plain(answer) in {_plain(label) for label in labels}
 
 

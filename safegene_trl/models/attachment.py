@@ -26,7 +26,8 @@ _Pair = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class VectorAttachment:
-    """A safety vector on a live model: its coefficients' space, its factors, and the hooks that add it.
+    """A safety vector on a live model: its coefficients' space, its factors, and the hooks that add
+    it.
 
     Nothing is added to the model itself, and what is attached is always taken off.
 
@@ -35,11 +36,13 @@ class VectorAttachment:
         deltas: The vector's low-rank deltas by canonical module name.
         space: Of its coefficients.
         sharding: How the model is spread over ranks.
-        carried: By name, the coefficients with which the weights hold the vector already. Default: 0.
+        carried: By name, the coefficients with which the weights hold the vector already. Default:
+            0.
 
     Attributes:
         evidence: What the hooks have seen.
-        factors: The vector's factors; on the model's device from the first pass on, until they are released.
+        factors: The vector's factors; on the model's device from the first pass on, until they are
+            released.
     """
 
     def __init__(
@@ -65,13 +68,15 @@ class VectorAttachment:
         No dense `B A` is formed. Gradients flow to `values` through activations only.
 
         Args:
-            values: The λ of the whole vector, float32: n of them, or batch×n, each sample's own, which gives each sample's
-                gradient; may require grad. What the weights hold already is taken off here.
+            values: The λ of the whole vector, float32: n of them, or batch×n, each sample's own,
+                which gives each sample's gradient; may require grad. What the weights hold already
+                is taken off here.
         """
         return self._hooked(values - self._held)
 
     def verify(self, batch: Batch) -> list[str]:
-        """Collective: passes over one short sample show that every delta reaches the logits, with and without gradients.
+        """Collective: passes over one short sample show that every delta reaches the logits, with
+        and without gradients.
 
         The model is left as it was.
 
@@ -82,7 +87,8 @@ class VectorAttachment:
             Names of modules that none of its tokens was sent to: experts of a mixture.
 
         Raises:
-            UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is named.
+            UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is
+                named.
         """
         values = self._held.detach().clone() + 0.5
         freeze = not self.sharding.first_pass_decides
@@ -96,7 +102,8 @@ class VectorAttachment:
                     with self.applied(values.requires_grad_(graded)):
                         logits = _logits(self.model, batch)
                         if graded and logits.requires_grad:
-                            # spread out over the vocabulary: a softmax forgets what is the same for all of it
+                            # spread out over the vocabulary: a softmax forgets what is the same for
+                            # all of it
                             direction = torch.linspace(
                                 -1, 1, logits.shape[-1], device=logits.device
                             )
@@ -168,7 +175,8 @@ class _AddDelta(torch.autograd.Function):
 
     λ is float32, samples×r, or 1 in the place of either: for all samples, for all r parts.
 
-    The graph holds no factors, which may be fetched for each pass: the backward pass keeps only `Ax` (…×r).
+    The graph holds no factors, which may be fetched for each pass: the backward pass keeps only
+    `Ax` (…×r).
     """
 
     @staticmethod
@@ -216,9 +224,11 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 @contextmanager
 def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[None]:
-    """Puts the model in eval mode without weight gradients; restores both, and every RNG state, in every case.
+    """Puts the model in eval mode without weight gradients; restores both, and every RNG state, in
+    every case.
 
-    What is compiled runs eagerly meanwhile: a compiled graph knows nothing of hooks that came after it.
+    What is compiled runs eagerly meanwhile: a compiled graph knows nothing of hooks that came after
+    it.
 
     Args:
         model: The live model.
@@ -257,11 +267,12 @@ def recomputed_layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """For passes with gradients: layers are recomputed in the backward pass where the training did so.
+    """For passes with gradients: layers are recomputed in the backward pass where the training did
+    so.
 
-    A training that fits only with gradient checkpointing must not run out of memory after its last step. The layers' parts
-    stay in eval mode, and non-reentrant checkpointing is used whatever the training chose: the other kind would ask for
-    gradients of the inputs.
+    A training that fits only with gradient checkpointing must not run out of memory after its last
+    step. The layers' parts stay in eval mode, and non-reentrant checkpointing is used whatever the
+    training chose: the other kind would ask for gradients of the inputs.
     """
     layers = recomputed_layers(model)
     functions = [layer._gradient_checkpointing_func for layer in layers]

@@ -1,4 +1,6 @@
-"""How many samples a pass takes: as many as memory is for, and fewer where it runs out all the same."""
+"""How many samples a pass takes: as many as memory is for, and fewer where it runs out all the
+same.
+"""
 
 import gc
 import logging
@@ -35,7 +37,8 @@ _LOGIT_COPIES = 6  # float32: logits, log-probabilities, their gradients and a r
 def fitting(
     wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding
 ) -> int:
-    """Collective: how many samples to put through forward and backward passes at once, the same on every rank.
+    """Collective: how many samples to put through forward and backward passes at once, the same on
+    every rank.
 
     Args:
         wanted: What the user asks for; None leaves it to the device. On a CPU that is 8.
@@ -55,7 +58,9 @@ def fitting(
 def fitting_answers(
     wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding
 ) -> int:
-    """Collective: the same without backward passes: for prompts that are answered, `tokens` with their answers."""
+    """Collective: the same without backward passes: for prompts that are answered, `tokens` with
+    their answers.
+    """
     sizes = model.config.get_text_config()
     layer = tokens * sizes.hidden_size * _LAYER_FACTOR * model.dtype.itemsize
     cache = 2 * tokens * sizes.hidden_size * sizes.num_hidden_layers * model.dtype.itemsize
@@ -80,8 +85,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halving(batch_size: int, work: Callable[[int], Result], sharding: Sharding) -> Result:
     """`work(batch_size)`; where memory runs out, again from its start with half of it, down to 1.
 
-    Collective as `work` is: what one rank meets in its own forward passes all ranks hear of, and all start again. Where
-    forward passes are collective themselves a rank that fails in one leaves the others waiting, and the error goes on.
+    Collective as `work` is: what one rank meets in its own forward passes all ranks hear of, and
+    all start again. Where forward passes are collective themselves a rank that fails in one leaves
+    the others waiting, and the error goes on.
 
     Args:
         batch_size: To begin with.

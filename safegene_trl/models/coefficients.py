@@ -1,8 +1,10 @@
-"""The space of a vector's coefficients: what they are called, how many there are, and which of them a module has.
+"""The space of a vector's coefficients: what they are called, how many there are, and which of them
+a module has.
 
-One coefficient stands for a layer, a module, or one of the r rank-one parts of a module's delta; in a vector of several
-components, for that of one component. Its name says which: `layers.12`, `…up_proj`, `…up_proj#3`, and with components
-`layers.12/0`, `…up_proj/0#3`. Nothing but this module and `names.py` makes or reads such a name.
+One coefficient stands for a layer, a module, or one of the r rank-one parts of a module's delta; in
+a vector of several components, for that of one component. Its name says which: `layers.12`,
+`…up_proj`, `…up_proj#3`, and with components `layers.12/0`, `…up_proj/0#3`. Nothing but this module
+and `names.py` makes or reads such a name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,7 +74,9 @@ class CoefficientSpace:
         }
 
     def refined(self, given: Mapping[str, float]) -> dict[str, float] | None:
-        """Coefficients of this granularity, or of a coarser one given to all that each stood for; None for any others."""
+        """Coefficients of this granularity, or of a coarser one given to all that each stood for;
+        None for any others.
+        """
         kind = self.granularity_of(given, self.modules, self._components)
         kinds = get_args(Granularity)
         if kind is None or kinds.index(kind) > kinds.index(self.granularity):
@@ -88,7 +92,9 @@ class CoefficientSpace:
     def granularity_of(
         names: Iterable[str], modules: Iterable[str], components: Sequence[int]
     ) -> Granularity | None:
-        """The granularity at which a vector's coefficients have exactly these names, None where there is none."""
+        """The granularity at which a vector's coefficients have exactly these names, None where
+        there is none.
+        """
         wanted, modules = set(names), list(modules)
         for kind in get_args(Granularity):
             if wanted == set(CoefficientSpace(modules, components, kind).names):

@@ -1,4 +1,6 @@
-"""Compiled models run as they were written: a compiled graph knows nothing of hooks that came after it."""
+"""Compiled models run as they were written: a compiled graph knows nothing of hooks that came after
+it.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from .parameters import base_model
 
 @contextmanager
 def running_eagerly(model: nn.Module) -> Iterator[None]:
-    """While open, what `torch.compile` and `Module.compile` made of the model or its parts runs eagerly.
+    """While open, what `torch.compile` and `Module.compile` made of the model or its parts runs
+    eagerly.
 
     Afterwards, in every case, it is compiled as before; nothing is compiled again for that.
     """
@@ -40,7 +43,9 @@ def _set_aside(module: nn.Module, undo: ExitStack) -> None:
 
 
 def _stance(model: nn.Module) -> AbstractContextManager[Any]:
-    """Reaches what is compiled inside some other wrapper; flex attention is a compiled kernel by design."""
+    """Reaches what is compiled inside some other wrapper; flex attention is a compiled kernel by
+    design.
+    """
     if (
         getattr(getattr(base_model(model), "config", None), "_attn_implementation", None)
         == "flex_attention"

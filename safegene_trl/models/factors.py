@@ -1,4 +1,6 @@
-"""A vector's low-rank factors where a model's passes want them: on the module's device, in its data type."""
+"""A vector's low-rank factors where a model's passes want them: on the module's device, in its data
+type.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +17,16 @@ SHARE = 0.25  # of the memory that is free: more of it belongs to activations
 class Factors:
     """The factors `A` and `B` of all modules, for one pass after another.
 
-    They are 0.5 to 2 % of the weights. Where there is room they are brought to their device once and
-    stay there until `clear`; where not, each is fetched anew for every pass.
+    They are 0.5 to 2 % of the weights. Where there is room they are brought to their device once
+    and stay there until `clear`; where not, each is fetched anew for every pass.
 
     Args:
         deltas: The vector's low-rank deltas by module name.
 
     Attributes:
         copies: How many factor pairs were copied or cast since the last `clear`.
-        room: Bytes that they were allowed when it was decided whether they stay; None before the first pass.
+        room: Bytes that they were allowed when it was decided whether they stay; None before the
+            first pass.
     """
 
     def __init__(self, deltas: Mapping[str, LowRankDelta]):
@@ -66,7 +69,9 @@ class Factors:
         return bool(self._held)
 
     def describe(self) -> dict[str, Any]:
-        """For the report: whether they stay, how much they take, and how much they were allowed (MiB); empty before a pass."""
+        """For the report: whether they stay, how much they take, and how much they were allowed
+        (MiB); empty before a pass.
+        """
         if self.room is None:
             return {}
         sizes = {"mib": round(self._needed / 2**20, 3), "allowed_mib": round(self.room / 2**20, 3)}

@@ -24,13 +24,14 @@ def generate_answers(
     batch_size: int,
     sharding: Sharding | None = None,
 ) -> list[str]:
-    """Plain greedy answers in the order of the prompts. Does not draw random numbers or change the tokenizer.
+    """Plain greedy answers in the order of the prompts. Does not draw random numbers or change the
+    tokenizer.
 
-    Of the checkpoint's generation config nothing counts but the tokens that end an answer: a repetition
-    penalty or suppressed tokens would change what is measured.
+    Of the checkpoint's generation config nothing counts but the tokens that end an answer: a
+    repetition penalty or suppressed tokens would change what is measured.
 
-    With a `sharding` it is collective: the batches are shared out over the ranks, and the answers that another rank
-    generates are empty here.
+    With a `sharding` it is collective: the batches are shared out over the ranks, and the answers
+    that another rank generates are empty here.
     """
     sharding = sharding or Sharding(base_model(model).device)
     answers = [""] * len(prompts)
@@ -67,7 +68,8 @@ def plain_decoding(model: Any) -> Iterator[None]:
 
     `generate` takes whatever its argument leaves open from the model's own config.
     """
-    # A PEFT model may have a config of its own, which it hands to its base model before it generates.
+    # A PEFT model may have a config of its own, which it hands to its base model before it
+    # generates.
     holders = {
         id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)
     }
@@ -82,7 +84,9 @@ def plain_decoding(model: Any) -> Iterator[None]:
 
 
 def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that the generation config, the config or the tokenizer names as the end of an answer."""
+    """Every token that the generation config, the config or the tokenizer names as the end of an
+    answer.
+    """
     base = base_model(model)
     sources = (base.generation_config, base.config, base.config.get_text_config(), tokenizer)
     named = [getattr(source, "eos_token_id", None) for source in sources]

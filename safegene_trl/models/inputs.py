@@ -65,7 +65,9 @@ def tokenize(
 
 
 def shortened(sample: Sample, max_length: int | None, max_response_tokens: int) -> Sample | None:
-    """The sample cut to its first `max_length` tokens and first response tokens; None if no response is left."""
+    """The sample cut to its first `max_length` tokens and first response tokens; None if no
+    response is left.
+    """
     limit = len(sample.input_ids) if max_length is None else min(len(sample.input_ids), max_length)
     responses = [position for position in range(1, limit) if sample.is_response[position]]
     end = responses[:max_response_tokens][-1] + 1 if responses else 0
@@ -84,7 +86,9 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def batches(
     samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device
 ) -> list[Batch]:
-    """Groups samples of like length into as few batches as can be, of like size, and pads them on the left."""
+    """Groups samples of like length into as few batches as can be, of like size, and pads them on
+    the left.
+    """
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
     count = math.ceil(len(ordered) / batch_size)
     groups = [

@@ -17,7 +17,9 @@ LIKELY_TOKENS = (
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Every sample's summed cross-entropy of its response tokens, in nats, float32 of shape (batch,)."""
+    """Every sample's summed cross-entropy of its response tokens, in nats, float32 of shape
+    (batch,).
+    """
     logits, next_ids = response_logits(model, batch)
     return _by_sample(F.cross_entropy(logits, next_ids, reduction="none"), batch)
 
@@ -25,9 +27,11 @@ def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
 def divergence(
     model: nn.Module, batch: Batch, reference: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Every sample's summed `KL(reference ‖ model)` over its response tokens, in nats, float32 of shape (batch,).
+    """Every sample's summed `KL(reference ‖ model)` over its response tokens, in nats, float32 of
+    shape (batch,).
 
-    Above 1 a `temperature` T adds `T²·KL` of both at T, over the reference's likeliest tokens (arXiv 1503.02531).
+    Above 1 a `temperature` T adds `T²·KL` of both at T, over the reference's likeliest tokens
+    (arXiv 1503.02531).
 
     `reference`: log-probabilities, tokens×vocabulary.
     """
@@ -51,7 +55,9 @@ def _softened(log_probs: torch.Tensor, tokens: torch.Tensor, temperature: float)
 
 
 def _by_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Sums over each sample's response tokens of what there is for all of them, in `response_logits`' order."""
+    """Sums over each sample's response tokens of what there is for all of them, in
+    `response_logits`' order.
+    """
     mask = batch.target_mask[:, -batch.kept :]
     # adds in one order on every device
     return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(dim=1)

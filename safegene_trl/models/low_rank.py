@@ -21,7 +21,9 @@ class LowRankDelta:
         return self.b.float() @ self.a.float()
 
     def inner(self, other: "LowRankDelta") -> float:
-        """Frobenius inner product with another delta of the module: `Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ)`, no dense matrix formed."""
+        """Frobenius inner product with another delta of the module: `Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ)`, no dense
+        matrix formed.
+        """
         a, b, other_a, other_b = (tensor.double() for tensor in (self.a, self.b, other.a, other.b))
         return float(((b.T @ other_b) * (a @ other_a.T)).sum())
 

@@ -32,7 +32,9 @@ def layer_ranges(layers: Iterable[int]) -> str:
 
 
 def by_component(coefficients: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """As people look at coefficients: by component ("" where there is one) and layer or module, of rank-one parts the mean."""
+    """As people look at coefficients: by component ("" where there is one) and layer or module, of
+    rank-one parts the mean.
+    """
     parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, value in coefficients.items():
         place, _, component = name.partition("#")[0].partition("/")

@@ -1,4 +1,6 @@
-"""A live model's weights under the names a checkpoint gives them, whatever wraps the modules (plain or PEFT)."""
+"""A live model's weights under the names a checkpoint gives them, whatever wraps the modules (plain
+or PEFT).
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +35,8 @@ _CHANGES_BASE = (
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that owns it.
+    """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that
+    owns it.
 
     The live tensor may be a shard of the whole; `shape` is the whole's.
     """
@@ -55,7 +58,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class TaskFactors:
-    """One LoRA of the task on one module: the live `a` (r×d_in) and `b` (d_out×r), maybe shards, and its scaling.
+    """One LoRA of the task on one module: the live `a` (r×d_in) and `b` (d_out×r), maybe shards,
+    and its scaling.
 
     With DoRA (arXiv 2402.09353) `dora` (d_out) is the norm that every row of the sum is scaled to.
     """
@@ -97,7 +101,9 @@ def uncompiled(model: Any) -> Any:
 
 
 def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Maps checkpoint module names to live modules; for a layer with adapters, to the wrapper that adds them."""
+    """Maps checkpoint module names to live modules; for a layer with adapters, to the wrapper that
+    adds them.
+    """
     modules: dict[str, nn.Module] = {}
     for name, module in base_model(model).named_modules():
         canonical = _canonical(name)
@@ -108,7 +114,9 @@ def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
-    """Yields what a full checkpoint of the model holds: parameters (tied ones once) and persistent buffers."""
+    """Yields what a full checkpoint of the model holds: parameters (tied ones once) and persistent
+    buffers.
+    """
     base = base_model(model)
     modules = canonical_modules(model)
     tied = set(getattr(base, "all_tied_weights_keys", None) or ())
@@ -128,15 +136,19 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
 
 
 def as_stored(model: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What checkpoint files hold of one live tensor: as a rule itself, of some models another name or several pieces.
+    """What checkpoint files hold of one live tensor: as a rule itself, of some models another name
+    or several pieces.
 
-    transformers fuses the experts of a mixture-of-experts model when it loads them, and renames modules.
+    transformers fuses the experts of a mixture-of-experts model when it loads them, and renames
+    modules.
     """
     return revert_weight_conversion(base_model(model), {name: tensor})
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other module."""
+    """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other
+    module.
+    """
     layer = _unadapted(module)
     if isinstance(layer, Conv1D):  # GPT-2's, stored as (d_in, d_out)
         return layer.weight.shape[1], layer.weight.shape[0]
@@ -170,7 +182,9 @@ def task_factors(module: Any) -> list[TaskFactors]:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError`, by name, for a fine-tune whose weights this version cannot merge exactly."""
+    """Raises `UnsupportedModelError`, by name, for a fine-tune whose weights this version cannot
+    merge exactly.
+    """
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
@@ -199,7 +213,9 @@ def check_supported(model: nn.Module) -> None:
 
 
 def adapter_configs(model: Any) -> dict[str, Any]:
-    """The PEFT config of every adapter on a model, by the adapter's name; empty for a model without adapters."""
+    """The PEFT config of every adapter on a model, by the adapter's name; empty for a model without
+    adapters.
+    """
     model = uncompiled(model)
     # by the model's own `add_adapter`
     of_transformers = getattr(model, "_hf_peft_config_loaded", False)
@@ -220,9 +236,11 @@ def check_method(adapter_config: Any) -> None:
 
 
 def check_held(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` unless the fine-tune is its adapter as PEFT saves it, and that beside the weights.
+    """Raises `UnsupportedModelError` unless the fine-tune is its adapter as PEFT saves it, and that
+    beside the weights.
 
-    Both can change while a model is trained, so this is asked before the first step and after the last.
+    Both can change while a model is trained, so this is asked before the first step and after the
+    last.
     """
     base, configs = base_model(model), adapter_configs(model)
     of_base = {id(tensor) for tensor in base.parameters()}
@@ -232,7 +250,8 @@ def check_held(model: nn.Module) -> None:
                 f"The fine-tune trains `{name}`, which is no part of the model that is saved: freeze it."
             )
     for name, module in base.named_modules():
-        # PEFT takes a merged adapter out of the weights as soon as it is switched off, whatever they hold by then
+        # PEFT takes a merged adapter out of the weights as soon as it is switched off, whatever
+        # they hold by then
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise UnsupportedModelError(
                 f"The adapter on `{_canonical(name)}` is merged into the weights: call `unmerge_adapter()` on the model."
@@ -251,7 +270,9 @@ def check_held(model: nn.Module) -> None:
 
 
 def check_adapter_output(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can express."""
+    """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can
+    express.
+    """
     configs = list(adapter_configs(model).values())
     if whole := _trained_whole(model, configs):
         raise UnsupportedModelError(
@@ -272,7 +293,9 @@ def check_adapter_output(model: nn.Module) -> None:
 
 
 def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
-    """The first module or bias that adapters of these configs hold in the place of the base model's, None without any."""
+    """The first module or bias that adapters of these configs hold in the place of the base
+    model's, None without any.
+    """
     biases = {getattr(config, "bias", "none") for config in configs}
     for name, module in base_model(model).named_modules() if biases else ():
         if isinstance(module, ModulesToSaveWrapper):
@@ -288,7 +311,9 @@ def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
 
 
 def changes_base(adapter_config: Any) -> bool:
-    """Whether an adapter of this PEFT config was started by changing the weights of its base model, as PiSSA is."""
+    """Whether an adapter of this PEFT config was started by changing the weights of its base model,
+    as PiSSA is.
+    """
     return str(getattr(adapter_config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
 
 
@@ -305,7 +330,8 @@ def tied_weights(model: nn.Module) -> dict[str, set[str]]:
             names.setdefault(id(tensor), set()).add(
                 _canonical(name.replace(".original_module", ""))
             )
-    # Where a model is sharded, the parts of one tensor may be objects of their own: transformers' record counts as well.
+    # Where a model is sharded, the parts of one tensor may be objects of their own: transformers'
+    # record counts as well.
     groups = [*names.values()]
     groups += [
         {target, source}
@@ -320,7 +346,9 @@ def tied_weights(model: nn.Module) -> dict[str, set[str]]:
 
 
 def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
-    """Raises `UnsupportedModelError` if a delta is for a module whose weight other modules have as well."""
+    """Raises `UnsupportedModelError` if a delta is for a module whose weight other modules have as
+    well.
+    """
     tied = tied_weights(model)
     for name in modules:
         if others := tied.get(f"{name}.weight", set()) - {f"{name}.weight"}:
@@ -331,7 +359,8 @@ def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
 
 
 def tie_saved_modules(model: Any) -> None:
-    """Makes copies that `modules_to_save` holds of one tied weight one tensor again, where PEFT was told to tie them.
+    """Makes copies that `modules_to_save` holds of one tied weight one tensor again, where PEFT was
+    told to tie them.
 
     Loading gives each a tensor of its own; where their values differ they stay apart.
     """

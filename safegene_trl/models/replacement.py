@@ -1,7 +1,9 @@
-"""Other tensors in the place of a live model's own, for a while: the weights that are shipped, measured before they are.
+"""Other tensors in the place of a live model's own, for a while: the weights that are shipped,
+measured before they are.
 
-What a checkpoint will hold is not what a fine-tune computes with a LoRA and a vector beside its weights: it is added up and
-rounded. What is decided about it is therefore measured with those very tensors in place.
+What a checkpoint will hold is not what a fine-tune computes with a LoRA and a vector beside its
+weights: it is added up and rounded. What is decided about it is therefore measured with those very
+tensors in place.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +23,17 @@ def replaced(
     value: Callable[[Parameter], torch.Tensor | None],
     sharding: Sharding,
 ) -> Iterator[None]:
-    """While open, live tensors hold other values; afterwards, in every case, their own again, bit by bit.
+    """While open, live tensors hold other values; afterwards, in every case, their own again, bit
+    by bit.
 
-    Collective. Only one whole tensor beyond the kept originals is in memory at a time; the originals are kept on the CPU.
+    Collective. Only one whole tensor beyond the kept originals is in memory at a time; the
+    originals are kept on the CPU.
 
     Args:
         parameters: The tensors, in the same order on every rank.
-        value: Gives the whole tensor that takes a parameter's place: on every rank that holds whole weights, on rank 0 where
-            they are sharded. None leaves the parameter as it is; it must be None on all ranks or on none that counts.
+        value: Gives the whole tensor that takes a parameter's place: on every rank that holds whole
+            weights, on rank 0 where they are sharded. None leaves the parameter as it is; it must
+            be None on all ranks or on none that counts.
         sharding: How the model is spread over ranks.
     """
     with ExitStack() as undo:
@@ -42,7 +47,9 @@ def replaced(
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """While open, LoRA layers compute with their base weight alone: what they add is in the weight, or in another adapter."""
+    """While open, LoRA layers compute with their base weight alone: what they add is in the weight,
+    or in another adapter.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     states = [layer._disable_adapters for layer in layers]
     try:

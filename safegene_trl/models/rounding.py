@@ -1,4 +1,6 @@
-"""What rounding to a data type leaves of a change of weights: a small vector on large 16-bit weights can vanish in it."""
+"""What rounding to a data type leaves of a change of weights: a small vector on large 16-bit
+weights can vanish in it.
+"""
 
 import math
 from typing import Any
@@ -11,8 +13,8 @@ from ..errors import OutputError
 class Rounding:
     """Adds up, over the tensors of a merge, how the rounded change compares with the intended one.
 
-    With `Δ` the intended change of all weights and `Δ'` the change after rounding, the share that is kept is
-    `⟨Δ', Δ⟩ / ‖Δ‖²`: 1 where nothing is lost.
+    With `Δ` the intended change of all weights and `Δ'` the change after rounding, the share that
+    is kept is `⟨Δ', Δ⟩ / ‖Δ‖²`: 1 where nothing is lost.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,8 @@ class Rounding:
         self._square += other._square
 
     def check(self) -> dict[str, Any]:
-        """For the report: `weights` in the changed tensors, `changed_weights`, and `kept`, the share of the change.
+        """For the report: `weights` in the changed tensors, `changed_weights`, and `kept`, the
+        share of the change.
 
         Raises:
             OutputError: Rounding has taken all of it away.

@@ -1,7 +1,9 @@
-"""Whether a vector's hooks act: which of them fired, and the output of which of them the loss was computed from.
+"""Whether a vector's hooks act: which of them fired, and the output of which of them the loss was
+computed from.
 
-A hook shows nothing where a module's forward is gone around: fused kernels and fast paths read the weights themselves. The
-coefficient found for such a module would be one that nothing was measured with.
+A hook shows nothing where a module's forward is gone around: fused kernels and fast paths read the
+weights themselves. The coefficient found for such a module would be one that nothing was measured
+with.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +28,8 @@ class Evidence:
 
     Attributes:
         fired: Modules with a delta whose forward was called.
-        reached: Those of them to whose output a backward pass came: the loss depends on it. That its gradient is 0 there, as
-            that of a key is at the first token, does not matter.
+        reached: Those of them to whose output a backward pass came: the loss depends on it. That
+            its gradient is 0 there, as that of a key is at the first token, does not matter.
         called: Items of module lists (layers, experts) whose forward was called.
     """
 
@@ -46,7 +48,9 @@ class Evidence:
 
 
 def list_items(names: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Of each named module the items of module lists on its path, itself included: its layer, its expert."""
+    """Of each named module the items of module lists on its path, itself included: its layer, its
+    expert.
+    """
     return {
         name: [prefix for prefix in _prefixes(name) if _is_item(prefix, modules)] for name in names
     }
@@ -63,7 +67,8 @@ def check_effective(
         graded: Whether there was a backward pass too.
 
     Raises:
-        UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is named.
+        UnsupportedModelError: A module's forward is bypassed, or its output is not used; it is
+            named.
     """
     silent = [name for name in items if name not in evidence.fired]
     waiting = [name for name in silent if _is_passed_over(name, items[name], evidence)]

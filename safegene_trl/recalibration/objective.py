@@ -1,13 +1,16 @@
 """The objective of the recalibration, and what every sample adds to its gradient.
 
-SafeGene (arXiv 2606.06519) tunes only the scalar coefficients of the selected layers. The objective here is
+SafeGene (arXiv 2606.06519) tunes only the scalar coefficients of the selected layers. The objective
+here is
 
     min_λ  CE(refusal | harmful) + η·CE(answer | benign look-alike) + β·D(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
     λ_min ≤ λ ≤ λ_max,
 
-every term a mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it `T²·KL` of the two distributions at temperature
-`T` (Hinton et al., arXiv 1503.02531) over the likeliest tokens: a shift `b` of the log-odds of two answers is worth `p(1−p)b²/2` to the
-first, nothing where the fine-tune is sure, and enough shifts of that kind tip those samples of which it is not.
+every term a mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it
+`T²·KL` of the two distributions at temperature `T` (Hinton et al., arXiv 1503.02531) over the
+likeliest tokens: a shift `b` of the log-odds of two answers is worth `p(1−p)b²/2` to the first,
+nothing where the fine-tune is sure, and enough shifts of that kind tip those samples of which it is
+not.
 """
 
 import itertools
@@ -40,7 +43,9 @@ Attach = Callable[[torch.Tensor], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over response tokens, in nats: CE on refusals, CE on benign answers, KL (in the search `D`) on task responses."""
+    """Means over response tokens, in nats: CE on refusals, CE on benign answers, KL (in the search
+    `D`) on task responses.
+    """
 
     safety: float
     benign: float
@@ -52,7 +57,9 @@ class Losses:
 
 @dataclass(frozen=True)
 class _Job:
-    """One forward pass: a batch, the term its loss belongs to, and its weight there, 1 / tokens of the term."""
+    """One forward pass: a batch, the term its loss belongs to, and its weight there, 1 / tokens of
+    the term.
+    """
 
     term: str
     batch: Batch
@@ -64,7 +71,8 @@ class SampleGradients:
     """What the samples add to one term.
 
     Attributes:
-        weight: Of a sample in the term: the term's gradient is the weight times the sum of the samples'.
+        weight: Of a sample in the term: the term's gradient is the weight times the sum of the
+            samples'.
         losses: The samples' summed losses, in nats, shape (samples,), float64.
         gradients: Their gradients, samples×n, float64.
     """
@@ -77,9 +85,9 @@ class SampleGradients:
 class Objective:
     """One side (fit or held-out) of a calibration set, its batches shared out over the ranks.
 
-    Every batch's loss and every sample's gradient goes into a row of its own and the rows are added up in one order, so
-    that the numbers do not depend on the number of ranks. Task batches come first: they need the fine-tuned model's
-    log-probabilities before anything is attached to it.
+    Every batch's loss and every sample's gradient goes into a row of its own and the rows are added
+    up in one order, so that the numbers do not depend on the number of ranks. Task batches come
+    first: they need the fine-tuned model's log-probabilities before anything is attached to it.
     """
 
     def __init__(
@@ -115,7 +123,9 @@ class Objective:
 
     @staticmethod
     def _stored(log_probs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (tokens×vocabulary, float32) where they lie until the search ends: on the CPU if they crowd the device."""
+        """Log-probabilities (tokens×vocabulary, float32) where they lie until the search ends: on
+        the CPU if they crowd the device.
+        """
         crowded = log_probs.nbytes > REFERENCE_SHARE * free_bytes(log_probs.device)
         return log_probs.cpu() if crowded else log_probs
 
@@ -138,7 +148,8 @@ class Objective:
     def gradients(
         self, model: nn.Module, attach: Attach, point: np.ndarray
     ) -> tuple[Losses, dict[str, SampleGradients]]:
-        """The objective's losses with the vector on at `point`, and by term what every sample adds to its gradient.
+        """The objective's losses with the vector on at `point`, and by term what every sample adds
+        to its gradient.
 
         Args:
             model: The fine-tuned model.
@@ -201,12 +212,13 @@ def evaluate_objective(
     point: np.ndarray,
     config: SafeGeneConfig,
 ) -> tuple[float, Losses, np.ndarray, np.ndarray]:
-    """The objective at `point`, its losses, its gradient `(n,)` and its Gauss–Newton matrix `RᵀR` as the rows `R`, one per sample
-    (samples×n); one batch's graph lives at a time.
+    """The objective at `point`, its losses, its gradient `(n,)` and its Gauss–Newton matrix `RᵀR`
+    as the rows `R`, one per sample (samples×n); one batch's graph lives at a time.
 
-    With `g_i` the gradient of sample i's negative log-likelihood the matrix is `Σ w_i g_i g_iᵀ`, an estimate of Fisher's. A divergence
-    `k_i` has its minimum, 0, where nothing is added: it is half the square of a residual `√(2 k_i)`, whose matrix is
-    `Σ w_i g_i g_iᵀ / 2 k_i`, exact along the line to that minimum while `k_i` is quadratic.
+    With `g_i` the gradient of sample i's negative log-likelihood the matrix is `Σ w_i g_i g_iᵀ`, an
+    estimate of Fisher's. A divergence `k_i` has its minimum, 0, where nothing is added: it is half
+    the square of a residual `√(2 k_i)`, whose matrix is `Σ w_i g_i g_iᵀ / 2 k_i`, exact along the
+    line to that minimum while `k_i` is quadratic.
     """
     losses, terms = fit.gradients(model, attach, point)
     weights = {

@@ -1,8 +1,10 @@
-"""Few-shot recalibration: the coefficients λ with which one fine-tune takes on its family's safety vector.
+"""Few-shot recalibration: the coefficients λ with which one fine-tune takes on its family's safety
+vector.
 
-The objective (see `objective.py`) has as many unknowns as layers or modules and is smooth and deterministic. The
-gradients of the single samples, which come with one backward pass, give a Gauss–Newton matrix to start from, and
-`trust_region.py` solves it in five to eight evaluations without a learning rate.
+The objective (see `objective.py`) has as many unknowns as layers or modules and is smooth and
+deterministic. The gradients of the single samples, which come with one backward pass, give a
+Gauss–Newton matrix to start from, and `trust_region.py` solves it in five to eight evaluations
+without a learning rate.
 """
 
 import math
@@ -37,7 +39,8 @@ class Recalibration:
     """The outcome of one recalibration.
 
     Attributes:
-        coefficients: λ by coefficient name; 0 where the search left a layer out, and those carried where none are accepted.
+        coefficients: λ by coefficient name; 0 where the search left a layer out, and those carried
+            where none are accepted.
         accepted: Whether held-out safety improved within the utility budget.
         reason: Why it was accepted, shrunk or rejected, in one sentence.
         scale: The share of the found λ that was kept (1 unless shrunk towards the lower bound).
@@ -45,7 +48,8 @@ class Recalibration:
         held_out_after: Held-out losses with the accepted (or last tried) coefficients.
         history: One entry per evaluation: objective, losses and coefficients.
         untouched: Names of coefficients that no sample reached: they stay what the weights carry.
-        passes: How the passes were made: size of the batches, and what stayed in memory between them.
+        passes: How the passes were made: size of the batches, and what stayed in memory between
+            them.
     """
 
     coefficients: dict[str, float]
@@ -71,11 +75,13 @@ def recalibrate(
 ) -> Recalibration:
     """Finds the coefficients of one fine-tune. The model is left exactly as it was.
 
-    Where the model's weights hold `Σ carried·V` already, the coefficients and their bounds are still those of the whole vector, and
-    the KL term's reference is the model as it is, λ = `carried`.
+    Where the model's weights hold `Σ carried·V` already, the coefficients and their bounds are
+    still those of the whole vector, and the KL term's reference is the model as it is, λ =
+    `carried`.
 
-    Collective: every rank calls it with the same arguments and gets the same outcome, bit by bit; each works on its
-    share of the batches. Where memory runs out it starts again with smaller batches.
+    Collective: every rank calls it with the same arguments and gets the same outcome, bit by bit;
+    each works on its share of the batches. Where memory runs out it starts again with smaller
+    batches.
 
     Args:
         attachment: The vector on the fine-tuned model.
@@ -83,8 +89,10 @@ def recalibrate(
         config: Bounds, weights and budgets.
         pad_id: Token id to pad with.
         on_evaluation: Called with each history entry, e.g. to move a progress bar.
-        start: By name, where the search starts. Default: what is carried, else `config.search.start`.
-        ship: Makes the model the one that would be shipped, which is accepted or not. Default: the vector is attached.
+        start: By name, where the search starts. Default: what is carried, else
+            `config.search.start`.
+        ship: Makes the model the one that would be shipped, which is accepted or not. Default: the
+            vector is attached.
 
     Raises:
         RecalibrationError: A loss is not finite.
@@ -187,7 +195,9 @@ class _Search:
             return found
 
     def _minimize(self, fit: Objective) -> np.ndarray:
-        """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part ways."""
+        """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part
+        ways.
+        """
         length = 1 + len(self.names)
         if not self.sharding.is_main:
             while (told := self.sharding.broadcast(torch.zeros(length, dtype=torch.float64)))[
@@ -250,12 +260,16 @@ class _Search:
         return value, gradient, rows
 
     def _best(self) -> np.ndarray:
-        """The best point; a coefficient that no sample reached, of an expert that none was routed to, stays as it is carried."""
+        """The best point; a coefficient that no sample reached, of an expert that none was routed
+        to, stays as it is carried.
+        """
         best = min(self.history, key=lambda entry: entry["objective"])
         return np.where(self.touched, list(best["coefficients"].values()), self.held)
 
     def _accept(self, held_out: Objective, best: np.ndarray, before: Losses) -> Recalibration:
-        """Takes λ if held-out safety improves within the budgets, else the largest share of the way to it that does."""
+        """Takes λ if held-out safety improves within the budgets, else the largest share of the way
+        to it that does.
+        """
         config, failure, after = self.config, "", before
         origin = self.held.clip(config.search.min_coefficient, config.search.max_coefficient)
         untouched = [

@@ -1,11 +1,13 @@
 """A minimiser for unknowns in a box whose every evaluation is expensive and brings its gradient.
 
-Quasi-Newton with a trust region: the model's Hessian `B` starts from a Gauss–Newton matrix, which the first evaluation brings too, and
-takes in every gradient after that by a BFGS update with Powell's damping (Nocedal and Wright, Numerical Optimization, 2nd ed., 18.3).
-Each step minimises `gᵀd + ½ dᵀBd` within the box and the region. `B` is never formed: a diagonal, a row per sample and two per step hold it,
-so that thousands of unknowns cost no more memory than their gradients.
+Quasi-Newton with a trust region: the model's Hessian `B` starts from a Gauss–Newton matrix, which
+the first evaluation brings too, and takes in every gradient after that by a BFGS update with
+Powell's damping (Nocedal and Wright, Numerical Optimization, 2nd ed., 18.3). Each step minimises
+`gᵀd + ½ dᵀBd` within the box and the region. `B` is never formed: a diagonal, a row per sample and
+two per step hold it, so that thousands of unknowns cost no more memory than their gradients.
 
-L-BFGS-B on the function itself needs about twice as many evaluations here: it knows nothing of the scale before its first steps.
+L-BFGS-B on the function itself needs about twice as many evaluations here: it knows nothing of the
+scale before its first steps.
 """
 
 from collections.abc import Callable
@@ -14,8 +16,9 @@ import numpy as np
 from scipy.optimize import minimize
 
 
-# Added to the Gauss–Newton matrix's diagonal, as a share of itself, and a tenth of that of its mean; the more, the fewer of the
-# directions it knows: with fewer samples than unknowns a step along the others would cost nothing.
+# Added to the Gauss–Newton matrix's diagonal, as a share of itself, and a tenth of that of its
+# mean; the more, the fewer of the directions it knows: with fewer samples than unknowns a step
+# along the others would cost nothing.
 DAMPING, BLIND_DAMPING = 0.1, 0.45
 FIRST_RADIUS = 0.25  # of the trust region, as a share of the box
 TOLERANCE = 3e-4  # of the objective: less promised improvement than that ends the search
@@ -33,8 +36,8 @@ def minimize_in_box(
     """The best point found.
 
     Args:
-        evaluate: Value, gradient (shape `(n,)`) and Gauss–Newton matrix `RᵀR`, as its rows `R` (m×n), at a point; of the matrices
-            only the first is used.
+        evaluate: Value, gradient (shape `(n,)`) and Gauss–Newton matrix `RᵀR`, as its rows `R`
+            (m×n), at a point; of the matrices only the first is used.
         start: First point, shape `(n,)`.
         lower: Lower bound of every unknown.
         upper: Upper bound.
@@ -104,7 +107,9 @@ class _Hessian:
 def _step(
     gradient: np.ndarray, hessian: _Hessian, lower: np.ndarray, upper: np.ndarray
 ) -> np.ndarray:
-    """The minimiser of `gᵀd + ½ dᵀBd` in a box around 0, by L-BFGS-B in units in which the diagonal of `B` is 1."""
+    """The minimiser of `gᵀd + ½ dᵀBd` in a box around 0, by L-BFGS-B in units in which the diagonal
+    of `B` is 1.
+    """
     scale = hessian.scale
 
     def model(scaled: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,4 +1,6 @@
-"""The model card of a checkpoint. All that comes from files and settings is inert in it: names, reasons."""
+"""The model card of a checkpoint. All that comes from files and settings is inert in it: names,
+reasons.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +15,8 @@ from .verdict import measures_refusals, verdict
 
 
 def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
-    """Card of a safeguarded checkpoint or adapter: what was done to it, how it measured, what that does not say.
+    """Card of a safeguarded checkpoint or adapter: what was done to it, how it measured, what that
+    does not say.
 
     Args:
         report: Its report.

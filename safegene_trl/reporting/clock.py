@@ -21,7 +21,9 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures the block as (a further) part of phase `name`: accelerator memory where there is one, else the process's resident peak."""
+        """Measures the block as (a further) part of phase `name`: accelerator memory where there is
+        one, else the process's resident peak.
+        """
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,6 @@
-"""The report as one HTML file that needs nothing else: no scripts, no fonts, no images from elsewhere."""
+"""The report as one HTML file that needs nothing else: no scripts, no fonts, no images from
+elsewhere.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,13 +26,15 @@ _LOSSES = {
 
 
 def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page. Every number of it stands in a `<data value>` with the JSON pointer of where it comes from in `data-from`.
+    """The page. Every number of it stands in a `<data value>` with the JSON pointer of where it
+    comes from in `data-from`.
 
     Args:
         report: As in `safegene_report.json`.
         releases: The model line, the oldest first, this one last.
     """
-    # whatever is not markup of the template's own is shown character by character, after which jinja escapes it
+    # whatever is not markup of the template's own is shown character by character, after which
+    # jinja escapes it
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert
     )
@@ -103,7 +107,9 @@ def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _line(releases: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any] | None:
-    """Refusal rate of the releases from `first` on that measured one, with intervals; None for fewer than two."""
+    """Refusal rate of the releases from `first` on that measured one, with intervals; None for
+    fewer than two.
+    """
     points = []
     for number, release in enumerate(releases[first:], start=first + 1):
         share = (release.get("after") or {}).get("refusal_rate")

@@ -1,6 +1,7 @@
 """PNG plots, by matplotlib's own renderer; no display needed.
 
-Whatever goes wrong with a plot, a library that is broken or a full disk, is a `PlotError`: a caller can go on without the picture.
+Whatever goes wrong with a plot, a library that is broken or a full disk, is a `PlotError`: a caller
+can go on without the picture.
 """
 
 import os
@@ -70,7 +71,8 @@ def selection_plot(selection: dict[str, Any], path: Path) -> None:
 
 
 def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
-    """Coefficients by layer or module, in steps; those of a vector's components above each other, the first ones if there are many.
+    """Coefficients by layer or module, in steps; those of a vector's components above each other,
+    the first ones if there are many.
 
     Raises:
         PlotError: It cannot be drawn or written.
@@ -93,7 +95,8 @@ def coefficients_plot(coefficients: dict[str, float], path: Path) -> None:
 
 
 def history_plot(releases: Sequence[dict[str, Any]], path: Path) -> None:
-    """Shares of every release after the safety step, with their 95 % intervals; rejected ones hollow.
+    """Shares of every release after the safety step, with their 95 % intervals; rejected ones
+    hollow.
 
     Of a long line every k-th release is shown, counted back from the newest.
 
@@ -155,7 +158,9 @@ def _points(
 def _figure(
     path: Path, rows: int, columns: int, width: float, height: float
 ) -> Iterator[list[Any]]:
-    """The axes of a new figure, row by row; at the end it is written to `path`, whole or not at all."""
+    """The axes of a new figure, row by row; at the end it is written to `path`, whole or not at
+    all.
+    """
     try:
         # not `pyplot`: that would look for a display and keep every figure
         import matplotlib

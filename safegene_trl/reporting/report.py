@@ -1,4 +1,6 @@
-"""`safegene_report.json`: what was used, what was found, what was decided. The schema is `report.schema.json`."""
+"""`safegene_report.json`: what was used, what was found, what was decided. The schema is
+`report.schema.json`.
+"""
 
 import json
 import logging
@@ -40,7 +42,8 @@ class Report:
         coefficients: λ by name, of the whole vector in the weights.
         held_out: Losses before and after, nats per response token.
         history: The search's evaluations.
-        search: How the search's passes were made: size of the batches, and what stayed in memory between them.
+        search: How the search's passes were made: size of the batches, and what stayed in memory
+            between them.
         untouched: Names of coefficients that no sample reached.
         measured: Answers and accuracy before and after (see `metrics.METRICS`).
         decision: Outcome and reason.
@@ -86,7 +89,8 @@ class Report:
 def write_report(
     report: dict[str, Any], path: Path, releases: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Writes a report as JSON at `path`, as a page beside it, and as PNG plots where matplotlib is installed.
+    """Writes a report as JSON at `path`, as a page beside it, and as PNG plots where matplotlib is
+    installed.
 
     Args:
         report: The report.
@@ -124,7 +128,9 @@ def write_evidence(
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
-    """The report's main numbers under names for trackers. `safegene/outcome`: 2 accepted, 1 best effort, 0 rejected, −1 failed."""
+    """The report's main numbers under names for trackers. `safegene/outcome`: 2 accepted, 1 best
+    effort, 0 rejected, −1 failed.
+    """
     outcome = (report.get("decision") or {}).get("outcome", "failed")
     if report.get("status") == "failed" and outcome != "rejected":  # decided, and then not written
         outcome = "failed"

@@ -11,7 +11,9 @@ from .verdict import verdict
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """The outcome in a few lines for a terminal: reason, vector, and what was measured before and after with 95 % intervals."""
+    """The outcome in a few lines for a terminal: reason, vector, and what was measured before and
+    after with 95 % intervals.
+    """
     decision, model = report["decision"], report["model"]
     lines = [
         f"{verdict(report)}: {printable(decision['reason'])}",

@@ -21,7 +21,9 @@ def measures_refusals(measured: Mapping[str, Any] | None) -> bool:
 
 
 def without_measurement(report: Mapping[str, Any]) -> str:
-    """What goes after the outcome of a report in which nothing says that refusals came back; empty for every other."""
+    """What goes after the outcome of a report in which nothing says that refusals came back; empty
+    for every other.
+    """
     accepted = str((report.get("decision") or {}).get("outcome", "")).startswith("accepted")
     return UNMEASURED if accepted and not measures_refusals(report.get("measured")) else ""
 

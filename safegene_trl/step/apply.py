@@ -1,6 +1,8 @@
-"""`apply`: the safety step on a finished checkpoint or adapter, with coefficients that are found or given.
+"""`apply`: the safety step on a finished checkpoint or adapter, with coefficients that are found or
+given.
 
-The two ways are imported when they are taken: merging given coefficients from file to file needs much less than a model does.
+The two ways are imported when they are taken: merging given coefficients from file to file needs
+much less than a model does.
 """
 
 from pathlib import Path
@@ -25,30 +27,36 @@ def apply(
     base_model: str | None = None,
     allow_pickled_shards: bool = False,
 ) -> dict[str, Any]:
-    """Safeguards a finished checkpoint or LoRA adapter: recalibrates and merges a safety vector into a copy of it.
+    """Safeguards a finished checkpoint or LoRA adapter: recalibrates and merges a safety vector
+    into a copy of it.
 
-    Coefficients are searched for (SafeGene, arXiv 2606.06519) and the outcome is measured before and after. Given
-    `coefficients` are taken as they are: the weights are then merged from file to file, in blocks, and nothing is
-    loaded or measured. The model itself is never changed. Collective: every process of a launch calls it.
+    Coefficients are searched for (SafeGene, arXiv 2606.06519) and the outcome is measured before
+    and after. Given `coefficients` are taken as they are: the weights are then merged from file to
+    file, in blocks, and nothing is loaded or measured. The model itself is never changed.
+    Collective: every process of a launch calls it.
 
     Args:
-        config: What to do. The checkpoint goes to its `output.output_dir`; default: `<model>-safeguarded` in the working
-            directory. `data.task_data` must be set where coefficients are searched for. With `dry_run` everything is checked
-            and nothing is written.
+        config: What to do. The checkpoint goes to its `output.output_dir`; default:
+            `<model>-safeguarded` in the working directory. `data.task_data` must be set where
+            coefficients are searched for. With `dry_run` everything is checked and nothing is
+            written.
         model_name_or_path: Directory or hub id of the checkpoint or adapter.
         model_revision: Its branch, tag or commit on the hub.
-        dtype: Data type to load and save it in: `auto` (its own), `float32`, `float16` or `bfloat16`. With
-            `coefficients` it stays `auto`.
-        coefficients: Do not search: one number λ (0 or more, at most 100) for every layer; or the report of an earlier
-            safety step with the same vector, a file or the folder it lies in; or `interference`, the rule of EnchTable
-            (arXiv 2511.09880).
-        base_model: The aligned model: directory or hub id. Only for `interference` on a full fine-tune.
-        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They are pickle files,
-            which can run code: only for files of your own.
+        dtype: Data type to load and save it in: `auto` (its own), `float32`, `float16` or
+            `bfloat16`. With `coefficients` it stays `auto`.
+        coefficients: Do not search: one number λ (0 or more, at most 100) for every layer; or the
+            report of an earlier safety step with the same vector, a file or the folder it lies in;
+            or `interference`, the rule of EnchTable (arXiv 2511.09880).
+        base_model: The aligned model: directory or hub id. Only for `interference` on a full
+            fine-tune.
+        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They
+            are pickle files, which can run code: only for files of your own.
 
     Returns:
-        The report, as in `safegene_report.json`: `status` is `safeguarded`, and `prepared` after a dry run;
-        `coefficients` has λ by name, `decision` the outcome, `measured` shares (0–1) before and after, `held_out` losses
+        The report, as in `safegene_report.json`: `status` is `safeguarded`, and `prepared` after a
+            dry run;
+        `coefficients` has λ by name, `decision` the outcome, `measured` shares (0–1) before and
+            after, `held_out` losses
         in nats per response token, `phases` seconds and peak MiB.
 
     Raises:
@@ -56,12 +64,13 @@ def apply(
         VectorError: The vector is missing, incomplete or altered.
         SignatureError: It is not signed as `config.public_key` asks.
         FamilyError: Model and vector do not belong to one family.
-        UnsupportedModelError: The fine-tune is of a kind that cannot be safeguarded, or safeguarded already.
+        UnsupportedModelError: The fine-tune is of a kind that cannot be safeguarded, or safeguarded
+            already.
         CheckpointError: Its weight files are missing or damaged.
         CalibrationDataError: Prompts or task samples cannot be used.
         OutputError: The checkpoint cannot be written where it was asked for.
-        RejectedError: No coefficients are acceptable, or the gate's limits are not kept; no checkpoint is written, the
-            failure report lies beside its place.
+        RejectedError: No coefficients are acceptable, or the gate's limits are not kept; no
+            checkpoint is written, the failure report lies beside its place.
         UnexpectedError: Anything else failed in the step.
     """
     check_is(config, SafeGeneConfig, "apply")

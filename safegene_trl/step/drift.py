@@ -1,6 +1,7 @@
 """Whether a model line's refusals get fewer, beyond chance.
 
-The two tests are a few lines each and written out here, because `scipy.stats` takes longer to import than the whole history to read.
+The two tests are a few lines each and written out here, because `scipy.stats` takes longer to
+import than the whole history to read.
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ _MOST_FOR_EXACT = (
 def drift_warnings(releases: Sequence[Release]) -> list[str]:
     """Whether refusals get fewer from release to release, beyond chance (one-sided, p < 0.05).
 
-    The newest accepted release is held against all before it together (Fisher's exact test), and the order of all of them against
-    their refusal rates (Kendall's τ).
+    The newest accepted release is held against all before it together (Fisher's exact test), and
+    the order of all of them against their refusal rates (Kendall's τ).
     """
     rates = [
         release["after"]["refusal_rate"]
@@ -48,7 +49,8 @@ def drift_warnings(releases: Sequence[Release]) -> list[str]:
 
 
 def chance_of_fewer(successes: int, count: int, other_successes: int, other_count: int) -> float:
-    """Fisher's exact test, one-sided: how likely so few successes of `count` are if both groups have one rate (p-value, 0–1).
+    """Fisher's exact test, one-sided: how likely so few successes of `count` are if both groups
+    have one rate (p-value, 0–1).
 
     The hypergeometric distribution's lower tail.
     """
@@ -67,9 +69,11 @@ def _log_binomial(n: int, k: int) -> float:
 
 
 def chance_of_falling(values: Sequence[float]) -> float:
-    """Kendall's τ of values against their order, one-sided: how likely it is to be so negative by chance (p-value, 0–1).
+    """Kendall's τ of values against their order, one-sided: how likely it is to be so negative by
+    chance (p-value, 0–1).
 
-    Exact for few values of which no two are equal, else by the normal distribution with the variance that ties leave.
+    Exact for few values of which no two are equal, else by the normal distribution with the
+    variance that ties leave.
     """
     n, distinct = len(values), len(set(values))
     balance = sum(

@@ -1,10 +1,12 @@
-"""The gate: limits that a safeguarded model must keep, and the outcome for one that does or does not.
+"""The gate: limits that a safeguarded model must keep, and the outcome for one that does or does
+not.
 
-Measured are answers and samples that no coefficient was fitted on, so few that chance plays a part. A limit is kept for sure only
-where the whole 95 % interval keeps it.
+Measured are answers and samples that no coefficient was fitted on, so few that chance plays a part.
+A limit is kept for sure only where the whole 95 % interval keeps it.
 
-Prompts that come with a vector are its maker's choice, and a dishonest maker could choose such as the vector makes look well. So where
-they are all that a limit was held against, the verdict says so.
+Prompts that come with a vector are its maker's choice, and a dishonest maker could choose such as
+the vector makes look well. So where they are all that a limit was held against, the verdict says
+so.
 """
 
 from collections.abc import Mapping
@@ -35,7 +37,9 @@ _PROMPTS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One limit held against its measurement; `verdict` is `kept`, `unsure` (the interval reaches over it) or `broken`."""
+    """One limit held against its measurement; `verdict` is `kept`, `unsure` (the interval reaches
+    over it) or `broken`.
+    """
 
     limit: str
     value: float
@@ -64,7 +68,8 @@ class Check:
 class Decision:
     """What becomes of a safeguarded model, and why in a few sentences.
 
-    `independent_prompts` says whether it rests on other prompts than the vector's own; None where no prompts were measured.
+    `independent_prompts` says whether it rests on other prompts than the vector's own; None where
+    no prompts were measured.
     """
 
     outcome: Outcome
@@ -83,13 +88,17 @@ class Decision:
 
 
 def measured_after(measured: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """What the limits are held against, by name: shares with intervals of the model with the vector on."""
+    """What the limits are held against, by name: shares with intervals of the model with the vector
+    on.
+    """
     found = {metric.key: metric.measured(measured) for metric in METRICS}
     return {name: share for name, share in found.items() if share is not None}
 
 
 def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
-    """Raises `ConfigError` for a limit that there is nothing to measure on; `kinds`: test items of each kind."""
+    """Raises `ConfigError` for a limit that there is nothing to measure on; `kinds`: test items of
+    each kind.
+    """
     for metric in METRICS:
         if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
             raise ConfigError(
@@ -128,8 +137,9 @@ def decide(
 ) -> Decision:
     """Accepts or rejects.
 
-    With limits these alone decide, so that a fine-tune that has lost nothing and needs no coefficients passes. Without limits it is
-    the recalibration: taken in full, shrunk (best effort), or nothing acceptable.
+    With limits these alone decide, so that a fine-tune that has lost nothing and needs no
+    coefficients passes. Without limits it is the recalibration: taken in full, shrunk (best
+    effort), or nothing acceptable.
 
     Args:
         gate: The limits, if any.
@@ -137,7 +147,8 @@ def decide(
         scale: The share of them that was taken.
         reason: Its reason.
         measured: From `measurement.measure`.
-        independent: From `independent_prompts`. Where it is False and there are limits, the reason says so; the outcome stays.
+        independent: From `independent_prompts`. Where it is False and there are limits, the reason
+            says so; the outcome stays.
     """
     limits = gate.limits if gate else {}
     if not limits or measured is None:

@@ -1,4 +1,6 @@
-"""The releases of one model line: an append-only file of JSON lines, each holding the hash of the line before it, and its seal."""
+"""The releases of one model line: an append-only file of JSON lines, each holding the hash of the
+line before it, and its seal.
+"""
 
 import fcntl
 import hashlib
@@ -57,7 +59,8 @@ def release_of(report: dict[str, Any], output: Path) -> Release:
 
 
 def append_release(path: Path, release: Release) -> None:
-    """Adds a release, chained to the one before, and seals the file. Runs of one line may end at the same time.
+    """Adds a release, chained to the one before, and seals the file. Runs of one line may end at
+    the same time.
 
     Raises:
         OutputError: The file cannot be written.
@@ -69,11 +72,13 @@ def append_release(path: Path, release: Release) -> None:
 
 @contextmanager
 def prepared_release(path: Path, release: Release) -> Iterator[Callable[[], None]]:
-    """All of `append_release` that needs space on the disk; what is given adds the release, by one byte and one renaming.
+    """All of `append_release` that needs space on the disk; what is given adds the release, by one
+    byte and one renaming.
 
-    The line is written as one that a crash has cut off, which no reader takes for a release: a space stands where its newline goes.
-    Until the block ends the history is locked for others. A release that was not added by then is taken out again.
-    Reads the seal and what lies behind it, never the whole file.
+    The line is written as one that a crash has cut off, which no reader takes for a release: a
+    space stands where its newline goes. Until the block ends the history is locked for others. A
+    release that was not added by then is taken out again. Reads the seal and what lies behind it,
+    never the whole file.
 
     Raises:
         OutputError: The file cannot be written.
@@ -82,7 +87,8 @@ def prepared_release(path: Path, release: Release) -> Iterator[Callable[[], None
     with ExitStack() as held:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # not to append, as the line's last byte is written over; no buffer, which would be written once more at the end
+            # not to append, as the line's last byte is written over; no buffer, which would be
+            # written once more at the end
             file = held.enter_context(
                 open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
             )
@@ -150,10 +156,12 @@ def _caught_up(file: io.FileIO, path: Path) -> Seal:
 
 
 def read_history(path: Path) -> list[Release]:
-    """All releases, the oldest first; none where there is no file. A last line that a crash cut off is not one.
+    """All releases, the oldest first; none where there is no file. A last line that a crash cut off
+    is not one.
 
     Raises:
-        SafeGeneError: It cannot be read, a line was changed, put in or taken out, or is none of a history.
+        SafeGeneError: It cannot be read, a line was changed, put in or taken out, or is none of a
+            history.
     """
     seal = read_seal(path)  # before the lines: a run that ends in between adds to them
     try:
@@ -228,7 +236,9 @@ def last_accepted(releases: Sequence[Release]) -> Release | None:
 
 
 def base_warnings(releases: Sequence[Release], base: dict[str, Any]) -> list[str]:
-    """Whether a fine-tune started from another base than the last release, as it is in a report; a re-based one is none."""
+    """Whether a fine-tune started from another base than the last release, as it is in a report; a
+    re-based one is none.
+    """
     weights = weight_hashes(base)
     if not weights or base["carries_vector"]:
         return []

@@ -1,8 +1,10 @@
-"""What lies in and beside a history's file: lines, each checked for its shape, and a seal that holds the last one.
+"""What lies in and beside a history's file: lines, each checked for its shape, and a seal that
+holds the last one.
 
-The hash of the line before, which every line holds, shows a change anywhere but at the end. The end is held by the *seal*, a file beside
-the history with the number of lines, their bytes and the last line's hash. A release is added in this order: line, then seal. So a
-crash in between leaves a line behind the seal, which the next release takes in; fewer lines than the seal says are never a crash.
+The hash of the line before, which every line holds, shows a change anywhere but at the end. The end
+is held by the *seal*, a file beside the history with the number of lines, their bytes and the last
+line's hash. A release is added in this order: line, then seal. So a crash in between leaves a line
+behind the seal, which the next release takes in; fewer lines than the seal says are never a crash.
 """
 
 import hashlib
@@ -29,7 +31,9 @@ _SHARE = ("share", "low", "high", "count")
 
 @dataclass(frozen=True)
 class Seal:
-    """How far a history is known: its releases, their size in bytes, and the SHA-256 of the last line, None where there is none."""
+    """How far a history is known: its releases, their size in bytes, and the SHA-256 of the last
+    line, None where there is none.
+    """
 
     releases: int = 0
     size: int = 0
@@ -72,14 +76,18 @@ def read_seal(path: Path) -> Seal | None:
 
 
 def write_seal(path: Path, seal: Seal) -> None:
-    """Replaces the seal of a history that this process has locked; whenever it is read, it is the old one or the new one."""
+    """Replaces the seal of a history that this process has locked; whenever it is read, it is the
+    old one or the new one.
+    """
     with prepared_seal(path, seal) as put:
         put()
 
 
 @contextmanager
 def prepared_seal(path: Path, seal: Seal) -> Iterator[Callable[[], None]]:
-    """Writes the seal beside the history's; what is given puts it in its place, and after the block nothing else of it is left."""
+    """Writes the seal beside the history's; what is given puts it in its place, and after the block
+    nothing else of it is left.
+    """
     place = seal_path(path)
     # one name: what a crash leaves, the next release overwrites
     unfinished = place.with_name(f".{place.name}.tmp")
@@ -107,7 +115,9 @@ def not_as_sealed(path: Path) -> SafeGeneError:
 
 
 def last_line(file: io.FileIO, end: int) -> bytes | None:
-    """The line that ends at byte `end`, without its newline; None at the beginning, b"" where no line ends there."""
+    """The line that ends at byte `end`, without its newline; None at the beginning, b"" where no
+    line ends there.
+    """
     if end == 0:
         return None
     begin, found = end, b""
@@ -119,15 +129,16 @@ def last_line(file: io.FileIO, end: int) -> bytes | None:
 
 
 def parse_release(line: bytes, where: str) -> Release:
-    """A line as the release it stands for, every field of the type it must have; a field that is not known may be anything.
+    """A line as the release it stands for, every field of the type it must have; a field that is
+    not known may be anything.
 
     Args:
         line: JSON, without its newline.
         where: Names the line in an error.
 
     Raises:
-        SafeGeneError: It is no JSON, or a field is missing or of another type; NaN, infinity and what is larger than a float can be
-            are no numbers.
+        SafeGeneError: It is no JSON, or a field is missing or of another type; NaN, infinity and
+            what is larger than a float can be are no numbers.
     """
     try:
         release = read_json(line)

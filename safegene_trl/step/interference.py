@@ -1,13 +1,15 @@
-"""EnchTable's interference-aware merge (arXiv 2511.09880): coefficients without data, from the weights alone.
+"""EnchTable's interference-aware merge (arXiv 2511.09880): coefficients without data, from the
+weights alone.
 
 With `τ` the fine-tune's own change and `Δ` the safety vector,
 
     θ' = θ_t + w_m α Δ_m,   α = β ‖τ‖ / ‖Δ‖ over all modules,   w_m = exp(−I_m),   I_m = 200 · mean |M_m|
     M = (UᵀU − 1) Σ (VᵀV − 1),   U = [U_τ, U_Δ],  V = [V_τ, V_Δ],  Σ = diag(S_τ, S_Δ)
 
-of the two SVDs per module. `U_τ`, `U_Δ`, … have orthonormal columns, so with `C = U_τᵀ U_Δ` and `D = V_τᵀ V_Δ` the matrix `M` has only the
-blocks `C S_Δ Dᵀ` and `Cᵀ S_τ D` on its diagonal, and the full product is never formed. `I` grows with the scale of the weights:
-the same two changes in other units get another weight.
+of the two SVDs per module. `U_τ`, `U_Δ`, … have orthonormal columns, so with `C = U_τᵀ U_Δ` and `D
+= V_τᵀ V_Δ` the matrix `M` has only the blocks `C S_Δ Dᵀ` and `Cᵀ S_τ D` on its diagonal, and the
+full product is never formed. `I` grows with the scale of the weights: the same two changes in other
+units get another weight.
 """
 
 import math
@@ -25,7 +27,9 @@ SHARPNESS = 200.0
 
 
 def interference(task: LowRankDelta, vector: LowRankDelta) -> float:
-    """`mean |M|` of one module, over the singular vectors of both changes whose values are more than rounding."""
+    """`mean |M|` of one module, over the singular vectors of both changes whose values are more
+    than rounding.
+    """
     (u_task, s_task, v_task), (u_vector, s_vector, v_vector) = (
         _svd(delta) for delta in (task, vector)
     )
@@ -40,7 +44,8 @@ def interference_coefficients(
     """The coefficient `w_m α` of every module of a vector.
 
     Args:
-        tasks: The fine-tune's change by canonical module name; a module that it leaves alone may be missing.
+        tasks: The fine-tune's change by canonical module name; a module that it leaves alone may be
+            missing.
         vectors: The safety vector.
         beta: β.
 
@@ -63,7 +68,8 @@ def interference_coefficients(
 
 
 def _svd(delta: LowRankDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`U` (d_out×k), `S` (k) and `V` (d_in×k) of `B A`, in float64, without the singular values that are rounding.
+    """`U` (d_out×k), `S` (k) and `V` (d_in×k) of `B A`, in float64, without the singular values
+    that are rounding.
 
     They count: `M` has an entry for each of their vectors, whatever the size of the value.
     """

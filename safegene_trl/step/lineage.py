@@ -1,11 +1,14 @@
 """What a checkpoint says about the vector in its weights, so that a vector is never added twice.
 
-A safeguarded checkpoint's `config.json` names its vector and coefficients, and a fine-tune of it inherits that entry. Such a
-fine-tune is *re-based*: its coefficients stay those of the whole vector, bounds included, and only their change is added.
+A safeguarded checkpoint's `config.json` names its vector and coefficients, and a fine-tune of it
+inherits that entry. Such a fine-tune is *re-based*: its coefficients stay those of the whole
+vector, bounds included, and only their change is added.
 
-The entry is a claim, and −V removes refusals. So it is held against what is known of the earlier release: the report beside the
-checkpoint that the fine-tune started from, the report that `search.warm_start` names, the releases in `output.history`. What none of them confirms
-is *unverified*, and then no coefficient may get smaller than it claims to be: what would be taken out may never have been put in.
+The entry is a claim, and −V removes refusals. So it is held against what is known of the earlier
+release: the report beside the checkpoint that the fine-tune started from, the report that
+`search.warm_start` names, the releases in `output.history`. What none of them confirms is
+*unverified*, and then no coefficient may get smaller than it claims to be: what would be taken out
+may never have been put in.
 """
 
 import json
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "safegene"
 Coefficients = dict[str, float]
-# Coefficients pass through float32 (2⁻²⁴ of their size) and JSON: taking the same ones again gives changes of about 1e-7 times them.
+# Coefficients pass through float32 (2⁻²⁴ of their size) and JSON: taking the same ones again gives
+# changes of about 1e-7 times them.
 ROUNDING = 1e-5
 _BESIDE = "the report beside"
 
@@ -48,7 +52,8 @@ class Carried(dict[str, float]):
     """Coefficients with which a model's weights hold the vector already, by name.
 
     Attributes:
-        source: What confirms them, e.g. the report beside the checkpoint; None where nothing does, or nothing is carried.
+        source: What confirms them, e.g. the report beside the checkpoint; None where nothing does,
+            or nothing is carried.
     """
 
     def __init__(self, coefficients: Mapping[str, float], source: str | None = None):
@@ -91,13 +96,17 @@ class _Evidence:
 
 
 def mark(vector: SafetyVector, coefficients: Mapping[str, float]) -> dict[str, Any]:
-    """What goes into the `config.json` of a checkpoint that holds the vector with these coefficients."""
+    """What goes into the `config.json` of a checkpoint that holds the vector with these
+    coefficients.
+    """
     entry = {"vector": vector_id(vector), "coefficients": dict(coefficients)}
     return {CONFIG_KEY: entry | {"sha256": sha256_of_json(entry)}}
 
 
 def vector_id(vector: SafetyVector) -> str | None:
-    """SHA-256 of the vector's weights: what coefficients belong to. None for one that was never saved."""
+    """SHA-256 of the vector's weights: what coefficients belong to. None for one that was never
+    saved.
+    """
     return vector.files.get(WEIGHTS_FILE, {}).get("sha256")
 
 
@@ -109,19 +118,22 @@ def carried_coefficients(
     base_name: str | None = None,
     base_revision: str | None = None,
 ) -> Carried:
-    """The coefficients with which the model's weights hold the vector already, by name; all 0 where it holds none.
+    """The coefficients with which the model's weights hold the vector already, by name; all 0 where
+    it holds none.
 
     Args:
         model: Its `config` may have the entry of an earlier safety step.
         vector: The vector.
         granularity: Of the coefficients that are wanted.
-        config: Brings the bound of coefficients, and `search.warm_start` and `output.history` to hold the entry against.
-        base_name: Directory or hub id of the checkpoint that the fine-tune started from, whose report it is held against.
+        config: Brings the bound of coefficients, and `search.warm_start` and `output.history` to
+            hold the entry against.
+        base_name: Directory or hub id of the checkpoint that the fine-tune started from, whose
+            report it is held against.
         base_revision: Its revision.
 
     Raises:
-        FamilyError: The weights hold another vector, or this one with coefficients of another granularity, out of bounds, or others
-            than the earlier release's report says.
+        FamilyError: The weights hold another vector, or this one with coefficients of another
+            granularity, out of bounds, or others than the earlier release's report says.
         SafeGeneError: The history cannot be read.
     """
     space = vector.space(granularity)
@@ -157,7 +169,9 @@ def carried_coefficients(
 
 
 def check_verified(carried: Carried) -> None:
-    """Raises `FamilyError` where nothing confirms what is carried: a search that may not take less would be cut off, or refused after it."""
+    """Raises `FamilyError` where nothing confirms what is carried: a search that may not take less
+    would be cut off, or refused after it.
+    """
     if carried.verified is False:
         raise FamilyError(
             "The model's config.json says that its weights hold the vector already, and nothing confirms how much of it: name the "
@@ -166,10 +180,11 @@ def check_verified(carried: Carried) -> None:
 
 
 def check_no_subtraction(change: Mapping[str, float], carried: Carried | None = None) -> None:
-    """Raises `FamilyError` where a step would take out of the weights what they may never have held.
+    """Raises `FamilyError` where a step would take out of the weights what they may never have
+    held.
 
-    Where the carried coefficients are verified a change may take back as much as they are: the sum stays 0 or more. Otherwise no change
-    may be negative.
+    Where the carried coefficients are verified a change may take back as much as they are: the sum
+    stays 0 or more. Otherwise no change may be negative.
 
     Args:
         change: What is about to be added to the weights, in vectors, by coefficient name.
@@ -222,7 +237,9 @@ def _is_coefficient(value: Any) -> bool:
 
 
 def _difference(ones: Coefficients, others: Coefficients) -> str | None:
-    """The first name at which two sets of coefficients differ by more than rounding, None where they are the same."""
+    """The first name at which two sets of coefficients differ by more than rounding, None where
+    they are the same.
+    """
     for name in [*ones, *others]:
         if name not in ones or name not in others or not abs(ones[name] - others[name]) <= ROUNDING:
             return name
@@ -298,7 +315,8 @@ def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> Non
 
 
 def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
-    """The coefficients in the report of an earlier safety step with this vector: a file, or the folder it lies in.
+    """The coefficients in the report of an earlier safety step with this vector: a file, or the
+    folder it lies in.
 
     Raises:
         ConfigError: There is no such report, or it is about another vector.
@@ -316,7 +334,8 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients]:
     """The vector's id and the coefficients in a report.
 
     Raises:
-        ConfigError: It is none, or a coefficient is no finite number from 0 to the largest that there can be.
+        ConfigError: It is none, or a coefficient is no finite number from 0 to the largest that
+            there can be.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""The safety step on a live model: where a training ends, or on a finished checkpoint that has been loaded.
+"""The safety step on a live model: where a training ends, or on a finished checkpoint that has been
+loaded.
 
-Coefficients are searched with the vector attached beside the weights. What is decided rests on the weights as they are shipped:
-they take the live ones' place for as long as they are measured.
+Coefficients are searched with the vector attached beside the weights. What is decided rests on the
+weights as they are shipped: they take the live ones' place for as long as they are measured.
 """
 
 import json
@@ -105,7 +106,8 @@ def prepare(
     task_rows: Sequence[Row] | IterableDataset | None = None,
     packed: bool | None = None,
 ) -> Preparation:
-    """Reads and checks vector, family, data and output place, and that the vector reaches the logits; writes nothing.
+    """Reads and checks vector, family, data and output place, and that the vector reaches the
+    logits; writes nothing.
 
     Collective, like everything here: every rank calls it, and if it fails on one it raises on all.
 
@@ -117,7 +119,8 @@ def prepare(
         sharding: How the model is spread over ranks.
         origin: Where the fine-tune comes from. Default: not known.
         task_rows: The training set, used where `config.data.task_data` names no other.
-        packed: Whether its rows were packed without keeping their boundaries. Default: told from the rows.
+        packed: Whether its rows were packed without keeping their boundaries. Default: told from
+            the rows.
 
     Raises:
         SafeGeneError: One of its kinds, saying what to do.
@@ -156,7 +159,9 @@ def prepare(
 
 
 def _check_base(origin: Origin) -> None:
-    """Raises `UnsupportedModelError` where PEFT could not load the finished full fine-tune that an adapter would be relative to."""
+    """Raises `UnsupportedModelError` where PEFT could not load the finished full fine-tune that an
+    adapter would be relative to.
+    """
     place = origin.places.get(FINE_TUNE)
     if place is not None and origin.kind == "full" and holds_only_zero_shards(Path(place)):
         raise UnsupportedModelError(
@@ -167,7 +172,9 @@ def _check_base(origin: Origin) -> None:
 
 @torch.no_grad()
 def _check_reloads(model: nn.Module, sample: Batch, sharding: Sharding) -> None:
-    """Raises `UnsupportedModelError` where a model loaded from a checkpoint of the live one would compute something else."""
+    """Raises `UnsupportedModelError` where a model loaded from a checkpoint of the live one would
+    compute something else.
+    """
     if not can_reload(model, sharding):
         return
     with frozen_for_calibration(model), without_adapters(model), sharding.raising_together():
@@ -212,15 +219,17 @@ def safeguard(
     show_progress: bool = True,
     training: FinishedTraining | None = None,
 ) -> dict[str, Any]:
-    """The whole step on a finished fine-tune; returns the report that lies beside the checkpoint. See `run.run`.
+    """The whole step on a finished fine-tune; returns the report that lies beside the checkpoint.
+    See `run.run`.
 
     Args:
         prepared: From `prepare`.
         model: The finished fine-tune; left as it is.
-        adapter_base: Name of the checkpoint that a saved adapter is relative to; empty for the place where `training` is kept.
+        adapter_base: Name of the checkpoint that a saved adapter is relative to; empty for the
+            place where `training` is kept.
         show_progress: Whether to show a progress bar.
-        training: The training that it comes from, whose fine-tune is first put on disk. Default: it lies there already, as
-            `adapter_base` of a full fine-tune says.
+        training: The training that it comes from, whose fine-tune is first put on disk. Default: it
+            lies there already, as `adapter_base` of a full fine-tune says.
     """
     fine_tune = LiveFineTune(prepared, model, adapter_base, show_progress)
     fine_tune.training = training
@@ -245,7 +254,9 @@ class LiveFineTune:
         self._logits = torch.empty(0)  # of the probe, on the model that was measured
 
     def keep(self) -> Path | str:
-        """Where the plain fine-tune lies: a training's is saved if no checkpoint of the training holds it."""
+        """Where the plain fine-tune lies: a training's is saved if no checkpoint of the training
+        holds it.
+        """
         if self.training is None:
             return self.adapter_base
         # an adapter on a full fine-tune names it as its base model
@@ -309,14 +320,17 @@ class LiveFineTune:
         return self.space.by_module(change)
 
     def shipped_with(self, values: np.ndarray) -> AbstractContextManager[None]:
-        """While open, the model is the one that would be shipped with these coefficients, shape `(n,)`."""
+        """While open, the model is the one that would be shipped with these coefficients, shape
+        `(n,)`.
+        """
         return self._shipped(self._lacking(self.space.named(values)))
 
     @contextmanager
     def _shipped(
         self, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None = None
     ) -> Iterator[None]:
-        """The weights as they are written: the LoRA folded in, added in float32, rounded to their data type.
+        """The weights as they are written: the LoRA folded in, added in float32, rounded to their
+        data type.
 
         Where only an adapter is written, it acts beside the weights there too.
         """
@@ -407,7 +421,8 @@ class LiveFineTune:
 
     @torch.no_grad()
     def _probe(self, model: nn.Module | None = None) -> torch.Tensor:
-        """Logits (tokens×vocabulary, float32, CPU) of a few held-out refusals. Collective where forward passes are.
+        """Logits (tokens×vocabulary, float32, CPU) of a few held-out refusals. Collective where
+        forward passes are.
 
         One by one: where memory is short, nothing takes less.
         """
@@ -447,7 +462,8 @@ class LiveFineTune:
             )
 
     def compare(self, folder: Path) -> dict[str, Any]:
-        """Puts what was written into the live model's place, and compares its logits with those that were measured.
+        """Puts what was written into the live model's place, and compares its logits with those
+        that were measured.
 
         Raises:
             OutputError: They are further apart than other kernels could put them.

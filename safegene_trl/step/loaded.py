@@ -1,4 +1,6 @@
-"""The safety step on a finished model that is loaded for it: coefficients are searched for, and what comes of them is measured."""
+"""The safety step on a finished model that is loaded for it: coefficients are searched for, and
+what comes of them is measured.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ def safeguard_loaded(
     dtype: str = "auto",
     allow_pickled_shards: bool = False,
 ) -> dict[str, Any]:
-    """Recalibrates and merges the vector into a finished checkpoint or adapter; returns the report. Collective.
+    """Recalibrates and merges the vector into a finished checkpoint or adapter; returns the report.
+    Collective.
 
     Args:
         config: What to do.

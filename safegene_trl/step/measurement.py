@@ -1,4 +1,6 @@
-"""What a model answers before and after it takes the vector on: refusals, coherence, task accuracy, on items no coefficient was fitted on."""
+"""What a model answers before and after it takes the vector on: refusals, coherence, task accuracy,
+on items no coefficient was fitted on.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -33,9 +35,12 @@ def measure(
     """Collective: measures the model as it is and with the vector on; it is left as it was.
 
     Returns:
-        `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign ones), `incoherent` (of both) and, per
-        category of harmful prompts, `categories`; each a share with Wilson's 95 % interval. `utility_loss`: mean loss of token accuracy
-        over the task samples with a bootstrap interval. What there is nothing to measure on is left out.
+        `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign ones),
+            `incoherent` (of both) and, per
+        category of harmful prompts, `categories`; each a share with Wilson's 95 % interval.
+            `utility_loss`: mean loss of token accuracy
+        over the task samples with a bootstrap interval. What there is nothing to measure on is left
+            out.
     """
     batched = (
         batches(unseen.task, batch_size, padding_id(tokenizer), sharding.device)
@@ -119,7 +124,9 @@ def _share(labels: Sequence[str], wanted: str) -> dict[str, float | int]:
 
 @torch.no_grad()
 def _token_accuracy(model: nn.Module, batched: Sequence[Batch], sharding: Sharding) -> torch.Tensor:
-    """Collective: of every sample the share of response tokens that the model finds most likely; float64."""
+    """Collective: of every sample the share of response tokens that the model finds most likely;
+    float64.
+    """
     rows = torch.zeros(
         len(batched), max((len(b.input_ids) for b in batched), default=0), dtype=torch.float64
     )

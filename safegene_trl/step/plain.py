@@ -1,4 +1,6 @@
-"""The plain fine-tune on disk before the safety step begins: whatever happens in the step, the training is not lost."""
+"""The plain fine-tune on disk before the safety step begins: whatever happens in the step, the
+training is not lost.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -48,17 +50,19 @@ class FinishedTraining:
     def keep(
         self, model: nn.Module, processor: Any, sharding: Sharding, loadable: bool = False
     ) -> str:
-        """Collective: where the fine-tune lies; saved to `output_dir` if no checkpoint of the training holds it.
+        """Collective: where the fine-tune lies; saved to `output_dir` if no checkpoint of the
+        training holds it.
 
-        `trainer.save_model()` afterwards writes the same files to the same place: no more disk is needed than for that.
-        PEFT puts an adapter that is not called `default` into a folder of its name; of several that act together all are
-        named.
+        `trainer.save_model()` afterwards writes the same files to the same place: no more disk is
+        needed than for that. PEFT puts an adapter that is not called `default` into a folder of its
+        name; of several that act together all are named.
 
         Args:
             model: The live fine-tune.
             processor: Its tokenizer, or the processor that holds it.
             sharding: How the model is spread over ranks.
-            loadable: Whether transformers must be able to load it: a checkpoint of DeepSpeed's own shards will not do.
+            loadable: Whether transformers must be able to load it: a checkpoint of DeepSpeed's own
+                shards will not do.
 
         Raises:
             OutputError: It cannot be written.
@@ -105,7 +109,8 @@ def check_finished(model: nn.Module, saves_config: bool) -> None:
 
     Args:
         model: The live fine-tune.
-        saves_config: Whether the generation config belongs to what is saved, as it does not to an adapter.
+        saves_config: Whether the generation config belongs to what is saved, as it does not to an
+            adapter.
 
     Raises:
         UnsupportedModelError: The adapter was merged, or more was trained than PEFT saves.
@@ -132,7 +137,9 @@ def _refused(config: GenerationConfig | None) -> str:
 
 @contextmanager
 def _savable(model: nn.Module) -> Iterator[None]:
-    """While open, a generation config that transformers refuses to save is left out: it must not keep back the weights."""
+    """While open, a generation config that transformers refuses to save is left out: it must not
+    keep back the weights.
+    """
     base = base_model(model)
     config = base.generation_config
     try:
@@ -144,7 +151,9 @@ def _savable(model: nn.Module) -> Iterator[None]:
 
 
 def _places(model: nn.Module, folder: Path) -> list[Path]:
-    """The folders in which a fine-tune saved to `folder` lies: that itself, or one for each active adapter with a name."""
+    """The folders in which a fine-tune saved to `folder` lies: that itself, or one for each active
+    adapter with a name.
+    """
     if not isinstance(model, PeftModel):
         return [folder]
     return [folder if name == "default" else folder / name for name in model.active_adapters]

@@ -1,4 +1,6 @@
-"""What a safety step is given and what it finds, whatever the fine-tune is: live in this job, or stored on a disk."""
+"""What a safety step is given and what it finds, whatever the fine-tune is: live in this job, or
+stored on a disk.
+"""
 
 import json
 from collections.abc import Mapping
@@ -42,10 +44,12 @@ class Origin:
     """Where a fine-tune comes from.
 
     Attributes:
-        base: Directory or hub id of the checkpoint that it started from, None where it is not known.
+        base: Directory or hub id of the checkpoint that it started from, None where it is not
+            known.
         revision: Its revision.
         kind: `lora` or `full`.
-        places: Folders and files that it was made from or lies in, by what they are: none of them may be lost.
+        places: Folders and files that it was made from or lies in, by what they are: none of them
+            may be lost.
     """
 
     base: str | None
@@ -56,7 +60,8 @@ class Origin:
 
 @dataclass
 class Plan:
-    """All that a safety step needs beside the fine-tune, read and checked before the first training step.
+    """All that a safety step needs beside the fine-tune, read and checked before the first training
+    step.
 
     Attributes:
         processor: What is saved with the checkpoint: the tokenizer, or the processor that holds it.
@@ -113,7 +118,8 @@ class Found:
     Attributes:
         coefficients: λ by name, of the whole vector.
         decision: What becomes of the fine-tune.
-        by_module: By module name, what the weights still lack of each of its r rank-one parts: float32, `(r,)`.
+        by_module: By module name, what the weights still lack of each of its r rank-one parts:
+            float32, `(r,)`.
         scale: Share (0–1) of what the search found that was kept.
     """
 
@@ -172,13 +178,15 @@ def plan_step(
     origin: Origin,
     needed_bytes: int,
 ) -> Plan:
-    """Reads and checks what every step needs: vector, family, places, base, history. Writes nothing that stays.
+    """Reads and checks what every step needs: vector, family, places, base, history. Writes nothing
+    that stays.
 
     Collective: every rank calls it, and if it fails on one it raises on all.
 
     Args:
         config: What to do.
-        model: The model as it is now, live or without weights; only its names and shapes matter here.
+        model: The model as it is now, live or without weights; only its names and shapes matter
+            here.
         processor: Its tokenizer, or a processor with one.
         target: Folder of the checkpoint to be.
         sharding: How the model is spread over ranks.

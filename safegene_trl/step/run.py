@@ -1,6 +1,7 @@
 """The safety step, in one order for every fine-tune: find, decide, write, verify, record.
 
-Whatever goes wrong in it ends in a failure report beside the checkpoint that is not there; the fine-tune itself is never touched.
+Whatever goes wrong in it ends in a failure report beside the checkpoint that is not there; the
+fine-tune itself is never touched.
 """
 
 import logging
@@ -31,12 +32,14 @@ logger = logging.getLogger(__name__)
 def run(plan: Plan, fine_tune: FineTune) -> dict[str, Any]:
     """Finds the coefficients, decides, writes the checkpoint and verifies it; returns its report.
 
-    Collective. After any failure, an interruption included, the report of what was known goes to `failure_path`, and no
-    checkpoint is left, but where only its upload failed. What came of it is added to `config.output.history`, whose space on the disk is
-    taken before the checkpoint appears.
+    Collective. After any failure, an interruption included, the report of what was known goes to
+    `failure_path`, and no checkpoint is left, but where only its upload failed. What came of it is
+    added to `config.output.history`, whose space on the disk is taken before the checkpoint
+    appears.
 
     Raises:
-        RejectedError: No coefficients are acceptable, or the gate's limits are not kept. No checkpoint is written.
+        RejectedError: No coefficients are acceptable, or the gate's limits are not kept. No
+            checkpoint is written.
         UnexpectedError: Something failed that this package did not expect.
         SafeGeneError: Another of its kinds, saying what to do.
     """
@@ -70,7 +73,9 @@ def _write(plan: Plan, fine_tune: FineTune, found: Found) -> None:
 
 
 def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> Callable[[], None]:
-    """Puts the checkpoint in its place; what is given then adds it to the history, which `held` keeps locked."""
+    """Puts the checkpoint in its place; what is given then adds it to the history, which `held`
+    keeps locked.
+    """
     sharding, report, add = plan.sharding, plan.report, _nothing
     with atomic_directory(plan.target, job=sharding) as folder:
         with plan.clock.phase("save"):
@@ -108,7 +113,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _reported(plan: Plan) -> Iterator[None]:
-    """Whatever leaves the block has been written to the failure report; what is not one of our errors becomes one."""
+    """Whatever leaves the block has been written to the failure report; what is not one of our
+    errors becomes one.
+    """
     try:
         with terminable():
             yield
@@ -147,7 +154,9 @@ def _unexpected(plan: Plan, error: Exception) -> SafeGeneError:
 
 
 def _remove_failure(target: Path) -> None:
-    """Removes what an earlier failed run has left beside the checkpoint, which is finished whether that can be removed or not."""
+    """Removes what an earlier failed run has left beside the checkpoint, which is finished whether
+    that can be removed or not.
+    """
     for suffix in FAILURE_SUFFIXES:
         path = target.with_name(target.name + suffix)
         try:
@@ -196,7 +205,9 @@ def _add_to_history(plan: Plan) -> None:
 
 
 def _write_failure(plan: Plan, error: BaseException) -> None:
-    """Writes what was known and what failed to `failure_path`, on rank 0. That it cannot be written hides no error."""
+    """Writes what was known and what failed to `failure_path`, on rank 0. That it cannot be written
+    hides no error.
+    """
     plan.report.status = "failed"
     plan.report.error = {
         "kind": type(error).__name__,

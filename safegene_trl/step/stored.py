@@ -1,7 +1,8 @@
-"""The safety step on a finished model with coefficients that are known already: nothing is loaded or measured.
+"""The safety step on a finished model with coefficients that are known already: nothing is loaded
+or measured.
 
-What is wrong with the request or the files is said at once. Only then comes what takes seconds to import: the model's own code, whose
-names and shapes say where the vector goes.
+What is wrong with the request or the files is said at once. Only then comes what takes seconds to
+import: the model's own code, whose names and shapes say where the vector goes.
 """
 
 from pathlib import Path
@@ -27,10 +28,11 @@ def safeguard_stored(
         config: What to do; all about shots and the search is ignored.
         name_or_path: Directory or hub id of the checkpoint or adapter.
         revision: Its branch, tag or commit on the hub.
-        given: One number (the coefficient of every layer), or the report of an earlier safety step with this vector: a
-            file, or the folder it lies in; or `interference`, EnchTable's rule.
+        given: One number (the coefficient of every layer), or the report of an earlier safety step
+            with this vector: a file, or the folder it lies in; or `interference`, EnchTable's rule.
         target: Folder of the checkpoint to be.
-        base_model: The aligned model, from which `interference` tells a full fine-tune's own change.
+        base_model: The aligned model, from which `interference` tells a full fine-tune's own
+            change.
 
     Raises:
         SafeGeneError: One of its kinds, before anything is written.
@@ -44,7 +46,9 @@ def safeguard_stored(
 
 
 def check_measures_nothing(config: SafeGeneConfig) -> None:
-    """Raises `ConfigError` for limits of a gate: with given coefficients nothing is measured that could keep them."""
+    """Raises `ConfigError` for limits of a gate: with given coefficients nothing is measured that
+    could keep them.
+    """
     if config.gate and config.gate.limits:
         raise ConfigError(
             f"`gate.{next(iter(config.gate.limits))}` is set beside `coefficients`, with which nothing is measured that could be held "

@@ -1,4 +1,6 @@
-"""A finished model on a disk, with coefficients that are known already, as a fine-tune of the safety step."""
+"""A finished model on a disk, with coefficients that are known already, as a fine-tune of the
+safety step.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -136,7 +138,9 @@ class StoredFineTune:
 
 
 def _check_adds(coefficients: Coefficients, carried: Carried) -> None:
-    """Raises `ConfigError` where the weights hold all of it already: what was merged would be the fine-tune as it is."""
+    """Raises `ConfigError` where the weights hold all of it already: what was merged would be the
+    fine-tune as it is.
+    """
     if any(abs(value - carried[name]) > ROUNDING for name, value in coefficients.items()):
         return
     largest = max(coefficients.values())

@@ -1,4 +1,6 @@
-"""The model card of a safety vector. All that comes from its files is inert in it: names, categories."""
+"""The model card of a safety vector. All that comes from its files is inert in it: names,
+categories.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

@@ -1,7 +1,8 @@
 """Several safety vectors of one family as one, each a component with coefficients of its own.
 
-`V_m = Σ_c B_{m,c} A_{m,c}` by stacking the factors, `[B_1 … B_C] [A_1; …; A_C]`; recalibration then finds `λ_{l,c}` for every layer
-and component. Vectors from different degradations point at different parts of what keeps a model safe.
+`V_m = Σ_c B_{m,c} A_{m,c}` by stacking the factors, `[B_1 … B_C] [A_1; …; A_C]`; recalibration then
+finds `λ_{l,c}` for every layer and component. Vectors from different degradations point at
+different parts of what keeps a model safe.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,12 @@ from .safety_vector import SafetyVector
 def combine(
     vectors: Sequence[str | Path], output_dir: str | Path, overwrite_output_dir: bool = False
 ) -> SafetyVector:
-    """Makes several safety vectors of one aligned model the components of one, and saves that to `output_dir`.
+    """Makes several safety vectors of one aligned model the components of one, and saves that to
+    `output_dir`.
 
-    `V_m = Σ_c B_{m,c} A_{m,c}`, stacked as `[B_1 … B_C] [A_1; …; A_C]` (`(d_out, Σ r_c)` and `(Σ r_c, d_in)`, in the first
-    vector's data type); a fine-tune then takes on each component with coefficients of its own.
+    `V_m = Σ_c B_{m,c} A_{m,c}`, stacked as `[B_1 … B_C] [A_1; …; A_C]` (`(d_out, Σ r_c)` and `(Σ
+    r_c, d_in)`, in the first vector's data type); a fine-tune then takes on each component with
+    coefficients of its own.
 
     Args:
         vectors: Directories or hub ids of two or more vectors.

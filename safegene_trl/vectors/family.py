@@ -18,7 +18,8 @@ class Family:
 
     Attributes:
         architecture: Class name of the model, e.g. `LlamaForCausalLM`.
-        fingerprint: SHA-256 over the sorted parameter names and shapes, without the vocabulary's size.
+        fingerprint: SHA-256 over the sorted parameter names and shapes, without the vocabulary's
+            size.
         vocab_size: Rows of the input embedding.
         tokenizer: SHA-256 of the token → id table.
         chat_template: SHA-256 of the chat template, None where there is none.
@@ -64,7 +65,9 @@ class Family:
         return asdict(self)
 
     def check_member(self, other: "Family") -> list[str]:
-        """Raises `FamilyError` unless a model of family `other` can take this family's vector; returns warnings."""
+        """Raises `FamilyError` unless a model of family `other` can take this family's vector;
+        returns warnings.
+        """
         if other.architecture != self.architecture:
             raise FamilyError(
                 f"The safety vector was made for {self.architecture} and the model is {other.architecture}: use a vector "

@@ -1,7 +1,9 @@
-"""The files of a safety vector, read with distrust: whatever is not exactly what `save_pretrained` writes is refused.
+"""The files of a safety vector, read with distrust: whatever is not exactly what `save_pretrained`
+writes is refused.
 
-Nothing here runs code from a file, follows a name in a file to another file, or reads more than a file may hold. What cannot
-be told from the files alone, a vector that was changed into another valid one, is what signatures are for.
+Nothing here runs code from a file, follows a name in a file to another file, or reads more than a
+file may hold. What cannot be told from the files alone, a vector that was changed into another
+valid one, is what signatures are for.
 """
 
 import json
@@ -49,7 +51,8 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
     """The files of a vector by name, each opened once and read whole; downloaded if it is a hub id.
 
-    All that is checked or used afterwards are these bytes, so it does not matter what happens to the files.
+    All that is checked or used afterwards are these bytes, so it does not matter what happens to
+    the files.
 
     Args:
         name_or_path: Local directory or hub id.
@@ -65,7 +68,8 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
     if not folder.is_dir():
         folder = _downloaded(name_or_path, **kwargs)
     try:
-        # the folder is opened once as well: a link to it that is changed meanwhile gives no mixture of two vectors
+        # the folder is opened once as well: a link to it that is changed meanwhile gives no mixture
+        # of two vectors
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise VectorError(
@@ -107,7 +111,8 @@ def _downloaded(name: str, **kwargs: Any) -> Path:
 def _read_whole(folder: int, file: str, name: str) -> bytes | None:
     """All of a plain file that is not larger than any such file; None where there is none.
 
-    Links are followed, because the hub's cache consists of them: to plain files only, never to a device or a pipe.
+    Links are followed, because the hub's cache consists of them: to plain files only, never to a
+    device or a pipe.
     """
     try:
         # a pipe must not be waited for
@@ -149,10 +154,11 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def adapter_config(modules: Iterable[str], rank: int, base: str) -> str:
-    """The content of `adapter_config.json`: a plain LoRA on these modules, as PEFT, vLLM and others read it.
+    """The content of `adapter_config.json`: a plain LoRA on these modules, as PEFT, vLLM and others
+    read it.
 
-    Alpha is the rank, so that they apply `B A` unscaled. What is left out is as PEFT has it by default. Sorted, one vector is one file
-    whoever saves it.
+    Alpha is the rank, so that they apply `B A` unscaled. What is left out is as PEFT has it by
+    default. Sorted, one vector is one file whoever saves it.
     """
     config = {
         "base_model_name_or_path": base,
@@ -342,7 +348,9 @@ _VALID = {
 
 
 def check_consistent(config: dict[str, Any], rank: int, layers: list[int], name: str) -> None:
-    """Raises `VectorError` unless the weights, of this rank and in these layers, are those that the config describes."""
+    """Raises `VectorError` unless the weights, of this rank and in these layers, are those that the
+    config describes.
+    """
     if config["extraction"]["rank"] != rank or config["selection"]["selected_layers"] != layers:
         raise VectorError(
             f"{CONFIG_FILE} of {name} describes other weights than {WEIGHTS_FILE} holds: download or make the vector again."
@@ -350,7 +358,9 @@ def check_consistent(config: dict[str, Any], rank: int, layers: list[int], name:
 
 
 def reject_unknown_arguments(kwargs: dict[str, Any]) -> None:
-    """Raises `SafeGeneError` for an argument that loading does not take, `trust_remote_code` above all."""
+    """Raises `SafeGeneError` for an argument that loading does not take, `trust_remote_code` above
+    all.
+    """
     allowed = {"revision", "token", "cache_dir", "local_files_only", "force_download", "public_key"}
     if unknown := set(kwargs) - allowed:
         raise SafeGeneError(

@@ -13,8 +13,10 @@ def check_vector_output(target: Path, inputs: Mapping[str, Any], overwrite: bool
 
     Args:
         target: The folder to be.
-        inputs: What is read, by what it is called in messages; `target` must not be, hold or lie in any of it.
-        overwrite: Whether an earlier vector may be replaced. Others may rest on it or its signature.
+        inputs: What is read, by what it is called in messages; `target` must not be, hold or lie in
+            any of it.
+        overwrite: Whether an earlier vector may be replaced. Others may rest on it or its
+            signature.
     """
     check_places(target, inputs)
     check_output(target, kind=VECTOR)

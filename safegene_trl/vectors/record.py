@@ -1,4 +1,6 @@
-"""What a safety vector says of itself, all its files checked: everything but its weights, so that nothing here needs torch."""
+"""What a safety vector says of itself, all its files checked: everything but its weights, so that
+nothing here needs torch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

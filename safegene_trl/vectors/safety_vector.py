@@ -1,4 +1,6 @@
-"""`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA directory."""
+"""`SafetyVector`: a model family's reusable safety weights, on disk an ordinary PEFT LoRA
+directory.
+"""
 
 import json
 from collections.abc import Mapping
@@ -39,25 +41,28 @@ class SafetyVector(
     library_name="safegene-trl",
     tags=["safegene", "safety-vector", "lora"],
 ):
-    """A family's safety vector: `V_m = B_m A_m` for every module `m` of the selected layers (arXiv 2606.06519).
+    """A family's safety vector: `V_m = B_m A_m` for every module `m` of the selected layers (arXiv
+    2606.06519).
 
-    On disk it is an ordinary PEFT LoRA directory with a record of its making, the aligned model's prompts and answers, and
-    perhaps a signature. `save_pretrained` and `push_to_hub` are huggingface_hub's.
+    On disk it is an ordinary PEFT LoRA directory with a record of its making, the aligned model's
+    prompts and answers, and perhaps a signature. `save_pretrained` and `push_to_hub` are
+    huggingface_hub's.
 
     Attributes:
-        deltas: By canonical module name the factors `a` (`(r, d_in)`) and `b` (`(d_out, r)`) of its delta: float16, bfloat16
-            or float32, on the CPU; one rank r for all.
-        family: The model family it fits: architecture, shapes, tokenizer and chat template, as hashes.
+        deltas: By canonical module name the factors `a` (`(r, d_in)`) and `b` (`(d_out, r)`) of its
+            delta: float16, bfloat16 or float32, on the CPU; one rank r for all.
+        family: The model family it fits: architecture, shapes, tokenizer and chat template, as
+            hashes.
         aligned_model: Name, revision and file hashes of the aligned model.
         degraded_model: The same of the degraded model.
         extraction: How the deltas were made: method, rank, share (0–1) of `‖ΔW‖²` kept per module.
         selection: How the layers were selected: method, scores per layer, selected layers.
-        prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with `category`; the responses are the
-            aligned model's own. Harmful rows carry refusals only.
+        prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with
+            `category`; the responses are the aligned model's own. Harmful rows carry refusals only.
         software: Versions it was made with.
         files: Size (bytes) and SHA-256 of every other file of a saved vector.
-        signature: The content of the signature file it was loaded with, None where there was none. It is saved again with the files
-            that it was loaded with, and with no others.
+        signature: The content of the signature file it was loaded with, None where there was none.
+            It is saved again with the files that it was loaded with, and with no others.
     """
 
     deltas: dict[str, LowRankDelta]
@@ -130,7 +135,8 @@ class SafetyVector(
                     "safety vector: use a vector of the model's own family."
                 )
 
-    # Saving and loading go through huggingface_hub's mixin: `save_pretrained`, `from_pretrained`, `push_to_hub`.
+    # Saving and loading go through huggingface_hub's mixin: `save_pretrained`, `from_pretrained`,
+    # `push_to_hub`.
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {}
@@ -158,7 +164,9 @@ class SafetyVector(
         self._save_signature(save_directory)
 
     def _save_signature(self, folder: Path) -> None:
-        """Only with the very files that were signed; an earlier one in the folder is of other files."""
+        """Only with the very files that were signed; an earlier one in the folder is of other
+        files.
+        """
         hashes = {name: sha256_of_file(folder / name) for name in SIGNED_FILES}
         if self.signature is not None and hashes == self._signed_hashes:
             (folder / SIGNATURE_FILE).write_bytes(self.signature)
@@ -186,8 +194,9 @@ class SafetyVector(
 
         Args:
             pretrained_model_name_or_path: Local directory or hub id.
-            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; `public_key`, a PEM file that
-                the vector's signature is checked with, before anything else is read.
+            **kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`;
+                `public_key`, a PEM file that the vector's signature is checked with, before
+                anything else is read.
 
         Returns:
             The vector, its factors on the CPU in the data type they were saved in.
@@ -195,7 +204,8 @@ class SafetyVector(
         Raises:
             ConfigError: An argument is unknown.
             SignatureError: It is not signed, or not with that key, or was changed since.
-            VectorError: Missing, altered, truncated, of another format version, or with NaN or infinite values.
+            VectorError: Missing, altered, truncated, of another format version, or with NaN or
+                infinite values.
         """
         vector_files.reject_unknown_arguments(kwargs)
         # The mixin's own lookup of a config.json is skipped: a vector has none.
@@ -212,7 +222,8 @@ class SafetyVector(
     def from_files(
         cls, contents: Mapping[str, bytes], name: str, public_key: Path | None = None
     ) -> "SafetyVector":
-        """From the bytes of its files, as `vector_files.read_files` gives them; checked as by `from_pretrained`.
+        """From the bytes of its files, as `vector_files.read_files` gives them; checked as by
+        `from_pretrained`.
 
         Args:
             contents: The files' bytes by name.
@@ -221,7 +232,8 @@ class SafetyVector(
 
         Raises:
             SignatureError: It is not signed, or not with that key, or was changed since.
-            VectorError: Altered, truncated, of another format version, or with NaN or infinite values.
+            VectorError: Altered, truncated, of another format version, or with NaN or infinite
+                values.
         """
         record = read_record(contents, name, public_key)
         tensors = load(contents[WEIGHTS_FILE])
@@ -241,7 +253,8 @@ class SafetyVector(
         return vector
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card that lies beside a saved vector: family, makers, numbers, licence of the aligned model.
+        """The card that lies beside a saved vector: family, makers, numbers, licence of the aligned
+        model.
 
         Args:
             *args: As huggingface_hub passes them; not used.

@@ -1,8 +1,9 @@
-"""Signatures of safety vectors, by OpenSSF's `model-signing` with an elliptic-curve key; works offline.
+"""Signatures of safety vectors, by OpenSSF's `model-signing` with an elliptic-curve key; works
+offline.
 
-The hashes inside a vector show that its files belong together. Only a signature shows who made them.
-The library reads folders. Files in memory are put into a private folder for it, so that what is
-verified is what is used, whatever happens to the files they were read from.
+The hashes inside a vector show that its files belong together. Only a signature shows who made
+them. The library reads folders. Files in memory are put into a private folder for it, so that what
+is verified is what is used, whatever happens to the files they were read from.
 """
 
 import base64
@@ -22,7 +23,8 @@ SIGNATURE_FILE = "model.sig"
 def sign(
     folder: Path, files: tuple[str, ...], private_key: Path, password: str | None = None
 ) -> Path:
-    """Signs `files` of a folder as they are now; returns the signature's path, `model.sig` beside them.
+    """Signs `files` of a folder as they are now; returns the signature's path, `model.sig` beside
+    them.
 
     Args:
         folder: The folder.
@@ -74,7 +76,8 @@ def signature_of(
 def verify(
     contents: Mapping[str, bytes], signature: bytes | None, public_key: Path, name: str
 ) -> None:
-    """Checks that files, and no fewer, are as they were signed with the key that belongs to `public_key`.
+    """Checks that files, and no fewer, are as they were signed with the key that belongs to
+    `public_key`.
 
     Args:
         contents: The bytes by name of the files that must be signed.
@@ -83,7 +86,8 @@ def verify(
         name: What the files are, for messages.
 
     Raises:
-        SignatureError: No signature, another key, or a file that was changed, added to or taken from the signed ones.
+        SignatureError: No signature, another key, or a file that was changed, added to or taken
+            from the signed ones.
     """
     _, verifying, hashing = _model_signing()
     _check_key_file(public_key, "public")
@@ -137,7 +141,9 @@ def _invalid(name: str, public_key: Path, error: Exception) -> SignatureError:
 
 @contextmanager
 def _private_copy(contents: Mapping[str, bytes]) -> Iterator[tuple[Path, Path]]:
-    """A folder with the files and nothing else, and a place for their signature; nobody else can enter, removed in the end."""
+    """A folder with the files and nothing else, and a place for their signature; nobody else can
+    enter, removed in the end.
+    """
     with scratch_folder("the signature") as place:
         # the library keeps the folder's name
         folder = Path(place) / "vector"
@@ -153,7 +159,9 @@ def _private_copy(contents: Mapping[str, bytes]) -> Iterator[tuple[Path, Path]]:
 
 
 def _signed_names(signature: bytes) -> set[str]:
-    """The files that a signature says it covers; the verifier itself leaves out those that the signer left out."""
+    """The files that a signature says it covers; the verifier itself leaves out those that the
+    signer left out.
+    """
     envelope = json.loads(signature)["dsseEnvelope"]
     statement = json.loads(base64.b64decode(envelope["payload"]))
     return {resource["name"] for resource in statement["predicate"]["resources"]}

@@ -1,6 +1,7 @@
 """How alike safety vectors are: cosines between their deltas, per layer and overall.
 
-`cos(V, W) = ⟨V, W⟩ / (‖V‖‖W‖)` in the Frobenius inner product, over the modules that both vectors have. Vectors from different degradations of one family that agree point at the same safety
+`cos(V, W) = ⟨V, W⟩ / (‖V‖‖W‖)` in the Frobenius inner product, over the modules that both vectors
+have. Vectors from different degradations of one family that agree point at the same safety
 directions (arXiv 2606.06519 mentions 0.62 to 0.81).
 """
 
@@ -16,7 +17,9 @@ Deltas = Mapping[str, LowRankDelta]
 
 
 def cosine(one: Deltas, two: Deltas, layer: int | None = None) -> float | None:
-    """Cosine (−1 to 1) over the modules that both have, of one layer or of all; None where there are none."""
+    """Cosine (−1 to 1) over the modules that both have, of one layer or of all; None where there
+    are none.
+    """
     names = [name for name in one if name in two and layer in (None, layer_index(name))]
     product, first, second = (
         sum(left[name].inner(right[name]) for name in names)

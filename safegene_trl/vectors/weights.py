@@ -1,4 +1,6 @@
-"""The weights of a safety vector, looked through with distrust before any of them is used; without torch, as for `safegene verify`."""
+"""The weights of a safety vector, looked through with distrust before any of them is used; without
+torch, as for `safegene verify`.
+"""
 
 import math
 import re

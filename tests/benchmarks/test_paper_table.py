@@ -85,7 +85,8 @@ def test_p_values_are_paired_by_prompt_and_corrected(folder):
     assert set(found) == {"fine-tuned", "RESTA"}
     # 25 prompts are attacked with success under RESTA alone, one under ours alone
     assert found["RESTA"][0] < 1e-4 and found["fine-tuned"][0] < found["RESTA"][0]
-    # one benign prompt is refused under ours alone, one under RESTA alone; one of two samples is answered worse
+    # one benign prompt is refused under ours alone, one under RESTA alone; one of two samples is
+    # answered worse
     assert found["RESTA"][1:] == (1.0, 1.0)
     assert p_values({"RESTA": rows["RESTA"]}) == {}
     unlike = {
@@ -208,7 +209,9 @@ def test_findings_hold_the_tables_of_the_cells():
 
 
 def test_a_run_measures_only_the_cells_that_are_missing(tmp_path, monkeypatch):
-    """A run that was cut off goes on; a cell is found by task, seed and method, whatever signs the method's name has."""
+    """A run that was cut off goes on; a cell is found by task, seed and method, whatever signs the
+    method's name has.
+    """
     measured = {"labels": {"BT": "ra"}, "utility": [1.0]}
     table = SimpleNamespace(
         scale=1.0,

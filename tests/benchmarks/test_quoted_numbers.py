@@ -1,7 +1,8 @@
 """What the docs quote with a link to a record is what the record holds.
 
-A link to a result names its records, as in [`runs.jsonl`: `fleet`](../benchmarks/results/runs.jsonl). For every such link on
-every page `QUOTED` has a function from the records to the words of the page. So a record that is measured anew, renamed or
+A link to a result names its records, as in [`runs.jsonl`:
+`fleet`](../benchmarks/results/runs.jsonl). For every such link on every page `QUOTED` has a
+function from the records to the words of the page. So a record that is measured anew, renamed or
 removed fails here until the page says what it says.
 """
 

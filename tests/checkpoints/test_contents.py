@@ -1,4 +1,6 @@
-"""Files that are not ours are found, whatever they are; those that a checkpoint or vector has are known."""
+"""Files that are not ours are found, whatever they are; those that a checkpoint or vector has are
+known.
+"""
 
 import json
 import shutil
@@ -20,7 +22,9 @@ from ..conftest import ALONE, make_deltas, make_model
 
 @pytest.fixture
 def checkpoint(tokenizer, tmp_path):
-    """One in several files, with an adapter in a subfolder and all reports; of a version that kept no record."""
+    """One in several files, with an adapter in a subfolder and all reports; of a version that kept
+    no record.
+    """
     folder, model = tmp_path / "checkpoint", make_model()
     folder.mkdir()
     deltas = make_deltas(model)

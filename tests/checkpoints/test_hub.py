@@ -1,4 +1,6 @@
-"""Whatever goes wrong with the hub is one plain error; uploads themselves are tested in `tests/test_hub.py`."""
+"""Whatever goes wrong with the hub is one plain error; uploads themselves are tested in
+`tests/test_hub.py`.
+"""
 
 import httpx
 import pytest

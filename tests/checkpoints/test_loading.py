@@ -1,4 +1,6 @@
-"""Damaged and incomplete checkpoints and adapters end in one sentence, and no code of theirs is run."""
+"""Damaged and incomplete checkpoints and adapters end in one sentence, and no code of theirs is
+run.
+"""
 
 import ast
 import json
@@ -289,7 +291,9 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
 
 
 def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
-    """transformers asks on standard input whether it may run a checkpoint's own code; nobody is to be asked."""
+    """transformers asks on standard input whether it may run a checkpoint's own code; nobody is to
+    be asked.
+    """
     mark = tmp_path / "ran"
     folders = {
         name: shutil.copytree(model_dir, tmp_path / name)
@@ -344,7 +348,9 @@ def test_every_loader_of_transformers_is_told_not_to_run_code():
 
 @pytest.fixture
 def shards(tmp_path, model_dir):
-    """A folder with nothing but DeepSpeed's shards, which are pickle files that write a file when they are read."""
+    """A folder with nothing but DeepSpeed's shards, which are pickle files that write a file when
+    they are read.
+    """
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "latest").write_text("global_step3")

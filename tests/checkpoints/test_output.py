@@ -153,7 +153,9 @@ def test_several_writers_of_siblings_that_fail_and_start_anew(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
 def test_killed_while_it_replaces(moment, way, tmp_path):
-    """By SIGKILL around the renaming; the earlier folder or the new one is there, at the latest after the next check."""
+    """By SIGKILL around the renaming; the earlier folder or the new one is there, at the latest
+    after the next check.
+    """
     target = tmp_path / "out"
     put(target, "{}", config="earlier")
 

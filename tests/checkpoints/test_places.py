@@ -14,7 +14,9 @@ from .mounts import with_mounts
 
 @pytest.fixture
 def world(tmp_path):
-    """`model/`, `vector/`, `out/safeguarded/` with an evaluation in it, `data/task.jsonl` and links to them."""
+    """`model/`, `vector/`, `out/safeguarded/` with an evaluation in it, `data/task.jsonl` and links
+    to them.
+    """
     for folder in ("model", "vector", "out/safeguarded/evaluation", "data", "v1"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "data" / "task.jsonl").write_text("{}\n")

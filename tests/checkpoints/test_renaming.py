@@ -19,7 +19,9 @@ class Interruption(BaseException):
 
 
 def interrupted_at(number, target):
-    """Makes a temporary folder, ended at the `number`-th line or return of what makes it; whether there are so many."""
+    """Makes a temporary folder, ended at the `number`-th line or return of what makes it; whether
+    there are so many.
+    """
     left = number
 
     def trace(frame, event, argument):

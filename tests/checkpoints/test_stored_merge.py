@@ -37,7 +37,9 @@ def saved(model, tokenizer, folder, **kwargs):
 
 
 def merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size="5GB"):
-    """Tensors of the checkpoint merged from the files of `source` and of the one merged from `live`."""
+    """Tensors of the checkpoint merged from the files of `source` and of the one merged from
+    `live`.
+    """
     deltas = make_deltas(make_model())
     coefficients = {name: COEFFICIENTS.get(name, 0.7) for name in deltas}
     for name in ("streamed", "loaded"):

@@ -54,7 +54,9 @@ def prompt_files(tmp_path):
 
 @pytest.fixture
 def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
-    """Arguments of an extraction whose degraded model is a LoRA on the aligned one; the tiny model `refuses`."""
+    """Arguments of an extraction whose degraded model is a LoRA on the aligned one; the tiny model
+    `refuses`.
+    """
     degraded = with_lora(make_model())
     degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
     degraded.save_pretrained(tmp_path / "degraded")
@@ -162,7 +164,8 @@ def test_extract_refuses_a_model_whose_logits_overflow(
         if folder.name == who:
             tensors["model.norm.weight"].fill_(3e38)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    # The final norm is no linear layer: with its change the vector would hold next to nothing of the difference.
+    # The final norm is no linear layer: with its change the vector would hold next to nothing of
+    # the difference.
     pick = "safegene_trl.extraction.pipeline.Coverage.check"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pick, lambda self: None)
@@ -355,7 +358,9 @@ def test_combine_does_not_replace_a_vector_it_reads(vector_dir, tokenizer, tmp_p
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_sft_then_apply_agree(lora, model_dir, vector_dir, task_file, tmp_path, capsys):
-    """The callback at the end of the training and `apply` on the saved fine-tune give the same weights."""
+    """The callback at the end of the training and `apply` on the saved fine-tune give the same
+    weights.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"""

@@ -21,7 +21,9 @@ from ..conftest import in_groups, make_model, make_tokenizer
 
 @pytest.fixture
 def fleet(model_dir, vector_dir, task_file, tmp_path):
-    """Five members: two whose gates differ, one without task data, one that is no model, one whose file is damaged."""
+    """Five members: two whose gates differ, one without task data, one that is no model, one whose
+    file is damaged.
+    """
     for name in ("a", "b", "c"):
         make_model(seed=ord(name)).save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
@@ -88,8 +90,8 @@ raise SystemExit(main(sys.argv[1:]))
 def run_fleet(request, interpreter, capsys):
     """Runs `safegene` with some words; its exit code and what it printed.
 
-    Seven new interpreters take most of a minute, so members are forks of a process that has imported everything; `exhaustive`
-    starts them as users do.
+    Seven new interpreters take most of a minute, so members are forks of a process that has
+    imported everything; `exhaustive` starts them as users do.
     """
 
     def run(words):
@@ -258,7 +260,9 @@ def member_at(folder):
 
 
 def test_an_outcome_is_what_the_newest_report_says(tmp_path):
-    """An earlier checkpoint is still there when a new one is rejected; and an exit code alone proves nothing."""
+    """An earlier checkpoint is still there when a new one is rejected; and an exit code alone
+    proves nothing.
+    """
     member = member_at(tmp_path)
     module._conclude(member, 0)
     assert member.outcome == "failed" and "left no report" in member.message

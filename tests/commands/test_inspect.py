@@ -1,4 +1,6 @@
-"""`safegene inspect` on what is neither a vector nor a safeguarded checkpoint, and on many coefficients."""
+"""`safegene inspect` on what is neither a vector nor a safeguarded checkpoint, and on many
+coefficients.
+"""
 
 import json
 

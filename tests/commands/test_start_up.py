@@ -1,4 +1,5 @@
-"""Which large libraries a command imports: no more than it works with, because most of its start is their import.
+"""Which large libraries a command imports: no more than it works with, because most of its start is
+their import.
 
 Their seconds are measured by `python -m benchmarks.start_up`.
 """

@@ -20,7 +20,9 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 @pytest.fixture
 def run(model_dir, tmp_path, monkeypatch, capsys):
-    """Runs `safegene sft` on rows, up to where the trainer is made; gives the exit code and what was said last."""
+    """Runs `safegene sft` on rows, up to where the trainer is made; gives the exit code and what
+    was said last.
+    """
 
     class Made(Exception):
         """The trainer would load the model now."""

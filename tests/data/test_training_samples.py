@@ -1,4 +1,6 @@
-"""The tokens that the utility term reads are the assistant's words, whatever a trainer has made of the rows."""
+"""The tokens that the utility term reads are the assistant's words, whatever a trainer has made of
+the rows.
+"""
 
 import json
 from pathlib import Path

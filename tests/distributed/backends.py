@@ -8,7 +8,9 @@ DEEPSPEED = ("zero1", "zero2", "zero3", "zero3_offload")
 
 
 def deepspeed_config(backend: str, gather: bool) -> dict:
-    """ZeRO of one stage. The thresholds make ZeRO-3 shard even tiny weights and keep none of them gathered."""
+    """ZeRO of one stage. The thresholds make ZeRO-3 shard even tiny weights and keep none of them
+    gathered.
+    """
     stage = int(backend[4])
     zero: dict = {"stage": stage, "reduce_bucket_size": 8192}
     if stage == 3:

@@ -49,7 +49,9 @@ def run_plans(folder: Path, plans: list[dict], timeout: int) -> None:
 
 
 def run_together(commands, timeout=240):
-    """Starts all commands at once and waits for all; returns their exit codes and what they printed."""
+    """Starts all commands at once and waits for all; returns their exit codes and what they
+    printed.
+    """
     started = [
         subprocess.Popen(
             command,

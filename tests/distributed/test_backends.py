@@ -77,11 +77,13 @@ def name_of(backend, lora, tied, dtype, extra=False):
 
 BACKENDS = [backend for launch in LAUNCHES for backend in launch]
 SCENARIOS = [
-    # (With FSDP2's activation checkpointing PEFT saves an empty adapter, whether or not there is a callback.)
+    # (With FSDP2's activation checkpointing PEFT saves an empty adapter, whether or not there is a
+    # callback.)
     *((backend, backend != "fsdp2", True, "float32", True) for backend in BACKENDS),
     *((backend, *kind, False) for backend in BACKENDS for kind in KINDS),
 ]
-# One of a layout stands for the others: ZeRO-1 and ZeRO-2 leave the weights whole as DDP does, offloading shards as ZeRO-3 does.
+# One of a layout stands for the others: ZeRO-1 and ZeRO-2 leave the weights whole as DDP does,
+# offloading shards as ZeRO-3 does.
 QUICK = [
     (backend, *kind) for backend in ("ddp", "fsdp2", "zero3") for kind in (KINDS[0], KINDS[-1])
 ]
@@ -110,7 +112,9 @@ def family(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launched(family, tmp_path_factory, request):
-    """Runs a launch with all its selected scenarios when the first of them asks for it; gives a scenario's folder."""
+    """Runs a launch with all its selected scenarios when the first of them asks for it; gives a
+    scenario's folder.
+    """
     folders: dict[tuple, Path] = {}
     selected = [
         item.callspec.params.get("scenario")

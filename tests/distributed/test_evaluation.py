@@ -1,4 +1,6 @@
-"""`safegene evaluate` in two processes: the prompts are shared out, and the answers are those of one process."""
+"""`safegene evaluate` in two processes: the prompts are shared out, and the answers are those of
+one process.
+"""
 
 import json
 import sys

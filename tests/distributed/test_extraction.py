@@ -89,7 +89,8 @@ def test_two_processes_make_one_vector(extraction, tmp_path):
         SafetyVector.from_pretrained(tmp_path / name) for name in ("zero3", "ddp", "alone")
     )
     assert sharded.prompts == whole.prompts == alone.prompts and len(alone.prompts) > 12
-    # Two ranks learn from two batches a step, one from one: where they start is the same, where they end is not.
+    # Two ranks learn from two batches a step, one from one: where they start is the same, where
+    # they end is not.
     records = [vector.extraction["distillation"] for vector in (sharded, whole, alone)]
     assert [record["processes"] for record in records] == [2, 2, 1]
     for kind in ("harmful", "benign"):

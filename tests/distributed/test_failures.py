@@ -1,4 +1,6 @@
-"""A failing rank ends the safety step on every rank, says who and why, and leaves nothing half-written."""
+"""A failing rank ends the safety step on every rank, says who and why, and leaves nothing
+half-written.
+"""
 
 import json
 import os
@@ -96,7 +98,9 @@ def launch(root, plans):
 
 
 def agreed(backend):
-    """What each fault is met by; last comes none: after all the failures the same processes still work together."""
+    """What each fault is met by; last comes none: after all the failures the same processes still
+    work together.
+    """
     said = "The safety step failed unexpectedly (RuntimeError: Rank 1 of 2 failed: Fault: broken on purpose)"
     together = {"recalibration": ("UnexpectedError", "UnexpectedError", said)}
     faults = AGREED | (together if backend == "ddp" else {})
@@ -110,7 +114,9 @@ def of_the_search(backend):
 
 @pytest.fixture(scope="module")
 def launched(family, tmp_path_factory):
-    """One launch of a backend with all faults that both ranks survive; the folder of `agreed` and that of `of_the_search`."""
+    """One launch of a backend with all faults that both ranks survive; the folder of `agreed` and
+    that of `of_the_search`.
+    """
     done = {}
 
     def folders(backend):
@@ -152,7 +158,9 @@ def test_ranks_fail_together_and_can_go_on(backend, launched):
 
 @pytest.mark.parametrize("backend", [marked(backend) for backend in BACKENDS])
 def test_what_rank_0_meets_in_the_search_frees_the_others(backend, launched):
-    """Within seconds, not after the process group's time-out; and all ranks start again where memory ran out on one."""
+    """Within seconds, not after the process group's time-out; and all ranks start again where
+    memory ran out on one.
+    """
     _, folder = launched(backend)
     for fault in of_the_search(backend):
         out = folder / fault.replace(" ", "-")

@@ -176,7 +176,8 @@ def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkey
         "processes": 2,
     }
 
-    # A finished checkpoint gives the same coefficients, in one process; also one that holds DeepSpeed's shards only.
+    # A finished checkpoint gives the same coefficients, in one process; also one that holds
+    # DeepSpeed's shards only.
     checkpoint = tmp_path / "out"
     if launcher == "deepspeed zero3":
         checkpoint = tmp_path / "out" / "checkpoint-2"

@@ -1,4 +1,6 @@
-"""Rank 0 may work alone for longer than a collective operation may wait, also where there are more than two ranks."""
+"""Rank 0 may work alone for longer than a collective operation may wait, also where there are more
+than two ranks.
+"""
 
 import pytest
 

@@ -1,7 +1,8 @@
-"""One rank of a sharded run: `python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.worker PLAN.json`.
+"""One rank of a sharded run: `python -m torch.distributed.run --nproc_per_node 2 -m
+tests.distributed.worker PLAN.json`.
 
-The plan lists scenarios; each is a fine-tune with the callback, and what rank 0 learned from it goes to a JSON file of its
-own. Assertions are made by the tests that launch this.
+The plan lists scenarios; each is a fine-tune with the callback, and what rank 0 learned from it
+goes to a JSON file of its own. Assertions are made by the tests that launch this.
 """
 
 import gc

@@ -1,4 +1,6 @@
-"""Estimates against what the steps take: operations in place of seconds, which `benchmarks/estimation.py` measures, and bytes."""
+"""Estimates against what the steps take: operations in place of seconds, which
+`benchmarks/estimation.py` measures, and bytes.
+"""
 
 import json
 import os
@@ -85,7 +87,9 @@ def once(monkeypatch):
 
 @pytest.fixture
 def operation_clock(monkeypatch):
-    """Counts floating-point operations in place of seconds: a step takes the same number every time."""
+    """Counts floating-point operations in place of seconds: a step takes the same number every
+    time.
+    """
     monkeypatch.setattr(Probe, "_seconds", lambda probe, run: operations(run))
 
 
@@ -203,7 +207,9 @@ def run_here(*words):
 
 
 def run_apart(*words):
-    """A command in a process of its own, in which the C library gives back at once what tensors no longer need."""
+    """A command in a process of its own, in which the C library gives back at once what tensors no
+    longer need.
+    """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "safegene_trl", *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -213,7 +219,9 @@ def run_apart(*words):
 
 @pytest.mark.parametrize("run", [run_here, pytest.param(run_apart, marks=pytest.mark.exhaustive)])
 def test_commands(run, tokenizer, settings, tmp_path, capsys):
-    """`estimate apply …` against `apply …`: the bytes it wrote and, apart from the tests, the peak of resident memory in its report."""
+    """`estimate apply …` against `apply …`: the bytes it wrote and, apart from the tests, the peak
+    of resident memory in its report.
+    """
     options = options_of_apply(
         llama(12 if run is run_apart else LAYERS), tokenizer, settings, tmp_path
     )
@@ -251,7 +259,9 @@ def test_commands(run, tokenizer, settings, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["delta", "distill", "linearized"])
 def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
-    """Each step of an extraction is told, from adapters and from checkpoints, and the vector's size."""
+    """Each step of an extraction is told, from adapters and from checkpoints, and the vector's
+    size.
+    """
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("aligned")
     tokenizer.save_pretrained("aligned")
@@ -294,7 +304,9 @@ def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
 
 
 def test_training_recipe(tokenizer, tmp_path, monkeypatch):
-    """A recipe's safety step, with the shots from its own training data; two sharing processes take less each."""
+    """A recipe's safety step, with the shots from its own training data; two sharing processes take
+    less each.
+    """
     monkeypatch.chdir(tmp_path)
     make_model().save_pretrained("model")
     tokenizer.save_pretrained("model")

@@ -190,7 +190,9 @@ def test_unknown_task_is_named_before_anything_runs(config, sets, capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A judge that is asked one by one, notes what about, and fails at the answer whose number is in `fails`."""
+    """A judge that is asked one by one, notes what about, and fails at the answer whose number is
+    in `fails`.
+    """
 
     class Counting:
         name, sees, batch = "counting", "refusals", 1

@@ -1,4 +1,6 @@
-"""Three fine-tunes in a row on new data, the second one with a model that refuses no more: it is rejected, and the third goes on from the first."""
+"""Three fine-tunes in a row on new data, the second one with a model that refuses no more: it is
+rejected, and the third goes on from the first.
+"""
 
 import json
 import runpy
@@ -17,7 +19,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pipeline.py"
 
 @pytest.fixture
 def pipeline(model_dir, vector_dir, tmp_path, monkeypatch):
-    """Runs the script on the first so many nights; what the models answer is said here, because a random one says nothing."""
+    """Runs the script on the first so many nights; what the models answer is said here, because a
+    random one says nothing.
+    """
     rows = list(task_dataset())
     for night in range(3):
         file = tmp_path / f"night{night}.jsonl"

@@ -1,4 +1,6 @@
-"""Before every stage of the quickstart stands a line that says what it does and how long that takes."""
+"""Before every stage of the quickstart stands a line that says what it does and how long that
+takes.
+"""
 
 import json
 import runpy

@@ -1,4 +1,6 @@
-"""Distillation on tiny models: it moves the student towards the aligned model and leaves benign answers where they are."""
+"""Distillation on tiny models: it moves the student towards the aligned model and leaves benign
+answers where they are.
+"""
 
 import pytest
 import torch
@@ -62,7 +64,8 @@ def test_it_learns_the_refusals_and_keeps_the_anchor(harmful, benign):
     assert losses["after"]["harmful"] < 0.3 * losses["before"]["harmful"]
     assert losses["after"]["benign"] < losses["before"]["harmful"]
     assert all(delta.a.shape[0] == 4 for delta in found.values())
-    # The returned factors are what was trained: attached to the degraded model they give the same divergence.
+    # The returned factors are what was trained: attached to the degraded model they give the same
+    # divergence.
     again = with_lora(make_model(), rank=4)
     items = [item for item in data if not item.is_anchor]
     tokens = [len(item.log_probs) for item in items]

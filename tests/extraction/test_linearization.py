@@ -1,4 +1,6 @@
-"""Linearised blocks: against finite differences, nothing over single linear layers, gradients, and what is put back."""
+"""Linearised blocks: against finite differences, nothing over single linear layers, gradients, and
+what is put back.
+"""
 
 import pytest
 import torch
@@ -34,7 +36,9 @@ def model():
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
 def test_value_and_slope_by_finite_differences(model, kind):
-    """The block alone, on an input of its own, in float64: f(0) + (f(h) − f(−h)) / 2h, with h the scale of the LoRA."""
+    """The block alone, on an input of its own, in float64: f(0) + (f(h) − f(−h)) / 2h, with h the
+    scale of the LoRA.
+    """
     model.double()
     model.get_base_model().set_attn_implementation("eager")  # before the mask is made
     (block, *_) = blocks_of(model, kind)

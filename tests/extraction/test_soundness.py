@@ -1,4 +1,6 @@
-"""Numbers that mean nothing: logits of a model that has diverged, vectors that their data type cannot hold."""
+"""Numbers that mean nothing: logits of a model that has diverged, vectors that their data type
+cannot hold.
+"""
 
 import pytest
 import torch

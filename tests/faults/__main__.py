@@ -33,7 +33,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
-    # tqdm's own lock is a semaphore that all forked processes share: a child killed while it holds it would block the others
+    # tqdm's own lock is a semaphore that all forked processes share: a child killed while it holds
+    # it would block the others
     tqdm.set_lock(threading.RLock())
     started, record = time.monotonic(), arguments.record and arguments.record.resolve()
     with tempfile.TemporaryDirectory() as place:

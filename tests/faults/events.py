@@ -1,7 +1,9 @@
-"""The points at which a run can be broken: every opening, making, renaming, writing, flushing and removing of a file, by name.
+"""The points at which a run can be broken: every opening, making, renaming, writing, flushing and
+removing of a file, by name.
 
-An event's *site* is what it does to what, without tokens and numbers, so that it is the same in every run; a fault is the n-th
-event at a site. Phases are told from a run without a fault: the inode that is the target in the end is looked for beside it.
+An event's *site* is what it does to what, without tokens and numbers, so that it is the same in
+every run; a fault is the n-th event at a site. Phases are told from a run without a fault: the
+inode that is the target in the end is looked for beside it.
 """
 
 import errno
@@ -61,7 +63,9 @@ def install(
     act: Callable[[Event], None],
     after: Callable[[Event], None] = lambda event: None,
 ) -> None:
-    """In the child: calls `act` before every event from now on, `after` after a flush. Their own events are none."""
+    """In the child: calls `act` before every event from now on, `after` after a flush. Their own
+    events are none.
+    """
     busy = False
 
     def call(function: Callable[[Event], None], event: Event) -> None:
@@ -148,7 +152,9 @@ def _site(world: World, job: str, place: str) -> str:
 
 @dataclass(frozen=True)
 class Trace:
-    """A run without a fault: its sites by phase, each with how often it came, and what was wrong on the way."""
+    """A run without a fault: its sites by phase, each with how often it came, and what was wrong on
+    the way.
+    """
 
     sites: dict[str, Counter]
     wrong: list[str]
@@ -166,7 +172,8 @@ def trace(
         world: Its output is as it is to be at the start.
         job: Any but the fleet, whose members' events are those of `apply`.
         run: Runs the job in a child with a preparation.
-        allowed: What the target may be at any moment; where it is there at the start it must never be absent.
+        allowed: What the target may be at any moment; where it is there at the start it must never
+            be absent.
     """
     (target,) = world.targets(job)
     log, there = world.root / "events", target.exists()
@@ -248,7 +255,8 @@ def _phases(lines: list[dict[str, Any]], target: Path) -> Trace:
 
 
 class Strike:
-    """One fault in a child and all its children: at the n-th event of a site, once; some go on from there.
+    """One fault in a child and all its children: at the n-th event of a site, once; some go on from
+    there.
 
     Args:
         number: Which of the events of the site, from 1, in whichever process.
@@ -321,7 +329,9 @@ class Strike:
             raise OSError(code, os.strerror(code))
 
     def _change_vector(self) -> None:
-        """Another valid vector takes the vector's place, its files renamed over it or overwritten; or they are cut."""
+        """Another valid vector takes the vector's place, its files renamed over it or overwritten;
+        or they are cut.
+        """
         vector = self.world.vector
         for file in self.world.other.iterdir():
             if self.kind == "vector truncated":

@@ -11,7 +11,8 @@ from .world import MARKER, fork, wait
 
 
 def whole(target: Path) -> dict[str, str] | None:
-    """Hashes of all files but the reports, read through the folder itself, so that a renaming in between does not matter.
+    """Hashes of all files but the reports, read through the folder itself, so that a renaming in
+    between does not matter.
 
     None where the folder was renamed or taken away meanwhile: then what was read says nothing.
     """
@@ -45,7 +46,8 @@ def _files(folder: int, prefix: str = "") -> dict[str, str]:
 
 
 class Reader:
-    """Looks at a target from `__enter__` to `__exit__`; then `wrong` says what it saw that must not be.
+    """Looks at a target from `__enter__` to `__exit__`; then `wrong` says what it saw that must not
+    be.
 
     Args:
         target: The folder.

@@ -49,7 +49,9 @@ ENDED_BY = {"SIGTERM": (128 + 15, -15), "SIGINT": (128 + 2, -2), "SIGKILL": (-9,
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: the `number`-th event at `site` in a run of `job`; `whom`: for a fleet, the process that a signal goes to."""
+    """One fault: the `number`-th event at `site` in a run of `job`; `whom`: for a fleet, the
+    process that a signal goes to.
+    """
 
     job: str
     kind: str
@@ -84,7 +86,9 @@ class Suite:
         }
 
     def _earlier(self, job: str) -> list[dict[str, str]]:
-        """The checkpoints of a run that has just ended as earlier ones, told from their successors by their config."""
+        """The checkpoints of a run that has just ended as earlier ones, told from their successors
+        by their config.
+        """
         place = self.world.root / f"earlier-{job}"
         found = []
         for target in self.world.targets(job):
@@ -121,7 +125,9 @@ class Suite:
         return found
 
     def sites(self, phase: str) -> dict[str, list[tuple[str, bool]]]:
-        """The sites of a phase, each with the jobs it occurs in, without and with an earlier checkpoint."""
+        """The sites of a phase, each with the jobs it occurs in, without and with an earlier
+        checkpoint.
+        """
         found: dict[str, list[tuple[str, bool]]] = {}
         for (job, replaces), traced in self.traces.items():
             for site in traced.sites[phase]:
@@ -256,7 +262,8 @@ class Suite:
     def _again(self, fault: Fault) -> list[str]:
         """What is wrong after a second run, without a fault."""
         world, job, reference = self.world, fault.job, self.references[fault.job]
-        # the next run would start at this one's coefficients; a fleet would not do again what it has done
+        # the next run would start at this one's coefficients; a fleet would not do again what it
+        # has done
         for path in world.output.iterdir():
             if (
                 path.name.startswith((world.history.name, f".{world.history.name}"))
@@ -283,7 +290,8 @@ def _command(words: list[str]) -> int:
 
 
 def _end_orphans(own: set[int], fault: Fault) -> bool:
-    """Waits for processes that a run left behind and ends them; whether there were some that it had to end itself.
+    """Waits for processes that a run left behind and ends them; whether there were some that it had
+    to end itself.
 
     A run that was killed outright cannot end its children, one that was told to end must.
     """

@@ -126,7 +126,9 @@ class World:
             (self.vector / name).write_bytes(data)
 
     def warm_up(self, jobs: tuple[str, ...]) -> None:
-        """Runs every job but the fleet in this process, so that no fork imports anything: five times as fast."""
+        """Runs every job but the fleet in this process, so that no fork imports anything: five
+        times as fast.
+        """
         for job in jobs:
             self.clear()
             if job != "fleet":
@@ -179,7 +181,9 @@ def finished(folder: Path) -> bool:
 
 
 def run(command: list[str], prepare: Callable[[], None]) -> int | None:
-    """The command in a child process; its exit code, negative for a signal, None for a hang (it is ended then)."""
+    """The command in a child process; its exit code, negative for a signal, None for a hang (it is
+    ended then).
+    """
     child = fork(lambda: safegene(command), prepare)
     return wait(child, HANGS_AFTER)
 
@@ -225,7 +229,9 @@ def wait(child: int, seconds: float) -> int | None:
 
 
 class ForkedProcess(subprocess.Popen):
-    """A member of a fleet as a fork of this process instead of a new interpreter, which would take seconds to start."""
+    """A member of a fleet as a fork of this process instead of a new interpreter, which would take
+    seconds to start.
+    """
 
     def __init__(self, args: Any, *rest: Any, **options: Any):
         own = isinstance(args, list) and list(args[:3]) == [sys.executable, "-m", "safegene_trl"]

@@ -52,7 +52,9 @@ def sparse(path: Path, size: int) -> None:
 
 
 def link_to_a_copy(path: Path) -> None:
-    """A link to an equal file elsewhere, as the hub's cache keeps a repository: `path` is the vector's own file, moved."""
+    """A link to an equal file elsewhere, as the hub's cache keeps a repository: `path` is the
+    vector's own file, moved.
+    """
     copy = path.with_name(f".{path.name}.copy")
     path.rename(copy)
     path.symlink_to(copy.name)

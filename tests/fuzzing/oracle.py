@@ -1,8 +1,8 @@
 """What a mutated safety vector must lead to, told without the package's own reader.
 
-A mutation states its `Outcome`: refused with a message of a certain kind, loaded with exactly the content that `plain_content`
-finds in the files, or loaded exactly as before. Random changes of the config are judged by `config_reasons`, a second reading
-of the format by a JSON schema.
+A mutation states its `Outcome`: refused with a message of a certain kind, loaded with exactly the
+content that `plain_content` finds in the files, or loaded exactly as before. Random changes of the
+config are judged by `config_reasons`, a second reading of the format by a JSON schema.
 """
 
 import hashlib
@@ -78,9 +78,10 @@ class Outcome:
 
     Attributes:
         refused: Patterns of which the message must match one; empty where the vector must load.
-        as_before: Whether it must load exactly as the vector before the mutation; else as its files say now.
-        signed_refused: The same patterns where a signature is asked for; the message of the other loading is good there, too. Empty
-            where the signature still holds.
+        as_before: Whether it must load exactly as the vector before the mutation; else as its files
+            say now.
+        signed_refused: The same patterns where a signature is asked for; the message of the other
+            loading is good there, too. Empty where the signature still holds.
     """
 
     refused: tuple[str, ...] = ()
@@ -215,7 +216,8 @@ _Strict = extend(Draft202012Validator, type_checker=_TYPES)
 
 
 def config_reasons(folder: Path, whole: dict[str, Any]) -> tuple[str, ...]:
-    """Every reason for which the config must be refused, as patterns of messages; none where it must load.
+    """Every reason for which the config must be refused, as patterns of messages; none where it
+    must load.
 
     Args:
         folder: The vector, whose other files are as they were.

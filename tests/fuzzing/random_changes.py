@@ -1,4 +1,6 @@
-"""Random mutations of a signed vector. Each draws what it changes, changes it, and returns the outcome that must follow."""
+"""Random mutations of a signed vector. Each draws what it changes, changes it, and returns the
+outcome that must follow.
+"""
 
 import base64
 import json
@@ -70,7 +72,9 @@ def change_bytes(folder: Path, data: Any, original: Path) -> Outcome:
 
 
 def change_config(folder: Path, data: Any, original: Path) -> Outcome:
-    """One field of the config: removed, added, renamed, swapped with another, or given a value of any type."""
+    """One field of the config: removed, added, renamed, swapped with another, or given a value of
+    any type.
+    """
     config = json.loads((folder / CONFIG).read_text())
     place = config
     while True:
@@ -163,7 +167,9 @@ def change_names_in_payload(folder: Path, data: Any, original: Path) -> Outcome:
 
 
 def sign_other_content(folder: Path, data: Any, original: Path) -> Outcome:
-    """A true signature: of the maker over fewer files, of somebody else, or of the maker over another vector."""
+    """A true signature: of the maker over fewer files, of somebody else, or of the maker over
+    another vector.
+    """
     keys = original.parent / "keys"
     action = data.draw(
         st.sampled_from(["fewer files", "another key", "another vector"]), label="action"
@@ -239,7 +245,9 @@ def _by_config(folder: Path, original: Path) -> Outcome:
 
 
 def sign(folder: Path, names: Any, key: Path) -> None:
-    """Signs some files of a folder by the library itself, so that this does not hang on the package's own signing."""
+    """Signs some files of a folder by the library itself, so that this does not hang on the
+    package's own signing.
+    """
     others = [path.relative_to(folder) for path in folder.iterdir() if path.name not in names]
     config = (
         hashing.Config()

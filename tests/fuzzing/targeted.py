@@ -1,6 +1,7 @@
 """One mutation for every single check of a vector's files, each with the outcome it must have.
 
-Where a mutation changes a hashed file the hashes are renewed, as an attacker would: what is left is the check itself.
+Where a mutation changes a hashed file the hashes are renewed, as an attacker would: what is left is
+the check itself.
 """
 
 import json
@@ -209,7 +210,9 @@ _TENSORS: list[tuple[str, Mutation, Outcome]] = [
 def change_header(
     change: Callable[[dict[str, Any]], None], length: int | None = None, more: str = ""
 ) -> Mutation:
-    """The header as it is written; `length`: what the file says of its length; `more`: appended to its JSON."""
+    """The header as it is written; `length`: what the file says of its length; `more`: appended to
+    its JSON.
+    """
 
     def mutate(folder: Path) -> None:
         content = (folder / WEIGHTS).read_bytes()

@@ -1,7 +1,7 @@
 """The example for LLaMA-Factory; run where it is installed, in an environment of its own.
 
-python -m venv factory && factory/bin/pip install torch llamafactory && factory/bin/pip install --no-deps -e . pytest …
-factory/bin/python -m pytest tests/integrations/test_llamafactory.py
+python -m venv factory && factory/bin/pip install torch llamafactory && factory/bin/pip install
+--no-deps -e . pytest … factory/bin/python -m pytest tests/integrations/test_llamafactory.py
 """
 
 import json

@@ -334,7 +334,9 @@ REPLIES = {  # model: status, type and body of the second reply; None where the 
 
 @pytest.mark.parametrize("model", REPLIES)
 def test_odd_replies(model, server, monkeypatch, tmp_path):
-    """A reply that says nothing is no verdict; one that is no completion ends the judging, and what was judged before is kept."""
+    """A reply that says nothing is no verdict; one that is no completion ends the judging, and what
+    was judged before is kept.
+    """
     monkeypatch.setattr("safegene_trl.judges.openai_compatible.RETRIES", 0)
     monkeypatch.setattr(
         "safegene_trl.judges.openai_compatible.TIMEOUT", 0.5 if model == "silent" else 10

@@ -1,4 +1,6 @@
-"""A compiled model gives what it gives eagerly, and comes out compiled as it went in. No C++ compiler is needed for this."""
+"""A compiled model gives what it gives eagerly, and comes out compiled as it went in. No C++
+compiler is needed for this.
+"""
 
 import pytest
 import torch

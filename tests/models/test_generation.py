@@ -1,4 +1,6 @@
-"""Batched answers equal single ones, whatever the padding and whatever a checkpoint's generation config says."""
+"""Batched answers equal single ones, whatever the padding and whatever a checkpoint's generation
+config says.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What goes around a hook is found and named before it costs anything; what no token is sent to is told from it."""
+"""What goes around a hook is found and named before it costs anything; what no token is sent to is
+told from it.
+"""
 
 from types import MethodType
 

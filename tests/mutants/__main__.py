@@ -1,7 +1,9 @@
-"""Breaks the package on purpose and looks whether its tests notice: `python -m tests.mutants [--only NAME] [--quick] [--record FILE]`.
+"""Breaks the package on purpose and looks whether its tests notice: `python -m tests.mutants
+[--only NAME] [--quick] [--record FILE]`.
 
-Every mutant of `table.py` is applied to a copy of the tree, and the tests it names must fail there. Tests that fail without any
-mutation are told, left out, and make this command fail as well. Ends with 0 where every mutant was caught.
+Every mutant of `table.py` is applied to a copy of the tree, and the tests it names must fail there.
+Tests that fail without any mutation are told, left out, and make this command fail as well. Ends
+with 0 where every mutant was caught.
 """
 
 import argparse
@@ -172,7 +174,9 @@ def examine(mutant: Mutant, copy: Copy, quick: bool) -> dict[str, Any]:
 
 
 def _caught(code: int | None, printed: str) -> str | None:
-    """The test that failed. A run in which nothing could be collected, or that took too long, has caught nothing."""
+    """The test that failed. A run in which nothing could be collected, or that took too long, has
+    caught nothing.
+    """
     if code is not None and code < 0:
         return f"ended by signal {-code}"
     failed = _FAILED.search(printed)
@@ -182,7 +186,9 @@ def _caught(code: int | None, printed: str) -> str | None:
 def _put_into(
     recorded: list[dict[str, Any]], results: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What is recorded of the other mutants that there still are, and the new results, in the table's order."""
+    """What is recorded of the other mutants that there still are, and the new results, in the
+    table's order.
+    """
     by_name = {result["name"]: result for result in [*recorded, *results]}
     return [by_name[mutant.name] for mutant in MUTANTS if mutant.name in by_name]
 

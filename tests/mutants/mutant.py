@@ -1,7 +1,9 @@
-"""What a mutant is: one check or one step of the package broken on purpose, for which some test must fail.
+"""What a mutant is: one check or one step of the package broken on purpose, for which some test
+must fail.
 
-An edit names a file of the package, a text that stands there exactly once, and what takes its place. Where code moves, the runner
-says so and the entry has to follow. A new check in the package deserves a new entry here.
+An edit names a file of the package, a text that stands there exactly once, and what takes its
+place. Where code moves, the runner says so and the entry has to follow. A new check in the package
+deserves a new entry here.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""All mutants. Where code moves, the runner says which entry has to follow; a new check in the package deserves a new entry."""
+"""All mutants. Where code moves, the runner says which entry has to follow; a new check in the
+package deserves a new entry.
+"""
 
 from .files import OUTPUT, VECTOR
 from .mutant import Edit, Mutant

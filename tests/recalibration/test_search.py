@@ -115,7 +115,9 @@ def test_softened_divergence_is_its_formula():
 
 
 def test_softened_divergence_sees_sure_answers_move():
-    """A shift of the log-odds by 1 where the fine-tune is sure: next to nothing to KL, more than thirty times as much with T = 2."""
+    """A shift of the log-odds by 1 where the fine-tune is sure: next to nothing to KL, more than
+    thirty times as much with T = 2.
+    """
     sure = torch.full((1, 40), -30.0)
     sure[0, :2] = torch.tensor([8.0, 0.0])
     moved = sure.clone()
@@ -159,7 +161,9 @@ def test_gradient_matches_finite_differences(temperature):
 
 
 def test_the_divergences_matrix_foretells_it_along_the_line_to_its_minimum():
-    """`½ λᵀBλ` with the first matrix `B`, against the divergence itself; outer products of its gradients would be far off."""
+    """`½ λᵀBλ` with the first matrix `B`, against the divergence itself; outer products of its
+    gradients would be far off.
+    """
     model = make_model()
     deltas = make_deltas(model)
     attach = attachment_of(model, deltas).applied

@@ -1,4 +1,6 @@
-"""The minimiser against scipy's, its bounds, its budget, and the first step that the Gauss–Newton matrix gives."""
+"""The minimiser against scipy's, its bounds, its budget, and the first step that the Gauss–Newton
+matrix gives.
+"""
 
 import tracemalloc
 
@@ -84,7 +86,9 @@ def test_budget_and_best_point():
 
 
 def few_samples(seed, samples=6, outputs=4, count=60):
-    """A gain against squared residuals, of each sample's four of which its gradient shows one direction."""
+    """A gain against squared residuals, of each sample's four of which its gradient shows one
+    direction.
+    """
     random = np.random.default_rng(seed)
     jacobians, gain = random.normal(size=(samples, outputs, count)), random.normal(size=count)
 

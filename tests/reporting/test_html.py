@@ -1,4 +1,6 @@
-"""The page that a person looks at: whole, readable, and saying what the JSON says; in headless Chromium where there is one."""
+"""The page that a person looks at: whole, readable, and saying what the JSON says; in headless
+Chromium where there is one.
+"""
 
 import json
 import re

@@ -1,4 +1,6 @@
-"""Pictures: written whole or not at all, fast, and one kind of error for whatever keeps them from being drawn."""
+"""Pictures: written whole or not at all, fast, and one kind of error for whatever keeps them from
+being drawn.
+"""
 
 import builtins
 import os

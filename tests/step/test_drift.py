@@ -1,4 +1,6 @@
-"""Refusals that get fewer from release to release: the tests against scipy's own, and the sentences."""
+"""Refusals that get fewer from release to release: the tests against scipy's own, and the
+sentences.
+"""
 
 import random
 

@@ -1,4 +1,6 @@
-"""A vector is never added twice: what a checkpoint says about itself, and what a fine-tune of it takes on."""
+"""A vector is never added twice: what a checkpoint says about itself, and what a fine-tune of it
+takes on.
+"""
 
 import json
 
@@ -94,7 +96,9 @@ def test_a_safeguarded_checkpoint_says_so_and_is_refused(safeguarded, vector_dir
 
 @pytest.mark.parametrize("given", [False, True])
 def test_a_fine_tune_of_it_is_rebased(safeguarded, vector_dir, tmp_path, capsys, given):
-    """The weights are in the end those of the fine-tune plus the *change* of the coefficients times the vector."""
+    """The weights are in the end those of the fine-tune plus the *change* of the coefficients times
+    the vector.
+    """
     first, options = safeguarded
     model = AutoModelForCausalLM.from_pretrained(first)
     torch.manual_seed(5)
@@ -247,7 +251,9 @@ def test_the_search_starts_at_the_last_release(safeguarded, model_dir, vector_di
 
 
 def test_a_claim_that_is_too_large_subtracts_nothing(safeguarded, vector_dir, tmp_path, capsys):
-    """`config.json` says λ = 5, or 1.9, of weights that hold less: `--coefficients 0.5` would take the difference out of them."""
+    """`config.json` says λ = 5, or 1.9, of weights that hold less: `--coefficients 0.5` would take
+    the difference out of them.
+    """
     first, options = safeguarded
     vector = SafetyVector.from_pretrained(vector_dir)
     for file in first.glob("*report*"):

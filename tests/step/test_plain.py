@@ -1,4 +1,6 @@
-"""The plain fine-tune is on a disk, whole, where the report says, and what the end of a training shows is refused."""
+"""The plain fine-tune is on a disk, whole, where the report says, and what the end of a training
+shows is refused.
+"""
 
 import json
 from pathlib import Path

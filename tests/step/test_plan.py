@@ -134,7 +134,9 @@ INPUTS = {  # setting, and what the refusal calls it
 def test_an_output_that_would_cost_an_input_is_refused(
     name, model_dir, vector_dir, task_file, tokenizer, tmp_path, monkeypatch, capsys
 ):
-    """Equal to it, or around it; a dry run, so that each is refused by its place and for nothing that is in it."""
+    """Equal to it, or around it; a dry run, so that each is refused by its place and for nothing
+    that is in it.
+    """
     own = SafetyVector.from_pretrained
     monkeypatch.setattr(
         SafetyVector, "from_pretrained", lambda name, **options: own(str(vector_dir))

@@ -1,4 +1,6 @@
-"""Whatever happens in the step: the fine-tune is on disk, the failure is reported, no half checkpoint is left."""
+"""Whatever happens in the step: the fine-tune is on disk, the failure is reported, no half
+checkpoint is left.
+"""
 
 import hashlib
 import json
@@ -85,7 +87,9 @@ def checked_failure(out, fine_tune):
 
 
 def cases():
-    """A bug at every place, every error at one; where memory runs out has ways of its own. The rest takes the same paths."""
+    """A bug at every place, every error at one; where memory runs out has ways of its own. The rest
+    takes the same paths.
+    """
     for kind in ERRORS:
         for where in FAULTS:
             quick = (
@@ -303,7 +307,9 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
 def test_what_may_take_long_keeps_no_other_process_in_a_collective(
     config, tokenizer, tmp_path, monkeypatch
 ):
-    """Hashing a base, asking the hub, hashing what was written and uploading it: while rank 0 works alone."""
+    """Hashing a base, asking the hub, hashing what was written and uploading it: while rank 0 works
+    alone.
+    """
     alone, within = [], {}
     original = Communicator.on_main_rank
 

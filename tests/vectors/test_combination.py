@@ -1,4 +1,6 @@
-"""Vectors as components of one: the sum of what they add, each with its own coefficients, down to the saved checkpoint."""
+"""Vectors as components of one: the sum of what they add, each with its own coefficients, down to
+the saved checkpoint.
+"""
 
 import json
 from dataclasses import replace

@@ -24,7 +24,9 @@ from ..conftest import make_model, make_tokenizer, make_vector
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
-    """Two key pairs: `maker.pem` with `maker.pub`, `other.pem` with `other.pub`; `locked.pem` is the maker's with a password."""
+    """Two key pairs: `maker.pem` with `maker.pub`, `other.pem` with `other.pub`; `locked.pem` is
+    the maker's with a password.
+    """
     folder = tmp_path_factory.mktemp("keys")
     pem, format = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     other_kind = rsa.generate_private_key(65537, 2048)
@@ -122,7 +124,9 @@ def test_signature_over_fewer_files_is_refused(signed, keys):
 def test_a_link_that_is_flipped_never_passes_another_vector_for_the_signed_one(
     signed, keys, tmp_path
 ):
-    """The folder, and in another run its weights file, is a link that goes to and fro between the signed vector and another."""
+    """The folder, and in another run its weights file, is a link that goes to and fro between the
+    signed vector and another.
+    """
     other, model = tmp_path / "other", make_model()
     make_vector(model, make_tokenizer(), seed=8).save_pretrained(other)
     shutil.copy(signed / SIGNATURE_FILE, other)
