@@ -4,6 +4,7 @@ only need a process of their own.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,4 +116,5 @@ class Fork:
         """Waits for it; pytest's own time-out ends a test in which it hangs."""
         code = self.interpreter.ask(ended=self.pid)
         printed = [Path(stream).read_text() for stream in self.streams[1:]]
+        shutil.rmtree(Path(self.streams[1]).parent)
         return subprocess.CompletedProcess([], code, *printed)
