@@ -318,24 +318,25 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 def load_processor(name_or_path: str, revision: str | None = None) -> Any:
     """What stands between text or images and a checkpoint: its processor where it has one, else its
-    tokenizer.
+    tokenizer. An adapter without a processor has its base model's, around its own tokenizer.
 
     Raises:
         UnsupportedModelError: One of the two cannot be read.
     """
     tokenizer = load_tokenizer(name_or_path, revision)
-    if not any(
-        stored_file(name_or_path, revision, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
-    ):
-        base = adapter_base(name_or_path, revision)
-        return tokenizer if base is None else load_processor(base)
-    try:
-        processor = AutoProcessor.from_pretrained(
-            name_or_path, revision=revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loaded(f"The processor of {name_or_path}", name_or_path, error) from error
-    return processor if isinstance(processor, ProcessorMixin) else tokenizer
+    base = adapter_base(name_or_path, revision)
+    for place, at in ((name_or_path, revision), *([] if base is None else [(base, None)])):
+        if any(stored_file(place, at, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+            try:
+                processor = AutoProcessor.from_pretrained(
+                    place, revision=at, trust_remote_code=False
+                )
+            except (OSError, ValueError, ImportError) as error:
+                raise _not_loaded(f"The processor of {place}", place, error) from error
+            if isinstance(processor, ProcessorMixin):
+                processor.tokenizer = tokenizer
+                return processor
+    return tokenizer
 
 
 def holds_only_zero_shards(folder: Path) -> bool:

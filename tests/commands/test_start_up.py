@@ -83,7 +83,9 @@ def vectors(tmp_path_factory, tokenizer):
 def test_the_package_itself_imports_none():
     program = f"import sys, safegene_trl; print(*{LARGE!r} & set(sys.modules))"
     assert (
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        ).stdout
         == "\n"
     )
 
