@@ -152,7 +152,7 @@ def best(words: list[Any], folder: Path, repetitions: int) -> float:
 def best_apply(folder: Path, repetitions: int) -> dict[str, float]:
     """Seconds until `apply --coefficients` opens the first weight file, and until it ends."""
     words = ["apply", "--model_name_or_path", folder / "model", "--coefficients", "0.5"]
-    words += ["--safegene.vector", folder / "one", "--safegene.output_dir", folder / "out"]
+    words += ["--safegene.vector", folder / "one", "--safegene.output.output_dir", folder / "out"]
     until_first, until_end = [], []
     for _ in range(repetitions + 1):
         started = time.time()

@@ -171,7 +171,7 @@ def test_given_coefficients_open_the_weights_before_the_model_s_code_is_imported
     vectors, model_dir, tmp_path
 ):
     words = ["apply", "--model_name_or_path", model_dir, "--coefficients", "0.5"]
-    words += ["--safegene.vector", vectors / "3", "--safegene.output_dir", tmp_path / "out"]
+    words += ["--safegene.vector", vectors / "3", "--safegene.output.output_dir", tmp_path / "out"]
     command = [sys.executable, "-c", FIRST_WEIGHTS + START, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     first = next(line for line in done.stderr.splitlines() if line.startswith("weights:"))
