@@ -325,14 +325,14 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
     """
     tokenizer = load_tokenizer(name_or_path, revision)
     base = adapter_base(name_or_path, revision)
-    for place, at in ((name_or_path, revision), *([] if base is None else [(base, None)])):
-        if any(stored_file(place, at, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+    for source, at in ((name_or_path, revision), *([] if base is None else [(base, None)])):
+        if any(stored_file(source, at, file) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
             try:
                 processor = AutoProcessor.from_pretrained(
-                    place, revision=at, trust_remote_code=False
+                    source, revision=at, trust_remote_code=False
                 )
             except (OSError, ValueError, ImportError) as error:
-                raise _not_loaded(f"The processor of {place}", place, error) from error
+                raise _not_loaded(f"The processor of {source}", source, error) from error
             if isinstance(processor, ProcessorMixin):
                 processor.tokenizer = tokenizer
                 return processor
