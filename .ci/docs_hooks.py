@@ -14,7 +14,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from safegene_trl.config.help import meanings
+from safegene_trl.config.docstrings import meanings
 
 
 ROOT = Path(__file__).resolve().parents[1]

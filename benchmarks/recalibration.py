@@ -26,7 +26,8 @@ import yaml
 from scipy.optimize import minimize
 
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
-from safegene_trl.config.groups import DataConfig, SearchConfig
+from safegene_trl.config.data import DataConfig
+from safegene_trl.config.search import SearchConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding

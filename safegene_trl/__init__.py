@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import SafeGeneCallback
+    from .config.data import DataConfig
     from .config.gate import GateConfig
-    from .config.groups import DataConfig, MeasureConfig, OutputConfig, SearchConfig
+    from .config.measure import MeasureConfig
+    from .config.output import OutputConfig
+    from .config.search import SearchConfig
     from .config.settings import SafeGeneConfig
     from .errors import (
         CalibrationDataError,
@@ -76,16 +79,16 @@ _MODULES = {
     "CalibrationDataError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
-    "DataConfig": "config.groups",
+    "DataConfig": "config.data",
     "EvaluationConfig": "evaluation.evaluate",
     "Exchange": "judges",
     "ExtractionConfig": "extraction.config",
     "FamilyError": "errors",
     "GateConfig": "config.gate",
     "Judge": "judges",
-    "MeasureConfig": "config.groups",
+    "MeasureConfig": "config.measure",
     "MemoryShortageError": "errors",
-    "OutputConfig": "config.groups",
+    "OutputConfig": "config.output",
     "OutputError": "errors",
     "PeerError": "errors",
     "PlotError": "errors",
@@ -95,7 +98,7 @@ _MODULES = {
     "SafeGeneConfig": "config.settings",
     "SafeGeneError": "errors",
     "SafetyVector": "vectors.safety_vector",
-    "SearchConfig": "config.groups",
+    "SearchConfig": "config.search",
     "SignatureError": "errors",
     "UnexpectedError": "errors",
     "UnsupportedModelError": "errors",

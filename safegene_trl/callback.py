@@ -22,7 +22,7 @@ from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
 from .distributed.layouts import sharding_of
-from .distributed.processes import check_launch
+from .distributed.processes import check_parallelism
 from .errors import (
     ConfigError,
     FamilyError,
@@ -136,7 +136,7 @@ class SafeGeneCallback(TrainerCallback):
         model, loader = uncompiled(kwargs["model"]), kwargs.get("train_dataloader")
         sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
         with sharding.naming_rank(), sharding.raising_together():
-            check_launch(model, args)
+            check_parallelism(model, args)
             _check_output_dir(model, args)
             processor = _processor(kwargs.get("processing_class"), model)
         rows = None if loader is None else loader.dataset

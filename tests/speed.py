@@ -25,7 +25,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/models/test_rounding.py",
     "tests/recalibration/test_trust_region.py",
     "tests/reporting/test_cards.py",
-    "tests/step/test_gate.py",
+    "tests/step/test_decision.py",
     "tests/step/test_measurement.py",
     "tests/test_callback.py::test_what_is_no_config_and_no_trainer_is_refused_where_it_is_given",
     "tests/test_provenance.py",

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-from ..distributed.layouts import Sharding, place
+from ..distributed.layouts import Sharding, load_distributed
 from ..errors import UnsupportedModelError
 from ..models.parameters import changes_base, check_method, tie_saved_modules
 from ..text import one_line
@@ -122,7 +122,7 @@ def load_placed(
         found = resolve_dtype(dtype, name_or_path, revision)
         # Once the launch has switched ZeRO-3 on, transformers no longer tells what did not fit.
         check_complete(name_or_path, revision)
-    return place(
+    return load_distributed(
         lambda: load_model(name_or_path, revision, found, allow_pickle), getattr(torch, found), job
     )
 

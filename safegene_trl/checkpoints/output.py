@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from ..errors import OutputError, SafeGeneError
 from .contents import CHECKPOINT, MARKER, VECTOR, FolderKind, check_replaceable
 from .places import FAILURE_SUFFIXES, check_places
+from .preflight import check_name, check_output, check_writable, nearest_folder
 from .renaming import (
     LONGEST_WAIT,
     install,
@@ -20,7 +21,6 @@ from .renaming import (
     temporary_folder,
     temporary_name,
 )
-from .trial import check_name, check_output, check_writable, nearest_folder
 
 
 if TYPE_CHECKING:

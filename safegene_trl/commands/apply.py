@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.settings import SafeGeneConfig
-from ..distributed.launched import launched_processes
+from ..distributed.world_size import launched_processes
 from ..errors import ConfigError, RejectedError
 from ..reporting.summary import announcement
 from ..step.apply import NO_MODEL, apply, output_of
@@ -68,7 +68,7 @@ def _applied(config: SafeGeneConfig, arguments: ApplyArguments, is_main: bool = 
         base_model=arguments.base_model,
         allow_pickled_shards=arguments.allow_pickled_shards,
     )
-    from ..step.gate import EXIT_CODES
+    from ..step.decision import EXIT_CODES
     from ..step.plan import dry_run_message
 
     target = output_of(config, name)

@@ -24,11 +24,11 @@ from ..checkpoints.places import failure_path
 from ..errors import ConfigError, SafeGeneError
 from ..interruption import Interrupted, undisturbed
 from ..provenance import sha256_of_file, sha256_of_json
-from ..step.gate import EXIT_CODES
+from ..step.decision import EXIT_CODES
 from ..text import one_line, read_json, strict_json
 from .fleet_file import Fleet, overlap, sources, target_of
 from .fleet_folder import STATE, WORKSHOP
-from .process_group import ProcessGroup
+from .process_tree import ProcessTree
 from .tables import HEADINGS, aligned, measured_cells
 
 
@@ -174,7 +174,7 @@ class _Pool:
         self.at_once = fleet.processes or (
             len(members) if "cpu" not in free else os.cpu_count() or 1
         )
-        self.running: dict[ProcessGroup, tuple[Member, str, float]] = {}
+        self.running: dict[ProcessTree, tuple[Member, str, float]] = {}
 
     def run(self) -> None:
         waiting = [member for member in self.members if not member.outcome]
@@ -219,7 +219,7 @@ class _Pool:
         # a process that was started and not noted would never be ended
         with undisturbed(later=True):
             try:
-                process = ProcessGroup(command, member.log, environment, self.inherited)
+                process = ProcessTree(command, member.log, environment, self.inherited)
             except OSError as error:
                 member.finish(FAILED, f"It cannot be started: {error}.")
                 return
@@ -234,7 +234,7 @@ class _Pool:
             if code is None and not late:
                 continue
             if late:
-                ProcessGroup.end([process])
+                ProcessTree.end([process])
             del self.running[process]
             self.room[device] += member.memory
             member.seconds = round(time.monotonic() - started, 1)
@@ -249,7 +249,7 @@ class _Pool:
 
     def _give_up(self, error: BaseException) -> None:
         """Ends all that runs and notes it."""
-        ProcessGroup.end(list(self.running))
+        ProcessTree.end(list(self.running))
         why = error.signal if isinstance(error, Interrupted) else type(error).__name__
         for member, _, started in self.running.values():
             member.seconds = round(time.monotonic() - started, 1)

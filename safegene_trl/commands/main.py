@@ -15,7 +15,7 @@ from importlib.metadata import version
 from ..config.validation import nearest
 from ..errors import ConfigError, RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import Interrupted, interruptible
-from ..step.gate import EXIT_CODES
+from ..step.decision import EXIT_CODES
 from ..text import one_line
 
 

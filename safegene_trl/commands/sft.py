@@ -24,7 +24,7 @@ from ..errors import (
     UnexpectedError,
     UnsupportedModelError,
 )
-from ..step.gate import EXIT_CODES
+from ..step.decision import EXIT_CODES
 from .launch_option import wants_launch
 from .launching import launch
 from .parsing import SafeGeneArguments, make_parser, parse

@@ -7,9 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .groups import GROUPS
-from .validation import names_of
+from .data import DataConfig
+from .measure import MeasureConfig
+from .output import OutputConfig
+from .search import SearchConfig
+from .validation import Settings, names_of
 
+
+GROUPS: dict[str, type[Settings]] = {
+    "data": DataConfig,
+    "search": SearchConfig,
+    "measure": MeasureConfig,
+    "output": OutputConfig,
+}
 
 logger = logging.getLogger(__name__)
 PLACES = {  # flat key: its place

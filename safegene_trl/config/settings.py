@@ -6,10 +6,13 @@ from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError
-from .flat_keys import PLACES, grouped, warn_of_flat_keys
+from .data import DataConfig
+from .docstrings import meanings
+from .flat_keys import GROUPS, PLACES, grouped, warn_of_flat_keys
 from .gate import GateConfig
-from .groups import GROUPS, DataConfig, MeasureConfig, OutputConfig, SearchConfig
-from .help import meanings
+from .measure import MeasureConfig
+from .output import OutputConfig
+from .search import SearchConfig
 from .validation import (
     LARGEST_COUNT,
     Rule,

@@ -59,6 +59,9 @@ class Rule:
     may_be_null: bool = False
 
 
+COUNT, COUNT_OR_NONE = (Rule(at_least=least, at_most=LARGEST_COUNT) for least in (1, 0))
+
+
 class Settings(Protocol):
     """A dataclass with a table of rules."""
 

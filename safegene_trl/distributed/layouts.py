@@ -214,7 +214,7 @@ class _Fsdp2(Sharding):
                 module.reshard()
 
 
-def place(
+def load_distributed(
     load: Callable[[], nn.Module], dtype: torch.dtype, job: Sharding
 ) -> tuple[nn.Module, Sharding]:
     """Loads a finished checkpoint the way this process was launched: whole on its device, or

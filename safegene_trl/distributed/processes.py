@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, UnsupportedModelError
-from .launched import launched_processes
 from .layouts import Sharding
+from .world_size import launched_processes
 
 
 def join_processes() -> None:
@@ -64,7 +64,7 @@ def this_job() -> Sharding:
     return Sharding(state.device)
 
 
-def check_launch(model: nn.Module, args: TrainingArguments) -> None:
+def check_parallelism(model: nn.Module, args: TrainingArguments) -> None:
     """Raises, by name, for a way of spreading a model that cannot be safeguarded in place.
 
     Raises:

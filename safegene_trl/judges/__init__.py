@@ -157,6 +157,6 @@ _JUDGES = {  # name: module, class, what its argument is; imported when asked fo
     "refusal_phrases": ("refusal_phrases", "RefusalPhrases", ""),
     "embedding": ("embedding", "EmbeddingJudge", "FOLDER"),
     "hf": ("classifier", "ClassifierJudge", "MODEL"),
-    "judgezoo": ("zoo", "ZooJudge", "NAME"),
+    "judgezoo": ("judgezoo", "ZooJudge", "NAME"),
     "openai_compatible": ("openai_compatible", "RubricJudge", "MODEL"),
 }

@@ -117,7 +117,7 @@ class VectorAttachment:
         """Collective: the same of all passes since `evidence` was last emptied, over all ranks."""
         known = sorted({item for own in self._items.values() for item in own})
         return check_effective(
-            self.evidence.gather_texts(list(self._items), known, self.sharding), self._items
+            self.evidence.gather(list(self._items), known, self.sharding), self._items
         )
 
     @contextmanager

@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 
-from ..config.groups import Granularity
+from ..config.search import Granularity
 from .names import layer_index
 
 

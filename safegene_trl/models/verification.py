@@ -37,9 +37,7 @@ class Evidence:
     reached: set[str] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
 
-    def gather_texts(
-        self, names: Sequence[str], items: Sequence[str], sharding: Sharding
-    ) -> "Evidence":
+    def gather(self, names: Sequence[str], items: Sequence[str], sharding: Sharding) -> "Evidence":
         """Collective: the evidence of all ranks together."""
         pairs = ((self.fired, names), (self.reached, names), (self.called, items))
         flags = torch.tensor([float(name in seen) for seen, known in pairs for name in known])

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config.metrics import SHARES
 from ..text import code, markdown, one_line
-from .verdict import measures_refusals, verdict
+from .outcome import measures_refusals, verdict
 
 
 def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..config.metrics import SHARES
 from ..models.names import are_of_parts, by_component
 from ..text import printable
-from .verdict import OUTCOMES, without_measurement
+from .outcome import OUTCOMES, without_measurement
 
 
 MOST_RELEASES = 100  # of a model line that the page shows

@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoints.contents import MARKER
 from ..config.metrics import METRICS
 from ..text import printable
-from .verdict import verdict
+from .outcome import verdict
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.settings import SafeGeneConfig
 from ..config.validation import DTYPES, Rule, check_is, check_value
-from ..distributed.launched import launched_processes
+from ..distributed.world_size import launched_processes
 from ..errors import ConfigError
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from ..config.validation import LARGEST_COUNT
 from ..errors import SafeGeneError
 from ..text import read_json
-from .gate import EXIT_CODES
+from .decision import EXIT_CODES
 
 
 Release = dict[str, Any]

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoints.output import MARKER
-from ..config.groups import LARGEST_COEFFICIENT, Granularity
+from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
 from ..errors import ConfigError, FamilyError
 from ..provenance import sha256_of_json

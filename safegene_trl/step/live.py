@@ -48,7 +48,7 @@ from ..models.replacement import replaced, without_adapters
 from ..models.rounding import Rounding
 from ..recalibration.search import Recalibration, recalibrate
 from ..vectors.safety_vector import SafetyVector
-from .gate import check_measurable, decide, independent_prompts
+from .decision import check_measurable, decide, independent_prompts
 from .history import last_accepted, read_history
 from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from .measurement import measure

@@ -22,7 +22,7 @@ from ..checkpoints.output import (
     writing,
 )
 from ..checkpoints.renaming import moved_aside, temporary_folder
-from ..config.groups import Granularity
+from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..models.parameters import canonical_modules, check_untied
@@ -31,7 +31,7 @@ from ..reporting.clock import PhaseClock
 from ..reporting.report import Report
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector
-from .gate import Decision
+from .decision import Decision
 from .history import base_warnings, history_warnings, read_history
 from .lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
 

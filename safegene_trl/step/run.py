@@ -20,7 +20,7 @@ from ..models.batch_size import is_out_of_memory
 from ..provenance import sha256_of_file
 from ..reporting.report import write_evidence, write_report
 from ..text import one_line
-from .gate import DEPENDENT, Decision
+from .decision import DEPENDENT, Decision
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
 from .plan import FineTune, Found, Plan

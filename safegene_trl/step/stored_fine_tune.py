@@ -13,7 +13,7 @@ from ..checkpoints.loading import load_processor
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_merge import StoredModel, write_merged
 from ..checkpoints.tensor_file import StoredTensor
-from ..config.groups import LARGEST_COEFFICIENT, Granularity
+from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..errors import ConfigError, OutputError
@@ -23,7 +23,7 @@ from ..models.low_rank import LowRankDelta
 from ..models.parameters import check_adapter_output
 from ..models.rounding import Rounding
 from ..vectors.safety_vector import SafetyVector
-from .gate import Decision
+from .decision import Decision
 from .interference import interference_coefficients
 from .lineage import (
     ROUNDING,

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import load, save_file
 
-from ..config.groups import Granularity
+from ..config.search import Granularity
 from ..errors import FamilyError
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta

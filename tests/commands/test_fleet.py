@@ -13,7 +13,7 @@ import yaml
 
 from safegene_trl.commands import fleet as module
 from safegene_trl.commands.main import main
-from safegene_trl.commands.process_group import ProcessGroup
+from safegene_trl.commands.process_tree import ProcessTree
 from safegene_trl.estimation.estimation import Cost
 
 from ..conftest import in_groups, make_model, make_tokenizer
@@ -207,7 +207,7 @@ def pool(monkeypatch, tmp_path):
             started.append(member.name)
             most.append(sum(member.memory for member, _, _ in self.running.values()))
 
-        monkeypatch.setattr(module, "ProcessGroup", Process)
+        monkeypatch.setattr(module, "ProcessTree", Process)
         monkeypatch.setattr(module._Pool, "_start", noted)
         fleet = module.Fleet(str(tmp_path), [{}], **settings)
         members = []
@@ -299,7 +299,7 @@ time.sleep(0 if sys.argv[1] == "quick" else 600)
 
 def started(path, kind):
     """A process with two of its own, one of them in another group, and the ids of all three."""
-    group = ProcessGroup([sys.executable, "-c", CHILD, kind], path, os.environ)
+    group = ProcessTree([sys.executable, "-c", CHILD, kind], path, os.environ)
     return group, ids_in(path)
 
 
@@ -328,10 +328,10 @@ def gone(ids):
 
 @pytest.mark.parametrize("kind", ["willing", "stubborn"])
 def test_processes_end_with_all_that_they_started(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("safegene_trl.commands.process_group.GRACE", 1.0)
+    monkeypatch.setattr("safegene_trl.commands.process_tree.GRACE", 1.0)
     group, ids = started(tmp_path / "log", kind)
     assert alive(ids) == ids and group.poll() is None
-    ProcessGroup.end([group])
+    ProcessTree.end([group])
     assert gone(ids) and group.poll() in (-15, -9)
 
 
@@ -348,11 +348,11 @@ import sys
 from pathlib import Path
 from safegene_trl.commands import fleet
 from safegene_trl.commands.main import main
-from safegene_trl.commands.process_group import ProcessGroup
+from safegene_trl.commands.process_group import ProcessTree
 fleet._estimate = lambda members: None
-group = fleet.ProcessGroup
+group = fleet.ProcessTree
 child = Path(sys.argv[1]).with_name("child.py").read_text()
-fleet.ProcessGroup = type("Fake", (group,), {"__init__": lambda self, command, *rest: group.__init__(self, [sys.executable, "-c", child, "x"], *rest)})
+fleet.ProcessTree = type("Fake", (group,), {"__init__": lambda self, command, *rest: group.__init__(self, [sys.executable, "-c", child, "x"], *rest)})
 raise SystemExit(main(["apply", "--fleet", sys.argv[1]]))
 """
 

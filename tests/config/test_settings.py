@@ -7,9 +7,12 @@ import pytest
 
 from safegene_trl import SafeGeneConfig, SafeGeneError
 from safegene_trl.commands.apply_arguments import ApplyArguments
+from safegene_trl.config.data import DataConfig
+from safegene_trl.config.docstrings import meanings
 from safegene_trl.config.gate import GateConfig
-from safegene_trl.config.groups import DataConfig, MeasureConfig, OutputConfig, SearchConfig
-from safegene_trl.config.help import meanings
+from safegene_trl.config.measure import MeasureConfig
+from safegene_trl.config.output import OutputConfig
+from safegene_trl.config.search import SearchConfig
 from safegene_trl.config.settings import BLOCKS
 from safegene_trl.config.validation import hint_of, names_of
 from safegene_trl.evaluation.evaluate import EvaluationConfig

@@ -7,8 +7,8 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from safegene_trl.distributed.layouts import Sharding, place, sharding_of
-from safegene_trl.distributed.processes import check_launch
+from safegene_trl.distributed.layouts import Sharding, load_distributed, sharding_of
+from safegene_trl.distributed.processes import check_parallelism
 from safegene_trl.distributed.shapes import class_name, full_shape
 from safegene_trl.errors import ConfigError, UnsupportedModelError
 
@@ -62,34 +62,34 @@ def arguments(world_size=1, **sizes):
 )
 def test_other_parallelism_is_refused_by_name(key, name):
     with pytest.raises(UnsupportedModelError, match=f"uses {name} parallelism"):
-        check_launch(make_model(), arguments(dp_shard_size=2, **{key: 2}))
+        check_parallelism(make_model(), arguments(dp_shard_size=2, **{key: 2}))
 
 
 def test_tensor_parallel_model_is_refused():
     model = make_model()
     model._tp_size = 2
     with pytest.raises(UnsupportedModelError, match="uses tensor parallelism"):
-        check_launch(model, arguments())
+        check_parallelism(model, arguments())
 
 
 def test_first_fsdp_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match="FSDP version 1"):
-        check_launch(FullyShardedDataParallel.__new__(FullyShardedDataParallel), arguments())
+        check_parallelism(FullyShardedDataParallel.__new__(FullyShardedDataParallel), arguments())
 
 
 def test_processes_that_the_trainer_does_not_see_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="started 4 processes and the trainer sees 1"):
-        check_launch(make_model(), arguments())
-    check_launch(make_model(), arguments(world_size=4))
+        check_parallelism(make_model(), arguments())
+    check_parallelism(make_model(), arguments(world_size=4))
 
 
 def test_supported_launch_passes():
-    check_launch(make_model(), arguments())
-    check_launch(make_model(), arguments(dp_replicate_size=2, dp_shard_size=2))
+    check_parallelism(make_model(), arguments())
+    check_parallelism(make_model(), arguments(dp_replicate_size=2, dp_shard_size=2))
 
 
 def test_finished_checkpoint_is_not_loaded_under_fsdp(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UnsupportedModelError, match="launch with `zero3`"):
-        place(make_model, torch.float32, ALONE)
+        load_distributed(make_model, torch.float32, ALONE)

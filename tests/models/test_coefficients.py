@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from safegene_trl.config.groups import Granularity
+from safegene_trl.config.search import Granularity
 from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.names import by_component
 from safegene_trl.reporting.html import render

@@ -115,17 +115,17 @@ NUMBERS = (
     ),
     simple(
         "gate: a share over the limit is kept for sure",
-        "step/gate.py",
+        "step/decision.py",
         "surely = low >= value if at_least else high <= value",
         "surely = right",
-        "tests/step/test_gate.py",
+        "tests/step/test_decision.py",
     ),
     simple(
         "gate: broken limits do not reject",
-        "step/gate.py",
+        "step/decision.py",
         'outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"',
         'outcome = "accepted_best_effort" if unsure else "accepted"',
-        "tests/step/test_gate.py",
+        "tests/step/test_decision.py",
     ),
     simple(
         "history: chain not compared",

@@ -6,7 +6,7 @@ from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import ConfigError
 from safegene_trl.judges.intervals import Rate
-from safegene_trl.step.gate import check_measurable, decide, independent_prompts
+from safegene_trl.step.decision import check_measurable, decide, independent_prompts
 
 
 REASON = "Held-out safety improved."

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..config.gate import LEAST, LIMITS, GateConfig
 from ..config.metrics import METRICS
 from ..errors import ConfigError
-from ..reporting.verdict import measures_refusals
+from ..reporting.outcome import measures_refusals
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]

@@ -14,7 +14,7 @@ import psutil
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 
 
-class ProcessGroup:
+class ProcessTree:
     """A command in a process group of its own, its output in a file.
 
     Args:
@@ -57,7 +57,7 @@ class ProcessGroup:
         return self._reaped()
 
     @staticmethod
-    def end(groups: Sequence["ProcessGroup"]) -> None:
+    def end(groups: Sequence["ProcessTree"]) -> None:
         """Ends all of them: by SIGTERM, and what is left of them after `GRACE` seconds by SIGKILL."""
         members = [process for group in groups for process in group._members()]
         _signal(members, signal.SIGTERM)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from safegene_trl.checkpoints import trial
+from safegene_trl.checkpoints import preflight as trial
 from safegene_trl.checkpoints.output import MARKER, check_output, check_writable
 from safegene_trl.errors import OutputError
 

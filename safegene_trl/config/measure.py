@@ -1,0 +1,40 @@
+"""What users set of the measurement before and after."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .validation import (
+    COUNT,
+    COUNT_OR_NONE,
+    Rule,
+    check_values,
+    named_fields,
+)
+
+
+@named_fields
+@dataclass
+class MeasureConfig:
+    """What the model does before and after the step.
+
+    Args:
+        num_test_prompts: How many harmful prompts, benign prompts and task samples, of each and at
+            most, the model is measured on: none of those that the coefficients were fitted on. 0
+            leaves measuring out.
+        max_new_tokens: Tokens generated for each answer.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
+    """
+
+    num_test_prompts: int = 64
+    max_new_tokens: int = 32
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "num_test_prompts": COUNT_OR_NONE,
+        "max_new_tokens": COUNT,
+    }
+
+    def __post_init__(self) -> None:
+        check_values(self, prefix="measure.")

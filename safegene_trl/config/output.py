@@ -1,0 +1,60 @@
+"""What users set of what is written, and where."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .validation import (
+    Rule,
+    check_values,
+    file_size,
+    folder,
+    named_fields,
+    repository,
+    written_place,
+)
+
+
+OutputFormat = Literal["merged", "adapter", "both"]
+
+
+@named_fields
+@dataclass
+class OutputConfig:
+    """What is written, and where.
+
+    Args:
+        output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's
+            output directory.
+        output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in,
+            or `both` (the adapter in the subfolder `adapter`).
+        max_shard_size: Largest weight file, like `5GB` or `500MB`; a whole number is bytes.
+        history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
+            Its seal lies beside it.
+        hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it
+            is rejected. `Trainer`'s own `push_to_hub` uploads the plain fine-tune.
+        hub_private: Whether a repository made for it is private.
+
+    Raises:
+        ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
+    """
+
+    output_dir: str | None = None
+    output_format: OutputFormat = "merged"
+    max_shard_size: str = "5GB"
+    history: str | None = None
+    hub_model_id: str | None = None
+    hub_private: bool = True
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "output_dir": Rule(syntax=folder, may_be_null=True),
+        "max_shard_size": Rule(syntax=file_size),
+        "history": Rule(syntax=written_place),
+        "hub_model_id": Rule(syntax=repository, may_be_null=True),
+    }
+
+    def __post_init__(self) -> None:
+        size: object = self.max_shard_size  # a recipe may have a number
+        if type(size) is int and size > 0:
+            self.max_shard_size = f"{size / 1000}KB"
+        check_values(self, prefix="output.")
