@@ -330,7 +330,7 @@ def test_what_may_take_long_keeps_no_other_process_in_a_collective(
 
         monkeypatch.setattr(name, seen)
 
-    monkeypatch.setattr(Communicator, "alone", watched)
+    monkeypatch.setattr(Communicator, "on_main_rank", watched)
     for name in ("plan.check_base", "run.hashes"):
         watch(f"safegene_trl.step.{name}")
     for name in ("plan.check_hub", "run.upload"):
