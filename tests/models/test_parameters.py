@@ -350,7 +350,8 @@ def test_an_adapter_cannot_hold_what_is_trained_whole(kind, options, named):
         check_adapter_output(model)
     else:
         with pytest.raises(
-            UnsupportedModelError, match=f"trains `{named}` itself.*`output\.output_format: merged`"
+            UnsupportedModelError,
+            match=rf"trains `{named}` itself.*`output\.output_format: merged`",
         ):
             check_adapter_output(model)
 
