@@ -348,7 +348,7 @@ import sys
 from pathlib import Path
 from safegene_trl.commands import fleet
 from safegene_trl.commands.main import main
-from safegene_trl.commands.process_group import ProcessTree
+from safegene_trl.commands.process_tree import ProcessTree
 fleet._estimate = lambda members: None
 group = fleet.ProcessTree
 child = Path(sys.argv[1]).with_name("child.py").read_text()

@@ -19,7 +19,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step.history import read_history
 
-from ..conftest import make_model, make_vector, with_lora
+from ..conftest import make_model, make_tokenizer, make_vector, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -222,7 +222,7 @@ def test_dry_run_and_other_options(apply, model_dir, capsys):
 def test_an_image_processor_beside_the_model_is_kept(apply, model_dir, tokenizer, tmp_path):
     """Also where only the base model of an adapter has it."""
     place = shutil.copytree(model_dir, tmp_path / "seeing")
-    LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14).save_pretrained(place)
+    LlavaProcessor(CLIPImageProcessorPil(), make_tokenizer(), patch_size=14).save_pretrained(place)
     code, target = apply(place, 0.5)
     saved = AutoProcessor.from_pretrained(target)
     assert code == 0 and type(saved) is LlavaProcessor and saved.patch_size == 14
