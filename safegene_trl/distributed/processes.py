@@ -55,13 +55,13 @@ def this_job() -> Sharding:
         ConfigError: A launcher has started several, and every one takes itself for a job of its
             own.
     """
-    state = PartialState()
-    if state.num_processes < launched_processes():
+    job = Sharding(PartialState().device)
+    if job.world_size < launched_processes():
         raise ConfigError(
-            f"The launcher started {launched_processes()} processes and this one sees {state.num_processes}: call "
+            f"The launcher started {launched_processes()} processes and this one sees {job.world_size}: call "
             '`torch.distributed.init_process_group("gloo")` first, or run the script without a launcher.'
         )
-    return Sharding(state.device)
+    return job
 
 
 def check_parallelism(model: nn.Module, args: TrainingArguments) -> None:
