@@ -435,7 +435,11 @@ def _written(
 def estimate_stored_merge(
     probe: Probe, config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Cost]:
-    """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
+    """Cost of `save` where the coefficients are given and the weights are merged from file to file.
+
+    The memory holds the libraries that the estimate itself imports, some 100 MiB more than the
+    merge does.
+    """
     deltas = probe.deltas(vector.deltas, vector.rank)
     with tempfile.TemporaryDirectory(dir=_place(config.output.output_dir)) as place:
         stored = probe.stored(Path(place))
