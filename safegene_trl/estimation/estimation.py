@@ -15,13 +15,15 @@ much again of what was freed.
 import copy
 import math
 import re
+import subprocess
+import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -432,14 +434,26 @@ def _written(
     return cost.at(probe.layers)[0], max(cost.memory), disk
 
 
+@cache
+def _bytes_of_merging_process() -> int:
+    """Resident bytes of a process that has imported what a merge from files works with.
+
+    The estimate itself imports more, so it does not ask for its own.
+    """
+    program = (
+        "import psutil, safegene_trl.step.stored_fine_tune; "
+        "print(psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    return int(done.stdout)
+
+
 def estimate_stored_merge(
     probe: Probe, config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Cost]:
-    """Cost of `save` where the coefficients are given and the weights are merged from file to file.
-
-    The memory holds the libraries that the estimate itself imports, some 100 MiB more than the
-    merge does.
-    """
+    """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
     deltas = probe.deltas(vector.deltas, vector.rank)
     with tempfile.TemporaryDirectory(dir=_place(config.output.output_dir)) as place:
         stored = probe.stored(Path(place))
@@ -450,7 +464,7 @@ def estimate_stored_merge(
             write_merged(stored[index], own, added, tokenizer, folder, size, show_progress=False)
 
         seconds, memory, disk = _written(probe, run, config.output.output_dir, on_host=True)
-    return {"save": Cost(seconds, probe.host + memory, disk)}
+    return {"save": Cost(seconds, _bytes_of_merging_process() + memory, disk)}
 
 
 def estimate_extraction(
