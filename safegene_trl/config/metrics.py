@@ -85,4 +85,3 @@ METRICS = (
     ),
 )
 SHARES = tuple(metric for metric in METRICS if not metric.difference)
-OF_LIMIT = {metric.limit: metric for metric in METRICS}

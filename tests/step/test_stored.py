@@ -229,3 +229,10 @@ def test_an_image_processor_beside_the_model_is_kept(apply, model_dir, tokenizer
     adapter = with_lora(AutoModelForCausalLM.from_pretrained(place))
     adapter.save_pretrained(tmp_path / "adapter")
     assert type(load_processor(str(tmp_path / "adapter"))) is LlavaProcessor
+    own = make_tokenizer()
+    own.add_tokens(["<of the adapter>"])
+    own.save_pretrained(tmp_path / "adapter")
+    around = load_processor(str(tmp_path / "adapter")).tokenizer
+    assert (
+        "<of the adapter>" in around.get_vocab() and "<of the adapter>" not in tokenizer.get_vocab()
+    )
