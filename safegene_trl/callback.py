@@ -136,6 +136,7 @@ class SafeGeneCallback(TrainerCallback):
         model, loader = uncompiled(kwargs["model"]), kwargs.get("train_dataloader")
         sharding = sharding_of(model, args.device, kwargs.get("optimizer"))
         with sharding.naming_rank(), sharding.raising_together():
+            self.config.check()
             check_parallelism(model, args)
             _check_output_dir(model, args)
             processor = _processor(kwargs.get("processing_class"), model)

@@ -295,3 +295,26 @@ def test_apply_from_python_writes_what_the_command_writes(model_dir, vector_dir,
         apply(config, str(model_dir), coefficients=tmp_path / "command")["coefficients"]
         == report["coefficients"]
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allow_pickled_shards": "no"}, "`allow_pickled_shards` is"),
+        ({"coefficients": True}, "`coefficients` is"),
+        ({"coefficients": 0.5, "base_model": "other"}, "`base_model` is read for"),
+        ({"base_model": "other"}, "`base_model` is read for"),
+    ],
+)
+def test_apply_refuses_what_it_would_not_read_or_misread(options, message, vector_dir, model_dir):
+    """A quoted `no` that counts as yes would run the code of a pickle."""
+    with pytest.raises(ConfigError, match=message):
+        apply(SafeGeneConfig(vector=str(vector_dir)), model_dir, **options)
+
+
+def test_combine_refuses_what_it_would_misread(vector_dir, tmp_path):
+    for options in ({"overwrite_output_dir": "no"}, {"output_dir": None}, {"output_dir": "."}):
+        with pytest.raises(ConfigError, match=f"`{next(iter(options))}`"):
+            combine(**{"vectors": [vector_dir, "x"], "output_dir": tmp_path / "out"} | options)
+    with pytest.raises(FamilyError, match="twice"):  # a generator is read once
+        combine((name for name in [vector_dir, vector_dir]), tmp_path / "out")

@@ -331,7 +331,7 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
                 processor = AutoProcessor.from_pretrained(
                     source, revision=at, trust_remote_code=False
                 )
-            except (OSError, ValueError, ImportError) as error:
+            except (*UNREADABLE, ImportError, AttributeError, TypeError) as error:
                 raise _not_loaded(f"The processor of {source}", source, error) from error
             if isinstance(processor, ProcessorMixin):
                 processor.tokenizer = tokenizer

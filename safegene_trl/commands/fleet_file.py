@@ -127,6 +127,10 @@ class Fleet:
         }
         for part in (self.safegene, member.get("safegene") or {}):
             settings, _ = grouped(part)
+            output = settings.get("output")
+            if isinstance(output, dict) and output.get("output_dir", "") is None:
+                # null stands for the default, which is the fleet's here
+                settings["output"] = {k: v for k, v in output.items() if k != "output_dir"}
             # a gate of one's own takes the place of the common one, with all its limits
             if "gate" in settings:
                 block.pop("gate", None)

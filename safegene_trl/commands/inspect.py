@@ -3,6 +3,7 @@ it.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(list(argv))
     place = Path(arguments.directory)
+    if place.name in ("", ".."):  # the working directory has a name too
+        place = Path(os.path.abspath(place))
     report = place if place.is_file() and place.suffix == ".json" else place / MARKER
     if report.is_file():
         if arguments.plot:
@@ -124,7 +127,7 @@ def _check_may_be_vector(place: Path) -> None:
             raise SafeGeneError(
                 f"{place} is a plain fine-tune: its safeguarded checkpoint is {target}, inspect that."
             )
-        if failure_path(target).is_file():
+        if target.name and failure_path(target).is_file():
             what = (
                 f"{place} is a plain fine-tune"
                 if place.is_dir()

@@ -200,12 +200,9 @@ def _check_given(option: str, text: str) -> None:
 def _value(option: str, text: str, hint: Any) -> Any:
     """The value of one option: text as it is where the key takes text, else YAML."""
     _check_given(option, text)
-    value = parse_yaml(text, f"`{option}`")
-    return (
-        text
-        if hint is not None and takes_text(hint) and not isinstance(value, str | None)
-        else value
-    )
+    if hint is not None and takes_text(hint) and text != "null" and text[0] not in "\"'":
+        return text  # of a path with ` #` in it YAML would take the beginning
+    return parse_yaml(text, f"`{option}`")
 
 
 def _recipe_path(argv: Sequence[str]) -> Path:

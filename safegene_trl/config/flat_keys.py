@@ -11,7 +11,7 @@ from .data import DataConfig
 from .measure import MeasureConfig
 from .output import OutputConfig
 from .search import SearchConfig
-from .validation import Settings, names_of
+from .validation import Settings, names_of, shown
 
 
 GROUPS: dict[str, type[Settings]] = {
@@ -59,6 +59,10 @@ def merged(block: Mapping[str, Any], changes: Mapping[str, Any], once: str = "")
             both[key] = merged(block[key], value, once and f"{once}.{key}")
         elif once and key in block:
             raise ConfigError(f"`{once}.{key}` is set twice on the command line: keep one of them.")
+        elif isinstance(value, dict) and key in block:  # it would go without a word
+            raise ConfigError(
+                f"`{key}` must be a block of keys and values: it is {shown(block[key])}."
+            )
         else:
             both[key] = value
     return both

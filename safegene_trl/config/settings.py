@@ -47,7 +47,14 @@ def _takes_flat_keys(kind: type["SafeGeneConfig"]) -> type["SafeGeneConfig"]:
         warn_of_flat_keys(flat)
         made(self, *args, **values)
 
+    def set_known(self: Any, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            names = names_of(settings)
+            reject_unknown_keys({name: value}, names, kind.__name__, elsewhere=_ELSEWHERE)
+        object.__setattr__(self, name, value)
+
     settings.__init__ = moved
+    settings.__setattr__ = set_known
     return kind
 
 
@@ -113,6 +120,8 @@ class SafeGeneConfig:
             ConfigError: A key is unknown (the nearest known one is named), has no value, or one
                 that is impossible.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError("The safegene block must be a block of keys and values.")
         values, flat = grouped(values)
         check_written(values, cls, where="the safegene block", elsewhere=_ELSEWHERE)
         for name, kind in BLOCKS.items():
@@ -120,6 +129,13 @@ class SafeGeneConfig:
                 check_written(block, kind, where=f"the {name} block", elsewhere=_ELSEWHERE)
         warn_of_flat_keys(flat)
         return cls(**values)
+
+    def check(self) -> None:
+        """Raises `ConfigError` for what was set after it was made and cannot be."""
+        self.__post_init__()
+        for name in BLOCKS:
+            if (block := getattr(self, name)) is not None:
+                block.__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, groups as mappings; `SafeGeneConfig(**values)` brings them

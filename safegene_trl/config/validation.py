@@ -175,7 +175,15 @@ def named_fields(kind: type[Made]) -> type[Made]:
         made(self, *args, **values)
 
     settings.__init__ = checked
+    settings.__setattr__ = _set_known
     return kind
+
+
+def _set_known(self: Any, name: str, value: Any) -> None:
+    """An attribute that is no setting would be set and never read."""
+    if not name.startswith("_"):
+        reject_unknown_keys({name: value}, names_of(type(self)), type(self).__name__)
+    object.__setattr__(self, name, value)
 
 
 def names_of(kind: type[Settings]) -> list[str]:

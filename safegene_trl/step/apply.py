@@ -74,12 +74,22 @@ def apply(
         UnexpectedError: Anything else failed in the step.
     """
     check_is(config, SafeGeneConfig, "apply")
+    config.check()
+    check_value("model_revision", model_revision, str | None)
     check_value("dtype", dtype, str, Rule(choices=DTYPES))
+    given = str(coefficients) if isinstance(coefficients, Path) else coefficients
+    check_value("coefficients", given, float | str | None)
+    check_value("base_model", base_model, str | None)
+    check_value("allow_pickled_shards", allow_pickled_shards, bool)
+    if base_model is not None and given != "interference":
+        raise ConfigError(
+            "`base_model` is read for `coefficients: interference` alone: leave it out."
+        )
     name = str(model_name_or_path or "")
     if not name:
         raise ConfigError(NO_MODEL)
     target = output_of(config, name)
-    if coefficients is None:
+    if given is None:
         from .loaded import safeguard_loaded
 
         return safeguard_loaded(config, name, model_revision, target, dtype, allow_pickled_shards)
@@ -93,7 +103,7 @@ def apply(
         )
     from .stored import safeguard_stored
 
-    return safeguard_stored(config, name, model_revision, str(coefficients), target, base_model)
+    return safeguard_stored(config, name, model_revision, str(given), target, base_model)
 
 
 def output_of(config: SafeGeneConfig, model_name_or_path: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.output import VECTOR, atomic_directory
-from ..config.validation import shown, written_path
+from ..config.validation import Rule, check_value, folder, shown
 from ..errors import ConfigError, FamilyError
 from ..models.low_rank import LowRankDelta
 from ..provenance import software_versions
@@ -49,11 +49,17 @@ def combine(
         raise ConfigError(
             f"combine was given {shown(vectors)}: give it a list of two or more vectors."
         )
-    target = written_path(str(output_dir))
-    check_vector_output(target, {"the vector": list(vectors)}, overwrite_output_dir)
-    vector = combined([SafetyVector.from_pretrained(name) for name in vectors])
-    with atomic_directory(target, kind=VECTOR) as folder:
-        vector.save_pretrained(folder)
+    names = [str(name) if isinstance(name, Path) else name for name in vectors]
+    place = str(output_dir) if isinstance(output_dir, Path) else output_dir
+    for name in names:
+        check_value("vectors", name, str)
+    check_value("output_dir", place, str, Rule(syntax=folder))
+    check_value("overwrite_output_dir", overwrite_output_dir, bool)
+    target = Path(place)
+    check_vector_output(target, {"the vector": names}, overwrite_output_dir)
+    vector = combined([SafetyVector.from_pretrained(name) for name in names])
+    with atomic_directory(target, kind=VECTOR) as unfinished:
+        vector.save_pretrained(unfinished)
     return vector
 
 

@@ -581,3 +581,12 @@ def test_a_fleet_goes_alone(fleet, capsys):
     assert main([*fleet(), "--model_name_or_path", "x"]) == 2
     assert "goes alone" in capsys.readouterr().err
     assert main(["apply", "--fleet", "nowhere.yaml"]) == 2
+
+
+@pytest.mark.parametrize("own", [{"output": {"output_dir": None}}, {"output_dir": None}])
+def test_no_place_of_its_own_is_the_fleets_default(own, fleet, tmp_path):
+    settings = {"vector": "v", "data": {"task_data": "t"}}
+    fleet(safegene=settings, models=[{"model_name_or_path": "a", "safegene": own}])
+    found = module.Fleet.read(tmp_path / "models.yaml")
+    output = found.recipe(found.models[0])["safegene"]["output"]
+    assert output == {"output_dir": str(tmp_path / "releases" / "a")}

@@ -112,3 +112,10 @@ def test_many_coefficients_are_summed_up(inspect, tmp_path):
     assert lines[5].split() == [names[7], "λ", "=", "-5.000"] and "λ = 1.790" in lines[6]
     report.write_text(json.dumps(DECIDED | {"coefficients": dict(list(values.items())[:100])}))
     assert sum("λ =" in line for line in inspect(tmp_path)[1].splitlines()) == 100
+
+
+def test_the_working_directory_is_a_folder_like_any_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in (["."], [""], ["/"]):
+        assert main(["inspect", *words]) == 2
+        assert "not foreseen" not in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Recipes and options: what is accepted, and that nothing unknown is ignored."""
 
+from pathlib import Path
+
 import pytest
 from trl import ModelConfig, SFTConfig
 
@@ -373,3 +375,24 @@ def test_own_options_that_are_right(tmp_path):
     )
     with pytest.raises(ConfigError, match="`base_model` is empty"):
         parse((ApplyArguments,), ["--base_model="], "safegene", "")
+
+
+@pytest.mark.parametrize(
+    "path", ["runs/v #2", "#x", "&x", "{a", "@x", "a: b", "1:30", "x # y", "~x"]
+)
+def test_a_path_on_the_command_line_is_taken_whole(recipe, path):
+    """YAML would take the beginning of some, and nothing of others."""
+    config = run("--config", recipe, f"--safegene.vector_revision={path}")[-1].config
+    assert config.vector_revision == path
+    config = run("--config", recipe, f"--safegene.vector_revision='{path}'")[-1].config
+    assert config.vector_revision == path
+
+
+def test_a_broken_block_in_the_recipe_is_refused_whatever_the_command_line_sets(recipe):
+    recipe_text = Path(recipe).read_text()
+    for line in ("  gate: 0.9\n", "  search:\n"):
+        Path(recipe).write_text(recipe_text + line)
+        name = line.strip().split(":")[0]
+        key = {"gate": "min_refusal_rate=0.5", "search": "max_evaluations=5"}[name]
+        with pytest.raises(ConfigError, match=f"`{name}` must be a block of keys and values"):
+            _ = run("--config", recipe, f"--safegene.{name}.{key}")[-1].config

@@ -5,10 +5,11 @@ from dataclasses import fields
 
 import pytest
 
-from safegene_trl import SafeGeneConfig, SafeGeneError
+from safegene_trl import ConfigError, SafeGeneConfig, SafeGeneError
 from safegene_trl.commands.apply_arguments import ApplyArguments
 from safegene_trl.config.data import DataConfig
 from safegene_trl.config.docstrings import meanings
+from safegene_trl.config.flat_keys import merged
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.measure import MeasureConfig
 from safegene_trl.config.output import OutputConfig
@@ -314,3 +315,24 @@ def test_every_setting_says_what_it_means(kind):
 def test_impossible_extractions(values, message):
     with pytest.raises(SafeGeneError, match=message):
         extraction(**values)
+
+
+def test_what_is_set_after_a_config_was_made_is_not_lost():
+    """A flat key or a misspelt one would be set and never read."""
+    config = SafeGeneConfig(vector="v")
+    with pytest.raises(ConfigError, match=r"did you mean `output\.output_dir`"):
+        config.output_dir = "elsewhere"
+    with pytest.raises(ConfigError, match="did you mean `max_evaluations`"):
+        config.search.max_evaluation = 3
+    config.search.max_evaluations = -3
+    with pytest.raises(ConfigError, match=r"search\.max_evaluations"):
+        config.check()
+    config.search = {"max_evaluations": 3}
+    config.check()
+    assert config.search.max_evaluations == 3
+
+
+def test_a_block_that_is_none_is_not_replaced_without_a_word():
+    for broken in (0.9, None):
+        with pytest.raises(ConfigError, match="`gate` must be a block of keys and values"):
+            merged({"gate": broken}, {"gate": {"min_refusal_rate": 0.5}})
