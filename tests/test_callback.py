@@ -668,3 +668,12 @@ def test_the_trainers_processor_is_saved_with_the_checkpoint(config, tokenizer, 
     trainer.train()
     names = {path.name for path in (tmp_path / "safeguarded").iterdir()}
     assert {"processor_config.json", "tokenizer.json", "model.safetensors"} <= names
+
+
+def test_a_config_is_checked_when_the_training_begins(config, tokenizer, tmp_path):
+    callback = SafeGeneCallback(config())
+    callback.config.search.max_evaluations = -3
+    trainer = sft(tmp_path, [callback], tokenizer)
+    with pytest.raises(ConfigError, match=r"search\.max_evaluations"):
+        trainer.train()
+    assert trainer.state.global_step == 0
