@@ -263,7 +263,7 @@ def test_the_example_of_the_page_and_of_the_readme_runs(workplace):
         found["report"]["status"] == "safeguarded"
         and found["report"]["decision"]["outcome"] == "accepted"
     )
-    assert found["result"] == json.loads(Path("evaluation/evaluation.json").read_text())
+    assert found["result"] == json.loads(Path("measured/evaluation.json").read_text())
     assert set(found["result"]["judges"]["refusal_phrases"]["sets"]) == {"harmful", "benign"}
 
 

@@ -25,7 +25,7 @@ class OutputConfig:
 
     Args:
         output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's
-            output directory.
+            output directory; of `apply`, `<model>-safeguarded` in the working directory.
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in,
             or `both` (the adapter in the subfolder `adapter`).
         max_shard_size: Largest weight file, like `5GB` or `500MB`; a whole number is bytes.
