@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # billions of parameters: hidden, intermediate, layers, heads, key-value heads, vocabulary
     "0.1": (768, 2048, 10, 12, 4, 32000),
     "1": (2048, 5632, 22, 32, 4, 32000),
+    "1.5": (1536, 8960, 28, 12, 2, 151936),
     "3": (3072, 8192, 28, 24, 8, 32000),
     "8": (4096, 14336, 32, 32, 8, 128256),
 }

@@ -256,9 +256,11 @@ def merged_tensor(
             add_terms(total, terms)
             before = total.clone() if rounding is not None and of_vector else None
             add_terms(total, of_vector)
+        rounded = total.to(weight.dtype)
         if rounding is not None and before is not None:
-            rounding.add(parameter.name, before, total, weight.dtype)
-        return total.to(weight.dtype).contiguous()
+            exact = not terms  # nothing was added yet to what the weight's own type holds
+            rounding.add(parameter.name, before, total, rounded, before_is_rounded=exact)
+        return rounded.contiguous()
 
 
 @torch.no_grad()

@@ -320,8 +320,10 @@ def _merge_block(
         if terms.vector:
             before = reader.scratch(total, "before")
             add_terms(total, terms.vector, block.first)
-            rounding.add(block.name, before, total, tensor.dtype)
         rows.copy_(total)
+        if terms.vector:
+            exact = not terms.task  # nothing was added yet to what the file's type holds
+            rounding.add(block.name, before, total, rows, before_is_rounded=exact)
         if not (terms.vector or is_finite(rows)):
             raise CheckpointError(
                 f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged."

@@ -21,20 +21,32 @@ class Rounding:
         self.weights = self.changed = 0
         self._product = self._square = 0.0
 
-    def add(self, name: str, before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype) -> None:
+    def add(
+        self,
+        name: str,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        rounded: torch.Tensor,
+        before_is_rounded: bool = False,
+    ) -> None:
         """Takes in one tensor, or a part of one.
 
         Args:
             name: Its name.
             before: Float32 weights without the change.
             after: The same with it.
-            dtype: Data type that they are rounded to.
+            rounded: `after` in the data type that is written.
+            before_is_rounded: `before` comes from weights of that data type, so that a cast to it
+                would change nothing.
 
         Raises:
             OutputError: A changed weight is not finite in that data type.
         """
-        rounded = after.to(dtype).float()
-        kept, wanted = (rounded - before.to(dtype).float()).flatten(), (after - before).flatten()
+        held = before if before_is_rounded else before.to(rounded.dtype).float()
+        written = rounded.float() if rounded.itemsize == 1 else rounded
+        # into float32: a difference of two 16-bit numbers need not be one
+        kept = torch.sub(written, held, out=torch.empty_like(before)).flatten()
+        wanted = (after - before).flatten()
         product, square = float(torch.dot(kept, wanted)), float(torch.dot(wanted, wanted))
         if not (math.isfinite(product) and math.isfinite(square)):
             if not is_finite(rounded):

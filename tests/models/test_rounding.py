@@ -10,7 +10,8 @@ from safegene_trl.models.rounding import Rounding, is_finite
 def added(change, dtype):
     rounding = Rounding()
     before = torch.ones(4, 8)
-    rounding.add("w", before, before + change, dtype)
+    after = before + change
+    rounding.add("w", before, after, after.to(dtype))
     return rounding
 
 
@@ -46,13 +47,14 @@ def random(seed, std=1.0):
     return torch.randn((40, 30), generator=torch.Generator().manual_seed(seed)) * std
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("std", [1.0, 1e-2, 1e-4])
-def test_formula(dtype, std):
+def test_formula(dtype, std, exact):
     before = random(0).to(dtype).float()
     after = before + random(1, std)
     rounding = Rounding()
-    rounding.add("w", before, after, dtype)
+    rounding.add("w", before, after, after.to(dtype), before_is_rounded=exact)
     real, wanted = after.to(dtype).double() - before.double(), after.double() - before.double()
     found = rounding.check()
     assert (found["weights"], found["changed_weights"]) == (1200, int((real != 0).sum()))
@@ -61,13 +63,21 @@ def test_formula(dtype, std):
     )
 
 
+def test_weights_that_are_not_yet_rounded_are_before_they_are_compared():
+    before, after = torch.tensor([1 + 2.0**-9]), torch.tensor([1 + 2.0**-9 + 2.0**-7])
+    rounding = Rounding()
+    rounding.add("w", before, after, after.bfloat16())
+    assert rounding.check()["kept"] == pytest.approx(1)  # both lose the 2^-9
+
+
 def test_parts_of_a_tensor_add_up():
     before, after = random(0).bfloat16().float(), random(2)
     whole, total = Rounding(), Rounding()
-    whole.add("w", before, after, torch.bfloat16)
+    whole.add("w", before, after, after.bfloat16())
     for first in range(0, 40, 7):
         part = Rounding()
-        part.add("w", before[first : first + 7], after[first : first + 7], torch.bfloat16)
+        rows = slice(first, first + 7)
+        part.add("w", before[rows], after[rows], after[rows].bfloat16())
         total.include(part)
     assert total.check() == whole.check() | {"kept": pytest.approx(whole.check()["kept"], rel=1e-5)}
 
@@ -77,12 +87,13 @@ def test_what_is_not_finite_is_refused_and_large_numbers_are_not(bad):
     after = torch.ones(5)
     after[3] = bad
     with pytest.raises(OutputError, match="NaN or infinity"):
-        Rounding().add("w", torch.ones(5), after, torch.float32)
+        Rounding().add("w", torch.ones(5), after, after)
     with pytest.raises(OutputError, match="NaN or infinity"):
-        Rounding().add("w", after, after, torch.float32)
+        Rounding().add("w", after, after, after)
     huge = Rounding()
     # squares that float32 does not hold
-    huge.add("w", torch.zeros(2), torch.tensor([1e30, 1e30]), torch.float32)
+    after = torch.tensor([1e30, 1e30])
+    huge.add("w", torch.zeros(2), after, after)
     assert huge.check()["kept"] == pytest.approx(1)
 
 
