@@ -102,7 +102,8 @@ def write_report(
     path.with_suffix(".html").write_text(render(report, releases), encoding="utf-8")
     if find_spec("matplotlib"):
         try:
-            if report.get("coefficients"):
+            # all alike, as where one number was given, they need no picture
+            if len(set((report.get("coefficients") or {}).values())) > 1:
                 coefficients_plot(report["coefficients"], path.with_suffix(".coefficients.png"))
             if len(releases) > 1:
                 history_plot(releases, path.with_suffix(".history.png"))

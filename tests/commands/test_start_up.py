@@ -178,4 +178,4 @@ def test_given_coefficients_open_the_weights_before_the_model_s_code_is_imported
     *_, last = done.stderr.splitlines()
     assert done.returncode == 0 and (tmp_path / "out").is_dir(), done.stderr[-2000:]
     assert set(first.split()[1:]) == WITH_TORCH | {"trl"}
-    assert "datasets" not in last.split()
+    assert not {"datasets", "matplotlib"} & set(last.split())  # one number needs no plot
