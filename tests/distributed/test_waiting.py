@@ -19,11 +19,11 @@ import torch.distributed as dist
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.distributed.layouts import Sharding
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+dist.init_process_group("gloo", timeout=timedelta(seconds=1))
 job = Sharding(torch.device("cpu"))
 with job.on_main_rank() as working:
     if working:
-        time.sleep(5)
+        time.sleep(2.5)
 said = "nothing"
 try:
     with job.on_main_rank() as working:

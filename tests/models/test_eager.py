@@ -22,6 +22,7 @@ from ..recalibration.test_search import calibration_set, helpful_deltas, run
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
+SEARCH = {"max_evaluations": 2}
 BACKEND = "eager"  # dynamo traces and guards as ever, and the graph is run as it is
 
 
@@ -68,27 +69,33 @@ def forward(model):
 WAYS = [whole, in_place, by_layer, replaced_layers, replaced_linears, forward]
 
 
+@pytest.fixture(scope="module")
+def eager():
+    """What the plain model gives, without and with a LoRA, and the deltas and data for it."""
+    data = calibration_set()
+    deltas = helpful_deltas(make_model(), data)
+    found = {
+        lora: run(with_lora(make_model()) if lora else make_model(), deltas, data, **SEARCH)
+        for lora in (False, True)
+    }
+    return found, deltas, data
+
+
 @pytest.mark.parametrize(
     ("way", "lora"),
     [(way, False) for way in WAYS]
     + [(whole, True), (replaced_layers, True), (replaced_linears, True)],
 )
-def test_compiled_models_give_the_eager_result(way, lora):
-    data = calibration_set()
-    deltas = helpful_deltas(make_model(), data)
-
-    def made():
-        return with_lora(make_model()) if lora else make_model()
-
-    expected = run(made(), deltas, data, max_evaluations=3)
+def test_compiled_models_give_the_eager_result(way, lora, eager):
+    expected, deltas, data = eager
     for used in (False, True):  # before and after a first call, which compiles
-        model = way(made())
+        model = way(with_lora(make_model()) if lora else make_model())
         if used:
             model(IDS)
         modules = dict(model.named_modules())
         own = {name: dict(module.__dict__) for name, module in modules.items()}
-        found = run(model, deltas, data, max_evaluations=3)
-        assert found == expected
+        found = run(model, deltas, data, **SEARCH)
+        assert found == expected[lora]
         for name, module in model.named_modules():
             assert module is modules[name] and module.__dict__.keys() == own[name].keys()
             assert all(
