@@ -13,7 +13,7 @@ from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
 from ..errors import ConfigError
-from ..estimation.estimation import (
+from ..estimation.probe import (
     Cost,
     Launch,
     Probe,

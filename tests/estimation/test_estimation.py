@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
-from safegene_trl.estimation.estimation import Launch, Probe, _Allocations, estimate_safeguard
+from safegene_trl.estimation.probe import Launch, Probe, _Allocations, estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
 from safegene_trl.step.live import prepare, safeguard
@@ -82,7 +82,7 @@ def settings(tmp_path):
 
 @pytest.fixture(autouse=True)
 def once(monkeypatch):
-    monkeypatch.setattr("safegene_trl.estimation.estimation.REPETITIONS", 1)
+    monkeypatch.setattr("safegene_trl.estimation.probe.REPETITIONS", 1)
 
 
 @pytest.fixture
