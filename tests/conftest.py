@@ -86,25 +86,30 @@ def make_tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     return fast
 
 
+def small_shape(**changes) -> dict:
+    """Settings of a tiny model of three layers, or of one that differs in some."""
+    shape = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    return shape | changes
+
+
 def make_model(
     kind: str = "llama", tied: bool = True, vocab_size: int = 320, seed: int = 0, layers: int = 3
 ):
     """A random model of three layers, float32; `kind` is one of `ARCHITECTURES`."""
     torch.manual_seed(seed)
-    shape = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": tied,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-    }
+    shape = small_shape(vocab_size=vocab_size, num_hidden_layers=layers, tie_word_embeddings=tied)
     config, architecture = ARCHITECTURES[kind]
     model = architecture(config(**shape))
     # a random model's logits are nearly flat; widen them so that losses can move

@@ -13,18 +13,13 @@ from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
 from ..errors import ConfigError
-from ..estimation.probe import (
-    Cost,
-    Launch,
-    Probe,
-    estimate_extraction,
-    estimate_safeguard,
-    estimate_stored_merge,
-)
+from ..estimation.cost import Cost, Launch
+from ..estimation.extraction import Difference, ExtractionPrompts, estimate_extraction
+from ..estimation.probe import Probe
+from ..estimation.safeguard import estimate_safeguard
+from ..estimation.stored_merge import estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
-from ..models.names import layer_index
-from ..models.parameters import canonical_modules, linear_shape, task_factors
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
 from ..text import strict_json
@@ -167,31 +162,16 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
         StoredModel.open(name, revision),
     )
     by_adapters = differ_by_adapters(config, aligned, degraded, name, revision)
-    layers, others = canonical_modules(degraded.model), canonical_modules(aligned.model)
-    factors = {
-        name: [
-            factor.a.shape[0] for own in (others.get(name), layer) for factor in task_factors(own)
-        ]
-        for name, layer in layers.items()
-    }
-    ranks = [sum(own) for own in factors.values() if own]
-    rank = config.rank or (max(ranks) if by_adapters and ranks else 8)
-    modules = [
-        module
-        for module, layer in layers.items()
-        if layer_index(module) is not None
-        and linear_shape(layer) is not None
-        and (factors[module] or not by_adapters)
-    ]
+    difference = Difference.between(aligned, degraded, by_adapters, config.rank)
     probe = Probe(degraded.model, resolve_dtype(config.dtype, name, revision))
-    harmful, benign = (
-        read_prompts(source, config.data_split)
-        for source in (config.harmful_data, config.benign_data)
+    prompts = ExtractionPrompts(
+        *(
+            read_prompts(source, config.data_split)
+            for source in (config.harmful_data, config.benign_data)
+        )
     )
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
-    return estimate_extraction(
-        probe, config, tokenizer, harmful, benign, modules, rank, by_adapters, launch
-    )
+    return estimate_extraction(probe, config, tokenizer, prompts, difference, launch)
 
 
 _ESTIMATES = {"sft": _estimate_sft, "apply": estimate_apply, "extract": _estimate_extract}

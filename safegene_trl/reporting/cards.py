@@ -2,16 +2,26 @@
 reasons.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config.metrics import SHARES
+from ..config.metrics import SHARES, Metric
 from ..text import code, markdown, one_line
 from .outcome import measures_refusals, verdict
+
+
+LIMITS = """
+## Limits
+
+The judge counts refusals and does not see harm: this is no proof of safety. What a benign fine-tune had weakened is restored as far as the vector's prompts
+cover it; somebody who trains for harm can take it away again. This checkpoint's `config.json` says which vector its weights hold, so that it is never added
+twice.
+"""
+_Row = tuple[Metric, Mapping[str, float], Mapping[str, float]]  # before and after
 
 
 def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
@@ -22,16 +32,35 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         report: Its report.
         name: The model's name.
     """
-    measured, vector, base = report.get("measured", {}), report["vector"], report["base"]
+    shown = _shown(report.get("measured", {}))
+    text = f"""---
+{_front_matter(report, name, shown).to_yaml()}
+---
+
+# {markdown(name)}
+
+{_what_was_done(report)}
+"""
+    if shown:
+        text += _table(shown, report["measured"]["judge"])
+    return ModelCard(text + LIMITS)
+
+
+def _shown(measured: Mapping[str, Any]) -> list[_Row]:
+    """The shares that were measured both before and after."""
     pairs = [
         (metric, metric.measured(measured, "before"), metric.measured(measured))
         for metric in SHARES
     ]
-    shown = [
+    return [
         (metric, before, after)
         for metric, before, after in pairs
         if before is not None and after is not None
     ]
+
+
+def _front_matter(report: Mapping[str, Any], name: str, shown: Sequence[_Row]) -> ModelCardData:
+    """What the hub reads of the card."""
     results = [
         EvalResult(
             task_type="text-generation",
@@ -44,8 +73,8 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         for metric, _, after in shown
     ]
     adapter = report["config"]["output"]["output_format"] == "adapter"
-    data = ModelCardData(
-        base_model=hub_id(base["name"]),
+    return ModelCardData(
+        base_model=hub_id(report["base"]["name"]),
         base_model_relation="adapter" if adapter else "merge",
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -53,43 +82,32 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
         model_name=one_line(name),
         eval_results=results or None,
     )
-    decision, granularity = report["decision"], report["config"]["search"]["granularity"]
-    purpose = "that give" if measures_refusals(measured) else "meant to give"
-    text = f"""---
-{data.to_yaml()}
----
 
-# {markdown(name)}
 
-A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {markdown(base["name"] or "a model of its family")} that has taken on the safety vector
+def _what_was_done(report: Mapping[str, Any]) -> str:
+    vector, base, decision = report["vector"], report["base"], report["decision"]
+    granularity = report["config"]["search"]["granularity"]
+    purpose = "that give" if measures_refusals(report.get("measured", {})) else "meant to give"
+    return f"""A {"LoRA" if report["model"]["kind"] == "lora" else "full"} fine-tune of {markdown(base["name"] or "a model of its family")} that has taken on the safety vector
 named {markdown(vector["name"])} ({markdown(vector["aligned_model"]["name"])}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
 coefficient per {"rank-one part" if granularity == "rank" else markdown(granularity)}, {purpose} it refusals back which the fine-tune had weakened.
 
-Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}
-"""
-    if results:
-        rows = "\n".join(
-            f"| {metric.title} | {_with_interval(before)} | {_with_interval(after)} |"
-            for metric, before, after in shown
-        )
-        text += f"""
+Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}"""
+
+
+def _table(shown: Sequence[_Row], judge: str) -> str:
+    rows = "\n".join(
+        f"| {metric.title} | {_with_interval(before)} | {_with_interval(after)} |"
+        for metric, before, after in shown
+    )
+    return f"""
 | | fine-tuned | safeguarded |
 | --- | --- | --- |
 {rows}
 
-Shares with 95 % intervals, on prompts that no coefficient was fitted on; greedy answers, judge {code(measured["judge"])}. The whole record is in
+Shares with 95 % intervals, on prompts that no coefficient was fitted on; greedy answers, judge {code(judge)}. The whole record is in
 `safegene_report.json`, for reading in `safegene_report.html`.
 """
-    return ModelCard(
-        text
-        + """
-## Limits
-
-The judge counts refusals and does not see harm: this is no proof of safety. What a benign fine-tune had weakened is restored as far as the vector's prompts
-cover it; somebody who trains for harm can take it away again. This checkpoint's `config.json` says which vector its weights hold, so that it is never added
-twice.
-"""
-    )
 
 
 def hub_id(name: str | None) -> str | None:

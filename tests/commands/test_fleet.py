@@ -14,7 +14,7 @@ import yaml
 from safegene_trl.commands import fleet as module
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_tree import ProcessTree
-from safegene_trl.estimation.probe import Cost
+from safegene_trl.estimation.cost import Cost
 
 from ..conftest import in_groups, make_model, make_tokenizer
 

@@ -16,7 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
-from safegene_trl.estimation.probe import Launch, Probe, _Allocations, estimate_safeguard
+from safegene_trl.estimation.cost import Launch
+from safegene_trl.estimation.probe import Probe, _Allocations
+from safegene_trl.estimation.safeguard import estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
 from safegene_trl.step.live import prepare, safeguard
@@ -29,6 +31,7 @@ from ..conftest import (
     config_of,
     make_model,
     make_vector,
+    small_shape,
     with_lora,
 )
 
@@ -44,17 +47,16 @@ def model():
 
 def llama(layers):
     torch.manual_seed(0)
+    width = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
     config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        eos_token_id=1999,
-        pad_token_id=0,
-        bos_token_id=None,
+        **small_shape(
+            **width,
+            **heads,
+            num_hidden_layers=layers,
+            max_position_embeddings=512,
+            eos_token_id=1999,
+        )
     )
     return LlamaForCausalLM(config).eval()
 

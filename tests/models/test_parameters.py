@@ -38,7 +38,7 @@ from safegene_trl.models.parameters import (
     tied_weights,
 )
 
-from ..conftest import ALONE, attached, make_deltas, make_model, with_lora
+from ..conftest import ALONE, attached, make_deltas, make_model, small_shape, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -168,23 +168,9 @@ def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
 )
 def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path):
     torch.manual_seed(0)
-    config = kind[0](
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes = {"moe_intermediate_size": 24, "decoder_sparse_step": 1, "num_hidden_layers": 2}
+    config = kind[0](**small_shape(**experts, **sizes))
     model = kind[1](config).eval()
     name = "model.layers.1.self_attn.o_proj"
     deltas = {name: LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))}

@@ -1,0 +1,246 @@
+"""What `safegene extract` takes."""
+
+import copy
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.stored_merge import StoredModel
+from ..extraction.config import ExtractionConfig
+from ..extraction.delta import adapter_delta, stored_delta
+from ..extraction.distillation import (
+    ReferenceBatch,
+    expansion,
+    mean_divergence,
+    reference_batches,
+    with_factors,
+)
+from ..extraction.selection import gradient, last_token_states, top_layers
+from ..models.inputs import Sample
+from ..models.names import layer_index
+from ..models.parameters import canonical_modules, linear_shape, task_factors
+from .cost import Cost, Launch
+from .planned_run import PlannedRun
+from .probe import LAYERS, Probe, folder_beside
+
+
+SAMPLED_PROMPTS = 2  # of steps that read prompts one by one
+
+
+@dataclass(frozen=True)
+class Difference:
+    """In what an aligned and a degraded model differ.
+
+    Attributes:
+        modules: The names of those in which they do.
+        rank: The vector's rank.
+        by_adapters: Whether it is by LoRAs only, so that no weight has to be read.
+    """
+
+    modules: list[str]
+    rank: int
+    by_adapters: bool
+
+    @classmethod
+    def between(
+        cls, aligned: StoredModel, degraded: StoredModel, by_adapters: bool, rank: int | None
+    ) -> "Difference":
+        """That of two checkpoints, at a rank: where none is given, the LoRAs' own, else 8."""
+        layers, others = canonical_modules(degraded.model), canonical_modules(aligned.model)
+        factors = {
+            name: [
+                factor.a.shape[0]
+                for own in (others.get(name), layer)
+                for factor in task_factors(own)
+            ]
+            for name, layer in layers.items()
+        }
+        ranks = [sum(own) for own in factors.values() if own]
+        modules = [
+            module
+            for module, layer in layers.items()
+            if layer_index(module) is not None
+            and linear_shape(layer) is not None
+            and (factors[module] or not by_adapters)
+        ]
+        return cls(modules, rank or (max(ranks) if by_adapters and ranks else 8), by_adapters)
+
+
+@dataclass(frozen=True)
+class ExtractionPrompts:
+    """All prompts that an extraction is given."""
+
+    harmful: list[str]
+    benign: list[str]
+
+    def drawn(self, config: ExtractionConfig) -> tuple[list[str], list[str]]:
+        """As many of each kind as the aligned model is asked."""
+        return self.harmful[: config.num_safety_prompts], self.benign[: config.num_benign_prompts]
+
+
+def estimate_extraction(
+    probe: Probe,
+    config: ExtractionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: ExtractionPrompts,
+    difference: Difference,
+    launch: Launch,
+) -> dict[str, Cost]:
+    """Costs of the steps of `safegene extract`.
+
+    Args:
+        probe: Of the degraded model, with its LoRA if it has one.
+        config: How the vector is made.
+        tokenizer: The aligned model's.
+        prompts: Those that it is given.
+        difference: In what the two models differ.
+        launch: How it will be launched.
+    """
+    deltas = probe.deltas(difference.modules, difference.rank)
+    run = PlannedRun.of(probe, tokenizer, launch, deltas)
+    costs = {"difference": _difference(probe, config, difference)}
+    drawn = prompts.drawn(config)
+    turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
+    costs["answers"] = run.cost(
+        *run.answers(turns, config.max_new_tokens, config.batch_size, False)
+    )
+    samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
+    if config.method != "delta":
+        costs["distillation"] = _distillation(run, config, samples)
+    if config.selection in ("gradient", "activation_contrast"):
+        costs["selection"] = _selection(run, config, prompts, samples[0])
+    return costs | {"save": Cost(0.0, probe.host, _size_of_vector(run, config))}
+
+
+def _difference(probe: Probe, config: ExtractionConfig, difference: Difference) -> Cost:
+    rank = difference.rank
+    if difference.by_adapters:
+        plain = nn.Module()
+
+        def known(index: int) -> None:
+            adapter_delta(plain, probe.models[index], rank)
+
+        seconds, memory = probe.measure(known, on_host=True).at(probe.layers)
+        return Cost(seconds, probe.host + memory)
+    with tempfile.TemporaryDirectory(dir=folder_beside(config.output_dir)) as place:
+        stored, others = (probe.stored(Path(place) / name) for name in ("aligned", "degraded"))
+
+        def read(index: int) -> None:
+            stored_delta(stored[index], others[index], rank, config.exact_svd, config.seed, False)
+
+        cost = probe.measure(read, on_host=True)
+    seconds, memory = cost.at(probe.layers)
+    return Cost(seconds, probe.host + memory)
+
+
+class _Student:
+    """One step of distillation on a batch of each kind, and what it takes its references from."""
+
+    def __init__(
+        self, run: PlannedRun, config: ExtractionConfig, firsts: Sequence[Sequence[Sample]]
+    ):
+        self._run, self._blocks, self._firsts = run, config.expanded_blocks, firsts
+        self.items: dict[int, list[ReferenceBatch]] = {}
+        self._students: list[PeftModel] = []
+
+    def references(self, index: int) -> None:
+        probe, pad = self._run.probe, self._run.padding_id
+        self.items[index] = [
+            item
+            for anchor, batch in enumerate(self._firsts)
+            for item in reference_batches(
+                probe.models[index], batch, len(batch), pad, bool(anchor), probe.alone
+            )
+        ]
+
+    def put_on_factors(self) -> None:
+        self._students = [
+            with_factors(copy.deepcopy(model), own)
+            for model, own in zip(self._run.probe.models, self._run.deltas, strict=True)
+        ]
+
+    def steps(self, index: int) -> None:
+        student = self._students[index]
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        with expansion(student, self._blocks):
+            for item in self.items[index]:
+                torch.autograd.grad(mean_divergence(student, item), trained)
+
+    def losses(self, index: int) -> None:
+        with torch.no_grad(), expansion(self._students[index], self._blocks):
+            for item in self.items[index]:
+                mean_divergence(self._students[index], item)
+
+
+def _distillation(
+    run: PlannedRun, config: ExtractionConfig, samples: Sequence[Sequence[Sample]]
+) -> Cost:
+    """References of one batch of each kind, one step on each and its divergence at both ends, times
+    their number.
+    """
+    probe = run.probe
+    counts = [math.ceil(len(kind) / config.batch_size) for kind in samples]
+    student = _Student(run, config, [kind[: config.batch_size] for kind in samples])
+    reference = probe.measure(student.references)
+    student.put_on_factors()
+    step, loss = probe.measure(student.steps), probe.measure(student.losses)
+    batches = sum(counts) / len(samples)  # pairs of batches
+    share = run.launch.share(sum(counts))
+    seconds = reference.at(probe.layers)[0] * batches * share
+    seconds += step.at(probe.layers)[0] * config.distill_steps / len(samples)
+    seconds += 2 * loss.at(probe.layers)[0] * batches * share
+    kept = run.kept_beside(int(sum(item.log_probs.nbytes for item in student.items[1]) * batches))
+    peak = max(step.at(probe.layers)[1], reference.at(probe.layers)[1])
+    return run.cost(seconds, kept + peak)
+
+
+def _selection(
+    run: PlannedRun,
+    config: ExtractionConfig,
+    prompts: ExtractionPrompts,
+    refusals: Sequence[Sample],
+) -> Cost:
+    """Scores of the layers on a few prompts, times their number."""
+    probe, most = run.probe, config.num_selection_prompts
+
+    def contrast(index: int) -> None:
+        texts = prompts.harmful[:SAMPLED_PROMPTS]
+        last_token_states(probe.models[index], run.tokenizer, texts, probe.alone)
+
+    def gradients(index: int) -> None:
+        few = refusals[:SAMPLED_PROMPTS]
+        gradient(probe.models[index], run.deltas[index], few, run.padding_id, probe.alone)
+
+    if config.selection == "gradient":
+        scores, passes = gradients, min(most, len(refusals))
+    else:
+        scores = contrast
+        passes = 2 * sum(min(most, len(texts)) for texts in (prompts.harmful, prompts.benign))
+    seconds, memory = probe.measure(scores).at(probe.layers)
+    return run.cost(seconds * passes / SAMPLED_PROMPTS, memory)
+
+
+def _size_of_vector(run: PlannedRun, config: ExtractionConfig) -> int:
+    """Bytes of the selected layers' factors."""
+    numbers = sum(t.numel() for delta in run.deltas[0].values() for t in (delta.a, delta.b))
+    kept = len(top_layers(range(run.probe.layers), config.selected_share))
+    return numbers // LAYERS[0] * kept * getattr(torch, config.weights_dtype).itemsize
+
+
+def _samples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], response_tokens: int
+) -> list[Sample]:
+    """Prompts with answers as long as they may become."""
+    found = []
+    for prompt in prompts:
+        ids = list(tokenizer(prompt)["input_ids"])
+        filler = [ids[-1] if ids else 0] * response_tokens
+        found.append(Sample(ids + filler, [False] * len(ids) + [True] * response_tokens))
+    return found

@@ -1,0 +1,124 @@
+"""What the safety step takes, at the end of a training or by `safegene apply`."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.live_merge import save_adapter, save_merged
+from ..config.settings import SafeGeneConfig
+from ..data.shots import Shots
+from ..models.batch_size import ON_CPU
+from ..recalibration.objective import Objective
+from ..vectors.safety_vector import SafetyVector
+from .cost import Cost, Launch
+from .planned_run import PlannedRun, slightly
+from .probe import Measured, Probe
+
+
+def estimate_safeguard(
+    probe: Probe,
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    tokenizer: PreTrainedTokenizerBase,
+    shots: Shots,
+    launch: Launch,
+) -> dict[str, Cost]:
+    """Costs of `recalibrate`, `measure` (unless it is off) and `save` at the end of a training, or
+    by `safegene apply`.
+
+    What the training itself holds, its optimiser's states above all, is not in the memory;
+    communication between ranks and a search that ends early are not in the seconds.
+    """
+    stored = sum(
+        t.numel() * t.element_size() for delta in vector.deltas.values() for t in (delta.a, delta.b)
+    )
+    deltas = probe.deltas(vector.deltas, vector.rank)
+    run = PlannedRun.of(probe, tokenizer, launch, deltas, stored)
+    costs = {"recalibrate": _recalibration(run, config, shots, min(vector.layers))}
+    prompts = [
+        [list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind
+    ]
+    if prompts:
+        size = config.batch_size or ON_CPU
+        seconds, memory = run.answers(prompts, config.measure.max_new_tokens, size, True)
+        costs["measure"] = run.cost(2 * seconds, memory)
+    return costs | {"save": _saving(run, config)}
+
+
+class _Passes:
+    """The passes of a search for the coefficients, one of each.
+
+    Attributes:
+        sides: By the probe's model, the objective that is fitted on and the held-out one; there
+            after `references`.
+    """
+
+    def __init__(self, run: PlannedRun, config: SafeGeneConfig, shots: Shots):
+        self._run, self._config, self._shots = run, config, shots
+        self._attachments = [run.attachment(index) for index in (0, 1)]
+        self.sides: dict[int, tuple[Objective, Objective]] = {}
+        for model in run.probe.models:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+
+    def references(self, index: int) -> None:
+        probe, pad = self._run.probe, self._run.padding_id
+        fit, other = (
+            Objective(probe.models[index], self._shots.data, name, self._config, pad, probe.alone)
+            for name in ("fit", "held_out")
+        )
+        self.sides[index] = fit, other
+
+    def gradients(self, index: int) -> None:
+        attachment = self._attachments[index]
+        point = np.full(len(attachment.space.names), 0.1)
+        model = self._run.probe.models[index]
+        self.sides[index][0].gradients(model, attachment.applied, point)
+
+    def losses(self, which: int, index: int) -> None:
+        with slightly(self._attachments[index]):
+            self.sides[index][which].losses(self._run.probe.models[index])
+
+
+def _recalibration(run: PlannedRun, config: SafeGeneConfig, shots: Shots, lowest: int) -> Cost:
+    """The search, for a vector whose lowest layer is `lowest`."""
+    probe, launch, passes = run.probe, run.launch, _Passes(run, config, shots)
+    reference = probe.measure(passes.references)
+    fit = probe.measure(passes.gradients)
+    forward, other = (probe.measure(partial(passes.losses, which)) for which in (0, 1))
+    fit_seconds, fit_memory = _of_a_fit(fit, forward, probe.layers, lowest)
+    jobs = [len(side.jobs) for side in passes.sides[1]]
+    reference_seconds, reference_memory = reference.at(probe.layers)
+    seconds = reference_seconds * launch.share(sum(jobs))
+    seconds += config.search.max_evaluations * fit_seconds * launch.share(jobs[0])
+    seconds += 2 * other.at(probe.layers)[0] * launch.share(jobs[1])
+    references = sum(t.nbytes for side in passes.sides[1] for t in side.reference.values())
+    kept = run.kept_beside(references)
+    return run.cost(seconds, max(reference_memory, kept + fit_memory))
+
+
+def _of_a_fit(fit: Measured, forward: Measured, layers: int, lowest: int) -> tuple[float, int]:
+    """Seconds and transient bytes of one pass with gradients.
+
+    Below the vector's lowest layer there is no backward pass, and nothing is kept for one.
+    """
+    seconds, memory = fit.at(layers - lowest)
+    return seconds + forward.at(1 + lowest)[0] - forward.at(1)[0], memory
+
+
+def _saving(run: PlannedRun, config: SafeGeneConfig) -> Cost:
+    probe, tokenizer, output = run.probe, run.tokenizer, config.output
+
+    def write(index: int, folder: Path) -> None:
+        model, own = probe.models[index], run.deltas[index]
+        coefficients = dict.fromkeys(own, 0.1)
+        if output.output_format != "adapter":
+            size = output.max_shard_size
+            save_merged(model, own, coefficients, tokenizer, folder, size, probe.alone)
+        if output.output_format != "merged":
+            place = folder / "adapter"
+            save_adapter(model, own, coefficients, "base", tokenizer, place, probe.alone)
+
+    return run.cost(*probe.measure_writing(write, output.output_dir))

@@ -1,0 +1,48 @@
+"""What `safegene apply` takes where the coefficients are given."""
+
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoints.stored_merge import write_merged
+from ..config.settings import SafeGeneConfig
+from ..vectors.safety_vector import SafetyVector
+from .cost import Cost
+from .probe import Probe, folder_beside
+
+
+def estimate_stored_merge(
+    probe: Probe, config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Cost]:
+    """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
+    deltas = probe.deltas(vector.deltas, vector.rank)
+    with tempfile.TemporaryDirectory(dir=folder_beside(config.output.output_dir)) as place:
+        stored = probe.stored(Path(place))
+
+        def write(index: int, folder: Path) -> None:
+            own = deltas[index]
+            added, size = dict.fromkeys(own, 0.1), config.output.max_shard_size
+            write_merged(stored[index], own, added, tokenizer, folder, size, show_progress=False)
+
+        seconds, memory, disk = probe.measure_writing(write, config.output.output_dir, on_host=True)
+    return {"save": Cost(seconds, _bytes_of_merging_process() + memory, disk)}
+
+
+@cache
+def _bytes_of_merging_process() -> int:
+    """Resident bytes of a process that has imported what a merge from files works with.
+
+    The estimate itself imports more, so it does not ask for its own.
+    """
+    program = (
+        "import psutil, safegene_trl.step.stored_fine_tune; "
+        "print(psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    return int(done.stdout)
