@@ -14,12 +14,13 @@ from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
 from ..errors import ConfigError
 from ..estimation.cost import Cost, Launch
-from ..estimation.extraction import Difference, ExtractionPrompts, estimate_extraction
+from ..estimation.extraction import DifferingModules, estimate_extraction
 from ..estimation.probe import Probe
 from ..estimation.safeguard import estimate_safeguard
 from ..estimation.stored_merge import estimate_stored_merge
 from ..extraction.config import ExtractionConfig
-from ..extraction.pipeline import differ_by_adapters, read_prompts
+from ..extraction.difference import differ_by_adapters
+from ..extraction.prompts import ExtractionPrompts
 from ..step.plan import read_vector
 from ..step.stored import check_measures_nothing
 from ..text import strict_json
@@ -162,14 +163,9 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
         StoredModel.open(name, revision),
     )
     by_adapters = differ_by_adapters(config, aligned, degraded, name, revision)
-    difference = Difference.between(aligned, degraded, by_adapters, config.rank)
+    difference = DifferingModules.between(aligned, degraded, by_adapters, config.rank)
     probe = Probe(degraded.model, resolve_dtype(config.dtype, name, revision))
-    prompts = ExtractionPrompts(
-        *(
-            read_prompts(source, config.data_split)
-            for source in (config.harmful_data, config.benign_data)
-        )
-    )
+    prompts = ExtractionPrompts.read(config)
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
     return estimate_extraction(probe, config, tokenizer, prompts, difference, launch)
 

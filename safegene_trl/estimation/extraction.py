@@ -22,6 +22,7 @@ from ..extraction.distillation import (
     reference_batches,
     with_factors,
 )
+from ..extraction.prompts import ExtractionPrompts
 from ..extraction.selection import gradient, last_token_states, top_layers
 from ..models.inputs import Sample
 from ..models.names import layer_index
@@ -35,23 +36,23 @@ SAMPLED_PROMPTS = 2  # of steps that read prompts one by one
 
 
 @dataclass(frozen=True)
-class Difference:
+class DifferingModules:
     """In what an aligned and a degraded model differ.
 
     Attributes:
-        modules: The names of those in which they do.
+        names: Those of the modules in which they do.
         rank: The vector's rank.
         by_adapters: Whether it is by LoRAs only, so that no weight has to be read.
     """
 
-    modules: list[str]
+    names: list[str]
     rank: int
     by_adapters: bool
 
     @classmethod
     def between(
         cls, aligned: StoredModel, degraded: StoredModel, by_adapters: bool, rank: int | None
-    ) -> "Difference":
+    ) -> "DifferingModules":
         """That of two checkpoints, at a rank: where none is given, the LoRAs' own, else 8."""
         layers, others = canonical_modules(degraded.model), canonical_modules(aligned.model)
         factors = {
@@ -63,26 +64,14 @@ class Difference:
             for name, layer in layers.items()
         }
         ranks = [sum(own) for own in factors.values() if own]
-        modules = [
+        names = [
             module
             for module, layer in layers.items()
             if layer_index(module) is not None
             and linear_shape(layer) is not None
             and (factors[module] or not by_adapters)
         ]
-        return cls(modules, rank or (max(ranks) if by_adapters and ranks else 8), by_adapters)
-
-
-@dataclass(frozen=True)
-class ExtractionPrompts:
-    """All prompts that an extraction is given."""
-
-    harmful: list[str]
-    benign: list[str]
-
-    def drawn(self, config: ExtractionConfig) -> tuple[list[str], list[str]]:
-        """As many of each kind as the aligned model is asked."""
-        return self.harmful[: config.num_safety_prompts], self.benign[: config.num_benign_prompts]
+        return cls(names, rank or (max(ranks) if by_adapters and ranks else 8), by_adapters)
 
 
 def estimate_extraction(
@@ -90,7 +79,7 @@ def estimate_extraction(
     config: ExtractionConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompts: ExtractionPrompts,
-    difference: Difference,
+    difference: DifferingModules,
     launch: Launch,
 ) -> dict[str, Cost]:
     """Costs of the steps of `safegene extract`.
@@ -103,10 +92,10 @@ def estimate_extraction(
         difference: In what the two models differ.
         launch: How it will be launched.
     """
-    deltas = probe.deltas(difference.modules, difference.rank)
+    deltas = probe.deltas(difference.names, difference.rank)
     run = PlannedRun.of(probe, tokenizer, launch, deltas)
     costs = {"difference": _difference(probe, config, difference)}
-    drawn = prompts.drawn(config)
+    drawn = prompts.to_answer()
     turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
     costs["answers"] = run.cost(
         *run.answers(turns, config.max_new_tokens, config.batch_size, False)
@@ -119,7 +108,7 @@ def estimate_extraction(
     return costs | {"save": Cost(0.0, probe.host, _size_of_vector(run, config))}
 
 
-def _difference(probe: Probe, config: ExtractionConfig, difference: Difference) -> Cost:
+def _difference(probe: Probe, config: ExtractionConfig, difference: DifferingModules) -> Cost:
     rank = difference.rank
     if difference.by_adapters:
         plain = nn.Module()
@@ -155,6 +144,7 @@ class _Student:
         self.items[index] = [
             item
             for anchor, batch in enumerate(self._firsts)
+            if batch
             for item in reference_batches(
                 probe.models[index], batch, len(batch), pad, bool(anchor), probe.alone
             )
@@ -191,10 +181,11 @@ def _distillation(
     reference = probe.measure(student.references)
     student.put_on_factors()
     step, loss = probe.measure(student.steps), probe.measure(student.losses)
-    batches = sum(counts) / len(samples)  # pairs of batches
+    kinds = sum(count > 0 for count in counts)
+    batches = sum(counts) / kinds  # of every kind one
     share = run.launch.share(sum(counts))
     seconds = reference.at(probe.layers)[0] * batches * share
-    seconds += step.at(probe.layers)[0] * config.distill_steps / len(samples)
+    seconds += step.at(probe.layers)[0] * config.distill_steps / kinds
     seconds += 2 * loss.at(probe.layers)[0] * batches * share
     kept = run.kept_beside(int(sum(item.log_probs.nbytes for item in student.items[1]) * batches))
     peak = max(step.at(probe.layers)[1], reference.at(probe.layers)[1])

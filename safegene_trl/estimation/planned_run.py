@@ -78,7 +78,9 @@ class PlannedRun:
     ) -> tuple[float, int]:
         """Seconds and transient bytes of greedy answers to all prompts of each kind."""
         found = [
-            self._answers_to(prompts, max_new_tokens, batch_size, with_vector) for prompts in kinds
+            self._answers_to(prompts, max_new_tokens, batch_size, with_vector)
+            for prompts in kinds
+            if prompts
         ]
         return sum(seconds for seconds, _ in found), max(peak for _, peak in found)
 

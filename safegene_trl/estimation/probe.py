@@ -11,6 +11,7 @@ much again of what was freed.
 """
 
 import copy
+import itertools
 import re
 import tempfile
 import time
@@ -76,7 +77,7 @@ class Probe:
             adapter = skeleton.active_peft_config
         base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
         self.skeleton, self.dtype, self._timed = skeleton, getattr(torch, dtype), timed
-        self._config = base.config
+        self._config, self._seeds = base.config, itertools.count()
         self.layers = int(base.config.num_hidden_layers)
         self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.host = psutil.Process().memory_info().rss
@@ -95,6 +96,7 @@ class Probe:
         if getattr(small, "layer_types", None):
             small.layer_types = small.layer_types[:layers]
         with torch.random.fork_rng(), self.alone.device:
+            torch.manual_seed(next(self._seeds))  # else all would be drawn from one state
             base: Any = AutoModelForCausalLM.from_config(
                 small, dtype=self.dtype, trust_remote_code=False
             )

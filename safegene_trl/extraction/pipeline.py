@@ -1,7 +1,7 @@
 """From an aligned and a degraded model to a safety vector: difference, aligned model's answers,
 selected layers.
 
-The difference is taken from the files, by one process. The two models are loaded one after the
+The difference is taken from the files (`difference.py`). The two models are loaded one after the
 other, and only for what has to run: whole in every process, or sharded by ZeRO-3 where the launch
 asks for it.
 """
@@ -10,32 +10,26 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
-from ..checkpoints.source import adapter_base
-from ..checkpoints.stored_merge import StoredModel
 from ..data.prompts import PLAIN
-from ..data.rows import conversation
-from ..data.sources import draw, load_rows
 from ..distributed.layouts import Sharding
-from ..errors import CalibrationDataError, FamilyError, UnsupportedModelError
+from ..errors import FamilyError, UnsupportedModelError
 from ..models.inputs import Sample, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.names import layer_index
-from ..provenance import model_reference, sha256_of_json, software_versions
+from ..provenance import model_reference, software_versions
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector
 from .answers import own_answers
 from .config import ExtractionConfig
-from .coverage import Coverage, adapter_coverage
-from .delta import adapter_delta, stored_difference
+from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
-from .isolation import isolated
+from .prompts import ExtractionPrompts
 from .selection import (
     LayerScores,
     activation_contrast,
@@ -48,11 +42,20 @@ from .selection import (
     top_layers,
 )
 from .soundness import check_runs, in_dtype
-from .svd import Truncation
 
 
 logger = logging.getLogger(__name__)
 REFUSAL_TOKENS = 8  # whether a model refuses is settled there (arXiv 2406.05946)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the two models are asked with, and by which processes."""
+
+    config: ExtractionConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: ExtractionPrompts
+    job: Sharding
 
 
 @dataclass(frozen=True)
@@ -80,72 +83,60 @@ def make_vector(
         SafeGeneError: One of its kinds: data, models or settings do not fit.
     """
     show_progress = show_progress and job.is_main
-    truncations: dict[str, Truncation] = {}
+    difference = None
     with job.raising_together():
         config.check()
-        harmful, benign = (
-            read_prompts(source, config.data_split)
-            for source in (config.harmful_data, config.benign_data)
-        )
-        categories = read_categories(config.harmful_data, config.data_split)
+        prompts = ExtractionPrompts.read(config)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         if job.is_main:
             _check_template(config, tokenizer)
-            stored = StoredModel.open(config.aligned_model, config.aligned_revision)
-            name, revision = config.degraded_model, config.degraded_revision
-            truncations, coverage = _difference(config, stored, name, revision, show_progress)
-            if warning := coverage.check():
-                logger.warning(warning)
-            truncations, isolation = _isolated(config, stored, truncations, show_progress)
-    deltas = broadcast_deltas(
-        {name: truncation.delta for name, truncation in truncations.items()}, job
-    )
-    aligned = _aligned_side(config, tokenizer, harmful, benign, job)
+            difference = take_difference(config, show_progress)
+    inputs = _Inputs(config, tokenizer, prompts, job)
+    deltas = broadcast_deltas(difference.deltas if difference else {}, job)
+    aligned = _aligned_side(inputs)
     distillation = None
     if config.method != "delta":
-        deltas, distillation = _distilled(config, tokenizer, deltas, aligned, job, show_progress)
-    scores = _scores(config, tokenizer, deltas, aligned, harmful, benign, job)
-    if not job.is_main:
+        deltas, distillation = _distilled(inputs, deltas, aligned, show_progress)
+    scores = _scores(inputs, deltas, aligned)
+    if difference is None:
         return None
-    share = config.selected_share
-    layers = top_layers(scores.mean().tolist(), share)
+    layers = top_layers(scores.mean().tolist(), config.selected_share)
     selected = {
-        name: truncation for name, truncation in truncations.items() if layer_index(name) in layers
+        name: truncation
+        for name, truncation in difference.truncations.items()
+        if layer_index(name) in layers
     }
+    chosen = {name: deltas[name] for name in selected}
     return SafetyVector(
-        deltas=in_dtype(
-            {name: deltas[name] for name in selected}, getattr(torch, config.weights_dtype)
-        ),
-        family=Family.of(stored.model, tokenizer),
+        deltas=in_dtype(chosen, getattr(torch, config.weights_dtype)),
+        family=Family.of(difference.aligned.model, tokenizer),
         aligned_model=model_reference(config.aligned_model, config.aligned_revision),
         degraded_model=model_reference(config.degraded_model, config.degraded_revision),
         extraction={
             "method": config.method,
-            "covered_share": round(coverage.share, 6),
-            "isolation": isolation,
+            "covered_share": round(difference.coverage.share, 6),
+            "isolation": difference.isolation,
             "distillation": distillation,
-            **_truncation_record(selected),
+            **truncation_record(selected),
         },
-        selection={
-            "method": config.selection,
-            "scores": scores.mean().tolist(),
-            "selected_layers": layers,
-            "layer_share": share,
-            "stability": bootstrap_stability(
-                scores, share, config.bootstrap_resamples, config.seed
-            ),
-            "prompts": min(config.num_selection_prompts, len(harmful), len(benign)),
-            "seed": config.seed,
-            "harmful_data": sha256_of_json(harmful),
-            "benign_data": sha256_of_json(benign),
-            "categories": _refused_by_category(config, harmful, aligned.rows, categories),
-        },
-        prompts=[
-            row | {"category": categories[row["prompt"]]} if row["prompt"] in categories else row
-            for row in aligned.rows
-        ],
+        selection=_selection_record(config, scores, layers) | prompts.record(aligned.rows),
+        prompts=prompts.with_categories(aligned.rows),
         software=software_versions(),
     )
+
+
+def _selection_record(
+    config: ExtractionConfig, scores: LayerScores, layers: list[int]
+) -> dict[str, Any]:
+    """How the layers were selected."""
+    share = config.selected_share
+    return {
+        "method": config.selection,
+        "scores": scores.mean().tolist(),
+        "selected_layers": layers,
+        "layer_share": share,
+        "stability": bootstrap_stability(scores, share, config.bootstrap_resamples, config.seed),
+    }
 
 
 def _check_template(config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,56 +154,40 @@ def _check_template(config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase
     logger.warning(PLAIN, config.aligned_model)
 
 
-def _truncation_record(selected: Mapping[str, Truncation]) -> dict[str, Any]:
-    return {
-        "exact": min(t.kept for t in selected.values()) == 1.0,
-        "rank": next(iter(selected.values())).delta.a.shape[0],
-        "energy_kept": {name: round(t.kept, 6) for name, t in selected.items()},
-        "energy_optimum_at_most": {name: round(t.optimum, 6) for name, t in selected.items()},
-    }
-
-
-def _aligned_side(
-    config: ExtractionConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    harmful: Sequence[str],
-    benign: Sequence[str],
-    job: Sharding,
-) -> _AlignedSide:
-    model, sharding = load_placed(config.aligned_model, config.aligned_revision, config.dtype, job)
-    check_runs(model, tokenizer, harmful[0], sharding, config.aligned_model)
+def _aligned_side(inputs: _Inputs) -> _AlignedSide:
+    config, tokenizer = inputs.config, inputs.tokenizer
+    model, sharding = load_placed(
+        config.aligned_model, config.aligned_revision, config.dtype, inputs.job
+    )
+    check_runs(model, tokenizer, inputs.prompts.harmful[0], sharding, config.aligned_model)
     rows = own_answers(
         model,
         tokenizer,
-        draw(harmful, config.num_safety_prompts, config.seed),
-        draw(benign, config.num_benign_prompts, config.seed),
+        *inputs.prompts.to_answer(),
         config.max_new_tokens,
         config.batch_size,
         sharding,
     )
     states, references = [], []
     if config.selection == "activation_contrast":
-        states = _states(config, model, tokenizer, harmful, benign, sharding)
+        states = _states(inputs, model, sharding)
     if config.method != "delta":
-        references = _references(config, model, tokenizer, rows, "harmful", sharding)
+        references = _references(inputs, model, rows, "harmful", sharding)
     return _AlignedSide(rows, states, references)
 
 
 def _distilled(
-    config: ExtractionConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: _Inputs,
     deltas: Mapping[str, LowRankDelta],
     aligned: _AlignedSide,
-    job: Sharding,
     show_progress: bool,
 ) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
+    config, job = inputs.config, inputs.job
     name, revision = config.degraded_model, config.degraded_revision
     degraded, sharding = load_placed(name, revision, config.dtype, job)
-    check_runs(degraded, tokenizer, aligned.rows[0]["prompt"], sharding, name)
-    data = [
-        *aligned.references,
-        *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding),
-    ]
+    check_runs(degraded, inputs.tokenizer, aligned.rows[0]["prompt"], sharding, name)
+    benign = _references(inputs, degraded, aligned.rows, "benign", sharding)
+    data = [*aligned.references, *benign]
     del degraded, sharding
     dtype = resolve_dtype(config.dtype, name, revision)
     settings = DistillationSettings(
@@ -234,162 +209,43 @@ def _distilled(
     }
 
 
-def read_prompts(source: str, split: str) -> list[str]:
-    """The prompts of a data set, each one user turn."""
-    prompts = []
-    for row in load_rows(source, split):
-        messages, _ = conversation(row)
-        if [message["role"] for message in messages] != ["user"]:
-            raise CalibrationDataError(
-                f"A prompt of {source} is not a single user turn: give single-turn prompts."
-            )
-        prompts.append(messages[0]["content"])
-    return prompts
-
-
-def read_categories(source: str, split: str) -> dict[str, str]:
-    """The category of every prompt of a data set that has a column `category`."""
-    rows = load_rows(source, split)
-    if "category" not in rows.column_names:
-        return {}
-    return {
-        conversation(row)[0][0]["content"]: str(row["category"])
-        for row in rows
-        if row["category"] is not None
-    }
-
-
-def _refused_by_category(
-    config: ExtractionConfig,
-    harmful: Sequence[str],
-    rows: Sequence[Mapping[str, str]],
-    categories: Mapping[str, str],
-) -> dict[str, dict[str, int]]:
-    """How many prompts of each category the aligned model was asked, and how many it refused: where
-    few, the vector is weak.
-    """
-    refused = {row["prompt"] for row in rows}
-    found: dict[str, dict[str, int]] = {}
-    asked: list[str] = draw(harmful, config.num_safety_prompts, config.seed)
-    for prompt in asked:
-        if prompt in categories:
-            count = found.setdefault(categories[prompt], {"asked": 0, "refused": 0})
-            count["asked"] += 1
-            count["refused"] += prompt in refused
-    return dict(sorted(found.items()))
-
-
-def _difference(
-    config: ExtractionConfig,
-    aligned: StoredModel,
-    name: str,
-    revision: str | None,
-    show_progress: bool,
-) -> tuple[dict[str, Truncation], Coverage]:
-    """The aligned model less another one, and how much of their difference that is."""
-    other = StoredModel.open(name, revision)
-    if differ_by_adapters(config, aligned, other, name, revision):
-        found = adapter_delta(aligned.model, other.model, config.rank)
-        return found, adapter_coverage(aligned, other, found)
-    return stored_difference(
-        aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress
-    )
-
-
-def differ_by_adapters(
-    config: ExtractionConfig,
-    aligned: StoredModel,
-    other: StoredModel,
-    name: str,
-    revision: str | None,
-) -> bool:
-    """Whether the aligned model and another one, of this name, are one base model with nothing but
-    LoRAs on it.
-    """
-    bases = {
-        Path(base).resolve() if Path(base).is_dir() else base
-        for base in (
-            adapter_base(config.aligned_model, config.aligned_revision) or config.aligned_model,
-            adapter_base(name, revision) or name,
-        )
-    }
-    return len(bases) == 1 and not (aligned.has_full_rank_changes or other.has_full_rank_changes)
-
-
-def _isolated(
-    config: ExtractionConfig,
-    aligned: StoredModel,
-    truncations: dict[str, Truncation],
-    show_progress: bool,
-) -> tuple[dict[str, Truncation], dict[str, Any] | None]:
-    """The deltas without the task models' directions, and what is to be said about that; the same
-    without task models.
-    """
-    if not config.isolate_from:
-        return truncations, None
-    tasks = []
-    for name in config.isolate_from:
-        difference, _ = _difference(config, aligned, name, None, show_progress)
-        tasks.append({module: truncation.delta for module, truncation in difference.items()})
-    deltas = {module: truncation.delta for module, truncation in truncations.items()}
-    found, removed = isolated(deltas, tasks, config.isolation_rank)
-    return found, {
-        "task_models": [model_reference(name) for name in config.isolate_from],
-        "rank": config.isolation_rank,
-        "energy_removed": {module: round(share, 6) for module, share in removed.items()},
-    }
-
-
 def _scores(
-    config: ExtractionConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    deltas: Mapping[str, LowRankDelta],
-    aligned: _AlignedSide,
-    harmful: Sequence[str],
-    benign: Sequence[str],
-    job: Sharding,
+    inputs: _Inputs, deltas: Mapping[str, LowRankDelta], aligned: _AlignedSide
 ) -> LayerScores:
+    config, tokenizer = inputs.config, inputs.tokenizer
     if config.selection == "magnitude":
         return magnitude(deltas)
     if config.selection in ("random", "all"):
         return at_random(num_layers(deltas), config.seed)
-    degraded, sharding = load_placed(
-        config.degraded_model, config.degraded_revision, config.dtype, job
-    )
-    check_runs(degraded, tokenizer, harmful[0], sharding, config.degraded_model)
+    name = config.degraded_model
+    degraded, sharding = load_placed(name, config.degraded_revision, config.dtype, inputs.job)
+    check_runs(degraded, tokenizer, inputs.prompts.harmful[0], sharding, name)
     if config.selection == "activation_contrast":
-        states = _states(config, degraded, tokenizer, harmful, benign, sharding)
-        return activation_contrast(aligned.states, states)
+        return activation_contrast(aligned.states, _states(inputs, degraded, sharding))
     samples = _samples(tokenizer, aligned.rows, "harmful")[: config.num_selection_prompts]
     refusals = [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
     return gradient(degraded, deltas, refusals, padding_id(tokenizer), sharding)
 
 
-def _states(
-    config: ExtractionConfig,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    harmful: Sequence[str],
-    benign: Sequence[str],
-    sharding: Sharding,
-) -> list[torch.Tensor]:
+def _states(inputs: _Inputs, model: Any, sharding: Sharding) -> list[torch.Tensor]:
     """States on the prompts of each kind that layers are selected by."""
-    count, seed = config.num_selection_prompts, config.seed
-    chosen: list[list[str]] = [draw(harmful, count, seed), draw(benign, count, seed)]
-    return [last_token_states(model, tokenizer, prompts, sharding) for prompts in chosen]
+    return [
+        last_token_states(model, inputs.tokenizer, prompts, sharding)
+        for prompts in inputs.prompts.to_select_by()
+    ]
 
 
 def _references(
-    config: ExtractionConfig,
+    inputs: _Inputs,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, str]],
     kind: str,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
+    tokenizer, size = inputs.tokenizer, inputs.config.batch_size
     samples = _samples(tokenizer, rows, kind)
     return reference_batches(
-        model, samples, config.batch_size, padding_id(tokenizer), kind == "benign", sharding
+        model, samples, size, padding_id(tokenizer), kind == "benign", sharding
     )
 
 

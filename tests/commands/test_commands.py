@@ -166,7 +166,7 @@ def test_extract_refuses_a_model_whose_logits_overflow(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # The final norm is no linear layer: with its change the vector would hold next to nothing of
     # the difference.
-    pick = "safegene_trl.extraction.pipeline.Coverage.check"
+    pick = "safegene_trl.extraction.difference.Coverage.check"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pick, lambda self: None)
         assert main(argv("extract", extraction)) == 2

@@ -259,50 +259,61 @@ def test_commands(run, tokenizer, settings, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("method", ["delta", "distill", "linearized"])
-def test_extraction(method, model, tokenizer, tmp_path, monkeypatch, capsys):
-    """Each step of an extraction is told, from adapters and from checkpoints, and the vector's
-    size.
-    """
+@pytest.fixture
+def extraction_inputs(model, tokenizer, tmp_path, monkeypatch):
+    """An aligned checkpoint, a LoRA on it and a full fine-tune of it, and prompts."""
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("aligned")
     tokenizer.save_pretrained("aligned")
     degraded = with_lora(LlamaForCausalLM.from_pretrained("aligned"))
     degraded.peft_config["default"].base_model_name_or_path = "aligned"
     degraded.save_pretrained("degraded")
+    degraded.merge_and_unload().save_pretrained("fine_tuned")
+    tokenizer.save_pretrained("fine_tuned")
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        Path(f"{name}.jsonl").write_text(
-            "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        )
-    words = [
-        "estimate",
-        "extract",
-        "--aligned_model",
-        "aligned",
-        "--degraded_model",
-        "degraded",
-        "--json",
-        "costs.json",
-    ]
-    words += [
-        "--harmful_data",
-        "harmful.jsonl",
-        "--benign_data",
-        "benign.jsonl",
-        "--output_dir",
-        "vector",
-    ]
-    words += ["--method", method, "--distill_steps", "2", "--max_new_tokens", "4"]
-    assert main([*words, "--selection", "gradient"]) == 0
-    costs = json.loads(Path("costs.json").read_text())
+        rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+        Path(f"{name}.jsonl").write_text("".join(rows))
+
+
+def costs_of_extraction(**options):
+    options = {
+        "aligned_model": "aligned",
+        "degraded_model": "degraded",
+        "harmful_data": "harmful.jsonl",
+        "benign_data": "benign.jsonl",
+        "output_dir": "vector",
+        "json": "costs.json",
+        "distill_steps": 2,
+        "max_new_tokens": 4,
+    } | options
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    assert main(["estimate", "extract", *words]) == 0
+    return json.loads(Path("costs.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["delta", "distill", "linearized"])
+@pytest.mark.parametrize("degraded", ["degraded", "fine_tuned"])
+def test_extraction(method, degraded, extraction_inputs, capsys):
+    """Each step of an extraction is told, from adapters and from checkpoints, and the vector's
+    size.
+    """
+    rank = {"degraded": 4, "fine_tuned": 8}[degraded]
+    costs = costs_of_extraction(method=method, degraded_model=degraded, selection="gradient")
     assert set(costs) == {"difference", "answers", "selection", "save"} | (
         {"distillation"} if method != "delta" else set()
     )
-    # half of the layers, rank 4, float16; key and value projections are half as wide
+    # half of the layers, float16; key and value projections are half as wide
     per_layer = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384)
-    assert costs["save"]["disk"] == LAYERS // 2 * per_layer * 4 * 2
+    assert costs["save"]["disk"] == LAYERS // 2 * per_layer * rank * 2
     assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
     assert "GiB" in capsys.readouterr().out and not Path("vector").exists()
+
+
+def test_extraction_without_benign_prompts(extraction_inputs, operation_clock):
+    both = costs_of_extraction(method="distill")
+    alone = costs_of_extraction(method="distill", num_benign_prompts=0)
+    assert 0 < alone["answers"]["seconds"] < both["answers"]["seconds"]
+    assert 0 < alone["distillation"]["seconds"] < both["distillation"]["seconds"]
 
 
 def test_training_recipe(tokenizer, tmp_path, monkeypatch):
