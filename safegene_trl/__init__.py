@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VectorError,
     )
-    from .evaluation.evaluate import EvaluationConfig, evaluate
+    from .evaluation.config import EvaluationConfig
+    from .evaluation.evaluate import evaluate
     from .extraction.config import ExtractionConfig
     from .extraction.extract import extract
     from .judges import Exchange, Judge, Verdict, load_judge
@@ -80,7 +81,7 @@ _MODULES = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataConfig": "config.data",
-    "EvaluationConfig": "evaluation.evaluate",
+    "EvaluationConfig": "evaluation.config",
     "Exchange": "judges",
     "ExtractionConfig": "extraction.config",
     "FamilyError": "errors",

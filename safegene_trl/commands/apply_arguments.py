@@ -3,13 +3,15 @@ for each of its members.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
+from ..config.docstrings import with_help
 from ..config.validation import DTYPES, Rule, check_values
 from .parsing import SafeGeneArguments
 
 
+@with_help
 @dataclass
 class ApplyArguments:
     """What to safeguard.
@@ -17,7 +19,7 @@ class ApplyArguments:
     Args:
         model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
-        dtype: Data type to load and save it in.
+        dtype: Data type to load and save it in, e.g. float32.
         coefficients: Coefficients to take as they are, instead of recalibrating: a number for every
             layer, the report of an earlier safety step with the same vector, or `interference`
             (EnchTable's rule). The weights are then merged from file to file.
@@ -28,31 +30,13 @@ class ApplyArguments:
             option goes with it.
     """
 
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Finished checkpoint or adapter: directory or hub id."}
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit on the hub."}
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "Data type to load and save it in, e.g. float32."}
-    )
-    coefficients: str | None = field(
-        default=None,
-        metadata={"help": "Do not recalibrate: a number, an earlier report, or `interference`."},
-    )
-    allow_pickled_shards: bool = field(
-        default=False,
-        metadata={
-            "help": "Read DeepSpeed's shards, pickle files that can run code: only your own."
-        },
-    )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Aligned model, for `interference` on a full fine-tune."}
-    )
-    fleet: str | None = field(
-        default=None, metadata={"help": "YAML file of many fine-tunes; goes alone."}
-    )
+    model_name_or_path: str = ""
+    model_revision: str | None = None
+    dtype: str = "auto"
+    coefficients: str | None = None
+    allow_pickled_shards: bool = False
+    base_model: str | None = None
+    fleet: str | None = None
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "dtype": Rule(choices=DTYPES),

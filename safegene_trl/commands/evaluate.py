@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..distributed.processes import join_processes
-from ..evaluation.evaluate import RESULT, EvaluationConfig, evaluate
+from ..evaluation.config import EvaluationConfig
+from ..evaluation.evaluate import RESULT, evaluate
 from ..text import printable
 from .launch_option import wants_launch
 from .launching import launch

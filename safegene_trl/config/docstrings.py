@@ -5,6 +5,11 @@
 import inspect
 import re
 from dataclasses import fields
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+
+Made = TypeVar("Made")
 
 
 def meanings(kind: type) -> dict[str, str]:
@@ -23,3 +28,13 @@ def meanings(kind: type) -> dict[str, str]:
         elif name and line.strip():
             found[name] += " " + line.strip()
     return {each.name: found.get(each.name, "") for each in fields(kind)}
+
+
+def with_help(kind: type[Made]) -> type[Made]:
+    """Decorates a dataclass of options: `--help` says of each what the docstring says."""
+    owner: Any = kind
+    said = meanings(owner)
+    for each in fields(owner):
+        text = said[each.name].replace("%", "%%")  # as argparse wants it
+        each.metadata = MappingProxyType({**each.metadata, "help": text})
+    return kind

@@ -5,12 +5,11 @@ on where it stopped.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -19,15 +18,7 @@ from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import replace_file
 from ..checkpoints.source import adapter_base
-from ..config.validation import (
-    DTYPES,
-    LARGEST_COUNT,
-    Rule,
-    check_is,
-    check_values,
-    named_fields,
-    written_place,
-)
+from ..config.validation import check_is
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
 from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes, this_job
@@ -37,6 +28,7 @@ from ..models.generation import generate_answers
 from ..models.inputs import prompt_text
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
+from .config import EvaluationConfig
 from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
 from .records import Records, read_answers
 from .results import agreement, summary
@@ -44,129 +36,7 @@ from .utility import check_tasks, measure_utility
 
 
 logger = logging.getLogger(__name__)
-__all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "EvaluationConfig", "evaluate"]
-
-
-@named_fields
-@dataclass
-class EvaluationConfig:
-    """What to evaluate, on what, and how.
-
-    Args:
-        model_name_or_path: Checkpoint or LoRA adapter: directory or hub id.
-        model_revision: Its branch, tag or commit on the hub.
-        dtype: Data type to load it in.
-        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They
-            are pickle files, which can run code: only for files of your own.
-        harmful_data: Prompt sets that ought to be refused: local files or hub ids
-            (`ID:CONFIG@SPLIT` where a data set has several) with a column `prompt` (or `messages`)
-            and perhaps `category`.
-        benign_data: Prompt sets that ought to be answered, look-alikes above all.
-        data_split: Split of the hub's data sets that name none.
-        exclude_data: Data sets, or safety vectors, whose prompts the model or its vector was made
-            with: prompts that repeat one of them, wholly or nearly, are left out and listed.
-        num_prompts: Prompts drawn from each set. Default: all.
-        judges: Judges, see `safegene_trl.judges.load_judge`. The first one's numbers are printed.
-        task_labels: A classifier's labels: an answer that is nothing but one of them is off-task.
-        tasks: Utility: tasks of lm-eval.
-        tasks_dir: Folder with task files of your own.
-        num_task_samples: Samples of each utility task. Default: all.
-        max_new_tokens: Tokens generated for an answer.
-        batch_size: Prompts per forward pass.
-        seed: For drawing prompts.
-        output_dir: Where answers, verdicts and results go. What is there of the same run is used
-            again.
-
-    Raises:
-        ConfigError: A name is no setting. Values are checked by `check`, with which `evaluate`
-            begins.
-    """
-
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Checkpoint or adapter: directory or hub id."}
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit on the hub."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Data type to load it in, e.g. float32."})
-    allow_pickled_shards: bool = field(
-        default=False,
-        metadata={
-            "help": "Read DeepSpeed's shards, pickle files that can run code: only your own."
-        },
-    )
-    harmful_data: list[str] = field(
-        default_factory=list, metadata={"help": "Prompt sets that ought to be refused."}
-    )
-    benign_data: list[str] = field(
-        default_factory=list, metadata={"help": "Prompt sets that ought to be answered."}
-    )
-    data_split: str = field(
-        default="train", metadata={"help": "Split of data sets on the hub that name none."}
-    )
-    exclude_data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Data or vectors whose prompts must not be repeated."},
-    )
-    num_prompts: int | None = field(
-        default=None, metadata={"help": "Prompts of each set (default: all)."}
-    )
-    judges: list[str] = field(
-        default_factory=lambda: ["refusal_phrases"], metadata={"help": "Judges."}
-    )
-    task_labels: list[str] = field(
-        default_factory=list, metadata={"help": "Labels that are off-task as answers."}
-    )
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Utility tasks of lm-eval."})
-    tasks_dir: str | None = field(
-        default=None, metadata={"help": "Folder with task files of your own."}
-    )
-    num_task_samples: int | None = field(
-        default=None, metadata={"help": "Samples of each task (default: all)."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Tokens generated for an answer."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts per forward pass."})
-    seed: int = field(default=0, metadata={"help": "For drawing prompts."})
-    output_dir: str = field(default="evaluation", metadata={"help": "Where everything goes."})
-
-    RULES: ClassVar[Mapping[str, Rule]] = {
-        "dtype": Rule(choices=DTYPES),
-        "num_prompts": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
-        "tasks_dir": Rule(may_be_null=True),
-        "num_task_samples": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
-        "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
-        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT),
-        "seed": Rule(at_least=0, at_most=2**32 - 1),
-        "output_dir": Rule(syntax=written_place),
-    }
-
-    def check(self) -> None:
-        """Checks every value.
-
-        Raises:
-            ConfigError: One is missing or impossible, or there is nothing to evaluate on.
-        """
-        if not self.model_name_or_path:
-            raise ConfigError(
-                "No model is named: set `model_name_or_path` to a checkpoint or adapter."
-            )
-        if not (self.harmful_data or self.benign_data or self.tasks):
-            raise ConfigError(
-                "There is nothing to evaluate on: set `harmful_data`, `benign_data` or `tasks`."
-            )
-        if not self.judges:
-            raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
-        check_values(self)
-
-    @property
-    def deciding_answers(self) -> dict[str, Any]:
-        """The settings that an answer depends on."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "decoding": "greedy",
-            "padding": "left",
-            "dtype": self.dtype,
-        }
+__all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "evaluate"]
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
+from ..config.docstrings import with_help
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder, named_fields
 from ..errors import ConfigError
 from .linearization import Blocks
@@ -13,6 +14,7 @@ from .selection import METHODS
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
 
 
+@with_help
 @named_fields
 @dataclass
 class ExtractionConfig:
@@ -29,15 +31,16 @@ class ExtractionConfig:
         method: How the deltas are made: `delta` is the plain weight difference, `distill` learns
             them from there (see `distillation.py`), and so does `linearized`, on blocks that are
             linear in their weights (see `linearization.py`).
-        linearized_blocks: Which blocks those are.
+        linearized_blocks: Blocks that `linearized` expands.
         distill_steps: Optimiser steps of `distill` and `linearized`.
-        distill_learning_rate: Its learning rate.
-        anchor_weight: Weight of its term that keeps benign answers as they are.
+        distill_learning_rate: Learning rate of `distill` and `linearized`.
+        anchor_weight: Weight of the term in `distill` and `linearized` that keeps benign answers as
+            they are.
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
         exact_svd: Truncate by the exact SVD instead of the randomised one.
         isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are
             taken out of the vector, see `isolation.py`.
-        isolation_rank: Dimension of their subspace in every module.
+        isolation_rank: Dimension of the task models' subspace in every module.
         selection: How layers are selected, see `selection.py`.
         layer_share: Share (0–1] of the layers that are kept.
         bootstrap_resamples: How often the prompts are drawn again to see how stable the selection
@@ -52,7 +55,7 @@ class ExtractionConfig:
             model answers.
         max_new_tokens: Length of the aligned model's stored answers, in tokens.
         batch_size: Prompts per generated batch.
-        dtype: Data type to load the models in.
+        dtype: Data type to load the models in, e.g. float32.
         weights_dtype: Data type to store the vector in.
         seed: Seed for drawing prompts.
 
@@ -61,82 +64,48 @@ class ExtractionConfig:
             begins.
     """
 
-    aligned_model: str = field(
-        default="", metadata={"help": "Model with intact refusals: directory or hub id."}
-    )
-    aligned_revision: str | None = field(
-        default=None, metadata={"help": "Its branch, tag or commit on the hub."}
-    )
-    degraded_model: str = field(
-        default="", metadata={"help": "Model or LoRA with weakened refusals."}
-    )
-    degraded_revision: str | None = field(
-        default=None, metadata={"help": "Its branch, tag or commit on the hub."}
-    )
-    output_dir: str = field(default="", metadata={"help": "Where the vector goes."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace a vector that is there."}
-    )
+    aligned_model: str = ""
+    aligned_revision: str | None = None
+    degraded_model: str = ""
+    degraded_revision: str | None = None
+    output_dir: str = ""
+    overwrite_output_dir: bool = False
     method: str = field(
         default="delta",
         metadata={
-            "help": "How the deltas are made.",
             "choices": ["delta", "distill", "linearized"],
         },
     )
     linearized_blocks: str = field(
         default="both",
         metadata={
-            "help": "Blocks that `linearized` expands.",
             "choices": ["attention", "mlp", "both"],
         },
     )
-    distill_steps: int = field(default=60, metadata={"help": "Optimiser steps of `distill`."})
-    distill_learning_rate: float = field(
-        default=1e-4, metadata={"help": "Learning rate of `distill`."}
-    )
-    anchor_weight: float = field(
-        default=1.0, metadata={"help": "Weight of benign prompts in `distill`."}
-    )
-    rank: int | None = field(
-        default=None, metadata={"help": "Rank of every delta. Default: the LoRA's own, else 8."}
-    )
-    exact_svd: bool = field(default=False, metadata={"help": "Truncate by the exact SVD: slow."})
-    isolate_from: list[str] = field(
-        default_factory=list, metadata={"help": "Task models to isolate the vector from."}
-    )
-    isolation_rank: int = field(
-        default=8, metadata={"help": "Dimension of the task models' subspace in every module."}
-    )
+    distill_steps: int = 60
+    distill_learning_rate: float = 1e-4
+    anchor_weight: float = 1.0
+    rank: int | None = None
+    exact_svd: bool = False
+    isolate_from: list[str] = field(default_factory=list)
+    isolation_rank: int = 8
     selection: str = field(
         default="activation_contrast",
-        metadata={"help": "How layers are selected.", "choices": list(METHODS)},
+        metadata={"choices": list(METHODS)},
     )
-    layer_share: float = field(default=0.5, metadata={"help": "Share of the layers that are kept."})
-    bootstrap_resamples: int = field(
-        default=200, metadata={"help": "Resamples to see how stable the selection is."}
-    )
-    harmful_data: str = field(
-        default="", metadata={"help": "Harmful prompts, without answers: file or hub id."}
-    )
-    benign_data: str = field(default="", metadata={"help": "Benign prompts: file or hub id."})
-    data_split: str = field(default="train", metadata={"help": "Split of both data sets."})
-    num_selection_prompts: int = field(
-        default=32, metadata={"help": "Prompts of each kind for layer selection."}
-    )
-    num_safety_prompts: int = field(
-        default=64, metadata={"help": "Harmful prompts stored with the vector."}
-    )
-    num_benign_prompts: int = field(
-        default=64, metadata={"help": "Benign prompts stored with the vector."}
-    )
-    max_new_tokens: int = field(default=48, metadata={"help": "Length of the stored answers."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts per generated batch."})
-    dtype: str = field(default="auto", metadata={"help": "Data type to load the models in."})
-    weights_dtype: str = field(
-        default="float16", metadata={"help": "Data type to store the vector in."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed for drawing prompts."})
+    layer_share: float = 0.5
+    bootstrap_resamples: int = 200
+    harmful_data: str = ""
+    benign_data: str = ""
+    data_split: str = "train"
+    num_selection_prompts: int = 32
+    num_safety_prompts: int = 64
+    num_benign_prompts: int = 64
+    max_new_tokens: int = 48
+    batch_size: int = 16
+    dtype: str = "auto"
+    weights_dtype: str = "float16"
+    seed: int = 0
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "output_dir": Rule(syntax=folder),

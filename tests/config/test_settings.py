@@ -16,7 +16,7 @@ from safegene_trl.config.output import OutputConfig
 from safegene_trl.config.search import SearchConfig
 from safegene_trl.config.settings import BLOCKS
 from safegene_trl.config.validation import hint_of, names_of
-from safegene_trl.evaluation.evaluate import EvaluationConfig
+from safegene_trl.evaluation.config import EvaluationConfig
 from safegene_trl.extraction.config import ExtractionConfig
 
 from ..conftest import config_of, in_groups

@@ -8,12 +8,12 @@ import yaml
 from safegene_trl.checkpoints.locking import alone_in
 from safegene_trl.commands.main import main
 from safegene_trl.evaluation import evaluate as module
+from safegene_trl.evaluation.config import EvaluationConfig
 from safegene_trl.evaluation.evaluate import (
     GENERATIONS,
     RESULT,
     SETTINGS,
     VERDICTS,
-    EvaluationConfig,
     evaluate,
 )
 from safegene_trl.evaluation.json_lines import read_lines

@@ -1,0 +1,111 @@
+"""`EvaluationConfig`: everything that can be set about evaluating a checkpoint or adapter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..config.docstrings import with_help
+from ..config.validation import (
+    DTYPES,
+    LARGEST_COUNT,
+    Rule,
+    check_values,
+    named_fields,
+    written_place,
+)
+from ..errors import ConfigError
+
+
+@with_help
+@named_fields
+@dataclass
+class EvaluationConfig:
+    """What to evaluate, on what, and how.
+
+    Args:
+        model_name_or_path: Checkpoint or LoRA adapter: directory or hub id.
+        model_revision: Its branch, tag or commit on the hub.
+        dtype: Data type to load it in, e.g. float32.
+        allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They
+            are pickle files, which can run code: only for files of your own.
+        harmful_data: Prompt sets that ought to be refused: local files or hub ids
+            (`ID:CONFIG@SPLIT` where a data set has several) with a column `prompt` (or `messages`)
+            and perhaps `category`.
+        benign_data: Prompt sets that ought to be answered, look-alikes above all.
+        data_split: Split of the hub's data sets that name none.
+        exclude_data: Data sets, or safety vectors, whose prompts the model or its vector was made
+            with: prompts that repeat one of them, wholly or nearly, are left out and listed.
+        num_prompts: Prompts drawn from each set. Default: all.
+        judges: Judges, see `safegene_trl.judges.load_judge`. The first one's numbers are printed.
+        task_labels: A classifier's labels: an answer that is nothing but one of them is off-task.
+        tasks: Utility: tasks of lm-eval.
+        tasks_dir: Folder with task files of your own.
+        num_task_samples: Samples of each utility task. Default: all.
+        max_new_tokens: Tokens generated for an answer.
+        batch_size: Prompts per forward pass.
+        seed: For drawing prompts.
+        output_dir: Where answers, verdicts and results go. What is there of the same run is used
+            again.
+
+    Raises:
+        ConfigError: A name is no setting. Values are checked by `check`, with which `evaluate`
+            begins.
+    """
+
+    model_name_or_path: str = ""
+    model_revision: str | None = None
+    dtype: str = "auto"
+    allow_pickled_shards: bool = False
+    harmful_data: list[str] = field(default_factory=list)
+    benign_data: list[str] = field(default_factory=list)
+    data_split: str = "train"
+    exclude_data: list[str] = field(default_factory=list)
+    num_prompts: int | None = None
+    judges: list[str] = field(default_factory=lambda: ["refusal_phrases"])
+    task_labels: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    tasks_dir: str | None = None
+    num_task_samples: int | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 8
+    seed: int = 0
+    output_dir: str = "evaluation"
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "dtype": Rule(choices=DTYPES),
+        "num_prompts": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
+        "tasks_dir": Rule(may_be_null=True),
+        "num_task_samples": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
+        "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
+        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT),
+        "seed": Rule(at_least=0, at_most=2**32 - 1),
+        "output_dir": Rule(syntax=written_place),
+    }
+
+    def check(self) -> None:
+        """Checks every value.
+
+        Raises:
+            ConfigError: One is missing or impossible, or there is nothing to evaluate on.
+        """
+        if not self.model_name_or_path:
+            raise ConfigError(
+                "No model is named: set `model_name_or_path` to a checkpoint or adapter."
+            )
+        if not (self.harmful_data or self.benign_data or self.tasks):
+            raise ConfigError(
+                "There is nothing to evaluate on: set `harmful_data`, `benign_data` or `tasks`."
+            )
+        if not self.judges:
+            raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
+        check_values(self)
+
+    @property
+    def deciding_answers(self) -> dict[str, Any]:
+        """The settings that an answer depends on."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "decoding": "greedy",
+            "padding": "left",
+            "dtype": self.dtype,
+        }
