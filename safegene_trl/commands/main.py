@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from ..config.validation import nearest
+from ..distributed.world_size import is_first_process
 from ..errors import ConfigError, RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import Interrupted, interruptible
 from ..step.decision import EXIT_CODES
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{name}: interrupted.")
         return 128 + signal.SIGINT
     except SafeGeneError as error:
-        if os.environ.get("RANK", "0") == "0":  # it knows what happened on the others
+        if is_first_process():  # it knows what happened on the others
             if error.__cause__ is not None and isinstance(error, UnexpectedError):
                 _say("".join(traceback.format_exception(error.__cause__)))
             _say(f"{name}: {one_line(error)}")

@@ -16,6 +16,7 @@ from trl import TrlParser
 from ..config.flat_keys import PLACES, grouped, merged, warn_of_flat_keys
 from ..config.settings import SafeGeneConfig, described, hint_at
 from ..config.validation import check_value, check_written, reject_unknown_keys, rule_of, takes_text
+from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
 from .yaml_files import parse_yaml, read_yaml
 
@@ -155,7 +156,8 @@ def _block(recipe: Any, whole: Any, keys: Mapping[str, str]) -> dict[str, Any] |
         given = merged(given, value, once="safegene")
     written, flat = grouped({} if recipe is None else _as_block(recipe))
     given, more = grouped(given)
-    warn_of_flat_keys([*flat, *more])
+    if is_first_process():
+        warn_of_flat_keys([*flat, *more])
     return merged(written, given)
 
 

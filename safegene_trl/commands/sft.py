@@ -1,7 +1,7 @@
 """`safegene sft --config recipe.yaml`: TRL's SFT script with the safety step at its end."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from trl import (
     DatasetMixtureConfig,
@@ -50,18 +50,36 @@ def main(argv: Sequence[str]) -> int:
     if not model.model_name_or_path:
         raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
     check_readable(model.model_name_or_path, model.model_revision)
-    config = safegene.config
-    callbacks = [SafeGeneCallback(config)] if config else []
+    callback = SafeGeneCallback(safegene.config) if safegene.config else None
+    trainer = _trainer(script, training, model, mixture)
+    if callback:
+        callback.attach(trainer)
+    failure = _train(trainer, callback)
+    _save(trainer, script, callback.report if callback else None)
+    if isinstance(failure, RejectedError):  # on every rank
+        leave_processes()
+    if failure:
+        raise failure
+    leave_processes()
+    trainer.end()
+    return _exit_code(callback.report if callback else None)
+
+
+def _trainer(
+    script: ScriptArguments, training: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig
+) -> SFTTrainer:
+    """TRL's, as its own script makes it."""
     train_rows, eval_rows = _rows(script, training, model, mixture)
+    name, given = str(model.model_name_or_path), cast(Any, training.model_init_kwargs)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
+        **(given or {}),
     }
     try:
-        trainer = SFTTrainer(
-            model=model.model_name_or_path,
+        return SFTTrainer(
+            model=name,
             args=training,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
@@ -71,42 +89,42 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModelError(
-            f"The training from {model.model_name_or_path} cannot begin ({reason}): check the files of model and tokenizer."
+            f"The training from {name} cannot begin ({reason}): check the files of model and tokenizer."
         ) from error
-    for callback in callbacks:
-        callback.attach(trainer)
-    failure = None
+
+
+def _train(trainer: SFTTrainer, callback: SafeGeneCallback | None) -> SafeGeneError | None:
+    """Trains; how the safety step failed, where a fine-tune is there to be saved all the same."""
     try:
-        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except DryRunComplete:
         leave_processes()
         raise
     except SafeGeneError as error:
-        if not (callbacks and callbacks[0].report):  # before the training: there is nothing to save
+        if not (callback and callback.report):  # before the training: there is nothing to save
             raise
         # the others do not come here
         if isinstance(error, UnexpectedError) and not error.on_all_ranks:
             raise
-        failure = error
-    report = callbacks[0].report if callbacks else None
-    # else the step has put it there
+        return error
+    return None
+
+
+def _save(trainer: SFTTrainer, script: ScriptArguments, report: dict[str, Any] | None) -> None:
+    """Puts the fine-tune where TRL does, unless the step has."""
+    training = trainer.args
     if not (report and report.get("fine_tune") == str(training.output_dir)):
         with writing():
             trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
-    if failure:
-        if isinstance(failure, RejectedError):  # on every rank
-            leave_processes()
-        raise failure
-    leave_processes()
-    trainer.end()
-    return (
-        EXIT_CODES[report["decision"]["outcome"]]
-        if report and report["status"] == "safeguarded"
-        else 0
-    )
+
+
+def _exit_code(report: dict[str, Any] | None) -> int:
+    if report and report["status"] == "safeguarded":
+        return EXIT_CODES[report["decision"]["outcome"]]
+    return 0
 
 
 def _rows(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Difference:
+class StoredDifference:
     """The aligned model less the degraded one.
 
     Attributes:
@@ -42,7 +42,7 @@ class Difference:
         return {name: truncation.delta for name, truncation in self.truncations.items()}
 
 
-def take_difference(config: ExtractionConfig, show_progress: bool) -> Difference:
+def take_difference(config: ExtractionConfig, show_progress: bool) -> StoredDifference:
     """Takes it, and warns where it covers little."""
     aligned = StoredModel.open(config.aligned_model, config.aligned_revision)
     name, revision = config.degraded_model, config.degraded_revision
@@ -50,7 +50,7 @@ def take_difference(config: ExtractionConfig, show_progress: bool) -> Difference
     if warning := coverage.check():
         logger.warning(warning)
     truncations, isolation = _isolated(config, aligned, truncations, show_progress)
-    return Difference(aligned, truncations, coverage, isolation)
+    return StoredDifference(aligned, truncations, coverage, isolation)
 
 
 def truncation_record(selected: Mapping[str, Truncation]) -> dict[str, Any]:

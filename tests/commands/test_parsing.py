@@ -324,6 +324,17 @@ def test_flat_keys_of_recipe_and_command_line_share_one_warning(recipe, caplog):
     )
 
 
+@pytest.mark.parametrize(("rank", "said"), [(None, 1), ("0", 1), ("1", 0)])
+def test_of_the_processes_of_a_launch_one_warns_of_flat_keys(
+    rank, said, recipe, monkeypatch, caplog
+):
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    recipe.write_text(RECIPE + "  max_evaluations: 8\n")
+    assert run("--config", recipe)[-1].config.search.max_evaluations == 8
+    assert sum("groups" in record.getMessage() for record in caplog.records) == said
+
+
 def test_help_lists_every_key_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
         run("--help")
