@@ -40,8 +40,9 @@ from .rows import (
     stream,
     unformatted,
 )
+from .spelling import Spelling
 from .token_rows import Padding, holds_tokens, is_ids, leaves_out, prompt_length, tokens
-from .turns import Span, Spelling, TurnMarks, rendered
+from .turns import Span, TurnMarks, rendered
 
 
 MOST_ROWS = 2000  # read at most so many, or twenty times as many as are needed

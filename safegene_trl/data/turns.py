@@ -7,73 +7,27 @@ is found, and nothing else.
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .spelling import (
+    SPACES,
+    UNIT,
+    WHITE,
+    Speller,
+    Spelling,
+    common_prefix,
+    special_units,
+    units,
+    without_white_after,
+    without_white_before,
+)
+
 
 Span = tuple[int, int]  # first token and the one after the last
 _SYSTEM, _ASKED, _SAID = "zqsystemzq", ("zqaskonezq", "zqasktwozq"), ("zqsayonezq", "zqsaytwozq")
-_UNIT = re.compile("\0[^\0]*\0|.", re.DOTALL)
-_SPACES = "▁Ġ "  # as SentencePiece, byte-level BPE and others spell them
-_WHITE_CHARACTERS = "▁ĠĊčĉ \t\r\n\v\f"
-_WHITE = re.compile(r"(?:[▁ĠĊčĉ\s]|<0x0A>)*")
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """Token ids as one text in the tokenizer's own alphabet, in which a special token cannot be
-    mistaken for its name.
-
-    Attributes:
-        ids: The token ids.
-        text: Their spellings, special tokens between NUL characters.
-        starts: Where each token begins in `text`.
-    """
-
-    ids: list[int]
-    text: str
-    starts: list[int]
-
-    def token_after(self, position: int) -> int:
-        """The first token that reaches beyond this position of the text."""
-        token = bisect_left(self.starts, position)
-        after = self.starts[token] if token < len(self.starts) else len(self.text)
-        return token - 1 if token and after > position else token
-
-    def find(self, part: str) -> list[int]:
-        """Every position of the text at which `part` begins."""
-        return [match.start() for match in re.finditer(re.escape(part), self.text)]
-
-
-class Speller:
-    """Spells the ids of one tokenizer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        self.bos, self.special = tokenizer.bos_token, set(tokenizer.all_special_ids)
-        self._marked = self.special | set(tokenizer.added_tokens_decoder)
-        self.filling = tuple(
-            f"\0{token}\0" for token in (tokenizer.pad_token, tokenizer.eos_token) if token
-        )
-
-    def id_of(self, token: str) -> int:
-        """The id of a token by its name."""
-        return int(self._tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
-
-    def __call__(self, ids: Sequence[int]) -> Spelling:
-        tokens = self._tokenizer.convert_ids_to_tokens(list(ids))
-        parts = [
-            f"\0{t}\0" if i in self._marked else str(t) for i, t in zip(ids, tokens, strict=True)
-        ]
-        starts, length = [], 0
-        for part in parts:
-            starts.append(length)
-            length += len(part)
-        return Spelling(list(ids), "".join(parts), starts)
 
 
 class TurnMarks:
@@ -94,9 +48,9 @@ class TurnMarks:
         self.ends, self._end_is_said = _ends(probes, speller)
         self._heads = [head for head in (probes.head, probes.system_head) if head]
         self.start = self.system = None
-        common = _common_prefix(self._heads)
+        common = common_prefix(self._heads)
         if "\0" in common and probes.text.count(common) == 1:
-            first = _units(common)[0]  # alone where it will do: a date may follow
+            first = units(common)[0]  # alone where it will do: a date may follow
             self.start = first if "\0" in first and probes.text.count(first) == 1 else common
         elif (
             probes.system_text.count(probes.system_head) == 1
@@ -109,24 +63,29 @@ class TurnMarks:
         """What stands before a header and after a reply, by which a header is told from one that
         somebody has written.
         """
-        lead = _special(_common_prefix(probes.before_reply).rpartition(self.header)[0])
-        ends = [name for text in (probes.after_reply, probes.tail) for name in _special(text)[:1]]
-        begins = {f"\0{self._speller.bos}\0"} - set(_special(self.header + probes.after_reply))
+        lead = special_units(common_prefix(probes.before_reply).rpartition(self.header)[0])
+        ends = [
+            name for text in (probes.after_reply, probes.tail) for name in special_units(text)[:1]
+        ]
+        begins = {f"\0{self._speller.bos}\0"} - set(special_units(self.header + probes.after_reply))
         self._closers = tuple({*lead, *(ends if self._end_is_said else ()), *begins})
         self._lead_is_marked = bool(lead)
         self._speaks_after_end = bool(lead) or self.header.startswith(self._closers)
         self._speaks = self.header
         while self._speaks.startswith(self._closers):
-            self._speaks = _begun(_UNIT.sub("", self._speaks, count=1))
-        self._speaks = _begun(self._speaks)
-        turn = _begun(
-            _UNIT.sub("", _begun(probes.after_reply), count=1)
+            self._speaks = without_white_before(UNIT.sub("", self._speaks, count=1))
+        self._speaks = without_white_before(self._speaks)
+        turn = without_white_before(
+            UNIT.sub("", without_white_before(probes.after_reply), count=1)
             if self._end_is_said
             else probes.after_reply
         )
         turn = re.split(r"\d", turn)[0]  # rounds may be numbered
         self._next_is_marked = bool(turn)
-        heads = (_without_white(_begun(text)) for text in (turn, *self._heads, self._speaks))
+        heads = (
+            without_white_after(without_white_before(text))
+            for text in (turn, *self._heads, self._speaks)
+        )
         self._heads_as_text = tuple(head for head in heads if head and not head.startswith("\0"))
 
     @classmethod
@@ -203,7 +162,7 @@ class TurnMarks:
         """
         if not self._lead_is_marked:
             return True
-        closing = _without_white(before)
+        closing = without_white_after(before)
         # a row may begin in the midst of a packed conversation, with the rest of a turn's end
         return not closing or closing.endswith(self._closers)
 
@@ -212,10 +171,10 @@ class TurnMarks:
         nothing follows.
         """
         if self._end_is_said:
-            rest = _UNIT.sub("", rest, count=1)
-        rest, closed = _begun(rest), False
+            rest = UNIT.sub("", rest, count=1)
+        rest, closed = without_white_before(rest), False
         while rest.startswith((*self._closers, *self._speller.filling)):
-            rest, closed = _begun(_UNIT.sub("", rest, count=1)), True
+            rest, closed = without_white_before(UNIT.sub("", rest, count=1)), True
         if not rest.startswith("\0"):
             begins = any(
                 rest.startswith(head) or head.startswith(rest) for head in self._heads_as_text
@@ -228,7 +187,7 @@ class TurnMarks:
     def after_reply(self, spelled: Spelling, span: Span) -> int:
         """The token at which the turn after a reply begins, white space between the two left out."""
         token = span[1]
-        while token < len(spelled.ids) and _WHITE.fullmatch(
+        while token < len(spelled.ids) and WHITE.fullmatch(
             self._speller([spelled.ids[token]]).text
         ):
             token += 1
@@ -309,11 +268,11 @@ def _header(probes: _Probes) -> str:
     """What stands before every reply, whoever spoke before it, without spaces that a reply's first
     token may take in.
     """
-    common, prompt = _units(_common_prefix(probes.before_reply)), probes.generation
+    common, prompt = units(common_prefix(probes.before_reply)), probes.generation
     rests = ["".join(common[i:]) for i in range(len(common))]
     if prompt:
         rests = [rest for rest in rests if rest.startswith(prompt) or prompt.startswith(rest)]
-    return rests[0].rstrip(_SPACES) if rests else ""
+    return rests[0].rstrip(SPACES) if rests else ""
 
 
 def _ends(probes: _Probes, speller: Speller) -> tuple[frozenset[int], int]:
@@ -322,45 +281,14 @@ def _ends(probes: _Probes, speller: Speller) -> tuple[frozenset[int], int]:
     """
     ends = [_leading_special(probes.after_reply, speller)]
     # the next turn's first token ends the reply: any special token may be it
-    if _WHITE.fullmatch(probes.tail):
+    if WHITE.fullmatch(probes.tail):
         return frozenset(speller.special), 0
     ends.append(_leading_special(probes.tail, speller))
     return frozenset(ends), 1
 
 
 def _leading_special(text: str, speller: Speller) -> int:
-    units = _units(_begun(text))
-    if not units or not units[0].startswith("\0"):
+    found = units(without_white_before(text))
+    if not found or not found[0].startswith("\0"):
         raise ValueError("no special token ends a reply")
-    return speller.id_of(units[0].strip("\0"))
-
-
-def _special(text: str) -> list[str]:
-    """The special tokens in a text, as they are spelled."""
-    return [unit for unit in _units(text) if unit.startswith("\0")]
-
-
-def _begun(text: str) -> str:
-    """The text without the white space that it begins with."""
-    return text[_WHITE.match(text).end() :]  # type: ignore[union-attr]
-
-
-def _without_white(text: str) -> str:
-    """The text without the white space that it ends with."""
-    while (shorter := text.removesuffix("<0x0A>").rstrip(_WHITE_CHARACTERS)) != text:
-        text = shorter
-    return text
-
-
-def _units(text: str) -> list[str]:
-    """Special tokens whole, all else by character."""
-    return _UNIT.findall(text)
-
-
-def _common_prefix(texts: Sequence[str]) -> str:
-    units = []
-    for column in zip(*map(_units, texts), strict=False):
-        if len(set(column)) > 1:
-            break
-        units.append(column[0])
-    return "".join(units)
+    return speller.id_of(found[0].strip("\0"))
