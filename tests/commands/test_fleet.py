@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from safegene_trl.commands import fleet as module
+from safegene_trl.commands import fleet_member, fleet_pool
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_tree import ProcessTree
 from safegene_trl.estimation.cost import Cost
+from safegene_trl.provenance import sha256_of_file
 
 from ..conftest import in_groups, make_model, make_tokenizer
 
@@ -137,7 +139,7 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     read = module.Fleet.read(tmp_path / "models.yaml")
 
     def key():
-        return module._member(read, read.models[0], {}).key
+        return fleet_member.member_of(read, read.models[0], {}).key
 
     first = key()
     assert key() == first
@@ -145,21 +147,24 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     assert key() != first
     target = tmp_path / "releases" / "a"
     save_report(target)
-    member = module._member(read, read.models[0], {})
+    member = fleet_member.member_of(read, read.models[0], {})
     entry = {"key": member.key, "outcome": "accepted", "message": "", "seconds": 1.0}
-    report = module.sha256_of_file(target / "safegene_report.json")
+    report = sha256_of_file(target / "safegene_report.json")
     assert (
-        module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome
+        fleet_member.member_of(read, read.models[0], {"a": entry | {"report": report}}).outcome
         == "accepted"
     )
-    done = module._member(read, read.models[0], {"a": entry | {"report": report, "seconds": 41.0}})
+    done = fleet_member.member_of(
+        read, read.models[0], {"a": entry | {"report": report, "seconds": 41.0}}
+    )
     row = module._table([done]).splitlines()[1]
     assert "already done" in row and "41" not in row
     done.done_before = False
     assert "41" in module._table([done]).splitlines()[1]
     save_report(target, reason="somebody else's")
     assert (
-        module._member(read, read.models[0], {"a": entry | {"report": report}}).outcome == ""
+        fleet_member.member_of(read, read.models[0], {"a": entry | {"report": report}}).outcome
+        == ""
         and words
     )
 
@@ -174,7 +179,7 @@ def test_an_estimate_that_breaks_is_that_model_s_own_failure(monkeypatch, tmp_pa
 
     monkeypatch.setattr("safegene_trl.commands.estimate.estimate_apply", estimate)
     members = [
-        module.Member(name, tmp_path / f"{name}.yaml", tmp_path / name, "key")
+        fleet_member.Member(name, tmp_path / f"{name}.yaml", tmp_path / name, "key")
         for name in ("bad", "exits", "good")
     ]
     module._estimate(members)
@@ -200,22 +205,22 @@ def pool(monkeypatch, tmp_path):
             assert groups
 
     def run(memories, **settings):
-        started, start = [], module._Pool._start
+        started, start = [], fleet_pool.Pool._start
 
         def noted(self, member, device):
             start(self, member, device)
             started.append(member.name)
             most.append(sum(member.memory for member, _, _ in self.running.values()))
 
-        monkeypatch.setattr(module, "ProcessTree", Process)
-        monkeypatch.setattr(module._Pool, "_start", noted)
+        monkeypatch.setattr(fleet_pool, "ProcessTree", Process)
+        monkeypatch.setattr(fleet_pool.Pool, "_start", noted)
         fleet = module.Fleet(str(tmp_path), [{}], **settings)
         members = []
         for number, memory in enumerate(memories):
             save_report(tmp_path / str(number))
             files = (tmp_path / f"{number}.yaml", tmp_path / str(number))
-            members.append(module.Member(str(number), *files, "", memory * 2**30))
-        module._Pool(fleet, members, tmp_path / "fleet.json").run()
+            members.append(fleet_member.Member(str(number), *files, "", memory * 2**30))
+        fleet_pool.Pool(fleet, members, tmp_path / "fleet.json").run()
         return members, started, max(most, default=0) / 2**30
 
     return run
@@ -250,13 +255,13 @@ def test_devices_are_named_as_this_process_sees_them(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (gpu + 1, 9))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
-    assert module._free_memory() == {"3": 1, "GPU-5": 2}
+    assert fleet_pool.free_memory() == {"3": 1, "GPU-5": 2}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert module._free_memory() == {"0": 1, "1": 2}
+    assert fleet_pool.free_memory() == {"0": 1, "1": 2}
 
 
 def member_at(folder):
-    return module.Member("a", folder / "fleet" / "a.yaml", folder / "a", "key")
+    return fleet_member.Member("a", folder / "fleet" / "a.yaml", folder / "a", "key")
 
 
 def test_an_outcome_is_what_the_newest_report_says(tmp_path):
@@ -264,17 +269,17 @@ def test_an_outcome_is_what_the_newest_report_says(tmp_path):
     proves nothing.
     """
     member = member_at(tmp_path)
-    module._conclude(member, 0)
+    fleet_pool.conclude(member, 0)
     assert member.outcome == "failed" and "left no report" in member.message
     save_report(member.target, reason="the earlier one")
     save_report(tmp_path, "rejected", "the new one", "a.failed.json")
-    module._conclude(member, 4)
+    fleet_pool.conclude(member, 4)
     assert (member.outcome, member.message) == ("rejected", "the new one")
     assert str(member.target) not in module._table([member])
     (tmp_path / "a.failed.json").write_text("[1]")
-    module._conclude(member, 4)
+    fleet_pool.conclude(member, 4)
     assert member.outcome == "failed"
-    module._conclude(member, -9)
+    fleet_pool.conclude(member, -9)
     assert "SIGKILL, perhaps because memory ran out" in member.message
 
 
@@ -282,7 +287,7 @@ def test_the_last_words_of_a_log_are_the_message(tmp_path):
     member = member_at(tmp_path)
     member.recipe.parent.mkdir()
     member.log.write_bytes(b"\xff\n" * 10**6 + b"safegene apply: the disk is full\nafter that\n")
-    module._conclude(member, 2)
+    fleet_pool.conclude(member, 2)
     assert member.message == "the disk is full"
 
 
@@ -346,13 +351,13 @@ def test_what_a_process_leaves_in_its_group_ends_with_it(tmp_path):
 FLEET = """
 import sys
 from pathlib import Path
-from safegene_trl.commands import fleet
+from safegene_trl.commands import fleet, fleet_pool
 from safegene_trl.commands.main import main
 from safegene_trl.commands.process_tree import ProcessTree
 fleet._estimate = lambda members: None
-group = fleet.ProcessTree
+group = fleet_pool.ProcessTree
 child = Path(sys.argv[1]).with_name("child.py").read_text()
-fleet.ProcessTree = type("Fake", (group,), {"__init__": lambda self, command, *rest: group.__init__(self, [sys.executable, "-c", child, "x"], *rest)})
+fleet_pool.ProcessTree = type("Fake", (group,), {"__init__": lambda self, command, *rest: group.__init__(self, [sys.executable, "-c", child, "x"], *rest)})
 raise SystemExit(main(["apply", "--fleet", sys.argv[1]]))
 """
 

@@ -1,0 +1,132 @@
+"""One fine-tune on its way through a fleet, and the file that says how far each has come."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..checkpoints.output import MARKER, replace_file
+from ..checkpoints.places import failure_path
+from ..errors import ConfigError, SafeGeneError
+from ..provenance import sha256_of_file, sha256_of_json
+from ..step.decision import EXIT_CODES
+from ..text import read_json, strict_json
+from .fleet_file import Fleet, overlap, sources, target_of
+from .fleet_folder import WORKSHOP
+
+
+FAILED, INTERRUPTED = "failed", "interrupted"
+
+
+@dataclass
+class Member:
+    """One fine-tune on its way through the fleet.
+
+    Attributes:
+        memory: Bytes that its process will take, as estimated.
+        key: Hash of all that its result depends on; a finished one with the same key is not done
+            again.
+        report: SHA-256 of the report of a finished one, which says whether what lies there is still
+            that.
+        outcome: One of the gate's, `failed`, or `interrupted`; empty before it was started.
+        seconds: How long its process took, in whichever run that was.
+        done_before: Whether that was an earlier run, whose result is still good.
+    """
+
+    name: str
+    recipe: Path
+    target: Path
+    key: str
+    memory: int = 0
+    report: str = ""
+    outcome: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    done_before: bool = False
+
+    @property
+    def log(self) -> Path:
+        return self.recipe.with_suffix(".log")
+
+    def finish(self, outcome: str, message: str) -> None:
+        self.outcome, self.message = outcome, message
+
+
+def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, Any]]) -> Member:
+    name, recipe = fleet.name_of(entry), fleet.recipe(entry)
+    file = Path(fleet.output_dir) / WORKSHOP / f"{name}.yaml"
+    replace_file(file, yaml.safe_dump(recipe, sort_keys=False))
+    target = target_of(recipe)
+    # what it reads from its own folder, e.g. for a warm start, changes with its result
+    inputs = [
+        _stamps(source) for source in sources(recipe).values() if not overlap(Path(source), target)
+    ]
+    member = Member(name, file, target, sha256_of_json([recipe, inputs]))
+    earlier = before.get(name, {})
+    if earlier.get("key") == member.key and earlier.get("outcome") in EXIT_CODES:
+        place, _ = newest_report(target, earlier["outcome"])
+        if place is not None and sha256_of_file(place) == earlier.get("report"):
+            member.report, member.seconds, member.done_before = (
+                earlier["report"],
+                earlier["seconds"],
+                True,
+            )
+            member.finish(earlier["outcome"], earlier["message"])
+    return member
+
+
+def _stamps(source: str) -> list[Any]:
+    """What tells whether a file or folder was written to since; of a hub id its name."""
+    place = Path(source)
+    files = sorted(place.glob("*")) if place.is_dir() else [place]
+    return [
+        source,
+        [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+            if file.is_file()
+        ],
+    ]
+
+
+def newest_report(target: Path, outcome: str) -> tuple[Path | None, dict[str, Any]]:
+    """The newest report of a member with that outcome, and where it stands; a rejected one may have
+    written no checkpoint.
+    """
+    found = []
+    for place in [target / MARKER, *([failure_path(target)] if outcome == "rejected" else [])]:
+        with suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
+            report = read_json(place.read_text(encoding="utf-8"))
+            if report["decision"]["outcome"] == outcome:
+                found.append((place.stat().st_mtime_ns, place, report))
+    return max(found, key=lambda entry: entry[0])[1:] if found else (None, {})
+
+
+def read_state(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        entries = read_json(path.read_text(encoding="utf-8"))
+        for entry in entries:
+            texts = [entry[key] for key in ("name", "key", "outcome", "message")]
+            if not all(isinstance(text, str) for text in texts) or not math.isfinite(
+                entry["seconds"]
+            ):
+                raise ValueError(entry)
+        return {entry["name"]: entry for entry in entries}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SafeGeneError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: remove it, and the fleet starts anew.") from error
+
+
+def save_state(members: Sequence[Member], path: Path) -> None:
+    entries = [
+        {key: str(v) if isinstance(v, Path) else v for key, v in asdict(member).items()}
+        for member in members
+    ]
+    replace_file(path, strict_json(entries, indent=1) + "\n")
