@@ -34,8 +34,8 @@ from .errors import (
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
-from .step.live import Preparation, prepare, safeguard
-from .step.plain import FinishedTraining
+from .step.finished_training import FinishedTraining
+from .step.live_fine_tune import Preparation, prepare, safeguard
 from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message
 
 

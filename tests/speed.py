@@ -45,9 +45,9 @@ LONGEST = (  # half of all the time; the rest fills up what they leave
     "tests/test_hub.py",
     "tests/test_faults.py",
     "tests/step/test_run.py",
-    "tests/step/test_live.py",
+    "tests/step/test_live_fine_tune.py",
     "tests/test_trackers.py",
-    "tests/step/test_plain.py",
+    "tests/step/test_finished_training.py",
     "tests/checkpoints/test_loading.py",
     "tests/commands/test_commands.py",
 )

@@ -25,8 +25,8 @@ from ..extraction.config import ExtractionConfig
 from ..extraction.pipeline import differ_by_adapters, read_prompts
 from ..models.names import layer_index
 from ..models.parameters import canonical_modules, linear_shape, task_factors
+from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import read_vector
-from ..step.stored import check_measures_nothing
 from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS

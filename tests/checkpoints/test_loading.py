@@ -426,7 +426,9 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(
 def test_shards_are_no_base_of_an_adapter(
     output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("safegene_trl.step.loaded.load_placed", lambda *args: (make_model(), ALONE))
+    monkeypatch.setattr(
+        "safegene_trl.step.apply_with_search.load_placed", lambda *args: (make_model(), ALONE)
+    )
     words = [
         "--allow_pickled_shards",
         "--model_name_or_path",

@@ -19,7 +19,7 @@ from safegene_trl.data.shots import gather_shots
 from safegene_trl.estimation.estimation import Launch, Probe, _Allocations, estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
-from safegene_trl.step.live import prepare, safeguard
+from safegene_trl.step.live_fine_tune import prepare, safeguard
 
 from ..conftest import (
     ALONE,

@@ -146,7 +146,7 @@ NUMBERS = (
         "recalibration/search.py",
         "self.on_evaluation, self.ship = on_evaluation, ship or self._attach",
         "self.on_evaluation, self.ship = on_evaluation, self._attach",
-        "tests/step/test_live.py",
+        "tests/step/test_live_fine_tune.py",
     ),
     simple(
         "recalibration: a diverged fine-tune goes on",
@@ -294,7 +294,7 @@ NUMBERS = (
         "undo.callback(_put_back, tensor, live)",
         "pass",
         "tests/distributed/test_layouts.py",
-        "tests/step/test_live.py",
+        "tests/step/test_live_fine_tune.py",
     ),
     simple(
         "sharding: the way back is known only after the change",
@@ -306,7 +306,7 @@ NUMBERS = (
             undo.callback(_put_back, tensor, live)
 """,
         "tests/distributed/test_layouts.py",
-        "tests/step/test_live.py",
+        "tests/step/test_live_fine_tune.py",
     ),
     simple(
         "factors: copied anew for every pass",

@@ -15,7 +15,7 @@ from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
 from safegene_trl.models.parameters import canonical_parameters
 from safegene_trl.models.replacement import replaced, without_adapters
-from safegene_trl.step import live, measurement
+from safegene_trl.step import live_fine_tune, measurement
 
 from ..conftest import ALONE, config_of, make_model, make_vector, with_lora
 from ..test_callback import sft
@@ -43,14 +43,14 @@ def config(vector_dir):
 def probed(monkeypatch):
     """Batches and logits of every probe, as they come."""
     seen = []
-    original = live.response_logits
+    original = live_fine_tune.response_logits
 
     def recorded(model, batch):
         logits, targets = original(model, batch)
         seen.append((batch, logits.detach().clone()))
         return logits, targets
 
-    monkeypatch.setattr(live, "response_logits", recorded)
+    monkeypatch.setattr(live_fine_tune, "response_logits", recorded)
     return seen
 
 
@@ -83,7 +83,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         assert 0 < kept["changed_weights"] <= kept["weights"]
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
         with torch.no_grad():
-            again = live.response_logits(loaded, measured[0])[0]
+            again = live_fine_tune.response_logits(loaded, measured[0])[0]
         assert torch.equal(again, measured[1])
     if output_format != "merged":
         place = folder / "adapter" if output_format == "both" else folder
@@ -94,7 +94,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         )
         loaded = PeftModel.from_pretrained(base, place).eval()
         with torch.no_grad():
-            again = live.response_logits(loaded, measured[0])[0]
+            again = live_fine_tune.response_logits(loaded, measured[0])[0]
         distance = float((again - measured[1]).abs().max())
         assert distance <= (1e-4 if dtype == "float32" else 0.3)
 
@@ -113,12 +113,12 @@ def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, confi
 
 def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, monkeypatch):
     """A merge that loses the vector is noticed before anything is written."""
-    original = live.merged_tensor
+    original = live_fine_tune.merged_tensor
 
     def without_vector(parameter, deltas, coefficients, sharding, rounding=None):
         return original(parameter, {}, {}, sharding, rounding)
 
-    monkeypatch.setattr(live, "merged_tensor", without_vector)
+    monkeypatch.setattr(live_fine_tune, "merged_tensor", without_vector)
     with pytest.raises(RejectedError, match="held-out safety loss went from"):
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert not (tmp_path / "safeguarded").exists()
@@ -144,7 +144,7 @@ def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_
     def renamed(model, name, tensor):
         return {name.replace("down_proj", "w2"): tensor}
 
-    for module in ("step.written", "checkpoints.live_merge"):
+    for module in ("step.read_back", "checkpoints.live_merge"):
         monkeypatch.setattr(f"safegene_trl.{module}.as_stored", renamed)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
     callback.attach(trainer)

@@ -49,13 +49,13 @@ from ..models.rounding import Rounding
 from ..recalibration.search import Recalibration, recalibrate
 from ..vectors.safety_vector import SafetyVector
 from .decision import check_measurable, decide, independent_prompts
+from .finished_training import FinishedTraining, check_finished
 from .history import last_accepted, read_history
 from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from .measurement import measure
-from .plain import FinishedTraining, check_finished
 from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
+from .read_back import WrittenTensors, read_adapter
 from .run import run
-from .written import WrittenTensors, read_adapter
 
 
 PROBE_SAMPLES = 4  # of the held-out refusals: enough to tell one model from another
