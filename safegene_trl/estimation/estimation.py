@@ -35,9 +35,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ..checkpoints.live_merge import save_adapter, save_merged
+from ..checkpoints.adapter import save_adapter
+from ..checkpoints.live_merge import save_merged
 from ..checkpoints.output import atomic_directory, nearest_folder
-from ..checkpoints.stored_merge import StoredModel, write_merged
+from ..checkpoints.stored_merge import write_merged
+from ..checkpoints.stored_model import StoredModel
 from ..config.settings import SafeGeneConfig
 from ..data.shots import Shots
 from ..distributed.layouts import Sharding

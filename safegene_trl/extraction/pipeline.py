@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
 from ..checkpoints.source import adapter_base
-from ..checkpoints.stored_merge import StoredModel
+from ..checkpoints.stored_model import StoredModel
 from ..data.prompts import PLAIN
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
 
 from ..checkpoints.live_merge import save_merged
-from ..checkpoints.loading import holds_only_zero_shards
 from ..checkpoints.output import writing
+from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
 from ..models.parameters import adapter_configs, base_model, check_held

@@ -21,10 +21,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..checkpoints.live_merge import checkpoint_bytes, merged_tensor, save_adapter, save_merged
-from ..checkpoints.loading import holds_only_zero_shards
+from ..checkpoints.adapter import read_adapter, save_adapter
+from ..checkpoints.live_merge import checkpoint_bytes, merged_tensor, save_merged
 from ..checkpoints.reloaded import can_reload, reloaded
-from ..checkpoints.stored_merge import RowReader
+from ..checkpoints.row_blocks import RowReader
+from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..config.settings import SafeGeneConfig
 from ..data.rows import Row
 from ..data.shots import Shots, gather_shots
@@ -54,7 +55,7 @@ from .history import last_accepted, read_history
 from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from .measurement import measure
 from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
-from .read_back import WrittenTensors, read_adapter
+from .read_back import WrittenTensors
 from .run import run
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint_folder import save_record
 from ..checkpoints.hub import check_hub
-from ..checkpoints.live_merge import save_record
 from ..checkpoints.output import (
     CHECKPOINT,
     check_output,

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoints.stored_merge import RowReader, row_blocks
+from ..checkpoints.row_blocks import RowReader, row_blocks
 from ..checkpoints.tensor_file import stored_tensors
 from ..errors import CheckpointError
-from ..models.low_rank import LowRankDelta
 from ..models.parameters import Parameter, as_stored
 
 
@@ -55,18 +53,3 @@ class WrittenTensors:
             raise CheckpointError(
                 f"The written checkpoint holds {min(self._left)}, which the model has not: run it again, and report this."
             )
-
-
-def read_adapter(place: Path) -> dict[str, LowRankDelta]:
-    """The low-rank deltas of an adapter folder of ours, by canonical module name."""
-    tensors = load_file(place / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [
-        key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)
-    ]
-    return {
-        name: LowRankDelta(
-            tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]
-        )
-        for name in names
-    }

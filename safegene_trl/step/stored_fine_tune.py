@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..checkpoints.live_merge import save_adapter
+from ..checkpoints.adapter import save_adapter
 from ..checkpoints.loading import load_processor
 from ..checkpoints.source import adapter_base
-from ..checkpoints.stored_merge import StoredModel, write_merged
+from ..checkpoints.stored_merge import write_merged
+from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.tensor_file import StoredTensor
 from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig

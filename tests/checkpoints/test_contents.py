@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from safegene_trl.checkpoints.adapter import save_adapter
 from safegene_trl.checkpoints.contents import (
     CHECKPOINT,
     MARKER,
@@ -14,7 +15,7 @@ from safegene_trl.checkpoints.contents import (
     check_replaceable,
     foreign_file,
 )
-from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
+from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.errors import OutputError
 
 from ..conftest import ALONE, make_deltas, make_model

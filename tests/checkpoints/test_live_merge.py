@@ -1,4 +1,4 @@
-"""Merged checkpoints and folded adapters give the hooked model's logits."""
+"""Merged checkpoints give the hooked model's logits."""
 
 import errno
 import json
@@ -8,11 +8,10 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safegene_trl.checkpoints.live_merge import merged_tensor, save_adapter, save_merged
+from safegene_trl.checkpoints.live_merge import merged_tensor, save_merged
 from safegene_trl.checkpoints.output import MARKER, atomic_directory, check_output
 from safegene_trl.errors import OutputError
 from safegene_trl.models.parameters import canonical_parameters
@@ -83,22 +82,6 @@ def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
     assert merged.dtype == torch.bfloat16
     close = merged.get_submodule(name).weight == exact.to(torch.bfloat16)
     assert close.float().mean() > 0.999  # the order of two float32 additions may flip a tie
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_adapter_equals_hooked_model(lora, tokenizer, tmp_path):
-    base = make_model("qwen2")
-    deltas = make_deltas(base)
-    model = with_lora(make_model("qwen2")) if lora else base
-    coefficients = random_coefficients(deltas)
-    save_adapter(model, deltas, coefficients, "base", tokenizer, tmp_path, ALONE)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] == (6 if lora else 2)
-    assert not config["rank_pattern"] and not config["alpha_pattern"]
-    adapted = PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
-    torch.testing.assert_close(
-        adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5
-    )
 
 
 def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):

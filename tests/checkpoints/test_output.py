@@ -15,7 +15,7 @@ import pytest
 from transformers import GenerationConfig
 
 from safegene_trl.checkpoints import output, renaming
-from safegene_trl.checkpoints.live_merge import save_record
+from safegene_trl.checkpoints.checkpoint_folder import save_record
 from safegene_trl.checkpoints.output import (
     CHECKPOINT,
     MARKER,

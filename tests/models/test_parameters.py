@@ -21,7 +21,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
+from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.checkpoints.tensor_file import stored_tensors
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.models.low_rank import LowRankDelta
