@@ -13,15 +13,14 @@ from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, is_transposed
 from .live_merge import check_finite, whole
-from .merge_terms import Coefficient, scaled
+from .merge_terms import ScaledVector
 from .output import saving, writing
 
 
 @torch.no_grad()
 def save_adapter(
     model: nn.Module,
-    deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, Coefficient],
+    vector: ScaledVector,
     base_name: str,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -38,8 +37,8 @@ def save_adapter(
     for name, module in modules.items():
         with whole(sharding, [], module) as (_, factors):
             pairs = [lora.pair() for lora in factors]
-            if name in deltas:
-                pairs.append(scaled(deltas[name], coefficients[name]))
+            if name in vector.deltas:
+                pairs.append(vector.factors(name))
             if pairs and sharding.is_main:
                 stacked[name] = (
                     torch.cat([a.cpu() for a, _ in pairs]),

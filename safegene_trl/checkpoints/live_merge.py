@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
-from ..models.low_rank import LowRankDelta
 from ..models.parameters import (
     Parameter,
     TaskFactors,
@@ -21,29 +18,23 @@ from ..models.parameters import (
     task_factors,
 )
 from ..models.rounding import Rounding
-from .checkpoint_folder import save_record, write_index
-from .merge_terms import Coefficient, Term, add_terms, full_float32, task_terms, vector_terms
+from .checkpoint_folder import CheckpointFolder
+from .merge_terms import ScaledVector, add_terms, full_float32, task_terms
 from .output import writing
-from .tensor_file import TensorFile, plan_files
+from .tensor_file import TensorFile
 
 
 def save_merged(
     model: nn.Module,
-    deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, Coefficient],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    max_shard_size: str,
+    vector: ScaledVector,
+    folder: CheckpointFolder,
     sharding: Sharding,
-    mark: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a
     full checkpoint.
 
     Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that
-    one is in rank 0's memory; the live weights are only read. `coefficients` are by module name:
-    one, or one of each of its r rank-one parts. `mark` goes into its `config.json` (see
-    `lineage.py`).
+    one is in rank 0's memory; the live weights are only read.
     """
     parameters = list(canonical_parameters(model))
     parts = {
@@ -60,13 +51,13 @@ def save_merged(
     with ExitStack() as files:
         with sharding.raising_together(), writing():
             if sharding.is_main:
-                place = _Files(folder, contents, max_shard_size, files)
-                save_record(model, tokenizer, folder, mark)
+                place = _Files(folder, contents, files)
+                folder.save_record(model)
         for parameter in parameters:
-            tensor = merged_tensor(parameter, deltas, coefficients, sharding)
+            tensor = merged_tensor(parameter, vector, sharding)
             with sharding.raising_together(), writing():
                 if sharding.is_main and tensor is not None:
-                    if deltas:  # a plain fine-tune is kept as it is
+                    if vector.deltas:  # a plain fine-tune is kept as it is
                         check_finite(parameter.name, tensor)
                     place.write(as_stored(model, parameter.name, tensor.cpu()))
 
@@ -91,17 +82,13 @@ class _Files:
     To wait for the disk at the end would keep the other ranks waiting past their time-out.
     """
 
-    def __init__(
-        self, folder: Path, contents: Mapping[str, Any], max_shard_size: str, stack: ExitStack
-    ):
-        plan, index = plan_files(contents, max_shard_size)
-        if index:
-            write_index(index, folder)
+    def __init__(self, folder: CheckpointFolder, contents: Mapping[str, Any], stack: ExitStack):
+        plan = folder.lay_out(contents)
         self._missing = {file: set(names) for file, names in plan.items()}
         self._file_of = {name: file for file, names in plan.items() for name in names}
         self._open = {
             file: stack.enter_context(
-                TensorFile(folder / file, {name: contents[name] for name in names})
+                TensorFile(folder.path / file, {name: contents[name] for name in names})
             )
             for file, names in plan.items()
         }
@@ -118,8 +105,7 @@ class _Files:
 @torch.no_grad()
 def merged_tensor(
     parameter: Parameter,
-    deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, Coefficient],
+    vector: ScaledVector,
     sharding: Sharding,
     rounding: Rounding | None = None,
 ) -> torch.Tensor | None:
@@ -130,8 +116,7 @@ def merged_tensor(
 
     Args:
         parameter: Which.
-        deltas: The vector's deltas by canonical module name.
-        coefficients: By module name: one λ, or one of each of the delta's r rank-one parts.
+        vector: What is added to the fine-tune.
         sharding: How the model is spread over ranks.
         rounding: Is told what the cast to the data type leaves of the vector's part.
     """
@@ -145,9 +130,7 @@ def merged_tensor(
         weight = tensors[0].detach()
         transposed = is_transposed(module)
         terms = task_terms(factors, transposed)
-        of_vector: list[Term] = []
-        if parameter.is_weight and name in deltas:
-            of_vector = vector_terms(deltas[name], coefficients[name], transposed)
+        of_vector = vector.terms(name, transposed) if parameter.is_weight else []
         if not terms and not of_vector:
             return weight.to("cpu", copy=True).contiguous()
         with full_float32():

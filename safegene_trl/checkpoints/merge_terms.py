@@ -2,7 +2,7 @@
 in float32; the same for a live model and for one that stays on a disk.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,23 +45,37 @@ def task_terms(factors: Sequence[TaskFactors], transposed: bool) -> list[Term]:
     return [_term(*lora.pair(), transposed, lora.magnitude) for lora in factors]
 
 
-def vector_terms(
-    delta: LowRankDelta | None, coefficient: Coefficient, transposed: bool
-) -> list[Term]:
-    """What the safety vector adds to a module's weight: `λ·B·A`, nothing where λ is 0."""
-    if delta is None or not torch.as_tensor(coefficient).any():
-        return []
-    return [_term(*scaled(delta, coefficient), transposed)]
-
-
 def _term(
     a: torch.Tensor, b: torch.Tensor, transposed: bool, magnitude: torch.Tensor | None = None
 ) -> Term:
     return Term(a.T.contiguous(), b.T.contiguous()) if transposed else Term(b, a, magnitude)
 
 
-def scaled(delta: LowRankDelta, coefficient: Coefficient) -> tuple[torch.Tensor, torch.Tensor]:
-    return delta.a.float(), coefficient * delta.b.float()
+@dataclass(frozen=True)
+class ScaledVector:
+    """A safety vector with the coefficients by which a merge adds it: `λ·B·A` for each module.
+
+    Attributes:
+        deltas: Its deltas by canonical module name.
+        coefficients: By module name: one λ, or one of each of the delta's r rank-one parts.
+    """
+
+    deltas: Mapping[str, LowRankDelta]
+    coefficients: Mapping[str, Coefficient]
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and λ·B of a module that the vector is on, float32."""
+        delta = self.deltas[module]
+        return delta.a.float(), self.coefficients[module] * delta.b.float()
+
+    def terms(self, module: str, transposed: bool) -> list[Term]:
+        """What is added to a module's weight: nothing where the vector is not on it, or λ is 0."""
+        if module not in self.deltas or not torch.as_tensor(self.coefficients[module]).any():
+            return []
+        return [_term(*self.factors(module), transposed)]
+
+
+NO_VECTOR = ScaledVector({}, {})  # of a fine-tune that is written as it is
 
 
 @contextmanager

@@ -5,41 +5,32 @@ rows.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..models.low_rank import LowRankDelta
 from ..models.parameters import check_untied, is_transposed
 from ..models.rounding import Rounding, is_finite
-from .checkpoint_folder import save_record, write_index
-from .merge_terms import Coefficient, Term, add_terms, vector_terms
+from .checkpoint_folder import CheckpointFolder
+from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
 from .stored_model import StoredModel
-from .tensor_file import TensorFile, plan_files
+from .tensor_file import TensorFile
 
 
 @torch.no_grad()
 def write_merged(
     stored: StoredModel,
-    deltas: Mapping[str, LowRankDelta],
-    coefficients: Mapping[str, Coefficient],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    max_shard_size: str,
-    mark: Mapping[str, Any] | None = None,
+    vector: ScaledVector,
+    folder: CheckpointFolder,
     show_progress: bool = True,
 ) -> Rounding:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the
     files' own data types.
 
     Every byte is read once and written once, by as many threads as this process has cores. What no
-    delta and no adapter touches is copied as it is. `coefficients` are by module name; `mark` goes
-    into `config.json` (see `lineage.py`).
+    delta and no adapter touches is copied as it is.
 
     Returns:
         What the files' data types leave of the vector's change.
@@ -50,13 +41,13 @@ def write_merged(
         CheckpointError: A weight is NaN or infinite already.
         OutputError: A weight becomes NaN or infinite, or all of the vector is rounded away.
     """
-    check_untied(stored.model, deltas)
+    check_untied(stored.model, vector.deltas)
     own = stored.own_tensors()
     contents = {
         name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()
     }
-    additions = _additions(stored, deltas, coefficients)
-    plan, index = plan_files(contents, max_shard_size)
+    additions = _additions(stored, vector)
+    plan = folder.lay_out(contents)
     total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
     bar = tqdm(
         total=total,
@@ -69,7 +60,9 @@ def write_merged(
     rounding = Rounding()
     with bar, RowReader() as reader:
         for file_name, names in plan.items():
-            with TensorFile(folder / file_name, {name: contents[name] for name in names}) as file:
+            with TensorFile(
+                folder.path / file_name, {name: contents[name] for name in names}
+            ) as file:
                 for name in own.keys() & names:
                     if not is_finite(own[name]):
                         raise CheckpointError(
@@ -88,9 +81,7 @@ def write_merged(
                     rounding.include(part)
                     bar.update(written)
     rounding.check()
-    if index:
-        write_index(index, folder)
-    save_record(stored.model, tokenizer, folder, mark)
+    folder.save_record(stored.model)
     return rounding
 
 
@@ -102,11 +93,9 @@ class _Additions:
     vector: list[Term]
 
 
-def _additions(
-    stored: StoredModel, deltas: Mapping[str, LowRankDelta], coefficients: Mapping[str, Coefficient]
-) -> dict[str, _Additions]:
+def _additions(stored: StoredModel, vector: ScaledVector) -> dict[str, _Additions]:
     found = {name: _Additions(stored.task_terms(name), []) for name in stored.files}
-    for module, delta in deltas.items():
+    for module in vector.deltas:
         name = stored.weight_files.get(module)
         if name is None:
             raise UnsupportedModelError(
@@ -114,7 +103,7 @@ def _additions(
                 "coefficients, which merges the loaded model."
             )
         transposed = is_transposed(stored.parameters[name].module)
-        found[name].vector.extend(vector_terms(delta, coefficients[module], transposed))
+        found[name].vector.extend(vector.terms(module, transposed))
     return found
 
 

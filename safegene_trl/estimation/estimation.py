@@ -36,7 +36,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..checkpoints.adapter import save_adapter
+from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.live_merge import save_merged
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.output import atomic_directory, nearest_folder
 from ..checkpoints.stored_merge import write_merged
 from ..checkpoints.stored_model import StoredModel
@@ -394,21 +396,12 @@ def _saving(
 ) -> Cost:
     def run(index: int, folder: Path) -> None:
         model, own = probe.models[index], deltas[index]
-        coefficients = dict.fromkeys(own, 0.1)
+        vector = ScaledVector(own, dict.fromkeys(own, 0.1))
         if config.output.output_format != "adapter":
-            save_merged(
-                model,
-                own,
-                coefficients,
-                tokenizer,
-                folder,
-                config.output.max_shard_size,
-                probe.alone,
-            )
+            checkpoint = CheckpointFolder(folder, tokenizer, config.output.max_shard_size)
+            save_merged(model, vector, checkpoint, probe.alone)
         if config.output.output_format != "merged":
-            save_adapter(
-                model, own, coefficients, "base", tokenizer, folder / "adapter", probe.alone
-            )
+            save_adapter(model, vector, "base", tokenizer, folder / "adapter", probe.alone)
 
     seconds, memory, disk = _written(probe, run, config.output.output_dir)
     return Cost(seconds, held + memory, disk)
@@ -462,8 +455,9 @@ def estimate_stored_merge(
 
         def run(index: int, folder: Path) -> None:
             own = deltas[index]
-            added, size = dict.fromkeys(own, 0.1), config.output.max_shard_size
-            write_merged(stored[index], own, added, tokenizer, folder, size, show_progress=False)
+            added = ScaledVector(own, dict.fromkeys(own, 0.1))
+            checkpoint = CheckpointFolder(folder, tokenizer, config.output.max_shard_size)
+            write_merged(stored[index], added, checkpoint, show_progress=False)
 
         seconds, memory, disk = _written(probe, run, config.output.output_dir, on_host=True)
     return {"save": Cost(seconds, _bytes_of_merging_process() + memory, disk)}

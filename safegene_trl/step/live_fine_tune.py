@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from ..checkpoints.adapter import read_adapter, save_adapter
 from ..checkpoints.live_merge import checkpoint_bytes, merged_tensor, save_merged
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.reloaded import can_reload, reloaded
 from ..checkpoints.row_blocks import RowReader
 from ..checkpoints.zero_shards import holds_only_zero_shards
@@ -357,7 +358,8 @@ class LiveFineTune:
             return None
         if parameter.module_name not in self.vector.deltas and not task_factors(parameter.module):
             return None
-        return merged_tensor(parameter, self.vector.deltas, by_module, self.sharding, rounding)
+        vector = ScaledVector(self.vector.deltas, by_module)
+        return merged_tensor(parameter, vector, self.sharding, rounding)
 
     def _measured(
         self, result: Recalibration, by_module: Mapping[str, torch.Tensor]
@@ -439,27 +441,13 @@ class LiveFineTune:
 
     def write(self, folder: Path, found: Found) -> None:
         """Writes the merged checkpoint, the adapter, or both."""
-        plan, deltas = self.plan, self.vector.deltas
+        plan, vector = self.plan, ScaledVector(self.vector.deltas, found.by_module)
         if plan.merges:
-            save_merged(
-                self.model,
-                deltas,
-                found.by_module,
-                plan.processor,
-                folder,
-                plan.config.output.max_shard_size,
-                self.sharding,
-                plan.mark(found.coefficients),
-            )
+            checkpoint = plan.merged_folder(folder, found.coefficients)
+            save_merged(self.model, vector, checkpoint, self.sharding)
         if place := plan.adapter_place(folder):
             save_adapter(
-                self.model,
-                deltas,
-                found.by_module,
-                self.adapter_base,
-                plan.processor,
-                place,
-                self.sharding,
+                self.model, vector, self.adapter_base, plan.processor, place, self.sharding
             )
 
     def compare(self, folder: Path) -> dict[str, Any]:

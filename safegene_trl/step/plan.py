@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.checkpoint_folder import save_record
+from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.hub import check_hub
 from ..checkpoints.output import (
     CHECKPOINT,
@@ -106,9 +106,10 @@ class Plan:
         places = {"adapter": folder, "both": folder / "adapter"}
         return places.get(self.config.output.output_format)
 
-    def mark(self, coefficients: Coefficients) -> dict[str, Any]:
-        """What the checkpoint's `config.json` says of the vector in its weights."""
-        return mark(self.vector, coefficients)
+    def merged_folder(self, folder: Path, coefficients: Coefficients) -> CheckpointFolder:
+        """The full checkpoint that holds the whole vector with these coefficients."""
+        size = self.config.output.max_shard_size
+        return CheckpointFolder(folder, self.processor, size, mark(self.vector, coefficients))
 
 
 @dataclass
@@ -279,7 +280,7 @@ def _try_output(
     if config.output.history:
         check_writable(Path(config.output.history))
     with writing(), temporary_folder(target) as folder:  # on the disk that it will be written to
-        save_record(model, processor, folder, None)
+        CheckpointFolder(folder, processor, config.output.max_shard_size).save_record(model)
 
 
 def dry_run_message(target: Path) -> str:

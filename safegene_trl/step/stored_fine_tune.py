@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from ..checkpoints.adapter import save_adapter
 from ..checkpoints.loading import load_processor
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_merge import write_merged
 from ..checkpoints.stored_model import StoredModel
@@ -116,13 +117,10 @@ class StoredFineTune:
 
     def write(self, folder: Path, found: Found) -> None:
         """Writes the merged checkpoint, the adapter, or both."""
-        plan, deltas = self.plan, self.plan.vector.deltas
+        plan, vector = self.plan, ScaledVector(self.plan.vector.deltas, found.by_module)
         if plan.merges:
-            entry = plan.mark(found.coefficients)
-            size = plan.config.output.max_shard_size
-            self._rounding = write_merged(
-                self.stored, deltas, found.by_module, plan.processor, folder, size, entry
-            )
+            checkpoint = plan.merged_folder(folder, found.coefficients)
+            self._rounding = write_merged(self.stored, vector, checkpoint)
             # not even by the float32 sum: else `write_merged` has refused it
             if not self._rounding.changed:
                 raise OutputError(
@@ -131,7 +129,7 @@ class StoredFineTune:
                 )
         if place := plan.adapter_place(folder):
             model, base = self.stored.model, self.relative_to
-            save_adapter(model, deltas, found.by_module, base, plan.processor, place, plan.sharding)
+            save_adapter(model, vector, base, plan.processor, place, plan.sharding)
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """What rounding has left; nothing was measured that the files could be held against."""

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.merge_terms import ScaledVector
 
 from ..conftest import ALONE, make_deltas, make_model, with_lora
 from .test_live_merge import IDS, hooked_logits, random_coefficients
@@ -18,7 +19,7 @@ def test_adapter_equals_hooked_model(lora, tokenizer, tmp_path):
     deltas = make_deltas(base)
     model = with_lora(make_model("qwen2")) if lora else base
     coefficients = random_coefficients(deltas)
-    save_adapter(model, deltas, coefficients, "base", tokenizer, tmp_path, ALONE)
+    save_adapter(model, ScaledVector(deltas, coefficients), "base", tokenizer, tmp_path, ALONE)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == (6 if lora else 2)
     assert not config["rank_pattern"] and not config["alpha_pattern"]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import safegene_trl
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.loading import (
     check_complete,
     check_readable,
@@ -24,6 +25,7 @@ from safegene_trl.checkpoints.loading import (
     load_model,
     load_tokenizer,
 )
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.skeleton import load_skeleton
 from safegene_trl.checkpoints.stored_merge import write_merged
 from safegene_trl.checkpoints.stored_model import StoredModel
@@ -206,7 +208,9 @@ def test_harmless_tensors_are_copied(tokenizer, tmp_path):
     )
     (tmp_path / "out").mkdir()
     write_merged(
-        StoredModel.open(str(tmp_path / "base")), {}, {}, tokenizer, tmp_path / "out", "5GB"
+        StoredModel.open(str(tmp_path / "base")),
+        NO_VECTOR,
+        CheckpointFolder(tmp_path / "out", tokenizer, "5GB"),
     )
     copied = load_file(tmp_path / "out" / "model.safetensors")
     assert copied["model.layers.0.self_attn.rotary_emb.inv_freq"].tolist() == [0.5] * 4

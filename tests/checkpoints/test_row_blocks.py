@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.row_blocks import in_threads
 from safegene_trl.checkpoints.stored_merge import write_merged
 from safegene_trl.checkpoints.stored_model import StoredModel
@@ -21,7 +23,7 @@ def test_file_that_shrinks_while_it_is_read(tokenizer, tmp_path):
         file.truncate(5000)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="became shorter"):
-        write_merged(stored, {}, {}, tokenizer, tmp_path / "out", "5GB")
+        write_merged(stored, NO_VECTOR, CheckpointFolder(tmp_path / "out", tokenizer, "5GB"))
 
 
 def test_work_is_shared_by_threads_and_an_error_ends_it():

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl.checkpoints import row_blocks
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
+from safegene_trl.checkpoints.merge_terms import ScaledVector
 from safegene_trl.checkpoints.stored_merge import write_merged
 from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.checkpoints.tensor_file import stored_tensors
@@ -42,13 +44,15 @@ def merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size=
     monkeypatch.setattr(row_blocks, "BLOCK_ITEMS", 100)
     write_merged(
         StoredModel.open(str(source)),
-        deltas,
-        coefficients,
-        tokenizer,
-        tmp_path / "streamed",
-        shard_size,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path / "streamed", tokenizer, shard_size),
     )
-    save_merged(live, deltas, coefficients, tokenizer, tmp_path / "loaded", shard_size, ALONE)
+    save_merged(
+        live,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path / "loaded", tokenizer, shard_size),
+        ALONE,
+    )
     return [
         {
             name: tensor
@@ -134,7 +138,11 @@ def test_renamed_experts(tmp_path, tokenizer):
     name = "model.layers.1.self_attn.o_proj"
     delta = LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))
     (tmp_path / "out").mkdir()
-    write_merged(stored, {name: delta}, {name: 1.0}, tokenizer, tmp_path / "out", "5GB")
+    write_merged(
+        stored,
+        ScaledVector({name: delta}, {name: 1.0}),
+        CheckpointFolder(tmp_path / "out", tokenizer, "5GB"),
+    )
     before, after = (
         load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
     )
@@ -145,7 +153,11 @@ def test_renamed_experts(tmp_path, tokenizer):
         "model.layers.0.mlp.experts.gate_up_proj"  # one tensor in the model, eight in the files
     )
     with pytest.raises(UnsupportedModelError, match="another form"):
-        write_merged(stored, {experts: delta}, {experts: 1.0}, tokenizer, tmp_path / "out", "5GB")
+        write_merged(
+            stored,
+            ScaledVector({experts: delta}, {experts: 1.0}),
+            CheckpointFolder(tmp_path / "out", tokenizer, "5GB"),
+        )
 
 
 def merged_plainly(source, tokenizer, folder, coefficient, deltas=None):
@@ -153,11 +165,8 @@ def merged_plainly(source, tokenizer, folder, coefficient, deltas=None):
     deltas = make_deltas(make_model()) if deltas is None else deltas
     return write_merged(
         StoredModel.open(str(source)),
-        deltas,
-        dict.fromkeys(deltas, coefficient),
-        tokenizer,
-        folder,
-        "5GB",
+        ScaledVector(deltas, dict.fromkeys(deltas, coefficient)),
+        CheckpointFolder(folder, tokenizer, "5GB"),
     )
 
 

@@ -7,7 +7,7 @@ NUMBERS = (
     simple(
         "merging: coefficient dropped",
         "checkpoints/merge_terms.py",
-        "return delta.a.float(), coefficient * delta.b.float()",
+        "return delta.a.float(), self.coefficients[module] * delta.b.float()",
         "return delta.a.float(), delta.b.float()",
         "tests/checkpoints/test_live_merge.py",
     ),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.tensor_file import TensorFile
 from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
@@ -115,8 +116,8 @@ def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, 
     """A merge that loses the vector is noticed before anything is written."""
     original = live_fine_tune.merged_tensor
 
-    def without_vector(parameter, deltas, coefficients, sharding, rounding=None):
-        return original(parameter, {}, {}, sharding, rounding)
+    def without_vector(parameter, vector, sharding, rounding=None):
+        return original(parameter, NO_VECTOR, sharding, rounding)
 
     monkeypatch.setattr(live_fine_tune, "merged_tensor", without_vector)
     with pytest.raises(RejectedError, match="held-out safety loss went from"):
