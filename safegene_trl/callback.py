@@ -35,8 +35,9 @@ from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
 from .step.finished_training import FinishedTraining
-from .step.live_fine_tune import Preparation, prepare, safeguard
+from .step.live_fine_tune import safeguard
 from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message
+from .step.preparation import Preparation, prepare
 
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from ..config.settings import SafeGeneConfig
 from ..distributed.processes import this_job
 from ..errors import ConfigError
 from .lineage import check_not_safeguarded
-from .live_fine_tune import prepare, safeguard
+from .live_fine_tune import safeguard
 from .plan import FINE_TUNE, Origin
+from .preparation import prepare
 
 
 def safeguard_loaded(

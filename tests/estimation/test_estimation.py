@@ -19,7 +19,8 @@ from safegene_trl.data.shots import gather_shots
 from safegene_trl.estimation.estimation import Launch, Probe, _Allocations, estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
-from safegene_trl.step.live_fine_tune import prepare, safeguard
+from safegene_trl.step.live_fine_tune import safeguard
+from safegene_trl.step.preparation import prepare
 
 from ..conftest import (
     ALONE,

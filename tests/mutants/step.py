@@ -52,7 +52,7 @@ STEP = (
     ),
     _step(
         "what was written is not compared",
-        "step/live_fine_tune.py",
+        "step/probe.py",
         "if not distance <= tolerance * size:",
         "if False:",
     ),
@@ -64,15 +64,15 @@ STEP = (
     ),
     _step(
         "a model with more than its weights passes",
-        "step/live_fine_tune.py",
+        "step/preparation.py",
         "if not distance <= RELOADED_TOLERANCE * max(1.0, float(here.abs().max())):",
         "if False:",
     ),
     _step(
         "what was written is not loaded",
         "step/live_fine_tune.py",
-        'distances["reloaded"] = self._distance(',
-        'distances["reloaded"] = 0.0 and self._distance(',
+        'distances["reloaded"] = self._probe.distance(',
+        'distances["reloaded"] = 0.0 and self._probe.distance(',
     ),
     _step(
         "a callback added in mid-training works",

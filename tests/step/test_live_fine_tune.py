@@ -16,7 +16,7 @@ from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
 from safegene_trl.models.parameters import canonical_parameters
 from safegene_trl.models.replacement import replaced, without_adapters
-from safegene_trl.step import live_fine_tune, measurement
+from safegene_trl.step import measurement, probe, shipped_weights
 
 from ..conftest import ALONE, config_of, make_model, make_vector, with_lora
 from ..test_callback import sft
@@ -44,14 +44,14 @@ def config(vector_dir):
 def probed(monkeypatch):
     """Batches and logits of every probe, as they come."""
     seen = []
-    original = live_fine_tune.response_logits
+    original = probe.response_logits
 
     def recorded(model, batch):
         logits, targets = original(model, batch)
         seen.append((batch, logits.detach().clone()))
         return logits, targets
 
-    monkeypatch.setattr(live_fine_tune, "response_logits", recorded)
+    monkeypatch.setattr(probe, "response_logits", recorded)
     return seen
 
 
@@ -84,7 +84,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         assert 0 < kept["changed_weights"] <= kept["weights"]
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
         with torch.no_grad():
-            again = live_fine_tune.response_logits(loaded, measured[0])[0]
+            again = probe.response_logits(loaded, measured[0])[0]
         assert torch.equal(again, measured[1])
     if output_format != "merged":
         place = folder / "adapter" if output_format == "both" else folder
@@ -95,7 +95,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         )
         loaded = PeftModel.from_pretrained(base, place).eval()
         with torch.no_grad():
-            again = live_fine_tune.response_logits(loaded, measured[0])[0]
+            again = probe.response_logits(loaded, measured[0])[0]
         distance = float((again - measured[1]).abs().max())
         assert distance <= (1e-4 if dtype == "float32" else 0.3)
 
@@ -114,12 +114,12 @@ def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, confi
 
 def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, monkeypatch):
     """A merge that loses the vector is noticed before anything is written."""
-    original = live_fine_tune.merged_tensor
+    original = shipped_weights.merged_tensor
 
     def without_vector(parameter, vector, sharding, rounding=None):
         return original(parameter, NO_VECTOR, sharding, rounding)
 
-    monkeypatch.setattr(live_fine_tune, "merged_tensor", without_vector)
+    monkeypatch.setattr(shipped_weights, "merged_tensor", without_vector)
     with pytest.raises(RejectedError, match="held-out safety loss went from"):
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert not (tmp_path / "safeguarded").exists()

@@ -286,7 +286,8 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
             tokenizer.save_pretrained(folder)
 
     from safegene_trl.distributed.layouts import Sharding
-    from safegene_trl.step.live_fine_tune import prepare, safeguard
+    from safegene_trl.step.live_fine_tune import safeguard
+    from safegene_trl.step.preparation import prepare
 
     from ..conftest import task_dataset
 
