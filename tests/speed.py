@@ -22,6 +22,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/judges/",
     "tests/models/test_coefficients.py",
     "tests/models/test_factors.py",
+    "tests/models/test_replacement.py",
     "tests/models/test_rounding.py",
     "tests/recalibration/test_trust_region.py",
     "tests/reporting/test_cards.py",

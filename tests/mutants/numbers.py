@@ -294,7 +294,7 @@ NUMBERS = (
         "undo.callback(_put_back, tensor, live)",
         "pass",
         "tests/distributed/test_layouts.py",
-        "tests/step/test_live_fine_tune.py",
+        "tests/models/test_replacement.py",
     ),
     simple(
         "sharding: the way back is known only after the change",
@@ -306,7 +306,7 @@ NUMBERS = (
             undo.callback(_put_back, tensor, live)
 """,
         "tests/distributed/test_layouts.py",
-        "tests/step/test_live_fine_tune.py",
+        "tests/models/test_replacement.py",
     ),
     simple(
         "factors: copied anew for every pass",

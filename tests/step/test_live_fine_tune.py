@@ -1,7 +1,6 @@
 """What is accepted is what is written."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,13 +11,10 @@ from transformers import AutoModelForCausalLM
 from safegene_trl import SafeGeneCallback
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.tensor_file import TensorFile
-from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
-from safegene_trl.models.parameters import canonical_parameters
-from safegene_trl.models.replacement import replaced, without_adapters
 from safegene_trl.step import measurement, probe, shipped_weights
 
-from ..conftest import ALONE, config_of, make_model, make_vector, with_lora
+from ..conftest import config_of, make_model, make_vector
 from ..test_callback import sft
 
 
@@ -153,59 +149,6 @@ def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_
     assert callback.report["shipped"]["largest_logit_distance"] == 0.0
     names = load_file(tmp_path / "safeguarded" / "model.safetensors")
     assert any("w2" in name for name in names) and not any("down_proj" in name for name in names)
-
-
-@pytest.mark.parametrize("room", [True, False])
-@pytest.mark.parametrize("lora", [True, False])
-def test_live_weights_come_back_bit_by_bit(lora, room, monkeypatch):
-    monkeypatch.setattr(sharding, "_has_room", lambda live: room)
-    model = with_lora(make_model()) if lora else make_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = model(IDS).logits
-    with (
-        pytest.raises(ZeroDivisionError),
-        replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE),
-        without_adapters(model),
-    ):
-        assert all((p.tensor == 1).all() for p in canonical_parameters(model))
-        assert not torch.equal(model(IDS).logits, plain)
-        raise ZeroDivisionError
-    after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert torch.equal(model(IDS).logits, plain)
-
-
-@pytest.mark.parametrize("room", [True, False])
-def test_an_interruption_in_the_middle_of_a_replacement_leaves_no_trace(room, monkeypatch):
-    """At every line of it; what a signal does."""
-    monkeypatch.setattr(sharding, "_has_room", lambda live: room)
-    model = make_model(layers=1)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tried = 0
-    while True:
-        left = tried = tried + 1
-
-        def trace(frame, event, argument):
-            nonlocal left
-            if frame.f_code.co_name == "overwrite" and event in ("line", "return"):
-                left -= 1
-                if left == 0:
-                    raise KeyboardInterrupt
-            return trace
-
-        earlier = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            with replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE):
-                sys.settrace(earlier)
-            break
-        except KeyboardInterrupt:
-            assert all(
-                torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()
-            ), tried
-        finally:
-            sys.settrace(earlier)
-    assert tried > 30
 
 
 def test_the_live_model_stays_the_plain_fine_tune(config, tokenizer, tmp_path):
