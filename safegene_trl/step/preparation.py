@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import IterableDataset
-from peft import PeftModel
 from torch import nn
 
 from ..checkpoints.live_merge import checkpoint_bytes
@@ -30,7 +28,7 @@ from ..vectors.safety_vector import SafetyVector
 from .decision import check_measurable
 from .history import last_accepted, read_history
 from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
-from .plan import FINE_TUNE, Origin, Plan, plan_step
+from .plan import FINE_TUNE, InputModel, Origin, Plan, plan_step
 from .probe import MORE_THAN_WEIGHTS, RELOADED_TOLERANCE
 
 
@@ -57,11 +55,9 @@ class Preparation:
 
 def prepare(
     config: SafeGeneConfig,
-    model: nn.Module,
-    processor: Any,
+    input_model: InputModel,
     target: Path,
     sharding: Sharding,
-    origin: Origin | None = None,
     task_rows: Sequence[Row] | IterableDataset | None = None,
     packed: bool | None = None,
 ) -> Preparation:
@@ -72,11 +68,9 @@ def prepare(
 
     Args:
         config: What to do.
-        model: The model as it is now, plain or PEFT-wrapped; it is left as it is.
-        processor: Its tokenizer, or the processor that holds it.
+        input_model: The live model, plain or PEFT-wrapped.
         target: Folder of the checkpoint to be.
         sharding: How the model is spread over ranks.
-        origin: Where the fine-tune comes from. Default: not known.
         task_rows: The training set, used where `config.data.task_data` names no other.
         packed: Whether its rows were packed without keeping their boundaries. Default: told from
             the rows.
@@ -84,14 +78,14 @@ def prepare(
     Raises:
         SafeGeneError: One of its kinds, saying what to do.
     """
-    origin = origin or Origin(None, None, "lora" if isinstance(model, PeftModel) else "full")
+    model = input_model.model
     with sharding.raising_together():
         check_supported(model)
         if config.output.output_format != "merged":
             check_adapter_output(model)
-            _check_base(origin)
+            _check_base(input_model.origin)
         needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model)
-    plan = plan_step(config, model, processor, target, sharding, origin, needed)
+    plan = plan_step(config, input_model, target, sharding, needed)
     with plan.clock.phase("prepare"), sharding.raising_together():
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)

@@ -34,7 +34,7 @@ from .lineage import (
     check_no_subtraction,
     reported_coefficients,
 )
-from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
+from .plan import FINE_TUNE, Found, InputModel, Origin, Plan, plan_step
 from .run import run
 
 
@@ -66,9 +66,8 @@ def merge_stored(
         else sum(t.num_bytes for t in stored.files.values())
     )
     alone = Sharding(torch.device("cpu"))
-    plan = plan_step(
-        config, stored.model, load_processor(name_or_path, revision), target, alone, origin, needed
-    )
+    input_model = InputModel(stored.model, load_processor(name_or_path, revision), origin)
+    plan = plan_step(config, input_model, target, alone, needed)
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
     with plan.clock.phase("prepare"):
         fine_tune.choose(given, base_model)

@@ -287,6 +287,7 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
 
     from safegene_trl.distributed.layouts import Sharding
     from safegene_trl.step.live_fine_tune import safeguard
+    from safegene_trl.step.plan import InputModel, Origin
     from safegene_trl.step.preparation import prepare
 
     from ..conftest import task_dataset
@@ -294,8 +295,7 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
     model = make_model()
     prepared = prepare(
         config(),
-        model,
-        Processor(),
+        InputModel(model, Processor(), Origin(None, None, "full")),
         tmp_path / "out",
         Sharding(torch.device("cpu")),
         task_rows=task_dataset(),
