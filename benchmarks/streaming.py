@@ -33,9 +33,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks import records
 from benchmarks.records import RESULTS
 from safegene_trl import SafetyVector
-from safegene_trl.checkpoints.live_merge import write_index
+from safegene_trl.checkpoints.checkpoint_folder import write_index
 from safegene_trl.checkpoints.loading import load_tokenizer
-from safegene_trl.checkpoints.stored_merge import RowReader, StoredModel
+from safegene_trl.checkpoints.row_blocks import RowReader
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.checkpoints.tensor_file import TensorFile, plan_files, stored_tensors
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.names import layer_index
@@ -64,7 +65,7 @@ EXTRACT = """
 import json, sys, time
 from pathlib import Path
 from safegene_trl.extraction.delta import stored_delta
-from safegene_trl.checkpoints.stored_merge import StoredModel
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safetensors.torch import save_file
 aligned, degraded, rank, out = sys.argv[1:]
 started = time.perf_counter()

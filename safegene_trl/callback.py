@@ -34,9 +34,10 @@ from .errors import (
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
-from .step.live import Preparation, prepare, safeguard
-from .step.plain import FinishedTraining
-from .step.plan import TRAINERS_OUTPUT, Origin, dry_run_message
+from .step.finished_training import FinishedTraining
+from .step.live_fine_tune import safeguard
+from .step.plan import TRAINERS_OUTPUT, InputModel, Origin, dry_run_message
+from .step.preparation import Preparation, prepare
 
 
 logger = logging.getLogger(__name__)
@@ -142,9 +143,9 @@ class SafeGeneCallback(TrainerCallback):
             processor = _processor(kwargs.get("processing_class"), model)
         rows = None if loader is None else loader.dataset
         with sharding.naming_rank():
-            target, origin = self._target(args), _origin(model, args)
+            input_model = InputModel(model, processor, _origin(model, args))
             self._prepared = prepare(
-                self.config, model, processor, target, sharding, origin, rows, _packed(args)
+                self.config, input_model, self._target(args), sharding, rows, _packed(args)
             )
         plan = self._prepared.plan
         if sharding.is_main:

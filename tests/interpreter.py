@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
     "safegene_trl.commands.apply",
     "safegene_trl.commands.fleet",
-    "safegene_trl.step.live",
-    "safegene_trl.step.stored",
+    "safegene_trl.step.live_fine_tune",
+    "safegene_trl.step.apply_with_coefficients",
     "safegene_trl.reporting.plots",
     "matplotlib.backends.backend_agg",
     "transformers.trainer",

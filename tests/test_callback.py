@@ -31,7 +31,7 @@ from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, Un
 from safegene_trl.models.inputs import tokenize
 from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
-from safegene_trl.step import live
+from safegene_trl.step import preparation
 
 from .conftest import config_of, make_model, make_tokenizer, make_vector, task_dataset, with_lora
 
@@ -614,13 +614,13 @@ def test_of_messages_the_step_reads_the_assistants_words(
 ):
     """Whose labels are the whole conversation, as TRL makes them."""
     seen = []
-    gather = live.gather_shots
+    gather = preparation.gather_shots
 
     def recorded(*args):
         seen.append(gather(*args))
         return seen[-1]
 
-    monkeypatch.setattr(live, "gather_shots", recorded)
+    monkeypatch.setattr(preparation, "gather_shots", recorded)
     rows = [{"messages": [*row["prompt"], *row["completion"]]} for row in task_dataset()]
     callback = SafeGeneCallback(config(num_task_shots=8, num_test_prompts=2, max_new_tokens=2))
     trainer = SFTTrainer(

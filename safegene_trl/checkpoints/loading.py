@@ -1,8 +1,5 @@
 """Finished checkpoints and adapters as live models."""
 
-import logging
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,28 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import GENERATION_CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from ..distributed.layouts import Sharding, load_distributed
 from ..errors import UnsupportedModelError
-from ..models.parameters import changes_base, check_method, tie_saved_modules
 from ..text import one_line
 from .completeness import (
     causal_architecture,
     check_loaded,
     empty_model,
     load_adapter,
-    read_adapter_config,
 )
 from .contents import ADAPTER_CONFIG
 from .source import adapter_base, check_there, is_due_to, snapshot, stored_file, unreadable
-from .tensor_file import StoredTensor, stored_tensors
+from .tensor_file import stored_tensors
+from .zero_shards import holds_only_zero_shards, zero_weights
 
 
-logger = logging.getLogger(__name__)
 _OF_A_MODEL = (
     "config.json",
     ADAPTER_CONFIG,
@@ -58,10 +52,9 @@ UNREADABLE = (
     SafetensorError,
 )  # what the libraries raise on damaged or foreign files
 _NOT_THERE = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
-_NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 
 
-def _read_config(name_or_path: str, revision: str | None = None) -> PreTrainedConfig:
+def read_config(name_or_path: str, revision: str | None = None) -> PreTrainedConfig:
     check_there(name_or_path)
     return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
 
@@ -73,14 +66,14 @@ def check_readable(name_or_path: str, revision: str | None = None) -> None:
     if adapter_base(name_or_path, revision) is not None or Path(name_or_path).is_dir():
         return
     try:
-        _read_config(name_or_path, revision)
+        read_config(name_or_path, revision)
     except OSError as error:
         raise unreadable(name_or_path, error) from error
     except ValueError:  # it is there; whether it can be trained is not told here
         return
 
 
-def _not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
+def not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
     """An error of the libraries in one of ours; `what` says what could not be loaded,
     `name_or_path` what was asked for.
     """
@@ -95,9 +88,9 @@ def checkpoint_dtype(name_or_path: str, revision: str | None = None) -> str:
     """
     base = adapter_base(name_or_path, revision)
     try:
-        config = _read_config(base or name_or_path, None if base else revision)
+        config = read_config(base or name_or_path, None if base else revision)
     except (OSError, ValueError) as error:
-        raise _not_loaded(
+        raise not_loaded(
             f"The model {base or name_or_path}", base or name_or_path, error
         ) from error
     return str(config.dtype or torch.float32).removeprefix("torch.")
@@ -142,11 +135,11 @@ def check_complete(name_or_path: str, revision: str | None = None) -> None:
     if is_deepspeed_zero3_enabled() or (base is None and holds_only_zero_shards(Path(named))):
         return
     try:
-        config = _read_config(named, revision)
+        config = read_config(named, revision)
         if not getattr(config, "quantization_config", None):
             empty_model(config, stored_tensors(snapshot(named, revision)), named)
     except UNREADABLE as error:
-        raise _not_loaded(f"The model {named}", named, error) from error
+        raise not_loaded(f"The model {named}", named, error) from error
 
 
 def load_model(
@@ -178,8 +171,8 @@ def load_model(
     }
     try:
         if base is None and holds_only_zero_shards(Path(name_or_path)):
-            architecture, config = causal_architecture(_read_config(name_or_path))
-            weights = _zero_weights(Path(name_or_path), kwargs["dtype"], allow_pickle)
+            architecture, config = causal_architecture(read_config(name_or_path))
+            weights = zero_weights(Path(name_or_path), kwargs["dtype"], allow_pickle)
             model, info = architecture.from_pretrained(
                 None, config=config, state_dict=weights, **kwargs
             )
@@ -194,91 +187,7 @@ def load_model(
         return model.eval() if base is None else load_adapter(model, name_or_path, revision)
     except UNREADABLE as error:
         what = name_or_path if base is None else f"{name_or_path} (on {base})"
-        raise _not_loaded(f"The model {what}", named, error) from error
-
-
-def load_skeleton(
-    name_or_path: str, revision: str | None = None, files: Mapping[str, StoredTensor] | None = None
-) -> nn.Module:
-    """The model without its weights; of an adapter only its own weights are read. `is_placeholder`
-    tells which are missing.
-
-    Args:
-        name_or_path: Directory or hub id of a checkpoint or adapter.
-        revision: Branch, tag or commit on the hub.
-        files: The headers of the checkpoint's (or the base model's) tensors, where they must be the
-            model's own.
-
-    Raises:
-        UnsupportedModelError: It cannot be loaded, or its checkpoint is quantised.
-        CheckpointError: The files are not the model's.
-    """
-    base = adapter_base(name_or_path, revision)
-    named = base or name_or_path
-    try:
-        config = _read_config(named, None if base else revision)
-        if getattr(config, "quantization_config", None):
-            raise UnsupportedModelError(
-                f"{named} is a quantised checkpoint: name the 16-bit model it was made from."
-            )
-        if base is not None:
-            adapter = read_adapter_config(name_or_path, revision)
-            check_method(adapter)
-            if changes_base(adapter):
-                raise UnsupportedModelError(
-                    f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
-                    "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients."
-                )
-        model: Any = _without_storage(
-            _empty(config) if files is None else empty_model(config, files, named)
-        )
-        if (Path(named) / GENERATION_CONFIG_NAME).is_file() or not Path(named).is_dir():
-            with suppress(OSError):  # on the hub, a model without one
-                kwargs: Any = {} if base or revision is None else {"revision": revision}
-                model.generation_config = GenerationConfig.from_pretrained(named, **kwargs)
-        if base is not None:
-            model = load_adapter(model, name_or_path, revision, low_cpu_mem_usage=True)
-            tie_saved_modules(model)
-        return model.eval()
-    except UNREADABLE as error:
-        raise _not_loaded(f"The model {name_or_path}", named, error) from error
-
-
-def _empty(config: PreTrainedConfig) -> nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
-
-
-def is_placeholder(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a skeleton has a shape only."""
-    return tensor.data_ptr() == _NOTHING.data_ptr()
-
-
-def _without_storage(model: nn.Module) -> nn.Module:
-    """Puts the parameters of a model on the meta device on the CPU, all of them views of one
-    number.
-
-    PEFT moves an adapter to its layer's device, so an adapter on the meta device would lose its
-    weights.
-    """
-    views: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            view = views.setdefault(
-                id(tensor), nn.Parameter(_placeholder(tensor), requires_grad=False)
-            )
-            module.register_parameter(name, view)
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(
-                name, _placeholder(buffer), name not in module._non_persistent_buffers_set
-            )
-    return model
-
-
-def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
-    return _NOTHING.view(tensor.dtype)[0].expand(tensor.shape)
+        raise not_loaded(f"The model {what}", named, error) from error
 
 
 def _check_holds_something(folder: Path) -> None:
@@ -312,7 +221,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     except (OSError, ValueError) as error:
         base = adapter_base(name_or_path, revision)
         if base is None:
-            raise _not_loaded(f"The tokenizer of {name_or_path}", name_or_path, error) from error
+            raise not_loaded(f"The tokenizer of {name_or_path}", name_or_path, error) from error
         return load_tokenizer(base)
 
 
@@ -332,43 +241,8 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
                     source, revision=at, trust_remote_code=False
                 )
             except (*UNREADABLE, ImportError, AttributeError, TypeError) as error:
-                raise _not_loaded(f"The processor of {source}", source, error) from error
+                raise not_loaded(f"The processor of {source}", source, error) from error
             if isinstance(processor, ProcessorMixin):
                 processor.tokenizer = tokenizer
                 return processor
     return tokenizer
-
-
-def holds_only_zero_shards(folder: Path) -> bool:
-    """Whether a checkpoint is one of DeepSpeed's own, which neither transformers nor PEFT can load."""
-    return (folder / "latest").is_file() and not any(folder.glob("*.safetensors"))
-
-
-def _zero_weights(
-    folder: Path, dtype: torch.dtype | str, allow_pickle: bool
-) -> dict[str, torch.Tensor]:
-    """The float32 master weights of a ZeRO checkpoint, each cast to `dtype` as soon as it is put
-    together.
-    """
-    if not allow_pickle:
-        raise UnsupportedModelError(
-            f"{folder} holds only DeepSpeed's own shards, which are pickle files that can run code: convert them by "
-            "DeepSpeed's `zero_to_fp32.py --safe_serialization`, or set `allow_pickled_shards` if they are yours."
-        )
-    try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError as error:
-        raise UnsupportedModelError(
-            f"{folder} holds DeepSpeed shards: install `safegene-trl[deepspeed]` to read them."
-        ) from error
-    tag = (folder / "latest").read_text(encoding="utf-8").strip()
-    if Path(tag).name != tag or not (folder / tag).is_dir():
-        raise UnsupportedModelError(
-            f"`latest` in {folder} does not name a folder beside it: restore the checkpoint."
-        )
-    logger.warning(
-        "Reading DeepSpeed's shards in %s, which are pickle files that can run code.", folder
-    )
-    shards = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag, lazy_mode=True)
-    wanted = torch.float32 if isinstance(dtype, str) else dtype
-    return {name: shards[name].contiguous().to(wanted) for name in list(shards)}

@@ -6,9 +6,10 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.loading import load_skeleton, load_tokenizer, resolve_dtype
+from ..checkpoints.loading import load_tokenizer, resolve_dtype
 from ..checkpoints.output import check_writable, replace_file
-from ..checkpoints.stored_merge import StoredModel
+from ..checkpoints.skeleton import load_skeleton
+from ..checkpoints.stored_model import StoredModel
 from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
@@ -21,8 +22,8 @@ from ..estimation.stored_merge import estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.difference import differ_by_adapters
 from ..extraction.prompts import ExtractionPrompts
+from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import read_vector
-from ..step.stored import check_measures_nothing
 from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS

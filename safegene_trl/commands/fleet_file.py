@@ -20,7 +20,7 @@ from ..config.validation import (
     written_place,
 )
 from ..errors import ConfigError, SafeGeneError
-from ..step.stored import check_measures_nothing
+from ..step.apply_with_coefficients import check_measures_nothing
 from ..text import printable
 from .apply_arguments import ApplyArguments
 from .fleet_folder import STATE, WORKSHOP

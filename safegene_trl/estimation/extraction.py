@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.stored_merge import StoredModel
+from ..checkpoints.stored_model import StoredModel
 from ..extraction.config import ExtractionConfig
 from ..extraction.delta import adapter_delta, stored_delta
 from ..extraction.distillation import (

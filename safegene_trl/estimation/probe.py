@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ..checkpoints.output import atomic_directory, nearest_folder
-from ..checkpoints.stored_merge import StoredModel
+from ..checkpoints.stored_model import StoredModel
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, canonical_parameters, linear_shape

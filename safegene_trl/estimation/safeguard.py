@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.live_merge import save_adapter, save_merged
+from ..checkpoints.adapter import save_adapter
+from ..checkpoints.checkpoint_folder import CheckpointFolder
+from ..checkpoints.live_merge import save_merged
+from ..checkpoints.merge_terms import ScaledVector
 from ..config.settings import SafeGeneConfig
 from ..data.shots import Shots
 from ..models.batch_size import ON_CPU
@@ -113,12 +116,11 @@ def _saving(run: PlannedRun, config: SafeGeneConfig) -> Cost:
 
     def write(index: int, folder: Path) -> None:
         model, own = probe.models[index], run.deltas[index]
-        coefficients = dict.fromkeys(own, 0.1)
+        vector = ScaledVector(own, dict.fromkeys(own, 0.1))
         if output.output_format != "adapter":
-            size = output.max_shard_size
-            save_merged(model, own, coefficients, tokenizer, folder, size, probe.alone)
+            checkpoint = CheckpointFolder(folder, tokenizer, output.max_shard_size)
+            save_merged(model, vector, checkpoint, probe.alone)
         if output.output_format != "merged":
-            place = folder / "adapter"
-            save_adapter(model, own, coefficients, "base", tokenizer, place, probe.alone)
+            save_adapter(model, vector, "base", tokenizer, folder / "adapter", probe.alone)
 
     return run.cost(*probe.measure_writing(write, output.output_dir))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint_folder import CheckpointFolder
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.stored_merge import write_merged
 from ..config.settings import SafeGeneConfig
 from ..vectors.safety_vector import SafetyVector
@@ -25,8 +27,9 @@ def estimate_stored_merge(
 
         def write(index: int, folder: Path) -> None:
             own = deltas[index]
-            added, size = dict.fromkeys(own, 0.1), config.output.max_shard_size
-            write_merged(stored[index], own, added, tokenizer, folder, size, show_progress=False)
+            added = ScaledVector(own, dict.fromkeys(own, 0.1))
+            checkpoint = CheckpointFolder(folder, tokenizer, config.output.max_shard_size)
+            write_merged(stored[index], added, checkpoint, show_progress=False)
 
         seconds, memory, disk = probe.measure_writing(write, config.output.output_dir, on_host=True)
     return {"save": Cost(seconds, _bytes_of_merging_process() + memory, disk)}

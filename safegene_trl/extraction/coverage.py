@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from ..checkpoints.stored_merge import Block, RowReader, StoredModel, in_threads, row_blocks
+from ..checkpoints.row_blocks import Block, RowReader, in_threads, row_blocks
+from ..checkpoints.stored_model import StoredModel
 from ..errors import CheckpointError, FamilyError
 from ..models.names import layer_index
 from ..models.parameters import canonical_modules, task_factors

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from ..checkpoints.stored_merge import RowReader, StoredModel, in_threads
+from ..checkpoints.row_blocks import RowReader, in_threads
+from ..checkpoints.stored_model import StoredModel
 from ..errors import CheckpointError, FamilyError
 from ..models.names import layer_index
 from ..models.parameters import canonical_modules, linear_shape, task_factors

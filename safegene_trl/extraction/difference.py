@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.source import adapter_base
-from ..checkpoints.stored_merge import StoredModel
+from ..checkpoints.stored_model import StoredModel
 from ..models.low_rank import LowRankDelta
 from ..provenance import model_reference
 from .config import ExtractionConfig

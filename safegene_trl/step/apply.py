@@ -90,7 +90,7 @@ def apply(
         raise ConfigError(NO_MODEL)
     target = output_of(config, name)
     if given is None:
-        from .loaded import safeguard_loaded
+        from .apply_with_search import safeguard_loaded
 
         return safeguard_loaded(config, name, model_revision, target, dtype, allow_pickled_shards)
     if launched_processes() > 1:
@@ -101,7 +101,7 @@ def apply(
         raise ConfigError(
             "With `coefficients` the checkpoint keeps its own data type: leave out `dtype`."
         )
-    from .stored import safeguard_stored
+    from .apply_with_coefficients import safeguard_stored
 
     return safeguard_stored(config, name, model_revision, str(given), target, base_model)
 

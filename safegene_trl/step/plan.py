@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.hub import check_hub
-from ..checkpoints.live_merge import save_record
 from ..checkpoints.output import (
     CHECKPOINT,
     check_output,
@@ -56,6 +56,25 @@ class Origin:
     revision: str | None
     kind: str
     places: Mapping[str, str | Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InputModel:
+    """The model that a step is for.
+
+    Attributes:
+        model: As it is now, live or without weights; it is left as it is.
+        processor: Its tokenizer, or the processor that holds it; saved with the checkpoint.
+        origin: Where the fine-tune comes from.
+    """
+
+    model: nn.Module
+    processor: Any
+    origin: Origin
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return getattr(self.processor, "tokenizer", self.processor)
 
 
 @dataclass
@@ -106,9 +125,10 @@ class Plan:
         places = {"adapter": folder, "both": folder / "adapter"}
         return places.get(self.config.output.output_format)
 
-    def mark(self, coefficients: Coefficients) -> dict[str, Any]:
-        """What the checkpoint's `config.json` says of the vector in its weights."""
-        return mark(self.vector, coefficients)
+    def merged_folder(self, folder: Path, coefficients: Coefficients) -> CheckpointFolder:
+        """The full checkpoint that holds the whole vector with these coefficients."""
+        size = self.config.output.max_shard_size
+        return CheckpointFolder(folder, self.processor, size, mark(self.vector, coefficients))
 
 
 @dataclass
@@ -171,11 +191,9 @@ def read_vector(
 
 def plan_step(
     config: SafeGeneConfig,
-    model: nn.Module,
-    processor: Any,
+    input_model: InputModel,
     target: Path,
     sharding: Sharding,
-    origin: Origin,
     needed_bytes: int,
 ) -> Plan:
     """Reads and checks what every step needs: vector, family, places, base, history. Writes nothing
@@ -185,24 +203,20 @@ def plan_step(
 
     Args:
         config: What to do.
-        model: The model as it is now, live or without weights; only its names and shapes matter
-            here.
-        processor: Its tokenizer, or a processor with one.
+        input_model: The model; only its names and shapes matter here.
         target: Folder of the checkpoint to be.
         sharding: How the model is spread over ranks.
-        origin: Where the fine-tune comes from.
         needed_bytes: Size of what will be written.
 
     Raises:
         SafeGeneError: One of its kinds, saying what to do.
     """
-    clock = PhaseClock()
+    clock, origin = PhaseClock(), input_model.origin
     with clock.phase("prepare"):
-        tokenizer = getattr(processor, "tokenizer", processor)
         with sharding.raising_together():
-            vector, family, warnings = read_vector(config, model, tokenizer)
+            vector, family, warnings = read_vector(config, input_model.model, input_model.tokenizer)
             if sharding.is_main:
-                _try_output(config, model, processor, target, origin, needed_bytes)
+                _try_output(config, input_model, target, needed_bytes)
         # the hub is asked, and a large local checkpoint is hashed
         with sharding.on_main_rank() as working:
             if working and config.output.hub_model_id:
@@ -213,7 +227,7 @@ def plan_step(
                 vector.aligned_model,
                 config.allow_other_base,
                 working,
-                carries_vector(model),
+                carries_vector(input_model.model),
             )
         with sharding.raising_together():
             if sharding.is_main and config.output.history:
@@ -223,14 +237,7 @@ def plan_step(
     sharding.check_same("a safety vector", json.dumps(vector.files, sort_keys=True))
     report = Report(
         config=config.to_dict(),
-        vector={
-            "name": config.vector,
-            "revision": config.vector_revision,
-            "signed_by": None
-            if config.public_key is None
-            else sha256_of_file(Path(config.public_key)),
-            **vector.describe(),
-        },
+        vector=_vector_record(config, vector),
         base=base,
         model={"kind": origin.kind, **family.to_dict()},
         launch=sharding.describe(),
@@ -241,8 +248,8 @@ def plan_step(
     return Plan(
         config,
         vector,
-        tokenizer,
-        processor,
+        input_model.tokenizer,
+        input_model.processor,
         target,
         sharding,
         origin,
@@ -253,13 +260,19 @@ def plan_step(
     )
 
 
+def _vector_record(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, Any]:
+    """What the report says of the vector: as it was named, whose signature it has, what it is."""
+    key = config.public_key
+    return {
+        "name": config.vector,
+        "revision": config.vector_revision,
+        "signed_by": None if key is None else sha256_of_file(Path(key)),
+        **vector.describe(),
+    }
+
+
 def _try_output(
-    config: SafeGeneConfig,
-    model: nn.Module,
-    processor: Any,
-    target: Path,
-    origin: Origin,
-    needed_bytes: int,
+    config: SafeGeneConfig, input_model: InputModel, target: Path, needed_bytes: int
 ) -> None:
     """Does what the end will do, so that what could fail there fails now."""
     inputs: dict[str, Any] = {
@@ -269,8 +282,8 @@ def _try_output(
         "the safety data": config.data.safety_data,
         "the task data": config.data.task_data,
         "the earlier release": config.search.warm_start,
-        "the base model": origin.base,
-        **origin.places,
+        "the base model": input_model.origin.base,
+        **input_model.origin.places,
     }
     if config.gate:
         inputs["the gate's data"] = [config.gate.harmful_data, config.gate.benign_data]
@@ -279,7 +292,8 @@ def _try_output(
     if config.output.history:
         check_writable(Path(config.output.history))
     with writing(), temporary_folder(target) as folder:  # on the disk that it will be written to
-        save_record(model, processor, folder, None)
+        checkpoint = CheckpointFolder(folder, input_model.processor, config.output.max_shard_size)
+        checkpoint.save_record(input_model.model)
 
 
 def dry_run_message(target: Path) -> str:

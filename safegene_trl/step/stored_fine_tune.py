@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..checkpoints.live_merge import save_adapter
+from ..checkpoints.adapter import save_adapter
 from ..checkpoints.loading import load_processor
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.source import adapter_base
-from ..checkpoints.stored_merge import StoredModel, write_merged
+from ..checkpoints.stored_merge import write_merged
+from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.tensor_file import StoredTensor
 from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
@@ -32,7 +34,7 @@ from .lineage import (
     check_no_subtraction,
     reported_coefficients,
 )
-from .plan import FINE_TUNE, Found, Origin, Plan, plan_step
+from .plan import FINE_TUNE, Found, InputModel, Origin, Plan, plan_step
 from .run import run
 
 
@@ -64,9 +66,8 @@ def merge_stored(
         else sum(t.num_bytes for t in stored.files.values())
     )
     alone = Sharding(torch.device("cpu"))
-    plan = plan_step(
-        config, stored.model, load_processor(name_or_path, revision), target, alone, origin, needed
-    )
+    input_model = InputModel(stored.model, load_processor(name_or_path, revision), origin)
+    plan = plan_step(config, input_model, target, alone, needed)
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
     with plan.clock.phase("prepare"):
         fine_tune.choose(given, base_model)
@@ -115,13 +116,10 @@ class StoredFineTune:
 
     def write(self, folder: Path, found: Found) -> None:
         """Writes the merged checkpoint, the adapter, or both."""
-        plan, deltas = self.plan, self.plan.vector.deltas
+        plan, vector = self.plan, ScaledVector(self.plan.vector.deltas, found.by_module)
         if plan.merges:
-            entry = plan.mark(found.coefficients)
-            size = plan.config.output.max_shard_size
-            self._rounding = write_merged(
-                self.stored, deltas, found.by_module, plan.processor, folder, size, entry
-            )
+            checkpoint = plan.merged_folder(folder, found.coefficients)
+            self._rounding = write_merged(self.stored, vector, checkpoint)
             # not even by the float32 sum: else `write_merged` has refused it
             if not self._rounding.changed:
                 raise OutputError(
@@ -130,7 +128,7 @@ class StoredFineTune:
                 )
         if place := plan.adapter_place(folder):
             model, base = self.stored.model, self.relative_to
-            save_adapter(model, deltas, found.by_module, base, plan.processor, place, plan.sharding)
+            save_adapter(model, vector, base, plan.processor, place, plan.sharding)
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """What rounding has left; nothing was measured that the files could be held against."""

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.contents import (
     CHECKPOINT,
     MARKER,
@@ -14,7 +16,8 @@ from safegene_trl.checkpoints.contents import (
     check_replaceable,
     foreign_file,
 )
-from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
+from safegene_trl.checkpoints.live_merge import save_merged
+from safegene_trl.checkpoints.merge_terms import ScaledVector
 from safegene_trl.errors import OutputError
 
 from ..conftest import ALONE, make_deltas, make_model
@@ -28,9 +31,19 @@ def checkpoint(tokenizer, tmp_path):
     folder, model = tmp_path / "checkpoint", make_model()
     folder.mkdir()
     deltas = make_deltas(model)
-    save_merged(model, deltas, dict.fromkeys(deltas, 0.5), tokenizer, folder, "20KB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, dict.fromkeys(deltas, 0.5)),
+        CheckpointFolder(folder, tokenizer, "20KB"),
+        ALONE,
+    )
     save_adapter(
-        model, deltas, dict.fromkeys(deltas, 0.5), "base", tokenizer, folder / "adapter", ALONE
+        model,
+        ScaledVector(deltas, dict.fromkeys(deltas, 0.5)),
+        "base",
+        tokenizer,
+        folder / "adapter",
+        ALONE,
     )
     for name in ("html", "coefficients.png", "history.png"):
         (folder / f"safegene_report.{name}").write_text("x")

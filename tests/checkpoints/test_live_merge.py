@@ -1,4 +1,4 @@
-"""Merged checkpoints and folded adapters give the hooked model's logits."""
+"""Merged checkpoints give the hooked model's logits."""
 
 import errno
 import json
@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safegene_trl.checkpoints.live_merge import merged_tensor, save_adapter, save_merged
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
+from safegene_trl.checkpoints.live_merge import merged_tensor, save_merged
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR, ScaledVector
 from safegene_trl.checkpoints.output import MARKER, atomic_directory, check_output
 from safegene_trl.errors import OutputError
 from safegene_trl.models.parameters import canonical_parameters
@@ -44,7 +45,12 @@ def test_merged_checkpoint_equals_hooked_model(kind, tied, lora, tokenizer, tmp_
     coefficients = random_coefficients(deltas)
     expected = hooked_logits(model, deltas, coefficients)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path, tokenizer, "5GB"),
+        ALONE,
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -59,7 +65,12 @@ def test_sharded_checkpoint_equals_single_file(tokenizer, tmp_path):
     model = with_lora(make_model(tied=False))
     deltas = make_deltas(make_model())
     coefficients = random_coefficients(deltas)
-    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "20KB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path, tokenizer, "20KB"),
+        ALONE,
+    )
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(
@@ -71,7 +82,12 @@ def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
     model = with_lora(make_model()).to(torch.bfloat16)
     deltas = make_deltas(make_model())
     name = "model.layers.1.self_attn.q_proj"
-    save_merged(model, deltas, dict.fromkeys(deltas, 0.37), tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, dict.fromkeys(deltas, 0.37)),
+        CheckpointFolder(tmp_path, tokenizer, "5GB"),
+        ALONE,
+    )
     layer = model.get_base_model().get_submodule(name)
     task = (
         layer.lora_B["default"].weight.float()
@@ -85,26 +101,15 @@ def test_bfloat16_is_rounded_once(tokenizer, tmp_path):
     assert close.float().mean() > 0.999  # the order of two float32 additions may flip a tie
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_adapter_equals_hooked_model(lora, tokenizer, tmp_path):
-    base = make_model("qwen2")
-    deltas = make_deltas(base)
-    model = with_lora(make_model("qwen2")) if lora else base
-    coefficients = random_coefficients(deltas)
-    save_adapter(model, deltas, coefficients, "base", tokenizer, tmp_path, ALONE)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] == (6 if lora else 2)
-    assert not config["rank_pattern"] and not config["alpha_pattern"]
-    adapted = PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
-    torch.testing.assert_close(
-        adapted(IDS).logits, hooked_logits(model, deltas, coefficients), atol=1e-5, rtol=1e-5
-    )
-
-
 def test_checkpoint_loads_without_this_package(tokenizer, tmp_path):
     model = make_model()
     deltas = make_deltas(model)
-    save_merged(model, deltas, random_coefficients(deltas), tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, random_coefficients(deltas)),
+        CheckpointFolder(tmp_path, tokenizer, "5GB"),
+        ALONE,
+    )
     script = (
         "import sys; sys.modules['safegene_trl'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -130,8 +135,14 @@ def test_a_tensor_that_is_not_finite_is_not_merged(tokenizer, tmp_path):
     merged.mkdir()
     plain.mkdir()
     with pytest.raises(OutputError, match="not finite, so nothing is written"):
-        save_merged(model, deltas, random_coefficients(deltas), tokenizer, merged, "5GB", ALONE)
-    save_merged(model, {}, {}, tokenizer, plain, "5GB", ALONE)  # a plain fine-tune is kept as it is
+        save_merged(
+            model,
+            ScaledVector(deltas, random_coefficients(deltas)),
+            CheckpointFolder(merged, tokenizer, "5GB"),
+            ALONE,
+        )
+    # a plain fine-tune is kept as it is
+    save_merged(model, NO_VECTOR, CheckpointFolder(plain, tokenizer, "5GB"), ALONE)
     assert (plain / "model.safetensors").is_file()
 
 
@@ -204,7 +215,9 @@ def test_products_are_float32_whatever_the_trainer_allows(before, monkeypatch):
         weight = next(
             p for p in canonical_parameters(model) if p.name.endswith("1.mlp.down_proj.weight")
         )
-        merged_tensor(weight, make_deltas(model), dict.fromkeys(make_deltas(model), 1.0), ALONE)
+        merged_tensor(
+            weight, ScaledVector(make_deltas(model), dict.fromkeys(make_deltas(model), 1.0)), ALONE
+        )
         assert seen and set(seen) == {"ieee"} and backend.fp32_precision == before
     finally:
         backend.fp32_precision = own
@@ -217,7 +230,7 @@ def test_the_config_names_the_class_of_a_model_that_was_built_from_a_config(
     model = with_lora(make_model()) if lora else make_model()
     base = model.get_base_model() if lora else model
     assert base.config.architectures is None
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(model, NO_VECTOR, CheckpointFolder(tmp_path, tokenizer, "5GB"), ALONE)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
         "LlamaForCausalLM"
     ]

@@ -4,11 +4,9 @@ run.
 
 import ast
 import json
-import pickle
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -19,20 +17,22 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import safegene_trl
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.loading import (
     check_complete,
     check_readable,
     checkpoint_dtype,
     load_model,
-    load_skeleton,
     load_tokenizer,
 )
-from safegene_trl.checkpoints.stored_merge import StoredModel, write_merged
-from safegene_trl.commands.main import main
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR
+from safegene_trl.checkpoints.skeleton import load_skeleton
+from safegene_trl.checkpoints.stored_merge import write_merged
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.errors import CheckpointError, SafeGeneError, UnsupportedModelError
 from safegene_trl.models.parameters import canonical_parameters
 
-from ..conftest import ALONE, make_model, with_lora
+from ..conftest import make_model, with_lora
 
 
 @pytest.fixture
@@ -208,7 +208,9 @@ def test_harmless_tensors_are_copied(tokenizer, tmp_path):
     )
     (tmp_path / "out").mkdir()
     write_merged(
-        StoredModel.open(str(tmp_path / "base")), {}, {}, tokenizer, tmp_path / "out", "5GB"
+        StoredModel.open(str(tmp_path / "base")),
+        NO_VECTOR,
+        CheckpointFolder(tmp_path / "out", tokenizer, "5GB"),
     )
     copied = load_file(tmp_path / "out" / "model.safetensors")
     assert copied["model.layers.0.self_attn.rotary_emb.inv_freq"].tolist() == [0.5] * 4
@@ -313,7 +315,8 @@ def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
         )
     script = (
         "import sys\nfrom safegene_trl.errors import SafeGeneError\n"
-        "from safegene_trl.checkpoints.loading import load_model, load_placed, load_skeleton, load_tokenizer, resolve_dtype\n"
+        "from safegene_trl.checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype\n"
+        "from safegene_trl.checkpoints.skeleton import load_skeleton\n"
         "from safegene_trl.distributed.processes import this_job\n"
         "for name in sys.argv[1:]:\n"
         "    for load in (load_tokenizer, load_model, load_skeleton, lambda name: resolve_dtype('auto', name),\n"
@@ -346,50 +349,6 @@ def test_every_loader_of_transformers_is_told_not_to_run_code():
     assert found >= 9
 
 
-@pytest.fixture
-def shards(tmp_path, model_dir):
-    """A folder with nothing but DeepSpeed's shards, which are pickle files that write a file when
-    they are read.
-    """
-    folder = tmp_path / "checkpoint-3"
-    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "latest").write_text("global_step3")
-    (folder / "global_step3").mkdir()
-
-    class Payload:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        (folder / "global_step3" / name).write_bytes(pickle.dumps(Payload()))
-    return folder
-
-
-def test_pickled_shards_need_a_switch(shards, tmp_path):
-    with pytest.raises(UnsupportedModelError, match="allow_pickled_shards"):
-        load_model(str(shards))
-    with pytest.raises(SafeGeneError):
-        load_skeleton(str(shards), files={})
-    assert not (tmp_path / "ran").exists()
-    pytest.importorskip("deepspeed")
-    with suppress(Exception):  # no real shards: the switch lets them be read, and that is all
-        load_model(str(shards), allow_pickle=True)
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("command", ["apply", "evaluate"])
-def test_commands_refuse_pickled_shards(command, shards, vector_dir, task_file, tmp_path, capsys):
-    words = [command, "--model_name_or_path", str(shards)]
-    if command == "apply":
-        words += [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}"]
-        words += [f"--safegene.output.output_dir={tmp_path / 'out'}"]
-    else:
-        words += ["--harmful_data", str(task_file), "--output_dir", str(tmp_path / "out")]
-    assert main(words) == 2
-    assert "allow_pickled_shards" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize(
     "load",
     [load_tokenizer, load_model, load_skeleton, check_complete, checkpoint_dtype, check_readable],
@@ -420,25 +379,6 @@ def test_a_mistyped_path_that_looks_like_a_hub_id_is_said_to_be_neither(
         in message
     )
     assert ("connect to the hub" in message) == (not reached) and "http" not in message
-
-
-@pytest.mark.parametrize("output_format", ["adapter", "both"])
-def test_shards_are_no_base_of_an_adapter(
-    output_format, shards, vector_dir, task_file, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("safegene_trl.step.loaded.load_placed", lambda *args: (make_model(), ALONE))
-    words = [
-        "--allow_pickled_shards",
-        "--model_name_or_path",
-        str(shards),
-        f"--safegene.vector={vector_dir}",
-    ]
-    words += [
-        f"--safegene.data.task_data={task_file}",
-        f"--safegene.output.output_dir={tmp_path / 'out'}",
-    ]
-    assert main(["apply", *words, f"--safegene.output.output_format={output_format}"]) == 2
-    assert "only DeepSpeed's own shards, which PEFT cannot load" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_named_with_what_it_holds(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from transformers import GenerationConfig
 
 from safegene_trl.checkpoints import output, renaming
-from safegene_trl.checkpoints.live_merge import save_record
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.output import (
     CHECKPOINT,
     MARKER,
@@ -360,11 +360,11 @@ def test_a_full_disk_in_the_writers_of_other_libraries(tokenizer, tmp_path):
     with pytest.raises(
         OutputError, match=r"Saving the tokenizer failed \(Exception: .*No space left"
     ):
-        save_record(model, tokenizer, tmp_path, None)
+        CheckpointFolder(tmp_path, tokenizer, "5GB").save_record(model)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").symlink_to("/dev/full")
     with pytest.raises(OutputError, match=r"Saving the model's config failed .*No space left"):
-        save_record(model, tokenizer, tmp_path, None)
+        CheckpointFolder(tmp_path, tokenizer, "5GB").save_record(model)
 
 
 def test_a_generation_config_that_cannot_be_saved(tokenizer, tmp_path):
@@ -373,7 +373,7 @@ def test_a_generation_config_that_cannot_be_saved(tokenizer, tmp_path):
     with pytest.raises(
         OutputError, match=r"Saving the generation config failed .*\btemperature\b|GenerationConfig"
     ):
-        save_record(model, tokenizer, tmp_path, None)
+        CheckpointFolder(tmp_path, tokenizer, "5GB").save_record(model)
 
 
 def test_a_lock_that_another_holds_for_ever_does_not_stop_a_run(tmp_path, monkeypatch):

@@ -1,25 +1,21 @@
 """Checkpoints merged from their files, block by block, equal those merged from the loaded model."""
 
 import json
-import threading
 
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
-    LoraConfig,
     PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    get_peft_model,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from safegene_trl.checkpoints import stored_merge as streaming
+from safegene_trl.checkpoints import row_blocks
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
-from safegene_trl.checkpoints.loading import load_model
-from safegene_trl.checkpoints.stored_merge import StoredModel, in_threads, write_merged
+from safegene_trl.checkpoints.merge_terms import ScaledVector
+from safegene_trl.checkpoints.stored_merge import write_merged
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.checkpoints.tensor_file import stored_tensors
 from safegene_trl.errors import CheckpointError, OutputError, UnsupportedModelError
 from safegene_trl.models.low_rank import LowRankDelta
@@ -45,16 +41,18 @@ def merged_both_ways(source, live, tokenizer, tmp_path, monkeypatch, shard_size=
     for name in ("streamed", "loaded"):
         (tmp_path / name).mkdir()
     # many blocks, the last one of a tensor a short one
-    monkeypatch.setattr(streaming, "BLOCK_ITEMS", 100)
+    monkeypatch.setattr(row_blocks, "BLOCK_ITEMS", 100)
     write_merged(
         StoredModel.open(str(source)),
-        deltas,
-        coefficients,
-        tokenizer,
-        tmp_path / "streamed",
-        shard_size,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path / "streamed", tokenizer, shard_size),
     )
-    save_merged(live, deltas, coefficients, tokenizer, tmp_path / "loaded", shard_size, ALONE)
+    save_merged(
+        live,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path / "loaded", tokenizer, shard_size),
+        ALONE,
+    )
     return [
         {
             name: tensor
@@ -140,7 +138,11 @@ def test_renamed_experts(tmp_path, tokenizer):
     name = "model.layers.1.self_attn.o_proj"
     delta = LowRankDelta(torch.randn(2, 32), torch.randn(32, 2))
     (tmp_path / "out").mkdir()
-    write_merged(stored, {name: delta}, {name: 1.0}, tokenizer, tmp_path / "out", "5GB")
+    write_merged(
+        stored,
+        ScaledVector({name: delta}, {name: 1.0}),
+        CheckpointFolder(tmp_path / "out", tokenizer, "5GB"),
+    )
     before, after = (
         load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out")
     )
@@ -151,52 +153,11 @@ def test_renamed_experts(tmp_path, tokenizer):
         "model.layers.0.mlp.experts.gate_up_proj"  # one tensor in the model, eight in the files
     )
     with pytest.raises(UnsupportedModelError, match="another form"):
-        write_merged(stored, {experts: delta}, {experts: 1.0}, tokenizer, tmp_path / "out", "5GB")
-
-
-def test_quantised_checkpoint_is_refused(tokenizer, tmp_path):
-    source = saved(make_model(), tokenizer, tmp_path / "model")
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="16-bit"):
-        StoredModel.open(str(source))
-
-
-def test_adapter_that_changed_its_base_is_refused(tokenizer, tmp_path):
-    base = saved(make_model(), tokenizer, tmp_path / "base")
-    config = LoraConfig(
-        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="pissa"
-    )
-    adapted = get_peft_model(make_model(), config)
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UnsupportedModelError, match="pissa"):
-        StoredModel.open(str(tmp_path / "adapter"))
-
-
-def test_file_that_shrinks_while_it_is_read(tokenizer, tmp_path):
-    source = saved(make_model(), tokenizer, tmp_path / "model")
-    stored = StoredModel.open(str(source))
-    with open(source / "model.safetensors", "r+b") as file:
-        file.truncate(5000)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match="became shorter"):
-        write_merged(stored, {}, {}, tokenizer, tmp_path / "out", "5GB")
-
-
-def test_work_is_shared_by_threads_and_an_error_ends_it():
-    before = torch.get_num_threads()
-    seen = set()
-
-    def work(job):
-        seen.add(threading.current_thread().name)
-        return 1 // job
-
-    assert list(in_threads(work, [1] * 50)) == [1] * 50
-    with pytest.raises(ZeroDivisionError):
-        list(in_threads(work, [1, 0, 1]))
-    assert torch.get_num_threads() == before and threading.current_thread().name not in seen
+        write_merged(
+            stored,
+            ScaledVector({experts: delta}, {experts: 1.0}),
+            CheckpointFolder(tmp_path / "out", tokenizer, "5GB"),
+        )
 
 
 def merged_plainly(source, tokenizer, folder, coefficient, deltas=None):
@@ -204,16 +165,13 @@ def merged_plainly(source, tokenizer, folder, coefficient, deltas=None):
     deltas = make_deltas(make_model()) if deltas is None else deltas
     return write_merged(
         StoredModel.open(str(source)),
-        deltas,
-        dict.fromkeys(deltas, coefficient),
-        tokenizer,
-        folder,
-        "5GB",
+        ScaledVector(deltas, dict.fromkeys(deltas, coefficient)),
+        CheckpointFolder(folder, tokenizer, "5GB"),
     )
 
 
 def test_what_rounding_left_is_told(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK_ITEMS", 100)
+    monkeypatch.setattr(row_blocks, "BLOCK_ITEMS", 100)
     source = saved(make_model().to(torch.bfloat16), tokenizer, tmp_path / "model")
     deltas = make_deltas(make_model())
     found = merged_plainly(source, tokenizer, tmp_path / "out", 1e-2).check()
@@ -337,29 +295,3 @@ def test_a_vector_on_a_tied_weight_is_refused(module, tokenizer, tmp_path):
             load_file(each / "model.safetensors") for each in (free, tmp_path / "merged")
         )
         torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"] + 0.5)
-
-
-@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, AdaLoraConfig])
-def test_other_methods_than_lora_are_refused_by_the_name_in_their_files(kind, model_dir, tmp_path):
-    options = (
-        {"total_step": 10, "target_modules": ["q_proj"]}
-        if kind is AdaLoraConfig
-        else {"num_virtual_tokens": 4}
-    )
-    config = kind(task_type="CAUSAL_LM", **options)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(
-        tmp_path / "adapter"
-    )
-    with pytest.raises(
-        UnsupportedModelError, match=f"uses PEFT's {config.peft_type.value}.*train a LoRA"
-    ):
-        StoredModel.open(str(tmp_path / "adapter"))
-
-
-def test_a_method_that_peft_does_not_have_is_refused(model_dir, tmp_path):
-    with_lora(AutoModelForCausalLM.from_pretrained(model_dir)).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "MAGIC"}))
-    for open_it in (StoredModel.open, load_model):
-        with pytest.raises(UnsupportedModelError, match=r"names no method of PEFT.*MAGIC"):
-            open_it(str(tmp_path))

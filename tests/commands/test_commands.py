@@ -729,7 +729,7 @@ def test_an_error_that_is_no_one_of_ours_costs_no_fine_tune(
     def broken(*args, **kwargs):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("safegene_trl.step.live.recalibrate", broken)
+    monkeypatch.setattr("safegene_trl.step.live_fine_tune.recalibrate", broken)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"datasets: [{{path: json, data_files: {task_file}, split: train}}]\n")
     words = [

@@ -17,7 +17,7 @@ from safegene_trl.models import losses
 from safegene_trl.recalibration import objective
 from safegene_trl.recalibration import search as recalibration
 from safegene_trl.recalibration import trust_region as optimization
-from safegene_trl.step import live
+from safegene_trl.step import preparation
 
 from .backends import DEEPSPEED
 from .worker import callback_of, start, trainer_of
@@ -58,7 +58,7 @@ def little_memory(model, batch):
 
 response_logits = losses.response_logits
 FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
-    "validation": (live, "check_supported", break_down, 1),
+    "validation": (preparation, "check_supported", break_down, 1),
     "recalibration": (
         objective,
         "cross_entropy",

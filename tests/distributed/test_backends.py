@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneConfig
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
+from safegene_trl.checkpoints.merge_terms import ScaledVector
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration import search as recalibration
@@ -234,11 +236,8 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
     by_module = space.by_module(report["coefficients"])
     save_merged(
         model,
-        vector.deltas,
-        by_module,
-        make_tokenizer(),
-        tmp_path,
-        config.output.max_shard_size,
+        ScaledVector(vector.deltas, by_module),
+        CheckpointFolder(tmp_path, make_tokenizer(), config.output.max_shard_size),
         ALONE,
     )
     written = sorted(path.name for path in (folder / "with" / "safeguarded").glob("*.safetensors"))

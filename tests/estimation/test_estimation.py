@@ -21,7 +21,9 @@ from safegene_trl.estimation.probe import Probe, _Allocations
 from safegene_trl.estimation.safeguard import estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.recalibration.search import recalibrate
-from safegene_trl.step.live import prepare, safeguard
+from safegene_trl.step.live_fine_tune import safeguard
+from safegene_trl.step.plan import InputModel, Origin
+from safegene_trl.step.preparation import prepare
 
 from ..conftest import (
     ALONE,
@@ -102,6 +104,11 @@ def vector_for(model, tokenizer, settings, layers):
     return vector
 
 
+def prepared(model, tokenizer, settings):
+    input_model = InputModel(model, tokenizer, Origin(None, None, "full"))
+    return prepare(settings, input_model, Path(settings.output.output_dir), ALONE)
+
+
 def estimated(model, tokenizer, settings, vector, launch=ONE):
     shots = gather_shots(settings, vector, tokenizer, None, None)
     return estimate_safeguard(Probe(model, "float32"), settings, vector, tokenizer, shots, launch)
@@ -116,7 +123,7 @@ def test_work_is_what_the_step_does(
     vector = vector_for(model, tokenizer, settings, layers)
     monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
     monkeypatch.setattr("safegene_trl.recalibration.trust_region.TOLERANCE", -1.0)  # never early
-    plan = prepare(settings, model, tokenizer, Path(settings.output.output_dir), ALONE)
+    plan = prepared(model, tokenizer, settings)
     costs = estimated(model, tokenizer, settings, vector)
     assert set(costs) == {"recalibrate", "measure", "save"}
     attachment = VectorAttachment(
@@ -142,7 +149,7 @@ def operations(run):
 def test_bytes_of_the_search(layers, model, tokenizer, settings):
     """What tensors hold at most while the coefficients are searched, beyond what was there before."""
     vector = vector_for(model, tokenizer, settings, layers)
-    plan = prepare(settings, model, tokenizer, Path(settings.output.output_dir), ALONE)
+    plan = prepared(model, tokenizer, settings)
     probe = Probe(model, "float32", timed=False)
     cost = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)["recalibrate"]
     assert cost.seconds == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from safegene_trl.checkpoints.stored_merge import StoredModel
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.errors import CheckpointError, FamilyError
 from safegene_trl.extraction.coverage import Coverage, adapter_coverage
 from safegene_trl.extraction.delta import adapter_delta, stored_difference

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from safegene_trl.checkpoints.stored_merge import StoredModel
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.errors import FamilyError
 from safegene_trl.extraction.delta import adapter_delta, stored_delta
 

@@ -21,7 +21,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from safegene_trl.checkpoints.live_merge import save_adapter, save_merged
+from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
+from safegene_trl.checkpoints.live_merge import save_merged
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR, ScaledVector
 from safegene_trl.checkpoints.tensor_file import stored_tensors
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.models.low_rank import LowRankDelta
@@ -110,7 +113,7 @@ def test_transposed_layers_merge_right(tokenizer, tmp_path):
     model = get_peft_model(GPT2LMHeadModel(GPT2Config(**shape)), config).eval()
     module = canonical_modules(model)["transformer.h.0.attn.c_attn"]
     assert is_transposed(module) and linear_shape(module) == (96, 32)
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(model, NO_VECTOR, CheckpointFolder(tmp_path, tokenizer, "5GB"), ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
@@ -120,7 +123,7 @@ def test_modules_to_save_are_merged_when_untied(tokenizer, tmp_path):
     with torch.no_grad():
         model.get_base_model().lm_head.modules_to_save["default"].weight.add_(0.1)
     check_supported(model)
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(model, NO_VECTOR, CheckpointFolder(tmp_path, tokenizer, "5GB"), ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
@@ -134,7 +137,12 @@ def test_dora_is_folded(tokenizer, tmp_path):
     deltas = make_deltas(make_model())
     coefficients = dict.fromkeys(deltas, 0.5)
     check_supported(model)
-    save_merged(model, deltas, coefficients, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, coefficients),
+        CheckpointFolder(tmp_path, tokenizer, "5GB"),
+        ALONE,
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad(), attached(model, deltas, 0.5):
         torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
@@ -155,7 +163,7 @@ def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(torch.full_like(parameter, 0.01))
     check_supported(model)
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(model, NO_VECTOR, CheckpointFolder(tmp_path, tokenizer, "5GB"), ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
     if "init_lora_weights" in options:
@@ -178,7 +186,12 @@ def test_experts_are_saved_under_their_names_in_files(kind, tokenizer, tmp_path)
     merged_dir = tmp_path / "merged"
     merged_dir.mkdir()
     model.save_pretrained(tmp_path / "own")
-    save_merged(model, deltas, {name: 0.5}, tokenizer, merged_dir, "20KB", ALONE)
+    save_merged(
+        model,
+        ScaledVector(deltas, {name: 0.5}),
+        CheckpointFolder(merged_dir, tokenizer, "20KB"),
+        ALONE,
+    )
     own, merged = stored_tensors(tmp_path / "own"), stored_tensors(merged_dir)
     assert own.keys() == merged.keys() and any("experts.3" in tensor for tensor in own)
     loaded, info = kind[1].from_pretrained(merged_dir, output_loading_info=True)
@@ -216,7 +229,7 @@ def test_tied_modules_that_are_saved_whole_together_are_merged(tokenizer, tmp_pa
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
     check_supported(model)
-    save_merged(model, {}, {}, tokenizer, tmp_path, "5GB", ALONE)
+    save_merged(model, NO_VECTOR, CheckpointFolder(tmp_path, tokenizer, "5GB"), ALONE)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
@@ -349,4 +362,4 @@ def test_supported_models_pass(tokenizer, tmp_path):
         with_lora(make_model("qwen2"), use_rslora=True),
     ):
         check_supported(model)
-    save_adapter(with_lora(make_model()), {}, {}, "base", tokenizer, tmp_path, ALONE)
+    save_adapter(with_lora(make_model()), NO_VECTOR, "base", tokenizer, tmp_path, ALONE)

@@ -6,14 +6,14 @@ from .mutant import Edit, Mutant, simple
 NUMBERS = (
     simple(
         "merging: coefficient dropped",
-        "checkpoints/live_merge.py",
-        "return delta.a.float(), coefficient * delta.b.float()",
+        "checkpoints/merge_terms.py",
+        "return delta.a.float(), self.coefficients[module] * delta.b.float()",
         "return delta.a.float(), delta.b.float()",
         "tests/checkpoints/test_live_merge.py",
     ),
     simple(
         "merging: transposed weights as others",
-        "checkpoints/live_merge.py",
+        "checkpoints/merge_terms.py",
         "return Term(a.T.contiguous(), b.T.contiguous()) if transposed else Term(b, a, magnitude)",
         "return Term(b, a, magnitude)",
         "tests/models/test_parameters.py",
@@ -21,7 +21,7 @@ NUMBERS = (
     ),
     simple(
         "merging: every block as the first",
-        "checkpoints/live_merge.py",
+        "checkpoints/merge_terms.py",
         "part = slice(first_row, first_row + len(rows))",
         "part = slice(0, len(rows))",
         "tests/checkpoints/test_stored_merge.py",
@@ -35,17 +35,17 @@ NUMBERS = (
     ),
     simple(
         "streaming: a file that shrinks is read to its end",
-        "checkpoints/stored_merge.py",
+        "checkpoints/row_blocks.py",
         "if count == 0:\n                raise CheckpointError(",
         "if count == 0:\n                break\n                raise CheckpointError(",
-        "tests/checkpoints/test_stored_merge.py",
+        "tests/checkpoints/test_row_blocks.py",
     ),
     simple(
         "streaming: errors of threads are lost",
-        "checkpoints/stored_merge.py",
+        "checkpoints/row_blocks.py",
         "                pool.shutdown(cancel_futures=True)\n                raise\n",
         "                pool.shutdown(cancel_futures=True)\n",
-        "tests/checkpoints/test_stored_merge.py",
+        "tests/checkpoints/test_row_blocks.py",
     ),
     Mutant(
         "optimization: bounds dropped",
@@ -146,7 +146,7 @@ NUMBERS = (
         "recalibration/search.py",
         "self.on_evaluation, self.ship = on_evaluation, ship or self._attach",
         "self.on_evaluation, self.ship = on_evaluation, self._attach",
-        "tests/step/test_live.py",
+        "tests/step/test_live_fine_tune.py",
     ),
     simple(
         "recalibration: a diverged fine-tune goes on",
@@ -294,7 +294,7 @@ NUMBERS = (
         "undo.callback(_put_back, tensor, live)",
         "pass",
         "tests/distributed/test_layouts.py",
-        "tests/step/test_live.py",
+        "tests/models/test_replacement.py",
     ),
     simple(
         "sharding: the way back is known only after the change",
@@ -306,7 +306,7 @@ NUMBERS = (
             undo.callback(_put_back, tensor, live)
 """,
         "tests/distributed/test_layouts.py",
-        "tests/step/test_live.py",
+        "tests/models/test_replacement.py",
     ),
     simple(
         "factors: copied anew for every pass",

@@ -52,27 +52,27 @@ STEP = (
     ),
     _step(
         "what was written is not compared",
-        "step/live.py",
+        "step/probe.py",
         "if not distance <= tolerance * size:",
         "if False:",
     ),
     _step(
         "the rounding is not looked at",
-        "step/live.py",
+        "step/live_fine_tune.py",
         "if plan.merges and any(bool(value.any()) for value in by_module.values()):",
         "if False:",
     ),
     _step(
         "a model with more than its weights passes",
-        "step/live.py",
+        "step/preparation.py",
         "if not distance <= RELOADED_TOLERANCE * max(1.0, float(here.abs().max())):",
         "if False:",
     ),
     _step(
         "what was written is not loaded",
-        "step/live.py",
-        'distances["reloaded"] = self._distance(',
-        'distances["reloaded"] = 0.0 and self._distance(',
+        "step/live_fine_tune.py",
+        'distances["reloaded"] = self._probe.distance(',
+        'distances["reloaded"] = 0.0 and self._probe.distance(',
     ),
     _step(
         "a callback added in mid-training works",
@@ -96,7 +96,7 @@ STEP = (
     ),
     _step(
         "a gate beside given coefficients is forgotten",
-        "step/stored.py",
+        "step/apply_with_coefficients.py",
         "if config.gate and config.gate.limits:",
         "if False:",
     ),

@@ -47,11 +47,11 @@ def config(vector_dir):
 
 
 FAULTS = {  # where: what is replaced
-    "search": "safegene_trl.step.live.recalibrate",
-    "measuring": "safegene_trl.step.live.measure",
-    "writing": "safegene_trl.step.live.save_merged",
+    "search": "safegene_trl.step.live_fine_tune.recalibrate",
+    "measuring": "safegene_trl.step.live_fine_tune.measure",
+    "writing": "safegene_trl.step.live_fine_tune.save_merged",
     "hashing": "safegene_trl.step.run.sha256_of_file",
-    "reading back": "safegene_trl.step.written.stored_tensors",
+    "reading back": "safegene_trl.step.read_back.stored_tensors",
     "evidence": "safegene_trl.step.run.write_evidence",
 }
 ERRORS = {
@@ -156,19 +156,19 @@ def test_a_terminated_run_says_so(interpreter, tmp_path):
 import os, signal
 from pathlib import Path
 from safegene_trl import SafeGeneCallback, SafeGeneConfig
-from safegene_trl.step import live
+from safegene_trl.step import live_fine_tune
 from tests.conftest import make_model, make_tokenizer, make_vector
 from tests.test_callback import sft
 
 out = Path({str(tmp_path)!r})
 make_vector(make_model(), make_tokenizer()).save_pretrained(out / "vector")
-real = live.recalibrate
+real = live_fine_tune.recalibrate
 
 def ended(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     return real(*args, **kwargs)
 
-live.recalibrate = ended
+live_fine_tune.recalibrate = ended
 sft(out / "out", [SafeGeneCallback(SafeGeneConfig(vector=str(out / "vector"), on_failure="warn"))], make_tokenizer()).train()
 """
     done = interpreter.run(script)
@@ -286,15 +286,16 @@ def test_processor_is_saved_with_the_checkpoint(config, tokenizer, tmp_path):
             tokenizer.save_pretrained(folder)
 
     from safegene_trl.distributed.layouts import Sharding
-    from safegene_trl.step.live import prepare, safeguard
+    from safegene_trl.step.live_fine_tune import safeguard
+    from safegene_trl.step.plan import InputModel, Origin
+    from safegene_trl.step.preparation import prepare
 
     from ..conftest import task_dataset
 
     model = make_model()
     prepared = prepare(
         config(),
-        model,
-        Processor(),
+        InputModel(model, Processor(), Origin(None, None, "full")),
         tmp_path / "out",
         Sharding(torch.device("cpu")),
         task_rows=task_dataset(),

@@ -1,16 +1,23 @@
-"""What was written, read back: a checkpoint's tensors for a live model, and an adapter's factors."""
+"""What was written, read back in the place of a live model's own: a checkpoint's tensors, or an
+adapter's factors.
+"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoints.stored_merge import RowReader, row_blocks
+from ..checkpoints.adapter import read_adapter
+from ..checkpoints.row_blocks import RowReader, row_blocks
 from ..checkpoints.tensor_file import stored_tensors
+from ..distributed.layouts import Sharding
 from ..errors import CheckpointError
-from ..models.low_rank import LowRankDelta
-from ..models.parameters import Parameter, as_stored
+from ..models.low_rank import broadcast_deltas
+from ..models.parameters import Parameter, as_stored, canonical_parameters
+from ..models.replacement import replaced, without_adapters
+from .shipped_weights import beside_weights
 
 
 class WrittenTensors:
@@ -57,16 +64,26 @@ class WrittenTensors:
             )
 
 
-def read_adapter(place: Path) -> dict[str, LowRankDelta]:
-    """The low-rank deltas of an adapter folder of ours, by canonical module name."""
-    tensors = load_file(place / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [
-        key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)
-    ]
-    return {
-        name: LowRankDelta(
-            tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]
-        )
-        for name in names
-    }
+@contextmanager
+def as_written(model: nn.Module, folder: Path, sharding: Sharding) -> Iterator[None]:
+    """While open, every tensor of a live model holds what a checkpoint's files say."""
+    with RowReader() as reader:
+        value = WrittenTensors(model, folder if sharding.is_main else None, reader)
+        with (
+            replaced(list(canonical_parameters(model)), value, sharding),
+            without_adapters(model),
+        ):
+            with sharding.raising_together():
+                value.check_complete()
+            yield
+
+
+@contextmanager
+def with_adapter(model: nn.Module, place: Path, sharding: Sharding) -> Iterator[None]:
+    """While open, a written adapter acts in the place of a live model's own."""
+    with sharding.raising_together():
+        deltas = read_adapter(place) if sharding.is_main else {}
+    deltas = broadcast_deltas(deltas, sharding)
+    ones = torch.ones(sum(delta.a.shape[0] for delta in deltas.values()), device=sharding.device)
+    with without_adapters(model), beside_weights(model, deltas, ones, sharding):
+        yield

@@ -13,9 +13,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
 
+from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.live_merge import save_merged
-from ..checkpoints.loading import holds_only_zero_shards
+from ..checkpoints.merge_terms import NO_VECTOR
 from ..checkpoints.output import writing
+from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
 from ..models.parameters import adapter_configs, base_model, check_held
@@ -182,7 +184,7 @@ def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) ->
             if sharding.is_main:
                 for name in (*_FULL, _ADAPTER):  # of an earlier run
                     (folder / name).unlink(missing_ok=True)
-        save_merged(model, {}, {}, processor, folder, "50GB", sharding)
+        save_merged(model, NO_VECTOR, CheckpointFolder(folder, processor, "50GB"), sharding)
         return
     whole = {}
     for name, tensor in model.named_parameters():

@@ -11,8 +11,9 @@ from ..config.settings import SafeGeneConfig
 from ..distributed.processes import this_job
 from ..errors import ConfigError
 from .lineage import check_not_safeguarded
-from .live import prepare, safeguard
-from .plan import FINE_TUNE, Origin
+from .live_fine_tune import safeguard
+from .plan import FINE_TUNE, InputModel, Origin
+from .preparation import prepare
 
 
 def safeguard_loaded(
@@ -51,7 +52,7 @@ def safeguard_loaded(
     model, sharding = load_placed(name_or_path, revision, dtype, job, allow_pickled_shards)
     with sharding.naming_rank():
         origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name_or_path})
-        prepared = prepare(config, model, processor, target, sharding, origin)
+        prepared = prepare(config, InputModel(model, processor, origin), target, sharding)
         if config.dry_run:
             return prepared.plan.report.to_dict()
         return safeguard(prepared, model, adapter_base=base or name_or_path)

@@ -1,7 +1,6 @@
 """What is accepted is what is written."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -10,14 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.tensor_file import TensorFile
-from safegene_trl.distributed import layouts as sharding
 from safegene_trl.errors import OutputError, RejectedError
-from safegene_trl.models.parameters import canonical_parameters
-from safegene_trl.models.replacement import replaced, without_adapters
-from safegene_trl.step import live, measurement
+from safegene_trl.step import measurement, probe, shipped_weights
 
-from ..conftest import ALONE, config_of, make_model, make_vector, with_lora
+from ..conftest import config_of, make_model, make_vector
 from ..test_callback import sft
 
 
@@ -43,14 +40,14 @@ def config(vector_dir):
 def probed(monkeypatch):
     """Batches and logits of every probe, as they come."""
     seen = []
-    original = live.response_logits
+    original = probe.response_logits
 
     def recorded(model, batch):
         logits, targets = original(model, batch)
         seen.append((batch, logits.detach().clone()))
         return logits, targets
 
-    monkeypatch.setattr(live, "response_logits", recorded)
+    monkeypatch.setattr(probe, "response_logits", recorded)
     return seen
 
 
@@ -83,7 +80,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         assert 0 < kept["changed_weights"] <= kept["weights"]
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
         with torch.no_grad():
-            again = live.response_logits(loaded, measured[0])[0]
+            again = probe.response_logits(loaded, measured[0])[0]
         assert torch.equal(again, measured[1])
     if output_format != "merged":
         place = folder / "adapter" if output_format == "both" else folder
@@ -94,7 +91,7 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         )
         loaded = PeftModel.from_pretrained(base, place).eval()
         with torch.no_grad():
-            again = live.response_logits(loaded, measured[0])[0]
+            again = probe.response_logits(loaded, measured[0])[0]
         distance = float((again - measured[1]).abs().max())
         assert distance <= (1e-4 if dtype == "float32" else 0.3)
 
@@ -113,12 +110,12 @@ def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, confi
 
 def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, monkeypatch):
     """A merge that loses the vector is noticed before anything is written."""
-    original = live.merged_tensor
+    original = shipped_weights.merged_tensor
 
-    def without_vector(parameter, deltas, coefficients, sharding, rounding=None):
-        return original(parameter, {}, {}, sharding, rounding)
+    def without_vector(parameter, vector, sharding, rounding=None):
+        return original(parameter, NO_VECTOR, sharding, rounding)
 
-    monkeypatch.setattr(live, "merged_tensor", without_vector)
+    monkeypatch.setattr(shipped_weights, "merged_tensor", without_vector)
     with pytest.raises(RejectedError, match="held-out safety loss went from"):
         sft(tmp_path, [SafeGeneCallback(config())], tokenizer).train()
     assert not (tmp_path / "safeguarded").exists()
@@ -144,7 +141,7 @@ def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_
     def renamed(model, name, tensor):
         return {name.replace("down_proj", "w2"): tensor}
 
-    for module in ("step.written", "checkpoints.live_merge"):
+    for module in ("step.read_back", "checkpoints.live_merge"):
         monkeypatch.setattr(f"safegene_trl.{module}.as_stored", renamed)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
     callback.attach(trainer)
@@ -152,59 +149,6 @@ def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_
     assert callback.report["shipped"]["largest_logit_distance"] == 0.0
     names = load_file(tmp_path / "safeguarded" / "model.safetensors")
     assert any("w2" in name for name in names) and not any("down_proj" in name for name in names)
-
-
-@pytest.mark.parametrize("room", [True, False])
-@pytest.mark.parametrize("lora", [True, False])
-def test_live_weights_come_back_bit_by_bit(lora, room, monkeypatch):
-    monkeypatch.setattr(sharding, "_has_room", lambda live: room)
-    model = with_lora(make_model()) if lora else make_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = model(IDS).logits
-    with (
-        pytest.raises(ZeroDivisionError),
-        replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE),
-        without_adapters(model),
-    ):
-        assert all((p.tensor == 1).all() for p in canonical_parameters(model))
-        assert not torch.equal(model(IDS).logits, plain)
-        raise ZeroDivisionError
-    after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert torch.equal(model(IDS).logits, plain)
-
-
-@pytest.mark.parametrize("room", [True, False])
-def test_an_interruption_in_the_middle_of_a_replacement_leaves_no_trace(room, monkeypatch):
-    """At every line of it; what a signal does."""
-    monkeypatch.setattr(sharding, "_has_room", lambda live: room)
-    model = make_model(layers=1)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tried = 0
-    while True:
-        left = tried = tried + 1
-
-        def trace(frame, event, argument):
-            nonlocal left
-            if frame.f_code.co_name == "overwrite" and event in ("line", "return"):
-                left -= 1
-                if left == 0:
-                    raise KeyboardInterrupt
-            return trace
-
-        earlier = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            with replaced(list(canonical_parameters(model)), lambda p: torch.ones(p.shape), ALONE):
-                sys.settrace(earlier)
-            break
-        except KeyboardInterrupt:
-            assert all(
-                torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()
-            ), tried
-        finally:
-            sys.settrace(earlier)
-    assert tried > 30
 
 
 def test_the_live_model_stays_the_plain_fine_tune(config, tokenizer, tmp_path):

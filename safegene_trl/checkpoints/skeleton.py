@@ -1,0 +1,105 @@
+"""Models without their weights: names, shapes and adapters of a finished checkpoint."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from ..errors import UnsupportedModelError
+from ..models.parameters import changes_base, check_method, tie_saved_modules
+from .completeness import empty_model, load_adapter, read_adapter_config
+from .loading import UNREADABLE, not_loaded, read_config
+from .source import adapter_base
+from .tensor_file import StoredTensor
+
+
+_NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
+
+
+def load_skeleton(
+    name_or_path: str, revision: str | None = None, files: Mapping[str, StoredTensor] | None = None
+) -> nn.Module:
+    """The model without its weights; of an adapter only its own weights are read. `is_placeholder`
+    tells which are missing.
+
+    Args:
+        name_or_path: Directory or hub id of a checkpoint or adapter.
+        revision: Branch, tag or commit on the hub.
+        files: The headers of the checkpoint's (or the base model's) tensors, where they must be the
+            model's own.
+
+    Raises:
+        UnsupportedModelError: It cannot be loaded, or its checkpoint is quantised.
+        CheckpointError: The files are not the model's.
+    """
+    base = adapter_base(name_or_path, revision)
+    named = base or name_or_path
+    try:
+        config = read_config(named, None if base else revision)
+        if getattr(config, "quantization_config", None):
+            raise UnsupportedModelError(
+                f"{named} is a quantised checkpoint: name the 16-bit model it was made from."
+            )
+        if base is not None:
+            adapter = read_adapter_config(name_or_path, revision)
+            check_method(adapter)
+            if changes_base(adapter):
+                raise UnsupportedModelError(
+                    f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
+                    "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients."
+                )
+        model: Any = _without_storage(
+            _empty(config) if files is None else empty_model(config, files, named)
+        )
+        if (Path(named) / GENERATION_CONFIG_NAME).is_file() or not Path(named).is_dir():
+            with suppress(OSError):  # on the hub, a model without one
+                kwargs: Any = {} if base or revision is None else {"revision": revision}
+                model.generation_config = GenerationConfig.from_pretrained(named, **kwargs)
+        if base is not None:
+            model = load_adapter(model, name_or_path, revision, low_cpu_mem_usage=True)
+            tie_saved_modules(model)
+        return model.eval()
+    except UNREADABLE as error:
+        raise not_loaded(f"The model {name_or_path}", named, error) from error
+
+
+def _empty(config: PreTrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a skeleton has a shape only."""
+    return tensor.data_ptr() == _NOTHING.data_ptr()
+
+
+def _without_storage(model: nn.Module) -> nn.Module:
+    """Puts the parameters of a model on the meta device on the CPU, all of them views of one
+    number.
+
+    PEFT moves an adapter to its layer's device, so an adapter on the meta device would lose its
+    weights.
+    """
+    views: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            view = views.setdefault(
+                id(tensor), nn.Parameter(_placeholder(tensor), requires_grad=False)
+            )
+            module.register_parameter(name, view)
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(
+                name, _placeholder(buffer), name not in module._non_persistent_buffers_set
+            )
+    return model
+
+
+def _placeholder(tensor: torch.Tensor) -> torch.Tensor:
+    return _NOTHING.view(tensor.dtype)[0].expand(tensor.shape)

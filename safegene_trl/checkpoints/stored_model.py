@@ -1,0 +1,179 @@
+"""Finished models whose weights stay on disk.
+
+Names, shapes and adapters come from a skeleton of the model without weights, so memory does not
+grow with the model.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..models.names import layer_index
+from ..models.parameters import (
+    Parameter,
+    as_stored,
+    base_model,
+    canonical_parameters,
+    check_supported,
+    is_transposed,
+    task_factors,
+    tied_weights,
+)
+from .completeness import stored_names
+from .merge_terms import Term, add_terms, task_terms
+from .row_blocks import Block, RowReader, row_blocks
+from .skeleton import is_placeholder, load_skeleton
+from .source import adapter_base, stored_weights
+from .tensor_file import StoredTensor
+
+
+@dataclass
+class StoredModel:
+    """A finished checkpoint, or an adapter on one.
+
+    Attributes:
+        model: The model without its weights; an adapter on it is real.
+        files: The checkpoint's (or the base model's) tensors by their names in its files.
+        name: What it was opened by, for messages.
+    """
+
+    model: nn.Module
+    files: dict[str, StoredTensor]
+    name: str
+
+    @classmethod
+    def open(
+        cls,
+        name_or_path: str,
+        revision: str | None = None,
+        files: dict[str, StoredTensor] | None = None,
+    ) -> "StoredModel":
+        """Reads headers, config and adapter.
+
+        Args:
+            name_or_path: Directory or hub id of a checkpoint or LoRA adapter.
+            revision: Branch, tag or commit on the hub.
+            files: Its headers from `stored_weights`, if they are read already.
+
+        Raises:
+            UnsupportedModelError: Quantised, or a fine-tune whose weights cannot be merged exactly.
+            CheckpointError: A weight file is missing or damaged, lacks a tensor of the model, or
+                holds one that is not its own.
+        """
+        files = stored_weights(name_or_path, revision) if files is None else files
+        model = load_skeleton(name_or_path, revision, files)
+        check_supported(model)
+        stored = cls(model, files, name_or_path)
+        if unlike := sorted(stored.required_names - files.keys()):
+            raise CheckpointError(
+                f"{adapter_base(name_or_path, revision) or name_or_path} has another name for `{unlike[0]}`: load it by transformers and save it by `save_pretrained` first."
+            )
+        return stored
+
+    @cached_property
+    def required_names(self) -> set[str]:
+        """The names in the files of all that the model reads. What else lies in the files is copied
+        as it is.
+        """
+        tensors = {
+            parameter.name: torch.empty(
+                parameter.shape, dtype=parameter.tensor.dtype, device="meta"
+            )
+            for parameter in canonical_parameters(self.model)
+        }
+        # Of tied weights the files may hold any one.
+        for name, group in tied_weights(self.model).items():
+            held = sorted(group & self.files.keys())
+            if name in tensors and held and name not in held:
+                tensors[held[0]] = tensors.pop(name)
+        return set(stored_names(base_model(self.model), tensors))
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """The model's parameters by their names in the files, where one tensor of a file is one
+        parameter.
+        """
+        found: dict[str, Parameter] = {}
+        for parameter in canonical_parameters(self.model):
+            names = [parameter.name]
+            if parameter.name not in self.files:
+                mark = torch.empty(parameter.shape, device="meta")
+                names = [
+                    name
+                    for name, part in as_stored(self.model, parameter.name, mark).items()
+                    if part is mark
+                ]
+            found |= {name: parameter for name in names if name in self.files}
+        return found
+
+    @cached_property
+    def weight_files(self) -> dict[str, str]:
+        """Name in the files of every module's weight, by canonical module name."""
+        return {
+            parameter.module_name: name
+            for name, parameter in self.parameters.items()
+            if parameter.is_weight
+        }
+
+    @property
+    def has_full_rank_changes(self) -> bool:
+        """Whether an adapter changes linear layers by more than low-rank additions: by DoRA, or by
+        weights of its own.
+        """
+        weights = [parameter for parameter in self.parameters.values() if parameter.is_weight]
+        factors = [factor for parameter in weights for factor in task_factors(parameter.module)]
+        own = [parameter for parameter in weights if not is_placeholder(parameter.tensor)]
+        layers = [parameter for parameter in own if layer_index(parameter.module_name) is not None]
+        return any(factor.dora is not None for factor in factors) or any(
+            p.tensor.dim() > 1 for p in layers
+        )
+
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """What an adapter holds in the place of whole tensors of its base model, e.g. by
+        `modules_to_save`.
+        """
+        own = {
+            name: parameter.tensor.detach().to(self.files[name].dtype).contiguous()
+            for name, parameter in self.parameters.items()
+            if not is_placeholder(parameter.tensor)
+        }
+        for name, group in tied_weights(
+            self.model
+        ).items():  # a file may hold a tied weight under both names
+            if name in own:
+                own |= dict.fromkeys(group & self.files.keys(), own[name])
+        return own
+
+    def task_terms(self, name: str) -> list[Term]:
+        """What the adapter adds to a tensor of the base model."""
+        parameter = self.parameters.get(name)
+        if parameter is None or not parameter.is_weight:
+            return []
+        return task_terms(task_factors(parameter.module), is_transposed(parameter.module))
+
+    @torch.no_grad()
+    def matrix(self, reader: RowReader, module: str) -> torch.Tensor:
+        """A linear layer's weight with the adapter folded in: d_out×d_in, float32."""
+        name = self.weight_files[module]
+        stored = self.files[name]
+        weight = torch.empty(stored.shape)
+        for block in row_blocks(name, stored):
+            weight[block.first : block.stop] = self.rows(reader, block)
+        return weight.T if is_transposed(self.parameters[name].module) else weight
+
+    @torch.no_grad()
+    def rows(self, reader: RowReader, block: Block, buffer: str = "wide") -> torch.Tensor:
+        """A block of a tensor with the adapter folded in, float32, in a buffer of this thread."""
+        parameter = self.parameters.get(block.name)
+        if parameter is None or is_placeholder(parameter.tensor):
+            stored = reader.rows(self.files[block.name], block)
+        else:
+            stored = parameter.tensor.detach().reshape(-1, self.files[block.name].columns)[
+                block.first : block.stop
+            ]
+        wide = reader.scratch(stored, buffer)
+        add_terms(wide, self.task_terms(block.name), block.first)
+        return wide

@@ -1,0 +1,278 @@
+"""The safety step on a live model: where a training ends, or on a finished checkpoint that has been
+loaded.
+
+Coefficients are searched with the vector attached beside the weights. What is decided rests on the
+weights as they are shipped: they take the live ones' place for as long as they are measured.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from ..checkpoints.adapter import save_adapter
+from ..checkpoints.live_merge import save_merged
+from ..checkpoints.merge_terms import ScaledVector
+from ..checkpoints.reloaded import can_reload, reloaded
+from ..models.attachment import VectorAttachment, frozen_for_calibration
+from ..models.batch_size import fitting_answers, halving
+from ..models.coefficients import CoefficientSpace
+from ..models.inputs import padding_id, prompt_text
+from ..models.parameters import (
+    base_model,
+)
+from ..models.rounding import Rounding
+from ..recalibration.search import Recalibration, recalibrate
+from .decision import decide, independent_prompts
+from .finished_training import FinishedTraining, check_finished
+from .measurement import measure
+from .plan import Found
+from .preparation import Preparation
+from .probe import (
+    ADAPTER_TOLERANCE,
+    DAMAGED,
+    MERGED_TOLERANCE,
+    MORE_THAN_WEIGHTS,
+    RELOADED_TOLERANCE,
+    Probe,
+)
+from .read_back import as_written, with_adapter
+from .run import run
+from .shipped_weights import beside_weights, merged_weights
+
+
+def safeguard(
+    prepared: Preparation,
+    model: nn.Module,
+    adapter_base: str,
+    show_progress: bool = True,
+    training: FinishedTraining | None = None,
+) -> dict[str, Any]:
+    """The whole step on a finished fine-tune; returns the report that lies beside the checkpoint.
+    See `run.run`.
+
+    Args:
+        prepared: From `prepare`.
+        model: The finished fine-tune; left as it is.
+        adapter_base: Name of the checkpoint that a saved adapter is relative to; empty for the
+            place where `training` is kept.
+        show_progress: Whether to show a progress bar.
+        training: The training that it comes from, whose fine-tune is first put on disk. Default: it
+            lies there already, as `adapter_base` of a full fine-tune says.
+    """
+    fine_tune = LiveFineTune(prepared, model, adapter_base, show_progress)
+    fine_tune.training = training
+    return run(prepared.plan, fine_tune)
+
+
+class LiveFineTune:
+    """A live model as the step works on it."""
+
+    def __init__(
+        self, prepared: Preparation, model: nn.Module, adapter_base: str, show_progress: bool = True
+    ):
+        self.plan, self.shots, self.start = prepared.plan, prepared.shots, prepared.start
+        self.model, self.adapter_base, self.show_progress = model, adapter_base, show_progress
+        self.sharding, self.vector = self.plan.sharding, self.plan.vector
+        self.space: CoefficientSpace = self.vector.space(self.plan.granularity)
+        self.attachment = VectorAttachment(
+            model, self.vector.deltas, self.space, self.sharding, self.plan.carried
+        )
+        self.training: FinishedTraining | None = None
+        self._rounding = Rounding()
+        self._probe = Probe(
+            self.shots.data.harmful.held_out, padding_id(self.plan.tokenizer), self.sharding
+        )
+
+    def keep(self) -> Path | str:
+        """Where the plain fine-tune lies: a training's is saved if no checkpoint of the training
+        holds it.
+        """
+        if self.training is None:
+            return self.adapter_base
+        # an adapter on a full fine-tune names it as its base model
+        loadable = self.plan.config.output.output_format != "merged" and not self.adapter_base
+        with self.plan.clock.phase("keep"):
+            place = self.training.keep(self.model, self.plan.processor, self.sharding, loadable)
+        self.adapter_base = self.adapter_base or place
+        return place
+
+    def find(self) -> Found:
+        """Searches, tries what was found as it would be shipped, measures and decides."""
+        plan, report = self.plan, self.plan.report
+        with self.sharding.raising_together():
+            check_finished(self.model, plan.merges or plan.origin.kind == "full")
+        self.sharding.reshard()
+        result = self._recalibrate()
+        report.coefficients, report.history = result.coefficients, result.history
+        report.untouched, report.search = result.untouched or None, result.passes
+        report.held_out = {
+            "before": result.held_out_before.to_dict(),
+            "after": result.held_out_after.to_dict(),
+        }
+        by_module = self._lacking(result.coefficients)
+        with plan.clock.phase("measure"):
+            report.measured = self._measured(result, by_module)
+        gate, independent = (
+            plan.config.gate,
+            independent_prompts(plan.config.gate, self.shots.record["unseen"]),
+        )
+        decision = decide(
+            gate, result.accepted, result.scale, result.reason, report.measured, independent
+        )
+        if not result.accepted and decision.outcome != "rejected":  # nothing was changed
+            report.held_out["after"] = report.held_out["before"]
+        return Found(result.coefficients, decision, by_module, result.scale)
+
+    def _recalibrate(self) -> Recalibration:
+        config = self.plan.config
+        hidden = not (self.show_progress and self.sharding.is_main)
+        with tqdm(
+            total=config.search.max_evaluations, desc="Recalibrating", disable=hidden, leave=False
+        ) as bar:
+
+            def advance(entry: dict) -> None:
+                bar.update()
+                bar.set_postfix({key: f"{entry[key]:.3f}" for key in ("safety", "utility")})
+
+            with self.plan.clock.phase("recalibrate"):
+                return recalibrate(
+                    self.attachment,
+                    self.shots.data,
+                    config,
+                    padding_id(self.plan.tokenizer),
+                    advance,
+                    self.start,
+                    self.shipped_with,
+                )
+
+    def _lacking(self, coefficients: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        change = {name: value - self.plan.carried[name] for name, value in coefficients.items()}
+        return self.space.by_module(change)
+
+    def shipped_with(self, values: np.ndarray) -> AbstractContextManager[None]:
+        """While open, the model is the one that would be shipped with these coefficients, shape
+        `(n,)`.
+        """
+        return self._shipped(self._lacking(self.space.named(values)))
+
+    def _shipped(
+        self, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, the model is the one that is shipped: merged, or with its adapter beside the
+        weights.
+        """
+        if self.plan.merges:
+            vector = ScaledVector(self.vector.deltas, by_module)
+            return merged_weights(self.model, vector, self.sharding, rounding)
+        lacking = torch.cat([by_module[name] for name in self.vector.deltas])
+        values = lacking.to(self.sharding.device)
+        return beside_weights(self.model, self.vector.deltas, values, self.sharding)
+
+    def _measured(
+        self, result: Recalibration, by_module: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any] | None:
+        plan = self.plan
+        if not (result.accepted or plan.config.gate):  # it will be rejected
+            return None
+
+        @contextmanager
+        def shipped() -> Iterator[None]:
+            self._rounding = Rounding()
+            with self._shipped(by_module, self._rounding):
+                self._probe.measured = self._probe.logits(self.model)
+                yield
+
+        measured = None
+        if any(self.shots.unseen.counts.values()):
+            measured = halving(
+                self._answers_at_once(),
+                partial(
+                    measure,
+                    self.model,
+                    shipped,
+                    self.shots.unseen,
+                    plan.tokenizer,
+                    plan.config,
+                    self.sharding,
+                ),
+                self.sharding,
+            )
+        else:
+            with frozen_for_calibration(self.model), shipped():
+                pass
+        if plan.merges and any(bool(value.any()) for value in by_module.values()):
+            with self.sharding.raising_together():
+                if self.sharding.is_main:
+                    plan.report.shipped = {"rounding": self._rounding.check()}
+        return measured
+
+    def _answers_at_once(self) -> int:
+        """Prompts, or task samples, that are measured in one forward pass."""
+        config, tokenizer, unseen = self.plan.config, self.plan.tokenizer, self.shots.unseen
+        texts = [
+            prompt_text(tokenizer, list(p.messages))
+            for kind in unseen.prompts.values()
+            for p in kind
+        ]
+        prompts = (
+            [len(ids) + config.measure.max_new_tokens for ids in tokenizer(texts)["input_ids"]]
+            if texts
+            else []
+        )
+        samples = [len(sample.input_ids) for sample in unseen.task]
+        responses = max((sum(sample.is_response) for sample in unseen.task), default=1)
+        return fitting_answers(
+            config.batch_size,
+            base_model(self.model),
+            max(prompts + samples),
+            responses,
+            self.sharding,
+        )
+
+    def write(self, folder: Path, found: Found) -> None:
+        """Writes the merged checkpoint, the adapter, or both."""
+        plan, vector = self.plan, ScaledVector(self.vector.deltas, found.by_module)
+        if plan.merges:
+            checkpoint = plan.merged_folder(folder, found.coefficients)
+            save_merged(self.model, vector, checkpoint, self.sharding)
+        if place := plan.adapter_place(folder):
+            save_adapter(
+                self.model, vector, self.adapter_base, plan.processor, place, self.sharding
+            )
+
+    def compare(self, folder: Path) -> dict[str, Any]:
+        """Puts what was written into the live model's place, and compares its logits with those
+        that were measured.
+
+        Raises:
+            OutputError: They are further apart than other kernels could put them.
+            CheckpointError: A tensor is missing.
+        """
+        distances = {}
+        with frozen_for_calibration(self.model):
+            if self.plan.merges:
+                with as_written(self.model, folder, self.sharding):
+                    logits = self._probe.logits(self.model)
+                    distances["merged"] = self._probe.distance(logits, MERGED_TOLERANCE, DAMAGED)
+                    if can_reload(self.model, self.sharding):
+                        logits = self._probe.measured
+                        with self.sharding.raising_together():
+                            if self.sharding.is_main:  # who alone has the files
+                                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                                logits = self._probe.logits(reloaded(self.model, config))
+                        distances["reloaded"] = self._probe.distance(
+                            logits, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS
+                        )
+            if place := self.plan.adapter_place(folder):
+                with with_adapter(self.model, place, self.sharding):
+                    logits = self._probe.logits(self.model)
+                    distances["adapter"] = self._probe.distance(logits, ADAPTER_TOLERANCE, DAMAGED)
+        return {"largest_logit_distance": max(distances.values()), "logit_distances": distances}
