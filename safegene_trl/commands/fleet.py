@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 
 from ..checkpoints.locking import alone_in
 from ..checkpoints.output import MARKER, replace_file
@@ -30,6 +29,7 @@ from .fleet_file import Fleet, overlap, sources, target_of
 from .fleet_folder import STATE, WORKSHOP
 from .process_tree import ProcessTree
 from .tables import HEADINGS, aligned, measured_cells
+from .yaml_files import as_yaml
 
 
 __all__ = ["Fleet", "run_fleet"]
@@ -99,7 +99,7 @@ def run_fleet(path: Path) -> int:
 def _member(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, Any]]) -> Member:
     name, recipe = fleet.name_of(entry), fleet.recipe(entry)
     file = Path(fleet.output_dir) / WORKSHOP / f"{name}.yaml"
-    replace_file(file, yaml.safe_dump(recipe, sort_keys=False))
+    replace_file(file, as_yaml(recipe))
     target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result
     inputs = [

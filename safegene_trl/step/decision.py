@@ -30,6 +30,7 @@ UNCONFIRMED = (
     "Nothing was measured on refusals: raise `measure.num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
     "`gate.min_refusal_rate`."
 )
+UNREQUIRED = "No limit of the gate was set, so nothing was required of the refusals that were measured: set `gate.min_refusal_rate`."
 _PROMPTS = {
     metric.limit: metric.kinds for metric in METRICS if metric.kinds != ("task",)
 }  # which prompts a limit is measured on
@@ -155,8 +156,8 @@ def decide(
         outcome: Outcome = (
             "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
         )
-        if found and not measures_refusals(measured):
-            reason += f" {UNCONFIRMED}"
+        if found:
+            reason += f" {UNREQUIRED if measures_refusals(measured) else UNCONFIRMED}"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
     checks = tuple(
