@@ -28,7 +28,7 @@ from ..text import one_line, read_json, strict_json
 from .fleet_file import Fleet, overlap, sources, target_of
 from .fleet_folder import STATE, WORKSHOP
 from .process_tree import ProcessTree
-from .tables import HEADINGS, aligned, measured_cells
+from .tables import aligned, headings, measured_cells
 from .yaml_files import as_yaml
 
 
@@ -323,7 +323,7 @@ def _report(target: Path, outcome: str) -> tuple[Path | None, dict[str, Any]]:
 
 
 def _table(members: Sequence[Member]) -> str:
-    rows = [["model", "outcome", *HEADINGS, "seconds", "output"]]
+    rows = [["model", "outcome", *headings(), "seconds", "output"]]
     for member in members:
         place, report = (
             _report(member.target, member.outcome) if member.outcome in EXIT_CODES else (None, {})

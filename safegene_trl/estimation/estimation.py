@@ -44,6 +44,7 @@ from ..distributed.layouts import Sharding
 from ..extraction.config import ExtractionConfig
 from ..extraction.delta import adapter_delta, stored_delta
 from ..extraction.distillation import expansion, mean_divergence, reference_batches, with_factors
+from ..extraction.methods import METHODS
 from ..extraction.selection import gradient, last_token_states, top_layers
 from ..models.attachment import VectorAttachment
 from ..models.batch_size import ON_CPU
@@ -513,7 +514,7 @@ def estimate_extraction(
         padding_id(tokenizer),
         [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn],
     )
-    if config.method != "delta":
+    if METHODS[config.method].distils:
         costs["distillation"] = _distillation(probe, config, samples, deltas, pad, launch, held)
     passes = {
         "activation_contrast": 2

@@ -32,7 +32,7 @@ from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, pro
 from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
-from ..judges import load_judge
+from ..judges import judge_forms, load_judge
 from ..models.generation import generate_answers
 from ..models.inputs import prompt_text
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
@@ -112,7 +112,7 @@ class EvaluationConfig:
         default=None, metadata={"help": "Prompts of each set (default: all)."}
     )
     judges: list[str] = field(
-        default_factory=lambda: ["refusal_phrases"], metadata={"help": "Judges."}
+        default_factory=lambda: ["refusal_phrases"], metadata={"help": f"Judges: {judge_forms()}."}
     )
     task_labels: list[str] = field(
         default_factory=list, metadata={"help": "Labels that are off-task as answers."}

@@ -7,7 +7,8 @@ from typing import ClassVar, cast
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder, named_fields
 from ..errors import ConfigError
 from .linearization import Blocks
-from .selection import METHODS
+from .methods import METHODS
+from .selection import SELECTIONS
 
 
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
@@ -81,7 +82,7 @@ class ExtractionConfig:
         default="delta",
         metadata={
             "help": "How the deltas are made.",
-            "choices": ["delta", "distill", "linearized"],
+            "choices": METHODS.keys(),
         },
     )
     linearized_blocks: str = field(
@@ -110,7 +111,7 @@ class ExtractionConfig:
     )
     selection: str = field(
         default="activation_contrast",
-        metadata={"help": "How layers are selected.", "choices": list(METHODS)},
+        metadata={"help": "How layers are selected.", "choices": SELECTIONS.keys()},
     )
     layer_share: float = field(default=0.5, metadata={"help": "Share of the layers that are kept."})
     bootstrap_resamples: int = field(
@@ -159,10 +160,10 @@ class ExtractionConfig:
 
     @property
     def expanded_blocks(self) -> Blocks | None:
-        """The blocks that are replaced by their first-order expansion; None unless the method is
-        `linearized`.
+        """The blocks that are replaced by their first-order expansion; None unless the method
+        expands some.
         """
-        return cast(Blocks, self.linearized_blocks) if self.method == "linearized" else None
+        return cast(Blocks, self.linearized_blocks) if METHODS[self.method].expands else None
 
     @property
     def selected_share(self) -> float:

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
@@ -34,17 +35,16 @@ from .answers import own_answers
 from .config import ExtractionConfig
 from .coverage import Coverage, adapter_coverage
 from .delta import adapter_delta, stored_difference
-from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
+from .distillation import DistillationSettings, ReferenceBatch, reference_batches
 from .isolation import isolated
+from .linearization import Blocks
+from .methods import METHODS, Difference
 from .selection import (
+    SELECTIONS,
+    Evidence,
     LayerScores,
-    activation_contrast,
-    at_random,
     bootstrap_stability,
-    gradient,
     last_token_states,
-    magnitude,
-    num_layers,
     top_layers,
 )
 from .soundness import check_runs, in_dtype
@@ -101,9 +101,8 @@ def make_vector(
         {name: truncation.delta for name, truncation in truncations.items()}, job
     )
     aligned = _aligned_side(config, tokenizer, harmful, benign, job)
-    distillation = None
-    if config.method != "delta":
-        deltas, distillation = _distilled(config, tokenizer, deltas, aligned, job, show_progress)
+    difference = _difference_of(config, tokenizer, deltas, aligned, job, show_progress)
+    deltas, distillation = METHODS[config.method].make(difference)
     scores = _scores(config, tokenizer, deltas, aligned, harmful, benign, job)
     if not job.is_main:
         return None
@@ -191,47 +190,56 @@ def _aligned_side(
         sharding,
     )
     states, references = [], []
-    if config.selection == "activation_contrast":
+    if SELECTIONS[config.selection].reads_states:
         states = _states(config, model, tokenizer, harmful, benign, sharding)
-    if config.method != "delta":
+    if METHODS[config.method].distils:
         references = _references(config, model, tokenizer, rows, "harmful", sharding)
     return _AlignedSide(rows, states, references)
 
 
-def _distilled(
+def _difference_of(
     config: ExtractionConfig,
     tokenizer: PreTrainedTokenizerBase,
     deltas: Mapping[str, LowRankDelta],
     aligned: _AlignedSide,
     job: Sharding,
     show_progress: bool,
-) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
+) -> Difference:
     name, revision = config.degraded_model, config.degraded_revision
-    degraded, sharding = load_placed(name, revision, config.dtype, job)
-    check_runs(degraded, tokenizer, aligned.rows[0]["prompt"], sharding, name)
-    data = [
-        *aligned.references,
-        *_references(config, degraded, tokenizer, aligned.rows, "benign", sharding),
-    ]
-    del degraded, sharding
-    dtype = resolve_dtype(config.dtype, name, revision)
-    settings = DistillationSettings(
-        config.distill_steps,
-        config.distill_learning_rate,
-        config.anchor_weight,
-        config.seed,
-        getattr(torch, dtype),
-        config.expanded_blocks,
+
+    def references() -> list[ReferenceBatch]:
+        degraded, sharding = _degraded(config, tokenizer, aligned.rows[0]["prompt"], job)
+        benign = _references(config, degraded, tokenizer, aligned.rows, "benign", sharding)
+        return [*aligned.references, *benign]
+
+    def settings() -> DistillationSettings:
+        return DistillationSettings(
+            config.distill_steps,
+            config.distill_learning_rate,
+            config.anchor_weight,
+            config.seed,
+            getattr(torch, resolve_dtype(config.dtype, name, revision)),
+        )
+
+    return Difference(
+        deltas,
+        settings,
+        cast(Blocks, config.linearized_blocks),
+        lambda: load_model(name, revision, resolve_dtype(config.dtype, name, revision)),
+        references,
+        show_progress,
+        job.world_size,
     )
-    found, losses = distilled(
-        lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress
-    )
-    kept = ("steps", "learning_rate", "anchor_weight", "linearized_blocks")
-    return found, {
-        **losses,
-        **{key: getattr(settings, key) for key in kept},
-        "processes": job.world_size,
-    }
+
+
+def _degraded(
+    config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, job: Sharding
+) -> tuple[nn.Module, Sharding]:
+    """Collective: the degraded model, which has been seen to run on a prompt."""
+    name, revision = config.degraded_model, config.degraded_revision
+    model, sharding = load_placed(name, revision, config.dtype, job)
+    check_runs(model, tokenizer, prompt, sharding, name)
+    return model, sharding
 
 
 def read_prompts(source: str, split: str) -> list[str]:
@@ -349,20 +357,17 @@ def _scores(
     benign: Sequence[str],
     job: Sharding,
 ) -> LayerScores:
-    if config.selection == "magnitude":
-        return magnitude(deltas)
-    if config.selection in ("random", "all"):
-        return at_random(num_layers(deltas), config.seed)
-    degraded, sharding = load_placed(
-        config.degraded_model, config.degraded_revision, config.dtype, job
-    )
-    check_runs(degraded, tokenizer, harmful[0], sharding, config.degraded_model)
-    if config.selection == "activation_contrast":
-        states = _states(config, degraded, tokenizer, harmful, benign, sharding)
-        return activation_contrast(aligned.states, states)
     samples = _samples(tokenizer, aligned.rows, "harmful")[: config.num_selection_prompts]
-    refusals = [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
-    return gradient(degraded, deltas, refusals, padding_id(tokenizer), sharding)
+    evidence = Evidence(
+        deltas,
+        [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))],
+        aligned.states,
+        lambda: _degraded(config, tokenizer, harmful[0], job),
+        lambda model, sharding: _states(config, model, tokenizer, harmful, benign, sharding),
+        padding_id(tokenizer),
+        config.seed,
+    )
+    return SELECTIONS[config.selection].scores(evidence)
 
 
 def _states(

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config.metrics import SHARES
+from ..config.metrics import shares
 from ..text import code, markdown, one_line
 from .outcome import measures_refusals, verdict
 
@@ -25,7 +25,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
     measured, vector, base = report.get("measured", {}), report["vector"], report["base"]
     pairs = [
         (metric, metric.measured(measured, "before"), metric.measured(measured))
-        for metric in SHARES
+        for metric in shares()
     ]
     shown = [
         (metric, before, after)

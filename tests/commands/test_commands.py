@@ -108,7 +108,7 @@ def test_extract_from_a_lora(extraction, tmp_path, capsys):
 def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch, caplog):
     scores = LayerScores([(contrast, torch.ones(2, 3))])
     monkeypatch.setattr(
-        "safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores
+        "safegene_trl.extraction.selection.activation_contrast", lambda *args: scores
     )
     assert main(argv("extract", extraction)) == 0
     assert ("means little" in caplog.text) == warned and "depend on the prompts" not in caplog.text
@@ -117,7 +117,7 @@ def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch
 def test_unstable_selection_is_said(extraction, monkeypatch, caplog):
     scores = LayerScores([(1.0, torch.eye(3).repeat(4, 1))])  # every prompt names another layer
     monkeypatch.setattr(
-        "safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores
+        "safegene_trl.extraction.selection.activation_contrast", lambda *args: scores
     )
     assert main(argv("extract", extraction | {"layer_share": 0.34})) == 0
     assert "depend on the prompts" in caplog.text

@@ -448,7 +448,7 @@ def test_a_recipe_s_environment_is_set(recipe, monkeypatch):
 @pytest.mark.parametrize("joint", [" ", "="])
 def test_a_negative_number_is_a_value(value, joint, recipe):
     option = f"--safegene.search.min_coefficient{joint}{value}".split(" ")
-    with pytest.raises(ConfigError, match="`search.min_coefficient` is -.*never negative"):
+    with pytest.raises(ConfigError, match=r"`search\.min_coefficient` is -.*never negative"):
         _ = run("--config", recipe, *option)[-1].config
     option = f"--learning_rate{joint}{value}".split(" ")
     assert run("--config", recipe, *option)[1].learning_rate == float(value)
