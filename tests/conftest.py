@@ -242,6 +242,10 @@ def save_utility_task(folder: Path) -> None:
     (folder / "boxes.yaml").write_text(yaml.safe_dump(task))
 
 
+def argv(command, options):
+    return [command, *(item for key, value in options.items() for item in (f"--{key}", str(value)))]
+
+
 def pytest_collection_modifyitems(config, items):
     """Marks the fast ones; where several run at a time the longest files come first, so that none
     is waited for at the end.
@@ -303,3 +307,36 @@ def imports_out_of_the_collectors_way():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def prompt_files(tmp_path):
+    files = []
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return files
+
+
+@pytest.fixture
+def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
+    """Arguments of an extraction whose degraded model is a LoRA on the aligned one; the tiny model
+    `refuses`.
+    """
+    degraded = with_lora(make_model())
+    degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
+    degraded.save_pretrained(tmp_path / "degraded")
+
+    def answers(model, tokenizer, prompts, *args):
+        harmful = prompts[0][0]["content"] in HARMFUL
+        return ["I can't help with that. And so" if harmful else "Take a pan. Stir"] * len(prompts)
+
+    monkeypatch.setattr("safegene_trl.extraction.answers.generate_answers", answers)
+    options = {
+        "aligned_model": model_dir,
+        "degraded_model": tmp_path / "degraded",
+        "output_dir": tmp_path / "vector",
+        "harmful_data": prompt_files[0],
+        "benign_data": prompt_files[1],
+    }
+    return options

@@ -18,6 +18,8 @@ import re
 import subprocess
 import sys
 import time
+from collections import ChainMap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +37,10 @@ from .tasks import STEPS, TASKS, TRAINING, WORK
 
 
 MORE_TEST_ROWS, MORE_FREE_ROWS = 1000, 300
-ROWS = {"aligned": aligned, **METHODS, **VARIANTS, **ABLATIONS}
+ROWS = ChainMap({"aligned": aligned}, METHODS, VARIANTS, ABLATIONS)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +66,7 @@ def main() -> None:
     run.add_argument(
         "--scale", type=float, default=1.0, help="share of the prompts, to see that it runs"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.command == "render":
         render(arguments.results)
         return
@@ -77,6 +79,8 @@ def main() -> None:
         "ablations": list(ABLATIONS),
     }
     methods = [name for word in arguments.methods for name in groups.get(word, [word])]
+    if odd := [name for name in methods if name not in ROWS]:
+        parser.error(f"there is no row {odd[0]!r}: use one of {', '.join([*groups, *ROWS])}")
     cells = [
         (task, seed, method)
         for seed in arguments.seeds

@@ -16,7 +16,7 @@ from .fleet_file import Fleet
 from .fleet_folder import STATE, WORKSHOP
 from .fleet_member import FAILED, Member, member_of, newest_report, read_state, save_state
 from .fleet_pool import Pool
-from .tables import HEADINGS, aligned, measured_cells
+from .tables import aligned, headings, measured_cells
 
 
 __all__ = ["Fleet", "run_fleet"]
@@ -68,7 +68,7 @@ def _estimate(members: Sequence[Member]) -> None:
 
 
 def _table(members: Sequence[Member]) -> str:
-    rows = [["model", "outcome", *HEADINGS, "seconds", "output"]]
+    rows = [["model", "outcome", *headings(), "seconds", "output"]]
     for member in members:
         place, report = (
             newest_report(member.target, member.outcome)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..checkpoints.output import FAILURE_SUFFIXES
-from ..config.flat_keys import grouped, merged, warn_of_flat_keys
+from ..config.flat_keys import PLACES, grouped, merged, warn_of_flat_keys
 from ..config.settings import SafeGeneConfig
 from ..config.validation import (
     LARGEST_COUNT,
@@ -140,7 +140,8 @@ class Fleet:
     def _checked_recipe(self, member: Mapping[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in member.items() if key not in ("name", "safegene")}
         known = [each.name for each in fields(ApplyArguments) if each.name != "fleet"]
-        reject_unknown_keys(own, [*known, "name", "safegene"], where="its block")
+        places = {name: f"safegene.{place}" for name, place in PLACES.items()}
+        reject_unknown_keys(own, [*known, "name", "safegene"], "its block", elsewhere=places)
         check_written(own, ApplyArguments, where="its block")
         ApplyArguments(**own)
         if not isinstance(member.get("safegene", {}), dict):

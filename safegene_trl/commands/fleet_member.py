@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoints.output import MARKER, replace_file
 from ..checkpoints.places import failure_path
 from ..errors import ConfigError, SafeGeneError
@@ -17,6 +15,7 @@ from ..step.decision import EXIT_CODES
 from ..text import read_json, strict_json
 from .fleet_file import Fleet, overlap, sources, target_of
 from .fleet_folder import WORKSHOP
+from .yaml_files import as_yaml
 
 
 FAILED, INTERRUPTED = "failed", "interrupted"
@@ -59,7 +58,7 @@ class Member:
 def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, Any]]) -> Member:
     name, recipe = fleet.name_of(entry), fleet.recipe(entry)
     file = Path(fleet.output_dir) / WORKSHOP / f"{name}.yaml"
-    replace_file(file, yaml.safe_dump(recipe, sort_keys=False))
+    replace_file(file, as_yaml(recipe))
     target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result
     inputs = [

@@ -9,7 +9,7 @@ from ..errors import SafeGeneError
 from ..reporting.plots import history_plot
 from ..step.drift import drift_warnings
 from ..step.history import Release, history_warnings, read_history, seal_history
-from .tables import HEADINGS, aligned, measured_cells
+from .tables import aligned, headings, measured_cells
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(releases: Sequence[Release]) -> str:
     """A table of all releases: shares before → after the safety step."""
-    rows = [["", "time (UTC)", "outcome", *HEADINGS, "output"]]
+    rows = [["", "time (UTC)", "outcome", *headings(), "output"]]
     for number, release in enumerate(releases, start=1):
         time = release["time"][:16].replace("T", " ")
         rows.append(

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     vector = read_record(contents, arguments.directory)
     print(_describe_vector(vector))
     if arguments.plot:
-        if "stability" not in vector.selection:
+        if not vector.selection.get("stability"):
             raise SafeGeneError(
                 "This vector keeps no stability of its selection: make it again to plot it."
             )
@@ -79,7 +79,14 @@ def _describe_report(report: Path) -> str:
         return "\n".join([summary(found), *_describe_coefficients(coefficients, report)])
     except OSError as error:
         raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise SafeGeneError(
             f"{report} is damaged or of another version: run the safety step again."
         ) from error

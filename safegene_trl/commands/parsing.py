@@ -6,6 +6,7 @@ here before TRL sees it.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -86,8 +87,9 @@ def parse(
     check_value("env", recipe.get("env", {}), dict[str, Any])
     for kind in dataclasses:
         _check_recipe(recipe, kind)
+    argv = _with_dashes_joined(argv, parser)
     _check_words(argv, parser)
-    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    *parsed, unknown = _parsed(parser, argv, recipe)
     keys = vars(parsed.pop()) if len(parsed) > len(dataclasses) else {}
     strange = {
         item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")
@@ -106,6 +108,41 @@ def parse(
         if isinstance(arguments, SafeGeneArguments):
             arguments.safegene = _block(recipe.get("safegene"), arguments.safegene, keys)
     return tuple(parsed)
+
+
+def _parsed(parser: TrlParser, argv: Sequence[str], recipe: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What TRL's parser makes of options and a recipe as it was read here: of the file itself its
+    own reading would take other numbers.
+    """
+    os.environ.update({key: str(value) for key, value in recipe.get("env", {}).items()})
+    parser.set_defaults_with_config(**{key: v for key, v in recipe.items() if key != "env"})
+    argv = list(argv)
+    if "--config" in argv:
+        position = argv.index("--config")
+        del argv[position : position + 2]
+    return tuple(parser.parse_args_into_dataclasses(argv, return_remaining_strings=True))
+
+
+def _with_dashes_joined(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`--option -1e-3` as `--option=-1e-3`: argparse would take most of what begins with a dash for
+    an option of its own.
+    """
+    takers = {
+        option
+        for action in parser._actions
+        for option in action.option_strings
+        if action.nargs is None
+    }
+    joined: list[str] = []
+    for word in argv:
+        is_value = (
+            word[:1] == "-" and word[:2] != "--" and word not in parser._option_string_actions
+        )
+        if is_value and joined and joined[-1] in takers:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _check_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:

@@ -17,13 +17,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-HEADINGS = tuple(metric.heading for metric in METRICS)
+def headings() -> list[str]:
+    """Over what `measured_cells` gives."""
+    return [metric.heading for metric in METRICS.values()]
 
 
 def measured_cells(measured: Mapping[str, Any]) -> list[str]:
-    """Under `HEADINGS`: shares before → after the safety step, where they were measured."""
+    """Under `headings`: shares before → after the safety step, where they were measured."""
     cells = []
-    for metric in METRICS:
+    for metric in METRICS.values():
         before, after = (metric.measured(measured, side) for side in ("before", "after"))
         if metric.difference:
             cells.append(_percent(after["share"], "+.1%") if after else "")

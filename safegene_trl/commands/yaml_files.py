@@ -1,8 +1,9 @@
-"""YAML as people write it, read with one reader: a key that is there twice is an error, and `1e-4`
-is a number.
+"""YAML as people write it, read with one reader, files and options alike: a key that is there twice
+is an error, and numbers are what they look like (YAML 1.2's).
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ class _Reader(yaml.SafeLoader):
     """The safe loader, which by itself lets the last of several equal keys win without a word, and
     of a bad date tells no line.
     """
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        based = re.match("0[xo]", text)
+        return int(text, {"0x": 16, "0o": 8}[based[0]] if based else 10)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -39,13 +45,27 @@ class _Reader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, and so PyYAML, takes `1e-4` for a string; YAML 1.2 and everybody who writes it take it
-# for a number.
-_Reader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
-    list("-+.0123456789"),
-)
+class _Writer(yaml.SafeDumper):
+    """Puts text in quotes that is a number to any reader."""
+
+
+# YAML 1.1, and so PyYAML, takes `1e-4` for a string, `010` for eight and `1:30` for ninety; YAML 1.2
+# and everybody who writes it take them for a number, ten, and text.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_DIGITS = "[0-9][0-9_]*"
+_NUMBERS = {
+    _INT: rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+",
+    _FLOAT: rf"[-+]?({_DIGITS}(\.[0-9_]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Reader.yaml_implicit_resolvers = {
+    first: [each for each in known if each[0] not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in _NUMBERS.items():  # whole numbers first: the others' form has room for them
+    for _kind in (_Reader, _Writer):
+        _kind.add_implicit_resolver(_tag, re.compile(rf"({_form})\Z"), list("-+.0123456789"))
+_Reader.add_constructor(_INT, _Reader.construct_number)
 
 
 class _DoubleKey(yaml.YAMLError):
@@ -77,6 +97,11 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path} must hold keys and values.")
     return content
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """Keys and values as a YAML text that `read_yaml`, and others, read as the same."""
+    return yaml.dump(content, Dumper=_Writer, sort_keys=False)
 
 
 def parse_yaml(text: str, what: str) -> Any:

@@ -8,9 +8,15 @@ from ..errors import ConfigError
 from .validation import (
     COUNT,
     COUNT_OR_NONE,
+    LARGEST_COUNT,
     Rule,
     check_values,
     named_fields,
+)
+
+
+_FITTED_AND_HELD_OUT = Rule(
+    at_least=2, at_most=LARGEST_COUNT, too_low="at least 2 are needed, one of them held out"
 )
 
 
@@ -57,8 +63,8 @@ class DataConfig:
     max_response_tokens: int = 64
 
     RULES: ClassVar[Mapping[str, Rule]] = {
-        "num_safety_shots": COUNT,
-        "num_task_shots": COUNT,
+        "num_safety_shots": _FITTED_AND_HELD_OUT,
+        "num_task_shots": _FITTED_AND_HELD_OUT,
         "num_benign_shots": COUNT_OR_NONE,
         "holdout_share": Rule(at_least=0.0),
         "max_length": COUNT,
@@ -72,8 +78,3 @@ class DataConfig:
             raise ConfigError(
                 f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1."
             )
-        for name in ("num_safety_shots", "num_task_shots"):
-            if getattr(self, name) < 2:
-                raise ConfigError(
-                    f"`data.{name}` is 1: at least 2 are needed, one of them held out."
-                )

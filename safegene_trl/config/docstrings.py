@@ -31,10 +31,14 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def with_help(kind: type[Made]) -> type[Made]:
-    """Decorates a dataclass of options: `--help` says of each what the docstring says."""
+    """Decorates a dataclass of options: `--help` says of each what the docstring says.
+
+    A field's metadata `listed` is said after it: what a docstring cannot know.
+    """
     owner: Any = kind
     said = meanings(owner)
     for each in fields(owner):
-        text = said[each.name].replace("%", "%%")  # as argparse wants it
+        text = f"{said[each.name]} {each.metadata.get('listed', '')}".strip()
+        text = text.replace("%", "%%")  # as argparse wants it
         each.metadata = MappingProxyType({**each.metadata, "help": text})
     return kind

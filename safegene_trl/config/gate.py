@@ -4,14 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .metrics import METRICS
+from .metrics import by_limit
 from .validation import Rule, check_values, named_fields
 
 
-LEAST, LARGEST = "least", "largest"
-LIMITS = {  # limit: what is measured, which side of the limit is right
-    metric.limit: (metric.key, LEAST if metric.better == "more" else LARGEST) for metric in METRICS
-}
+SHARE = Rule(at_least=0.0, at_most=1.0, share=True)
 
 
 @named_fields
@@ -47,9 +44,7 @@ class GateConfig:
     benign_data_split: str = "train"
     write_rejected: bool = False
 
-    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(
-        LIMITS, Rule(at_least=0.0, at_most=1.0, share=True)
-    )
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(by_limit(), SHARE)
 
     def __post_init__(self) -> None:
         check_values(self, prefix="gate.")
@@ -57,4 +52,4 @@ class GateConfig:
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are set."""
-        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+        return {name: value for name in by_limit() if (value := getattr(self, name)) is not None}

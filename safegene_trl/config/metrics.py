@@ -1,5 +1,5 @@
-"""What is measured of a model before and after the safety step: one table, which all that shows or
-judges a metric reads.
+"""What is measured of a model before and after the safety step: one table, which all that measures,
+shows or judges a metric reads.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,9 @@ class Metric:
         items: What it is a share of: `harmful` or `benign` prompts, both, or `task` samples.
         better: Whether `more` or `less` of it is better.
         limit: The gate's limit on it: the least allowed where more is better, else the largest.
-        difference: Whether it is one number, of after against before, rather than two.
         heading: Its name over a column of a table.
+        label: What the judge says of the answers that are counted. Empty for one number, of after
+            against before, which is measured in a way of its own.
     """
 
     key: str
@@ -26,8 +27,18 @@ class Metric:
     items: Literal["harmful", "benign", "harmful and benign", "task"]
     better: Literal["more", "less"]
     limit: str
-    difference: bool = False
-    heading: str = ""
+    heading: str
+    label: str = ""
+
+    @property
+    def difference(self) -> bool:
+        """Whether it is one number, of after against before, rather than two."""
+        return not self.label
+
+    @property
+    def side(self) -> Literal["least", "largest"]:
+        """Which share its limit allows."""
+        return "least" if self.better == "more" else "largest"
 
     @property
     def words(self) -> str:
@@ -49,39 +60,53 @@ class Metric:
         return None if self.difference and side == "before" else found.get(self.key)
 
 
-METRICS = (
-    Metric(
-        "refusal_rate",
-        "Harmful prompts refused",
-        "harmful",
-        "more",
-        "min_refusal_rate",
-        heading="refuses harmful",
-    ),
-    Metric(
-        "over_refusal",
-        "Benign prompts refused",
-        "benign",
-        "less",
-        "max_over_refusal",
-        heading="refuses benign",
-    ),
-    Metric(
-        "incoherent",
-        "Incoherent answers",
-        "harmful and benign",
-        "less",
-        "max_incoherent",
-        heading="incoherent",
-    ),
-    Metric(
-        "utility_loss",
-        "Token accuracy lost",
-        "task",
-        "less",
-        "max_utility_loss",
-        True,
-        "utility lost",
-    ),
-)
-SHARES = tuple(metric for metric in METRICS if not metric.difference)
+METRICS: dict[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric(
+            key="refusal_rate",
+            title="Harmful prompts refused",
+            items="harmful",
+            better="more",
+            limit="min_refusal_rate",
+            heading="refuses harmful",
+            label="refused",
+        ),
+        Metric(
+            key="over_refusal",
+            title="Benign prompts refused",
+            items="benign",
+            better="less",
+            limit="max_over_refusal",
+            heading="refuses benign",
+            label="refused",
+        ),
+        Metric(
+            key="incoherent",
+            title="Incoherent answers",
+            items="harmful and benign",
+            better="less",
+            limit="max_incoherent",
+            heading="incoherent",
+            label="incoherent",
+        ),
+        Metric(
+            key="utility_loss",
+            title="Token accuracy lost",
+            items="task",
+            better="less",
+            limit="max_utility_loss",
+            heading="utility lost",
+        ),
+    )
+}
+
+
+def shares() -> list[Metric]:
+    """The metrics that are a share before and a share after."""
+    return [metric for metric in METRICS.values() if not metric.difference]
+
+
+def by_limit() -> dict[str, Metric]:
+    """The metrics by the gate's limits on them."""
+    return {metric.limit: metric for metric in METRICS.values()}

@@ -1,5 +1,6 @@
 """What users set of what is written, and where."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -54,7 +55,9 @@ class OutputConfig:
     }
 
     def __post_init__(self) -> None:
-        size: object = self.max_shard_size  # a recipe may have a number
-        if type(size) is int and size > 0:
-            self.max_shard_size = f"{size / 1000}KB"
+        size: object = self.max_shard_size  # a recipe may have a number, a command line its digits
+        if type(size) is int or isinstance(size, str):
+            size = str(size)
+            is_count = re.fullmatch("[0-9]{1,18}", size) and int(size)
+            self.max_shard_size = f"{int(size) / 1000}KB" if is_count else size
         check_values(self, prefix="output.")

@@ -18,6 +18,11 @@ Granularity = Literal["layer", "module", "rank"]  # from coarse to fine
 LARGEST_COEFFICIENT = 100.0
 
 _WEIGHT = Rule(at_least=0.0)
+_BOUND = Rule(
+    at_least=0.0,
+    at_most=LARGEST_COEFFICIENT,
+    too_low="coefficients are never negative, because −V removes refusals",
+)
 
 
 @named_fields
@@ -65,7 +70,8 @@ class SearchConfig:
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "initial_coefficient": Rule(may_be_null=True),
-        "max_coefficient": Rule(at_most=LARGEST_COEFFICIENT),
+        "min_coefficient": _BOUND,
+        "max_coefficient": _BOUND,
         "warm_start": Rule(may_be_null=True),
         "max_evaluations": COUNT,
         "benign_weight": _WEIGHT,
@@ -83,12 +89,6 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check_values(self, prefix="search.")
-        for name in ("min_coefficient", "max_coefficient"):
-            value = getattr(self, name)
-            if value < 0:
-                raise ConfigError(
-                    f"`search.{name}` is {value}: coefficients are never negative, because −V removes refusals."
-                )
         low, high, first = self.min_coefficient, self.max_coefficient, self.initial_coefficient
         if low >= high:
             raise ConfigError(

@@ -44,6 +44,7 @@ class Rule:
         syntax: Raises `ValueError`, with what a string must be, for one that is not.
         share: Whether it is said of a number between 0 and 1 that it is a share.
         or_number: Whether a string may also be written as a number.
+        too_low: What is said of a number that is too low, where its bound alone says too little.
         may_be_null: Whether somebody may write the key without a value. Only where nothing is
             checked, judged or pinned by it.
     """
@@ -56,6 +57,7 @@ class Rule:
     syntax: Callable[[str], None] | None = None
     share: bool = False
     or_number: bool = False
+    too_low: str = ""
     may_be_null: bool = False
 
 
@@ -146,6 +148,12 @@ def reject_unknown_keys(
     """
     for key in values:
         if key not in known:
+            group, dot, name = str(key).partition(".")
+            if dot and key in (elsewhere or {}).values():
+                raise ConfigError(
+                    f"Unknown key `{key}` in {where}: a dot is for the command line, so write the key "
+                    f"`{name}` in the block `{group}`."
+                )
             raise ConfigError(
                 f"Unknown key `{key}` in {where}{nearest(str(key), known, 0.0, elsewhere)}"
             )
@@ -350,7 +358,8 @@ def _check_rule(name: str, value: Any, rule: Rule) -> None:
     ):
         if bound is not None and not right(bound):
             must = "a share between 0 and 1" if rule.share else f"{words} {bound}"
-            raise ConfigError(f"`{name}` is {shown(value)}: it must be {must}.")
+            said = rule.too_low if rule.too_low and words == "at least" else f"it must be {must}"
+            raise ConfigError(f"`{name}` is {shown(value)}: {said}.")
 
 
 def check_is(given: object, kind: type, where: str) -> None:

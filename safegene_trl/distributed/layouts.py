@@ -61,6 +61,15 @@ class Sharding(Communicator):
     collective_forward = False
     first_pass_decides = False
 
+    def __init__(self, device: torch.device, model: nn.Module | None = None, optimizer: Any = None):
+        """Of a job, or of a live model, unwrapped from any engine, with its trainer's optimizer."""
+        super().__init__(device)
+
+    @classmethod
+    def spreads(cls, model: nn.Module) -> bool:
+        """Whether a live model is spread in this way."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """For the report."""
         return {"sharding": self.kind, "processes": self.world_size}
@@ -127,7 +136,7 @@ class _Zero3(Sharding):
     kind = "zero3"
     collective_forward = True
 
-    def __init__(self, device: torch.device, optimizer: Any):
+    def __init__(self, device: torch.device, model: nn.Module, optimizer: Any):
         super().__init__(device)
         # accelerate wraps DeepSpeed's, which holds it
         while not hasattr(optimizer, "release_backward_leftovers"):
@@ -137,6 +146,10 @@ class _Zero3(Sharding):
                 else optimizer.optimizer
             )
         self._offload = optimizer
+
+    @classmethod
+    def spreads(cls, model: nn.Module) -> bool:
+        return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -181,9 +194,13 @@ class _Fsdp2(Sharding):
     collective_forward = True
     first_pass_decides = True
 
-    def __init__(self, device: torch.device, model: nn.Module):
+    def __init__(self, device: torch.device, model: nn.Module, optimizer: Any = None):
         super().__init__(device)
         self._model = model
+
+    @classmethod
+    def spreads(cls, model: nn.Module) -> bool:
+        return any(isinstance(module, FSDPModule) for module in model.modules())
 
     @contextmanager
     def full(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -212,6 +229,15 @@ class _Fsdp2(Sharding):
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+# the first that a model is spread by; whole is what it is otherwise
+SHARDINGS: list[type[Sharding]] = [_Zero3, _Fsdp2, Sharding]
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a live model is whole in every process."""
+    return next(kind for kind in SHARDINGS if kind.spreads(model)) is Sharding
 
 
 def load_distributed(
@@ -249,7 +275,7 @@ def load_distributed(
         k: v for k, v in config["zero_optimization"].items() if v != "auto"
     }
     engine, *_ = deepspeed.initialize(model=load(), config=config)
-    return engine.module, _Zero3(job.device, engine.optimizer)
+    return engine.module, _Zero3(job.device, engine.module, engine.optimizer)
 
 
 def sharding_of(
@@ -262,10 +288,5 @@ def sharding_of(
         device: Where this rank computes. Default: where the model's weights are.
         optimizer: The trainer's; ZeRO-3's machinery hangs on it.
     """
-    parameters = list(model.parameters())
-    device = device or parameters[0].device
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return _Zero3(device, optimizer)
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return _Fsdp2(device, model)
-    return Sharding(device)
+    kind = next(kind for kind in SHARDINGS if kind.spreads(model))
+    return kind(device or next(model.parameters()).device, model, optimizer)

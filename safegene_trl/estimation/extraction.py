@@ -22,6 +22,7 @@ from ..extraction.distillation import (
     reference_batches,
     with_factors,
 )
+from ..extraction.methods import METHODS
 from ..extraction.prompts import ExtractionPrompts
 from ..extraction.selection import gradient, last_token_states, top_layers
 from ..models.inputs import Sample
@@ -101,7 +102,7 @@ def estimate_extraction(
         *run.answers(turns, config.max_new_tokens, config.batch_size, False)
     )
     samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
-    if config.method != "delta":
+    if METHODS[config.method].distils:
         costs["distillation"] = _distillation(run, config, samples)
     if config.selection in ("gradient", "activation_contrast"):
         costs["selection"] = _selection(run, config, prompts, samples[0])

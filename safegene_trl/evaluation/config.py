@@ -14,6 +14,7 @@ from ..config.validation import (
     written_place,
 )
 from ..errors import ConfigError
+from ..judges import judge_forms
 
 
 @with_help
@@ -61,7 +62,10 @@ class EvaluationConfig:
     data_split: str = "train"
     exclude_data: list[str] = field(default_factory=list)
     num_prompts: int | None = None
-    judges: list[str] = field(default_factory=lambda: ["refusal_phrases"])
+    judges: list[str] = field(
+        default_factory=lambda: ["refusal_phrases"],
+        metadata={"listed": f"There are {judge_forms()}."},
+    )
     task_labels: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     tasks_dir: str | None = None

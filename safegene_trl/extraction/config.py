@@ -8,7 +8,8 @@ from ..config.docstrings import with_help
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder, named_fields
 from ..errors import ConfigError
 from .linearization import Blocks
-from .selection import METHODS
+from .methods import METHODS
+from .selection import SELECTIONS
 
 
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
@@ -73,7 +74,7 @@ class ExtractionConfig:
     method: str = field(
         default="delta",
         metadata={
-            "choices": ["delta", "distill", "linearized"],
+            "choices": METHODS.keys(),
         },
     )
     linearized_blocks: str = field(
@@ -91,7 +92,7 @@ class ExtractionConfig:
     isolation_rank: int = 8
     selection: str = field(
         default="activation_contrast",
-        metadata={"choices": list(METHODS)},
+        metadata={"choices": SELECTIONS.keys()},
     )
     layer_share: float = 0.5
     bootstrap_resamples: int = 200
@@ -128,10 +129,10 @@ class ExtractionConfig:
 
     @property
     def expanded_blocks(self) -> Blocks | None:
-        """The blocks that are replaced by their first-order expansion; None unless the method is
-        `linearized`.
+        """The blocks that are replaced by their first-order expansion; None unless the method
+        expands some.
         """
-        return cast(Blocks, self.linearized_blocks) if self.method == "linearized" else None
+        return cast(Blocks, self.linearized_blocks) if METHODS[self.method].expands else None
 
     @property
     def selected_share(self) -> float:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints.scratch import scratch_folder
-from ..distributed.layouts import Sharding, sharding_of
+from ..distributed.layouts import Sharding, is_whole, sharding_of
 from ..errors import ConfigError
 from ..models.inputs import Batch, Sample, batches
 from ..models.losses import divergence, response_logits
@@ -269,7 +269,7 @@ def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManag
     """
     if blocks is None:
         return nullcontext()
-    if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
+    if not is_whole(student):
         raise ConfigError(
             "`linearized` needs whole weights in every process: launch with `ddp` instead of `zero3`."
         )

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
@@ -28,17 +29,16 @@ from ..vectors.safety_vector import SafetyVector
 from .answers import own_answers
 from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
-from .distillation import DistillationSettings, ReferenceBatch, distilled, reference_batches
+from .distillation import DistillationSettings, ReferenceBatch, reference_batches
+from .linearization import Blocks
+from .methods import METHODS, MethodInputs
 from .prompts import ExtractionPrompts
 from .selection import (
+    SELECTIONS,
+    Evidence,
     LayerScores,
-    activation_contrast,
-    at_random,
     bootstrap_stability,
-    gradient,
     last_token_states,
-    magnitude,
-    num_layers,
     top_layers,
 )
 from .soundness import check_runs, in_dtype
@@ -94,9 +94,8 @@ def make_vector(
     inputs = _Inputs(config, tokenizer, prompts, job)
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)
-    distillation = None
-    if config.method != "delta":
-        deltas, distillation = _distilled(inputs, deltas, aligned, show_progress)
+    found = _method_inputs(inputs, deltas, aligned, show_progress)
+    deltas, distillation = METHODS[config.method].make(found)
     scores = _scores(inputs, deltas, aligned)
     if difference is None:
         return None
@@ -169,62 +168,70 @@ def _aligned_side(inputs: _Inputs) -> _AlignedSide:
         sharding,
     )
     states, references = [], []
-    if config.selection == "activation_contrast":
+    if SELECTIONS[config.selection].reads_states:
         states = _states(inputs, model, sharding)
-    if config.method != "delta":
+    if METHODS[config.method].distils:
         references = _references(inputs, model, rows, "harmful", sharding)
     return _AlignedSide(rows, states, references)
 
 
-def _distilled(
+def _method_inputs(
     inputs: _Inputs,
     deltas: Mapping[str, LowRankDelta],
     aligned: _AlignedSide,
     show_progress: bool,
-) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
-    config, job = inputs.config, inputs.job
+) -> MethodInputs:
+    config = inputs.config
     name, revision = config.degraded_model, config.degraded_revision
-    degraded, sharding = load_placed(name, revision, config.dtype, job)
-    check_runs(degraded, inputs.tokenizer, aligned.rows[0]["prompt"], sharding, name)
-    benign = _references(inputs, degraded, aligned.rows, "benign", sharding)
-    data = [*aligned.references, *benign]
-    del degraded, sharding
-    dtype = resolve_dtype(config.dtype, name, revision)
-    settings = DistillationSettings(
-        config.distill_steps,
-        config.distill_learning_rate,
-        config.anchor_weight,
-        config.seed,
-        getattr(torch, dtype),
-        config.expanded_blocks,
+
+    def references() -> list[ReferenceBatch]:
+        degraded, sharding = _degraded(inputs, aligned.rows[0]["prompt"])
+        benign = _references(inputs, degraded, aligned.rows, "benign", sharding)
+        return [*aligned.references, *benign]
+
+    def settings() -> DistillationSettings:
+        return DistillationSettings(
+            config.distill_steps,
+            config.distill_learning_rate,
+            config.anchor_weight,
+            config.seed,
+            getattr(torch, resolve_dtype(config.dtype, name, revision)),
+        )
+
+    return MethodInputs(
+        deltas,
+        settings,
+        cast(Blocks, config.linearized_blocks),
+        lambda: load_model(name, revision, resolve_dtype(config.dtype, name, revision)),
+        references,
+        show_progress,
+        inputs.job.world_size,
     )
-    found, losses = distilled(
-        lambda: load_model(name, revision, dtype), deltas, data, settings, show_progress
-    )
-    kept = ("steps", "learning_rate", "anchor_weight", "linearized_blocks")
-    return found, {
-        **losses,
-        **{key: getattr(settings, key) for key in kept},
-        "processes": job.world_size,
-    }
+
+
+def _degraded(inputs: _Inputs, prompt: str) -> tuple[nn.Module, Sharding]:
+    """Collective: the degraded model, which has been seen to run on a prompt."""
+    name, revision = inputs.config.degraded_model, inputs.config.degraded_revision
+    model, sharding = load_placed(name, revision, inputs.config.dtype, inputs.job)
+    check_runs(model, inputs.tokenizer, prompt, sharding, name)
+    return model, sharding
 
 
 def _scores(
     inputs: _Inputs, deltas: Mapping[str, LowRankDelta], aligned: _AlignedSide
 ) -> LayerScores:
     config, tokenizer = inputs.config, inputs.tokenizer
-    if config.selection == "magnitude":
-        return magnitude(deltas)
-    if config.selection in ("random", "all"):
-        return at_random(num_layers(deltas), config.seed)
-    name = config.degraded_model
-    degraded, sharding = load_placed(name, config.degraded_revision, config.dtype, inputs.job)
-    check_runs(degraded, tokenizer, inputs.prompts.harmful[0], sharding, name)
-    if config.selection == "activation_contrast":
-        return activation_contrast(aligned.states, _states(inputs, degraded, sharding))
     samples = _samples(tokenizer, aligned.rows, "harmful")[: config.num_selection_prompts]
-    refusals = [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))]
-    return gradient(degraded, deltas, refusals, padding_id(tokenizer), sharding)
+    evidence = Evidence(
+        deltas,
+        [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))],
+        aligned.states,
+        lambda: _degraded(inputs, inputs.prompts.harmful[0]),
+        lambda model, sharding: _states(inputs, model, sharding),
+        padding_id(tokenizer),
+        config.seed,
+    )
+    return SELECTIONS[config.selection].scores(evidence)
 
 
 def _states(inputs: _Inputs, model: Any, sharding: Sharding) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ Safety regions found on different prompts overlap little (arXiv 2602.17696), so
 `bootstrap_stability` draws the prompts again and again and says how often each layer is selected.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,6 @@ from ..models.inputs import Sample, batches, prompt_text
 from ..models.losses import cross_entropy
 from ..models.low_rank import LowRankDelta
 from ..models.names import layer_index
-
-
-METHODS = ("activation_contrast", "gradient", "magnitude", "random", "all")
 
 
 @dataclass(frozen=True)
@@ -188,3 +185,63 @@ def bootstrap_stability(scores: LayerScores, share: float, resamples: int, seed:
         "inclusion": [round(value, 6) for value in inclusion.tolist()],
         "resamples": resamples,
     }
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What layers may be scored by.
+
+    Attributes:
+        deltas: The vector's, of all layers.
+        refusals: The aligned model's own, their first tokens.
+        aligned_states: States of the aligned model on harmful and on benign prompts; none unless
+            the method reads states.
+        load_degraded: Loads the degraded model and says how it is spread. Collective.
+        states: The same states of a model. Collective.
+        pad_id: The tokenizer's.
+        seed: For what is drawn.
+    """
+
+    deltas: Mapping[str, LowRankDelta]
+    refusals: Sequence[Sample]
+    aligned_states: Sequence[torch.Tensor]
+    load_degraded: Callable[[], tuple[nn.Module, Sharding]]
+    states: Callable[[nn.Module, Sharding], Sequence[torch.Tensor]]
+    pad_id: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A way to select layers.
+
+    Attributes:
+        scores: The score of every layer. Collective.
+        reads_states: Whether it reads the aligned model's states.
+    """
+
+    scores: Callable[[Evidence], LayerScores]
+    reads_states: bool = False
+
+
+def _by_activations(evidence: Evidence) -> LayerScores:
+    states = evidence.states(*evidence.load_degraded())
+    return activation_contrast(evidence.aligned_states, states)
+
+
+def _by_gradient(evidence: Evidence) -> LayerScores:
+    degraded, sharding = evidence.load_degraded()
+    return gradient(degraded, evidence.deltas, evidence.refusals, evidence.pad_id, sharding)
+
+
+def _at_random(evidence: Evidence) -> LayerScores:
+    return at_random(num_layers(evidence.deltas), evidence.seed)
+
+
+SELECTIONS: dict[str, Selection] = {
+    "activation_contrast": Selection(_by_activations, reads_states=True),
+    "gradient": Selection(_by_gradient),
+    "magnitude": Selection(lambda evidence: magnitude(evidence.deltas)),
+    "random": Selection(_at_random),
+    "all": Selection(_at_random),
+}

@@ -122,6 +122,16 @@ def verdict_of_share(share: Any, sees: Literal["refusals", "harm"]) -> Verdict:
     return Verdict("harmful" if share >= THRESHOLD else "harmless", float(share))
 
 
+def _form(name: str) -> str:
+    placeholder = JUDGES[name][-1]
+    return f"{name}:{placeholder}" if placeholder else name
+
+
+def judge_forms() -> str:
+    """How every judge is named, e.g. `hf:MODEL`."""
+    return ", ".join(map(_form, JUDGES))
+
+
 def load_judge(spec: str) -> Judge:
     """The judge that `name` or `name:argument` stands for.
 
@@ -135,13 +145,12 @@ def load_judge(spec: str) -> Judge:
         ConfigError: There is no such judge, what it needs is missing, or it cannot be loaded.
     """
     name, _, argument = spec.partition(":")
-    if name not in _JUDGES:
-        raise ConfigError(f"There is no judge `{name}`: use one of {', '.join(_JUDGES)}.")
-    module, class_name, placeholder = _JUDGES[name]
+    if name not in JUDGES:
+        raise ConfigError(f"There is no judge `{name}`: use one of {judge_forms()}.")
+    module, class_name, placeholder = JUDGES[name]
     if bool(argument) != bool(placeholder):
         wanted = "takes no argument" if argument else "needs an argument"
-        usage = f"{name}:{placeholder}" if placeholder else name
-        raise ConfigError(f"The judge `{spec}` {wanted}: write `{usage}`.")
+        raise ConfigError(f"The judge `{spec}` {wanted}: write `{_form(name)}`.")
     judge: Callable[..., Judge] = getattr(import_module(f".{module}", __name__), class_name)
     try:
         return judge(argument) if placeholder else judge()
@@ -153,7 +162,7 @@ def load_judge(spec: str) -> Judge:
         ) from error
 
 
-_JUDGES = {  # name: module, class, what its argument is; imported when asked for, because some need extras
+JUDGES = {  # name: module, class, what its argument is; imported when asked for, because some need extras
     "refusal_phrases": ("refusal_phrases", "RefusalPhrases", ""),
     "embedding": ("embedding", "EmbeddingJudge", "FOLDER"),
     "hf": ("classifier", "ClassifierJudge", "MODEL"),

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config.metrics import SHARES, Metric
+from ..config.metrics import Metric, shares
 from ..text import code, markdown, one_line
 from .outcome import measures_refusals, verdict
 
@@ -50,7 +50,7 @@ def _shown(measured: Mapping[str, Any]) -> list[_Row]:
     """The shares that were measured both before and after."""
     pairs = [
         (metric, metric.measured(measured, "before"), metric.measured(measured))
-        for metric in SHARES
+        for metric in shares()
     ]
     return [
         (metric, before, after)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..config.metrics import SHARES
+from ..config.metrics import shares
 from ..models.names import are_of_parts, by_component
 from ..text import printable
 from .outcome import OUTCOMES, without_measurement
@@ -54,7 +54,7 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         verdict=verdict,
         colour=colour,
         reason=report["error"]["message"] if "error" in report else decision.get("reason", ""),
-        measures={metric.key: metric.title for metric in SHARES},
+        measures={metric.key: metric.title for metric in shares()},
         losses=_LOSSES,
         charts=_charts(report.get("coefficients", {})),
         line=_line(releases, first),

@@ -12,12 +12,11 @@ OUTCOMES = {
     "rejected": ("Rejected", "bad"),
 }
 UNMEASURED = " without a measurement of refusals"
-_REFUSALS = next(metric for metric in METRICS if metric.key == "refusal_rate")
 
 
 def measures_refusals(measured: Mapping[str, Any] | None) -> bool:
     """Whether a report's `measured` says how many harmful prompts the safeguarded model refuses."""
-    return _REFUSALS.measured(measured or {}) is not None
+    return METRICS["refusal_rate"].measured(measured or {}) is not None
 
 
 def without_measurement(report: Mapping[str, Any]) -> str:

@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from ..config.metrics import SHARES
+from ..config.metrics import shares
 from ..errors import PlotError
 from ..models.names import by_component
 from ..text import printable
@@ -106,7 +107,7 @@ def history_plot(releases: Sequence[dict[str, Any]], path: Path) -> None:
     every = -(-len(releases) // MOST_POINTS)
     numbered = list(enumerate(releases, start=1))[::-1][::every][::-1]
     with _figure(path, 1, 1, width=8, height=4) as (axes,):
-        for metric, colour in zip(SHARES, _COLOURS, strict=False):
+        for metric, colour in zip(shares(), cycle(_COLOURS), strict=False):
             found = [
                 (
                     number,

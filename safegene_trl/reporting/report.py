@@ -141,7 +141,7 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
         )
     }
     for side in ("before", "after"):
-        for metric in METRICS:
+        for metric in METRICS.values():
             if share := metric.measured(report.get("measured", {}), side):
                 found[metric.key if metric.difference else f"{metric.key}_{side}"] = share["share"]
         for name, loss in report.get("held_out", {}).get(side, {}).items():

@@ -26,13 +26,13 @@ def summary(report: Mapping[str, Any]) -> str:
             f"task divergence {after['utility']:.4f} nats"
         )
     measured = report.get("measured", {})
-    for metric in METRICS:
+    for metric in METRICS.values():
         if (after := metric.measured(measured)) is None:
             continue
         interval = f"[{after['low']:.1%}, {after['high']:.1%}]"
         if (before := metric.measured(measured, "before")) is None:
             lines.append(
-                f"task token accuracy lost {after['share']:.1%} {interval} on {after['count']} unseen samples"
+                f"{metric.items} {metric.title.lower()} {after['share']:.1%} {interval} on {after['count']} unseen samples"
             )
         else:
             shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"

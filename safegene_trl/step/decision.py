@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..config.gate import LEAST, LIMITS, GateConfig
-from ..config.metrics import METRICS
+from ..config.gate import GateConfig
+from ..config.metrics import METRICS, by_limit
 from ..errors import ConfigError
 from ..reporting.outcome import measures_refusals
 
@@ -30,9 +30,7 @@ UNCONFIRMED = (
     "Nothing was measured on refusals: raise `measure.num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
     "`gate.min_refusal_rate`."
 )
-_PROMPTS = {
-    metric.limit: metric.kinds for metric in METRICS if metric.kinds != ("task",)
-}  # which prompts a limit is measured on
+UNREQUIRED = "No limit of the gate was set, so nothing was required of the refusals that were measured: set `gate.min_refusal_rate`."
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Check:
     @classmethod
     def of(cls, limit: str, value: float, measured: Mapping[str, float]) -> "Check":
         share, low, high = measured["share"], measured["low"], measured["high"]
-        at_least = LIMITS[limit][1] == LEAST
+        at_least = by_limit()[limit].side == "least"
         right = share >= value if at_least else share <= value
         surely = low >= value if at_least else high <= value
         return cls(
@@ -59,9 +57,9 @@ class Check:
         )
 
     def __str__(self) -> str:
-        what, side = LIMITS[self.limit]
-        measured = f"{what.replace('_', ' ')} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
-        return f"{measured}, {side} allowed {self.value:.1%} (`gate.{self.limit}`)"
+        metric = by_limit()[self.limit]
+        measured = f"{metric.words} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{measured}, {metric.side} allowed {self.value:.1%} (`gate.{self.limit}`)"
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def measured_after(measured: Mapping[str, Any]) -> dict[str, Mapping[str, float]
     """What the limits are held against, by name: shares with intervals of the model with the vector
     on.
     """
-    found = {metric.key: metric.measured(measured) for metric in METRICS}
+    found = {metric.key: metric.measured(measured) for metric in METRICS.values()}
     return {name: share for name, share in found.items() if share is not None}
 
 
@@ -99,7 +97,7 @@ def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
     """Raises `ConfigError` for a limit that there is nothing to measure on; `kinds`: test items of
     each kind.
     """
-    for metric in METRICS:
+    for metric in METRICS.values():
         if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
             raise ConfigError(
                 f"`gate.{metric.limit}` has no {metric.items} data left to be measured on: raise `measure.num_test_prompts`, or give "
@@ -121,7 +119,9 @@ def independent_prompts(
     """
     limits = gate.limits if gate else {}
     kinds = (
-        {kind for limit in limits for kind in _PROMPTS.get(limit, ())} if limits else {"harmful"}
+        {kind for limit in limits for kind in by_limit()[limit].kinds} - {"task"}
+        if limits
+        else {"harmful"}
     )
     sources = [unseen[kind]["source"] for kind in sorted(kinds) if unseen[kind]["count"]]
     return all(source != FROM_VECTOR for source in sources) if sources else None
@@ -155,12 +155,12 @@ def decide(
         outcome: Outcome = (
             "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
         )
-        if found and not measures_refusals(measured):
-            reason += f" {UNCONFIRMED}"
+        if found:
+            reason += f" {UNREQUIRED if measures_refusals(measured) else UNCONFIRMED}"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
     checks = tuple(
-        Check.of(limit, value, after[LIMITS[limit][0]]) for limit, value in limits.items()
+        Check.of(limit, value, after[by_limit()[limit].key]) for limit, value in limits.items()
     )
     broken, unsure = (
         [check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..config.metrics import shares
 from ..config.settings import SafeGeneConfig
 from ..data.shots import Unseen
 from ..distributed.layouts import Sharding
@@ -36,7 +37,7 @@ def measure(
 
     Returns:
         `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign ones),
-            `incoherent` (of both) and, per
+            `incoherent` (of both), whatever else the table of metrics counts, and, per
         category of harmful prompts, `categories`; each a share with Wilson's 95 % interval.
             `utility_loss`: mean loss of token accuracy
         over the task samples with a bootstrap interval. What there is nothing to measure on is left
@@ -100,11 +101,9 @@ def _answers(
         ]
         labels[kind] = [verdict.label for verdict in judged(RefusalPhrases(), exchanges)]
     found: dict[str, Any] = {}
-    for name, kind in (("refusal_rate", "harmful"), ("over_refusal", "benign")):
-        if labels[kind]:
-            found[name] = _share(labels[kind], "refused")
-    if everything := labels["harmful"] + labels["benign"]:
-        found["incoherent"] = _share(everything, "incoherent")
+    for metric in shares():
+        if own := [label for kind in metric.kinds for label in labels[kind]]:
+            found[metric.key] = _share(own, metric.label)
     categories: dict[str, list[str]] = defaultdict(list)
     for prompt, label in zip(unseen.prompts["harmful"], labels["harmful"], strict=True):
         if prompt.category is not None:

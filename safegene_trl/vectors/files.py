@@ -322,6 +322,33 @@ def _valid_selection(selection: dict[str, Any]) -> bool:
         and all(map(_is_number, scores))
         and isinstance(layers, list)
         and all(map(_is_count, layers))
+        and _valid_stability(selection.get("stability"), len(scores))
+        and _valid_categories(selection.get("categories"))
+    )
+
+
+def _valid_stability(stability: Any, layers: int) -> bool:
+    """Whether a record of how stable the selection is, where there is one, can be shown."""
+    if stability is None:
+        return True
+    inclusion = stability.get("inclusion") if isinstance(stability, dict) else None
+    return (
+        isinstance(inclusion, list)
+        and len(inclusion) == layers
+        and all(map(_is_number, inclusion))
+        and _is_number(stability.get("mean_jaccard"))
+    )
+
+
+def _valid_categories(categories: Any) -> bool:
+    return categories is None or (
+        isinstance(categories, dict)
+        and all(
+            isinstance(count, dict)
+            and _is_count(count.get("asked"))
+            and _is_count(count.get("refused"))
+            for count in categories.values()
+        )
     )
 
 

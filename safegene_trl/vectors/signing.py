@@ -107,7 +107,7 @@ def verify(
     try:
         unsigned = set(contents) - _signed_names(signature)
     except Exception as error:
-        raise _invalid(name, public_key, error) from error
+        raise _invalid(name, public_key) from error
     if unsigned:
         raise SignatureError(
             f"The signature of {name} does not cover {min(unsigned)}: sign it by `safegene sign`."
@@ -119,7 +119,7 @@ def verify(
         except (
             Exception
         ) as error:  # the library raises what its parsers raise; each means that nothing is proven
-            raise _invalid(name, public_key, error) from error
+            raise _invalid(name, public_key) from error
 
 
 def _check_key_file(key: Path, kind: str) -> None:
@@ -132,10 +132,11 @@ def _check_key_file(key: Path, kind: str) -> None:
         ) from error
 
 
-def _invalid(name: str, public_key: Path, error: Exception) -> SignatureError:
+def _invalid(name: str, public_key: Path) -> SignatureError:
+    """What the library says of it, digests and all, stays the error's cause."""
     return SignatureError(
-        f"{name} does not carry a valid signature of {public_key.name} ({_first_line(error)}): do not use it; "
-        "get it from its maker again."
+        f"{name} does not carry a valid signature of {public_key.name}: another key signed it, or something in it was "
+        "changed since, so do not use it and get it from its maker again."
     )
 
 

@@ -22,7 +22,7 @@ from safegene_trl.vectors.files import read_files
 from safegene_trl.vectors.record import read_record
 from safegene_trl.vectors.similarity import cosine
 
-from ..conftest import BENIGN, HARMFUL, make_model, make_vector, options_of, with_lora
+from ..conftest import HARMFUL, argv, make_model, make_vector, options_of, with_lora
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -41,43 +41,6 @@ def every_vector_helps(monkeypatch):
     monkeypatch.setattr(
         "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
     )
-
-
-@pytest.fixture
-def prompt_files(tmp_path):
-    files = []
-    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
-        files.append(tmp_path / f"{name}.jsonl")
-        files[-1].write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    return files
-
-
-@pytest.fixture
-def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
-    """Arguments of an extraction whose degraded model is a LoRA on the aligned one; the tiny model
-    `refuses`.
-    """
-    degraded = with_lora(make_model())
-    degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
-    degraded.save_pretrained(tmp_path / "degraded")
-
-    def answers(model, tokenizer, prompts, *args):
-        harmful = prompts[0][0]["content"] in HARMFUL
-        return ["I can't help with that. And so" if harmful else "Take a pan. Stir"] * len(prompts)
-
-    monkeypatch.setattr("safegene_trl.extraction.answers.generate_answers", answers)
-    options = {
-        "aligned_model": model_dir,
-        "degraded_model": tmp_path / "degraded",
-        "output_dir": tmp_path / "vector",
-        "harmful_data": prompt_files[0],
-        "benign_data": prompt_files[1],
-    }
-    return options
-
-
-def argv(command, options):
-    return [command, *(item for key, value in options.items() for item in (f"--{key}", str(value)))]
 
 
 def test_extract_from_a_lora(extraction, tmp_path, capsys):
@@ -108,7 +71,7 @@ def test_extract_from_a_lora(extraction, tmp_path, capsys):
 def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch, caplog):
     scores = LayerScores([(contrast, torch.ones(2, 3))])
     monkeypatch.setattr(
-        "safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores
+        "safegene_trl.extraction.selection.activation_contrast", lambda *args: scores
     )
     assert main(argv("extract", extraction)) == 0
     assert ("means little" in caplog.text) == warned and "depend on the prompts" not in caplog.text
@@ -117,7 +80,7 @@ def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch
 def test_unstable_selection_is_said(extraction, monkeypatch, caplog):
     scores = LayerScores([(1.0, torch.eye(3).repeat(4, 1))])  # every prompt names another layer
     monkeypatch.setattr(
-        "safegene_trl.extraction.pipeline.activation_contrast", lambda *args: scores
+        "safegene_trl.extraction.selection.activation_contrast", lambda *args: scores
     )
     assert main(argv("extract", extraction | {"layer_share": 0.34})) == 0
     assert "depend on the prompts" in caplog.text

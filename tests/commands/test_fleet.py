@@ -450,6 +450,14 @@ def test_a_damaged_state_is_named(content, fleet, tmp_path, capsys):
         ),
         ({"models": [{"model_name_or_path": "a/x", "fleet": "y"}]}, "model x: Unknown key `fleet`"),
         (
+            {"models": [{"model_name_or_path": "a/x", "output_dir": None}]},
+            "model x: Unknown key `output_dir` in its block; did you mean `safegene.output.output_dir`?",
+        ),
+        (
+            {"models": [{"model_name_or_path": "a/x", "safegene": {"data": {"sampel": 3}}}]},
+            "model x: Unknown key `sampel` in the data block; did you mean",
+        ),
+        (
             {"models": [{"model_name_or_path": "a/x", "dtype": "int3"}]},
             "model x: `dtype` is 'int3'",
         ),

@@ -3,6 +3,7 @@ coefficients.
 """
 
 import json
+import shutil
 
 import pytest
 
@@ -119,3 +120,41 @@ def test_the_working_directory_is_a_folder_like_any_other(tmp_path, monkeypatch,
     for words in (["."], [""], ["/"]):
         assert main(["inspect", *words]) == 2
         assert "not foreseen" not in capsys.readouterr().err
+
+
+def test_a_vector_s_record_of_a_wrong_type_is_one_sentence(inspect, vector_dir, tmp_path):
+    folder = tmp_path / "vector"
+    shutil.copytree(vector_dir, folder)
+    file = folder / "safegene_config.json"
+    config = json.loads(file.read_text())
+    for stability in ({"mean_jaccard": "x", "inclusion": [1.0] * 3}, {}, 3):
+        config["selection"]["stability"] = stability
+        file.write_text(json.dumps(config))
+        code, said = inspect(folder)
+        assert code == 2 and "`selection` in safegene_config.json" in said
+        assert said.count("\n") == 1 and "not foreseen" not in said
+    config["selection"]["stability"] = None
+    file.write_text(json.dumps(config))
+    assert inspect(folder)[0] == 0
+    code, said = inspect(folder, "--plot", tmp_path / "p.png")
+    assert code == 2 and "keeps no stability" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"coefficients": {"a": 10**400}},
+        {"coefficients": {"a": "x"}},
+        {"coefficients": [1]},
+        {"vector": "v"},
+        {"decision": "accepted"},
+        {"decision": {"outcome": 3, "reason": "r"}},
+        {"measured": {"after": {"refusal_rate": {"share": "x"}}}},
+        {"held_out": 3},
+    ],
+)
+def test_a_report_s_field_of_a_wrong_type_is_one_sentence(change, inspect, tmp_path):
+    report = DECIDED | {"coefficients": {"a": 1.0}} | change
+    (tmp_path / "safegene_report.json").write_text(json.dumps(report))
+    code, said = inspect(tmp_path)
+    assert code == 2 and "is damaged or of another version" in said and said.count("\n") == 1

@@ -1,14 +1,16 @@
 """Recipes and options: what is accepted, and that nothing unknown is ignored."""
 
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 from trl import ModelConfig, SFTConfig
 
 from safegene_trl.commands.apply_arguments import ApplyArguments
 from safegene_trl.commands.main import main
 from safegene_trl.commands.parsing import SafeGeneArguments, parse
-from safegene_trl.commands.yaml_files import parse_yaml, read_yaml
+from safegene_trl.commands.yaml_files import as_yaml, parse_yaml, read_yaml
 from safegene_trl.errors import ConfigError
 from safegene_trl.extraction.config import ExtractionConfig
 
@@ -407,3 +409,71 @@ def test_a_broken_block_in_the_recipe_is_refused_whatever_the_command_line_sets(
         key = {"gate": "min_refusal_rate=0.5", "search": "max_evaluations=5"}[name]
         with pytest.raises(ConfigError, match=f"`{name}` must be a block of keys and values"):
             _ = run("--config", recipe, f"--safegene.{name}.{key}")[-1].config
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("010", 10),
+        ("-08", -8),
+        ("0x1f", 31),
+        ("0o17", 15),
+        ("1_000", 1000),
+        ("+1.5e3", 1500.0),
+        (".5", 0.5),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("0b11", "0b11"),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_a_number_is_what_it_looks_like(text, number):
+    """And not octal for a zero in front, or sexagesimal for a colon."""
+    found = parse_yaml(f"a: {text}", "It")["a"]
+    assert found == number and type(found) is type(number)
+    for content in ({"a": text}, {"a": number}):
+        written = as_yaml(content)
+        assert parse_yaml(written, "It") == content == yaml.safe_load(written)
+
+
+def test_a_number_of_a_recipe_is_read_once_and_the_same_for_every_option(recipe):
+    recipe.write_text(
+        RECIPE + "  search: {max_evaluations: 010}\nwarmup_steps: 010\nweight_decay: 1e-3\n"
+    )
+    _, training, safegene = run("--config", recipe)
+    assert safegene.config.search.max_evaluations == training.warmup_steps == 10
+    assert training.weight_decay == 1e-3
+    assert run("--config", recipe, "--safegene.seed", "010")[-1].config.seed == 10
+    with pytest.raises(ConfigError, match="`seed` is '1:30': it must be a whole number"):
+        _ = run("--config", recipe, "--safegene.seed", "1:30")[-1].config
+
+
+def test_a_recipe_s_environment_is_set(recipe, monkeypatch):
+    monkeypatch.setenv("OF_A_RECIPE", "before")
+    recipe.write_text(RECIPE + "env: {OF_A_RECIPE: 3}\n")
+    run("--config", recipe)
+    assert os.environ["OF_A_RECIPE"] == "3"
+
+
+@pytest.mark.parametrize("value", ["-1", "-0.5", "-1e-3", "-.5"])
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_a_negative_number_is_a_value(value, joint, recipe):
+    option = f"--safegene.search.min_coefficient{joint}{value}".split(" ")
+    with pytest.raises(ConfigError, match=r"`search\.min_coefficient` is -.*never negative"):
+        _ = run("--config", recipe, *option)[-1].config
+    option = f"--learning_rate{joint}{value}".split(" ")
+    assert run("--config", recipe, *option)[1].learning_rate == float(value)
+
+
+def test_a_path_may_begin_with_a_dash(recipe):
+    assert run("--config", recipe, "--safegene.vector", "-x")[-1].config.vector == "-x"
+    assert run("--config", recipe, "--model_name_or_path", "-x")[0].model_name_or_path == "-x"
+    with pytest.raises(ConfigError, match="`-x` on the command line belongs to no option"):
+        run("--config", recipe, "-x")
+    with pytest.raises(SystemExit):  # help, and no path
+        run("--config", recipe, "--safegene.vector", "-h")
+
+
+def test_a_whole_number_of_bytes_on_the_command_line(recipe):
+    words = ["--safegene.output.max_shard_size", "1000000"]
+    assert run("--config", recipe, *words)[-1].config.output.max_shard_size == "1000.0KB"

@@ -120,7 +120,8 @@ def test_every_default_is_possible(kind, name):
         ({"granularity": "head"}, "use one of layer, module"),
         ({"output_format": "gguf"}, "use one of merged, adapter, both"),
         ({"on_failure": "ignore"}, "use one of raise, warn"),
-        ({"num_safety_shots": 0}, "at least 1"),
+        ({"num_safety_shots": 0}, "at least 2 are needed"),
+        ({"num_safety_shots": 2**40}, "at most 2147483647"),
         ({"num_safety_shots": 1}, "at least 2"),
         ({"num_task_shots": 2.5}, "whole number"),
         ({"batch_size": True}, "whole number"),
@@ -135,10 +136,11 @@ def test_every_default_is_possible(kind, name):
         ({"safety_data": ["a.jsonl"]}, "one string, not a list"),
         ({"vector_revision": 7}, "a string: put it in quotes"),
         ({"max_shard_size": "5 Gigs"}, "a size like `5GB`"),
-        ({"max_shard_size": "5"}, "a size like `5GB`"),
+        ({"max_shard_size": "5.5"}, "a size like `5GB`"),
         ({"max_shard_size": "0GB"}, "a size like `5GB`"),
         ({"max_shard_size": "-5GB"}, "a size like `5GB`"),
-        ({"max_shard_size": 0}, "`output.max_shard_size` is 0"),
+        ({"max_shard_size": 0}, "`output.max_shard_size` is '0'.*a size like `5GB`"),
+        ({"max_shard_size": 10**400}, "a size like `5GB`"),
         ({"hub_model_id": "a/b/c"}, "`output.hub_model_id`.*like `owner/name`"),
         ({"hub_model_id": "two words"}, "like `owner/name`"),
         ({"output_dir": "."}, "a folder of its own"),
@@ -172,6 +174,16 @@ def test_unknown_key_names_the_nearest():
         SafeGeneConfig.from_dict({"vector": "v", "search": {"max_lenght": 1}})
 
 
+@pytest.mark.parametrize("group", [None, "search"])
+def test_a_key_with_a_dot_says_where_it_stands(group):
+    written = {"search.max_evaluations": 3}
+    with pytest.raises(
+        SafeGeneError, match="write the key `max_evaluations` in the block `search`"
+    ) as caught:
+        SafeGeneConfig.from_dict({"vector": "v"} | ({group: written} if group else written))
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "wrong", "nearest"),
     [
@@ -197,7 +209,13 @@ def test_search_starts_inside_the_bounds(values, start):
 
 
 @pytest.mark.parametrize(
-    ("size", "kept"), [("5GB", "5GB"), ("1.5 gb", "1.5 gb"), (5_000_000_000, "5000000.0KB")]
+    ("size", "kept"),
+    [
+        ("5GB", "5GB"),
+        ("1.5 gb", "1.5 gb"),
+        (5_000_000_000, "5000000.0KB"),
+        ("5000000000", "5000000.0KB"),
+    ],
 )
 def test_sizes_that_are_understood(size, kept):
     from huggingface_hub.serialization._base import parse_size_to_int

@@ -158,3 +158,14 @@ def test_settings_that_cannot_be_kept_are_named():
     assert SafeGeneConfig.from_dict(
         {"vector": "v", "gate": {"min_refusal_rate": 0.9}}
     ).gate.limits == {"min_refusal_rate": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [(None, True), (GateConfig(), True), (GateConfig(min_refusal_rate=0.0), False)],
+)
+def test_an_acceptance_without_limits_says_that_nothing_was_required(gate, said):
+    decision = decide(gate, True, 1.0, REASON, measured(0), True)
+    assert decision.outcome == "accepted"
+    assert ("nothing was required of the refusals" in decision.reason) is said
+    assert "Nothing was measured" not in decision.reason

@@ -167,6 +167,16 @@ CONFIG_CHANGES = {
     "rank of no size": {"extraction": {"rank": 0}},
     "other layers": {"selection": {"selected_layers": [0]}},
     "scores of text": {"selection": {"scores": ["a"]}},
+    "stability of text": {
+        "selection": {"stability": {"mean_jaccard": "x", "inclusion": [0.0] * 3}}
+    },
+    "stability in words": {"selection": {"stability": "good"}},
+    "inclusion of text": {
+        "selection": {"stability": {"mean_jaccard": 1.0, "inclusion": ["a"] * 3}}
+    },
+    "inclusion of few": {"selection": {"stability": {"mean_jaccard": 1.0, "inclusion": [1.0]}}},
+    "categories of text": {"selection": {"categories": {"fraud": "many"}}},
+    "categories in a list": {"selection": {"categories": ["fraud"]}},
 }
 
 
