@@ -52,7 +52,7 @@ from ..models.generation import generate_answers
 from ..models.inputs import Sample, padding_id
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, canonical_parameters, linear_shape
-from ..recalibration.objective import Objective
+from ..recalibration.objective import Objective, Passes
 from ..vectors.safety_vector import SafetyVector
 
 
@@ -306,9 +306,10 @@ def _recalibration(
     attachments = [_attachment(probe, index, deltas[index]) for index in (0, 1)]
 
     def references(index: int) -> None:
-        model, pad = probe.models[index], padding_id(tokenizer)
+        model = probe.models[index]
+        passes = Passes(padding_id(tokenizer), config.batch_size or ON_CPU)
         fit, other = (
-            Objective(model, shots.data, name, config, pad, probe.alone)
+            Objective(model, shots.data, name, config, passes, probe.alone)
             for name in ("fit", "held_out")
         )
         sides[index] = fit, other

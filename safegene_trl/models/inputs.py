@@ -94,10 +94,32 @@ def batches(
     groups = [
         ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)
     ]
-    return [_collate(group, pad_id, device) for group in groups]
+    return [collate(group, pad_id, device) for group in groups]
 
 
-def _collate(samples: list[Sample], pad_id: int, device: torch.device) -> Batch:
+def tight_groups(samples: Sequence[Sample], batch_size: int) -> list[slice]:
+    """Cuts samples, in their order, into as few groups as can be, where the fewest positions go
+    through a model's layers and its head: as many as the longest of the group has, in every sample.
+    """
+    total, count = len(samples), math.ceil(len(samples) / batch_size)
+    best: dict[int, tuple[int, tuple[slice, ...]]] = {0: (0, ())}  # by where a group ends
+    for left in reversed(range(count)):
+        found: dict[int, tuple[int, tuple[slice, ...]]] = {}
+        for start, (cost, groups) in best.items():
+            width = answer = 0
+            for end in range(start + 1, min(start + batch_size, total) + 1):
+                sample = samples[end - 1]
+                width = max(width, len(sample.input_ids))
+                answer = max(answer, len(sample.input_ids) - sample.is_response.index(True))
+                own = cost + (end - start) * (width + answer)
+                if total - end <= left * batch_size and own < found.get(end, (math.inf,))[0]:
+                    found[end] = own, (*groups, slice(start, end))
+        best = found
+    return list(best[total][1])
+
+
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:
+    """One batch of the samples, in their order."""
     width = max(len(sample.input_ids) for sample in samples)
     ids = torch.full((len(samples), width), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
