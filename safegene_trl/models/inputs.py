@@ -97,25 +97,32 @@ def batches(
     return [collate(group, pad_id, device) for group in groups]
 
 
-def tight_groups(samples: Sequence[Sample], batch_size: int) -> list[slice]:
-    """Cuts samples, in their order, into as few groups as can be, where the fewest positions go
-    through a model's layers and its head: as many as the longest of the group has, in every sample.
+def tight_groups(samples: Sequence[Sample], batch_size: int, pass_cost: float) -> list[slice]:
+    """Cuts samples, in their order, into groups whose passes cost least.
+
+    A pass costs the positions that go through a model's layers and its head, as many in every
+    sample as the longest of the group has, and something of its own.
+
+    Args:
+        samples: Those of like length stand together.
+        batch_size: Most samples of a group.
+        pass_cost: What a pass costs in itself, in positions; infinite for as few groups as can be,
+            and among those the fewest positions.
     """
-    total, count = len(samples), math.ceil(len(samples) / batch_size)
-    best: dict[int, tuple[int, tuple[slice, ...]]] = {0: (0, ())}  # by where a group ends
-    for left in reversed(range(count)):
-        found: dict[int, tuple[int, tuple[slice, ...]]] = {}
-        for start, (cost, groups) in best.items():
-            width = answer = 0
-            for end in range(start + 1, min(start + batch_size, total) + 1):
-                sample = samples[end - 1]
-                width = max(width, len(sample.input_ids))
-                answer = max(answer, len(sample.input_ids) - sample.is_response.index(True))
-                own = cost + (end - start) * (width + answer)
-                if total - end <= left * batch_size and own < found.get(end, (math.inf,))[0]:
-                    found[end] = own, (*groups, slice(start, end))
-        best = found
-    return list(best[total][1])
+    # by where a group ends: passes, cost, groups
+    best: list[tuple[float, float, tuple[slice, ...]]] = [(0, 0, ())]
+    few = math.isinf(pass_cost)
+    for end in range(1, len(samples) + 1):
+        ways, width, answer = [], 0, 0
+        for start in range(end - 1, max(end - batch_size, 0) - 1, -1):
+            sample = samples[start]
+            width = max(width, len(sample.input_ids))
+            answer = max(answer, len(sample.input_ids) - sample.is_response.index(True))
+            passes, cost, groups = best[start]
+            own = cost + (end - start) * (width + answer) + (0 if few else pass_cost)
+            ways.append((passes + few, own, (*groups, slice(start, end))))
+        best.append(min(ways, key=lambda way: way[:2]))
+    return list(best[-1][2])
 
 
 def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:

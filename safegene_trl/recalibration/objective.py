@@ -14,6 +14,7 @@ not.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from torch import nn
 from ..config.settings import SafeGeneConfig
 from ..data.calibration import CalibrationSet
 from ..distributed.layouts import Sharding
-from ..distributed.memory import free_bytes
+from ..distributed.memory import free_bytes, has_own_memory
 from ..models.attachment import recomputing
 from ..models.batch_size import ON_CPU
 from ..models.inputs import Batch, Sample, collate, tight_groups
@@ -36,6 +37,7 @@ from ..models.losses import sample_losses, stored_reference
 
 REFERENCE_SHARE = 0.05  # of a device's free memory, for one batch's reference
 LEAST_DIVERGENCE = 1e-5  # nats of a sample: below, float32 tells it from 0 no more
+PASS_COST_ON_CPU = 150.0  # positions, measured; a GPU is idle in small passes
 TERMS = ("utility", "safety", "benign")
 Work = TypeVar("Work")
 # puts the vector on, with these coefficients
@@ -130,7 +132,8 @@ class Objective:
         samples = [(sample, term) for term in TERMS for sample in by_term[term]]
         samples.sort(key=lambda each: (each[1] != "utility", len(each[0].input_ids)))
         self.jobs: list[_Job] = []
-        for group in tight_groups([sample for sample, _ in samples], passes.batch_size):
+        cost = math.inf if has_own_memory(sharding.device) else PASS_COST_ON_CPU
+        for group in tight_groups([sample for sample, _ in samples], passes.batch_size, cost):
             own, terms = zip(*samples[group], strict=True)
             self.jobs.append(_Job(collate(own, passes.pad_id, sharding.device), terms))
         self.reference: dict[int, torch.Tensor] = {}

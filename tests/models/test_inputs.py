@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -70,25 +71,31 @@ def test_batches_are_left_padded(tokenizer):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 9])
-def test_groups_are_cut_where_least_is_padded(size):
-    """Against all ways to cut seven samples into as few groups."""
+@pytest.mark.parametrize("pass_cost", [0.0, 30.0, math.inf])
+def test_groups_are_cut_where_passes_cost_least(size, pass_cost):
+    """Against all ways to cut seven samples."""
     lengths = [(9, 2), (30, 20), (33, 21), (5, 2), (6, 4), (6, 1), (40, 3)]
     samples = [Sample([0] * n, [i >= n - own for i in range(n)]) for n, own in lengths]
 
     def cost(groups):
-        return sum(
+        positions = sum(
             len(lengths[group]) * sum(max(own) for own in zip(*lengths[group], strict=True))
             for group in groups
         )
+        few = pass_cost == math.inf
+        return (len(groups), positions) if few else positions + pass_cost * len(groups)
 
-    count, found = -(-7 // size), tight_groups(samples, size)
-    ends = [(0, *cuts, 7) for cuts in itertools.combinations(range(1, 7), count - 1)]
+    found = tight_groups(samples, size, pass_cost)
+    ends = [
+        (0, *cuts, 7) for count in range(7) for cuts in itertools.combinations(range(1, 7), count)
+    ]
     ways = [
         [slice(*pair) for pair in itertools.pairwise(own)]
         for own in ends
         if max(np.diff(own)) <= size
     ]
     assert found in ways and cost(found) == min(map(cost, ways))
+    assert tight_groups([], size, pass_cost) == []
 
 
 def test_context_is_checked():

@@ -11,6 +11,7 @@ from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.models.attachment import frozen_for_calibration
 from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.losses import cross_entropy, divergence, response_logits
+from safegene_trl.recalibration import objective
 from safegene_trl.recalibration.objective import TERMS, Objective, Passes
 
 from ..conftest import ALONE, attachment_of, config_of, make_deltas, make_model
@@ -34,13 +35,14 @@ def data_of(count, prompts, responses):
 
 
 def evaluated(model, data, size, point):
-    """Losses and gradients by term, and the passes of one evaluation: their shapes and padding."""
+    """Losses and gradients by term, and the passes of one evaluation: their tokens, and positions of
+    the head."""
     deltas = make_deltas(model)
     config = config_of(vector="v", utility_temperature=2.0)
     passes = []
 
     def note(module, args, given):
-        passes.append((tuple(given["input_ids"].shape), int((given["attention_mask"] == 0).sum())))
+        passes.append((given["input_ids"], given["logits_to_keep"]))
 
     with frozen_for_calibration(model):
         fit = Objective(model, data, "fit", config, Passes(0, size), ALONE)
@@ -53,21 +55,35 @@ def evaluated(model, data, size, point):
 TASKS = {"labels": ((30, 80), (2, 4)), "answers": ((20, 100), (20, 65))}
 
 
+def positions(model, data, size):
+    """Of one evaluation: passes, and positions in layers and head, where each kind has its own
+    batches.
+    """
+    splits = (data.task, data.harmful, data.benign)
+    alike = [b for split in splits for b in batches(split.fit, size, 0, torch.device("cpu"))]
+    return len(alike), sum(len(b.input_ids) * (b.input_ids.shape[1] + b.kept) for b in alike)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("count", "size"), [(24, 8), (24, 64), (5, 8), (9, 8)])
-def test_an_evaluation_takes_as_few_passes_as_can_be(count, size, task):
+def test_an_evaluation_on_a_gpu_takes_as_few_passes_as_can_be(count, size, task, monkeypatch):
     data = data_of(count, *TASKS[task])
+    monkeypatch.setattr(objective, "has_own_memory", lambda device: True)
     _, _, passes = evaluated(make_model(), data, size, np.array([0.5, 0.3]))
     assert len(passes) == math.ceil(3 * count / size)
-    assert sum(rows for (rows, _), _ in passes) == 3 * count
-    assert max(rows for (rows, _), _ in passes) <= size
-    alike = [
-        batches(split.fit, size, 0, torch.device("cpu"))
-        for split in (data.task, data.harmful, data.benign)
-    ]
-    if len(passes) == sum(map(len, alike)):  # then no more positions either
-        apart = sum(int((b.attention_mask == 0).sum()) for own in alike for b in own)
-        assert sum(padding for _, padding in passes) <= apart
+    assert sum(len(ids) for ids, *_ in passes) == 3 * count
+    assert max(len(ids) for ids, *_ in passes) <= size
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("count", [24, 18, 9, 5])
+def test_an_evaluation_on_a_cpu_costs_no_more_than_with_batches_of_one_kind(count, task):
+    data, model = data_of(count, *TASKS[task]), make_model()
+    _, _, passes = evaluated(model, data, 8, np.array([0.5, 0.3]))
+    alike, most = positions(model, data, 8)
+    found = sum(len(ids) * (ids.shape[1] + kept) for ids, kept in passes)
+    cost = objective.PASS_COST_ON_CPU
+    assert found + cost * len(passes) <= most + cost * alike and found <= 1.1 * most
 
 
 @pytest.mark.parametrize("size", [3, 8, 64])
