@@ -34,7 +34,7 @@ from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.models.attachment import VectorAttachment, frozen_for_calibration
 from safegene_trl.models.inputs import padding_id
 from safegene_trl.provenance import software_versions
-from safegene_trl.recalibration.objective import Objective, evaluate_objective
+from safegene_trl.recalibration.objective import Objective, Passes, evaluate_objective
 from safegene_trl.recalibration.trust_region import minimize_in_box
 from safegene_trl.vectors.safety_vector import SafetyVector
 
@@ -163,7 +163,8 @@ def main() -> None:
     start = np.full(len(unique), config.search.start)
     runs = {}
     with frozen_for_calibration(model):
-        fit = Objective(model, shots.data, "fit", config, padding_id(tokenizer), sharding)
+        passes = Passes(padding_id(tokenizer))
+        fit = Objective(model, shots.data, "fit", config, passes, sharding)
         for name, run in MINIMISERS.items():
             values, seconds = [], []
 

@@ -13,7 +13,7 @@ from ..checkpoints.merge_terms import ScaledVector
 from ..config.settings import SafeGeneConfig
 from ..data.shots import Shots
 from ..models.batch_size import ON_CPU
-from ..recalibration.objective import Objective
+from ..recalibration.objective import Objective, Passes
 from ..vectors.safety_vector import SafetyVector
 from .cost import Cost, Launch
 from .planned_run import PlannedRun, slightly
@@ -67,9 +67,12 @@ class _Passes:
                 parameter.requires_grad_(False)
 
     def references(self, index: int) -> None:
-        probe, pad = self._run.probe, self._run.padding_id
+        probe = self._run.probe
+        passes = Passes(self._run.padding_id, self._config.batch_size or ON_CPU)
         fit, other = (
-            Objective(probe.models[index], self._shots.data, name, self._config, pad, probe.alone)
+            Objective(
+                probe.models[index], self._shots.data, name, self._config, passes, probe.alone
+            )
             for name in ("fit", "held_out")
         )
         self.sides[index] = fit, other

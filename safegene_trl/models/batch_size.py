@@ -31,7 +31,7 @@ ON_CPU = 8  # more at once is no faster there
 LARGEST, LARGEST_ANSWERING = 64, 128
 SHARE = 0.5  # of the memory that is free
 _LAYER_FACTOR = 17  # numbers that a layer keeps for a backward pass, per token and hidden unit (arXiv 2205.05198, 4.1)
-_LOGIT_COPIES = 6  # float32: logits, log-probabilities, their gradients and a reference's
+_LOGIT_COPIES = 3  # the logits, their gradient and a reference's; see `losses.py` for the rest
 
 
 def fitting(
@@ -49,7 +49,7 @@ def fitting(
     """
     sizes = model.config.get_text_config()
     layer = tokens * sizes.hidden_size * _LAYER_FACTOR * model.dtype.itemsize
-    logits = responses * sizes.vocab_size * 4
+    logits = responses * sizes.vocab_size * model.dtype.itemsize
     return wanted or _most(
         layer * sizes.num_hidden_layers + _LOGIT_COPIES * logits, LARGEST, sharding
     )

@@ -94,10 +94,39 @@ def batches(
     groups = [
         ordered[len(ordered) * i // count : len(ordered) * (i + 1) // count] for i in range(count)
     ]
-    return [_collate(group, pad_id, device) for group in groups]
+    return [collate(group, pad_id, device) for group in groups]
 
 
-def _collate(samples: list[Sample], pad_id: int, device: torch.device) -> Batch:
+def tight_groups(samples: Sequence[Sample], batch_size: int, pass_cost: float) -> list[slice]:
+    """Cuts samples, in their order, into groups whose passes cost least.
+
+    A pass costs the positions that go through a model's layers and its head, as many in every
+    sample as the longest of the group has, and something of its own.
+
+    Args:
+        samples: Those of like length stand together.
+        batch_size: Most samples of a group.
+        pass_cost: What a pass costs in itself, in positions; infinite for as few groups as can be,
+            and among those the fewest positions.
+    """
+    # by where a group ends: passes, cost, groups
+    best: list[tuple[float, float, tuple[slice, ...]]] = [(0, 0, ())]
+    few = math.isinf(pass_cost)
+    for end in range(1, len(samples) + 1):
+        ways, width, answer = [], 0, 0
+        for start in range(end - 1, max(end - batch_size, 0) - 1, -1):
+            sample = samples[start]
+            width = max(width, len(sample.input_ids))
+            answer = max(answer, len(sample.input_ids) - sample.is_response.index(True))
+            passes, cost, groups = best[start]
+            own = cost + (end - start) * (width + answer) + (0 if few else pass_cost)
+            ways.append((passes + few, own, (*groups, slice(start, end))))
+        best.append(min(ways, key=lambda way: way[:2]))
+    return list(best[-1][2])
+
+
+def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Batch:
+    """One batch of the samples, in their order."""
     width = max(len(sample.input_ids) for sample in samples)
     ids = torch.full((len(samples), width), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)

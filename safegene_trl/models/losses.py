@@ -1,6 +1,15 @@
-"""What a model's answers to samples are worth: losses of the response tokens, in nats."""
+"""What a model's answers to samples are worth: losses of the response tokens, in nats.
+
+Logits are the largest tensors of a pass: tokens × vocabulary. Losses are worked out of a chunk of
+them at a time, so that beside the model's own logits and their gradient, which are of its own data
+type, no more than a chunk's worth of float32 is ever in memory.
+"""
 
 import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +23,18 @@ from .parameters import base_model
 LIKELY_TOKENS = (
     16  # softened over the whole vocabulary, what never is an answer would outweigh what is
 )
+# Bytes of float32 logits at a time. What a divergence and its gradient make of them is some eight
+# times as much: 256 MiB.
+CHUNK = 2**25
+# losses (tokens,) of some of the response tokens, from their float32 logits (tokens×vocabulary)
+_TokenLosses = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Every sample's summed cross-entropy of its response tokens, in nats, float32 of shape
     (batch,).
     """
-    logits, next_ids = response_logits(model, batch)
-    return _by_sample(F.cross_entropy(logits, next_ids, reduction="none"), batch)
+    return sample_losses(model, batch)
 
 
 def divergence(
@@ -33,17 +46,77 @@ def divergence(
     Above 1 a `temperature` T adds `T²·KL` of both at T, over the reference's likeliest tokens
     (arXiv 1503.02531).
 
-    `reference`: log-probabilities, tokens×vocabulary.
+    `reference`: log-probabilities, tokens×vocabulary, float32.
     """
-    log_probs = F.log_softmax(response_logits(model, batch)[0], dim=-1)
-    reference = reference.to(log_probs.device)
-    terms = _kl(reference, log_probs)
+    return sample_losses(model, batch, reference, temperature)
+
+
+def sample_losses(
+    model: nn.Module,
+    batch: Batch,
+    reference: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Every sample's summed loss over its response tokens, in nats, float32 of shape (batch,): the
+    divergence of the samples that have a reference, which come first, and the others'
+    cross-entropy.
+
+    Args:
+        model: May be the engine or wrapper that a trainer trains it through.
+        batch: Samples with a reference, then those without.
+        reference: As `stored_reference` gives it, tokens×vocabulary, on any device, of all response
+            tokens of the first samples.
+        temperature: Of the divergence.
+    """
+    logits, ids = _forward(model, batch), _next_ids(batch)
+    compared = 0 if reference is None else len(reference)
+    losses = partial(_token_losses, ids, reference, temperature)
+    parts = _parts(len(ids), compared, logits.shape[-1])
+    if len(ids) * logits.shape[-1] * 4 <= CHUNK:
+        chosen = _chosen(logits, batch).float()
+        pieces = chosen.split([p.stop - p.start for p in parts]) if len(parts) > 1 else [chosen]
+        found = [losses(piece, part) for piece, part in zip(pieces, parts, strict=True)]
+        values = torch.cat(found) if len(found) > 1 else found[0]
+    else:
+        rows, columns = batch.target_mask[:, -batch.kept :].nonzero(as_tuple=True)
+        places = (rows + 1) * logits.shape[1] - batch.kept + columns
+        values = _InChunks.apply(logits.flatten(0, 1), places, losses, parts)
+    return _by_sample(values, batch)
+
+
+def stored_reference(model: nn.Module, batch: Batch, samples: int) -> torch.Tensor:
+    """What the model says to the response tokens of the first samples of a batch, tokens×vocabulary,
+    as it is kept for `sample_losses`: logits of 16 bits as they are, which are half of float32 and
+    exact, else log-probabilities.
+    """
+    tokens = int(batch.target_mask[:samples].sum())
+    logits = _chosen(_forward(model, batch), batch)[:tokens]
+    return logits.clone() if logits.dtype.itemsize == 2 else F.log_softmax(logits.float(), dim=-1)
+
+
+def _log_probs(reference: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(reference.float(), dim=-1) if reference.dtype.itemsize == 2 else reference
+
+
+def _token_losses(
+    next_ids: torch.Tensor,
+    reference: torch.Tensor | None,
+    temperature: float,
+    logits: torch.Tensor,
+    tokens: slice,
+) -> torch.Tensor:
+    """`tokens`: all of them have a reference, or none has."""
+    if reference is None or tokens.start >= len(reference):
+        return F.cross_entropy(logits, next_ids[tokens], reduction="none")
+    log_probs = F.log_softmax(logits, dim=-1)
+    before = _log_probs(reference[tokens].to(logits.device))
+    terms = _kl(before, log_probs)
     if temperature > 1:
-        likely = reference.topk(min(LIKELY_TOKENS, reference.shape[-1])).indices
+        likely = before.topk(min(LIKELY_TOKENS, before.shape[-1])).indices
         terms = terms + temperature**2 * _kl(
-            *(_softened(p, likely, temperature) for p in (reference, log_probs))
+            *(_softened(p, likely, temperature) for p in (before, log_probs))
         )
-    return _by_sample(terms, batch)
+    return terms
 
 
 def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
@@ -52,6 +125,46 @@ def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
 
 def _softened(log_probs: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     return F.log_softmax(log_probs.gather(-1, tokens) / temperature, dim=-1)
+
+
+def _parts(tokens: int, compared: int, vocabulary: int) -> list[slice]:
+    """Cuts of `tokens` response tokens into chunks, none of which has tokens with a reference (the
+    first `compared`) and without.
+    """
+    most = max(CHUNK // (4 * vocabulary), 1)
+    edges = {*range(0, compared, most), *range(compared, tokens, most), tokens}
+    return list(itertools.starmap(slice, itertools.pairwise(sorted(edges))))
+
+
+class _InChunks(torch.autograd.Function):
+    """Losses (tokens,) of the logits (positions×vocabulary) at `places`, chunk by chunk.
+
+    The backward pass works every chunk out again, so that nothing of the logits' size is kept for
+    it but the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        places: torch.Tensor,
+        losses: _TokenLosses,
+        parts: Sequence[slice],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(logits, places)
+        ctx.losses, ctx.parts = losses, parts
+        return torch.cat([losses(logits[places[part]].float(), part) for part in parts])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor):
+        logits, places = ctx.saved_tensors
+        found = torch.zeros_like(logits)
+        for part in ctx.parts:
+            with torch.enable_grad():
+                chunk = logits[places[part]].float().requires_grad_()
+                (own,) = torch.autograd.grad(ctx.losses(chunk, part), chunk, gradients[0][part])
+            found[places[part]] = own.to(found.dtype)
+        return found, None, None, None
 
 
 def _by_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -68,6 +181,11 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
 
     `model` may also be the engine or wrapper that a trainer trains it through.
     """
+    return _chosen(_forward(model, batch), batch).float(), _next_ids(batch)
+
+
+def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits of the last positions, or of all: batch×positions×vocabulary, in the model's type."""
     architecture = type(base_model(extract_model_from_parallel(model)))
     accepted = inspect.signature(
         architecture.forward
@@ -79,6 +197,15 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
         use_cache=False,
         **{name: value for name, value in extras.items() if name in accepted},
     )
+    return output.logits
+
+
+def _chosen(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Those that predict response tokens, tokens×vocabulary."""
+    return logits[:, -batch.kept :][batch.target_mask[:, -batch.kept :]]
+
+
+def _next_ids(batch: Batch) -> torch.Tensor:
+    """The response tokens, in the order of `_chosen`."""
     mask = batch.target_mask[:, -batch.kept :]
-    next_ids = batch.input_ids.roll(-1, dims=1)[:, -batch.kept :]
-    return output.logits[:, -batch.kept :][mask].float(), next_ids[mask]
+    return batch.input_ids.roll(-1, dims=1)[:, -batch.kept :][mask]

@@ -14,29 +14,32 @@ not.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..config.settings import SafeGeneConfig
 from ..data.calibration import CalibrationSet
 from ..distributed.layouts import Sharding
-from ..distributed.memory import free_bytes
+from ..distributed.memory import free_bytes, has_own_memory
 from ..models.attachment import recomputing
 from ..models.batch_size import ON_CPU
-from ..models.inputs import Batch, batches
-from ..models.losses import cross_entropy, divergence, response_logits
+from ..models.inputs import Batch, Sample, collate, tight_groups
+from ..models.losses import sample_losses, stored_reference
 
 
 REFERENCE_SHARE = 0.05  # of a device's free memory, for one batch's reference
 LEAST_DIVERGENCE = 1e-5  # nats of a sample: below, float32 tells it from 0 no more
+PASS_COST_ON_CPU = 150.0  # positions, measured; a GPU is idle in small passes
 TERMS = ("utility", "safety", "benign")
+Work = TypeVar("Work")
 # puts the vector on, with these coefficients
 Attach = Callable[[torch.Tensor], AbstractContextManager[None]]
 
@@ -56,14 +59,32 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One forward pass: a batch, the term its loss belongs to, and its weight there, 1 / tokens of
-    the term.
+class Passes:
+    """How samples are put through the model.
+
+    Attributes:
+        pad_id: Token id to pad with.
+        batch_size: Most samples at once.
+        keep_activations: Whether layers that the training recomputes in backward passes are not
+            recomputed here.
     """
 
-    term: str
+    pad_id: int
+    batch_size: int = ON_CPU
+    keep_activations: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One forward pass: a batch, and the terms that its samples belong to."""
+
     batch: Batch
-    weight: float
+    terms: tuple[str, ...]
+
+    @property
+    def compared(self) -> int:
+        """How many samples are held against the fine-tuned model: they come first."""
+        return self.terms.count("utility")
 
 
 @dataclass(frozen=True)
@@ -85,9 +106,13 @@ class SampleGradients:
 class Objective:
     """One side (fit or held-out) of a calibration set, its batches shared out over the ranks.
 
-    Every batch's loss and every sample's gradient goes into a row of its own and the rows are added
-    up in one order, so that the numbers do not depend on the number of ranks. Task batches come
-    first: they need the fine-tuned model's log-probabilities before anything is attached to it.
+    A batch may hold samples of all terms. Task samples come first, so that few batches hold some of
+    them: their responses are longer than the few tokens of a refusal, and they need what the
+    fine-tuned model says before anything is attached to it. After them, and among them, samples of
+    like length stand together.
+
+    Every sample's loss and gradient goes into a row of its own and the rows are added up in one
+    order, so that the numbers do not depend on the number of ranks.
     """
 
     def __init__(
@@ -96,54 +121,66 @@ class Objective:
         data: CalibrationSet,
         side: str,
         config: SafeGeneConfig,
-        pad_id: int,
+        passes: Passes,
         sharding: Sharding,
-        batch_size: int | None = None,
-        keep_activations: bool = False,
     ):
-        self._recomputing = nullcontext if keep_activations else partial(recomputing, model)
-        size = batch_size or config.batch_size or ON_CPU
-        splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
+        self._recomputing = nullcontext if passes.keep_activations else partial(recomputing, model)
         self.sharding, self.temperature = sharding, config.search.utility_temperature
+        splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
+        by_term = {term: getattr(split, side) if split else [] for term, split in splits.items()}
+        self.weights = {term: 1 / max(_tokens(own), 1) for term, own in by_term.items()}
+        samples = [(sample, term) for term in TERMS for sample in by_term[term]]
+        samples.sort(key=lambda each: (each[1] != "utility", len(each[0].input_ids)))
         self.jobs: list[_Job] = []
-        for term in TERMS:
-            split = splits[term]
-            group = batches(getattr(split, side), size, pad_id, sharding.device) if split else []
-            self.jobs += [_Job(term, batch, 1 / _tokens(group)) for batch in group]
-        tasks = sum(job.term == "utility" for job in self.jobs)
+        cost = math.inf if has_own_memory(sharding.device) else PASS_COST_ON_CPU
+        for group in tight_groups([sample for sample, _ in samples], passes.batch_size, cost):
+            own, terms = zip(*samples[group], strict=True)
+            self.jobs.append(_Job(collate(own, passes.pad_id, sharding.device), terms))
         self.reference: dict[int, torch.Tensor] = {}
-        with torch.no_grad(), sharding.forward_passes():
-            for index in sharding.share(tasks):
-                log_probs = F.log_softmax(
-                    response_logits(model, self.jobs[index or 0].batch)[0], dim=-1
-                )
-                if index is not None:
-                    self.reference[index] = self._stored(log_probs)
-                sharding.reshard()
+        with torch.no_grad():
+            self._share_out(
+                sum(job.compared > 0 for job in self.jobs),
+                lambda index: stored_reference(
+                    model, self.jobs[index].batch, self.jobs[index].compared
+                ),
+                self._store,
+            )
 
-    @staticmethod
-    def _stored(log_probs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (tokens×vocabulary, float32) where they lie until the search ends: on
-        the CPU if they crowd the device.
+    def _share_out(
+        self,
+        count: int,
+        work: Callable[[int], Work],
+        keep: Callable[[int, Work], None],
+    ) -> None:
+        """Collective: `keep(i, work(i))` for those of the first `count` jobs that are this rank's.
+        One without a job marks time with the last, for which it needs no reference.
         """
-        crowded = log_probs.nbytes > REFERENCE_SHARE * free_bytes(log_probs.device)
-        return log_probs.cpu() if crowded else log_probs
+        with self.sharding.forward_passes():
+            for index in self.sharding.share(count):
+                found = work(len(self.jobs) - 1 if index is None else index)
+                self.sharding.reshard()
+                if index is not None:
+                    keep(index, found)
+
+    def _store(self, index: int, reference: torch.Tensor) -> None:
+        """Where it lies until the search ends: on the CPU if it crowds the device."""
+        crowded = reference.nbytes > REFERENCE_SHARE * free_bytes(reference.device)
+        self.reference[index] = reference.cpu() if crowded else reference
 
     def loss(self, model: nn.Module, index: int, temperature: float = 1.0) -> torch.Tensor:
         """Every sample's summed loss in one of this rank's jobs."""
-        job = self.jobs[index]
-        if index in self.reference:
-            return divergence(model, job.batch, self.reference[index], temperature)
-        return cross_entropy(model, job.batch)
+        return sample_losses(model, self.jobs[index].batch, self.reference.get(index), temperature)
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> Losses:
         """The losses of the model as it is."""
-        return self._means(
-            self.sharding.values(
-                len(self.jobs), lambda index: self.loss(model, index).sum(), self._idle_job
-            )
-        )
+        sums, places = self._rows(), self._places()
+
+        def keep(index: int, found: torch.Tensor) -> None:
+            sums[places[index]] = found.double().cpu()
+
+        self._share_out(len(self.jobs), lambda index: self.loss(model, index), keep)
+        return self._means(self._by_term(self.sharding.sum(sums)))
 
     def gradients(
         self, model: nn.Module, attach: Attach, point: np.ndarray
@@ -159,50 +196,49 @@ class Objective:
         Returns:
             The losses, and the samples' gradients by term.
         """
-        ends = list(
-            itertools.accumulate((len(job.batch.input_ids) for job in self.jobs), initial=0)
-        )
-        sums, rows = (
-            torch.zeros(ends[-1], dtype=torch.float64),
-            torch.zeros(ends[-1], len(point), dtype=torch.float64),
-        )
-        with self.sharding.forward_passes(), self._recomputing():
-            for index in self.sharding.share(len(self.jobs)):
-                current = self._idle_job if index is None else index
-                count = len(self.jobs[current].batch.input_ids)
-                coefficients = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
-                coefficients = coefficients.repeat(count, 1).requires_grad_()
-                with attach(coefficients):
-                    loss = self.loss(model, current, self.temperature)
-                    # without a graph no hook has acted, of which the attachment's evidence tells
-                    gradient = torch.zeros_like(coefficients)
-                    if loss.requires_grad:
-                        (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
-                self.sharding.reshard()
-                if index is not None:
-                    own = slice(ends[index], ends[index + 1])
-                    sums[own], rows[own] = loss.detach().double().cpu(), gradient.double().cpu()
-        sums, rows = self.sharding.sum(sums), self.sharding.sum(rows)
-        found = {}
-        for term in TERMS:
-            jobs = [index for index, job in enumerate(self.jobs) if job.term == term]
-            samples = [place for index in jobs for place in range(ends[index], ends[index + 1])]
-            weight = self.jobs[jobs[0]].weight if jobs else 0.0
-            found[term] = SampleGradients(weight, sums[samples].numpy(), rows[samples].numpy())
-        return self._means(
-            torch.stack([sums[a:b].sum() for a, b in itertools.pairwise(ends)])
-        ), found
+        sums, rows, places = self._rows(), self._rows(len(point)), self._places()
 
-    def _means(self, sums: torch.Tensor) -> Losses:
-        totals = dict.fromkeys(TERMS, 0.0)
-        for job, value in zip(self.jobs, sums.tolist(), strict=True):
-            totals[job.term] += job.weight * value
-        return Losses(**totals)
+        def work(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            coefficients = torch.tensor(point, dtype=torch.float32, device=self.sharding.device)
+            coefficients = coefficients.repeat(len(self.jobs[index].terms), 1).requires_grad_()
+            with attach(coefficients):
+                loss = self.loss(model, index, self.temperature)
+                # without a graph no hook has acted, of which the attachment's evidence tells
+                gradient = torch.zeros_like(coefficients)
+                if loss.requires_grad:
+                    (gradient,) = torch.autograd.grad(loss.sum(), coefficients)
+            return loss.detach(), gradient
 
-    @property
-    def _idle_job(self) -> int:
-        """The job with which a rank without one marks time: the last, which needs no reference."""
-        return len(self.jobs) - 1
+        def keep(index: int, found: tuple[torch.Tensor, torch.Tensor]) -> None:
+            sums[places[index]], rows[places[index]] = (each.double().cpu() for each in found)
+
+        with self._recomputing():
+            self._share_out(len(self.jobs), work, keep)
+        losses = self._by_term(self.sharding.sum(sums))
+        gradients = self._by_term(self.sharding.sum(rows))
+        return self._means(losses), {
+            term: SampleGradients(self.weights[term], losses[term], gradients[term])
+            for term in TERMS
+        }
+
+    def _rows(self, *width: int) -> torch.Tensor:
+        """Zeros for every sample."""
+        count = sum(len(job.terms) for job in self.jobs)
+        return torch.zeros(count, *width, dtype=torch.float64)
+
+    def _places(self) -> list[slice]:
+        """Each job's samples among all."""
+        ends = itertools.accumulate((len(job.terms) for job in self.jobs), initial=0)
+        return list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+    def _by_term(self, rows: torch.Tensor) -> dict[str, np.ndarray]:
+        terms = np.array([term for job in self.jobs for term in job.terms])
+        return {term: rows.numpy()[terms == term] for term in TERMS}
+
+    def _means(self, losses: dict[str, np.ndarray]) -> Losses:
+        return Losses(
+            **{term: self.weights[term] * float(own.sum()) for term, own in losses.items()}
+        )
 
 
 def evaluate_objective(
@@ -238,5 +274,6 @@ def evaluate_objective(
     return value, losses, gradient, np.concatenate(matrix)
 
 
-def _tokens(group: Sequence[Batch]) -> int:
-    return sum(int(batch.target_mask.sum()) for batch in group)
+def _tokens(samples: Sequence[Sample]) -> int:
+    """Response tokens that are predicted from one before them."""
+    return sum(sum(sample.is_response[1:]) for sample in samples)

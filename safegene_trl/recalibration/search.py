@@ -25,7 +25,7 @@ from ..models.batch_size import fitting, halving
 from ..models.parameters import base_model
 from ..models.verification import Evidence
 from .acceptance import SHRINK_STEPS, objection
-from .objective import Losses, Objective, evaluate_objective
+from .objective import Losses, Objective, Passes, evaluate_objective
 from .trust_region import minimize_in_box
 
 
@@ -166,17 +166,9 @@ class _Search:
         self.attachment.evidence = Evidence()
         with frozen_for_calibration(self.model):
             keep = batch_size == self.roomy
+            passes = Passes(self.pad_id, batch_size, keep)
             fit, held_out = (
-                Objective(
-                    self.model,
-                    self.data,
-                    side,
-                    self.config,
-                    self.pad_id,
-                    self.sharding,
-                    batch_size,
-                    keep,
-                )
+                Objective(self.model, self.data, side, self.config, passes, self.sharding)
                 for side in ("fit", "held_out")
             )
             before = held_out.losses(self.model)

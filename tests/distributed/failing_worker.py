@@ -53,23 +53,23 @@ def second_call(function, fault):
 def little_memory(model, batch):
     if len(batch.input_ids) > 2:
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    return response_logits(model, batch)
+    return forward(model, batch)
 
 
-response_logits = losses.response_logits
+forward = losses._forward
 FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
     "validation": (preparation, "check_supported", break_down, 1),
     "recalibration": (
         objective,
-        "cross_entropy",
-        second_call(objective.cross_entropy, break_down),
+        "sample_losses",
+        second_call(objective.sample_losses, break_down),
         1,
     ),
-    "kill": (objective, "cross_entropy", second_call(objective.cross_entropy, kill_self), 1),
+    "kill": (objective, "sample_losses", second_call(objective.sample_losses, kill_self), 1),
     "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),
     "search": (recalibration, "minimize_in_box", break_down, 0),
     "later in the search": (optimization, "_step", break_down, 0),
-    "memory": (losses, "response_logits", little_memory, 1),
+    "memory": (losses, "_forward", little_memory, 1),
     "disk": (merging.TensorFile, "write", full_disk, 0),
 }
 

@@ -8,7 +8,6 @@ from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.errors import MemoryShortageError
 from safegene_trl.models import batch_size, losses
 from safegene_trl.models.batch_size import fitting, fitting_answers, halving, is_out_of_memory
-from safegene_trl.recalibration import objective
 
 from ..conftest import ALONE, make_model
 from ..recalibration.test_search import calibration_set, helpful_deltas, run
@@ -66,7 +65,7 @@ def test_the_search_starts_again_with_smaller_batches(limit, monkeypatch):
     data = calibration_set()
     deltas = helpful_deltas(make_model(), data)
     expected = run(make_model(), deltas, data, batch_size=limit)
-    original, seen = losses.response_logits, []
+    original, seen = losses._forward, []
 
     def small(model, batch):
         seen.append(len(batch.input_ids))
@@ -74,8 +73,7 @@ def test_the_search_starts_again_with_smaller_batches(limit, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(model, batch)
 
-    for module in (losses, objective):
-        monkeypatch.setattr(module, "response_logits", small)
+    monkeypatch.setattr(losses, "_forward", small)
     model = make_model()
     found = run(model, deltas, data, batch_size=12 if limit == 3 else 8)
     assert found == expected and max(seen) > limit

@@ -1,7 +1,10 @@
 """Samples from every accepted format, and plain words for every unusable one."""
 
+import itertools
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -10,7 +13,7 @@ from safegene_trl.data.calibration import check_context, split_samples
 from safegene_trl.data.rows import conversation
 from safegene_trl.data.sources import draw, load_rows
 from safegene_trl.errors import CalibrationDataError
-from safegene_trl.models.inputs import Sample, batches, shortened, tokenize
+from safegene_trl.models.inputs import Sample, batches, shortened, tight_groups, tokenize
 
 
 USER = [{"role": "user", "content": "hello"}]
@@ -65,6 +68,34 @@ def test_batches_are_left_padded(tokenizer):
     assert [len(b.input_ids) for b in batches([long] * 9, 4, 0, torch.device("cpu"))] == [3, 3, 3]
     assert [len(b.input_ids) for b in batches([long] * 5, 2, 0, torch.device("cpu"))] == [1, 2, 2]
     assert batches([], 2, 0, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("pass_cost", [0.0, 30.0, math.inf])
+def test_groups_are_cut_where_passes_cost_least(size, pass_cost):
+    """Against all ways to cut seven samples."""
+    lengths = [(9, 2), (30, 20), (33, 21), (5, 2), (6, 4), (6, 1), (40, 3)]
+    samples = [Sample([0] * n, [i >= n - own for i in range(n)]) for n, own in lengths]
+
+    def cost(groups):
+        positions = sum(
+            len(lengths[group]) * sum(max(own) for own in zip(*lengths[group], strict=True))
+            for group in groups
+        )
+        few = pass_cost == math.inf
+        return (len(groups), positions) if few else positions + pass_cost * len(groups)
+
+    found = tight_groups(samples, size, pass_cost)
+    ends = [
+        (0, *cuts, 7) for count in range(7) for cuts in itertools.combinations(range(1, 7), count)
+    ]
+    ways = [
+        [slice(*pair) for pair in itertools.pairwise(own)]
+        for own in ends
+        if max(np.diff(own)) <= size
+    ]
+    assert found in ways and cost(found) == min(map(cost, ways))
+    assert tight_groups([], size, pass_cost) == []
 
 
 def test_context_is_checked():

@@ -1,0 +1,125 @@
+"""Losses of a batch whose samples are of two kinds, and what working them out takes."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from safegene_trl.models import losses
+from safegene_trl.models.inputs import Sample, collate
+from safegene_trl.models.losses import (
+    cross_entropy,
+    divergence,
+    response_logits,
+    sample_losses,
+    stored_reference,
+)
+
+from ..conftest import make_model
+
+
+CPU = torch.device("cpu")
+VOCABULARY, COMPARED = 50_000, 3
+
+
+def mixed_batch(count=8, response=20):
+    """Samples of unlike length and with unlike responses."""
+    group = []
+    for index in range(count):
+        length = response - 2 * index
+        ids = torch.arange(5 + index, 12 + index + length).tolist()
+        group.append(Sample(ids, [place >= 7 for place in range(len(ids))]))
+    return collate(group, 0, CPU)
+
+
+def made(batch, seed, dtype, vocabulary=VOCABULARY):
+    """Logits as a model gives them, of more positions than are needed."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*batch.input_ids.shape, vocabulary)
+    return (3 * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def worked_out(batch, logits, reference, chunk):
+    """Losses and the logits' gradient."""
+    own = logits.clone().requires_grad_()
+    with patch.object(losses, "_forward", return_value=own), patch.object(losses, "CHUNK", chunk):
+        found = sample_losses(None, batch, reference, temperature=2.0)
+        weights = torch.arange(1.0, 1 + len(found))
+        (gradient,) = torch.autograd.grad((found * weights).sum(), own)
+    return found.detach(), gradient
+
+
+def reference_of(batch, dtype):
+    with patch.object(losses, "_forward", return_value=made(batch, 1, dtype)):
+        return stored_reference(None, batch, COMPARED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_chunks_change_no_loss_and_no_gradient(dtype, tokens):
+    batch = mixed_batch()
+    logits, reference = made(batch, 2, dtype), reference_of(batch, dtype)
+    whole = worked_out(batch, logits, reference, 2**40)
+    chunks = worked_out(batch, logits, reference, 4 * VOCABULARY * tokens)
+    assert torch.equal(whole[0], chunks[0]) and torch.equal(whole[1], chunks[1])
+    assert chunks[1].count_nonzero() > 0
+    alone = worked_out(batch, logits, None, 4 * VOCABULARY * tokens)[0]
+    assert torch.equal(alone[COMPARED:], chunks[0][COMPARED:])
+
+
+def peak_bytes(work):
+    """Most bytes allocated at a time, beyond what there was at first."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_beside_the_logits_and_their_gradient_a_chunk_bounds_what_is_in_memory():
+    batch, chunk = mixed_batch(), 2**21
+    logits = made(batch, 2, torch.bfloat16).requires_grad_()
+    reference = reference_of(batch, torch.bfloat16)
+
+    def work():
+        found = sample_losses(None, batch, reference, temperature=2.0).sum()
+        torch.autograd.grad(found, logits)
+
+    taken = {}
+    with patch.object(losses, "_forward", return_value=logits):
+        for size in (chunk, 2**40):
+            with patch.object(losses, "CHUNK", size):
+                taken[size] = peak_bytes(work) - logits.nbytes
+    assert 0 < taken[chunk] < 8 * chunk
+    tokens = int(batch.target_mask.sum())
+    assert taken[2**40] > 2 * tokens * VOCABULARY * 4 > 2 * taken[chunk]
+
+
+def test_a_reference_of_16_bits_is_half_as_large_and_exact():
+    batch = mixed_batch()
+    tokens = int(batch.target_mask[:COMPARED].sum())
+    kept = reference_of(batch, torch.bfloat16)
+    assert kept.nbytes == 2 * tokens * VOCABULARY == reference_of(batch, torch.float32).nbytes // 2
+    logits = made(batch, 1, torch.bfloat16)[batch.target_mask][:tokens]
+    assert torch.equal(losses._log_probs(kept), F.log_softmax(logits.float(), dim=-1))
+    # nothing but those tokens' logits is kept alive
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_with_a_reference_and_without_share_a_pass(dtype):
+    model, other = make_model().to(dtype), make_model(seed=1).to(dtype)
+    batch = mixed_batch()
+    with torch.no_grad():
+        reference = stored_reference(model, batch, COMPARED)
+        log_probs = F.log_softmax(response_logits(model, batch)[0], dim=-1)
+        expected = divergence(other, batch, log_probs, 2.0)
+        expected[COMPARED:] = cross_entropy(other, batch)[COMPARED:]
+        assert torch.equal(sample_losses(other, batch, reference, 2.0), expected)
+        nothing = sample_losses(model, batch, reference, 2.0)[:COMPARED]
+        assert nothing.abs().max() < 1e-5
