@@ -38,7 +38,8 @@ def with_help(kind: type[Made]) -> type[Made]:
     owner: Any = kind
     said = meanings(owner)
     for each in fields(owner):
-        text = f"{said[each.name]} {each.metadata.get('listed', '')}".strip()
-        text = text.replace("%", "%%")  # as argparse wants it
-        each.metadata = MappingProxyType({**each.metadata, "help": text})
+        metadata = dict(each.metadata)
+        text = f"{said[each.name]} {metadata.pop('listed', '')}".strip()
+        metadata["help"] = text.replace("%", "%%")  # as argparse wants it
+        each.metadata = MappingProxyType(metadata)
     return kind

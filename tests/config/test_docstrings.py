@@ -9,6 +9,7 @@ from safegene_trl.commands.parsing import make_parser
 from safegene_trl.config.docstrings import meanings, with_help
 from safegene_trl.evaluation.config import EvaluationConfig
 from safegene_trl.extraction.config import ExtractionConfig
+from safegene_trl.judges import judge_forms
 
 
 @pytest.mark.parametrize("kind", [ApplyArguments, EvaluationConfig, ExtractionConfig])
@@ -16,7 +17,10 @@ def test_help_of_an_option_is_what_its_docstring_says(kind):
     said = meanings(kind)
     shown = {action.dest: action.help for action in make_parser([kind])._actions}
     assert all(said.values())
-    assert {name: shown[name].replace("%%", "%") for name in said} == said
+    for name, text in said.items():
+        listed = kind is EvaluationConfig and name == "judges"
+        more = f" There are {judge_forms()}." if listed else ""
+        assert shown[name].replace("%%", "%") == text + more
     assert make_parser([kind]).format_help()
 
 
