@@ -124,9 +124,10 @@ def write(folder: Path, shapes: dict, value) -> None:
     contents = {name: (torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
     plan, index = plan_files(contents, "5GB")
     for file_name, names in plan.items():
-        with TensorFile(folder / file_name, {name: contents[name] for name in names}) as file:
-            for name in names:
-                file.write(name, value(name, contents[name][1]).to(torch.bfloat16))
+        file = TensorFile(folder / file_name, {name: contents[name] for name in names})
+        for name in names:
+            file.write(name, value(name, contents[name][1]).to(torch.bfloat16))
+        file.close()
     if index:
         write_index(index, folder)
 

@@ -378,7 +378,7 @@ def test_crash_while_saving_leaves_nothing_under_the_name(config, tokenizer, tmp
     def full_disk(file, name, tensor, offset=0):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safegene_trl.checkpoints.live_merge.TensorFile.write", full_disk)
+    monkeypatch.setattr("safegene_trl.checkpoints.weight_files.TensorFile.write", full_disk)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config())], tokenizer)
     callback.attach(trainer)  # the trainer saves its own fine-tune
     with pytest.raises(SafeGeneError, match="No space left"):

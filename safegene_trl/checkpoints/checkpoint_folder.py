@@ -33,12 +33,14 @@ class CheckpointFolder:
         processor: The tokenizer, or the processor that holds it.
         max_shard_size: Most bytes of one weight file, e.g. `5GB`.
         mark: What its `config.json` says of the vector in the weights (see `lineage.py`).
+        digests: SHA-256 in hex of the weight files that are written, by name.
     """
 
     path: Path
     processor: Any
     max_shard_size: str
     mark: Mapping[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def lay_out(self, contents: Mapping[str, Any]) -> dict[str, list[str]]:
         """Writes the index, where there is more than one weight file; returns each file's tensors.

@@ -1,8 +1,7 @@
 """Live models merged and streamed to disk, one weight at a time: float32 add, one cast."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from ..models.rounding import Rounding
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, add_terms, full_float32, task_terms
 from .output import writing
-from .tensor_file import TensorFile
+from .weight_files import WeightFiles
 
 
 def save_merged(
@@ -48,10 +47,10 @@ def save_merged(
     contents = {
         name: (part.dtype, part.shape) for group in parts.values() for name, part in group.items()
     }
-    with ExitStack() as files:
+    with ExitStack() as stack:
         with sharding.raising_together(), writing():
             if sharding.is_main:
-                place = _Files(folder, contents, files)
+                files = stack.enter_context(WeightFiles(folder, contents))
                 folder.save_record(model)
         for parameter in parameters:
             tensor = merged_tensor(parameter, vector, sharding)
@@ -59,7 +58,11 @@ def save_merged(
                 if sharding.is_main and tensor is not None:
                     if vector.deltas:  # a plain fine-tune is kept as it is
                         check_finite(parameter.name, tensor)
-                    place.write(as_stored(model, parameter.name, tensor.cpu()))
+                    for name, part in as_stored(model, parameter.name, tensor.cpu()).items():
+                        files.write(name, part.contiguous())
+        with sharding.raising_together(), writing():
+            if sharding.is_main:
+                files.wait()
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -73,33 +76,6 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
             f"The fine-tune's {name} is not finite, so nothing is written: train it again, with a lower learning rate or in "
             "float32."
         )
-
-
-class _Files:
-    """The weight files of a checkpoint; each is closed, and on disk, as soon as its last tensor is
-    written.
-
-    To wait for the disk at the end would keep the other ranks waiting past their time-out.
-    """
-
-    def __init__(self, folder: CheckpointFolder, contents: Mapping[str, Any], stack: ExitStack):
-        plan = folder.lay_out(contents)
-        self._missing = {file: set(names) for file, names in plan.items()}
-        self._file_of = {name: file for file, names in plan.items() for name in names}
-        self._open = {
-            file: stack.enter_context(
-                TensorFile(folder.path / file, {name: contents[name] for name in names})
-            )
-            for file, names in plan.items()
-        }
-
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            file = self._file_of[name]
-            self._open[file].write(name, tensor.contiguous())
-            self._missing[file].discard(name)
-            if not self._missing[file]:
-                self._open[file].close()
 
 
 @torch.no_grad()

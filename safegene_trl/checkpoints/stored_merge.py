@@ -17,6 +17,7 @@ from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
 from .stored_model import StoredModel
 from .tensor_file import TensorFile
+from .weight_files import WeightFiles
 
 
 @torch.no_grad()
@@ -47,7 +48,6 @@ def write_merged(
         name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()
     }
     additions = _additions(stored, vector)
-    plan = folder.lay_out(contents)
     total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
     bar = tqdm(
         total=total,
@@ -58,28 +58,28 @@ def write_merged(
         leave=False,
     )
     rounding = Rounding()
-    with bar, RowReader() as reader:
-        for file_name, names in plan.items():
-            with TensorFile(
-                folder.path / file_name, {name: contents[name] for name in names}
-            ) as file:
-                for name in own.keys() & names:
-                    if not is_finite(own[name]):
-                        raise CheckpointError(
-                            f"The adapter's own `{name}` holds NaN or infinity: its training has diverged."
-                        )
-                    file.write(name, own[name])
-                blocks = [
-                    block
-                    for name in names
-                    if name not in own
-                    for block in row_blocks(name, stored.files[name])
-                ]
-                for written, part in in_threads(
-                    partial(_merge_block, stored, additions, reader, file), blocks
-                ):
-                    rounding.include(part)
-                    bar.update(written)
+    with bar, RowReader() as reader, WeightFiles(folder, contents) as files:
+        for file_name, names in files.plan.items():
+            file = files.open(file_name)
+            for name in own.keys() & names:
+                if not is_finite(own[name]):
+                    raise CheckpointError(
+                        f"The adapter's own `{name}` holds NaN or infinity: its training has diverged."
+                    )
+                file.write(name, own[name])
+            blocks = [
+                block
+                for name in names
+                if name not in own
+                for block in row_blocks(name, stored.files[name])
+            ]
+            for written, part in in_threads(
+                partial(_merge_block, stored, additions, reader, file), blocks
+            ):
+                rounding.include(part)
+                bar.update(written)
+            files.finish(file_name)
+        files.wait()
     rounding.check()
     folder.save_record(stored.model)
     return rounding

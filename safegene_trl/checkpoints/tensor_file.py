@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from .following_hash import FollowingHash
 
 
 # as transformers names them
@@ -139,7 +139,10 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 class TensorFile:
-    """A safetensors file to be, whose tensors are written piece by piece and in any order.
+    """A safetensors file to be, whose tensors are written piece by piece and in any order, each
+    piece once.
+
+    It is hashed while it is written.
 
     Args:
         path: The file.
@@ -165,8 +168,9 @@ class TensorFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115  (closed by `close` or on leaving the block)
+        self._file = open(path, "x+b", buffering=0)  # noqa: SIM115  (closed by `close` or `drop`)
         self._file.truncate(self._data + end)
+        self._hash = FollowingHash(self._file.fileno(), self._data + end)
         self._write_at(0, len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
@@ -180,31 +184,28 @@ class TensorFile:
                 memoryview(flat.view(torch.uint8).numpy().data),
             )
 
-    def close(self) -> None:
-        """Closes the file when the disk has all of it; once is enough."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+    def close(self) -> str:
+        """Closes the file when the disk has all of it; returns its SHA-256 in hex."""
+        digest = self._hash.finish()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return digest
 
-    def __enter__(self) -> "TensorFile":
-        return self
+    def give_up(self) -> None:
+        """The file will not be completed: whoever is closing it need not wait for its hash."""
+        self._hash.stop()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+    def drop(self) -> None:
+        """Closes the file as it is."""
+        self._hash.stop()
+        self._file.close()
 
     def _write_at(self, position: int, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
+        first, rest = position, memoryview(data)
         while rest:
             written = os.pwrite(self._file.fileno(), rest, position)
             rest, position = rest[written:], position + written
+        self._hash.written(first, position)
 
 
 def plan_files(

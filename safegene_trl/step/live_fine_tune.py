@@ -237,16 +237,19 @@ class LiveFineTune:
             self.sharding,
         )
 
-    def write(self, folder: Path, found: Found) -> None:
+    def write(self, folder: Path, found: Found) -> dict[str, str]:
         """Writes the merged checkpoint, the adapter, or both."""
         plan, vector = self.plan, ScaledVector(self.vector.deltas, found.by_module)
+        digests: dict[str, str] = {}
         if plan.merges:
             checkpoint = plan.merged_folder(folder, found.coefficients)
             save_merged(self.model, vector, checkpoint, self.sharding)
+            digests = checkpoint.digests
         if place := plan.adapter_place(folder):
             save_adapter(
                 self.model, vector, self.adapter_base, plan.processor, place, self.sharding
             )
+        return digests
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Puts what was written into the live model's place, and compares its logits with those

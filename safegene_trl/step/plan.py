@@ -160,8 +160,10 @@ class FineTune(Protocol):
         """Coefficients and decision; what was found goes into the report as it comes."""
         ...
 
-    def write(self, folder: Path, found: Found) -> None:
-        """Writes the checkpoint into a folder that has nothing but that in the end."""
+    def write(self, folder: Path, found: Found) -> dict[str, str]:
+        """Writes the checkpoint into a folder that has nothing but that in the end; returns the
+        SHA-256 of those of its files that were hashed while they were written, by name.
+        """
         ...
 
     def compare(self, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ fine-tune itself is never touched.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -79,11 +79,11 @@ def _written(plan: Plan, fine_tune: FineTune, found: Found, held: ExitStack) -> 
     sharding, report, add = plan.sharding, plan.report, _nothing
     with atomic_directory(plan.target, job=sharding) as folder:
         with plan.clock.phase("save"):
-            fine_tune.write(folder, found)
+            digests = fine_tune.write(folder, found)
         with plan.clock.phase("verify"):
             with sharding.on_main_rank() as working:
                 if working:
-                    report.files = hashes(folder)
+                    report.files = hashes(folder, digests)
             report.shipped = (report.shipped or {}) | fine_tune.compare(folder)
         report.status = "safeguarded"
         with sharding.raising_together():
@@ -101,14 +101,19 @@ def _nothing() -> None:
     """What a line without a history has to add."""
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its path there; several files at a time."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path there; several files at a time.
+
+    `known` are those of its own files that need not be read.
+    """
+    files = {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    unread = [name for name in files if name not in known]
     with ThreadPoolExecutor() as pool:
-        return {
-            str(path.relative_to(folder)): digest
-            for path, digest in zip(files, pool.map(sha256_of_file, files), strict=True)
-        }
+        read = pool.map(sha256_of_file, (files[name] for name in unread))
+        found = {**known, **dict(zip(unread, read, strict=True))}
+    return {name: found[name] for name in files}
 
 
 @contextmanager

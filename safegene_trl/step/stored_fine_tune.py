@@ -114,12 +114,14 @@ class StoredFineTune:
         decision = Decision("accepted", "The coefficients were given: nothing was measured.")
         return Found(self.coefficients, decision, space.by_module(change))
 
-    def write(self, folder: Path, found: Found) -> None:
+    def write(self, folder: Path, found: Found) -> dict[str, str]:
         """Writes the merged checkpoint, the adapter, or both."""
         plan, vector = self.plan, ScaledVector(self.plan.vector.deltas, found.by_module)
+        digests: dict[str, str] = {}
         if plan.merges:
             checkpoint = plan.merged_folder(folder, found.coefficients)
             self._rounding = write_merged(self.stored, vector, checkpoint)
+            digests = checkpoint.digests
             # not even by the float32 sum: else `write_merged` has refused it
             if not self._rounding.changed:
                 raise OutputError(
@@ -129,6 +131,7 @@ class StoredFineTune:
         if place := plan.adapter_place(folder):
             model, base = self.stored.model, self.relative_to
             save_adapter(model, vector, base, plan.processor, place, plan.sharding)
+        return digests
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """What rounding has left; nothing was measured that the files could be held against."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from safegene_trl.checkpoints import live_merge as merging
+from safegene_trl.checkpoints.tensor_file import TensorFile
 from safegene_trl.models import losses
 from safegene_trl.recalibration import objective
 from safegene_trl.recalibration import search as recalibration
@@ -70,7 +71,7 @@ FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
     "search": (recalibration, "minimize_in_box", break_down, 0),
     "later in the search": (optimization, "_step", break_down, 0),
     "memory": (losses, "_forward", little_memory, 1),
-    "disk": (merging.TensorFile, "write", full_disk, 0),
+    "disk": (TensorFile, "write", full_disk, 0),
 }
 
 

@@ -22,7 +22,9 @@ from safegene_trl import SafeGeneCallback
 from safegene_trl.distributed.communicator import Communicator
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
 from safegene_trl.interruption import terminable
+from safegene_trl.provenance import sha256_of_file
 from safegene_trl.reporting.report import SCHEMA
+from safegene_trl.step import run as run_module
 from safegene_trl.step.history import read_history
 
 from ..conftest import config_of, make_model
@@ -236,7 +238,10 @@ def test_the_base_model_is_never_saved_over(config, tokenizer, model_dir):
     )
 
 
-def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
+def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path, monkeypatch):
+    """Weights are hashed while they are written: of them no file is read for it afterwards."""
+    read = []
+    monkeypatch.setattr(run_module, "sha256_of_file", lambda f: read.append(f) or sha256_of_file(f))
     callback = SafeGeneCallback(config(output_format="both", max_shard_size="20KB"))
     sft(tmp_path, [callback], tokenizer).train()
     folder = tmp_path / "safeguarded"
@@ -247,6 +252,7 @@ def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path):
     assert set(callback.report["files"]) == written and len(written) > 8
     for name, digest in callback.report["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert read and not [path for path in read if path.match("model-*.safetensors")]
 
 
 def test_rejected_release_is_in_the_history_and_on_no_disk(config, tokenizer, tmp_path):
