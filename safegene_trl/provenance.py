@@ -5,6 +5,8 @@ import json
 import logging
 import platform
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,12 @@ def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(paths: Sequence[Path]) -> list[str]:
+    """The same of several, at a time: a checkpoint's files of some gigabytes take seconds each."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256_of_file, paths))
 
 
 def sha256_of_bytes(data: bytes) -> str:
@@ -65,23 +73,22 @@ def model_reference(name_or_path: str, revision: str | None = None) -> dict[str,
         folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
         name, revision = name_or_path, folder.name
     files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+    hashes = {file: known for file in files if (known := _known_hash(file))}
+    unknown = [file for file in files if file not in hashes]
+    hashes |= dict(zip(unknown, sha256_of_files(unknown), strict=True))
     return {
         "name": name,
         "revision": revision,
-        "files": {file.name: _known_hash(file) for file in files},
+        "files": {file.name: hashes[file] for file in files},
     }
 
 
-def _known_hash(file: Path) -> str:
-    """SHA-256 of a file. The hub's cache names large files by it, and checked it when it downloaded
-    them.
+def _known_hash(file: Path) -> str | None:
+    """SHA-256 of a large file in the hub's cache, which names it by that and checked it when it
+    downloaded it; None for any other file.
     """
     target = file.resolve().name
-    return (
-        target
-        if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target)
-        else sha256_of_file(file)
-    )
+    return target if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target) else None
 
 
 def check_base(

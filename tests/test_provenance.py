@@ -1,7 +1,10 @@
 """Whether a fine-tune started from the weights that its vector was made from."""
 
+import threading
+
 import pytest
 
+from safegene_trl import provenance
 from safegene_trl.commands.main import main
 from safegene_trl.errors import FamilyError
 from safegene_trl.provenance import check_base, model_reference, sha256_of_file
@@ -47,6 +50,22 @@ def test_config_files_may_differ(bases):
 def test_unknown_base_is_said_to_be_unknown(name, bases):
     record = model_reference(str(bases[0]))
     assert check_base(name, None, record, allow_other=False)["is_aligned_model"] is None
+
+
+def test_files_are_read_side_by_side(tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = {file.name: sha256_of_file(file) for file in tmp_path.glob("*.safetensors")}
+    both, read = threading.Barrier(2, timeout=60), []
+
+    def waits(file):
+        if file.suffix == ".safetensors" and len(read) < 2:
+            read.append(file)
+            both.wait()  # else broken: nobody came
+        return sha256_of_file(file)
+
+    monkeypatch.setattr(provenance, "sha256_of_file", waits)
+    found = model_reference(str(tmp_path))["files"]
+    assert len(read) == 2 < len(expected) and expected.items() <= found.items()
 
 
 def test_hashes_of_the_hub_cache_are_taken_from_its_names(bases, tmp_path):

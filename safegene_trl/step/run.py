@@ -6,7 +6,6 @@ fine-tune itself is never touched.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..checkpoints.places import failure_path
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import terminable
 from ..models.batch_size import is_out_of_memory
-from ..provenance import sha256_of_file
+from ..provenance import sha256_of_files
 from ..reporting.report import write_evidence, write_report
 from ..text import one_line
 from .decision import DEPENDENT, Decision
@@ -102,7 +101,7 @@ def _nothing() -> None:
 
 
 def hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its path there; several files at a time.
+    """SHA-256 of every file in a folder, by its path there.
 
     `known` are those of its own files that need not be read.
     """
@@ -110,9 +109,8 @@ def hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
         str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
     unread = [name for name in files if name not in known]
-    with ThreadPoolExecutor() as pool:
-        read = pool.map(sha256_of_file, (files[name] for name in unread))
-        found = {**known, **dict(zip(unread, read, strict=True))}
+    read = sha256_of_files([files[name] for name in unread])
+    found = {**known, **dict(zip(unread, read, strict=True))}
     return {name: found[name] for name in files}
 
 

@@ -122,6 +122,20 @@ OUTPUT = (
     ),
     _output("files of others are replaced", "checkpoints/contents.py", "    if foreign is not None:", "    if False:", "tests/checkpoints"),
     _output("short writes taken for whole", "checkpoints/tensor_file.py", "rest, position = rest[written:], position + written", "break"),
+    _output(
+        "hashes of what is not written yet",
+        "checkpoints/following_hash.py",
+        "end = self._size if self._complete else self._end",
+        "end = self._size",
+        "tests/checkpoints/test_following_hash.py",
+    ),
+    _output(
+        "the last files are not waited for",
+        "checkpoints/weight_files.py",
+        "        while self._closing:\n",
+        "        while False:\n",
+        "tests/checkpoints/test_weight_files.py",
+    ),
     Mutant(
         "output: written in place",
         (

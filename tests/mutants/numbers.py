@@ -27,6 +27,13 @@ NUMBERS = (
         "tests/checkpoints/test_stored_merge.py",
     ),
     simple(
+        "merging: weights that are not rounded yet count as rounded",
+        "models/rounding.py",
+        "held = before if before_is_rounded else before.to(rounded.dtype).float()",
+        "held = before",
+        "tests/models/test_rounding.py",
+    ),
+    simple(
         "streaming: what an adapter replaces is not written",
         "checkpoints/stored_merge.py",
         "file.write(name, own[name])",

@@ -41,8 +41,8 @@ STEP = (
     _step(
         "hashes of other files",
         "step/run.py",
-        "zip(files, pool.map(sha256_of_file, files), strict=True)",
-        "zip(files, pool.map(sha256_of_file, files[::-1]), strict=True)",
+        "dict(zip(unread, read, strict=True))",
+        "dict(zip(unread, read[::-1], strict=True))",
     ),
     _step(
         "rejected checkpoints are written",

@@ -22,7 +22,7 @@ from safegene_trl import SafeGeneCallback
 from safegene_trl.distributed.communicator import Communicator
 from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
 from safegene_trl.interruption import terminable
-from safegene_trl.provenance import sha256_of_file
+from safegene_trl.provenance import sha256_of_files
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step import run as run_module
 from safegene_trl.step.history import read_history
@@ -52,7 +52,7 @@ FAULTS = {  # where: what is replaced
     "search": "safegene_trl.step.live_fine_tune.recalibrate",
     "measuring": "safegene_trl.step.live_fine_tune.measure",
     "writing": "safegene_trl.step.live_fine_tune.save_merged",
-    "hashing": "safegene_trl.step.run.sha256_of_file",
+    "hashing": "safegene_trl.step.run.sha256_of_files",
     "reading back": "safegene_trl.step.read_back.stored_tensors",
     "evidence": "safegene_trl.step.run.write_evidence",
 }
@@ -241,7 +241,9 @@ def test_the_base_model_is_never_saved_over(config, tokenizer, model_dir):
 def test_report_names_every_file_with_its_hash(config, tokenizer, tmp_path, monkeypatch):
     """Weights are hashed while they are written: of them no file is read for it afterwards."""
     read = []
-    monkeypatch.setattr(run_module, "sha256_of_file", lambda f: read.append(f) or sha256_of_file(f))
+    monkeypatch.setattr(
+        run_module, "sha256_of_files", lambda f: read.extend(f) or sha256_of_files(f)
+    )
     callback = SafeGeneCallback(config(output_format="both", max_shard_size="20KB"))
     sft(tmp_path, [callback], tokenizer).train()
     folder = tmp_path / "safeguarded"
