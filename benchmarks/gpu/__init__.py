@@ -1,0 +1,1 @@
+"""What the safety step costs on a GPU: `python -m benchmarks.gpu`, in `__main__.py`."""
