@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,9 +19,16 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "PYTHONPATH": str(ROOT),
 }
+DEVICE_VARIABLE = "SAFEGENE_WORKER_DEVICE"  # of the workers; default: the CPU
+ON_GPU = {DEVICE_VARIABLE: "cuda", "DS_ACCELERATOR": "cuda"}
 
 
-def torchrun(arguments: list[str], timeout: int, processes: int = 2) -> subprocess.CompletedProcess:
+def torchrun(
+    arguments: list[str],
+    timeout: int,
+    processes: int = 2,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess:
     """A launch of `processes` ranks; both streams come back as `stdout`."""
     command = [
         sys.executable,
@@ -32,7 +41,7 @@ def torchrun(arguments: list[str], timeout: int, processes: int = 2) -> subproce
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
+        env={**os.environ, **ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,11 +49,18 @@ def torchrun(arguments: list[str], timeout: int, processes: int = 2) -> subproce
     )
 
 
-def run_plans(folder: Path, plans: list[dict], timeout: int) -> None:
+def run_plans(
+    folder: Path,
+    plans: list[dict],
+    timeout: int,
+    processes: int = 2,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Runs all plans in one launch; fails with the launch's output if a worker fails."""
     file = folder / "plans.json"
     file.write_text(json.dumps(plans))
-    done = torchrun(["-m", "tests.distributed.worker", str(file)], timeout)
+    worker = ["-m", "tests.distributed.worker", str(file)]
+    done = torchrun(worker, timeout, processes, environment)
     assert done.returncode == 0, done.stdout[-6000:]
 
 

@@ -26,13 +26,17 @@ from safegene_trl.recalibration import search as recalibration
 
 from ..conftest import config_of, task_dataset
 from .backends import DEEPSPEED, launch_fsdp2, training_arguments
+from .launching import DEVICE_VARIABLE
 
 
 TIMEOUT = timedelta(seconds=60)
+ON_GPU = os.environ.get(DEVICE_VARIABLE) == "cuda"
+BACKEND = "nccl" if ON_GPU else "gloo"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def start(deepspeed: bool) -> None:
-    """The process group, on gloo and with a time-out: the Trainer would take 30 minutes on a CPU."""
+    """The process group, with a time-out: the Trainer would take 30 minutes on a CPU."""
     gc.freeze()  # as in conftest.py: what is imported is not looked through at the end of every training
     if deepspeed:
         import deepspeed as ds
@@ -40,9 +44,9 @@ def start(deepspeed: bool) -> None:
         ds.ops.__compatible_ops__["deepspeed_shm_comm"] = (
             False  # else the first use compiles it for two minutes
         )
-        ds.init_distributed(dist_backend="gloo", timeout=TIMEOUT, auto_mpi_discovery=False)
+        ds.init_distributed(dist_backend=BACKEND, timeout=TIMEOUT, auto_mpi_discovery=False)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group(BACKEND, timeout=TIMEOUT)
 
 
 def callback_of(plan: dict) -> SafeGeneCallback:
@@ -70,7 +74,7 @@ def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
     args = SFTConfig(
         output_dir=str(out),
         max_steps=2,
-        use_cpu=True,
+        use_cpu=not ON_GPU,
         learning_rate=1e-2,
         per_device_train_batch_size=2,
         report_to="none",
@@ -79,7 +83,7 @@ def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
         model_init_kwargs={"dtype": plan["dtype"]},
         **training_arguments(plan),
     )
-    if plan["backend"] == "fsdp2":
+    if plan["backend"] == "fsdp2" and not ON_GPU:
         launch_fsdp2()
     return SFTTrainer(
         model=plan["model"],
@@ -112,7 +116,7 @@ def run(plan: dict, out: Path) -> dict:
         args=TrainingArguments(
             output_dir=str(out / "again"),
             max_steps=1,
-            use_cpu=True,
+            use_cpu=not ON_GPU,
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -126,7 +130,8 @@ def run(plan: dict, out: Path) -> dict:
     plain.train()
     plain.save_model()
     trainable.append(trainable_of(plain))
-    coefficients = torch.tensor(list(callback.report["coefficients"].values()), dtype=torch.float64)
+    values = list(callback.report["coefficients"].values())
+    coefficients = torch.tensor(values, dtype=torch.float64, device=DEVICE)
     everywhere = [torch.zeros_like(coefficients) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, coefficients)
     return {

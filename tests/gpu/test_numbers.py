@@ -1,0 +1,125 @@
+"""What a GPU works out is what a CPU works out: losses, coefficients and answers of the same float32
+weights; and nothing is copied to it that is there.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.gpu.measuring import Given, measure
+from benchmarks.gpu.rows import Row
+from safegene_trl import SafeGeneConfig, apply
+from safegene_trl.commands.main import main
+from safegene_trl.data.shots import gather_shots
+from safegene_trl.distributed.layouts import Sharding
+from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT
+from safegene_trl.models.attachment import VectorAttachment
+from safegene_trl.models.coefficients import CoefficientSpace
+from safegene_trl.models.generation import generate_answers
+from safegene_trl.recalibration.search import recalibrate
+
+from ..conftest import ALONE, HARMFUL, argv, config_of, make_model, with_lora
+from ..recalibration.test_search import calibration_set, helpful_deltas
+from .conftest import PHASES, check_report, check_shipped
+
+
+pytestmark = pytest.mark.gpu
+# Of float32: sums are added up in another order. A search is a few smooth steps away from that.
+LOSS, COEFFICIENT = 1e-4, 2e-3
+
+
+def searched(model, deltas, data, device, **values):
+    space = CoefficientSpace.of(deltas, [8], "module")
+    attachment = VectorAttachment(model.to(device), deltas, space, Sharding(device))
+    config = config_of(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1} | values)
+    return recalibrate(attachment, data, config, 0)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_coefficients_are_those_of_a_cpu(lora, device):
+    data = calibration_set()
+    deltas = helpful_deltas(make_model(), data)
+
+    def fresh():
+        return with_lora(make_model()) if lora else make_model()
+
+    expected = searched(fresh(), deltas, data, torch.device("cpu"))
+    found = searched(fresh(), deltas, data, device)
+    assert found.accepted and found.scale == expected.scale == 1.0
+    assert len(found.history) == len(expected.history) > 2
+    assert found.coefficients == pytest.approx(expected.coefficients, abs=COEFFICIENT)
+    for before, after in zip(expected.history, found.history, strict=True):
+        assert after["objective"] == pytest.approx(before["objective"], rel=10 * LOSS)
+    # the same point: no search lies between
+    assert found.history[0] == {
+        key: pytest.approx(value, rel=LOSS) for key, value in expected.history[0].items()
+    }
+    assert found.held_out_before.to_dict() == pytest.approx(
+        expected.held_out_before.to_dict(), rel=LOSS, abs=1e-6
+    )
+
+
+def test_apply_finds_the_coefficients_of_a_cpu(
+    device, every_vector_helps, vectors, model_dir, task_file, tokenizer, tmp_path
+):
+    place, vector = vectors
+    shots = {"num_safety_shots": 8, "num_task_shots": 8, "num_benign_shots": 4}
+    quick = {"max_evaluations": 3, "max_utility_loss": 100.0, "max_new_tokens": 4}
+    config = config_of(
+        vector=str(place),
+        task_data=str(task_file),
+        output_dir=str(tmp_path / "out"),
+        num_test_prompts=4,
+        **shots,
+        **quick,
+    )
+    report = apply(config, str(model_dir))
+    check_report(report, PHASES - {"keep"})
+    check_shipped(report, torch.float32)
+    again = SafeGeneConfig(**report["config"])
+    drawn = gather_shots(again, vector, tokenizer, 256, None)
+    space = vector.space(again.search.granularity)
+    attachment = VectorAttachment(make_model(), vector.deltas, space, ALONE)
+    alone = recalibrate(attachment, drawn.data, again, tokenizer.pad_token_id)
+    assert report["coefficients"] == pytest.approx(alone.coefficients, abs=COEFFICIENT)
+    objectives = [
+        [entry["objective"] for entry in side] for side in (report["history"], alone.history)
+    ]
+    np.testing.assert_allclose(*objectives, rtol=10 * LOSS)
+
+
+def test_evaluate_answers_as_a_cpu_does(device, model_dir, tokenizer, tmp_path):
+    prompts = tmp_path / "forbidden.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HARMFUL))
+    options = {
+        "model_name_or_path": model_dir,
+        "harmful_data": prompts,
+        "max_new_tokens": 8,
+        "output_dir": tmp_path / "out",
+    }
+    assert main(argv("evaluate", options)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / GENERATIONS).read_text().splitlines()]
+    messages = [[{"role": "user", "content": text}] for text in HARMFUL]
+    expected = generate_answers(make_model(), tokenizer, messages, 8, 4, ALONE)
+    assert sorted(row["answer"] for row in rows) == sorted(expected)
+    result = json.loads((tmp_path / "out" / RESULT).read_text())
+    labels = result["judges"]["refusal_phrases"]["sets"]["forbidden"]["labels"]
+    assert sum(labels.values()) == len(HARMFUL)
+
+
+def test_resident_factors_are_not_copied_again(device, tmp_path):
+    figures = measure(
+        Row("tiny", "components", "attached"), Given(None, None, tmp_path), lambda known: None
+    )
+    assert figures["factors"]["place"] == "resident"
+    for copies in (figures["copies_per_pass"], figures["copies_per_token"]):
+        assert copies["of_factors"] == 0
+        # what the model itself brings to the device is its own
+        assert copies["with_vector"] == copies["without"]
+    # in and out of the host's memory: both factors of every module, once
+    brought = figures["copies_of_the_first_pass"]
+    assert brought["of_factors"] == 28
+    if device.type == "cuda":
+        assert brought["with_vector"] >= 2 * 28
