@@ -27,20 +27,22 @@ from .conftest import PHASES, check_report, check_shipped
 
 pytestmark = pytest.mark.gpu
 # Of float32: sums are added up in another order. A search is a few smooth steps away from that.
-LOSS, COEFFICIENT = 1e-4, 2e-3
+# (Weights that differ by 1e-6 move coefficients by less than 1e-5.)
+LOSS, COEFFICIENT = 1e-4, 1e-3
+# so that no coefficient ends at a bound, where it would be the same on any device
+INSIDE = {"utility_weight": 20.0, "sparsity_weight": 0.05, "max_utility_loss": 100.0}
 
 
-def searched(model, deltas, data, device, **values):
+def searched(model, deltas, data, device):
     space = CoefficientSpace.of(deltas, [8], "module")
     attachment = VectorAttachment(model.to(device), deltas, space, Sharding(device))
-    config = config_of(**{"vector": "v", "max_utility_loss": 10.0, "utility_weight": 0.1} | values)
-    return recalibrate(attachment, data, config, 0)
+    return recalibrate(attachment, data, config_of(vector="v", **INSIDE), 0)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_coefficients_are_those_of_a_cpu(lora, device):
     data = calibration_set()
-    deltas = helpful_deltas(make_model(), data)
+    deltas = helpful_deltas(make_model(), data, layers=(0, 1, 2))
 
     def fresh():
         return with_lora(make_model()) if lora else make_model()
@@ -49,6 +51,7 @@ def test_coefficients_are_those_of_a_cpu(lora, device):
     found = searched(fresh(), deltas, data, device)
     assert found.accepted and found.scale == expected.scale == 1.0
     assert len(found.history) == len(expected.history) > 2
+    assert all(0.01 < value < 1.99 for value in expected.coefficients.values())
     assert found.coefficients == pytest.approx(expected.coefficients, abs=COEFFICIENT)
     for before, after in zip(expected.history, found.history, strict=True):
         assert after["objective"] == pytest.approx(before["objective"], rel=10 * LOSS)
