@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short package test test-fast test-all fuzz mutants faults docs lint format clean
+.PHONY: environment quickstart quickstart-short package test test-fast test-all test-gpu gpu fuzz mutants faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -46,11 +46,20 @@ test: environment
 
 # While editing: what needs no training, no process and next to no model, of every part of the package; under a minute on one core.
 test-fast: environment
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "fast and not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "fast and not exhaustive and not gpu"
 
 # Also what is marked `exhaustive`, the rest of the matrix of backends, failures and launchers: two processes each, so one at a time.
 test-all: test
 	$(BIN)/python -m pytest -m exhaustive
+
+# On one GPU, about 4 minutes; skipped without one. SAFEGENE_GPU_TESTS_ON_CPU=1 runs the same tests on the CPU.
+test-gpu: environment
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# What the step costs on a GPU, in at most 8 minutes; the same command goes on where it was stopped. Recorded under the name RECORD.
+RECORD ?= gpu
+gpu: environment
+	$(BIN)/python -m benchmarks.gpu --record $(RECORD)
 
 # Ten thousand mutated safety vectors, about 5 minutes (of small kinds there are fewer than are asked for); how each kind ended is recorded.
 fuzz: environment
