@@ -207,7 +207,8 @@ def run(row: Row, arguments: argparse.Namespace, seconds: float) -> dict[str, An
 def measure_one(arguments: argparse.Namespace) -> int:
     """In the process of a row."""
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    from .measuring import Given, measure
+    from .measuring import measure
+    from .settings import Given
 
     def note(figures: dict[str, Any]) -> None:
         records.save(arguments.work / FIGURES, figures)

@@ -2,6 +2,8 @@
 of ordinary lengths.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,27 @@ TEMPLATE = (
     "{{ message['role'] }} {{ message['content'] }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+# takes what is known so far, so that a process that dies has told of it
+Note = Callable[[dict[str, Any]], None]
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # as few as show that every row runs
 TINY = {
     "data": DataConfig(num_safety_shots=8, num_task_shots=8, num_benign_shots=8),
     "measure": MeasureConfig(num_test_prompts=8, max_new_tokens=4),
 }
+
+
+@dataclass(frozen=True)
+class Given:
+    """Attributes:
+    model: A checkpoint of somebody's own; None for random weights.
+    vector: Theirs for it; None for random ones.
+    folder: For what is written meanwhile.
+    """
+
+    model: Path | None
+    vector: Path | None
+    folder: Path
 
 
 def size_of(row: Row) -> Size:
@@ -197,3 +214,10 @@ def settings(row: Row, vector: Path, output: Path) -> SafeGeneConfig:
     )
     config.output.output_dir = str(output)
     return config
+
+
+def now() -> float:
+    """Seconds, when the device has done all it was told to."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()

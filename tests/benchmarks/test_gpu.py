@@ -15,8 +15,9 @@ import torch
 from benchmarks import records
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.counting import HostToDeviceCopies, passes_to_1_percent
-from benchmarks.gpu.measuring import Given, measure
+from benchmarks.gpu.measuring import measure
 from benchmarks.gpu.rows import AIMS, Row, wanted
+from benchmarks.gpu.settings import Given
 from safegene_trl.models import factors
 
 

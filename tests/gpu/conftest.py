@@ -70,8 +70,8 @@ def check_shipped(report, dtype, kinds=("merged", "reloaded")):
 
 
 def check_weights(trainer, report, vector, folder, dtype):
-    """Every written tensor is that of the fine-tune plus λ·V, worked out here in float32 on the CPU,
-    but for the last bit of its data type.
+    """Every written tensor is that of the fine-tune plus λ·V, worked out here in float32 on the
+    CPU, but for the last bit of its data type.
     """
     trainer.save_model()
     plain = make_model().to(dtype).float()

@@ -1,5 +1,5 @@
-"""What a GPU works out is what a CPU works out: losses, coefficients and answers of the same float32
-weights; and nothing is copied to it that is there.
+"""What a GPU works out is what a CPU works out, losses, coefficients and answers of the same
+float32 weights; and nothing is copied to it that is there.
 """
 
 import json
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu.measuring import Given, measure
+from benchmarks.gpu.measuring import measure
 from benchmarks.gpu.rows import Row
+from benchmarks.gpu.settings import Given
 from safegene_trl import SafeGeneConfig, apply
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
