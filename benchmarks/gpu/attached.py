@@ -51,11 +51,11 @@ def attached(row: Row, given: Given, note: Note) -> dict[str, Any]:
     with frozen_for_calibration(peft_model):
         figures |= _passes(attachment, shots, padding_id(tokenizer))
         note(figures)
-        decoding = _Decoding(attachment, tokenizer, shots)
+        decoding = _Decoding(attachment, tokenizer, vector)
         figures["copies_per_token"] = decoding.copies_per_token()
         figures["factors"] = attachment.factors.describe()
         note(figures)
-        figures["decoding"] = decoding.seconds_per_token(vector)
+        figures["decoding"] = decoding.seconds_per_token()
     return figures
 
 
@@ -93,9 +93,10 @@ def _passes(attachment: VectorAttachment, shots: Shots, pad_id: int) -> dict[str
 class _Decoding:
     """Greedy answers of one batch, as the step generates them."""
 
-    def __init__(self, attachment: VectorAttachment, tokenizer: Any, shots: Shots):
-        self._attachment, self._tokenizer = attachment, tokenizer
-        self._messages = [list(p.messages) for p in shots.unseen.prompts["harmful"]][:PROMPTS]
+    def __init__(self, attachment: VectorAttachment, tokenizer: Any, vector: SafetyVector):
+        self._attachment, self._tokenizer, self._vector = attachment, tokenizer, vector
+        prompts = [row["prompt"] for row in vector.prompts[:PROMPTS]]
+        self._messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         count = len(attachment.space.names)
         self._values = torch.full((count,), COEFFICIENT, device=DEVICE)
 
@@ -133,10 +134,10 @@ class _Decoding:
         host, factors = ((b - a) / (many - few) for a, b in zip(before, after, strict=True))
         return host, factors
 
-    def seconds_per_token(self, vector: SafetyVector) -> dict[str, Any]:
+    def seconds_per_token(self) -> dict[str, Any]:
         """Of a batch, as the best of some runs, and what it is over that of the plain fine-tune."""
         ones = dict.fromkeys(self._attachment.space.names, COEFFICIENT)
-        scaled = ScaledVector(vector.deltas, self._attachment.space.by_module(ones))
+        scaled = ScaledVector(self._vector.deltas, self._attachment.space.by_module(ones))
         model, sharding = self._attachment.model, self._attachment.sharding
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "without": nullcontext,

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -73,8 +74,8 @@ def test_copies_to_a_device_are_seen():
 
 def test_decoding_is_counted(measured):
     decoding = measured(ATTACHED)[0]["decoding"]
-    assert decoding["batch"] == 8
-    assert decoding["generated"] == {"calls": 1, "steps": 32, "tokens": 8 * 32}
+    assert decoding["batch"] == 32
+    assert decoding["generated"] == {"calls": 1, "steps": 32, "tokens": 32 * 32}
     seconds = decoding["seconds_per_token"]
     assert decoding["beside"] == pytest.approx(seconds["beside"] / seconds["without"], rel=0.02)
 
@@ -113,6 +114,21 @@ def test_a_step_that_dies_has_told_of_what_was_done(measured):
     trained = [figures for figures in noted if "training" in figures]
     assert list(noted[0]["phases"]) == list(trained[0]["phases"]) == ["prepare"]
     assert [len(figures["phases"]) for figures in trained] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_matters_most_comes_first():
+    names = [row.name for row in wanted(["1b", "8b"], "mine")]
+    assert names == [
+        "mine/own/step",
+        "mine/own/attached",
+        "1b/half/step",
+        "8b/half/step",
+        "1b/components/attached",
+        "8b/components/attached",
+        "1b/components/step",
+        "8b/components/step",
+    ]
+    assert [Row.named(name).name for name in names] == names
 
 
 def test_passes_to_1_percent():
@@ -155,9 +171,11 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
         second = tmp_path / "work" / TINY[1].name.replace("/", "-") / command.LOG
         while not second.exists() and time.monotonic() < until:
             time.sleep(0.1)
+        rows = psutil.Process(started.pid).children(recursive=True)
     finally:
         started.send_signal(signal.SIGKILL)
         started.wait(60)
+    assert rows and not psutil.wait_procs(rows, timeout=60)[1]
     (first,) = rows_in(tmp_path).items()
     assert first[0] == TINY[0].name and first[1]["status"] == "measured"
     assert first[1]["report"]["status"] == "safeguarded"
