@@ -60,7 +60,7 @@ def test_files_are_read_side_by_side(tmp_path, monkeypatch):
     def waits(file):
         if file.suffix == ".safetensors" and len(read) < 2:
             read.append(file)
-            both.wait()  # else broken: nobody came
+            both.wait(60)  # else broken: nobody came
         return sha256_of_file(file)
 
     monkeypatch.setattr(provenance, "sha256_of_file", waits)

@@ -62,7 +62,7 @@ def save_merged(
                         files.write(name, part.contiguous())
         with sharding.raising_together(), writing():
             if sharding.is_main:
-                files.wait()
+                files.complete()
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -79,7 +79,7 @@ def write_merged(
                 rounding.include(part)
                 bar.update(written)
             files.finish(file_name)
-        files.wait()
+        files.complete()
     rounding.check()
     folder.save_record(stored.model)
     return rounding

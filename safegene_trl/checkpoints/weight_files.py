@@ -71,7 +71,7 @@ class WeightFiles:
         while len(self._closing) > AT_ONCE:
             self._wait_for_first()
 
-    def wait(self) -> None:
+    def complete(self) -> None:
         """Returns when the disk has all finished files."""
         while self._closing:
             self._wait_for_first()

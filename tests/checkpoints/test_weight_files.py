@@ -35,7 +35,7 @@ def test_files_and_their_hashes(files, tensors, tmp_path):
     with files:
         for name, tensor in tensors.items():
             files.write(name, tensor)
-        files.wait()
+        files.complete()
     found, written = files._folder.digests, sorted(tmp_path.glob("*.safetensors"))
     assert len(written) == COUNT
     assert found == {path.name: sha256_of_file(path) for path in written}
@@ -61,7 +61,7 @@ def test_few_files_wait_for_the_disk(files, tensors, monkeypatch):
         go.set()
         files.write(str(AT_ONCE), tensors[str(AT_ONCE)])
         assert len(files._folder.digests) == 1
-        files.wait()
+        files.complete()
     assert len(files._folder.digests) == AT_ONCE + 1
 
 
@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_left_open(files, tensors, mo
     with pytest.raises(OSError, match="No space left"), files:
         files.write("0", tensors["0"])
         files.write("1", tensors["1"])
-        files.wait()
+        files.complete()
     assert all(file._file.closed for file in files._open.values())
     assert not any(file._hash._thread.is_alive() for file in files._open.values())
 
