@@ -1,17 +1,15 @@
 """`safegene combine VECTOR VECTOR …`: several safety vectors as the components of one."""
 
-import argparse
 from collections.abc import Sequence
 
 from ..config.validation import written_path
 from ..vectors.combination import combine
+from .plain_parser import PlainParser
 
 
 def main(argv: Sequence[str]) -> int:
     """Saves the vector to `--output_dir`."""
-    parser = argparse.ArgumentParser(
-        prog="safegene combine", description="Make one safety vector of several."
-    )
+    parser = PlainParser(prog="safegene combine", description="Make one safety vector of several.")
     parser.add_argument(
         "vectors", nargs="+", help="Two or more safety vectors of one aligned model."
     )

@@ -1,6 +1,5 @@
 """`safegene history FILE`: the releases of a model line, with a warning where refusals drift."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +8,13 @@ from ..errors import SafeGeneError
 from ..reporting.plots import history_plot
 from ..step.drift import drift_warnings
 from ..step.history import Release, history_warnings, read_history, seal_history
+from .plain_parser import PlainParser
 from .tables import aligned, headings, measured_cells
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints one line per release; exit code 0, or 3 where refusals drift."""
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="safegene history", description="Say how a model line's releases went."
     )
     parser.add_argument(

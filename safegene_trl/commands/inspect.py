@@ -2,7 +2,6 @@
 it.
 """
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..text import printable, printable_values, read_json
 from ..vectors.files import CONFIG_FILE, read_files
 from ..vectors.record import VectorRecord, read_record
 from .fleet_folder import STATE
+from .plain_parser import PlainParser
 
 
 MOST_LINES = 100  # of coefficients; more of them are summed up
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a summary; a vector that is damaged is an error, and so is a folder that is neither:
     the message says what it is.
     """
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="safegene inspect", description="Say what a vector or checkpoint holds."
     )
     parser.add_argument(

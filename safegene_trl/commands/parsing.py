@@ -19,6 +19,8 @@ from ..config.settings import SafeGeneConfig, described, hint_at
 from ..config.validation import check_value, check_written, reject_unknown_keys, rule_of, takes_text
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
+from ..text import one_line
+from .plain_parser import PlainErrors, unknown_options
 from .yaml_files import parse_yaml, read_yaml
 
 
@@ -46,20 +48,28 @@ class SafeGeneArguments:
         return None if self.safegene is None else SafeGeneConfig.from_dict(_as_block(self.safegene))
 
 
+class Parser(PlainErrors, TrlParser):
+    """TRL's parser, with errors of one sentence."""
+
+
 def make_parser(
     dataclasses: Sequence[Any], prog: str | None = None, description: str | None = None
 ) -> TrlParser:
     """The parser of a command whose options are the dataclasses' fields, and every key of a
     `safegene` block among them.
     """
-    parser = TrlParser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
     if SafeGeneArguments in dataclasses:
         _add_keys(parser)
     return parser
 
 
 def parse(
-    dataclasses: Sequence[Any], argv: Sequence[str], prog: str, description: str
+    dataclasses: Sequence[Any],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    needed: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Parses `argv` (with an optional `--config recipe.yaml`) into one instance of each dataclass.
 
@@ -69,9 +79,17 @@ def parse(
     OmegaConf's dot-lists, which do join them, let the last of two win and take 'false' in quotes
     for false.
 
+    Args:
+        dataclasses: Their fields are the options.
+        argv: The words of the command line.
+        prog: The command, for its help.
+        description: What it does, for its help.
+        needed: Options that the command cannot do without, each with what is said where it is
+            missing. It is said before anything that is wrong with TRL's settings.
+
     Raises:
         ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a
-            value has the wrong type.
+            value has the wrong type; or TRL refuses its settings, or one that is needed is missing.
     """
     parser = make_parser(dataclasses, prog, description)
     argv = [
@@ -89,17 +107,9 @@ def parse(
         _check_recipe(recipe, kind)
     argv = _with_dashes_joined(argv, parser)
     _check_words(argv, parser)
-    *parsed, unknown = _parsed(parser, argv, recipe)
+    _check_options(argv, parser, options)
+    *parsed, unknown = _parsed(parser, argv, recipe, needed or {})
     keys = vars(parsed.pop()) if len(parsed) > len(dataclasses) else {}
-    strange = {
-        item.removeprefix("--").split("=")[0]: None for item in unknown if item.startswith("--")
-    }
-    reject_unknown_keys(
-        strange,
-        options,
-        where="the command line",
-        elsewhere={_KEY + name: _KEY + place for name, place in PLACES.items()},
-    )
     if unknown:
         raise ConfigError(
             f"`{unknown[0]}` on the command line belongs to no option: write `--option value`."
@@ -110,7 +120,25 @@ def parse(
     return tuple(parsed)
 
 
-def _parsed(parser: TrlParser, argv: Sequence[str], recipe: Mapping[str, Any]) -> tuple[Any, ...]:
+def _check_options(
+    argv: Sequence[str], parser: argparse.ArgumentParser, options: Sequence[str]
+) -> None:
+    """Raises `ConfigError` for a word that is written like an option and is none."""
+    elsewhere = {_KEY + name: _KEY + place for name, place in PLACES.items()}
+    if "model_name_or_path" in options:
+        elsewhere["model"] = "model_name_or_path"
+    strange = [name for name in unknown_options(argv, parser) if name != "--config"]
+    reject_unknown_keys(
+        dict.fromkeys(name.removeprefix("--") for name in strange),
+        list(options),
+        where="the command line",
+        elsewhere=elsewhere,
+    )
+
+
+def _parsed(
+    parser: TrlParser, argv: Sequence[str], recipe: Mapping[str, Any], needed: Mapping[str, str]
+) -> tuple[Any, ...]:
     """What TRL's parser makes of options and a recipe as it was read here: of the file itself its
     own reading would take other numbers.
     """
@@ -120,7 +148,23 @@ def _parsed(parser: TrlParser, argv: Sequence[str], recipe: Mapping[str, Any]) -
     if "--config" in argv:
         position = argv.index("--config")
         del argv[position : position + 2]
-    return tuple(parser.parse_args_into_dataclasses(argv, return_remaining_strings=True))
+    found, _ = parser.parse_known_args(argv)
+    for option, missing in needed.items():
+        if not getattr(found, option):
+            raise ConfigError(missing)
+    try:
+        return tuple(parser.parse_args_into_dataclasses(argv, return_remaining_strings=True))
+    except ValueError as error:  # TRL checks its settings where it makes them
+        raise ConfigError(_refusal(str(error))) from error
+
+
+def _refusal(reason: str) -> str:
+    """The sentence for settings that TRL or transformers refuses, with the first of its own."""
+    first = one_line(reason).split(". ")[0].rstrip(".")
+    remedy = "change the setting that it names"
+    if "bf16" in first:
+        remedy = "on a machine without such a GPU set `use_cpu: true` and `bf16: false`"
+    return f"The training's settings are refused ({first}): {remedy}."
 
 
 def _with_dashes_joined(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:

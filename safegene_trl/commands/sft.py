@@ -18,7 +18,6 @@ from ..checkpoints.loading import check_readable
 from ..checkpoints.output import writing
 from ..distributed.processes import join_processes, leave_processes
 from ..errors import (
-    ConfigError,
     RejectedError,
     SafeGeneError,
     UnexpectedError,
@@ -31,6 +30,7 @@ from .parsing import SafeGeneArguments, make_parser, parse
 from .training_data import check_rows, split_of, training_data
 
 
+NO_MODEL = "No model is named: set `model_name_or_path` to a directory or hub id."
 ARGUMENTS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, SafeGeneArguments)
 
 
@@ -46,9 +46,8 @@ def main(argv: Sequence[str]) -> int:
         argv,
         prog="safegene sft",
         description="Fine-tune with TRL's SFTTrainer and the safety step at its end.",
+        needed={"model_name_or_path": NO_MODEL},
     )
-    if not model.model_name_or_path:
-        raise ConfigError("No model is named: set `model_name_or_path` to a directory or hub id.")
     check_readable(model.model_name_or_path, model.model_revision)
     callback = SafeGeneCallback(safegene.config) if safegene.config else None
     trainer = _trainer(script, training, model, mixture)

@@ -1,6 +1,5 @@
 """`safegene sign VECTOR`: signs a safety vector, so that users can check who made it."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,12 @@ from ..errors import ConfigError
 from ..vectors.files import SIGNED_FILES, read_files
 from ..vectors.record import read_record
 from ..vectors.signing import SIGNATURE_FILE, signature_of
+from .plain_parser import PlainParser
 
 
 def main(argv: Sequence[str]) -> int:
     """Checks the vector, then writes `model.sig` into its folder."""
-    parser = argparse.ArgumentParser(
-        prog="safegene sign", description="Sign a safety vector; works offline."
-    )
+    parser = PlainParser(prog="safegene sign", description="Sign a safety vector; works offline.")
     parser.add_argument("directory", help="Folder of the safety vector.")
     parser.add_argument(
         "--private_key", required=True, help="PEM file of an elliptic-curve private key."

@@ -1,6 +1,5 @@
 """`safegene similarity VECTOR VECTOR …`: pairwise cosines of a family's safety vectors."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from ..reporting.plots import heat_map
 from ..text import printable, strict_json
 from ..vectors.safety_vector import SafetyVector
 from ..vectors.similarity import cosine_table
+from .plain_parser import PlainParser
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table; with `--plot` also a PNG, with `--json` all numbers to a file."""
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="safegene similarity", description="Compare safety vectors of one family."
     )
     parser.add_argument(

@@ -1,18 +1,16 @@
 """`safegene verify VECTOR`: checks a safety vector's signature and content."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..vectors.files import read_files
 from ..vectors.record import read_record
+from .plain_parser import PlainParser
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 only for a vector that is signed with the key and whole."""
-    parser = argparse.ArgumentParser(
-        prog="safegene verify", description="Check a safety vector's signature."
-    )
+    parser = PlainParser(prog="safegene verify", description="Check a safety vector's signature.")
     parser.add_argument("directory", help="Safety vector: folder or hub id.")
     parser.add_argument("--public_key", required=True, help="PEM file of its maker's public key.")
     parser.add_argument("--revision", help="Branch, tag or commit on the hub.")

@@ -162,11 +162,17 @@ def reject_unknown_keys(
 def nearest(
     word: str, known: Iterable[str], cutoff: float = 0.6, elsewhere: Mapping[str, str] | None = None
 ) -> str:
-    """The end of a sentence about a word that is not known: the nearest one that is, if any is near
-    (0–1, 1 the same).
+    """The end of a sentence about a word that is not known: the first one that begins with it, else
+    the nearest one, if any is near (0–1, 1 the same).
     """
-    written = {**(elsewhere or {}), **{name: name for name in known}}
-    found = difflib.get_close_matches(word, list(written), n=1, cutoff=cutoff)
+    names = {name: name for name in known}
+    written = {
+        **names,
+        **{name: place for name, place in (elsewhere or {}).items() if name not in names},
+    }
+    begun = [name for name in written if len(word) > 2 and name.startswith(word)]
+    found = [word] if word in written else begun
+    found = found or difflib.get_close_matches(word, list(written), n=1, cutoff=cutoff)
     return f"; did you mean `{written[found[0]]}`?" if found else "."
 
 
