@@ -100,15 +100,16 @@ def parse(
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
     options = [action.dest for action in shown if action.dest != "help"]
     known = [name for name in options if not name.startswith(_KEY)]
-    recipe = read_yaml(_recipe_path(argv), "The recipe") if "--config" in argv else {}
+    recipe, texts = _recipe(argv)
     reject_unknown_keys(recipe, [*known, "env"], where="the recipe")
-    check_value("env", recipe.get("env", {}), dict[str, Any])
     for kind in dataclasses:
         _check_recipe(recipe, kind)
+    _set_environment(recipe.pop("env", {}), texts)
+    defaults = recipe | _texts_of_numbers(parser, dataclasses, recipe, texts)
     argv = _with_dashes_joined(argv, parser)
     _check_words(argv, parser)
     _check_options(argv, parser, options)
-    *parsed, unknown = _parsed(parser, argv, recipe, needed or {})
+    *parsed, unknown = _parsed(parser, argv, defaults, needed or {})
     keys = vars(parsed.pop()) if len(parsed) > len(dataclasses) else {}
     if unknown:
         raise ConfigError(
@@ -137,13 +138,12 @@ def _check_options(
 
 
 def _parsed(
-    parser: TrlParser, argv: Sequence[str], recipe: Mapping[str, Any], needed: Mapping[str, str]
+    parser: TrlParser, argv: Sequence[str], defaults: Mapping[str, Any], needed: Mapping[str, str]
 ) -> tuple[Any, ...]:
     """What TRL's parser makes of options and a recipe as it was read here: of the file itself its
     own reading would take other numbers.
     """
-    os.environ.update({key: str(value) for key, value in recipe.get("env", {}).items()})
-    parser.set_defaults_with_config(**{key: v for key, v in recipe.items() if key != "env"})
+    parser.set_defaults_with_config(**defaults)
     argv = list(argv)
     if "--config" in argv:
         position = argv.index("--config")
@@ -288,8 +288,61 @@ def _value(option: str, text: str, hint: Any) -> Any:
     return parse_yaml(text, f"`{option}`")
 
 
-def _recipe_path(argv: Sequence[str]) -> Path:
+def _recipe(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe that `--config` names, and the same with its numbers as they are written; nothing
+    without one.
+    """
+    if "--config" not in argv:
+        return {}, {}
     position = list(argv).index("--config")
     if position + 1 >= len(argv):
         raise ConfigError("`--config` needs the path of a recipe.")
-    return Path(argv[position + 1])
+    path = Path(argv[position + 1])
+    return read_yaml(path, "The recipe"), read_yaml(path, "The recipe", numbers_as_text=True)
+
+
+def _set_environment(values: Any, texts: Mapping[str, Any]) -> None:
+    """Sets the environment variables of a recipe: numbers as they are written, `0x10` or `1e5`."""
+    check_value("env", values, dict[str, Any])
+    for key, value in values.items():
+        text = texts["env"][key] if _is_number(value) else str(value)
+        if not isinstance(key, str) or not key or "=" in key or "\0" in key + text:
+            raise ConfigError(f"`env` has {key!r}: that is no variable that can be set.")
+        os.environ[key] = text
+
+
+def _texts_of_numbers(
+    parser: argparse.ArgumentParser,
+    dataclasses: Sequence[Any],
+    recipe: Mapping[str, Any],
+    texts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The numbers of TRL's options as they are written, alone or in lists: argparse makes of a text
+    what the option takes, so that a name like `12e45` stays one.
+    """
+    ours = {
+        each.name
+        for kind in dataclasses
+        if hasattr(kind, "RULES") or kind is SafeGeneArguments
+        for each in fields(kind)
+    }
+    found: dict[str, Any] = {}
+    for action in parser._actions:
+        name, value = action.dest, recipe.get(action.dest)
+        if name in ours:
+            continue
+        if _is_number(value):
+            found[name] = texts[name]
+        elif isinstance(value, list) and any(map(_is_number, value)):
+            try:
+                found[name] = [
+                    action.type(text) if callable(action.type) and _is_number(each) else each
+                    for each, text in zip(value, texts[name], strict=True)
+                ]
+            except ValueError as error:
+                raise ConfigError(f"`{name}` in the recipe has a wrong number: {error}.") from error
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -25,13 +25,16 @@ class _Reader(yaml.SafeLoader):
         based = re.match("0[xo]", text)
         return int(text, {"0x": 16, "0o": 8}[based[0]] if based else 10)
 
+    def construct_fraction(self, node: yaml.ScalarNode) -> float:
+        text = self.construct_scalar(node).replace("_", "").lower()
+        return float(re.sub(r"\.(inf|nan)\Z", r"\1", text))
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:
-            raise yaml.constructor.ConstructorError(
-                None, None, str(error), node.start_mark
-            ) from error
+        except (ValueError, AttributeError, KeyError) as error:  # of a tag that fits no value
+            said = str(error) if isinstance(error, ValueError) else "the value does not fit its tag"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -66,6 +69,18 @@ for _tag, _form in _NUMBERS.items():  # whole numbers first: the others' form ha
     for _kind in (_Reader, _Writer):
         _kind.add_implicit_resolver(_tag, re.compile(rf"({_form})\Z"), list("-+.0123456789"))
 _Reader.add_constructor(_INT, _Reader.construct_number)
+_Reader.add_constructor(_FLOAT, _Reader.construct_fraction)
+
+
+class _Texts(_Reader):
+    """Reads a number as the text that stands there."""
+
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        return str(self.construct_scalar(node))
+
+
+for _tag in _NUMBERS:
+    _Texts.add_constructor(_tag, _Texts.construct_text)
 
 
 class _DoubleKey(yaml.YAMLError):
@@ -76,12 +91,13 @@ class _DoubleKey(yaml.YAMLError):
         self.key, self.first, self.second = key, first, second
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
+def read_yaml(path: Path, what: str, numbers_as_text: bool = False) -> dict[str, Any]:
     """The keys and values in a YAML file.
 
     Args:
         path: The file.
         what: Names it in a message, e.g. `The recipe`.
+        numbers_as_text: Whether numbers are given as they are written, for somebody else to read.
 
     Raises:
         ConfigError: It cannot be read, is no YAML, has a key twice, or holds something else than
@@ -93,7 +109,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what} {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ConfigError(f"{what} {path} is not UTF-8: save it as that.") from error
-    content = parse_yaml(text, f"{what} {path}")
+    content = parse_yaml(text, f"{what} {path}", _Texts if numbers_as_text else _Reader)
     if not isinstance(content, dict):
         raise ConfigError(f"{what} {path} must hold keys and values.")
     return content
@@ -104,14 +120,14 @@ def as_yaml(content: Mapping[str, Any]) -> str:
     return yaml.dump(content, Dumper=_Writer, sort_keys=False)
 
 
-def parse_yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str, loader: type[yaml.SafeLoader] = _Reader) -> Any:
     """What a YAML (or JSON) text holds.
 
     Raises:
         ConfigError: It is no YAML, or has a key twice.
     """
     try:
-        return yaml.load(text, _Reader)
+        return yaml.load(text, loader)
     except _DoubleKey as twice:
         lines = (
             f"on lines {twice.first} and {twice.second}"

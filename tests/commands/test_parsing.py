@@ -477,3 +477,54 @@ def test_a_path_may_begin_with_a_dash(recipe):
 def test_a_whole_number_of_bytes_on_the_command_line(recipe):
     words = ["--safegene.output.max_shard_size", "1000000"]
     assert run("--config", recipe, *words)[-1].config.output.max_shard_size == "1000.0KB"
+
+
+@pytest.mark.parametrize(
+    "written", ["12e45", "1e400", "08", "0o17", "+.5", "1e-4", "010", "1:30", "0x1f"]
+)
+def test_text_of_a_trainers_option_stays_as_it_is_written(tmp_path, written, monkeypatch):
+    monkeypatch.delenv("SAFEGENE_TEST", raising=False)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: tiny\nmodel_revision: {written}\noutput_dir: {written}\n"
+        f"lora_target_modules: [q, {written}]\nuse_cpu: true\nbf16: false\n"
+        f"env: {{SAFEGENE_TEST: {written}}}\n"
+    )
+    model, training, _ = run("--config", path)
+    assert (model.model_revision, training.output_dir) == (written, written)
+    assert model.lora_target_modules == ["q", written]
+    assert os.environ.pop("SAFEGENE_TEST") == written
+
+
+@pytest.mark.parametrize("line", ["max_steps: 1e0", "seed: 1e3", "max_steps: .5", "lora_r: 1e1"])
+def test_a_whole_number_of_a_trainers_option_is_written_as_one(recipe, line):
+    recipe.write_text(f"{RECIPE}\n{line}\n")
+    with pytest.raises(ConfigError, match="it must be a whole number"):
+        run("--config", recipe)
+
+
+def test_numbers_of_a_trainers_options_are_what_the_options_take(recipe):
+    recipe.write_text(f"{RECIPE}\nmax_steps: 010\nnum_train_epochs: 3\nwarmup_steps: 1e-1\n")
+    _, training, _ = run("--config", recipe)
+    assert (training.max_steps, training.num_train_epochs) == (10, 3.0)
+    assert (training.warmup_steps, training.learning_rate) == (0.1, 1e-3)
+
+
+@pytest.mark.parametrize("entry", ['"A=B": c', '"": c', 'A: "x\\0y"', '"A\\0": x', "1: a"])
+def test_what_is_no_environment_variable_is_refused(recipe, entry):
+    recipe.write_text(f"{RECIPE}\nenv: {{{entry}}}\n")
+    with pytest.raises(ConfigError, match="`env"):
+        run("--config", recipe)
+
+
+@pytest.mark.parametrize(
+    "text", ["!!timestamp x", "!!bool maybe", "!!float 1:30", "!!int 0b11", "!!int x"]
+)
+def test_a_tag_that_fits_no_value_is_no_yaml(text):
+    with pytest.raises(ConfigError, match="not valid YAML in line 1"):
+        parse_yaml(f"key: {text}", "The recipe")
+
+
+def test_tagged_numbers():
+    text = "[!!float 1e3, !!float -.INF, !!int 0x10, !!float 1_0.5]"
+    assert parse_yaml(text, "It") == [1000.0, float("-inf"), 16, 10.5]
