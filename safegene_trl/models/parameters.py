@@ -142,7 +142,15 @@ def as_stored(model: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, to
     transformers fuses the experts of a mixture-of-experts model when it loads them, and renames
     modules.
     """
-    return revert_weight_conversion(base_model(model), {name: tensor})
+    return all_as_stored(model, {name: tensor})
+
+
+def all_as_stored(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same of several tensors; the model is looked through once for all of them.
+
+    What is only renamed is the very tensor that was given.
+    """
+    return revert_weight_conversion(base_model(model), dict(tensors))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -88,13 +88,13 @@ def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
     (sets / "out" / GENERATIONS).write_text("".join(lines[:6]) + lines[6][:25])
     (sets / "out" / VERDICTS).unlink()
     asked = []
-    generate = module.generate_answers
+    generate = module.answers_to_tokens
 
-    def counted(model, tokenizer, messages, *rest):
-        asked.extend(messages)
-        return generate(model, tokenizer, messages, *rest)
+    def counted(model, tokenizer, prompts, *rest):
+        asked.extend(prompts)
+        return generate(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr(module, "generate_answers", counted)
+    monkeypatch.setattr(module, "answers_to_tokens", counted)
     evaluate(config)
     assert len(asked) == len(HARMFUL) + len(BENIGN) - 6
     assert (sets / "out" / RESULT).read_bytes() == whole

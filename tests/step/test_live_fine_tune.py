@@ -138,11 +138,10 @@ def test_files_that_hold_something_else_are_refused(config, tokenizer, tmp_path,
 def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_path, monkeypatch):
     """As transformers renames modules of some models between memory and files."""
 
-    def renamed(model, name, tensor):
-        return {name.replace("down_proj", "w2"): tensor}
+    def renamed(model, tensors):
+        return {name.replace("down_proj", "w2"): tensor for name, tensor in tensors.items()}
 
-    for module in ("step.read_back", "checkpoints.live_merge"):
-        monkeypatch.setattr(f"safegene_trl.{module}.as_stored", renamed)
+    monkeypatch.setattr("safegene_trl.models.parameters.revert_weight_conversion", renamed)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
     callback.attach(trainer)
     trainer.train()
@@ -171,36 +170,32 @@ def test_the_gate_measures_the_model_that_is_shipped(
         answering.append(model(input_ids=IDS).logits)
         return ["Take a pan."] * len(prompts)
 
-    monkeypatch.setattr(measurement, "generate_answers", answers)
+    monkeypatch.setattr(measurement, "answers_to_tokens", answers)
     make_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     callback = SafeGeneCallback(config(output_format=output_format, min_coefficient=0.2))
     sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA).train()
-    # harmful and benign prompts, before and after
-    fine_tune, harmful, benign = (
-        answering[0],
-        *answering[2:],
-    )
-    assert (
-        len(answering) == 4 and torch.equal(harmful, benign) and not torch.equal(harmful, fine_tune)
-    )
+    measured, fine_tune = answering
+    assert not torch.equal(measured, fine_tune)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=IDS).logits, fine_tune)
     if output_format == "merged":
         shipped = AutoModelForCausalLM.from_pretrained(
             tmp_path / "safeguarded", dtype=torch.bfloat16
         )
         with torch.no_grad():
-            assert torch.equal(shipped.eval()(IDS).logits, harmful)
+            assert torch.equal(shipped.eval()(IDS).logits, measured)
     else:
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
         with torch.no_grad():
             found = PeftModel.from_pretrained(base, tmp_path / "safeguarded").eval()(IDS).logits
-        assert (found - harmful).abs().max() < (found - fine_tune).abs().max()
+        assert (found - measured).abs().max() < (found - fine_tune).abs().max()
 
 
 def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(
     config, tokenizer, tmp_path, monkeypatch
 ):
-    sizes, generate = [], measurement.generate_answers
+    sizes, generate = [], measurement.answers_to_tokens
 
     def small(model, tokenizer, prompts, new_tokens, batch_size, sharding):
         sizes.append(batch_size)
@@ -215,7 +210,7 @@ def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(
         )
         sft(tmp_path / name, [callback], tokenizer).train()
         reports.append(callback.report)
-        monkeypatch.setattr(measurement, "generate_answers", small)
+        monkeypatch.setattr(measurement, "answers_to_tokens", small)
     assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
     measured = [report["measured"] for report in reports]
     assert measured[1] == measured[0] and measured[0]["after"]["refusal_rate"]["count"] > 2
