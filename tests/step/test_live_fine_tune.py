@@ -1,6 +1,7 @@
 """What is accepted is what is written."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
+from safegene_trl.checkpoints import live_merge
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.tensor_file import TensorFile
 from safegene_trl.errors import OutputError, RejectedError
+from safegene_trl.recalibration import search
 from safegene_trl.step import measurement, probe, shipped_weights
 
 from ..conftest import config_of, make_model, make_vector
@@ -94,6 +97,60 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
             again = probe.response_logits(loaded, measured[0])[0]
         distance = float((again - measured[1]).abs().max())
         assert distance <= (1e-4 if dtype == "float32" else 0.3)
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """Names of the weights that a merge adds up, as they come."""
+    names = []
+    for module in (shipped_weights, live_merge):
+        original = module.merged_tensor
+
+        def counted(parameter, vector, *rest, original=original, **options):
+            if parameter.is_weight and vector.terms(parameter.module_name, False):
+                names.append(parameter.name)
+            return original(parameter, vector, *rest, **options)
+
+        monkeypatch.setattr(module, "merged_tensor", counted)
+    return names
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_a_weight_is_merged_once_to_be_tried_and_measured_and_once_to_be_saved(
+    refused, config, tokenizer, tmp_path, monkeypatch, merges
+):
+    """`refused`: how many shares of the found coefficients are refused."""
+    verdicts = iter(["too much"] * refused)
+    monkeypatch.setattr(search, "objection", lambda *losses: next(verdicts, ""))
+    callback = SafeGeneCallback(config(min_coefficient=0.2))
+    trainer = sft(tmp_path, [callback], tokenizer, peft_config=LORA, learning_rate=0.0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    counts = Counter(merges)
+    assert len(counts) == 6 and set(counts.values()) == {refused + 2}
+    # and the live weights are back
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert callback.report["measured"]["after"]["refusal_rate"]["count"] > 0
+
+
+def test_the_live_weights_are_back_where_measuring_fails(config, tokenizer, tmp_path, monkeypatch):
+    """Those that were accepted stand in their place until then."""
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tried = []
+
+    def failing(*arguments):
+        tried.append(any(not torch.equal(model.state_dict()[n], t) for n, t in before.items()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measurement, "answers_to_tokens", failing)
+    callback = SafeGeneCallback(config(min_coefficient=0.2))
+    trainer = sft(tmp_path, [callback], tokenizer, model=model, learning_rate=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert tried == [True]
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, config):
