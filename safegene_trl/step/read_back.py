@@ -15,7 +15,7 @@ from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding
 from ..errors import CheckpointError
 from ..models.low_rank import broadcast_deltas
-from ..models.parameters import Parameter, all_as_stored, canonical_parameters
+from ..models.parameters import Parameter, StoredForm, canonical_parameters
 from ..models.replacement import replaced, without_adapters
 from .shipped_weights import beside_weights
 
@@ -31,28 +31,17 @@ class WrittenTensors:
         self._reader = reader
         self._files = stored_tensors(folder) if folder else None
         self._left = set(self._files or ())
-        # by the names of live tensors, those of the same tensors in the files
-        self._names = self._named(model) if folder else {}
-
-    def _named(self, model: nn.Module) -> dict[str, str]:
-        """A tensor that is not among them is fused in the model: no vector and no LoRA acts on it,
-        and the live one is what it was.
-        """
-        assert self._files is not None
-        marks = {
-            parameter.name: torch.empty(
-                parameter.shape, dtype=parameter.tensor.dtype, device="meta"
-            )
-            for parameter in canonical_parameters(model)
-        }
-        names = {id(mark): name for name, mark in marks.items()}
-        stored = all_as_stored(model, marks)
-        if missing := sorted(stored.keys() - self._files.keys()):
-            raise CheckpointError(
-                f"The written checkpoint lacks {missing[0]}: run it again, and report this."
-            )
-        self._left -= stored.keys()
-        return {names[id(piece)]: name for name, piece in stored.items() if id(piece) in names}
+        # by the names of live tensors those in the files; one that is not among them is fused in the
+        # model: no vector and no LoRA acts on it, and the live one is what it was
+        self._names: dict[str, str] = {}
+        if self._files is not None:
+            form = StoredForm(model, canonical_parameters(model))
+            if missing := sorted(form.contents.keys() - self._files.keys()):
+                raise CheckpointError(
+                    f"The written checkpoint lacks {missing[0]}: run it again, and report this."
+                )
+            self._left -= form.contents.keys()
+            self._names = form.names
 
     def __call__(self, parameter: Parameter) -> torch.Tensor | None:
         name = self._names.get(parameter.name)
