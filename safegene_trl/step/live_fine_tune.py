@@ -189,9 +189,7 @@ class LiveFineTune:
 
         measured = None
         if any(self.shots.unseen.counts.values()):
-            measurement = Measurement(
-                self.shots.unseen, plan.tokenizer, plan.config, self.sharding
-            )
+            measurement = Measurement(self.shots.unseen, plan.tokenizer, plan.config, self.sharding)
             measured = halving(
                 measurement.at_once(self.model),
                 partial(measurement.measure, self.model, shipped),

@@ -131,7 +131,7 @@ class Measurement:
         return _shares(self._unseen.prompts["harmful"], labels)
 
 
-def _shares(harmful: Sequence[Prompt], labels: Mapping[str, list[str]]) -> dict[str, Any]:
+def _shares(harmful: Sequence[Prompt], labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """What the table of metrics counts, and refusals by category.
 
     Args:

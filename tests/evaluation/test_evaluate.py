@@ -114,7 +114,9 @@ def test_prompts_of_all_sets_share_batches_of_like_numbers_of_tokens(
     def watched(*arguments):
         model, sharding = load(*arguments)
         generate = model.generate
-        model.generate = lambda **given: shapes.append(given["input_ids"].shape) or generate(**given)
+        model.generate = lambda **given: (
+            shapes.append(given["input_ids"].shape) or generate(**given)
+        )
         return model, sharding
 
     monkeypatch.setattr(module, "load_placed", watched)
