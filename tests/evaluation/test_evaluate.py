@@ -104,8 +104,10 @@ def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_prompts_of_all_sets_share_batches_of_like_numbers_of_tokens(
-    batch_size, config, monkeypatch
+    batch_size, config, sets, monkeypatch
 ):
+    rows = [{"prompt": text + " and another" * i} for i, text in enumerate(HARMFUL)]
+    (sets / "forbidden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate(config)
     texts = {row["key"]: row["answer"] for row in answered(config)}
     shapes, read = [], []

@@ -134,22 +134,34 @@ def test_a_weight_is_merged_once_to_be_tried_and_measured_and_once_to_be_saved(
     assert callback.report["measured"]["after"]["refusal_rate"]["count"] > 0
 
 
-def test_the_live_weights_are_back_where_measuring_fails(config, tokenizer, tmp_path, monkeypatch):
-    """Those that were accepted stand in their place until then."""
+@pytest.mark.parametrize("ending", ["rejected", "no start", "in the middle"])
+def test_the_live_weights_are_back_however_measuring_ends(
+    ending, config, tokenizer, tmp_path, monkeypatch
+):
+    """Those that were tried last stand in their place until then."""
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tried = []
 
+    def looked(*arguments):
+        state = model.state_dict()
+        tried.append(any(not torch.equal(state[n], t) for n, t in before.items()))
+        return "too much"
+
     def failing(*arguments):
-        tried.append(any(not torch.equal(model.state_dict()[n], t) for n, t in before.items()))
+        looked()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measurement, "answers_to_tokens", failing)
+    if ending == "rejected":
+        monkeypatch.setattr(search, "objection", looked)
+    else:
+        name = "prompt_tokens" if ending == "no start" else "answers_to_tokens"
+        monkeypatch.setattr(measurement, name, failing)
     callback = SafeGeneCallback(config(min_coefficient=0.2))
     trainer = sft(tmp_path, [callback], tokenizer, model=model, learning_rate=0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RejectedError if ending == "rejected" else KeyboardInterrupt):
         trainer.train()
-    assert tried == [True]
+    assert tried and all(tried)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
