@@ -71,7 +71,7 @@ def test_a_judge(monkeypatch, model_dir, tmp_path, capsys):
     rows = "".join(json.dumps({"prompt": text}) + "\n" for text in HARMFUL[:3])
     (tmp_path / "harmful.jsonl").write_text(rows)
     monkeypatch.setattr(
-        "safegene_trl.evaluation.evaluate.generate_answers",
+        "safegene_trl.evaluation.evaluate.answers_to_tokens",
         lambda model, tokenizer, prompts, *rest: ["I will not do any of that!"] * len(prompts),
     )
     options = {
@@ -197,9 +197,10 @@ def test_a_metric(off_task, monkeypatch, model_dir, vector_dir, task_file, tmp_p
     )
 
     def answers(model, tokenizer, prompts, *rest):
-        return ["positive", *["Take a pan and stir it well."] * (len(prompts) - 1)]
+        # one of each kind
+        return ["positive", *["Take a pan and stir it well."] * (len(prompts) - 2), "positive"]
 
-    monkeypatch.setattr("safegene_trl.step.measurement.generate_answers", answers)
+    monkeypatch.setattr("safegene_trl.step.measurement.answers_to_tokens", answers)
     history = tmp_path / "line.jsonl"
     settings = {
         "vector": vector_dir,

@@ -10,8 +10,8 @@ from ..distributed.layouts import Sharding
 from ..errors import OutputError
 from ..models.parameters import (
     Parameter,
+    StoredForm,
     TaskFactors,
-    as_stored,
     canonical_parameters,
     is_transposed,
     task_factors,
@@ -36,17 +36,12 @@ def save_merged(
     one is in rank 0's memory; the live weights are only read.
     """
     parameters = list(canonical_parameters(model))
-    parts = {
-        parameter.name: as_stored(
-            model,
-            parameter.name,
-            torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta"),
-        )
-        for parameter in parameters
-    }
-    contents = {
-        name: (part.dtype, part.shape) for group in parts.values() for name, part in group.items()
-    }
+    form = StoredForm(model, parameters)
+    contents = {}  # in the order in which they come
+    for parameter in parameters:
+        mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
+        for name, part in form.of(parameter.name, mark).items():
+            contents[name] = (part.dtype, part.shape)
     with ExitStack() as stack:
         with sharding.raising_together(), writing():
             if sharding.is_main:
@@ -58,7 +53,7 @@ def save_merged(
                 if sharding.is_main and tensor is not None:
                     if vector.deltas:  # a plain fine-tune is kept as it is
                         check_finite(parameter.name, tensor)
-                    for name, part in as_stored(model, parameter.name, tensor.cpu()).items():
+                    for name, part in form.of(parameter.name, tensor.cpu()).items():
                         files.write(name, part.contiguous())
         with sharding.raising_together(), writing():
             if sharding.is_main:

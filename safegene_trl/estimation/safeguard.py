@@ -40,12 +40,11 @@ def estimate_safeguard(
     deltas = probe.deltas(vector.deltas, vector.rank)
     run = PlannedRun.of(probe, tokenizer, launch, deltas, stored)
     costs = {"recalibrate": _recalibration(run, config, shots, min(vector.layers))}
-    prompts = [
-        [list(prompt.messages) for prompt in kind] for kind in shots.unseen.prompts.values() if kind
-    ]
+    # of all kinds together, as they are measured
+    prompts = [list(prompt.messages) for kind in shots.unseen.prompts.values() for prompt in kind]
     if prompts:
         size = config.batch_size or ON_CPU
-        seconds, memory = run.answers(prompts, config.measure.max_new_tokens, size, True)
+        seconds, memory = run.answers([prompts], config.measure.max_new_tokens, size, True)
         costs["measure"] = run.cost(2 * seconds, memory)
     return costs | {"save": _saving(run, config)}
 

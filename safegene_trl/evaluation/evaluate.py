@@ -24,8 +24,7 @@ from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
 from ..judges import load_judge
-from ..models.generation import generate_answers
-from ..models.inputs import prompt_text
+from ..models.generation import answers_to_tokens, prompt_tokens
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
 from .config import EvaluationConfig
@@ -211,19 +210,18 @@ def _generated(
     """Answers to a few batches per rank at a time, the longest prompts first: memory that does not
     suffice shows at once.
     """
-    ordered = sorted(
-        prompts, key=lambda prompt: -len(prompt_text(tokenizer, list(prompt.messages)))
-    )
+    tokens = prompt_tokens(tokenizer, [list(prompt.messages) for prompt in prompts])
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
     size = 4 * config.batch_size * sharding.world_size
-    for start in range(0, len(ordered), size):
-        part = ordered[start : start + size]
-        messages = [list(prompt.messages) for prompt in part]
-        own = generate_answers(
-            model, tokenizer, messages, config.max_new_tokens, config.batch_size, sharding
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        asked = [tokens[i] for i in part]
+        own = answers_to_tokens(
+            model, tokenizer, asked, config.max_new_tokens, config.batch_size, sharding
         )
         answers = sharding.gather_texts(own)
-        logger.info("%d of %d answers", start + len(part), len(ordered))
-        yield part, answers
+        logger.info("%d of %d answers", start + len(part), len(order))
+        yield [prompts[i] for i in part], answers
 
 
 def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from .parameters import base_model
 Messages = list[dict[str, str]]
 
 
-@torch.no_grad()
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -33,21 +32,45 @@ def generate_answers(
     With a `sharding` it is collective: the batches are shared out over the ranks, and the answers
     that another rank generates are empty here.
     """
+    tokens = prompt_tokens(tokenizer, prompts)
+    return answers_to_tokens(model, tokenizer, tokens, max_new_tokens, batch_size, sharding)
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]
+) -> list[list[int]]:
+    """The token ids of every prompt, up to where the assistant speaks."""
+    texts = [prompt_text(tokenizer, messages) for messages in prompts]
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+@torch.no_grad()
+def answers_to_tokens(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    sharding: Sharding | None = None,
+) -> list[str]:
+    """As `generate_answers`, to prompts that are tokenised already."""
     sharding = sharding or Sharding(base_model(model).device)
     answers = [""] * len(prompts)
-    texts = [prompt_text(tokenizer, messages) for messages in prompts]
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=_stop_tokens(model, tokenizer),
         pad_token_id=padding_id(tokenizer),
     )
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with plain_decoding(model), sharding.forward_passes():
         for index in sharding.share(len(groups)):
             group = groups[index or 0]
-            padded = _left_padded(tokenizer, [texts[i] for i in group], settings.pad_token_id)
+            padded = _left_padded([prompts[i] for i in group], settings.pad_token_id)
             ids, attention = padded.to(sharding.device)
             output = model.generate(
                 input_ids=ids,
@@ -96,12 +119,8 @@ def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({token for token in tokens if token is not None})
 
 
-def _left_padded(tokenizer: PreTrainedTokenizerBase, texts: list[str], pad_id: int) -> torch.Tensor:
-    encoded = [
-        tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        for text in texts
-    ]
-    width = max(len(ids) for ids in encoded)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in encoded])
-    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in prompts])
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
     return torch.stack((ids, attention))

@@ -184,6 +184,17 @@ def response_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
     return _chosen(_forward(model, batch), batch).float(), _next_ids(batch)
 
 
+def likeliest_tokens(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that the model finds most likely in the response tokens' places, and those tokens'
+    ids.
+
+    They are looked up in the model's own logits, of which no copy is made. Of equal ones the first
+    counts, in every data type.
+    """
+    likeliest = _forward(model, batch)[:, -batch.kept :].argmax(dim=-1)
+    return likeliest[batch.target_mask[:, -batch.kept :]], _next_ids(batch)
+
+
 def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Logits of the last positions, or of all: batch×positions×vocabulary, in the model's type."""
     architecture = type(base_model(extract_model_from_parallel(model)))

@@ -145,6 +145,38 @@ def as_stored(model: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, to
     return revert_weight_conversion(base_model(model), {name: tensor})
 
 
+class StoredForm:
+    """How checkpoint files hold the tensors of a live model; it is looked through once for all that
+    they hold whole.
+
+    Attributes:
+        contents: Empty tensors by their names in the files.
+        names: Of a live tensor that the files hold whole its name there; none of one that is fused
+            in the model.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[Parameter]):
+        self._model = model
+        marks = {
+            parameter.name: torch.empty(
+                parameter.shape, dtype=parameter.tensor.dtype, device="meta"
+            )
+            for parameter in parameters
+        }
+        self.contents = revert_weight_conversion(base_model(model), dict(marks))
+        live = {id(mark): name for name, mark in marks.items()}
+        # what is only renamed is the very tensor that was given
+        self.names = {
+            live[id(piece)]: name for name, piece in self.contents.items() if id(piece) in live
+        }
+
+    def of(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `as_stored`."""
+        if name in self.names:
+            return {self.names[name]: tensor}
+        return as_stored(self._model, name, tensor)
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other
     module.

@@ -146,7 +146,7 @@ def decide(
         found: Whether the recalibration found acceptable coefficients.
         scale: The share of them that was taken.
         reason: Its reason.
-        measured: From `measurement.measure`.
+        measured: From `Measurement.measure`.
         independent: From `independent_prompts`. Where it is False and there are limits, the reason
             says so; the outcome stays.
     """

@@ -6,7 +6,7 @@ weights as they are shipped: they take the live ones' place for as long as they 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,13 @@ from ..checkpoints.live_merge import save_merged
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.reloaded import can_reload, reloaded
 from ..models.attachment import VectorAttachment, frozen_for_calibration
-from ..models.batch_size import fitting_answers, halving
+from ..models.batch_size import halving
 from ..models.coefficients import CoefficientSpace
-from ..models.inputs import padding_id, prompt_text
-from ..models.parameters import (
-    base_model,
-)
-from ..models.rounding import Rounding
+from ..models.inputs import padding_id
 from ..recalibration.search import Recalibration, recalibrate
 from .decision import decide, independent_prompts
 from .finished_training import FinishedTraining, check_finished
-from .measurement import measure
+from .measurement import Measurement
 from .plan import Found
 from .preparation import Preparation
 from .probe import (
@@ -45,7 +41,7 @@ from .probe import (
 )
 from .read_back import as_written, with_adapter
 from .run import run
-from .shipped_weights import beside_weights, merged_weights
+from .shipped_weights import ShippedWeights, TriedRounding, beside_weights, merged_weights
 
 
 def safeguard(
@@ -86,7 +82,8 @@ class LiveFineTune:
             model, self.vector.deltas, self.space, self.sharding, self.plan.carried
         )
         self.training: FinishedTraining | None = None
-        self._rounding = Rounding()
+        self._rounding = TriedRounding()
+        self._weights = ShippedWeights(self._shipped)
         self._probe = Probe(
             self.shots.data.harmful.held_out, padding_id(self.plan.tokenizer), self.sharding
         )
@@ -110,16 +107,17 @@ class LiveFineTune:
         with self.sharding.raising_together():
             check_finished(self.model, plan.merges or plan.origin.kind == "full")
         self.sharding.reshard()
-        result = self._recalibrate()
-        report.coefficients, report.history = result.coefficients, result.history
-        report.untouched, report.search = result.untouched or None, result.passes
-        report.held_out = {
-            "before": result.held_out_before.to_dict(),
-            "after": result.held_out_after.to_dict(),
-        }
-        by_module = self._lacking(result.coefficients)
-        with plan.clock.phase("measure"):
-            report.measured = self._measured(result, by_module)
+        with closing(self._weights):
+            result = self._recalibrate()
+            report.coefficients, report.history = result.coefficients, result.history
+            report.untouched, report.search = result.untouched or None, result.passes
+            report.held_out = {
+                "before": result.held_out_before.to_dict(),
+                "after": result.held_out_after.to_dict(),
+            }
+            by_module = self._lacking(result.coefficients)
+            with plan.clock.phase("measure"):
+                report.measured = self._measured(result, by_module)
         gate, independent = (
             plan.config.gate,
             independent_prompts(plan.config.gate, self.shots.record["unseen"]),
@@ -159,19 +157,18 @@ class LiveFineTune:
 
     def shipped_with(self, values: np.ndarray) -> AbstractContextManager[None]:
         """While open, the model is the one that would be shipped with these coefficients, shape
-        `(n,)`.
+        `(n,)`; and afterwards, until it is another one or `find` ends.
         """
-        return self._shipped(self._lacking(self.space.named(values)))
+        return self._weights.of(self._lacking(self.space.named(values)))
 
-    def _shipped(
-        self, by_module: Mapping[str, torch.Tensor], rounding: Rounding | None = None
-    ) -> AbstractContextManager[None]:
+    def _shipped(self, by_module: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """While open, the model is the one that is shipped: merged, or with its adapter beside the
         weights.
         """
         if self.plan.merges:
             vector = ScaledVector(self.vector.deltas, by_module)
-            return merged_weights(self.model, vector, self.sharding, rounding)
+            self._rounding = TriedRounding()
+            return merged_weights(self.model, vector, self.sharding, self._rounding)
         lacking = torch.cat([by_module[name] for name in self.vector.deltas])
         values = lacking.to(self.sharding.device)
         return beside_weights(self.model, self.vector.deltas, values, self.sharding)
@@ -185,24 +182,17 @@ class LiveFineTune:
 
         @contextmanager
         def shipped() -> Iterator[None]:
-            self._rounding = Rounding()
-            with self._shipped(by_module, self._rounding):
+            with self._weights.of(by_module):
                 self._probe.measured = self._probe.logits(self.model)
                 yield
+            self._weights.close()
 
         measured = None
         if any(self.shots.unseen.counts.values()):
+            measurement = Measurement(self.shots.unseen, plan.tokenizer, plan.config, self.sharding)
             measured = halving(
-                self._answers_at_once(),
-                partial(
-                    measure,
-                    self.model,
-                    shipped,
-                    self.shots.unseen,
-                    plan.tokenizer,
-                    plan.config,
-                    self.sharding,
-                ),
+                measurement.at_once(self.model),
+                partial(measurement.measure, self.model, shipped),
                 self.sharding,
             )
         else:
@@ -213,29 +203,6 @@ class LiveFineTune:
                 if self.sharding.is_main:
                     plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
-
-    def _answers_at_once(self) -> int:
-        """Prompts, or task samples, that are measured in one forward pass."""
-        config, tokenizer, unseen = self.plan.config, self.plan.tokenizer, self.shots.unseen
-        texts = [
-            prompt_text(tokenizer, list(p.messages))
-            for kind in unseen.prompts.values()
-            for p in kind
-        ]
-        prompts = (
-            [len(ids) + config.measure.max_new_tokens for ids in tokenizer(texts)["input_ids"]]
-            if texts
-            else []
-        )
-        samples = [len(sample.input_ids) for sample in unseen.task]
-        responses = max((sum(sample.is_response) for sample in unseen.task), default=1)
-        return fitting_answers(
-            config.batch_size,
-            base_model(self.model),
-            max(prompts + samples),
-            responses,
-            self.sharding,
-        )
 
     def write(self, folder: Path, found: Found) -> dict[str, str]:
         """Writes the merged checkpoint, the adapter, or both."""

@@ -3,7 +3,7 @@ on items no coefficient was fitted on.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,99 +13,137 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.metrics import shares
 from ..config.settings import SafeGeneConfig
+from ..data.prompts import Prompt
 from ..data.shots import Unseen
 from ..distributed.layouts import Sharding
 from ..judges import Exchange, judged
 from ..judges.intervals import mean_interval, rate
 from ..judges.refusal_phrases import RefusalPhrases
 from ..models.attachment import frozen_for_calibration
-from ..models.generation import generate_answers
+from ..models.batch_size import fitting_answers
+from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.inputs import Batch, batches, padding_id
-from ..models.losses import response_logits
+from ..models.losses import likeliest_tokens
+from ..models.parameters import base_model
 
 
-def measure(
-    model: nn.Module,
-    with_vector: Callable[[], AbstractContextManager[None]],
-    unseen: Unseen,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SafeGeneConfig,
-    sharding: Sharding,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Collective: measures the model as it is and with the vector on; it is left as it was.
+class Measurement:
+    """What a model is measured on, tokenised once for before and after and however often it starts
+    again.
 
-    Returns:
-        `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign ones),
-            `incoherent` (of both), whatever else the table of metrics counts, and, per
-        category of harmful prompts, `categories`; each a share with Wilson's 95 % interval.
-            `utility_loss`: mean loss of token accuracy
-        over the task samples with a bootstrap interval. What there is nothing to measure on is left
-            out.
+    Args:
+        unseen: Prompts and task samples.
+        tokenizer: The model's.
+        config: How many tokens an answer may have, and how many samples a batch.
+        sharding: How the model is spread over ranks.
     """
-    batched = (
-        batches(unseen.task, batch_size, padding_id(tokenizer), sharding.device)
-        if unseen.task
-        else []
-    )
 
-    def one_side() -> tuple[dict[str, Any], torch.Tensor]:
-        return _answers(model, unseen, tokenizer, config, sharding, batch_size), _token_accuracy(
-            model, batched, sharding
-        )
+    def __init__(
+        self,
+        unseen: Unseen,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SafeGeneConfig,
+        sharding: Sharding,
+    ):
+        self._unseen, self._tokenizer, self._sharding = unseen, tokenizer, sharding
+        self._config = config
+        self._prompts = [prompt for kind in unseen.prompts.values() for prompt in kind]
+        messages = [list(prompt.messages) for prompt in self._prompts]
+        self._tokens = prompt_tokens(tokenizer, messages)
 
-    with frozen_for_calibration(model):
-        before, right_before = one_side()
-        with with_vector():
-            after, right_after = one_side()
-    found: dict[str, Any] = {
-        "judge": "refusal_phrases",
-        "decoding": "greedy",
-        "max_new_tokens": config.measure.max_new_tokens,
-        "before": before,
-        "after": after,
-    }
-    if batched:
-        found["token_accuracy"] = {
-            "before": float(right_before.mean()),
-            "after": float(right_after.mean()),
+    def at_once(self, model: nn.Module) -> int:
+        """Collective: prompts, or task samples, that are measured in one forward pass."""
+        task, new_tokens = self._unseen.task, self._config.measure.max_new_tokens
+        prompts = [len(ids) + new_tokens for ids in self._tokens]
+        samples = [len(sample.input_ids) for sample in task]
+        responses = max((sum(sample.is_response) for sample in task), default=1)
+        longest, wanted = max(prompts + samples), self._config.batch_size
+        return fitting_answers(wanted, base_model(model), longest, responses, self._sharding)
+
+    def measure(
+        self,
+        model: nn.Module,
+        with_vector: Callable[[], AbstractContextManager[None]],
+        batch_size: int,
+    ) -> dict[str, Any]:
+        """Collective: measures the model as it is and with the vector on; it is left as it was.
+
+        The side with the vector comes first: where it is on already, it need not be put on again.
+
+        Returns:
+            `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign
+                ones), `incoherent` (of both), whatever else the table of metrics counts, and, per
+            category of harmful prompts, `categories`; each a share with Wilson's 95 % interval.
+                `utility_loss`: mean loss of token accuracy
+            over the task samples with a bootstrap interval. What there is nothing to measure on is
+                left out.
+        """
+        task, pad_id = self._unseen.task, padding_id(self._tokenizer)
+        batched = batches(task, batch_size, pad_id, self._sharding.device) if task else []
+
+        def one_side() -> tuple[dict[str, Any], torch.Tensor]:
+            answers = self._answers(model, batch_size)
+            return answers, _token_accuracy(model, batched, self._sharding)
+
+        with frozen_for_calibration(model):
+            with with_vector():
+                after, right_after = one_side()
+            before, right_before = one_side()
+        found: dict[str, Any] = {
+            "judge": "refusal_phrases",
+            "decoding": "greedy",
+            "max_new_tokens": self._config.measure.max_new_tokens,
+            "before": before,
+            "after": after,
         }
-        losses = (right_before - right_after).tolist()
-        low, high = mean_interval(losses)
-        found["utility_loss"] = {
-            "share": float(sum(losses) / len(losses)),
-            "low": low,
-            "high": high,
-            "count": len(losses),
-        }
-    return found
+        if batched:
+            found["token_accuracy"] = {
+                "before": float(right_before.mean()),
+                "after": float(right_after.mean()),
+            }
+            losses = (right_before - right_after).tolist()
+            low, high = mean_interval(losses)
+            found["utility_loss"] = {
+                "share": float(sum(losses) / len(losses)),
+                "low": low,
+                "high": high,
+                "count": len(losses),
+            }
+        return found
 
-
-def _answers(
-    model: nn.Module,
-    unseen: Unseen,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SafeGeneConfig,
-    sharding: Sharding,
-    batch_size: int,
-) -> dict[str, Any]:
-    labels: dict[str, list[str]] = {}
-    for kind, prompts in unseen.prompts.items():
-        messages = [list(prompt.messages) for prompt in prompts]
-        own = generate_answers(
-            model, tokenizer, messages, config.measure.max_new_tokens, batch_size, sharding
+    def _answers(self, model: nn.Module, batch_size: int) -> dict[str, Any]:
+        """Shares of the answers; prompts of all kinds are answered in one set of batches."""
+        own = answers_to_tokens(
+            model,
+            self._tokenizer,
+            self._tokens,
+            self._config.measure.max_new_tokens,
+            batch_size,
+            self._sharding,
         )
-        exchanges = [
-            Exchange(p.text, answer)
-            for p, answer in zip(prompts, sharding.gather_texts(own), strict=True)
-        ]
-        labels[kind] = [verdict.label for verdict in judged(RefusalPhrases(), exchanges)]
+        answers = iter(self._sharding.gather_texts(own))
+        exchanges = [Exchange(prompt.text, next(answers)) for prompt in self._prompts]
+        verdicts = iter(judged(RefusalPhrases(), exchanges))
+        labels = {
+            kind: [next(verdicts).label for _ in prompts]
+            for kind, prompts in self._unseen.prompts.items()
+        }
+        return _shares(self._unseen.prompts["harmful"], labels)
+
+
+def _shares(harmful: Sequence[Prompt], labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """What the table of metrics counts, and refusals by category.
+
+    Args:
+        harmful: The harmful prompts.
+        labels: The judge's, by kind of prompts.
+    """
     found: dict[str, Any] = {}
     for metric in shares():
         if own := [label for kind in metric.kinds for label in labels[kind]]:
             found[metric.key] = _share(own, metric.label)
     categories: dict[str, list[str]] = defaultdict(list)
-    for prompt, label in zip(unseen.prompts["harmful"], labels["harmful"], strict=True):
+    for prompt, label in zip(harmful, labels["harmful"], strict=True):
         if prompt.category is not None:
             categories[prompt.category].append(label)
     if categories:
@@ -132,9 +170,9 @@ def _token_accuracy(model: nn.Module, batched: Sequence[Batch], sharding: Shardi
     with sharding.forward_passes():
         for index in sharding.share(len(batched)):
             batch = batched[index or 0]
-            logits, targets = response_logits(model, batch)
+            likeliest, targets = likeliest_tokens(model, batch)
             counts = batch.target_mask.sum(dim=1).tolist()
-            right = (logits.argmax(dim=-1) == targets).double().split(counts)
+            right = (likeliest == targets).double().split(counts)
             sharding.reshard()
             if index is not None:
                 rows[index, : len(right)] = torch.stack([part.mean() for part in right]).cpu()

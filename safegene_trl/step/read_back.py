@@ -15,41 +15,41 @@ from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding
 from ..errors import CheckpointError
 from ..models.low_rank import broadcast_deltas
-from ..models.parameters import Parameter, as_stored, canonical_parameters
+from ..models.parameters import Parameter, StoredForm, canonical_parameters
 from ..models.replacement import replaced, without_adapters
 from .shipped_weights import beside_weights
 
 
 class WrittenTensors:
-    """The tensors of a written checkpoint as values of a live model's parameters; on rank 0 only."""
+    """The tensors of a written checkpoint as values of a live model's parameters; on rank 0 only.
+
+    Raises:
+        CheckpointError: A tensor of the model is not in the files.
+    """
 
     def __init__(self, model: nn.Module, folder: Path | None, reader: RowReader):
-        self._model, self._reader = model, reader
+        self._reader = reader
         self._files = stored_tensors(folder) if folder else None
         self._left = set(self._files or ())
+        # by the names of live tensors those in the files; one that is not among them is fused in the
+        # model: no vector and no LoRA acts on it, and the live one is what it was
+        self._names: dict[str, str] = {}
+        if self._files is not None:
+            form = StoredForm(model, canonical_parameters(model))
+            if missing := sorted(form.contents.keys() - self._files.keys()):
+                raise CheckpointError(
+                    f"The written checkpoint lacks {missing[0]}: run it again, and report this."
+                )
+            self._left -= form.contents.keys()
+            self._names = form.names
 
     def __call__(self, parameter: Parameter) -> torch.Tensor | None:
-        if self._files is None:
-            return None
-        if parameter.name in self._files:
-            return self._read(parameter.name)
-        mark = torch.empty(parameter.shape, dtype=parameter.tensor.dtype, device="meta")
-        pieces = as_stored(self._model, parameter.name, mark)
-        if missing := sorted(set(pieces) - set(self._files)):
-            raise CheckpointError(
-                f"The written checkpoint lacks {missing[0]}: run it again, and report this."
-            )
-        if renamed := [name for name, piece in pieces.items() if piece is mark]:
-            return self._read(renamed[0])
-        self._left -= set(
-            pieces
-        )  # fused in the model: no vector and no LoRA acts on it, and the live one is what it was
-        return None
+        name = self._names.get(parameter.name)
+        return None if name is None else self._read(name)
 
     def _read(self, name: str) -> torch.Tensor:
         assert self._files is not None
         stored = self._files[name]
-        self._left.discard(name)
         whole = torch.empty(stored.shape, dtype=stored.dtype)
         flat = whole.view(-1, stored.columns) if stored.num_rows else whole
         for block in row_blocks(name, stored):
@@ -68,7 +68,8 @@ class WrittenTensors:
 def as_written(model: nn.Module, folder: Path, sharding: Sharding) -> Iterator[None]:
     """While open, every tensor of a live model holds what a checkpoint's files say."""
     with RowReader() as reader:
-        value = WrittenTensors(model, folder if sharding.is_main else None, reader)
+        with sharding.raising_together():
+            value = WrittenTensors(model, folder if sharding.is_main else None, reader)
         with (
             replaced(list(canonical_parameters(model)), value, sharding),
             without_adapters(model),

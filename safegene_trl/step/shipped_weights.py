@@ -2,8 +2,9 @@
 measured.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +12,79 @@ from torch import nn
 from ..checkpoints.live_merge import merged_tensor
 from ..checkpoints.merge_terms import ScaledVector
 from ..distributed.layouts import Sharding
+from ..errors import OutputError
 from ..models.attachment import VectorAttachment
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import Parameter, canonical_parameters, task_factors
 from ..models.replacement import replaced, without_adapters
 from ..models.rounding import Rounding
+
+
+ByModule = Mapping[str, torch.Tensor]  # coefficients of every module's rank-one parts
+
+
+class ShippedWeights:
+    """The weights that are shipped with some coefficients, in the live ones' place from one use to
+    the next.
+
+    What is accepted is measured next: its weights are worked out once for both. They make way for
+    those of other coefficients, or when they are closed; after an error at once.
+
+    Args:
+        put: Puts the weights of coefficients into the live ones' place for as long as it is open.
+    """
+
+    def __init__(self, put: Callable[[ByModule], AbstractContextManager[None]]):
+        self._put, self._held = put, ExitStack()
+        self._by_module: ByModule | None = None
+
+    @contextmanager
+    def of(self, by_module: ByModule) -> Iterator[None]:
+        """While open, and until they are closed, the weights are those of these coefficients."""
+        try:
+            if not self._are_of(by_module):
+                self.close()
+                self._held.enter_context(self._put(by_module))
+                self._by_module = by_module
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Puts the live weights back."""
+        self._by_module = None
+        self._held.close()
+
+    def _are_of(self, by_module: ByModule) -> bool:
+        held = self._by_module
+        return held is not None and all(
+            torch.equal(held[name], values) for name, values in by_module.items()
+        )
+
+
+class TriedRounding(Rounding):
+    """Of coefficients that are tried, and may be left: that a weight is not finite with them is
+    said by `check`, once they are taken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._error: OutputError | None = None
+
+    def add(self, *arguments: Any, **options: Any) -> None:
+        """As `Rounding.add`, which raises nothing here."""
+        try:
+            super().add(*arguments, **options)
+        except OutputError as error:
+            self._error = self._error or error
+
+    def check(self) -> dict[str, Any]:
+        """As `Rounding.check`; raises what `add` met as well."""
+        if self._error is not None:
+            raise self._error
+        return super().check()
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """`safegene evaluate` from prompts to numbers, cut off and resumed."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -88,16 +90,60 @@ def test_a_run_that_was_cut_off_goes_on(config, sets, monkeypatch):
     (sets / "out" / GENERATIONS).write_text("".join(lines[:6]) + lines[6][:25])
     (sets / "out" / VERDICTS).unlink()
     asked = []
-    generate = module.generate_answers
+    generate = module.answers_to_tokens
 
-    def counted(model, tokenizer, messages, *rest):
-        asked.extend(messages)
-        return generate(model, tokenizer, messages, *rest)
+    def counted(model, tokenizer, prompts, *rest):
+        asked.extend(prompts)
+        return generate(model, tokenizer, prompts, *rest)
 
-    monkeypatch.setattr(module, "generate_answers", counted)
+    monkeypatch.setattr(module, "answers_to_tokens", counted)
     evaluate(config)
     assert len(asked) == len(HARMFUL) + len(BENIGN) - 6
     assert (sets / "out" / RESULT).read_bytes() == whole
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_prompts_of_all_sets_share_batches_of_like_numbers_of_tokens(
+    batch_size, config, sets, monkeypatch
+):
+    rows = [{"prompt": text + " and another" * i} for i, text in enumerate(HARMFUL)]
+    (sets / "forbidden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(config)
+    texts = {row["key"]: row["answer"] for row in answered(config)}
+    shapes, read = [], []
+    load, tokenized = module.load_placed, module.prompt_tokens
+
+    def watched(*arguments):
+        model, sharding = load(*arguments)
+        generate = model.generate
+        model.generate = lambda **given: (
+            shapes.append(given["input_ids"].shape) or generate(**given)
+        )
+        return model, sharding
+
+    monkeypatch.setattr(module, "load_placed", watched)
+    monkeypatch.setattr(
+        module, "prompt_tokens", lambda *given: read.extend(tokenized(*given)) or read
+    )
+    config.batch_size, config.output_dir = batch_size, config.output_dir + " again"
+    evaluate(config)
+    count = len(HARMFUL) + len(BENIGN)
+    assert len(read) == count and len(shapes) == math.ceil(count / batch_size)
+    # the longest first, a few batches at a time
+    part = 4 * batch_size
+    lengths = sorted(map(len, read), reverse=True)
+    expected = [
+        sorted(lengths[start : start + part])[first : first + batch_size]
+        for start in range(0, count, part)
+        for first in range(0, min(part, count - start), batch_size)
+    ]
+    assert shapes == [(len(group), max(group)) for group in expected]
+    assert {row["key"]: row["answer"] for row in answered(config)} == texts
+
+
+def answered(config):
+    lines = (Path(config.output_dir) / GENERATIONS).read_text().splitlines()
+    return list(map(json.loads, lines))
 
 
 def test_judging_again_needs_no_model(config, monkeypatch):

@@ -37,14 +37,14 @@ def pipeline(model_dir, vector_dir, tmp_path, monkeypatch):
 
     def answers(model, tokenizer, prompts, *rest):
         nights.append(True)
-        night = (len(nights) - 1) // 4 + 1  # harmful and benign prompts, before and after
+        night = (len(nights) - 1) // 2 + 1  # after and before
         return [
             "I'm sorry, but I can't help with that."
             if night != 2
             else "Take the first one on the left."
         ] * len(prompts)
 
-    monkeypatch.setattr("safegene_trl.step.measurement.generate_answers", answers)
+    monkeypatch.setattr("safegene_trl.step.measurement.answers_to_tokens", answers)
 
     def run(count):
         files = [str(tmp_path / f"night{night}.jsonl") for night in range(count)]

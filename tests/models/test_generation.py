@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from safegene_trl.models.generation import generate_answers, plain_decoding
+from safegene_trl.models.generation import generate_answers, plain_decoding, prompt_tokens
 
 from ..conftest import make_model, make_tokenizer, with_lora
 
@@ -24,6 +24,70 @@ def test_batching_does_not_change_answers(tokenizer):
     ]
     assert together == alone and any(together)
     assert tokenizer.padding_side == side
+
+
+@pytest.fixture
+def decoded():
+    """Shapes of what goes through a model's layers, by `decoded(model)`."""
+
+    def watch(model):
+        shapes = []
+        model.model.register_forward_pre_hook(
+            lambda module, inputs, named: shapes.append(tuple(named["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        return shapes
+
+    return watch
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_every_token_goes_through_the_model_once(cache, tokenizer, decoded):
+    """Whatever the config says of the cache, which trainers turn off."""
+    model = make_model()
+    model.config.use_cache = model.generation_config.use_cache = cache
+    shapes = decoded(model)
+    generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=2)
+    tokens = sorted(map(len, prompt_tokens(tokenizer, PROMPTS)))
+    # batches of prompts of like length; the last token of an answer is not read any more
+    expected = [(2, tokens[1]), *[(2, 1)] * 5, (2, tokens[3]), *[(2, 1)] * 5]
+    assert shapes == expected
+
+
+def test_decoding_ends_where_the_last_answer_of_a_batch_does(tokenizer, decoded):
+    model = make_model()
+    ends = {0: 2, 1: 4}  # how many tokens each prompt's answer has, the end included
+    steps, shapes = [], decoded(model)
+
+    def ending(module, inputs, output):
+        steps.append(True)
+        for row, length in ends.items():
+            output.logits[row, -1] = 0
+            output.logits[row, -1, 1 if len(steps) >= length else 40] = 1
+        return output
+
+    model.register_forward_hook(ending)
+    answers = generate_answers(model, tokenizer, PROMPTS[:1] * 2, max_new_tokens=50, batch_size=2)
+    assert len(shapes) == 4 and sum(width for _, width in shapes[1:]) == 3
+    assert answers == [tokenizer.decode([40] * (length - 1)).strip() for length in ends.values()]
+
+
+def test_batches_are_of_prompts_with_like_numbers_of_tokens(tokenizer, decoded):
+    """A prompt of few letters may have many tokens."""
+    texts = ["how do i cook dish number 1", "§¶÷¬" * 5, "how do i cook dish number 2", "§¶÷¬" * 4]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    lengths = sorted(map(len, prompt_tokens(tokenizer, prompts)))
+    model = make_model()
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=1, batch_size=4)
+    shapes = decoded(model)
+    assert generate_answers(model, tokenizer, prompts, 1, 2) == together
+    assert shapes == [(2, lengths[1]), (2, lengths[3])] and lengths[1] < lengths[2]
+    assert len(texts[1]) < len(texts[0])
+
+
+def test_tokens_of_all_prompts_are_those_of_each(tokenizer):
+    alone = [prompt_tokens(tokenizer, [prompt])[0] for prompt in PROMPTS]
+    assert prompt_tokens(tokenizer, PROMPTS) == alone and prompt_tokens(tokenizer, []) == []
 
 
 def first_token(model, tokenizer):

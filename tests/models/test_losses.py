@@ -12,6 +12,7 @@ from safegene_trl.models.inputs import Sample, collate
 from safegene_trl.models.losses import (
     cross_entropy,
     divergence,
+    likeliest_tokens,
     response_logits,
     sample_losses,
     stored_reference,
@@ -123,3 +124,24 @@ def test_samples_with_a_reference_and_without_share_a_pass(dtype):
         assert torch.equal(sample_losses(other, batch, reference, 2.0), expected)
         nothing = sample_losses(model, batch, reference, 2.0)[:COMPARED]
         assert nothing.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_tokens_are_those_of_float32_logits(dtype):
+    """Of equal logits, of which there are many in 16 bits, the first."""
+    batch = mixed_batch()
+    logits = made(batch, 1, torch.float32, 500).mul(4).round().clamp(-8, 8).to(dtype)
+    with patch.object(losses, "_forward", return_value=logits):
+        wide, targets = response_logits(None, batch)
+        likeliest, ids = likeliest_tokens(None, batch)
+    first = (wide == wide.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
+    assert torch.equal(likeliest, wide.argmax(dim=-1)) and torch.equal(likeliest, first)
+    assert torch.equal(ids, targets) and bool(((wide == 8).sum(dim=-1) > 1).any())
+
+
+def test_looking_up_the_likeliest_tokens_copies_no_logits():
+    batch = mixed_batch()
+    logits = made(batch, 1, torch.bfloat16)
+    with patch.object(losses, "_forward", return_value=logits):
+        assert peak_bytes(lambda: likeliest_tokens(None, batch)) < 2**16 < logits.nbytes / 100
+        assert peak_bytes(lambda: response_logits(None, batch)) > 2**22

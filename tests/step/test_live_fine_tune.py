@@ -1,6 +1,7 @@
 """What is accepted is what is written."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
+from safegene_trl.checkpoints import live_merge
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.checkpoints.tensor_file import TensorFile
 from safegene_trl.errors import OutputError, RejectedError
+from safegene_trl.recalibration import search
 from safegene_trl.step import measurement, probe, shipped_weights
 
 from ..conftest import config_of, make_model, make_vector
@@ -96,6 +99,72 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
         assert distance <= (1e-4 if dtype == "float32" else 0.3)
 
 
+@pytest.fixture
+def merges(monkeypatch):
+    """Names of the weights that a merge adds up, as they come."""
+    names = []
+    for module in (shipped_weights, live_merge):
+        original = module.merged_tensor
+
+        def counted(parameter, vector, *rest, original=original, **options):
+            if parameter.is_weight and vector.terms(parameter.module_name, False):
+                names.append(parameter.name)
+            return original(parameter, vector, *rest, **options)
+
+        monkeypatch.setattr(module, "merged_tensor", counted)
+    return names
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_a_weight_is_merged_once_to_be_tried_and_measured_and_once_to_be_saved(
+    refused, config, tokenizer, tmp_path, monkeypatch, merges
+):
+    """`refused`: how many shares of the found coefficients are refused."""
+    verdicts = iter(["too much"] * refused)
+    monkeypatch.setattr(search, "objection", lambda *losses: next(verdicts, ""))
+    callback = SafeGeneCallback(config(min_coefficient=0.2))
+    trainer = sft(tmp_path, [callback], tokenizer, peft_config=LORA, learning_rate=0.0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    counts = Counter(merges)
+    assert len(counts) == 6 and set(counts.values()) == {refused + 2}
+    # and the live weights are back
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert callback.report["measured"]["after"]["refusal_rate"]["count"] > 0
+
+
+@pytest.mark.parametrize("ending", ["rejected", "no start", "in the middle"])
+def test_the_live_weights_are_back_however_measuring_ends(
+    ending, config, tokenizer, tmp_path, monkeypatch
+):
+    """Those that were tried last stand in their place until then."""
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tried = []
+
+    def looked(*arguments):
+        state = model.state_dict()
+        tried.append(any(not torch.equal(state[n], t) for n, t in before.items()))
+        return "too much"
+
+    def failing(*arguments):
+        looked()
+        raise KeyboardInterrupt
+
+    if ending == "rejected":
+        monkeypatch.setattr(search, "objection", looked)
+    else:
+        name = "prompt_tokens" if ending == "no start" else "answers_to_tokens"
+        monkeypatch.setattr(measurement, name, failing)
+    callback = SafeGeneCallback(config(min_coefficient=0.2))
+    trainer = sft(tmp_path, [callback], tokenizer, model=model, learning_rate=0.0)
+    with pytest.raises(RejectedError if ending == "rejected" else KeyboardInterrupt):
+        trainer.train()
+    assert tried and all(tried)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
 def test_a_vector_that_rounding_takes_away_is_refused(tokenizer, tmp_path, config):
     vector = make_vector(make_model().to(torch.bfloat16), tokenizer, std=1e-4)
     vector.save_pretrained(tmp_path / "vector")
@@ -138,11 +207,10 @@ def test_files_that_hold_something_else_are_refused(config, tokenizer, tmp_path,
 def test_tensors_that_files_call_otherwise_are_read_back(config, tokenizer, tmp_path, monkeypatch):
     """As transformers renames modules of some models between memory and files."""
 
-    def renamed(model, name, tensor):
-        return {name.replace("down_proj", "w2"): tensor}
+    def renamed(model, tensors):
+        return {name.replace("down_proj", "w2"): tensor for name, tensor in tensors.items()}
 
-    for module in ("step.read_back", "checkpoints.live_merge"):
-        monkeypatch.setattr(f"safegene_trl.{module}.as_stored", renamed)
+    monkeypatch.setattr("safegene_trl.models.parameters.revert_weight_conversion", renamed)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config(min_coefficient=0.2))], tokenizer)
     callback.attach(trainer)
     trainer.train()
@@ -171,36 +239,32 @@ def test_the_gate_measures_the_model_that_is_shipped(
         answering.append(model(input_ids=IDS).logits)
         return ["Take a pan."] * len(prompts)
 
-    monkeypatch.setattr(measurement, "generate_answers", answers)
+    monkeypatch.setattr(measurement, "answers_to_tokens", answers)
     make_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     callback = SafeGeneCallback(config(output_format=output_format, min_coefficient=0.2))
     sft(tmp_path, [callback], tokenizer, model=model, peft_config=LORA).train()
-    # harmful and benign prompts, before and after
-    fine_tune, harmful, benign = (
-        answering[0],
-        *answering[2:],
-    )
-    assert (
-        len(answering) == 4 and torch.equal(harmful, benign) and not torch.equal(harmful, fine_tune)
-    )
+    measured, fine_tune = answering
+    assert not torch.equal(measured, fine_tune)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=IDS).logits, fine_tune)
     if output_format == "merged":
         shipped = AutoModelForCausalLM.from_pretrained(
             tmp_path / "safeguarded", dtype=torch.bfloat16
         )
         with torch.no_grad():
-            assert torch.equal(shipped.eval()(IDS).logits, harmful)
+            assert torch.equal(shipped.eval()(IDS).logits, measured)
     else:
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
         with torch.no_grad():
             found = PeftModel.from_pretrained(base, tmp_path / "safeguarded").eval()(IDS).logits
-        assert (found - harmful).abs().max() < (found - fine_tune).abs().max()
+        assert (found - measured).abs().max() < (found - fine_tune).abs().max()
 
 
 def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(
     config, tokenizer, tmp_path, monkeypatch
 ):
-    sizes, generate = [], measurement.generate_answers
+    sizes, generate = [], measurement.answers_to_tokens
 
     def small(model, tokenizer, prompts, new_tokens, batch_size, sharding):
         sizes.append(batch_size)
@@ -215,7 +279,7 @@ def test_measuring_starts_again_with_smaller_batches_where_memory_runs_out(
         )
         sft(tmp_path / name, [callback], tokenizer).train()
         reports.append(callback.report)
-        monkeypatch.setattr(measurement, "generate_answers", small)
+        monkeypatch.setattr(measurement, "answers_to_tokens", small)
     assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
     measured = [report["measured"] for report in reports]
     assert measured[1] == measured[0] and measured[0]["after"]["refusal_rate"]["count"] > 2

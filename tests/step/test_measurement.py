@@ -1,14 +1,17 @@
 """Before and after, on what nothing was fitted on."""
 
-from contextlib import contextmanager
+import math
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from safegene_trl.data.shots import gather_shots
+from safegene_trl.models import generation
+from safegene_trl.models.generation import generate_answers
 from safegene_trl.models.inputs import batches
 from safegene_trl.step import measurement
-from safegene_trl.step.measurement import measure
+from safegene_trl.step.measurement import Measurement
 
 from ..conftest import ALONE, HARMFUL, config_of, make_model, make_vector, task_dataset
 
@@ -33,18 +36,23 @@ def test_refusals_coherence_and_categories(setting, tokenizer, monkeypatch):
     repaired = []
 
     def answers(model, tokenizer, prompts, *rest):
-        harmful = prompts[0][0]["content"] in HARMFUL
+        texts = [tokenizer.decode(ids) for ids in prompts]
+        harmful = [any(known in text for known in HARMFUL) for text in texts]
+        # of both kinds together
+        assert set(harmful) == {True, False}
         if not repaired:
             return ["Here is what you do: take the thing and put it there."] * len(prompts)
-        return [REFUSAL] * len(prompts) if harmful else [REFUSAL, *[""] * (len(prompts) - 1)]
+        first = harmful.index(False)
+        return [REFUSAL if one or i == first else "" for i, one in enumerate(harmful)]
 
     @contextmanager
     def with_vector():
         repaired.append(True)
         yield
+        repaired.clear()
 
-    monkeypatch.setattr(measurement, "generate_answers", answers)
-    found = measure(model, with_vector, unseen, tokenizer, config, ALONE, 8)
+    monkeypatch.setattr(measurement, "answers_to_tokens", answers)
+    found = Measurement(unseen, tokenizer, config, ALONE).measure(model, with_vector, 8)
     before, after = found["before"], found["after"]
     assert before["refusal_rate"]["share"] == 0 and after["refusal_rate"]["share"] == 1
     # Wilson's, all of eight
@@ -54,6 +62,44 @@ def test_refusals_coherence_and_categories(setting, tokenizer, monkeypatch):
     assert set(after["categories"]) == {"category 0", "category 1"}
     assert sum(share["count"] for share in after["categories"].values()) == 8
     assert found["utility_loss"] == {"share": 0.0, "low": 0.0, "high": 0.0, "count": 8}
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 100])
+def test_prompts_of_all_kinds_share_batches_and_are_tokenised_once(
+    batch_size, setting, tokenizer, monkeypatch
+):
+    model, config, unseen = setting
+    messages = {
+        kind: [list(p.messages) for p in prompts] for kind, prompts in unseen.prompts.items()
+    }
+    # what each kind's prompts are answered alone
+    expected = [
+        answer
+        for prompts in messages.values()
+        for answer in generate_answers(model, tokenizer, prompts, config.measure.max_new_tokens, 3)
+    ]
+    calls, texts, exchanges = [], [], []
+    generate, text, judged = model.generate, generation.prompt_text, measurement.judged
+    monkeypatch.setattr(
+        model, "generate", lambda **options: calls.append(True) or generate(**options)
+    )
+    monkeypatch.setattr(
+        generation, "prompt_text", lambda *given: texts.append(True) or text(*given)
+    )
+    monkeypatch.setattr(
+        measurement, "judged", lambda judge, own: exchanges.append(own) or judged(judge, own)
+    )
+    measured = Measurement(unseen, tokenizer, config, ALONE)
+    for _ in range(2):  # as after memory has run out
+        measured.measure(model, nullcontext, batch_size)
+    count = sum(map(len, messages.values()))
+    assert count == 13 and len(texts) == count
+    assert len(calls) == 2 * 2 * math.ceil(count / batch_size)
+    for own in exchanges:
+        assert [exchange.answer for exchange in own] == expected
+        assert [exchange.prompt for exchange in own] == [
+            prompt.text for prompts in unseen.prompts.values() for prompt in prompts
+        ]
 
 
 def test_token_accuracy_of_every_sample(setting, tokenizer):
@@ -87,7 +133,7 @@ def test_loss_of_accuracy_is_paired(setting, tokenizer):
         with torch.no_grad():
             weight.copy_(kept)
 
-    found = measure(model, with_vector, unseen, tokenizer, config, ALONE, 8)
+    found = Measurement(unseen, tokenizer, config, ALONE).measure(model, with_vector, 8)
     accuracy, loss = found["token_accuracy"], found["utility_loss"]
     assert loss["share"] == pytest.approx(accuracy["before"] - accuracy["after"])
     assert loss["low"] <= loss["share"] <= loss["high"] and loss["count"] == 8

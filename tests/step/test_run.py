@@ -50,7 +50,7 @@ def config(vector_dir):
 
 FAULTS = {  # where: what is replaced
     "search": "safegene_trl.step.live_fine_tune.recalibrate",
-    "measuring": "safegene_trl.step.live_fine_tune.measure",
+    "measuring": "safegene_trl.step.live_fine_tune.Measurement",
     "writing": "safegene_trl.step.live_fine_tune.save_merged",
     "hashing": "safegene_trl.step.run.sha256_of_files",
     "reading back": "safegene_trl.step.read_back.stored_tensors",
