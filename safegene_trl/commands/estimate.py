@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.loading import load_tokenizer, resolve_dtype
+from ..checkpoints.live_merge import checkpoint_bytes
+from ..checkpoints.loading import load_processor, load_tokenizer, resolve_dtype
 from ..checkpoints.output import check_writable, replace_file
 from ..checkpoints.skeleton import load_skeleton
+from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel
 from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
@@ -22,11 +25,14 @@ from ..estimation.stored_merge import estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.difference import differ_by_adapters
 from ..extraction.prompts import ExtractionPrompts
+from ..step.apply import INTERFERENCE, apply, check_arguments, output_of
 from ..step.apply_with_coefficients import check_measures_nothing
-from ..step.plan import read_vector
+from ..step.plan import FINE_TUNE, InputModel, Origin, read_vector, try_output
+from ..step.preparation import first_coefficients
 from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
+from .apply_arguments import ApplyArguments
 from .launch_option import OPTION, take_config, wants_launch
 from .parsing import parse
 from .training_data import split_of, training_data
@@ -131,26 +137,50 @@ def estimate_apply(
         raise ConfigError(
             "No model or no safety vector is named: set `model_name_or_path` and `safegene`."
         )
+    given = _check_apply(config, arguments)
     probe = Probe(
         load_skeleton(name, revision), resolve_dtype(arguments.dtype, name, revision), timed=timed
     )
     tokenizer = load_tokenizer(name, revision)
-    if arguments.coefficients is not None:
-        check_measures_nothing(config)
-        return estimate_stored_merge(
-            probe, config, read_vector(config, probe.skeleton, tokenizer)[0], tokenizer
-        )
-    if config.data.task_data is None:
-        raise ConfigError(
-            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
-        )
+    if given:
+        vector, _, _ = read_vector(config, probe.skeleton, tokenizer)
+        return estimate_stored_merge(probe, config, vector, tokenizer)
+    base = adapter_base(name, revision)
+    origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name})
+    model = InputModel(probe.skeleton, load_processor(name, revision), origin)
+    needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(probe.skeleton)
+    try_output(config, model, output_of(config, name), needed)
     return _safeguarding(probe, config, tokenizer, launch, None)
+
+
+def _check_apply(config: SafeGeneConfig, arguments: ApplyArguments) -> bool:
+    """Refuses what `apply` would refuse before it loads a model; whether coefficients are given."""
+    name, given = check_arguments(
+        config,
+        str(arguments.model_name_or_path),
+        arguments.model_revision,
+        arguments.dtype,
+        arguments.coefficients,
+        arguments.base_model,
+    )
+    if given is None:
+        if config.data.task_data is None:
+            raise ConfigError(
+                "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+            )
+        return False
+    check_measures_nothing(config)
+    if given != INTERFERENCE:  # whose rule takes as long as a merge
+        safeguard = replace(config, dry_run=True)
+        apply(safeguard, name, model_revision=arguments.model_revision, coefficients=given)
+    return True
 
 
 def _safeguarding(
     probe: Probe, config: SafeGeneConfig, tokenizer: Any, launch: Launch, rows: Any
 ) -> dict[str, Cost]:
     vector, _, _ = read_vector(config, probe.skeleton, tokenizer)
+    first_coefficients(config, vector)
     shots = gather_shots(config, vector, tokenizer, None, rows)
     return estimate_safeguard(probe, config, vector, tokenizer, shots, launch)
 

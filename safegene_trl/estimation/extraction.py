@@ -2,10 +2,8 @@
 
 import copy
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -24,13 +22,13 @@ from ..extraction.distillation import (
 )
 from ..extraction.methods import METHODS
 from ..extraction.prompts import ExtractionPrompts
-from ..extraction.selection import gradient, last_token_states, top_layers
+from ..extraction.selection import SELECTIONS, gradient, last_token_states, top_layers
 from ..models.inputs import Sample
 from ..models.names import layer_index
 from ..models.parameters import canonical_modules, linear_shape, task_factors
 from .cost import Cost, Launch
 from .planned_run import PlannedRun
-from .probe import LAYERS, Probe, folder_beside
+from .probe import LAYERS, Probe, temporary_folder_beside
 
 
 SAMPLED_PROMPTS = 2  # of steps that read prompts one by one
@@ -104,7 +102,7 @@ def estimate_extraction(
     samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
     if METHODS[config.method].distils:
         costs["distillation"] = _distillation(run, config, samples)
-    if config.selection in ("gradient", "activation_contrast"):
+    if SELECTIONS[config.selection].runs_models:
         costs["selection"] = _selection(run, config, prompts, samples[0])
     return costs | {"save": Cost(0.0, probe.host, _size_of_vector(run, config))}
 
@@ -119,8 +117,8 @@ def _difference(probe: Probe, config: ExtractionConfig, difference: DifferingMod
 
         seconds, memory = probe.measure(known, on_host=True).at(probe.layers)
         return Cost(seconds, probe.host + memory)
-    with tempfile.TemporaryDirectory(dir=folder_beside(config.output_dir)) as place:
-        stored, others = (probe.stored(Path(place) / name) for name in ("aligned", "degraded"))
+    with temporary_folder_beside(config.output_dir) as place:
+        stored, others = (probe.stored(place / name) for name in ("aligned", "degraded"))
 
         def read(index: int) -> None:
             stored_delta(stored[index], others[index], rank, config.exact_svd, config.seed, False)
@@ -210,7 +208,7 @@ def _selection(
         few = refusals[:SAMPLED_PROMPTS]
         gradient(probe.models[index], run.deltas[index], few, run.padding_id, probe.alone)
 
-    if config.selection == "gradient":
+    if SELECTIONS[config.selection].takes_gradients:
         scores, passes = gradients, min(most, len(refusals))
     else:
         scores = contrast

@@ -16,7 +16,8 @@ import re
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ..checkpoints.output import atomic_directory, nearest_folder
+from ..checkpoints.output import atomic_directory, nearest_folder, writing
 from ..checkpoints.stored_model import StoredModel
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
@@ -152,11 +153,11 @@ class Probe:
         sizes = [0, 0]
 
         def run(index: int) -> None:
-            with tempfile.TemporaryDirectory(dir=folder_beside(output_dir)) as place:
-                with atomic_directory(Path(place) / "out") as folder:
+            with temporary_folder_beside(output_dir) as place:
+                with atomic_directory(place / "out") as folder:
                     write(index, folder)
                 sizes[index] = sum(
-                    path.stat().st_size for path in Path(place).rglob("*") if path.is_file()
+                    path.stat().st_size for path in place.rglob("*") if path.is_file()
                 )
 
         cost = self.measure(run, on_host)
@@ -212,6 +213,15 @@ class _Allocations(TorchDispatchMode):
         self._now -= count
 
 
-def folder_beside(output_dir: str | None) -> Path | None:
-    """A folder on the disk that will be written to; never one that is to be replaced."""
-    return None if output_dir is None else nearest_folder(Path(output_dir).absolute().parent)
+@contextmanager
+def temporary_folder_beside(output_dir: str | None) -> Iterator[Path]:
+    """A folder on the disk that will be written to; never in one that is to be replaced.
+
+    Raises:
+        OutputError: Nothing can be written there.
+    """
+    beside = None if output_dir is None else nearest_folder(Path(output_dir).absolute().parent)
+    with writing():
+        folder = tempfile.TemporaryDirectory(dir=beside)
+    with folder as place:
+        yield Path(place)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ..checkpoints.stored_merge import write_merged
 from ..config.settings import SafeGeneConfig
 from ..vectors.safety_vector import SafetyVector
 from .cost import Cost
-from .probe import Probe, folder_beside
+from .probe import Probe, temporary_folder_beside
 
 
 def estimate_stored_merge(
@@ -22,8 +21,8 @@ def estimate_stored_merge(
 ) -> dict[str, Cost]:
     """Cost of `save` where the coefficients are given and the weights are merged from file to file."""
     deltas = probe.deltas(vector.deltas, vector.rank)
-    with tempfile.TemporaryDirectory(dir=folder_beside(config.output.output_dir)) as place:
-        stored = probe.stored(Path(place))
+    with temporary_folder_beside(config.output.output_dir) as place:
+        stored = probe.stored(place)
 
         def write(index: int, folder: Path) -> None:
             own = deltas[index]

@@ -217,11 +217,18 @@ class Selection:
 
     Attributes:
         scores: The score of every layer. Collective.
-        reads_states: Whether it reads the aligned model's states.
+        reads_states: Whether it reads both models' states.
+        takes_gradients: Whether it takes gradients of the degraded model.
     """
 
     scores: Callable[[Evidence], LayerScores]
     reads_states: bool = False
+    takes_gradients: bool = False
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether it takes more than the deltas."""
+        return self.reads_states or self.takes_gradients
 
 
 def _by_activations(evidence: Evidence) -> LayerScores:
@@ -240,7 +247,7 @@ def _at_random(evidence: Evidence) -> LayerScores:
 
 SELECTIONS: dict[str, Selection] = {
     "activation_contrast": Selection(_by_activations, reads_states=True),
-    "gradient": Selection(_by_gradient),
+    "gradient": Selection(_by_gradient, takes_gradients=True),
     "magnitude": Selection(lambda evidence: magnitude(evidence.deltas)),
     "random": Selection(_at_random),
     "all": Selection(_at_random),

@@ -14,6 +14,7 @@ from ..distributed.world_size import launched_processes
 from ..errors import ConfigError
 
 
+INTERFERENCE = "interference"  # EnchTable's rule, in the place of coefficients
 NO_MODEL = "No model is named: set `model_name_or_path` to a finished checkpoint or adapter."
 
 
@@ -73,21 +74,10 @@ def apply(
             checkpoint is written, the failure report lies beside its place.
         UnexpectedError: Anything else failed in the step.
     """
-    check_is(config, SafeGeneConfig, "apply")
-    config.check()
-    check_value("model_revision", model_revision, str | None)
-    check_value("dtype", dtype, str, Rule(choices=DTYPES))
-    given = str(coefficients) if isinstance(coefficients, Path) else coefficients
-    check_value("coefficients", given, float | str | None)
-    check_value("base_model", base_model, str | None)
+    name, given = check_arguments(
+        config, model_name_or_path, model_revision, dtype, coefficients, base_model
+    )
     check_value("allow_pickled_shards", allow_pickled_shards, bool)
-    if base_model is not None and given != "interference":
-        raise ConfigError(
-            "`base_model` is read for `coefficients: interference` alone: leave it out."
-        )
-    name = str(model_name_or_path or "")
-    if not name:
-        raise ConfigError(NO_MODEL)
     target = output_of(config, name)
     if given is None:
         from .apply_with_search import safeguard_loaded
@@ -97,13 +87,44 @@ def apply(
         raise ConfigError(
             "`coefficients` are merged from file to file by one process: leave out the launcher."
         )
-    if dtype != "auto":
+    from .apply_with_coefficients import safeguard_stored
+
+    return safeguard_stored(config, name, model_revision, given, target, base_model)
+
+
+def check_arguments(
+    config: SafeGeneConfig,
+    model_name_or_path: str | Path,
+    model_revision: str | None,
+    dtype: str,
+    coefficients: float | str | Path | None,
+    base_model: str | None,
+) -> tuple[str, str | None]:
+    """What `apply` is given, checked as far as no file needs to be read: the model's name, and the
+    coefficients as text.
+
+    Raises:
+        ConfigError: A value is missing, impossible, or contradicts another one.
+    """
+    check_is(config, SafeGeneConfig, "apply")
+    config.check()
+    check_value("model_revision", model_revision, str | None)
+    check_value("dtype", dtype, str, Rule(choices=DTYPES))
+    given = str(coefficients) if isinstance(coefficients, Path) else coefficients
+    check_value("coefficients", given, float | str | None)
+    check_value("base_model", base_model, str | None)
+    if base_model is not None and given != INTERFERENCE:
+        raise ConfigError(
+            "`base_model` is read for `coefficients: interference` alone: leave it out."
+        )
+    if given is not None and dtype != "auto":
         raise ConfigError(
             "With `coefficients` the checkpoint keeps its own data type: leave out `dtype`."
         )
-    from .apply_with_coefficients import safeguard_stored
-
-    return safeguard_stored(config, name, model_revision, str(given), target, base_model)
+    name = str(model_name_or_path or "")
+    if not name:
+        raise ConfigError(NO_MODEL)
+    return name, None if given is None else str(given)
 
 
 def output_of(config: SafeGeneConfig, model_name_or_path: str) -> Path:

@@ -218,7 +218,7 @@ def plan_step(
         with sharding.raising_together():
             vector, family, warnings = read_vector(config, input_model.model, input_model.tokenizer)
             if sharding.is_main:
-                _try_output(config, input_model, target, needed_bytes)
+                try_output(config, input_model, target, needed_bytes)
         # the hub is asked, and a large local checkpoint is hashed
         with sharding.on_main_rank() as working:
             if working and config.output.hub_model_id:
@@ -273,10 +273,14 @@ def _vector_record(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, An
     }
 
 
-def _try_output(
+def try_output(
     config: SafeGeneConfig, input_model: InputModel, target: Path, needed_bytes: int
 ) -> None:
-    """Does what the end will do, so that what could fail there fails now."""
+    """Does what the end will do, so that what could fail there fails now.
+
+    Raises:
+        OutputError: The output cannot be written, or would cost an input.
+    """
     inputs: dict[str, Any] = {
         "the safety vector": config.vector,
         "the history": Path(config.output.history) if config.output.history else None,

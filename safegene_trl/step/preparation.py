@@ -93,7 +93,7 @@ def prepare(
         shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows, packed)
         if config.gate:
             check_measurable(config.gate, shots.unseen.counts)
-        start = _first_coefficients(config, plan.vector)
+        start = first_coefficients(config, plan.vector)
     sharding.check_same("samples", json.dumps(shots.record, sort_keys=True))
     sharding.check_same("coefficients to start from", json.dumps(start, sort_keys=True))
     plan.report.data = shots.record
@@ -146,7 +146,7 @@ def _shortest(shots: Shots, plan: Plan) -> Batch:
     return batches([sample], 1, padding_id(plan.tokenizer), plan.sharding.device)[0]
 
 
-def _first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coefficients | None:
+def first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coefficients | None:
     """Those of the release that the search is to start from, None where there is none."""
     space = vector.space(config.search.granularity)
     if config.search.warm_start is not None:

@@ -25,6 +25,7 @@ from ..models.low_rank import LowRankDelta
 from ..models.parameters import check_adapter_output
 from ..models.rounding import Rounding
 from ..vectors.safety_vector import SafetyVector
+from .apply import INTERFERENCE
 from .decision import Decision
 from .interference import interference_coefficients
 from .lineage import (
@@ -38,7 +39,6 @@ from .plan import FINE_TUNE, Found, InputModel, Origin, Plan, plan_step
 from .run import run
 
 
-INTERFERENCE = "interference"
 TASK_RANK = 64  # of a full fine-tune's change, where its interference with the vector is weighed
 
 

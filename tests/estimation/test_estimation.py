@@ -402,6 +402,39 @@ def test_bad_options_are_named_before_anything_is_run(words, config, message, tm
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--coefficients", "nope.json"], "nope.json"),
+        (["--coefficients", "0x1"], "0x1"),
+        (["--coefficients=-1"], "must be 0 or more"),
+        (["--coefficients", "1e9"], "at most"),
+        (["--coefficients", "0"], "the coefficients are all 0"),
+        (["--coefficients", "1", "--dtype", "float32"], "leave out `dtype`"),
+        (["--base_model", "x"], "leave it out"),
+        (["--safegene.search.warm_start", "nowhere"], "nowhere"),
+        (["--safegene.output.history", "/proc/h.jsonl"], "/proc"),
+        (["--safegene.output.output_dir", "/proc/x"], "/proc"),
+        (["--coefficients", "1", "--safegene.output.output_dir", "/proc/x"], "/proc"),
+        (["--safegene.output.output_dir", "MODEL"], "the fine-tune"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_apply_would_refuse_is_refused(
+    words, message, tmp_path, model_dir, vector_dir, task_file, capsys
+):
+    options = ["--model_name_or_path", model_dir, "--safegene.vector", vector_dir]
+    options += ["--safegene.data.task_data", task_file]
+    if "--safegene.output.output_dir" not in words:
+        options += ["--safegene.output.output_dir", tmp_path / "out"]
+    words = [str(model_dir) if word == "MODEL" else word for word in words]
+    said = []
+    for command in (["estimate", "apply"], ["apply"]):
+        assert main([*command, *map(str, options), *words]) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1].partition(": ")[2])
+    assert message in said[0] and said[0] == said[1]
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path, model_dir, vector_dir, task_file, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
