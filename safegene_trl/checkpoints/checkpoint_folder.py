@@ -13,7 +13,7 @@ from torch import nn
 
 from ..distributed.shapes import class_name
 from ..models.parameters import base_model
-from .output import saving
+from .atomic_writes import saving
 from .tensor_file import SAFE_WEIGHTS_INDEX_NAME, plan_files
 
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.atomic_writes import MARKER
 from ..checkpoints.locking import alone_in
-from ..checkpoints.output import MARKER
 from ..errors import SafeGeneError
 from ..interruption import Interrupted
 from ..step.decision import EXIT_CODES

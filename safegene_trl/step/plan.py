@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.checkpoint_folder import CheckpointFolder
-from ..checkpoints.hub import check_hub
-from ..checkpoints.output import (
+from ..checkpoints.atomic_writes import (
     CHECKPOINT,
     check_output,
     check_places,
     check_writable,
     writing,
 )
+from ..checkpoints.checkpoint_folder import CheckpointFolder
+from ..checkpoints.hub import check_hub
 from ..checkpoints.renaming import moved_aside, temporary_folder
 from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig

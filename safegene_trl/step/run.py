@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.atomic_writes import FAILURE_SUFFIXES, atomic_directory
 from ..checkpoints.hub import upload
-from ..checkpoints.output import FAILURE_SUFFIXES, atomic_directory
 from ..checkpoints.places import failure_path
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import terminable

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..checkpoints.adapter import save_adapter
+from ..checkpoints.adapter_output import save_adapter
 from ..checkpoints.loading import load_processor
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.source import adapter_base

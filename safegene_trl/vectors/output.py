@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.output import VECTOR, check_output, check_places
+from ..checkpoints.atomic_writes import VECTOR, check_output, check_places
 from ..errors import OutputError
 
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.adapter_output import save_adapter
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR, ScaledVector

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from safegene_trl.checkpoints import output, renaming
-from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
-from safegene_trl.checkpoints.output import (
+from safegene_trl.checkpoints import atomic_writes, renaming
+from safegene_trl.checkpoints.atomic_writes import (
     CHECKPOINT,
     MARKER,
     atomic_directory,
@@ -25,6 +24,7 @@ from safegene_trl.checkpoints.output import (
     saving,
     writing,
 )
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.errors import OutputError
 
 from ..conftest import make_model
@@ -291,8 +291,8 @@ def test_failures_and_interrupts_leave_nothing(tmp_path):
 def test_replace_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "state.json"
     synced = []
-    plain = output.sync
-    monkeypatch.setattr(output, "sync", lambda path: synced.append((path.name, plain(path))))
+    plain = atomic_writes.sync
+    monkeypatch.setattr(atomic_writes, "sync", lambda path: synced.append((path.name, plain(path))))
     replace_file(path, "one")
     assert path.read_text() == "one" and names(path.parent) == ["state.json"]
     assert [name.endswith(".new.state.json") or name == "deep" for name, _ in synced] == [
@@ -310,7 +310,7 @@ def test_replace_file(tmp_path, monkeypatch):
     def fails(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output, "sync", fails)
+    monkeypatch.setattr(atomic_writes, "sync", fails)
     with pytest.raises(OutputError, match="No space left"):
         replace_file(path, "three")
     assert path.read_text() == "two" and names(path.parent) == sorted([other.name, "state.json"])
