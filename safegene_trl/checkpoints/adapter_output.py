@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, is_transposed
-from .atomic_writes import saving, writing
 from .live_merge import check_finite, whole
 from .merge_terms import ScaledVector
+from .write_errors import saving, writing
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from ..models.parameters import (
     task_factors,
 )
 from ..models.rounding import Rounding
-from .atomic_writes import writing
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, add_terms, full_float32, task_terms
 from .weight_files import WeightFiles
+from .write_errors import writing
 
 
 def save_merged(

@@ -6,8 +6,9 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.atomic_writes import check_writable, replace_file
+from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.loading import load_tokenizer, resolve_dtype
+from ..checkpoints.preflight import check_writable
 from ..checkpoints.skeleton import load_skeleton
 from ..checkpoints.stored_model import StoredModel
 from ..config.settings import SafeGeneConfig

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.atomic_writes import MARKER
+from ..checkpoints.contents import MARKER
 from ..checkpoints.locking import alone_in
 from ..errors import SafeGeneError
 from ..interruption import Interrupted

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..checkpoints.atomic_writes import FAILURE_SUFFIXES
+from ..checkpoints.places import FAILURE_SUFFIXES
 from ..config.flat_keys import PLACES, grouped, merged, warn_of_flat_keys
 from ..config.settings import SafeGeneConfig
 from ..config.validation import (

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.atomic_writes import MARKER, replace_file
+from ..checkpoints.atomic_writes import replace_file
+from ..checkpoints.contents import MARKER
 from ..checkpoints.places import failure_path
 from ..errors import ConfigError, SafeGeneError
 from ..provenance import sha256_of_file, sha256_of_json

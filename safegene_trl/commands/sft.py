@@ -14,8 +14,8 @@ from trl import (
 )
 
 from ..callback import DryRunComplete, SafeGeneCallback
-from ..checkpoints.atomic_writes import writing
 from ..checkpoints.loading import check_readable
+from ..checkpoints.write_errors import writing
 from ..distributed.processes import join_processes, leave_processes
 from ..errors import (
     RejectedError,

@@ -29,7 +29,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ..checkpoints.atomic_writes import atomic_directory, nearest_folder
+from ..checkpoints.atomic_writes import atomic_directory
+from ..checkpoints.preflight import nearest_folder
 from ..checkpoints.stored_model import StoredModel
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta

@@ -13,10 +13,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
 
-from ..checkpoints.atomic_writes import writing
 from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.live_merge import save_merged
 from ..checkpoints.merge_terms import NO_VECTOR
+from ..checkpoints.write_errors import writing
 from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..distributed.layouts import Sharding
 from ..errors import OutputError

@@ -12,16 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.atomic_writes import (
-    CHECKPOINT,
-    check_output,
-    check_places,
-    check_writable,
-    writing,
-)
 from ..checkpoints.checkpoint_folder import CheckpointFolder
+from ..checkpoints.contents import CHECKPOINT
 from ..checkpoints.hub import check_hub
+from ..checkpoints.places import check_places
+from ..checkpoints.preflight import check_output, check_writable
 from ..checkpoints.renaming import moved_aside, temporary_folder
+from ..checkpoints.write_errors import writing
 from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
