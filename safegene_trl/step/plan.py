@@ -22,7 +22,8 @@ from ..checkpoints.write_errors import writing
 from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
-from ..models.parameters import canonical_modules, check_untied
+from ..models.parameters import canonical_modules
+from ..models.supported import check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
 from ..reporting.report import Report

@@ -22,8 +22,8 @@ from ..errors import ConfigError, OutputError
 from ..extraction.delta import adapter_delta, stored_delta
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import check_adapter_output
 from ..models.rounding import Rounding
+from ..models.supported import check_adapter_output
 from ..vectors.safety_vector import SafetyVector
 from .decision import Decision
 from .interference import interference_coefficients
