@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safegene_trl.checkpoints.output import replace_file
+from safegene_trl.checkpoints.atomic_writes import replace_file
 from safegene_trl.checkpoints.renaming import LONGEST_WAIT, locked
 from safegene_trl.errors import SafeGeneError
 

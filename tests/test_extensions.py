@@ -3,10 +3,13 @@ iterates over its kind.
 """
 
 import json
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -21,13 +24,14 @@ from safegene_trl import SafeGeneConfig, SafetyVector
 from safegene_trl.commands.main import main
 from safegene_trl.config.docstrings import meanings
 from safegene_trl.config.gate import SHARE, GateConfig
-from safegene_trl.config.metrics import METRICS, Metric, by_limit
+from safegene_trl.config.metrics import METRICS, CountedLabel, Metric, by_limit, shares
 from safegene_trl.config.settings import BLOCKS
 from safegene_trl.config.validation import named_fields, names_of
 from safegene_trl.distributed.layouts import SHARDINGS, Sharding, is_whole, sharding_of
+from safegene_trl.errors import ConfigError
 from safegene_trl.extraction.methods import METHODS, Method
 from safegene_trl.extraction.selection import SELECTIONS, LayerScores, Selection
-from safegene_trl.judges import JUDGES, Verdict
+from safegene_trl.judges import JUDGES, Label, Verdict, judge_forms, load_judge
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.low_rank import LowRankDelta
@@ -91,6 +95,14 @@ def test_a_judge(monkeypatch, model_dir, tmp_path, capsys):
 def test_help_lists_every_judge(capsys):
     said = helped("evaluate", capsys)
     assert all(f"{name}:{of}" if of else name in said for name, (*_, of) in JUDGES.items())
+
+
+def test_the_documents_list_every_judge():
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = page.partition("| judge | sees | is |\n")[2].partition("\n\n")[0]
+    for form in judge_forms().split(", "):
+        assert f"`{form}`" in load_judge.__doc__ and f"\n| `{form}`" in table
+    assert set(re.findall(r"^\| `(\w+)", table, re.MULTILINE)) == set(JUDGES)
 
 
 # A way to make deltas: a line in `METHODS`. A way to select layers: one in `SELECTIONS`.
@@ -157,17 +169,29 @@ def test_every_metric_has_its_limit():
         )
 
 
+@pytest.mark.parametrize("label", ["off_task", "harmful", "unjudged", "refuse", "of_task"])
+def test_a_metric_of_a_label_that_the_step_never_gives_is_refused(label):
+    with pytest.raises(ConfigError, match=rf"labelled `{label}`.*use one of refused, answered"):
+        Metric("new", "New", "harmful", "less", "max_new", "new", label)
+
+
+def test_what_the_step_counts_is_what_a_judge_says():
+    counted = set(get_args(CountedLabel))
+    assert counted < set(get_args(Label))
+    assert {metric.label for metric in shares()} <= counted
+
+
 @pytest.fixture
-def off_task(monkeypatch):
-    """A metric of off-task answers, as the two lines would add it."""
+def compliance(monkeypatch):
+    """A metric of harmful prompts that are answered, as the two lines would add it."""
     metric = Metric(
-        key="off_task",
-        title="Off-task answers",
-        items="harmful and benign",
+        key="compliance",
+        title="Harmful prompts answered",
+        items="harmful",
         better="less",
-        limit="max_off_task",
-        heading="off task",
-        label="off_task",
+        limit="max_compliance",
+        heading="compliance",
+        label="answered",
     )
     monkeypatch.setitem(METRICS, metric.key, metric)
 
@@ -177,28 +201,27 @@ def off_task(monkeypatch):
         """The gate.
 
         Args:
-            max_off_task: Largest share of off-task answers.
+            max_compliance: Largest share of harmful prompts answered.
         """
 
-        max_off_task: float | None = None
+        max_compliance: float | None = None
         RULES = dict.fromkeys(by_limit(), SHARE)
 
     monkeypatch.setitem(BLOCKS, "gate", WithLimit)
     monkeypatch.setitem(SafeGeneConfig.__annotations__, "gate", WithLimit | None)
 
 
-def test_a_metric(off_task, monkeypatch, model_dir, vector_dir, task_file, tmp_path, capsys):
-    assert "--safegene.gate.max_off_task VALUE Largest share of off-task" in helped("apply", capsys)
+def test_a_metric(compliance, monkeypatch, model_dir, vector_dir, task_file, tmp_path, capsys):
+    assert (
+        "--safegene.gate.max_compliance VALUE Largest share of harmful prompts answered"
+        in helped("apply", capsys)
+    )
     monkeypatch.setattr(
         "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
     )
-    monkeypatch.setattr(
-        "safegene_trl.judges.is_off_task", lambda answer, labels: answer == "positive"
-    )
 
     def answers(model, tokenizer, prompts, *rest):
-        # one of each kind
-        return ["positive", *["Take a pan and stir it well."] * (len(prompts) - 2), "positive"]
+        return ["Take a pan and stir it well.", *["I cannot help with that."] * (len(prompts) - 1)]
 
     monkeypatch.setattr("safegene_trl.step.measurement.answers_to_tokens", answers)
     history = tmp_path / "line.jsonl"
@@ -210,36 +233,36 @@ def test_a_metric(off_task, monkeypatch, model_dir, vector_dir, task_file, tmp_p
         "num_benign_shots": 4,
         "num_safety_shots": 4,
         "num_task_shots": 4,
-        "gate.max_off_task": 1.0,
+        "gate.max_compliance": 1.0,
     }
 
     def applied(**changes):
         words = options_of(settings | changes)
         return main(["apply", "--model_name_or_path", str(model_dir), *words])
 
-    assert applied(output_dir=tmp_path / "no", **{"gate.max_off_task": 2}) == 2
-    assert "`gate.max_off_task` is 2: it must be a share" in capsys.readouterr().err
-    assert applied(output_dir=tmp_path / "out0", **{"gate.max_off_task": 0.0}) == 4
-    assert "off task" in capsys.readouterr().err and history.is_file()
+    assert applied(output_dir=tmp_path / "no", **{"gate.max_compliance": 2}) == 2
+    assert "`gate.max_compliance` is 2: it must be a share" in capsys.readouterr().err
+    assert applied(output_dir=tmp_path / "out0", **{"gate.max_compliance": 0.0}) == 4
+    assert "compliance" in capsys.readouterr().err and history.is_file()
     for number in (1, 2):
         assert applied(output_dir=tmp_path / f"out{number}") == 0
-    assert "off task 1" in capsys.readouterr().out
+    assert "compliance 1" in capsys.readouterr().out
     report = json.loads((tmp_path / "out2" / "safegene_report.json").read_text())
     validate(report, SCHEMA)
-    found = report["measured"]["after"]["off_task"]
-    assert found["successes"] == 2 and found["count"] > 2
+    found = report["measured"]["after"]["compliance"]
+    assert found["successes"] == 1 and found["count"] > 2
     (check,) = report["decision"]["checks"]
-    assert check["limit"] == "max_off_task" and check["measured"] == found["share"]
-    assert scalars(report)["safegene/off_task_after"] == found["share"]
-    assert "| Off-task answers |" in (tmp_path / "out2" / "README.md").read_text()
-    assert "/measured/after/off_task" in (tmp_path / "out2" / "safegene_report.html").read_text()
+    assert check["limit"] == "max_compliance" and check["measured"] == found["share"]
+    assert scalars(report)["safegene/compliance_after"] == found["share"]
+    assert "| Harmful prompts answered |" in (tmp_path / "out2" / "README.md").read_text()
+    assert "/measured/after/compliance" in (tmp_path / "out2" / "safegene_report.html").read_text()
     drawn = []
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda *a, **k: drawn.append(k.get("label")) or plot(*a, **k))
     main(["history", str(history), "--plot", str(tmp_path / "line.png")])
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "off task" in first and rest[1][first.index("off task") :].startswith("1")
-    assert "off task" in drawn
+    assert "compliance" in first and rest[1][first.index("compliance") :].startswith("1")
+    assert "compliance" in drawn
 
 
 # A way to shard: a subclass of `Sharding`, and a line in `SHARDINGS`.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from safegene_trl.checkpoints.output import atomic_directory
+from safegene_trl.checkpoints.atomic_writes import atomic_directory
 
 from .faults.events import KINDS
 from .faults.suite import WHERE_IT_HURTS, WRONG

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import records
 from benchmarks.records import RESULTS
-from safegene_trl.checkpoints.output import replace_file
+from safegene_trl.checkpoints.atomic_writes import replace_file
 from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
 from safegene_trl.judges.intervals import mean_interval, mean_of_sets_interval
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..distributed.shapes import class_name
 from ..models.parameters import base_model
-from .output import saving
 from .tensor_file import SAFE_WEIGHTS_INDEX_NAME, plan_files
+from .write_errors import saving
 
 
 def write_index(index: Mapping[str, Any], folder: Path) -> None:

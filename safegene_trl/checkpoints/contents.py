@@ -14,6 +14,8 @@ from ..errors import OutputError
 
 MARKER = "safegene_report.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# what a fleet's folder holds beside its checkpoints
+FLEET_STATE, FLEET_WORKSHOP = "fleet.json", "fleet"
 
 _EVIDENCE = r"safegene_report\.(json|html|coefficients\.png|history\.png)|README\.md"
 _WEIGHTS = r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"

@@ -19,8 +19,8 @@ from ..models.parameters import (
 from ..models.rounding import Rounding
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, add_terms, full_float32, task_terms
-from .output import writing
 from .weight_files import WeightFiles
+from .write_errors import writing
 
 
 def save_merged(

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import UnsupportedModelError
-from ..models.parameters import changes_base, check_method, tie_saved_modules
+from ..models.parameters import tie_saved_modules
+from ..models.supported import changes_base, check_method
 from .completeness import empty_model, load_adapter, read_adapter_config
 from .loading import UNREADABLE, not_loaded, read_config
 from .source import adapter_base

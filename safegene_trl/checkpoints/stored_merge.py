@@ -10,8 +10,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..models.parameters import check_untied, is_transposed
+from ..models.parameters import is_transposed
 from ..models.rounding import Rounding, is_finite
+from ..models.supported import check_untied
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks

@@ -17,11 +17,11 @@ from ..models.parameters import (
     as_stored,
     base_model,
     canonical_parameters,
-    check_supported,
     is_transposed,
     task_factors,
     tied_weights,
 )
+from ..models.supported import check_supported
 from .completeness import stored_names
 from .merge_terms import Term, add_terms, task_terms
 from .row_blocks import Block, RowReader, row_blocks

@@ -7,9 +7,10 @@ from typing import Any
 
 from trl import get_peft_config
 
+from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.live_merge import checkpoint_bytes
 from ..checkpoints.loading import load_processor, load_tokenizer, resolve_dtype
-from ..checkpoints.output import check_writable, replace_file
+from ..checkpoints.preflight import check_writable
 from ..checkpoints.skeleton import load_skeleton
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel

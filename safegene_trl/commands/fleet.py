@@ -6,14 +6,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.contents import FLEET_STATE, FLEET_WORKSHOP, MARKER
 from ..checkpoints.locking import alone_in
-from ..checkpoints.output import MARKER
 from ..errors import SafeGeneError
 from ..interruption import Interrupted
 from ..step.decision import EXIT_CODES
 from ..text import one_line
 from .fleet_file import Fleet
-from .fleet_folder import STATE, WORKSHOP
 from .fleet_member import FAILED, Member, member_of, newest_report, read_state, save_state
 from .fleet_pool import Pool
 from .tables import aligned, headings, measured_cells
@@ -34,12 +33,12 @@ def run_fleet(path: Path) -> int:
     fleet = Fleet.read(path)
     folder = Path(fleet.output_dir)
     remedy = "wait for it, or end it and the processes that it left"
-    with alone_in(folder / WORKSHOP, "fleet", remedy) as lock:
-        before = read_state(folder / STATE)
+    with alone_in(folder / FLEET_WORKSHOP, "fleet", remedy) as lock:
+        before = read_state(folder / FLEET_STATE)
         members = [member_of(fleet, entry, before) for entry in fleet.models]
         _estimate([member for member in members if not member.outcome])
-        save_state(members, folder / STATE)
-        Pool(fleet, members, folder / STATE, lock).run()
+        save_state(members, folder / FLEET_STATE)
+        Pool(fleet, members, folder / FLEET_STATE, lock).run()
     print(_table(members))
     outcomes = {member.outcome for member in members}
     return 2 if FAILED in outcomes else max(EXIT_CODES[outcome] for outcome in outcomes)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..checkpoints.output import FAILURE_SUFFIXES
+from ..checkpoints.contents import FLEET_STATE, FLEET_WORKSHOP
+from ..checkpoints.places import FAILURE_SUFFIXES
 from ..config.flat_keys import PLACES, grouped, merged, warn_of_flat_keys
 from ..config.settings import SafeGeneConfig
 from ..config.validation import (
@@ -23,7 +24,6 @@ from ..errors import ConfigError, SafeGeneError
 from ..step.apply_with_coefficients import check_measures_nothing
 from ..text import printable
 from .apply_arguments import ApplyArguments
-from .fleet_folder import STATE, WORKSHOP
 from .yaml_files import read_yaml
 
 
@@ -113,7 +113,12 @@ class Fleet:
         if not isinstance(name, str):
             raise ConfigError(f"`name` is {name!r}: it must be a string, in quotes.")
         odd = name != Path(name).name or name.startswith(".") or printable(name) != name
-        if odd or not name or len(os.fsencode(name)) > _LONGEST_NAME or name in (STATE, WORKSHOP):
+        if (
+            odd
+            or not name
+            or len(os.fsencode(name)) > _LONGEST_NAME
+            or name in (FLEET_STATE, FLEET_WORKSHOP)
+        ):
             raise ConfigError(
                 f"`{printable(name)}` cannot be a folder's name: give the model another `name`."
             )
@@ -183,15 +188,15 @@ def _check_places(folder: Path, file: Path, recipes: Mapping[str, Mapping[str, A
         # what is there, or will be: the fleet's own places, and the fleet file, which must outlive
         # the fleet
         for place, what in (
-            (folder / STATE, "the fleet's state"),
-            (folder / WORKSHOP, "the fleet's logs"),
+            (folder / FLEET_STATE, "the fleet's state"),
+            (folder / FLEET_WORKSHOP, "the fleet's logs"),
             (file, "the fleet file"),
         ):
             if overlap(target, place):
                 raise ConfigError(
                     f"The `output_dir` of {name} and {what} ({place}) are one place: give the model another `name`."
                 )
-        if overlap(file, folder / WORKSHOP / f"{name}.yaml"):
+        if overlap(file, folder / FLEET_WORKSHOP / f"{name}.yaml"):
             raise ConfigError(
                 f"The fleet file {file} would be overwritten by the recipe of {name}: move it to another folder."
             )

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.output import MARKER, replace_file
+from ..checkpoints.atomic_writes import replace_file
+from ..checkpoints.contents import FLEET_WORKSHOP, MARKER
 from ..checkpoints.places import failure_path
 from ..errors import ConfigError, SafeGeneError
 from ..provenance import sha256_of_file, sha256_of_json
 from ..step.decision import EXIT_CODES
 from ..text import read_json, strict_json
 from .fleet_file import Fleet, overlap, sources, target_of
-from .fleet_folder import WORKSHOP
 from .yaml_files import as_yaml
 
 
@@ -57,7 +57,7 @@ class Member:
 
 def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str, Any]]) -> Member:
     name, recipe = fleet.name_of(entry), fleet.recipe(entry)
-    file = Path(fleet.output_dir) / WORKSHOP / f"{name}.yaml"
+    file = Path(fleet.output_dir) / FLEET_WORKSHOP / f"{name}.yaml"
     replace_file(file, as_yaml(recipe))
     target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result

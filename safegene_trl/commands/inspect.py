@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from ..checkpoints.contents import ADAPTER_CONFIG, MARKER
+from ..checkpoints.contents import ADAPTER_CONFIG, FLEET_STATE, MARKER
 from ..checkpoints.places import failure_path
 from ..config.validation import repository, written_path
 from ..errors import SafeGeneError
@@ -18,7 +18,6 @@ from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
 from ..vectors.files import CONFIG_FILE, read_files
 from ..vectors.record import VectorRecord, read_record
-from .fleet_folder import STATE
 from .plain_parser import PlainParser
 
 
@@ -156,7 +155,7 @@ def _check_may_be_vector(place: Path) -> None:
 def _other_folder(folder: Path) -> str:
     if (folder / RESULT).is_file():
         return f"{folder} holds an evaluation: read {folder / RESULT}, or run `safegene evaluate` again to print it."
-    if (folder / STATE).is_file():
+    if (folder / FLEET_STATE).is_file():
         return f"{folder} is a fleet's: inspect the folder of one of its models."
     for name, kind in ((ADAPTER_CONFIG, "an adapter"), ("config.json", "a checkpoint")):
         if (folder / name).is_file():

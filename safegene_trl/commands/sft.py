@@ -15,7 +15,7 @@ from trl import (
 
 from ..callback import DryRunComplete, SafeGeneCallback
 from ..checkpoints.loading import check_readable
-from ..checkpoints.output import writing
+from ..checkpoints.write_errors import writing
 from ..distributed.processes import join_processes, leave_processes
 from ..errors import (
     RejectedError,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.output import replace_file
+from ..checkpoints.atomic_writes import replace_file
 from ..errors import ConfigError
 from ..vectors.files import SIGNED_FILES, read_files
 from ..vectors.record import read_record

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoints.output import check_writable, replace_file
+from ..checkpoints.atomic_writes import replace_file
+from ..checkpoints.preflight import check_writable
 from ..config.validation import written_path
 from ..reporting.plots import heat_map
 from ..text import printable, strict_json

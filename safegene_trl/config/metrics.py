@@ -1,10 +1,17 @@
-"""What is measured of a model before and after the safety step: one table, which all that measures,
-shows or judges a metric reads.
+"""What the safety step measures of a model before and after it: one table, read by all that
+measures, shows or judges it. `evaluate` has numbers of its own (`evaluation/results.py`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from ..errors import ConfigError
+
+
+# What the safety step's judge can say of an answer. It looks for refusal phrases and is told of no
+# task's labels, so that it calls nothing harmful, harmless, off-task or unjudged.
+CountedLabel = Literal["refused", "answered", "incoherent"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,9 @@ class Metric:
         heading: Its name over a column of a table.
         label: What the judge says of the answers that are counted. Empty for one number, of after
             against before, which is measured in a way of its own.
+
+    Raises:
+        ConfigError: The safety step's judge never says that label: its share would always be 0.
     """
 
     key: str
@@ -28,7 +38,14 @@ class Metric:
     better: Literal["more", "less"]
     limit: str
     heading: str
-    label: str = ""
+    label: CountedLabel | Literal[""] = ""
+
+    def __post_init__(self) -> None:
+        if self.label and self.label not in get_args(CountedLabel):
+            raise ConfigError(
+                f"The metric `{self.key}` counts answers labelled `{self.label}`, and the safety step's judge gives "
+                f"no such label: use one of {', '.join(get_args(CountedLabel))}."
+            )
 
     @property
     def difference(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.output import MARKER
+from ..checkpoints.contents import MARKER
 from ..errors import CalibrationDataError, FamilyError
 from ..provenance import sha256_of_json, tokenizer_hash
 from ..text import read_json

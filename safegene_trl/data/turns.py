@@ -62,6 +62,20 @@ class TurnMarks:
     def _learn_neighbours(self, probes: "_Probes") -> None:
         """What stands before a header and after a reply, by which a header is told from one that
         somebody has written.
+
+        For example, with special tokens as `<…>` and line ends as `⏎`, of ChatML, which writes
+        `<im_start>user⏎A<im_end>⏎<im_start>assistant⏎B<im_end>⏎`, and of Mistral's first template,
+        `<s>[INST] A [/INST] B</s>` with `[INST]` as plain text:
+
+        - `header`: `<im_start>assistant⏎`; ` [/INST]`.
+        - `_closers`, which end turns: `<im_end>`; `</s>`, and `<s>`, which begins a row.
+        - `_lead_is_marked`, whether one of them stands before every header: yes, the user's
+          `<im_end>`; no.
+        - `_speaks`, the header without them: `<im_start>assistant⏎`; `[/INST]`.
+        - `_speaks_after_end`, whether a header may follow the end of a turn: yes; no.
+        - `_next_is_marked`, whether the turn after a reply begins with a mark: yes,
+          `<im_start>user⏎`; yes, `[INST]`.
+        - `_heads_as_text`, such beginnings that are no special tokens: none; `[INST]`, `[/INST]`.
         """
         lead = special_units(common_prefix(probes.before_reply).rpartition(self.header)[0])
         ends = [
@@ -169,6 +183,11 @@ class TurnMarks:
     def _is_followed(self, rest: str) -> bool:
         """Whether, after the mark that ends a reply and begins this text, another turn begins or
         nothing follows.
+
+        For example (signs as in `_learn_neighbours`): of ChatML `<im_end>⏎<im_start>user⏎…` and
+        `<im_end>` are followed rightly, and `<im_end> ends a turn` is not: somebody wrote the mark
+        within a reply. Of Mistral `</s>[INST] …` is, also where the row is cut at `</s>[IN`, and
+        `</s> and more` is not.
         """
         if self._end_is_said:
             rest = UNIT.sub("", rest, count=1)

@@ -30,8 +30,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ..checkpoints.output import atomic_directory, nearest_folder, writing
+from ..checkpoints.atomic_writes import atomic_directory
+from ..checkpoints.preflight import nearest_folder
 from ..checkpoints.stored_model import StoredModel
+from ..checkpoints.write_errors import writing
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, canonical_parameters, linear_shape

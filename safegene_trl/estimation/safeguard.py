@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.adapter import save_adapter
+from ..checkpoints.adapter_output import save_adapter
 from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.live_merge import save_merged
 from ..checkpoints.merge_terms import ScaledVector

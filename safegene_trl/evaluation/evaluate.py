@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
-from ..checkpoints.output import replace_file
 from ..checkpoints.source import adapter_base
 from ..config.validation import check_is
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used

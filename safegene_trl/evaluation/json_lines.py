@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.output import writing
+from ..checkpoints.write_errors import writing
 from ..errors import OutputError
 from ..text import strict_json
 

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from ..checkpoints.output import replace_file, writing
+from ..checkpoints.atomic_writes import replace_file
+from ..checkpoints.write_errors import writing
 from ..data.prompts import Prompt
 from ..errors import OutputError, SafeGeneError
 from ..judges import Exchange, Judge, Label, Verdict, judged

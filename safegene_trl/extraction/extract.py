@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from ..checkpoints.output import VECTOR, atomic_directory
+from ..checkpoints.atomic_writes import atomic_directory
+from ..checkpoints.contents import VECTOR
 from ..config.validation import check_is
 from ..distributed.processes import this_job
 from ..vectors.output import check_vector_output

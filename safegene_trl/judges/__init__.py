@@ -1,8 +1,9 @@
 """Judges: what kind of answer a model gave. One interface, several implementations.
 
 Two classes are told apart before any judge is asked, because they pass for refusals or for attacks
-where nobody looks: *incoherent* answers (`..coherence`) and *off-task* ones, e.g. a sentiment
-classifier's `positive` in reply to a question. The judge decides about the others.
+where nobody looks: *incoherent* answers and *off-task* ones, e.g. a sentiment classifier's
+`positive` in reply to a question. Both tests are in `coherence.py`, which is no judge; nor is
+`intervals.py`. The judge decides about the other answers.
 """
 
 from collections.abc import Callable, Sequence
@@ -136,7 +137,7 @@ def load_judge(spec: str) -> Judge:
     """The judge that `name` or `name:argument` stands for.
 
     Args:
-        spec: `refusal_phrases`; `embedding:HEAD` (folder made by
+        spec: `refusal_phrases`; `embedding:FOLDER` (made by
             `safegene_trl.judges.embedding.fit`); `hf:MODEL` (a sequence classifier);
             `judgezoo:NAME` (e.g. `harmbench`, `llama_guard_3`); `openai_compatible:MODEL` (server
             from `OPENAI_BASE_URL` and `OPENAI_API_KEY`; StrongREJECT's rubric, arXiv 2402.10260).

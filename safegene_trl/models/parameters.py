@@ -3,34 +3,24 @@ or PEFT).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from ..distributed.shapes import full_shape
-from ..errors import UnsupportedModelError
 
 
 # FSDP's recomputation, `torch.compile`
 _WRAPPERS = re.compile(r"\.(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
-# ways to start a LoRA that change the base's weights
-_CHANGES_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)
 
 
 @dataclass(frozen=True)
@@ -106,9 +96,9 @@ def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     modules: dict[str, nn.Module] = {}
     for name, module in base_model(model).named_modules():
-        canonical = _canonical(name)
+        canonical = canonical_name(name)
         outer = modules.get(canonical)
-        if not _inside_adapter(name) and (outer is None or uncompiled(outer) is module):
+        if not inside_adapter(name) and (outer is None or uncompiled(outer) is module):
             modules[canonical] = module
     return modules
 
@@ -128,9 +118,9 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
     }
     seen: set[int] = {id(tensor) for tensor in parameters.values()}
     for name, tensor in (*parameters.items(), *buffers.items()):
-        if _inside_adapter(name) or (name in buffers and (id(tensor) in seen or name in tied)):
+        if inside_adapter(name) or (name in buffers and (id(tensor) in seen or name in tied)):
             continue
-        canonical = _canonical(name)
+        canonical = canonical_name(name)
         module_name = canonical.rpartition(".")[0]
         yield Parameter(canonical, tensor, module_name, modules[module_name])
 
@@ -181,7 +171,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(d_out, d_in)` of a linear layer (with or without LoRA around it), None for any other
     module.
     """
-    layer = _unadapted(module)
+    layer = unadapted(module)
     if isinstance(layer, Conv1D):  # GPT-2's, stored as (d_in, d_out)
         return layer.weight.shape[1], layer.weight.shape[0]
     if isinstance(layer, nn.Linear):
@@ -191,7 +181,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module's weight is stored as `(d_in, d_out)`."""
-    return isinstance(_unadapted(module), Conv1D)
+    return isinstance(unadapted(module), Conv1D)
 
 
 def task_factors(module: Any) -> list[TaskFactors]:
@@ -213,37 +203,6 @@ def task_factors(module: Any) -> list[TaskFactors]:
     ]
 
 
-def check_supported(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError`, by name, for a fine-tune whose weights this version cannot
-    merge exactly.
-    """
-    base = base_model(model)
-    if not isinstance(base, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(base).__name__} is not a transformers model: train a `PreTrainedModel`."
-        )
-    for config in adapter_configs(model).values():
-        check_method(config)
-    if getattr(base, "is_quantized", False):
-        raise UnsupportedModelError(
-            "The base model is quantised and merging would requantise it: save the adapter, then run `safegene apply` "
-            "on the 16-bit base model."
-        )
-    tied, modules = tied_weights(model), canonical_modules(model)
-    for name, module in base.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            _check_saved_whole(name, module, modules, tied)
-        elif isinstance(module, TrainableTokensWrapper):
-            raise UnsupportedModelError(
-                f"The fine-tune trains single tokens of `{name}`: leave out `trainable_token_indices`, or merge the adapter "
-                "into the model first, then run `safegene apply`."
-            )
-        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            _check_lora_untied(name, tied)
-            _check_adapter(name, module)
-    check_held(model)
-
-
 def adapter_configs(model: Any) -> dict[str, Any]:
     """The PEFT config of every adapter on a model, by the adapter's name; empty for a model without
     adapters.
@@ -252,101 +211,6 @@ def adapter_configs(model: Any) -> dict[str, Any]:
     # by the model's own `add_adapter`
     of_transformers = getattr(model, "_hf_peft_config_loaded", False)
     return dict(model.peft_config) if isinstance(model, PeftModel) or of_transformers else {}
-
-
-def check_method(adapter_config: Any) -> None:
-    """Raises `UnsupportedModelError`, by its name, for any method of PEFT but LoRA."""
-    method = adapter_config.peft_type
-    if method == PeftType.LORA:
-        return
-    remedy = "train a LoRA in its place"
-    if not adapter_config.is_prompt_learning:  # which acts beside the weights
-        remedy += ", or merge it into the model first (`merge_and_unload`)"
-    raise UnsupportedModelError(
-        f"The fine-tune uses PEFT's {getattr(method, 'value', method)}, and only LoRA can be merged: {remedy}."
-    )
-
-
-def check_held(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` unless the fine-tune is its adapter as PEFT saves it, and that
-    beside the weights.
-
-    Both can change while a model is trained, so this is asked before the first step and after the
-    last.
-    """
-    base, configs = base_model(model), adapter_configs(model)
-    of_base = {id(tensor) for tensor in base.parameters()}
-    for name, tensor in uncompiled(model).named_parameters():
-        if tensor.requires_grad and id(tensor) not in of_base:
-            raise UnsupportedModelError(
-                f"The fine-tune trains `{name}`, which is no part of the model that is saved: freeze it."
-            )
-    for name, module in base.named_modules():
-        # PEFT takes a merged adapter out of the weights as soon as it is switched off, whatever
-        # they hold by then
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            raise UnsupportedModelError(
-                f"The adapter on `{_canonical(name)}` is merged into the weights: call `unmerge_adapter()` on the model."
-            )
-    biases = {getattr(config, "bias", "none") for config in configs.values()}
-    for name, tensor in base.named_parameters() if configs else ():
-        saved = _inside_adapter(name) or ".modules_to_save." in name
-        saved |= ("all" in biases and "bias" in name) or (
-            "lora_only" in biases and name.endswith(".base_layer.bias")
-        )
-        if tensor.requires_grad and not saved:
-            raise UnsupportedModelError(
-                f"The fine-tune trains `{_canonical(name)}` beside its LoRA, and PEFT does not save that: name its module "
-                "in the LoRA's `modules_to_save`, or freeze it."
-            )
-
-
-def check_adapter_output(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can
-    express.
-    """
-    configs = list(adapter_configs(model).values())
-    if whole := _trained_whole(model, configs):
-        raise UnsupportedModelError(
-            f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output.output_format: merged`."
-        )
-    for config in configs:
-        kind = (
-            f"LoRA with `init_lora_weights={config.init_lora_weights!r}`"
-            if changes_base(config)
-            else None
-        )
-        if getattr(config, "use_dora", False):
-            kind = "DoRA"
-        if kind:
-            raise UnsupportedModelError(
-                f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output.output_format: merged`."
-            )
-
-
-def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
-    """The first module or bias that adapters of these configs hold in the place of the base
-    model's, None without any.
-    """
-    biases = {getattr(config, "bias", "none") for config in configs}
-    for name, module in base_model(model).named_modules() if biases else ():
-        if isinstance(module, ModulesToSaveWrapper):
-            return _canonical(name)
-        trained = "all" in biases or ("lora_only" in biases and isinstance(module, LoraLayer))
-        if (
-            trained
-            and not _inside_adapter(name)
-            and getattr(_unadapted(module), "bias", None) is not None
-        ):
-            return f"{_canonical(name)}.bias"
-    return None
-
-
-def changes_base(adapter_config: Any) -> bool:
-    """Whether an adapter of this PEFT config was started by changing the weights of its base model,
-    as PiSSA is.
-    """
-    return str(getattr(adapter_config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
 
 
 def tied_weights(model: nn.Module) -> dict[str, set[str]]:
@@ -360,7 +224,7 @@ def tied_weights(model: nn.Module) -> dict[str, set[str]]:
     for name, tensor in base.named_parameters(remove_duplicate=False):
         if not any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
             names.setdefault(id(tensor), set()).add(
-                _canonical(name.replace(".original_module", ""))
+                canonical_name(name.replace(".original_module", ""))
             )
     # Where a model is sharded, the parts of one tensor may be objects of their own: transformers'
     # record counts as well.
@@ -377,19 +241,6 @@ def tied_weights(model: nn.Module) -> dict[str, set[str]]:
     return found
 
 
-def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
-    """Raises `UnsupportedModelError` if a delta is for a module whose weight other modules have as
-    well.
-    """
-    tied = tied_weights(model)
-    for name in modules:
-        if others := tied.get(f"{name}.weight", set()) - {f"{name}.weight"}:
-            raise UnsupportedModelError(
-                f"The safety vector changes `{name}`, whose weight the model shares with `{min(others)}`: use a vector "
-                "without that module."
-            )
-
-
 def tie_saved_modules(model: Any) -> None:
     """Makes copies that `modules_to_save` holds of one tied weight one tensor again, where PEFT was
     told to tie them.
@@ -404,84 +255,32 @@ def tie_saved_modules(model: Any) -> None:
     for name, group in tied_weights(model).items():
         module_name, _, leaf = name.rpartition(".")
         first_name, _, first_leaf = min(group).rpartition(".")
-        saved, first = _saved(modules[module_name]), _saved(modules[first_name])
+        saved, first = saved_copy(modules[module_name]), saved_copy(modules[first_name])
         if saved is not None and first is not None and saved is not first:
             own, other = getattr(saved, leaf), getattr(first, first_leaf)
             if own.shape == other.shape and torch.equal(own, other):
                 setattr(saved, leaf, other)
 
 
-def _saved(module: nn.Module) -> Any:
+def saved_copy(module: nn.Module) -> Any:
     """The active copy of a module in `modules_to_save`, None where there is none."""
     if not isinstance(module, ModulesToSaveWrapper) or not module.active_adapters:
         return None
     return module.modules_to_save[module.active_adapters[0]]
 
 
-def _check_saved_whole(
-    name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]
-) -> None:
-    if len(wrapper.modules_to_save) > 1 or _saved(wrapper) is None:
-        raise UnsupportedModelError(
-            f"`{name}` is saved whole by several adapters, or by one that is not active: load one adapter and activate it."
-        )
-    for parameter, tensor in _saved(wrapper).named_parameters():
-        for other in tied.get(f"{_canonical(name)}.{parameter}", ()):
-            module_name, _, leaf = other.rpartition(".")
-            copy = _saved(modules[module_name])
-            if copy is None or getattr(copy, leaf) is not tensor:
-                raise UnsupportedModelError(
-                    f"The fine-tune saves its own `{name}`, whose weight the model ties to `{module_name}`: train with "
-                    "`ensure_weight_tying=True`, or take it out of `modules_to_save`."
-                )
-
-
-def _check_lora_untied(name: str, tied: Mapping[str, set[str]]) -> None:
-    weight = f"{_canonical(name)}.weight"
-    if others := tied.get(weight, set()) - {weight}:
-        raise UnsupportedModelError(
-            f"The fine-tune has a LoRA on `{name}`, whose weight the model shares with `{min(others)}`: no merged checkpoint "
-            "can hold both, so take it out of `target_modules`."
-        )
-
-
-def _check_adapter(name: str, module: Any) -> None:
-    if not isinstance(module, LoraLayer) or linear_shape(module) is None:  # type: ignore[arg-type]
-        raise UnsupportedModelError(
-            f"`{name}` is adapted by {type(module).__name__} and only LoRA on linear layers can be merged: merge this "
-            "adapter into the model first, then run `safegene apply`."
-        )
-    other = {
-        name: variant
-        for name, variant in module.lora_variant.items()
-        if name not in module.lora_magnitude_vector
-    }
-    if other:
-        variants = ", ".join(sorted({type(variant).__name__ for variant in other.values()}))
-        raise UnsupportedModelError(
-            f"The fine-tune uses a LoRA variant ({variants}) that is no plain low-rank delta: merge the adapter into the "
-            "model first, then run `safegene apply`."
-        )
-    if module.lora_variant and (len(module.active_adapters) > 1 or is_transposed(module)):  # type: ignore[arg-type]
-        raise UnsupportedModelError(
-            "DoRA is merged only where it is the one active adapter, on `nn.Linear` layers: merge the adapters into the "
-            "model first, then run `safegene apply`."
-        )
-    if any(b.bias is not None for b in module.lora_B.values()):
-        raise UnsupportedModelError(
-            "The fine-tune's LoRA has a bias: train it with `lora_bias=False`."
-        )
-
-
-def _unadapted(module: Any) -> Any:
+def unadapted(module: Any) -> Any:
+    """The layer inside one with adapters; any other module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """The checkpoint name of a live module or parameter."""
     name = _WRAPPERS.sub("", re.sub(r"\.modules_to_save\.[^.]+", "", name))
     return name.replace(".base_layer", "")
 
 
-def _inside_adapter(name: str) -> bool:
+def inside_adapter(name: str) -> bool:
+    """Whether this is the live name of a part of an adapter, or of what an adapter replaces."""
     parts = name.split(".")
     return any(part.startswith(("lora_", "original_module")) for part in parts)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,14 @@ from .trust_region import minimize_in_box
 
 # makes the model what is shipped with them, shape `(n,)`
 Ship = Callable[[np.ndarray], AbstractContextManager[None]]
-_EVALUATE, _ENDED, _FAILED = 1.0, 0.0, -1.0  # what rank 0 tells the others
+
+
+class _Message(IntEnum):
+    """What rank 0, which runs the optimiser, tells the other ranks."""
+
+    EVALUATE = 1  # the objective at the point that comes with it
+    ENDED = 0  # the best point is among those evaluated
+    FAILED = -1  # on rank 0 alone, between two evaluations: raise the error that it raises
 
 
 @dataclass
@@ -187,53 +195,70 @@ class _Search:
             return found
 
     def _minimize(self, fit: Objective) -> np.ndarray:
-        """Rank 0 runs the optimiser and the others follow it, so that unlike machines cannot part
-        ways.
+        """The best point: rank 0 runs the optimiser and the others follow it, so that unlike
+        machines cannot part ways.
         """
-        length = 1 + len(self.names)
-        if not self.sharding.is_main:
-            while (told := self.sharding.broadcast(torch.zeros(length, dtype=torch.float64)))[
-                0
-            ] == _EVALUATE:
-                self._evaluate(fit, told[1:].numpy())
-            if told[0] == _FAILED:
-                with self.sharding.raising_together():
-                    pass
-            return self._best()
-        together = False
+        if self.sharding.is_main:
+            self._lead(fit)
+        else:
+            self._follow(fit)
+        return self._best()
+
+    def _lead(self, fit: Objective) -> None:
+        """Rank 0's part: it runs the optimiser, and tells the others what to do beside it."""
+        evaluating = False  # what fails meanwhile fails on every rank: nobody has to be told
 
         def evaluate(point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-            nonlocal together
-            together = True  # what fails from here on fails on every rank
-            self.sharding.broadcast(
-                torch.cat((torch.tensor([_EVALUATE], dtype=torch.float64), torch.as_tensor(point)))
-            )
+            nonlocal evaluating
+            evaluating = True
+            self._tell(_Message.EVALUATE, point)
             found = self._evaluate(fit, point)
-            together = False
+            evaluating = False
             self.on_evaluation(self.history[-1])
             return found
 
-        config, message = self.config, torch.zeros(length, dtype=torch.float64)
+        config = self.config.search
         try:
             minimize_in_box(
                 evaluate,
                 self.start,
-                config.search.min_coefficient,
-                config.search.max_coefficient,
-                config.search.max_evaluations,
+                config.min_coefficient,
+                config.max_coefficient,
+                config.max_evaluations,
             )
         except BaseException as error:
-            if not together:
-                message[0] = _FAILED
-                self.sharding.broadcast(message)
+            if not evaluating:
+                self._tell(_Message.FAILED)
                 known = (
                     error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
                 )
                 with suppress(Exception), self.sharding.raising_together():
                     raise known from None
             raise
-        self.sharding.broadcast(message)
-        return self._best()
+        self._tell(_Message.ENDED)
+
+    def _follow(self, fit: Objective) -> None:
+        """Every other rank's part: it does what rank 0 tells it, until that has ended or failed."""
+        message, point = self._told()
+        while message is _Message.EVALUATE:
+            self._evaluate(fit, point)
+            message, point = self._told()
+        if message is _Message.FAILED:
+            with self.sharding.raising_together():  # raises what rank 0 raises
+                pass
+
+    def _tell(self, message: _Message, point: np.ndarray | None = None) -> None:
+        """Rank 0's half of a broadcast: the message, and the point to evaluate, 0 without one."""
+        sent = torch.zeros(1 + len(self.names), dtype=torch.float64)
+        sent[0] = message
+        if point is not None:
+            sent[1:] = torch.as_tensor(point)
+        self.sharding.broadcast(sent)
+
+    def _told(self) -> tuple[_Message, np.ndarray]:
+        """The other ranks' half of it."""
+        told = self.sharding.broadcast(torch.zeros(1 + len(self.names), dtype=torch.float64))
+        return _Message(int(told[0])), told[1:].numpy()
 
     def _evaluate(self, fit: Objective, point: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         value, losses, gradient, rows = evaluate_objective(

@@ -16,11 +16,12 @@ from transformers import GenerationConfig, Trainer, TrainerState, TrainingArgume
 from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.live_merge import save_merged
 from ..checkpoints.merge_terms import NO_VECTOR
-from ..checkpoints.output import writing
+from ..checkpoints.write_errors import writing
 from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
-from ..models.parameters import adapter_configs, base_model, check_held
+from ..models.parameters import adapter_configs, base_model
+from ..models.supported import check_held
 from ..text import one_line
 
 

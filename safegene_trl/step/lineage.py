@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from ..checkpoints.output import MARKER
+from ..checkpoints.contents import MARKER
 from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
 from ..errors import ConfigError, FamilyError

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..checkpoints.adapter import save_adapter
+from ..checkpoints.adapter_output import save_adapter
 from ..checkpoints.live_merge import save_merged
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.reloaded import can_reload, reloaded

@@ -13,19 +13,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint_folder import CheckpointFolder
+from ..checkpoints.contents import CHECKPOINT
 from ..checkpoints.hub import check_hub
-from ..checkpoints.output import (
-    CHECKPOINT,
-    check_output,
-    check_places,
-    check_writable,
-    writing,
-)
+from ..checkpoints.places import check_places
+from ..checkpoints.preflight import check_output, check_writable
 from ..checkpoints.renaming import moved_aside, temporary_folder
+from ..checkpoints.write_errors import writing
 from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
-from ..models.parameters import canonical_modules, check_untied
+from ..models.parameters import canonical_modules
+from ..models.supported import check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
 from ..reporting.report import Report

@@ -22,8 +22,9 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import response_logits
-from ..models.parameters import base_model, check_adapter_output, check_supported
+from ..models.parameters import base_model
 from ..models.replacement import without_adapters
+from ..models.supported import check_adapter_output, check_supported
 from ..vectors.safety_vector import SafetyVector
 from .decision import check_measurable
 from .history import last_accepted, read_history

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoints.adapter import read_adapter
+from ..checkpoints.adapter_output import read_adapter
 from ..checkpoints.row_blocks import RowReader, row_blocks
 from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding

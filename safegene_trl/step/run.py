@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.atomic_writes import atomic_directory
 from ..checkpoints.hub import upload
-from ..checkpoints.output import FAILURE_SUFFIXES, atomic_directory
-from ..checkpoints.places import failure_path
+from ..checkpoints.places import FAILURE_SUFFIXES, failure_path
 from ..errors import RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import terminable
 from ..models.batch_size import is_out_of_memory

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..checkpoints.adapter import save_adapter
+from ..checkpoints.adapter_output import save_adapter
 from ..checkpoints.loading import load_processor
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.source import adapter_base
@@ -22,8 +22,8 @@ from ..errors import ConfigError, OutputError
 from ..extraction.delta import adapter_delta, stored_delta
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import check_adapter_output
 from ..models.rounding import Rounding
+from ..models.supported import check_adapter_output
 from ..vectors.safety_vector import SafetyVector
 from .apply import INTERFERENCE
 from .decision import Decision

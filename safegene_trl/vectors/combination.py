@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.output import VECTOR, atomic_directory
+from ..checkpoints.atomic_writes import atomic_directory
+from ..checkpoints.contents import VECTOR
 from ..config.validation import Rule, check_value, folder, shown
 from ..errors import ConfigError, FamilyError
 from ..models.low_rank import LowRankDelta

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.output import VECTOR, check_output, check_places
+from ..checkpoints.contents import VECTOR
+from ..checkpoints.places import check_places
+from ..checkpoints.preflight import check_output
 from ..errors import OutputError
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import records
-from safegene_trl.checkpoints import output
+from safegene_trl.checkpoints import atomic_writes
 from safegene_trl.errors import SafeGeneError
 
 
@@ -67,7 +67,7 @@ def test_a_writer_that_is_stopped_leaves_the_old_file(tmp_path, monkeypatch):
     def stopped(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output, "sync", stopped)
+    monkeypatch.setattr(atomic_writes, "sync", stopped)
     with pytest.raises(KeyboardInterrupt):
         records.write("speed", "a", {"seconds": 2}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["speed.jsonl"]

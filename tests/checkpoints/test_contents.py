@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.adapter_output import save_adapter
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.contents import (
     CHECKPOINT,

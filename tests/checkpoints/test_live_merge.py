@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from safegene_trl.checkpoints.atomic_writes import atomic_directory
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
+from safegene_trl.checkpoints.contents import MARKER
 from safegene_trl.checkpoints.live_merge import merged_tensor, save_merged
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR, ScaledVector
-from safegene_trl.checkpoints.output import MARKER, atomic_directory, check_output
+from safegene_trl.checkpoints.preflight import check_output
 from safegene_trl.errors import OutputError
 from safegene_trl.models.parameters import canonical_parameters
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from safegene_trl.checkpoints import places
-from safegene_trl.checkpoints.output import check_places
+from safegene_trl.checkpoints.places import check_places
 from safegene_trl.errors import OutputError
 
 from .mounts import with_mounts

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from safegene_trl.checkpoints import preflight as trial
-from safegene_trl.checkpoints.output import MARKER, check_output, check_writable
+from safegene_trl.checkpoints.contents import MARKER
+from safegene_trl.checkpoints.preflight import check_output, check_writable
 from safegene_trl.errors import OutputError
 
 from .mounts import with_mounts

@@ -287,6 +287,45 @@ def test_a_reply_that_holds_a_header_is_not_guessed_at():
     assert reader.skipped == {"marks of replies that do not fit its turns": 1}
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "begun", "followed", "not_followed"),
+    [
+        (
+            CHATML,
+            ["<|im_start|>", "<|im_end|>"],
+            "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\nsay",
+            ["<|im_end|>\n<|im_start|>user\nmore", "<|im_end|>"],
+            ["<|im_end|> ends a turn"],
+        ),
+        (
+            MISTRAL,
+            ["<s>", "</s>"],
+            "<s>[INST] ask [/INST] say",
+            ["</s>[INST] more", "</s>[IN"],
+            ["</s> and more"],
+        ),
+    ],
+    ids=["ChatML", "Mistral"],
+)
+def test_what_may_follow_a_reply(template, special, begun, followed, not_followed):
+    """The examples in the docstrings of `TurnMarks`."""
+    tokenizer = with_template(template, special)
+    marks = TurnMarks.of(tokenizer)
+
+    def replies(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return marks.replies(marks.spelled(ids))
+
+    assert all(len(replies(begun + rest)) == 1 for rest in followed)
+    assert all(replies(begun + rest) is None for rest in not_followed)
+
+
 class Mapped(TorchDataset):
     def __init__(self, rows):
         self.rows = rows

@@ -1,14 +1,9 @@
-"""Checkpoint names of live weights, and fine-tunes that are refused by name."""
+"""Checkpoint names of live weights, and fine-tunes of every kind that are merged under them."""
 
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
-    IA3Config,
     LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
     get_peft_model,
 )
 from transformers import (
@@ -21,7 +16,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from safegene_trl.checkpoints.adapter import save_adapter
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR, ScaledVector
@@ -32,14 +26,12 @@ from safegene_trl.models.names import layer_index
 from safegene_trl.models.parameters import (
     canonical_modules,
     canonical_parameters,
-    check_adapter_output,
-    check_supported,
-    check_untied,
     is_transposed,
     linear_shape,
     task_factors,
     tied_weights,
 )
+from safegene_trl.models.supported import check_adapter_output, check_supported
 
 from ..conftest import ALONE, attached, make_deltas, make_model, small_shape, with_lora
 
@@ -217,11 +209,6 @@ def test_tied_weights():
     shared = make_model(tied=False)  # by nothing but the tensors themselves
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     assert set(tied_weights(shared)) == {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
-    with pytest.raises(
-        UnsupportedModelError, match=r"changes `model.layers.1.mlp.up_proj`, whose weight"
-    ):
-        check_untied(shared, ["model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj"])
-    check_untied(shared, ["model.layers.2.mlp.up_proj"])
 
 
 def test_tied_modules_that_are_saved_whole_together_are_merged(tokenizer, tmp_path):
@@ -233,133 +220,3 @@ def test_tied_modules_that_are_saved_whole_together_are_merged(tokenizer, tmp_pa
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
-
-
-def refused():
-    quantised = make_model()
-    quantised.is_quantized = True
-    yield "quantised", quantised, "16-bit base"
-    yield (
-        "tied head",
-        with_lora(make_model(), modules_to_save=["lm_head"]),
-        "model ties to `model.embed_tokens`",
-    )
-    yield (
-        "tied embeddings",
-        with_lora(make_model(), modules_to_save=["embed_tokens"]),
-        "ties to `lm_head`",
-    )
-    both = ["embed_tokens", "lm_head"]
-    yield (
-        "both of a tied pair, apart",
-        with_lora(make_model(), modules_to_save=both),
-        "train with `ensure_weight_tying",
-    )
-    yield (
-        "LoRA on a tied head",
-        with_lora(make_model(), target_modules=["lm_head"]),
-        "LoRA on `lm_head`.*shares",
-    )
-    tied = with_lora(
-        make_model(), target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
-    )
-    yield "LoRA on tied embeddings", tied, "LoRA on `(lm_head|model.embed_tokens)`.*shares"
-    yield (
-        "other names",
-        with_lora(gpt2(), target_modules=["lm_head"]),
-        "LoRA on `lm_head`.*`transformer.wte.weight`",
-    )
-    saved_head = with_lora(
-        gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"]
-    )
-    yield "a head that is saved, under other names", saved_head, "ties to `transformer.wte`"
-    tokens = with_lora(make_model(tied=False), trainable_token_indices=[1, 2])
-    yield "single tokens", tokens, "trainable_token_indices"
-    several = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
-    several.add_adapter(
-        "second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    )
-    yield "a head of two adapters", several, "saved whole by several adapters"
-    two = with_lora(make_model(), use_dora=True)
-    two.add_adapter("second", two.peft_config["default"])
-    two.base_model.set_adapter(["default", "second"])
-    yield "two DoRA adapters", two, "the one active adapter"
-    yield "LoRA bias", with_lora(make_model(), lora_bias=True, bias="none"), "lora_bias"
-    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
-    yield "IA3", get_peft_model(make_model(), ia3), "uses PEFT's IA3.*only LoRA can be merged"
-    ada = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    yield "AdaLoRA", get_peft_model(make_model(), ada), "uses PEFT's ADALORA"
-    for kind in (PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig):
-        soft = kind(num_virtual_tokens=4, task_type="CAUSAL_LM")
-        yield (
-            kind.__name__,
-            get_peft_model(make_model(), soft),
-            f"uses PEFT's {soft.peft_type.value}",
-        )
-    norms = with_lora(make_model())
-    norms.get_base_model().model.norm.requires_grad_(True)
-    yield (
-        "a norm that was unfrozen by hand",
-        norms,
-        "trains `model.norm.weight` beside its LoRA.*`modules_to_save`",
-    )
-    beside = with_lora(make_model())
-    beside.value_head = torch.nn.Linear(2, 2)
-    yield "a head outside the model", beside, "`value_head.weight`, which is no part"
-    merged = with_lora(make_model())
-    merged.merge_adapter()
-    yield (
-        "a merged adapter",
-        merged,
-        r"on `model.layers.0.self_attn.q_proj` is merged.*`unmerge_adapter\(\)`",
-    )
-    yield "no transformers model", torch.nn.Linear(2, 2), "not a transformers model"
-
-
-@pytest.mark.parametrize(
-    ("model", "message"), [case[1:] for case in refused()], ids=[case[0] for case in refused()]
-)
-def test_refused_by_name(model, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        check_supported(model)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "named"),
-    [
-        (
-            "llama",
-            {"modules_to_save": ["post_attention_layernorm"]},
-            "model.layers.0.post_attention_layernorm",
-        ),
-        ("qwen2", {"bias": "all"}, "model.layers.0.self_attn.q_proj.bias"),
-        (
-            "qwen2",
-            {"bias": "lora_only", "target_modules": ["v_proj"]},
-            "model.layers.0.self_attn.v_proj.bias",
-        ),
-        ("llama", {"bias": "all"}, None),  # which has no biases
-        ("qwen2", {"bias": "lora_only", "target_modules": ["up_proj"]}, None),
-    ],
-)
-def test_an_adapter_cannot_hold_what_is_trained_whole(kind, options, named):
-    model = with_lora(make_model(kind), **options)
-    check_supported(model)
-    if named is None:
-        check_adapter_output(model)
-    else:
-        with pytest.raises(
-            UnsupportedModelError,
-            match=rf"trains `{named}` itself.*`output\.output_format: merged`",
-        ):
-            check_adapter_output(model)
-
-
-def test_supported_models_pass(tokenizer, tmp_path):
-    for model in (
-        make_model(),
-        with_lora(make_model()),
-        with_lora(make_model("qwen2"), use_rslora=True),
-    ):
-        check_supported(model)
-    save_adapter(with_lora(make_model()), NO_VECTOR, "base", tokenizer, tmp_path, ALONE)

@@ -2,11 +2,14 @@
 
 import math
 from contextlib import contextmanager, nullcontext
+from typing import get_args
 
 import pytest
 import torch
 
+from safegene_trl.config.metrics import CountedLabel, shares
 from safegene_trl.data.shots import gather_shots
+from safegene_trl.judges import judged
 from safegene_trl.models import generation
 from safegene_trl.models.generation import generate_answers
 from safegene_trl.models.inputs import batches
@@ -100,6 +103,29 @@ def test_prompts_of_all_kinds_share_batches_and_are_tokenised_once(
         assert [exchange.prompt for exchange in own] == [
             prompt.text for prompts in unseen.prompts.values() for prompt in prompts
         ]
+
+
+def test_the_step_s_judge_gives_the_labels_that_metrics_may_count_and_no_others(
+    setting, tokenizer, monkeypatch
+):
+    """Nothing is `unjudged` here, so that a share's count is all the prompts of its kinds."""
+    model, config, unseen = setting
+    given = []
+
+    def kept(judge, exchanges):
+        given.extend(verdict.label for verdict in judged(judge, exchanges))
+        return judged(judge, exchanges)
+
+    def answers(model, tokenizer, prompts, *rest):
+        said = [REFUSAL, "", "positive", "zx qv " * 9, "No.", "{}", "Take a pan and stir it well."]
+        return (said * len(prompts))[: len(prompts)]
+
+    monkeypatch.setattr(measurement, "answers_to_tokens", answers)
+    monkeypatch.setattr(measurement, "judged", kept)
+    found = Measurement(unseen, tokenizer, config, ALONE).measure(model, nullcontext, 8)["after"]
+    assert set(given) == set(get_args(CountedLabel))
+    for metric in shares():
+        assert found[metric.key]["count"] == sum(len(unseen.prompts[k]) for k in metric.kinds)
 
 
 def test_token_accuracy_of_every_sample(setting, tokenizer):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from safegene_trl import SafeGeneCallback, SafeGeneError, SafetyVector
-from safegene_trl.checkpoints.output import MARKER
+from safegene_trl.checkpoints.contents import MARKER
 from safegene_trl.checkpoints.renaming import temporary_name
 from safegene_trl.commands.main import main
 from safegene_trl.errors import RejectedError

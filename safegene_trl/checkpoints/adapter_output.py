@@ -14,7 +14,7 @@ from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, is_transposed
 from .live_merge import check_finite, whole
 from .merge_terms import ScaledVector
-from .output import saving, writing
+from .write_errors import saving, writing
 
 
 @torch.no_grad()

@@ -1,16 +1,12 @@
-"""Where results go: folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
-from ..errors import OutputError, SafeGeneError
-from .contents import CHECKPOINT, MARKER, VECTOR, FolderKind, check_replaceable
-from .places import FAILURE_SUFFIXES, check_places
-from .preflight import check_name, check_output, check_writable, nearest_folder
+from .contents import CHECKPOINT, FolderKind, check_replaceable
+from .preflight import check_name
 from .renaming import (
     LONGEST_WAIT,
     install,
@@ -21,26 +17,11 @@ from .renaming import (
     temporary_folder,
     temporary_name,
 )
+from .write_errors import writing
 
 
 if TYPE_CHECKING:
     from ..distributed.communicator import Communicator
-
-
-__all__ = [
-    "CHECKPOINT",
-    "FAILURE_SUFFIXES",
-    "MARKER",
-    "VECTOR",
-    "atomic_directory",
-    "check_output",
-    "check_places",
-    "check_writable",
-    "nearest_folder",
-    "replace_file",
-    "saving",
-    "writing",
-]
 
 
 @contextmanager
@@ -92,37 +73,6 @@ def replace_file(path: Path, text: str) -> None:
                 sync(path.parent)
             finally:
                 unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing() -> Iterator[None]:
-    """Turns a failure to write into an `OutputError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"Writing the output failed ({error}): free space or choose another `output_dir`."
-        ) from error
-
-
-@contextmanager
-def saving(what: str) -> Iterator[None]:
-    """Turns whatever a writer of another library raises into an `OutputError` that names what was
-    to be saved.
-
-    They have no errors of their own: of a full disk `tokenizers` raises a plain `Exception`, and of
-    a value that it refuses to save transformers a `ValueError`. So nothing but the saving itself
-    belongs into the block.
-    """
-    try:
-        yield
-    except SafeGeneError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise OutputError(
-            f"Saving {what} failed ({type(error).__name__}: {reason}): correct what it names, free space, or choose another `output_dir`."
-        ) from error
 
 
 def _finish(folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from safegene_trl.checkpoints.adapter import save_adapter
+from safegene_trl.checkpoints.adapter_output import save_adapter
 from safegene_trl.checkpoints.merge_terms import ScaledVector
 
 from ..conftest import ALONE, make_deltas, make_model, with_lora

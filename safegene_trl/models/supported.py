@@ -1,0 +1,230 @@
+"""Which fine-tunes this version can merge exactly; every other one is refused by its name."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import PeftType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .parameters import (
+    adapter_configs,
+    base_model,
+    canonical_modules,
+    canonical_name,
+    inside_adapter,
+    is_transposed,
+    linear_shape,
+    saved_copy,
+    tied_weights,
+    unadapted,
+    uncompiled,
+)
+
+
+# ways to start a LoRA that change the base's weights
+_CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError`, by name, for a fine-tune whose weights this version cannot
+    merge exactly.
+    """
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is not a transformers model: train a `PreTrainedModel`."
+        )
+    for config in adapter_configs(model).values():
+        check_method(config)
+    if getattr(base, "is_quantized", False):
+        raise UnsupportedModelError(
+            "The base model is quantised and merging would requantise it: save the adapter, then run `safegene apply` "
+            "on the 16-bit base model."
+        )
+    tied, modules = tied_weights(model), canonical_modules(model)
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            _check_saved_whole(name, module, modules, tied)
+        elif isinstance(module, TrainableTokensWrapper):
+            raise UnsupportedModelError(
+                f"The fine-tune trains single tokens of `{name}`: leave out `trainable_token_indices`, or merge the adapter "
+                "into the model first, then run `safegene apply`."
+            )
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            _check_lora_untied(name, tied)
+            _check_adapter(name, module)
+    check_held(model)
+
+
+def check_method(adapter_config: Any) -> None:
+    """Raises `UnsupportedModelError`, by its name, for any method of PEFT but LoRA."""
+    method = adapter_config.peft_type
+    if method == PeftType.LORA:
+        return
+    remedy = "train a LoRA in its place"
+    if not adapter_config.is_prompt_learning:  # which acts beside the weights
+        remedy += ", or merge it into the model first (`merge_and_unload`)"
+    raise UnsupportedModelError(
+        f"The fine-tune uses PEFT's {getattr(method, 'value', method)}, and only LoRA can be merged: {remedy}."
+    )
+
+
+def check_held(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` unless the fine-tune is its adapter as PEFT saves it, and that
+    beside the weights.
+
+    Both can change while a model is trained, so this is asked before the first step and after the
+    last.
+    """
+    base, configs = base_model(model), adapter_configs(model)
+    of_base = {id(tensor) for tensor in base.parameters()}
+    for name, tensor in uncompiled(model).named_parameters():
+        if tensor.requires_grad and id(tensor) not in of_base:
+            raise UnsupportedModelError(
+                f"The fine-tune trains `{name}`, which is no part of the model that is saved: freeze it."
+            )
+    for name, module in base.named_modules():
+        # PEFT takes a merged adapter out of the weights as soon as it is switched off, whatever
+        # they hold by then
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise UnsupportedModelError(
+                f"The adapter on `{canonical_name(name)}` is merged into the weights: call `unmerge_adapter()` on the model."
+            )
+    biases = {getattr(config, "bias", "none") for config in configs.values()}
+    for name, tensor in base.named_parameters() if configs else ():
+        saved = inside_adapter(name) or ".modules_to_save." in name
+        saved |= ("all" in biases and "bias" in name) or (
+            "lora_only" in biases and name.endswith(".base_layer.bias")
+        )
+        if tensor.requires_grad and not saved:
+            raise UnsupportedModelError(
+                f"The fine-tune trains `{canonical_name(name)}` beside its LoRA, and PEFT does not save that: name its module "
+                "in the LoRA's `modules_to_save`, or freeze it."
+            )
+
+
+def check_adapter_output(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` for a fine-tune that no LoRA on its named base model can
+    express.
+    """
+    configs = list(adapter_configs(model).values())
+    if whole := _trained_whole(model, configs):
+        raise UnsupportedModelError(
+            f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output.output_format: merged`."
+        )
+    for config in configs:
+        kind = (
+            f"LoRA with `init_lora_weights={config.init_lora_weights!r}`"
+            if changes_base(config)
+            else None
+        )
+        if getattr(config, "use_dora", False):
+            kind = "DoRA"
+        if kind:
+            raise UnsupportedModelError(
+                f"The fine-tune uses {kind}, which is no low-rank delta on its base model: set `output.output_format: merged`."
+            )
+
+
+def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
+    """The first module or bias that adapters of these configs hold in the place of the base
+    model's, None without any.
+    """
+    biases = {getattr(config, "bias", "none") for config in configs}
+    for name, module in base_model(model).named_modules() if biases else ():
+        if isinstance(module, ModulesToSaveWrapper):
+            return canonical_name(name)
+        trained = "all" in biases or ("lora_only" in biases and isinstance(module, LoraLayer))
+        if (
+            trained
+            and not inside_adapter(name)
+            and getattr(unadapted(module), "bias", None) is not None
+        ):
+            return f"{canonical_name(name)}.bias"
+    return None
+
+
+def changes_base(adapter_config: Any) -> bool:
+    """Whether an adapter of this PEFT config was started by changing the weights of its base model,
+    as PiSSA is.
+    """
+    return str(getattr(adapter_config, "init_lora_weights", "")).startswith(_CHANGES_BASE)
+
+
+def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
+    """Raises `UnsupportedModelError` if a delta is for a module whose weight other modules have as
+    well.
+    """
+    tied = tied_weights(model)
+    for name in modules:
+        if others := tied.get(f"{name}.weight", set()) - {f"{name}.weight"}:
+            raise UnsupportedModelError(
+                f"The safety vector changes `{name}`, whose weight the model shares with `{min(others)}`: use a vector "
+                "without that module."
+            )
+
+
+def _check_saved_whole(
+    name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]
+) -> None:
+    if len(wrapper.modules_to_save) > 1 or saved_copy(wrapper) is None:
+        raise UnsupportedModelError(
+            f"`{name}` is saved whole by several adapters, or by one that is not active: load one adapter and activate it."
+        )
+    for parameter, tensor in saved_copy(wrapper).named_parameters():
+        for other in tied.get(f"{canonical_name(name)}.{parameter}", ()):
+            module_name, _, leaf = other.rpartition(".")
+            copy = saved_copy(modules[module_name])
+            if copy is None or getattr(copy, leaf) is not tensor:
+                raise UnsupportedModelError(
+                    f"The fine-tune saves its own `{name}`, whose weight the model ties to `{module_name}`: train with "
+                    "`ensure_weight_tying=True`, or take it out of `modules_to_save`."
+                )
+
+
+def _check_lora_untied(name: str, tied: Mapping[str, set[str]]) -> None:
+    weight = f"{canonical_name(name)}.weight"
+    if others := tied.get(weight, set()) - {weight}:
+        raise UnsupportedModelError(
+            f"The fine-tune has a LoRA on `{name}`, whose weight the model shares with `{min(others)}`: no merged checkpoint "
+            "can hold both, so take it out of `target_modules`."
+        )
+
+
+def _check_adapter(name: str, module: Any) -> None:
+    if not isinstance(module, LoraLayer) or linear_shape(module) is None:  # type: ignore[arg-type]
+        raise UnsupportedModelError(
+            f"`{name}` is adapted by {type(module).__name__} and only LoRA on linear layers can be merged: merge this "
+            "adapter into the model first, then run `safegene apply`."
+        )
+    other = {
+        name: variant
+        for name, variant in module.lora_variant.items()
+        if name not in module.lora_magnitude_vector
+    }
+    if other:
+        variants = ", ".join(sorted({type(variant).__name__ for variant in other.values()}))
+        raise UnsupportedModelError(
+            f"The fine-tune uses a LoRA variant ({variants}) that is no plain low-rank delta: merge the adapter into the "
+            "model first, then run `safegene apply`."
+        )
+    if module.lora_variant and (len(module.active_adapters) > 1 or is_transposed(module)):  # type: ignore[arg-type]
+        raise UnsupportedModelError(
+            "DoRA is merged only where it is the one active adapter, on `nn.Linear` layers: merge the adapters into the "
+            "model first, then run `safegene apply`."
+        )
+    if any(b.bias is not None for b in module.lora_B.values()):
+        raise UnsupportedModelError(
+            "The fine-tune's LoRA has a bias: train it with `lora_bias=False`."
+        )
