@@ -14,6 +14,7 @@ from ..checkpoints.preflight import check_writable
 from ..checkpoints.skeleton import load_skeleton
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel
+from ..config.search import INTERFERENCE
 from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
 from ..data.shots import gather_shots
@@ -26,7 +27,7 @@ from ..estimation.stored_merge import estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.difference import differ_by_adapters
 from ..extraction.prompts import ExtractionPrompts
-from ..step.apply import INTERFERENCE, apply, check_arguments, output_of
+from ..step.apply import apply, check_arguments, output_of
 from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import FINE_TUNE, InputModel, Origin, read_vector, try_output
 from ..step.preparation import first_coefficients

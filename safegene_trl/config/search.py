@@ -16,6 +16,7 @@ from .validation import (
 Granularity = Literal["layer", "module", "rank"]  # from coarse to fine
 # of any coefficient, wherever it comes from; ten times the vector is far beyond use already
 LARGEST_COEFFICIENT = 100.0
+INTERFERENCE = "interference"  # EnchTable's rule, in the place of coefficients
 
 _WEIGHT = Rule(at_least=0.0)
 _BOUND = Rule(

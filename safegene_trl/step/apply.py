@@ -8,13 +8,13 @@ much less than a model does.
 from pathlib import Path
 from typing import Any
 
+from ..config.search import INTERFERENCE
 from ..config.settings import SafeGeneConfig
 from ..config.validation import DTYPES, Rule, check_is, check_value
 from ..distributed.world_size import launched_processes
 from ..errors import ConfigError
 
 
-INTERFERENCE = "interference"  # EnchTable's rule, in the place of coefficients
 NO_MODEL = "No model is named: set `model_name_or_path` to a finished checkpoint or adapter."
 
 

@@ -15,7 +15,7 @@ from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_merge import write_merged
 from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.tensor_file import StoredTensor
-from ..config.search import LARGEST_COEFFICIENT, Granularity
+from ..config.search import INTERFERENCE, LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..errors import ConfigError, OutputError
@@ -25,7 +25,6 @@ from ..models.low_rank import LowRankDelta
 from ..models.rounding import Rounding
 from ..models.supported import check_adapter_output
 from ..vectors.safety_vector import SafetyVector
-from .apply import INTERFERENCE
 from .decision import Decision
 from .interference import interference_coefficients
 from .lineage import (
