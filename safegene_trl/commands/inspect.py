@@ -145,6 +145,10 @@ def _check_may_be_vector(place: Path) -> None:
             )
     if place.is_dir():
         raise SafeGeneError(_other_folder(place))
+    if len(place.parts) == 1:  # no vector on the hub is without an owner
+        raise SafeGeneError(
+            f"{place} is no folder or file: name a safety vector or a safeguarded checkpoint, or `owner/name` for a vector on the hub."
+        )
     try:
         repository(str(place))
     except ValueError as error:

@@ -18,7 +18,7 @@ class PlainErrors(argparse.ArgumentParser):
     """Raises `ConfigError` where argparse prints its usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(in_plain_words(message))
+        refuse(message)
 
 
 class PlainParser(PlainErrors):
@@ -48,6 +48,11 @@ class PlainParser(PlainErrors):
         """The sentence for an option that is none."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         return f"There is no option `{name}`{nearest(name, known, 0.0)}"
+
+
+def refuse(message: str) -> NoReturn:
+    """Raises `ConfigError` for an error of argparse."""
+    raise ConfigError(in_plain_words(message))
 
 
 def unknown_options(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
