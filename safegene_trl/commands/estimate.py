@@ -28,7 +28,7 @@ from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
 from .launch_option import OPTION, take_config, wants_launch
 from .parsing import parse
-from .plain_parser import PlainErrors
+from .plain_parser import PlainParser
 from .training_data import split_of, training_data
 from .yaml_files import read_yaml
 
@@ -42,10 +42,10 @@ _MEANING = (
 
 def main(argv: Sequence[str]) -> int:
     """Prints a table; `--json FILE` writes it as well."""
-    parser = PlainErrors(prog="safegene estimate", add_help=False, allow_abbrev=False)
+    parser = PlainParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--json", type=written_path)
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(parser.with_underscores(argv))
     command = rest[0] if rest else ""
     usage = (
         f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "

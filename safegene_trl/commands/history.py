@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="Seal the file as it is, after you have looked it through: where its seal is lost.",
     )
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     if not arguments.file.is_file():
         raise SafeGeneError(
             f"There is no file {arguments.file}: name the one that `output.history` in the `safegene` block names."

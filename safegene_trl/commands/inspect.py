@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         type=written_path,
         help="PNG file for a vector's layer scores and their stability.",
     )
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     place = Path(arguments.directory)
     if place.name in ("", ".."):  # the working directory has a name too
         place = Path(os.path.abspath(place))

@@ -5,7 +5,7 @@ option for a misspelt one.
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..config.validation import nearest
 from ..errors import ConfigError
@@ -24,12 +24,16 @@ class PlainErrors(argparse.ArgumentParser):
 class PlainParser(PlainErrors):
     """The parser of a command with few options, each of which may be written with dashes too."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's; a misspelt option is named before anything that is missing because of it."""
-        words = self.with_underscores([] if args is None else args)
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """What the words say; a misspelt option is named before what is missing because of it.
+
+        Raises:
+            ConfigError: An option is none, has no value or one of the wrong type, or is missing.
+        """
+        words = self.with_underscores(argv)
         for name in unknown_options(words, self):
             raise ConfigError(self.unknown(name))
-        found, unknown = self.parse_known_args(words, namespace)
+        found, unknown = self.parse_known_args(words)
         if unknown:
             raise ConfigError(f"`{unknown[0]}` on the command line is one too many: leave it out.")
         return found

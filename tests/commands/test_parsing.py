@@ -542,6 +542,8 @@ def test_tagged_numbers():
         (["--eval_strategy=never"], "`--eval_strategy` is 'never': use one of"),
         (["--max-stps=3"], "Unknown key `max-stps` in the command line; did you mean `max_steps`?"),
         (["--model=x"], "Unknown key `model` in the command line; did you mean `model_name_or"),
+        (["--accelerate_confg=ddp"], "; did you mean `accelerate_config`?"),
+        (["--confg=r.yaml"], "; did you mean `config`?"),
         (["--safegene.vec=x"], "; did you mean `safegene.vector`?"),
     ],
 )

@@ -27,6 +27,10 @@ from safegene_trl.errors import ConfigError
             ["estimate", "--num_processes", "many"],
             "`--num_processes` is 'many': it must be a whole",
         ),
+        (
+            ["estimate", "--num-processes=0", "sft"],
+            "`--num_processes` is 0: it must be at least 1.",
+        ),
         (["sign", "v"], "`--private_key` is missing: `--help` says what to give."),
         (["combine"], "`vectors` and `--output_dir` are missing"),
         (["history"], "`file` is missing"),
@@ -49,12 +53,12 @@ def test_an_option_may_be_written_with_dashes_and_cut_short(option, joint):
     parser.add_argument("directory")
     parser.add_argument("--private_key", required=True)
     words = f"{option}{joint[0]}a-b".split(" ")
-    assert parser.parse_args([*words, "v-w"]).private_key == "a-b"
+    assert parser.read([*words, "v-w"]).private_key == "a-b"
 
 
 def test_a_value_with_spaces_is_no_option():
     parser = PlainParser()
     parser.add_argument("--text")
-    assert parser.parse_args(["--text", "--not an option"]).text == "--not an option"
+    assert parser.read(["--text", "--not an option"]).text == "--not an option"
     with pytest.raises(ConfigError, match="no option `--not`"):
-        parser.parse_args(["--text", "x", "--not"])
+        parser.read(["--text", "x", "--not"])
