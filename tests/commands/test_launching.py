@@ -109,5 +109,5 @@ def test_the_option_may_be_written_with_dashes(launched):
 
 
 def test_a_wrong_value_for_the_launcher_is_one_sentence(launched):
-    with pytest.raises(ConfigError, match="^`--num_processes` is 'many': it must be a whole numb"):
+    with pytest.raises(ConfigError, match=r"^`--num_processes` is 'many': it must be a whole numb"):
         launched("--accelerate_config=ddp", "--num_processes", "many")
