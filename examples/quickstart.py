@@ -54,6 +54,11 @@ def step_settings(short: bool) -> dict:
     }
 
 
+def batches(short: bool) -> int:
+    """How many the fine-tune is trained on."""
+    return 2 if short else 25
+
+
 def say(stage: int, what: str) -> None:
     """One line before every stage: minutes pass in some of them."""
     print(f"\n[{stage}/4] {what}", flush=True)
@@ -62,10 +67,13 @@ def say(stage: int, what: str) -> None:
 class SayWhatFollows(TrainerCallback):
     """Stands before the safety step where the training ends."""
 
+    def __init__(self, short: bool):
+        self.time = "less than a minute" if short else "up to 5 minutes"
+
     def on_train_end(self, *args, **kwargs) -> None:
         say(
             3,
-            "The safety step: finds the vector's coefficients and writes the safeguarded model, up to 5 minutes.",
+            f"The safety step: finds the vector's coefficients and writes the safeguarded model, {self.time}.",
         )
 
 
@@ -79,7 +87,7 @@ def fine_tune(short: bool) -> dict:
         model=str(BUILD / "aligned"),
         args=SFTConfig(
             output_dir=str(OUT),
-            max_steps=2 if short else 25,
+            max_steps=batches(short),
             per_device_train_batch_size=4,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
@@ -97,7 +105,7 @@ def fine_tune(short: bool) -> dict:
         peft_config=LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[SayWhatFollows(), callback],
+        callbacks=[SayWhatFollows(short), callback],
     )
     trainer.train()
     trainer.save_model()  # the plain fine-tune, for comparison
@@ -117,7 +125,7 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
         "--per_device_train_batch_size",
         4 // processes,
         "--max_steps",
-        2 if short else 25,
+        batches(short),
     ]
     data = [
         "--safegene.vector",
@@ -128,7 +136,7 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
     safegene("sft", *launcher, "--config", RECIPE / "sft.yaml", *training, *data, *step)
     say(
         3,
-        "One process finds the coefficients of the same fine-tune, to be compared: up to 5 minutes.",
+        f"One process finds the coefficients of the same fine-tune, to be compared: up to {'a minute' if short else '5 minutes'}.",
     )
     safegene(
         "apply",
@@ -206,10 +214,12 @@ def main() -> None:
         "Puts the aligned SmolLM2-135M and its data together from installed packages, up to a minute.",
     )
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
-    say(
-        2,
-        "Fine-tunes it on 25 batches of drug reviews, up to 3 minutes: refusals are lost on the way.",
+    end = (
+        "less than a minute, in which next to nothing is learned or lost"
+        if short
+        else "up to 3 minutes: refusals are lost on the way"
     )
+    say(2, f"Fine-tunes it on {batches(short)} batches of drug reviews, {end}.")
     if options.accelerate_config:
         report = fine_tune_launched(short, options.accelerate_config, options.num_processes)
     else:
@@ -218,7 +228,8 @@ def main() -> None:
     count = 4 if short else 40
     say(
         4,
-        f"Measures three models on {count} prompts or reviews of each kind, about a minute for each model.",
+        f"Measures three models on {count} prompts or reviews of each kind, "
+        f"{'some seconds' if short else 'about a minute'} for each model.",
     )
     rows = {}
     for name, folder in models.items():
@@ -240,6 +251,11 @@ def main() -> None:
     print(
         f"Checkpoint: {OUT / 'safeguarded'}\nReport:     {OUT / 'safeguarded' / 'safegene_report.json'}"
     )
+    if short:
+        print(
+            f"\nThis was the short form: {batches(short)} batches and {count} prompts of each kind show that it runs, and not what "
+            "it achieves. `make quickstart` shows that."
+        )
     (OUT / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 

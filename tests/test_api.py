@@ -212,8 +212,11 @@ def test_processes_that_have_not_joined_are_refused(monkeypatch):
 def test_combine_takes_a_list_of_vectors(vector_dir, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match=r"combine was given '.*': give it a list"):
         combine(str(vector_dir), tmp_path / "both")
+    for no_list in (3, None):
+        with pytest.raises(ConfigError, match=r"combine was given .*: give it a list"):
+            combine(no_list, tmp_path / "both")
     for names in ([], [vector_dir]):
-        with pytest.raises(FamilyError, match="One vector alone"):
+        with pytest.raises(ConfigError, match="One vector alone"):
             combine(names, tmp_path / "both")
     with pytest.raises(ConfigError, match="begins so"):
         combine([vector_dir, vector_dir], "~/both")

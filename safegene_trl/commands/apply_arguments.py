@@ -26,7 +26,7 @@ class ApplyArguments:
         allow_pickled_shards: Read a `checkpoint-N` that holds nothing but DeepSpeed's shards. They
             are pickle files, which can run code: only for files of your own.
         base_model: The aligned model; only for `interference` on a full fine-tune.
-        fleet: A YAML file of many fine-tunes, done in parallel (see `commands/fleet.py`); no other
+        fleet: A YAML file of many fine-tunes, done in parallel (see docs/pipelines.md); no other
             option goes with it.
     """
 

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--overwrite_output_dir", action="store_true", help="Replace a vector that is there."
     )
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     vector = combine(arguments.vectors, arguments.output_dir, arguments.overwrite_output_dir)
     ranks = " + ".join(map(str, vector.components))
     print(

@@ -1,6 +1,5 @@
 """`safegene estimate COMMAND …`: what `safegene COMMAND …` will take, for each of its steps."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,24 +36,35 @@ from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
 from .apply_arguments import ApplyArguments
 from .launch_option import OPTION, take_config, wants_launch
 from .parsing import parse
+from .plain_parser import PlainParser
 from .training_data import split_of, training_data
 from .yaml_files import read_yaml
 
 
+_MEANING = (
+    "Says how many seconds, how much memory and how much disk a command will take, step by step. "
+    "Trains and keeps nothing: copies of the model with few layers and random weights are timed, and "
+    "the rest is reckoned from them."
+)
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints a table; `--json FILE` writes it as well."""
-    parser = argparse.ArgumentParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
+    parser = PlainParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--json", type=written_path)
-    own, rest = parser.parse_known_args(argv)
+    own, rest = parser.parse_known_args(parser.with_underscores(argv))
     command = rest[0] if rest else ""
     usage = (
         f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "
         f"`{OPTION} NAME --num_processes N` for more than one process and `--json FILE` for a file."
     )
     if command in ("-h", "--help"):
-        print(usage)
+        print(f"{_MEANING}\n\n{usage}")
         return 0
+    if command.startswith("-"):
+        options = ["--num_processes", "--json", OPTION]
+        raise ConfigError(f"There is no option `{command}`{nearest(command, options, 0.0)} {usage}")
     if command not in _ESTIMATES:
         said = f"`{command}` cannot be estimated{nearest(command, _ESTIMATES)} " if command else ""
         raise ConfigError(said + usage)
@@ -103,7 +113,7 @@ def _launch(argv: Sequence[str], processes: int | None) -> tuple[Launch, list[st
 
 def _estimate_sft(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     script, training, model, mixture, safegene = parse(
-        sft.ARGUMENTS, argv, "safegene estimate sft", ""
+        sft.ARGUMENTS, argv, "safegene estimate sft", "", {"model_name_or_path": sft.NO_MODEL}
     )
     config, name, revision = safegene.config, model.model_name_or_path, model.model_revision
     if not name or config is None:

@@ -8,6 +8,7 @@ from ..errors import SafeGeneError
 from ..reporting.plots import history_plot
 from ..step.drift import drift_warnings
 from ..step.history import Release, history_warnings, read_history, seal_history
+from ..step.history_file import seal_path
 from .plain_parser import PlainParser
 from .tables import aligned, headings, measured_cells
 
@@ -26,11 +27,12 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="Seal the file as it is, after you have looked it through: where its seal is lost.",
     )
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     if not arguments.file.is_file():
         raise SafeGeneError(
-            f"There is no history at {arguments.file}: set `output.history` in the `safegene` block."
+            f"There is no file {arguments.file}: name the one that `output.history` in the `safegene` block names."
         )
+    _check_holds_releases(arguments.file)
     if arguments.seal:
         seal_history(arguments.file)
     releases = read_history(arguments.file)
@@ -45,6 +47,22 @@ def main(argv: Sequence[str]) -> int:
     if arguments.plot:
         history_plot(releases, arguments.plot)
     return 3 if warnings else 0
+
+
+def _check_holds_releases(path: Path) -> None:
+    """Raises `SafeGeneError` for a file of which no line could be a release's: a damaged history
+    still has some of their keys.
+    """
+    if seal_path(path).exists():
+        return
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:  # whoever reads it says so
+        return
+    if lines and not any(word in line for line in lines for word in (b'"outcome"', b'"previous"')):
+        raise SafeGeneError(
+            f"{path} is no history of releases: name the file that `output.history` in the `safegene` block names."
+        )
 
 
 def describe(releases: Sequence[Release]) -> str:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         type=written_path,
         help="PNG file for a vector's layer scores and their stability.",
     )
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     place = Path(arguments.directory)
     if place.name in ("", ".."):  # the working directory has a name too
         place = Path(os.path.abspath(place))
@@ -144,6 +144,10 @@ def _check_may_be_vector(place: Path) -> None:
             )
     if place.is_dir():
         raise SafeGeneError(_other_folder(place))
+    if len(place.parts) == 1:  # no vector on the hub is without an owner
+        raise SafeGeneError(
+            f"{place} is no folder or file: name a safety vector or a safeguarded checkpoint, or `owner/name` for a vector on the hub."
+        )
     try:
         repository(str(place))
     except ValueError as error:

@@ -8,21 +8,24 @@ from ..errors import ConfigError
 
 
 OPTION = "--accelerate_config"
+_DASHED = OPTION.replace("_", "-")
 _SHIPPED = files("safegene_trl").joinpath("accelerate_configs")
 
 
 def wants_launch(argv: Sequence[str]) -> bool:
     """Whether `--accelerate_config` is among the arguments."""
-    return any(item.split("=")[0] == OPTION for item in argv)
+    return any(item.split("=")[0] in (OPTION, _DASHED) for item in argv)
 
 
 def take_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
     """The file that `--accelerate_config` names, and the other arguments."""
-    words = [
-        word
-        for item in argv
-        for word in (item.split("=", 1) if item.startswith(f"{OPTION}=") else [item])
-    ]
+    words: list[str] = []
+    for item in argv:
+        name, equals, value = item.partition("=")
+        if name in (OPTION, _DASHED):
+            words += [OPTION, value] if equals else [OPTION]
+        else:
+            words.append(item)
     position = words.index(OPTION)
     named = words[position + 1] if position + 1 < len(words) else ""
     rest = words[:position] + words[position + 2 :]

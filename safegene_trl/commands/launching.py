@@ -5,12 +5,14 @@ commands do.
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from subprocess import CalledProcessError
+from typing import Any, cast
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .launch_option import take_config
+from .plain_parser import refuse
 from .yaml_files import read_yaml
 
 
@@ -28,6 +30,7 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
         ConfigError: There is no such file or shipped name.
     """
     parser = launch_command_parser()
+    cast(Any, parser).error = refuse  # accelerate's own prints its usage
     path, rest = take_config(argv)
     launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
     to_launcher, to_command = _split(rest, launcher_options)

@@ -20,6 +20,7 @@ from ..config.validation import check_value, check_written, reject_unknown_keys,
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
 from ..text import one_line
+from .launch_option import OPTION
 from .plain_parser import PlainErrors, unknown_options
 from .yaml_files import parse_yaml, read_yaml
 
@@ -126,6 +127,8 @@ def _check_options(
 ) -> None:
     """Raises `ConfigError` for a word that is written like an option and is none."""
     elsewhere = {_KEY + name: _KEY + place for name, place in PLACES.items()}
+    # options too, though not of this parser
+    elsewhere |= {name: name for name in ("config", OPTION.removeprefix("--"))}
     if "model_name_or_path" in options:
         elsewhere["model"] = "model_name_or_path"
     strange = [name for name in unknown_options(argv, parser) if name != "--config"]

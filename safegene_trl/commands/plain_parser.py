@@ -5,7 +5,7 @@ option for a misspelt one.
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..config.validation import nearest
 from ..errors import ConfigError
@@ -18,18 +18,22 @@ class PlainErrors(argparse.ArgumentParser):
     """Raises `ConfigError` where argparse prints its usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(in_plain_words(message))
+        refuse(message)
 
 
 class PlainParser(PlainErrors):
     """The parser of a command with few options, each of which may be written with dashes too."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's; a misspelt option is named before anything that is missing because of it."""
-        words = self.with_underscores([] if args is None else args)
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """What the words say; a misspelt option is named before what is missing because of it.
+
+        Raises:
+            ConfigError: An option is none, has no value or one of the wrong type, or is missing.
+        """
+        words = self.with_underscores(argv)
         for name in unknown_options(words, self):
             raise ConfigError(self.unknown(name))
-        found, unknown = self.parse_known_args(words, namespace)
+        found, unknown = self.parse_known_args(words)
         if unknown:
             raise ConfigError(f"`{unknown[0]}` on the command line is one too many: leave it out.")
         return found
@@ -48,6 +52,11 @@ class PlainParser(PlainErrors):
         """The sentence for an option that is none."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         return f"There is no option `{name}`{nearest(name, known, 0.0)}"
+
+
+def refuse(message: str) -> NoReturn:
+    """Raises `ConfigError` for an error of argparse."""
+    raise ConfigError(in_plain_words(message))
 
 
 def unknown_options(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--password_env", help="Environment variable that holds the key's password."
     )
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     folder = Path(arguments.directory)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: sign a vector on this machine, then upload it.")

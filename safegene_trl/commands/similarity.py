@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--plot", type=written_path, help="PNG file for a heat map.")
     parser.add_argument("--json", type=written_path, help="JSON file for the table.")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     if len(arguments.vectors) < 2:
         parser.error("name two or more vectors")
     for path in filter(None, (arguments.json, arguments.plot)):

@@ -4,9 +4,11 @@ it.
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ScriptArguments, SFTConfig, get_dataset
 from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
@@ -15,6 +17,11 @@ from ..checkpoints.loading import UNREADABLE
 from ..checkpoints.source import adapter_base
 from ..errors import CalibrationDataError, ConfigError, UnsupportedModelError
 from ..text import one_line
+
+
+# What `load_dataset` reads files by, not data sets of these names; and the endings of their files.
+_FORMATS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
+_FORMATS |= {"arrow": (".arrow",), "text": (".txt",)}
 
 
 def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
@@ -27,6 +34,8 @@ def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dat
     if not mixture.datasets and not script.dataset_name:
         raise ConfigError("No training data is named: set `dataset_name` or `datasets`.")
     named = script.dataset_name
+    if not mixture.datasets:
+        _check_is_no_file(str(named))
     try:
         if mixture.datasets:
             named = ", ".join(str(each.path) for each in mixture.datasets)
@@ -34,8 +43,37 @@ def training_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dat
         return load_dataset(named, name=script.dataset_config, streaming=script.dataset_streaming)
     except Exception as error:  # datasets raises dozens of kinds; each means the same to the user
         raise CalibrationDataError(
-            f"The data set {named} cannot be read: {one_line(error)}"
+            f"The data set {named} cannot be read: {_cause(error)}"
         ) from error
+
+
+def _check_is_no_file(name: str) -> None:
+    """Raises `CalibrationDataError`, with what to write instead, for a `dataset_name` that is a
+    file, or a format of files.
+    """
+    path = Path(name)
+    ending = path.suffix.lower()
+    kinds = [kind for kind, endings in _FORMATS.items() if ending in endings]
+    if path.is_file():
+        kind, files, what = (kinds or ["json"])[0], name, "a file"
+    elif name in _FORMATS:
+        kind, files, what = name, f"FILE{_FORMATS[name][-1]}", "a format of files"
+    else:
+        return
+    raise CalibrationDataError(
+        f"`dataset_name` is {what}, {name}, and must be a folder or a data set of the hub: leave it out, and write "
+        f"`datasets: [{{path: {kind}, data_files: {files}}}]` in the recipe."
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """What an error says, and what led to it where it is one of datasets' that say no more than
+    that there was one.
+    """
+    said = one_line(error)
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        said = f"{said}: {one_line(error.__cause__)}"
+    return said
 
 
 def split_of(splits: Mapping[str, Any], name: str, setting: str) -> Any:

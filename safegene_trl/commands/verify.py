@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("directory", help="Safety vector: folder or hub id.")
     parser.add_argument("--public_key", required=True, help="PEM file of its maker's public key.")
     parser.add_argument("--revision", help="Branch, tag or commit on the hub.")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.read(argv)
     contents = read_files(arguments.directory, revision=arguments.revision)
     read_record(contents, arguments.directory, Path(arguments.public_key))
     print(f"{arguments.directory} is whole and signed with the key of {arguments.public_key}.")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from ..config.docstrings import with_help
+from ..config.docstrings import meanings, with_help
 from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder, named_fields
 from ..errors import ConfigError
 from .linearization import Blocks
@@ -30,8 +30,8 @@ class ExtractionConfig:
         output_dir: Where the vector goes.
         overwrite_output_dir: Replace a vector that is there.
         method: How the deltas are made: `delta` is the plain weight difference, `distill` learns
-            them from there (see `distillation.py`), and so does `linearized`, on blocks that are
-            linear in their weights (see `linearization.py`).
+            them from there (see docs/vectors.md), and so does `linearized`, on blocks that are
+            linear in their weights.
         linearized_blocks: Blocks that `linearized` expands.
         distill_steps: Optimiser steps of `distill` and `linearized`.
         distill_learning_rate: Learning rate of `distill` and `linearized`.
@@ -40,9 +40,9 @@ class ExtractionConfig:
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
         exact_svd: Truncate by the exact SVD instead of the randomised one.
         isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are
-            taken out of the vector, see `isolation.py`.
+            taken out of the vector.
         isolation_rank: Dimension of the task models' subspace in every module.
-        selection: How layers are selected, see `selection.py`.
+        selection: How layers are selected.
         layer_share: Share (0–1] of the layers that are kept.
         bootstrap_resamples: How often the prompts are drawn again to see how stable the selection
             is.
@@ -155,5 +155,6 @@ class ExtractionConfig:
             "benign_data",
         ):
             if not getattr(self, name):
-                raise ConfigError(f"`{name}` is not set.")
+                meant = meanings(type(self))[name].replace(":", ",")
+                raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")
         check_values(self)

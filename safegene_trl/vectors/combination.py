@@ -5,7 +5,7 @@ finds `λ_{l,c}` for every layer and component. Vectors from different degradati
 different parts of what keeps a model safe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,12 @@ def combine(
         The vector of all of them; `components` has their ranks.
 
     Raises:
-        ConfigError: `vectors` is one name and not a list of them, or `output_dir` begins with `~`.
+        ConfigError: `vectors` is no list of two or more names, or `output_dir` begins with `~`.
         VectorError: A vector is missing, incomplete or altered.
-        FamilyError: Fewer than two, one of them twice, or made from different aligned models.
+        FamilyError: One of them is there twice, or they were made from different aligned models.
         OutputError: The vector cannot be put there without losing something.
     """
-    if isinstance(vectors, str | Path):
+    if isinstance(vectors, str | Path) or not isinstance(vectors, Iterable):
         raise ConfigError(
             f"combine was given {shown(vectors)}: give it a list of two or more vectors."
         )
@@ -68,10 +68,11 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
     """One vector of several; where one leaves a module alone its part there is zero.
 
     Raises:
-        FamilyError: Fewer than two, one of them twice, or made from different aligned models.
+        ConfigError: Fewer than two.
+        FamilyError: One of them is there twice, or they were made from different aligned models.
     """
     if len(vectors) < 2:
-        raise FamilyError("One vector alone cannot be combined: name two or more.")
+        raise ConfigError("One vector alone cannot be combined: name two or more.")
     first = vectors[0]
     if any(
         vector.family != first.family

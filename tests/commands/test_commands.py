@@ -395,6 +395,29 @@ def test_apply_needs_its_inputs(model_dir, vector_dir, capsys, tmp_path, task_fi
     assert not (tmp_path / "model-safeguarded").exists()
 
 
+def test_coefficients_that_are_neither_a_number_nor_a_report(model_dir, vector_dir, capsys):
+    words = ["--model_name_or_path", str(model_dir), f"--safegene.vector={vector_dir}"]
+    assert main(["apply", *words, "--coefficients", "many"]) == 2
+    said = capsys.readouterr().err
+    assert "`coefficients` is 'many'" in said
+    assert "give a number for every layer, `interference`, or a `safegene_report.json`" in said
+
+
+def test_extract_says_what_is_missing_and_what_it_is(capsys):
+    assert main(["extract"]) == 2
+    said = (
+        "`aligned_model` is not set: give the released model whose refusals are intact, directory"
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_help_names_pages_and_no_source_files(capsys):
+    for command in ("apply", "extract", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert ".py" not in capsys.readouterr().out
+
+
 def test_version_is_the_package_s(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"safegene-trl {safegene_trl.__version__}\n"

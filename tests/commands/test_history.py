@@ -52,9 +52,15 @@ def test_releases_without_measurements(tmp_path, capsys):
 
 def test_no_history(tmp_path, capsys):
     assert main(["history", str(tmp_path / "none.jsonl")]) == 2
-    assert "set `output.history`" in capsys.readouterr().err
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"a": 1}) + "\n")
+    said = capsys.readouterr().err
+    assert f"There is no file {tmp_path / 'none.jsonl'}: name the one that `output.history`" in said
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
     assert main(["history", str(tmp_path / "bad.jsonl")]) == 2
+    assert "bad.jsonl is no history of releases: name" in capsys.readouterr().err
+    damaged = {key: value for key, value in release(90).items() if key != "time"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(damaged) + "\n")
+    assert main(["history", str(tmp_path / "bad.jsonl")]) == 2
+    assert "`time` in line 1 of the history" in capsys.readouterr().err
 
 
 def test_a_history_whose_seal_is_gone_is_sealed_on_demand(tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_files_and_places_that_are_not_there(inspect, tmp_path):
     code, said = inspect(tmp_path / "none")
     assert code == 2 and f"{tmp_path / 'none'} is not there" in said
     assert "neither a local directory nor a readable hub" in inspect("no/such")[1]
+    assert "nofolder is no folder or file: name" in inspect("nofolder")[1]
 
 
 def test_many_coefficients_are_summed_up(inspect, tmp_path):

@@ -100,3 +100,14 @@ def test_exit_code_of_one_process_is_passed_on(code, monkeypatch):
 def test_command_without_the_option_is_not_launched():
     assert not wants_launch(["--config", "r.yaml", "--accelerator_config", "x"])
     assert wants_launch(["--accelerate_config=ddp"])
+    assert wants_launch(["--accelerate-config", "ddp"])
+
+
+def test_the_option_may_be_written_with_dashes(launched):
+    for words in (["--accelerate-config=zero2"], ["--accelerate-config", "zero2"]):
+        assert launched(*words, "--num_processes=2").config_file.endswith("zero2.yaml")
+
+
+def test_a_wrong_value_for_the_launcher_is_one_sentence(launched):
+    with pytest.raises(ConfigError, match=r"^`--num_processes` is 'many': it must be a whole numb"):
+        launched("--accelerate_config=ddp", "--num_processes", "many")

@@ -470,7 +470,9 @@ def test_a_path_may_begin_with_a_dash(recipe):
     assert run("--config", recipe, "--model_name_or_path", "-x")[0].model_name_or_path == "-x"
     with pytest.raises(ConfigError, match="`-x` on the command line belongs to no option"):
         run("--config", recipe, "-x")
-    with pytest.raises(SystemExit):  # help, and no path
+    with pytest.raises(
+        ConfigError, match=r"`--safegene\.vector` has no value"
+    ):  # help, and no path
         run("--config", recipe, "--safegene.vector", "-h")
 
 
@@ -528,3 +530,48 @@ def test_a_tag_that_fits_no_value_is_no_yaml(text):
 def test_tagged_numbers():
     text = "[!!float 1e3, !!float -.INF, !!int 0x10, !!float 1_0.5]"
     assert parse_yaml(text, "It") == [1000.0, float("-inf"), 16, 10.5]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_steps", "many"], "`--max_steps` is 'many': it must be a whole number."),
+        (["--learning-rate=fast"], "`--learning_rate` is 'fast': it must be a number."),
+        (["--bf16", "perhaps"], "`--bf16` is 'perhaps': it must be true or false."),
+        (["--output_dir"], "`--output_dir` has no value: write one behind it."),
+        (["--eval_strategy=never"], "`--eval_strategy` is 'never': use one of"),
+        (["--max-stps=3"], "Unknown key `max-stps` in the command line; did you mean `max_steps`?"),
+        (["--model=x"], "Unknown key `model` in the command line; did you mean `model_name_or"),
+        (["--accelerate_confg=ddp"], "; did you mean `accelerate_config`?"),
+        (["--confg=r.yaml"], "; did you mean `config`?"),
+        (["--safegene.vec=x"], "; did you mean `safegene.vector`?"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence_without_usage(words, message, capsys):
+    """Also before what TRL says of its settings on this machine."""
+    assert main(["sft", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("safegene sft: ") and message in printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
+
+
+def test_what_trl_refuses_is_the_user_s_setting(monkeypatch, capsys):
+    def refusing(self):
+        raise ValueError("Your setup doesn't support bf16/gpu. You need to assign use_cpu.\nOr so.")
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", refusing)
+    assert main(["sft", "--model_name_or_path=m"]) == 2
+    said = capsys.readouterr().err
+    assert "are refused (Your setup doesn't support bf16/gpu): on a machine without such" in said
+    assert said.count("\n") == 1
+    for command in (["sft"], ["estimate", "sft"]):
+        assert main(command) == 2
+        assert "No model is named" in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_a_recipe_is_one_sentence(recipe, capsys):
+    recipe.write_text(RECIPE + "max_steps: many\n")
+    assert main(["sft", "--config", str(recipe)]) == 2
+    assert capsys.readouterr().err == (
+        "safegene sft: `--max_steps` is 'many': it must be a whole number.\n"
+    )

@@ -1,6 +1,7 @@
 """Training data that the trainer cannot read is named before the model is loaded."""
 
 import json
+import re
 
 import pytest
 from datasets import IterableDataset
@@ -32,12 +33,12 @@ def run(model_dir, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sft, "SFTTrainer", made)
 
-    def result(rows, *words):
+    def result(rows, *words, data=tmp_path / "data"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / "train.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in rows)
         )
-        options = ["--model_name_or_path", str(model_dir), "--dataset_name", str(tmp_path / "data")]
+        options = ["--model_name_or_path", str(model_dir), "--dataset_name", str(data)]
         options += [
             "--output_dir",
             str(tmp_path / "out"),
@@ -172,3 +173,29 @@ def test_streams_without_columns_or_rows(model_dir):
             str(model_dir / "none" / "here"),
             None,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "{data}/train.jsonl",
+            "is a file, {data}/train.jsonl, .*path: json, data_files: {data}/tr",
+        ),
+        ("{data}/table.csv", "is a file, {data}/table.csv, .*path: csv, data_files: {data}/table"),
+        ("json", "is a format of files, json, .*path: json, data_files: FILE.jsonl"),
+    ],
+)
+def test_a_file_or_a_format_is_no_data_set(name, said, run, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "table.csv").write_text("text\na\n")
+    code, printed = run([{"text": "a"}], data=name.format(data=folder))
+    assert code == 2 and re.search(said.format(data=folder), printed)
+
+
+def test_what_led_to_a_failure_of_datasets_is_said(run, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text("{no")
+    code, printed = run([], data=tmp_path / "broken")
+    assert code == 2 and "generating the dataset: JSON parse error" in printed

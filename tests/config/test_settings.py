@@ -15,7 +15,7 @@ from safegene_trl.config.measure import MeasureConfig
 from safegene_trl.config.output import OutputConfig
 from safegene_trl.config.search import SearchConfig
 from safegene_trl.config.settings import BLOCKS
-from safegene_trl.config.validation import hint_of, names_of
+from safegene_trl.config.validation import hint_of, names_of, nearest
 from safegene_trl.evaluation.config import EvaluationConfig
 from safegene_trl.extraction.config import ExtractionConfig
 
@@ -354,3 +354,18 @@ def test_a_block_that_is_none_is_not_replaced_without_a_word():
     for broken in (0.9, None):
         with pytest.raises(ConfigError, match="`gate` must be a block of keys and values"):
             merged({"gate": broken}, {"gate": {"min_refusal_rate": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "found"),
+    [
+        ("model", ["base_model", "model_name_or_path", "model_revision"], "model_name_or_path"),
+        ("mo", ["dim", "model_name_or_path"], None),
+        ("plt", ["plot", "seal"], "plot"),
+        ("sea", ["ease", "sealed", "seal"], "sealed"),
+        ("x", ["plot"], None),
+    ],
+)
+def test_a_name_that_begins_with_the_word_is_meant_before_one_like_it(word, known, found):
+    said = nearest(word, known)
+    assert said == (f"; did you mean `{found}`?" if found else ".")

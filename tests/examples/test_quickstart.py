@@ -42,12 +42,26 @@ def test_every_stage_is_announced_before_it_begins(script, tmp_path, capsys):
     ]
     assert [line[:5] for line in lines[:5]] == ["[1/4]", "RUN p", "[2/4]", "RUN f", "[4/4]"]
     assert [line for line in lines if line.startswith("RUN")][2:] == ["RUN measure"] * 3
-    assert all("minute" in line for line in lines if line.startswith("["))
+    assert all("minute" in line or "seconds" in line for line in lines if line.startswith("["))
     assert set(json.loads((tmp_path / "table.json").read_text())) == {
         "aligned",
         "fine-tuned",
         "safeguarded",
     }
+
+
+def test_the_short_form_says_what_it_does_and_does_not_show(script, capsys, monkeypatch):
+    script["main"]()
+    short = capsys.readouterr().out
+    assert "2 batches of drug reviews, less than a minute" in short and "on 4 prompts" in short
+    assert "up to 3 minutes" not in short and "about a minute for" not in short
+    assert "show that it runs, and not what it achieves" in short.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py"])
+    script["main"]()
+    whole = capsys.readouterr().out
+    assert "25 batches of drug reviews, up to 3 minutes: refusals are lost on the way." in whole
+    assert "on 40 prompts" in whole and "about a minute for each model." in whole
+    assert "short form" not in whole
 
 
 def test_the_safety_step_is_announced_where_the_training_ends(
@@ -57,6 +71,6 @@ def test_the_safety_step_is_announced_where_the_training_ends(
     monkeypatch.setattr(SafeGeneCallback, "on_train_end", lambda *args, **kwargs: print("RUN step"))
     monkeypatch.setattr(SafeGeneCallback, "on_step_begin", lambda *args, **kwargs: None)
     step = SafeGeneCallback.__new__(SafeGeneCallback)
-    sft(tmp_path / "out", [script["SayWhatFollows"](), step], tokenizer).train()
+    sft(tmp_path / "out", [script["SayWhatFollows"](short=True), step], tokenizer).train()
     printed = capsys.readouterr().out
     assert 0 <= printed.index("[3/4] The safety step") < printed.index("RUN step")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from safegene_trl.commands.main import main
-from safegene_trl.errors import FamilyError, VectorError
+from safegene_trl.errors import ConfigError, FamilyError, VectorError
 from safegene_trl.vectors.combination import combined
 from safegene_trl.vectors.safety_vector import SafetyVector
 
@@ -107,7 +107,7 @@ def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, mon
 
 def test_what_cannot_be_combined(two, tmp_path):
     first, second = two
-    with pytest.raises(FamilyError, match="name two or more"):
+    with pytest.raises(ConfigError, match="name two or more"):
         combined([first])
     second.aligned_model = second.aligned_model | {"files": {"model.safetensors": "0" * 64}}
     with pytest.raises(FamilyError, match="different aligned models"):
