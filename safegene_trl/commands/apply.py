@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.settings import SafeGeneConfig
-from ..config.validation import shown
 from ..distributed.world_size import launched_processes
 from ..errors import ConfigError, RejectedError
 from ..reporting.summary import announcement
@@ -44,7 +43,6 @@ def main(argv: Sequence[str]) -> int:
             "No safety vector is named: add a `safegene` block with `vector` and `data.task_data`."
         )
     if arguments.coefficients is not None:
-        _check_coefficients(arguments.coefficients)
         return _applied(config, arguments)
     from ..distributed.processes import join_processes, leave_processes, this_job
 
@@ -56,18 +54,6 @@ def main(argv: Sequence[str]) -> int:
         raise
     leave_processes()
     return code
-
-
-def _check_coefficients(given: object) -> None:
-    """Raises `ConfigError` for what is neither a number nor `interference` nor a path."""
-    try:
-        float(str(given))
-    except ValueError:
-        if given != "interference" and not Path(str(given)).exists():
-            raise ConfigError(
-                f"`coefficients` is {shown(given)}, which is no readable report of a safety step: give a number for every layer, "
-                "`interference`, or a `safegene_report.json` or its folder."
-            ) from None
 
 
 def _applied(config: SafeGeneConfig, arguments: ApplyArguments, is_main: bool = True) -> int:

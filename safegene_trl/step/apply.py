@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.search import INTERFERENCE
 from ..config.settings import SafeGeneConfig
-from ..config.validation import DTYPES, Rule, check_is, check_value
+from ..config.validation import DTYPES, Rule, check_is, check_value, shown
 from ..distributed.world_size import launched_processes
 from ..errors import ConfigError
 
@@ -124,7 +124,21 @@ def check_arguments(
     name = str(model_name_or_path or "")
     if not name:
         raise ConfigError(NO_MODEL)
+    if given is not None:
+        _check_coefficients(str(given))
     return name, None if given is None else str(given)
+
+
+def _check_coefficients(given: str) -> None:
+    """Raises `ConfigError` for what is neither a number nor `interference` nor a path."""
+    try:
+        float(given)
+    except ValueError:
+        if given != INTERFERENCE and not Path(given).exists():
+            raise ConfigError(
+                f"`coefficients` is {shown(given)}, which is no readable report of a safety step: give a number for every layer, "
+                "`interference`, or a `safegene_report.json` or its folder."
+            ) from None
 
 
 def output_of(config: SafeGeneConfig, model_name_or_path: str) -> Path:
