@@ -300,7 +300,13 @@ def checkpointed(record: dict) -> list[str]:
 
 def streaming(*found: dict) -> list[str]:
     sizes = {size: result["apply"] for record in found for size, result in record["sizes"].items()}
-    parameters = {"0.1": "0.1 B, 0.2 GB", "1": "1.1 B, 2.2 GB", "3": "3 B, 6 GB", "8": "8 B, 16 GB"}
+    parameters = {
+        "0.1": "0.1 B, 0.2 GB",
+        "1": "1.1 B, 2.2 GB",
+        "1.5": "1.8 B, 3.6 GB",
+        "3": "3 B, 6 GB",
+        "8": "8 B, 16 GB",
+    }
     rows = []
     for size, tools in sizes.items():
         present = [tools[name] for name in ("apply", "peft", "mergekit") if name in tools]
@@ -325,7 +331,7 @@ def streaming(*found: dict) -> list[str]:
     ]
     return [
         *rows,
-        f"medians of {repeats[1]}, {repeats[2]} and {repeats[3]} runs",
+        f"medians of {', '.join(map(str, repeats[1:-1]))} and {repeats[-1]} runs",
         f"{min(copies):.1f} to {max(copies):.1f} times a copy",
         f"{min(alone):.0f} to {max(alone):.0f} times faster without our start and {min(whole):.1f} to {max(whole):.1f} times",
     ]
@@ -408,7 +414,7 @@ QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("sharded.md", "runs", ("quickstart_zero3",)): zero3,
     ("sharded.md", "sharded", ("cpu",)): sharded,
     ("sharded.md", "sharded", ("cpu_checkpointing",)): checkpointed,
-    ("vectors.md", "streaming", ("1b", "3b", "8b")): streaming,
+    ("vectors.md", "streaming", ("1b", "1.5b", "3b", "8b")): streaming,
     ("vectors.md", "estimation", ()): estimation,
     ("vectors.md", "fuzz", ()): fuzz,
 }
