@@ -157,6 +157,7 @@ def rows_in(folder):
     return records.load("gpu", folder).get("here", {}).get("rows", {})
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
     """What was measured before it was killed is not measured again, and its row's process ends."""
     words = ["--tiny", "--record", "here", "--results", tmp_path, "--work", tmp_path / "work"]
