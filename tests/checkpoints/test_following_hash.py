@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import os
 import random
+import threading
 
 import pytest
 
@@ -34,6 +36,27 @@ def test_pieces_in_any_order(file, seed):
         file.seek(first)
         file.write(data[first:end])
         found.written(first, end)
+    assert found.finish() == hashlib.sha256(data).hexdigest()
+
+
+def test_nothing_is_read_before_it_is_written(file, monkeypatch):
+    data, read, twice = bytes(range(200)), [], threading.Event()
+    original = os.preadv
+
+    def reads(descriptor, buffers, position):
+        read.append(position + len(buffers[0]))
+        if len(read) == 2:
+            twice.set()
+        return original(descriptor, buffers, position)
+
+    monkeypatch.setattr(following_hash.os, "preadv", reads)
+    file.truncate(len(data))
+    found = FollowingHash(file.fileno(), len(data))
+    file.write(data[:100])
+    found.written(0, 100)
+    assert twice.wait(60) and read[:2] == [64, 100]
+    file.write(data[100:])
+    found.written(100, 200)
     assert found.finish() == hashlib.sha256(data).hexdigest()
 
 
