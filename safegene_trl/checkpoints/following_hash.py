@@ -76,6 +76,8 @@ class FollowingHash:
             digest.update(piece[:count])
             self._send_to_disk(position, count)
             position += count
+        if position < self._size:
+            raise OSError("a weight file was given up before all of it was hashed")
         return digest.hexdigest()
 
     def _send_to_disk(self, position: int, count: int) -> None:

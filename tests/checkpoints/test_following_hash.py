@@ -85,3 +85,5 @@ def test_one_that_is_stopped_waits_for_nobody(file):
     found = FollowingHash(file.fileno(), 200)
     found.stop()
     assert not found._thread.is_alive()
+    with pytest.raises(OSError, match="given up"):  # and no hash of a part
+        found.finish()
