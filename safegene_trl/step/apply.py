@@ -74,10 +74,10 @@ def apply(
             checkpoint is written, the failure report lies beside its place.
         UnexpectedError: Anything else failed in the step.
     """
+    check_value("allow_pickled_shards", allow_pickled_shards, bool)
     name, given = check_arguments(
         config, model_name_or_path, model_revision, dtype, coefficients, base_model
     )
-    check_value("allow_pickled_shards", allow_pickled_shards, bool)
     target = output_of(config, name)
     if given is None:
         from .apply_with_search import safeguard_loaded
@@ -126,7 +126,12 @@ def check_arguments(
         raise ConfigError(NO_MODEL)
     if given is not None:
         _check_coefficients(str(given))
-    return name, None if given is None else str(given)
+        return name, str(given)
+    if config.data.task_data is None:
+        raise ConfigError(
+            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+        )
+    return name, None
 
 
 def _check_coefficients(given: str) -> None:

@@ -9,7 +9,6 @@ from ..checkpoints.loading import load_placed, load_processor
 from ..checkpoints.source import adapter_base
 from ..config.settings import SafeGeneConfig
 from ..distributed.processes import this_job
-from ..errors import ConfigError
 from .lineage import check_not_safeguarded
 from .live_fine_tune import safeguard
 from .plan import FINE_TUNE, InputModel, Origin
@@ -38,10 +37,6 @@ def safeguard_loaded(
     Raises:
         SafeGeneError: One of its kinds.
     """
-    if config.data.task_data is None:
-        raise ConfigError(
-            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
-        )
     job = this_job()
     with job.raising_together():
         check_not_safeguarded(name_or_path, revision)
