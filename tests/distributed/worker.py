@@ -111,21 +111,7 @@ def run(plan: dict, out: Path) -> dict:
     # with or without the callback: the old engine's hooks would break the next one
     if plan["backend"] in DEEPSPEED:
         trainer.model_wrapped.destroy()
-    again = Trainer(
-        model=trainer.model,
-        args=TrainingArguments(
-            output_dir=str(out / "again"),
-            max_steps=1,
-            use_cpu=not ON_GPU,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            **training_arguments(plan | {"arguments": {}}),
-        ),
-        train_dataset=trainer.train_dataset,
-        data_collator=trainer.data_collator,
-    )
-    loss = again.train().training_loss
+    loss = loss_of_more_training(trainer, plan, out)
     plain = trainer_of(plan, out / "without", [])
     plain.train()
     plain.save_model()
@@ -142,6 +128,28 @@ def run(plan: dict, out: Path) -> dict:
         "trainable": trainable,
         "loss_again": loss,
     }
+
+
+def loss_of_more_training(trainer: SFTTrainer, plan: dict, out: Path) -> float:
+    """Of a step on the model after the safety step: by another trainer where one takes it."""
+    if plan["backend"] == "fsdp2" and ON_GPU:  # accelerate wraps a model once
+        batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+        return trainer.training_step(trainer.model_wrapped, batch).item()
+    again = Trainer(
+        model=trainer.model,
+        args=TrainingArguments(
+            output_dir=str(out / "again"),
+            max_steps=1,
+            use_cpu=not ON_GPU,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **training_arguments(plan | {"arguments": {}}),
+        ),
+        train_dataset=trainer.train_dataset,
+        data_collator=trainer.data_collator,
+    )
+    return again.train().training_loss
 
 
 def trainable_of(trainer: Trainer) -> list[str]:
