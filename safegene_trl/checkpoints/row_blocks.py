@@ -62,13 +62,7 @@ class RowReader:
             memoryview(buffer.numpy().data)[:size],
             tensor.begin + block.first * tensor.row_bytes,
         )
-        while view:
-            count = os.preadv(self._descriptor(tensor.path), [view], position)
-            if count == 0:
-                raise CheckpointError(
-                    f"{tensor.path} became shorter while it was read: run it again."
-                )
-            view, position = view[count:], position + count
+        read_exactly(self._descriptor(tensor.path), view, position, tensor.path)
         return buffer[:size].view(tensor.dtype).view(-1, tensor.columns)
 
     def scratch(self, rows: torch.Tensor, name: str = "wide") -> torch.Tensor:
@@ -92,6 +86,19 @@ class RowReader:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
             return self._descriptors[path]
+
+
+def read_exactly(descriptor: int, view: memoryview, position: int, path: Path) -> None:
+    """Fills `view` with an open file's bytes from `position` on.
+
+    Raises:
+        CheckpointError: The file ends before that.
+    """
+    while view:
+        count = os.preadv(descriptor, [view], position)
+        if count == 0:
+            raise CheckpointError(f"{path} became shorter while it was read: run it again.")
+        view, position = view[count:], position + count
 
 
 def in_threads(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:

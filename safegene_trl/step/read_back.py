@@ -3,14 +3,14 @@ adapter's factors.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..checkpoints.adapter_output import read_adapter
-from ..checkpoints.row_blocks import RowReader, row_blocks
+from ..checkpoints.read_ahead import ReadAhead
 from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding
 from ..errors import CheckpointError
@@ -21,40 +21,43 @@ from .shipped_weights import beside_weights
 
 
 class WrittenTensors:
-    """The tensors of a written checkpoint as values of a live model's parameters; on rank 0 only.
+    """The tensors of a written checkpoint as values of a live model's parameters, in their order;
+    on rank 0 only.
+
+    Args:
+        model: The live model.
+        folder: The checkpoint; None on other ranks.
+        files: Holds its files open for as long as values are asked for.
 
     Raises:
         CheckpointError: A tensor of the model is not in the files.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None, reader: RowReader):
-        self._reader = reader
-        self._files = stored_tensors(folder) if folder else None
-        self._left = set(self._files or ())
+    def __init__(self, model: nn.Module, folder: Path | None, files: ExitStack):
         # by the names of live tensors those in the files; one that is not among them is fused in the
         # model: no vector and no LoRA acts on it, and the live one is what it was
         self._names: dict[str, str] = {}
-        if self._files is not None:
-            form = StoredForm(model, canonical_parameters(model))
-            if missing := sorted(form.contents.keys() - self._files.keys()):
-                raise CheckpointError(
-                    f"The written checkpoint lacks {missing[0]}: run it again, and report this."
-                )
-            self._left -= form.contents.keys()
-            self._names = form.names
+        self._left: set[str] = set()
+        if folder is None:
+            return
+        stored, parameters = stored_tensors(folder), list(canonical_parameters(model))
+        form = StoredForm(model, parameters)
+        if missing := sorted(form.contents.keys() - stored.keys()):
+            raise CheckpointError(
+                f"The written checkpoint lacks {missing[0]}: run it again, and report this."
+            )
+        self._left = stored.keys() - form.contents.keys()
+        self._names = form.names
+        asked = [form.names[each.name] for each in parameters if each.name in form.names]
+        self._tensors = files.enter_context(ReadAhead(stored, asked))
 
     def __call__(self, parameter: Parameter) -> torch.Tensor | None:
         name = self._names.get(parameter.name)
-        return None if name is None else self._read(name)
-
-    def _read(self, name: str) -> torch.Tensor:
-        assert self._files is not None
-        stored = self._files[name]
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
-        flat = whole.view(-1, stored.columns) if stored.num_rows else whole
-        for block in row_blocks(name, stored):
-            flat[block.first : block.stop] = self._reader.rows(stored, block)
-        return whole
+        if name is None:
+            return None
+        read, tensor = self._tensors.next()
+        assert read == name
+        return tensor
 
     def check_complete(self) -> None:
         """Raises `CheckpointError` for a tensor in the files that the model has not."""
@@ -67,16 +70,15 @@ class WrittenTensors:
 @contextmanager
 def as_written(model: nn.Module, folder: Path, sharding: Sharding) -> Iterator[None]:
     """While open, every tensor of a live model holds what a checkpoint's files say."""
-    with RowReader() as reader:
-        with sharding.raising_together():
-            value = WrittenTensors(model, folder if sharding.is_main else None, reader)
-        with (
-            replaced(list(canonical_parameters(model)), value, sharding),
-            without_adapters(model),
-        ):
+    with ExitStack() as held:
+        with ExitStack() as files:
             with sharding.raising_together():
-                value.check_complete()
-            yield
+                value = WrittenTensors(model, folder if sharding.is_main else None, files)
+            held.enter_context(replaced(list(canonical_parameters(model)), value, sharding))
+        held.enter_context(without_adapters(model))
+        with sharding.raising_together():
+            value.check_complete()
+        yield
 
 
 @contextmanager

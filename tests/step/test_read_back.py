@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from safegene_trl.checkpoints import read_ahead
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.checkpoints.merge_terms import NO_VECTOR
-from safegene_trl.checkpoints.row_blocks import RowReader
 from safegene_trl.errors import CheckpointError
 from safegene_trl.models import parameters
 from safegene_trl.step.read_back import as_written
@@ -43,17 +43,17 @@ def test_a_tensor_is_read_once_and_the_model_looked_through_once(make, written, 
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folder = written(model)
     read, looked = Counter(), []
-    rows, revert = RowReader.rows, parameters.revert_weight_conversion
+    whole, revert = read_ahead.read_exactly, parameters.revert_weight_conversion
 
-    def counted(reader, stored, block):
-        read[block.name, block.first] += 1
-        return rows(reader, stored, block)
+    def counted(descriptor, view, position, path):
+        read[position, len(view)] += 1
+        return whole(descriptor, view, position, path)
 
     def reverted(base, tensors):
         looked.append(len(tensors))
         return revert(base, tensors)
 
-    monkeypatch.setattr(RowReader, "rows", counted)
+    monkeypatch.setattr(read_ahead, "read_exactly", counted)
     monkeypatch.setattr(parameters, "revert_weight_conversion", reverted)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -61,7 +61,8 @@ def test_a_tensor_is_read_once_and_the_model_looked_through_once(make, written, 
                 tensor.zero_()
     with as_written(model, folder, ALONE):
         assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
-    assert set(read.values()) == {1} and not any("experts" in name for name, _ in read)
+    held = sum(own[name].nbytes for name, _ in model.named_parameters() if "experts" not in name)
+    assert set(read.values()) == {1} and sum(size for _, size in read) == held
     assert len(looked) == 1 and looked[0] == len(list(model.named_parameters()))
     assert not model.model.norm.weight.any()
 
