@@ -32,8 +32,8 @@ def save_merged(
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once to the model's own dtype, as a
     full checkpoint.
 
-    Collective: every rank calls it, rank 0 writes. One weight is gathered at a time and only that
-    one is in rank 0's memory; the live weights are only read.
+    Collective: every rank calls it, rank 0 writes, beside which the next weights are merged. Weights
+    are gathered one at a time, and few are in rank 0's memory; the live weights are only read.
     """
     parameters = list(canonical_parameters(model))
     form = StoredForm(model, parameters)
@@ -53,7 +53,7 @@ def save_merged(
                 if sharding.is_main and tensor is not None:
                     if vector.deltas:  # a plain fine-tune is kept as it is
                         check_finite(parameter.name, tensor)
-                    for name, part in form.of(parameter.name, tensor.cpu()).items():
+                    for name, part in form.of(parameter.name, tensor).items():
                         files.write(name, part.contiguous())
         with sharding.raising_together(), writing():
             if sharding.is_main:
@@ -82,8 +82,8 @@ def merged_tensor(
 ) -> torch.Tensor | None:
     """Collective: one tensor of the merged model, whole, contiguous and in its own data type.
 
-    It is a copy: on rank 0, and on every rank that holds whole weights anyway; what is merged on
-    the live tensor's device, the rest on the CPU.
+    On rank 0, and on every rank that holds whole weights anyway; on the live tensor's device. What
+    is whole there and nothing is added to is the live tensor itself.
 
     Args:
         parameter: Which.
@@ -103,9 +103,9 @@ def merged_tensor(
         terms = task_terms(factors, transposed)
         of_vector = vector.terms(name, transposed) if parameter.is_weight else []
         if not terms and not of_vector:
-            return weight.to("cpu", copy=True).contiguous()
+            return weight.clone() if sharding.collective_forward else weight.contiguous()
         with full_float32():
-            total = weight.float().clone()
+            total = weight.to(torch.float32, copy=True)
             add_terms(total, terms)
             before = total.clone() if rounding is not None and of_vector else None
             add_terms(total, of_vector)

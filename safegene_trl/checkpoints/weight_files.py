@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from .checkpoint_folder import CheckpointFolder
+from .staging import Piece, Staging
 from .tensor_file import TensorFile
 
 
 AT_ONCE = 2  # files that wait for the disk while others are written
+WRITERS = 4  # threads: one alone is slower than a fast disk
+IN_FLIGHT_BYTES = 2**28  # of tensors on their way into files, beside the last
 
 
 class WeightFiles:
-    """Opens weight files, and finishes each while the next ones are written.
+    """Opens weight files, and finishes each while the next ones are written. Other threads write
+    what they are given: the next tensor can be worked out meanwhile.
 
     No more than `AT_ONCE` of them wait for the disk: who waited for all of them at the end would
     keep other ranks waiting past their time-out. What they hold goes into `folder.digests`.
@@ -34,6 +38,9 @@ class WeightFiles:
         self._open: dict[str, TensorFile] = {}
         self._closing: deque[tuple[str, Future[str]]] = deque()
         self._threads = ThreadPoolExecutor(AT_ONCE)
+        self._writers, self._staging = ThreadPoolExecutor(WRITERS), Staging()
+        self._writes: dict[str, list[Future[None]]] = {file: [] for file in self.plan}
+        self._in_flight: deque[tuple[Future[None], int]] = deque()
 
     def __enter__(self) -> "WeightFiles":
         return self
@@ -46,6 +53,7 @@ class WeightFiles:
     ) -> None:
         for file in self._open.values():
             file.give_up()
+        self._writers.shutdown(cancel_futures=True)
         self._threads.shutdown(cancel_futures=True)
         for file in self._open.values():
             file.drop()
@@ -58,16 +66,33 @@ class WeightFiles:
         return self._open[file_name]
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes a whole tensor, and finishes its file if it was the last one."""
+        """Has a whole, contiguous tensor written, and its file finished if it was the last one.
+
+        It must stay as it is until the files are complete.
+        """
         file_name = self._file_of[name]
-        self.open(file_name).write(name, tensor)
+        file = self.open(file_name)
+        for piece in self._staging.pieces(tensor):
+            written = self._writers.submit(_write, file, name, piece)
+            self._writes[file_name].append(written)
+            self._in_flight.append((written, piece.size))
+        self._wait_for_writers()
         self._missing[file_name].discard(name)
         if not self._missing[file_name]:
             self.finish(file_name)
 
+    def _wait_for_writers(self) -> None:
+        """Until little enough is on its way."""
+        waiting = sum(size for _, size in self._in_flight)
+        while self._in_flight and (waiting > IN_FLIGHT_BYTES or self._in_flight[0][0].done()):
+            written, size = self._in_flight.popleft()
+            written.result()
+            waiting -= size
+
     def finish(self, file_name: str) -> None:
-        """All of a file is written: another thread waits for the disk."""
-        self._closing.append((file_name, self._threads.submit(self.open(file_name).close)))
+        """All of a file is written, or on its way: another thread waits for the disk."""
+        file, writes = self.open(file_name), self._writes.pop(file_name)
+        self._closing.append((file_name, self._threads.submit(_close, file, writes)))
         while len(self._closing) > AT_ONCE:
             self._wait_for_first()
 
@@ -80,3 +105,14 @@ class WeightFiles:
         file_name, closing = self._closing.popleft()
         self._folder.digests[file_name] = closing.result()
         del self._open[file_name]
+
+
+def _write(file: TensorFile, name: str, piece: Piece) -> None:
+    with piece.in_memory() as data:
+        file.write(name, data, piece.offset)
+
+
+def _close(file: TensorFile, writes: list[Future[None]]) -> str:
+    for written in writes:
+        written.result()
+    return file.close()

@@ -16,6 +16,7 @@ from .coefficients import CoefficientSpace
 from .eager import running_eagerly
 from .factors import Factors
 from .inputs import Batch
+from .kernels import kernels_for_any_shape
 from .low_rank import LowRankDelta
 from .parameters import canonical_modules
 from .verification import Evidence, check_effective, list_items
@@ -239,7 +240,11 @@ def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[No
         parameter for parameter in model.parameters() if parameter.requires_grad and freeze
     ]
     cuda_devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda_devices), running_eagerly(model):
+    with (
+        torch.random.fork_rng(devices=cuda_devices),
+        running_eagerly(model),
+        kernels_for_any_shape(),
+    ):
         try:
             model.eval()
             for parameter in trainable:

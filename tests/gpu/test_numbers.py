@@ -7,11 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.gpu.measuring import measure
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.settings import Given
 from safegene_trl import SafeGeneConfig, apply
+from safegene_trl.checkpoints import staging
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
+from safegene_trl.checkpoints.weight_files import WeightFiles
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
@@ -19,6 +23,7 @@ from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.models.coefficients import CoefficientSpace
 from safegene_trl.models.generation import generate_answers
+from safegene_trl.provenance import sha256_of_file
 from safegene_trl.recalibration.search import recalibrate
 
 from ..conftest import ALONE, HARMFUL, argv, config_of, make_model, with_lora
@@ -127,3 +132,27 @@ def test_resident_factors_are_not_copied_again(device, tmp_path):
     assert brought["of_factors"] == 28
     if device.type == "cuda":
         assert brought["with_vector"] >= 2 * 28
+
+
+def test_weight_files_hold_what_is_on_the_device(device, tmp_path, monkeypatch):
+    """Through page-locked buffers that are used many times, in several pieces a tensor."""
+    monkeypatch.setattr(staging, "PIECE_BYTES", 2**16)
+    torch.manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
+    tensors = {
+        f"{dtype}-{rows}": (100 * torch.randn(rows, 513, device=device)).to(dtype)
+        for dtype in dtypes
+        for rows in (0, 1, 300, 1000)
+    }
+    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    folder = CheckpointFolder(tmp_path, None, "1MB")
+    with WeightFiles(folder, contents) as files:
+        for name in contents:
+            files.write(name, tensors[name].clone())  # whose memory the next one takes
+        files.complete()
+    found = {}
+    for path in tmp_path.glob("*.safetensors"):
+        found |= load_file(path)
+        assert folder.digests[path.name] == sha256_of_file(path)
+    assert found.keys() == tensors.keys() and len(folder.digests) > 2
+    assert all(torch.equal(found[name], tensor.cpu()) for name, tensor in tensors.items())

@@ -136,6 +136,13 @@ OUTPUT = (
         "        while False:\n",
         "tests/checkpoints/test_weight_files.py",
     ),
+    _output(
+        "a file is closed before all of it is written",
+        "checkpoints/weight_files.py",
+        "    for written in writes:\n        written.result()\n",
+        "",
+        "tests/checkpoints/test_weight_files.py",
+    ),
     Mutant(
         "output: written in place",
         (

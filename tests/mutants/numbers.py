@@ -43,8 +43,8 @@ NUMBERS = (
     simple(
         "streaming: a file that shrinks is read to its end",
         "checkpoints/row_blocks.py",
-        "if count == 0:\n                raise CheckpointError(",
-        "if count == 0:\n                break\n                raise CheckpointError(",
+        "if count == 0:\n            raise CheckpointError(",
+        "if count == 0:\n            break\n            raise CheckpointError(",
         "tests/checkpoints/test_row_blocks.py",
     ),
     simple(

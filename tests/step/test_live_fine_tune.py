@@ -193,8 +193,10 @@ def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, 
 def test_files_that_hold_something_else_are_refused(config, tokenizer, tmp_path, monkeypatch):
     original = TensorFile.write
 
-    def wrong(file, name, tensor, offset=0):
-        original(file, name, tensor * 1.5 if name.endswith("down_proj.weight") else tensor, offset)
+    def wrong(file, name, data, offset=0):
+        if name.endswith("down_proj.weight"):
+            data = (data.view(torch.float32) * 1.5).view(torch.uint8)
+        original(file, name, data, offset)
 
     monkeypatch.setattr(TensorFile, "write", wrong)
     trainer = sft(tmp_path, [callback := SafeGeneCallback(config())], tokenizer)
