@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short package test test-fast test-all test-gpu gpu fuzz mutants faults docs lint format clean
+.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-gpu gpu fuzz mutants faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -51,6 +51,12 @@ test-fast: environment
 # Also what is marked `exhaustive`, the rest of the matrix of backends, failures and launchers: two processes each, so one at a time.
 test-all: test
 	$(BIN)/python -m pytest -m exhaustive
+
+# The oldest versions that pyproject.toml admits, in an environment of its own: 7 GB, PyTorch's build for GPUs, which a CPU runs.
+test-oldest: environment
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-oldest
+	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e ".[dev]"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # On one GPU, about 4 minutes; skipped without one. SAFEGENE_GPU_TESTS_ON_CPU=1 runs the same tests on the CPU.
 test-gpu: environment

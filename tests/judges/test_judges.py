@@ -74,6 +74,17 @@ def classifier(folder, tokenizer, labels, **kwargs):
     return str(folder)
 
 
+def test_a_build_for_gpus_judges_where_there_is_none(tmp_path, tokenizer, monkeypatch):
+    """Such a build names its accelerator whether there is one or not, unless it is asked to look."""
+
+    def named(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    judge = load_judge(f"hf:{classifier(tmp_path, tokenizer, ['NORMAL', 'REJECTION'])}")
+    assert judge.model.device.type == "cpu" and len(judge([REFUSAL])) == 1
+
+
 def test_refusal_classifier(tmp_path, tokenizer):
     judge = load_judge(f"hf:{classifier(tmp_path, tokenizer, ['NORMAL', 'REJECTION'])}")
     verdicts = judge([REFUSAL, ANSWER])
