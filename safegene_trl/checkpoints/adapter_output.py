@@ -14,6 +14,7 @@ from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, is_transposed
 from .live_merge import check_finite, whole
 from .merge_terms import ScaledVector
+from .portable_files import save_processor
 from .write_errors import saving, writing
 
 
@@ -50,7 +51,7 @@ def save_adapter(
                 stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder
             )
             with saving("the tokenizer"):
-                tokenizer.save_pretrained(folder)
+                save_processor(tokenizer, folder)
 
 
 def _write_adapter(

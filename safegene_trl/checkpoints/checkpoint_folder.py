@@ -13,6 +13,7 @@ from torch import nn
 
 from ..distributed.shapes import class_name
 from ..models.parameters import base_model
+from .portable_files import save_config, save_processor
 from .tensor_file import SAFE_WEIGHTS_INDEX_NAME, plan_files
 from .write_errors import saving
 
@@ -61,9 +62,9 @@ class CheckpointFolder:
         for key, value in self.mark.items():
             setattr(config, key, value)
         with saving("the model's config"):
-            config.save_pretrained(self.path)
+            save_config(config, self.path)
         if base.generation_config is not None:
             with saving("the generation config"):
                 base.generation_config.save_pretrained(self.path)
         with saving("the tokenizer"):
-            self.processor.save_pretrained(self.path)
+            save_processor(self.processor, self.path)

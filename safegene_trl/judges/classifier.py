@@ -55,7 +55,9 @@ class ClassifierJudge:
             loader: Any = (
                 AutoModelForCausalLM if self.is_guard else AutoModelForSequenceClassification
             )
-            device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+            device = torch.accelerator.current_accelerator(check_available=True) or torch.device(
+                "cpu"
+            )
             loaded: Any = loader.from_pretrained(
                 self.model_name, dtype="auto", trust_remote_code=False
             )
