@@ -4,6 +4,8 @@ for.
 The package itself need not be there: a model without such layers is told by their classes' names.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 _LAYERS = ("Linear4bit", "Linear8bitLt")
+_LAYS_OUT_ANEW = "support_avx512bf16_for_cpu"
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -62,3 +65,24 @@ def dequantized(layer: Any) -> torch.Tensor:
     # the first pass moves the rows' largest numbers from the weight to the layer
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
     return (weight.data.float() * (scales.float() / 127)[:, None]).cpu()
+
+
+@contextmanager
+def kept_packed(model: nn.Module) -> Iterator[None]:
+    """While open, passes leave 4-bit weights in the form in which they were loaded.
+
+    On a CPU with bfloat16 instructions bitsandbytes lays a weight out anew in the first pass
+    without gradients. What it has then is rounded once more, and lets no gradient through.
+    """
+    layers: list[Any] = [
+        module for module in model.modules() if getattr(module, _LAYS_OUT_ANEW, False)
+    ]
+    try:
+        for layer in layers:
+            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+                layer.state_dict()  # to save it bitsandbytes takes that back
+            setattr(layer, _LAYS_OUT_ANEW, False)
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, _LAYS_OUT_ANEW, True)

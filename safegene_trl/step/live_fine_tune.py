@@ -7,6 +7,7 @@ weights as they are shipped: they take the live ones' place for as long as they 
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import halving
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
+from ..models.replacement import without_adapters
 from ..recalibration.search import Recalibration, recalibrate
 from .decision import decide, independent_prompts
 from .finished_training import FinishedTraining, check_finished
@@ -235,7 +237,8 @@ class LiveFineTune:
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Puts what was written into the live model's place, and compares its logits with those
-        that were measured. What was merged into a quantised model's 16-bit base has no place there.
+        that were measured. What was merged into a quantised model's 16-bit base has no place there:
+        its tensors are worked out anew.
 
         Raises:
             OutputError: They are further apart than other kernels could put them.
@@ -247,23 +250,33 @@ class LiveFineTune:
                 with as_written(self.model, folder, self.sharding):
                     logits = self._probe.logits(self.model)
                     distances["merged"] = self._probe.distance(logits, MERGED_TOLERANCE, DAMAGED)
-                    if can_reload(self.model, self.sharding):
-                        logits = self._probe.measured
-                        with self.sharding.raising_together():
-                            if self.sharding.is_main:  # who alone has the files
-                                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                                logits = self._probe.logits(reloaded(self.model, config))
-                        distances["reloaded"] = self._probe.distance(
-                            logits, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS
-                        )
+                    distances |= self._reloaded(folder, self._probe)
+            elif self.plan.merges:
+                with without_adapters(self.model):  # for the config that was written
+                    alone = copy(self._probe)
+                    alone.measured = alone.logits(self.model)
+                    distances |= self._reloaded(folder, alone)
             if place := self.plan.adapter_place(folder):
                 with with_adapter(self.model, place, self.sharding):
                     logits = self._probe.logits(self.model)
                     distances["adapter"] = self._probe.distance(logits, ADAPTER_TOLERANCE, DAMAGED)
-        if not distances:
-            return self._compared_with_base(folder)
-        farthest = {"largest_logit_distance": max(distances.values())}
-        return {**farthest, "logit_distances": distances} | self._compared_with_base(folder)
+        found: dict[str, Any] = {"logit_distances": distances}
+        if distances:
+            found["largest_logit_distance"] = max(distances.values())
+        return found | self._compared_with_base(folder)
+
+    def _reloaded(self, folder: Path, probe: Probe) -> dict[str, float]:
+        """How far a model made from the written config, on the tensors in place, is from the live
+        one; empty where it cannot be made.
+        """
+        if not can_reload(self.model, self.sharding):
+            return {}
+        logits = probe.measured
+        with self.sharding.raising_together():
+            if self.sharding.is_main:  # who alone has the files
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                logits = probe.logits(reloaded(self.model, config))
+        return {"reloaded": probe.distance(logits, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS)}
 
     def _compared_with_base(self, folder: Path) -> dict[str, Any]:
         """What was merged into the 16-bit base of a quantised one, held against what it should be."""
