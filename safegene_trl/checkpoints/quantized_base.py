@@ -101,15 +101,7 @@ class QuantizedFineTune(StoredModel):
 
     def task_terms(self, name: str) -> list[Term]:
         """As of any stored model, on the CPU."""
-        return [
-            Term(
-                *(
-                    None if part is None else part.cpu()
-                    for part in (term.left, term.right, term.magnitude)
-                )
-            )
-            for term in super().task_terms(name)
-        ]
+        return [term.cpu() for term in super().task_terms(name)]
 
     @property
     def dtype(self) -> str:

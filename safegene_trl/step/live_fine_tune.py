@@ -260,9 +260,10 @@ class LiveFineTune:
                 with with_adapter(self.model, place, self.sharding):
                     logits = self._probe.logits(self.model)
                     distances["adapter"] = self._probe.distance(logits, ADAPTER_TOLERANCE, DAMAGED)
-        found: dict[str, Any] = {"logit_distances": distances}
+        found: dict[str, Any] = {}
         if distances:
-            found["largest_logit_distance"] = max(distances.values())
+            farthest = max(distances.values())
+            found = {"largest_logit_distance": farthest, "logit_distances": distances}
         return found | self._compared_with_base(folder)
 
     def _reloaded(self, folder: Path, probe: Probe) -> dict[str, float]:
