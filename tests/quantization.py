@@ -34,10 +34,11 @@ def wide_model(seed=0, **changes):
 
 
 def quantised(folder, bits, **options):
-    """The model of a folder, loaded in 4 or 8 bits, or by a config of one's own."""
-    config = BITS.get(bits, bits)
+    """The model of a folder, loaded in 4 or 8 bits; as its files are where that is None."""
     options = {"dtype": torch.bfloat16} | options
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)
+    if bits is not None:
+        options["quantization_config"] = BITS[bits]
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def packed(model):

@@ -53,8 +53,9 @@ def describe_quantized(model: nn.Module) -> str | None:
 @torch.no_grad()
 def dequantized(layer: Any) -> torch.Tensor:
     """The weight that a quantised layer stands for: d_out×d_in, float32, on the CPU. The layer is
-    only read.
+    only read, in the form in which it was loaded.
     """
+    _as_loaded(layer)
     weight = layer.weight
     if weight.is_floating_point():  # of a layer that has seen no pass with `has_fp16_weights`
         return weight.detach().float().cpu()
@@ -65,6 +66,12 @@ def dequantized(layer: Any) -> torch.Tensor:
     # the first pass moves the rows' largest numbers from the weight to the layer
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
     return (weight.data.float() * (scales.float() / 127)[:, None]).cpu()
+
+
+def _as_loaded(layer: Any) -> None:
+    """Takes a CPU's own layout back (see `kept_packed`), as bitsandbytes does to save a layer."""
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        layer.state_dict()
 
 
 @contextmanager
@@ -79,8 +86,7 @@ def kept_packed(model: nn.Module) -> Iterator[None]:
     ]
     try:
         for layer in layers:
-            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-                layer.state_dict()  # to save it bitsandbytes takes that back
+            _as_loaded(layer)
             setattr(layer, _LAYS_OUT_ANEW, False)
         yield
     finally:

@@ -74,7 +74,8 @@ def expected(base, adapter, report, vector_dir):
             product = (
                 lora[f"{prefix}.lora_B.weight"].float() @ lora[f"{prefix}.lora_A.weight"].float()
             )
-            total = total + product * scale["lora_alpha"] / scale["r"]
+            rank = scale["r"] ** 0.5 if scale["use_rslora"] else scale["r"]
+            total = total + product * scale["lora_alpha"] / rank
         if module in vector.deltas:
             delta = vector.deltas[module]
             total = total + delta.b @ (by_module[module][:, None] * delta.a)
