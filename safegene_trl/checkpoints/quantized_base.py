@@ -30,6 +30,7 @@ from .merge_terms import Term
 from .row_blocks import RowReader, row_blocks
 from .source import adapter_base, stored_weights
 from .stored_model import StoredModel
+from .tensor_file import StoredTensor
 
 
 LARGEST_ERROR = 0.3  # of a weight's norm, that quantisation may take: nf4 takes 0.1, fp4 0.15
@@ -141,7 +142,7 @@ def open_base(name_or_path: str | None, revision: str | None = None) -> StoredMo
 def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
     """Raises unless the files are those that a live fine-tune's quantised base was made from.
 
-    Names and shapes are compared, the tensors of one dimension number by number, and the first few
+    Names and shapes are compared, what is not quantised number by number, and the first few
     quantised weights as far as quantisation leaves them alike.
 
     Args:
@@ -172,8 +173,8 @@ def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
                 quantised += 1
                 if quantised <= COMPARED:
                     alike = _is_near(dequantized(layer), stored.matrix(reader, own.module_name))
-            elif alike and len(own.shape) == 1 and not fine_tune.is_whole(own):
-                alike = _is_rounded(own.tensor.detach().cpu(), _stored(stored, reader, name))
+            elif alike and not fine_tune.is_whole(own):
+                alike = _is_rounded(own.tensor.detach(), stored.files[name], reader, name)
             if not alike:
                 raise UnsupportedModelError(
                     f"`{parameter.name}` of {stored.name} is not the one that the quantised base was made from: name that base's "
@@ -181,21 +182,17 @@ def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
                 )
 
 
-def _stored(stored: StoredModel, reader: RowReader, name: str) -> torch.Tensor:
-    tensor = stored.files[name]
-    return torch.cat(
-        [reader.rows(tensor, block).clone() for block in row_blocks(name, tensor)]
-    ).view(tensor.shape)
-
-
 def _is_near(quantised: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether two float32 weights differ by no more than quantisation."""
     return bool((quantised - weight).norm() <= LARGEST_ERROR * weight.norm())
 
 
-def _is_rounded(live: torch.Tensor, stored: torch.Tensor) -> bool:
+def _is_rounded(live: torch.Tensor, stored: StoredTensor, reader: RowReader, name: str) -> bool:
     """Whether live numbers are the stored ones in some data type that they went through."""
-    return any(
-        torch.equal(live, stored.to(dtype).to(live.dtype))
-        for dtype in (stored.dtype, live.dtype, torch.bfloat16, torch.float16)
-    )
+    dtypes = (stored.dtype, live.dtype, torch.bfloat16, torch.float16)
+    rows = live.reshape(-1, stored.columns)
+    for block in row_blocks(name, stored):
+        here, there = rows[block.first : block.stop].cpu(), reader.rows(stored, block)
+        if not any(torch.equal(here, there.to(dtype).to(here.dtype)) for dtype in dtypes):
+            return False
+    return True

@@ -256,6 +256,7 @@ def test_a_base_whose_files_are_quantised_needs_another_one_named(
         out / "safeguarded", expected(base_dir, out, callback.report, tmp_path / "vector")
     )
     trained(None, packed_dir, config(output_format="adapter"), tokenizer, tmp_path / "second")
+    assert (tmp_path / "second/safeguarded/adapter_model.safetensors").is_file()
     wide_model(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(UnsupportedModelError, match="is not the one that the quantised base was"):
         trained(None, packed_dir, config(merge_base=str(tmp_path / "other")), tokenizer, out)
@@ -294,6 +295,27 @@ def test_a_base_to_merge_into_is_named_for_merging_into_it(base_dir, config, tok
         trainer.train()
     with pytest.raises(ConfigError, match="beside `coefficients`"):
         apply(config(**named), base_dir, coefficients=0.5)
+
+
+def test_apply_on_an_adapter_whose_base_has_quantised_files(
+    base_dir, config, tokenizer, tmp_path, task_file
+):
+    packed_dir, out = tmp_path / "base-bnb-8bit", tmp_path / "out"
+    quantised(base_dir, 8).save_pretrained(packed_dir)
+    tokenizer.save_pretrained(packed_dir)
+    trainer = sft(
+        out, [], tokenizer, model=quantised(packed_dir, None), peft_config=LoraConfig(**LORA)
+    )
+    trainer.train()
+    trainer.save_model()
+    settings = {"task_data": str(task_file), "output_dir": str(tmp_path / "safe")}
+    with pytest.raises(UnsupportedModelError, match="is quantised itself"):
+        apply(config(**settings), out)
+    with pytest.raises(UnsupportedModelError, match="is a quantised checkpoint"):
+        apply(config(**settings), out, coefficients=0.5)
+    report = apply(config(merge_base=str(base_dir), **settings), out)
+    assert report["shipped"]["base"]["measured_on"].startswith("8-bit base")
+    check_written(tmp_path / "safe", expected(base_dir, out, report, tmp_path / "vector"))
 
 
 @pytest.mark.parametrize("search", [False, True])
