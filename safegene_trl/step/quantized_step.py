@@ -57,7 +57,7 @@ class QuantizedStep:
             plan.report.warnings.append(
                 f"The fine-tune has a {self.kind}: coefficients are found and measured on that, with the LoRA and the vector "
                 f"beside it. The checkpoint is {written[0]}, and is not measured itself: `safegene apply` on the saved "
-                "adapter measures what it writes."
+                "adapter, with that base in its `adapter_config.json`, measures what it writes."
             )
         if plan.config.output.output_format != "merged":
             written.append("an adapter")
