@@ -57,12 +57,12 @@ def dequantized(layer: Any) -> torch.Tensor:
     """
     _as_loaded(layer)
     weight = layer.weight
-    if weight.is_floating_point():  # of a layer that has seen no pass with `has_fp16_weights`
-        return weight.detach().float().cpu()
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, state).float().cpu()
+    if weight.is_floating_point():  # 8-bit layers may keep their weights, and quantise each pass
+        return weight.detach().float().cpu()
     # the first pass moves the rows' largest numbers from the weight to the layer
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
     return (weight.data.float() * (scales.float() / 127)[:, None]).cpu()

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
+from safegene_trl.commands.main import main
+from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.errors import (
     CheckpointError,
     ConfigError,
@@ -20,9 +22,10 @@ from safegene_trl.errors import (
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step import live_fine_tune, quantized_step
 from safegene_trl.step.apply import apply
+from safegene_trl.step.plan import InputModel, Origin
 from safegene_trl.vectors.safety_vector import SafetyVector
 
-from ..conftest import config_of, make_vector
+from ..conftest import ALONE, config_of, make_vector
 from ..quantization import packed, quantised, same, wide_model
 from ..test_callback import sft
 
@@ -295,6 +298,49 @@ def test_a_base_to_merge_into_is_named_for_merging_into_it(base_dir, config, tok
         trainer.train()
     with pytest.raises(ConfigError, match="beside `coefficients`"):
         apply(config(**named), base_dir, coefficients=0.5)
+
+
+def test_a_quantised_base_that_is_sharded_is_refused(base_dir, config):
+    class Sharded(Sharding):
+        """As under `fully_shard`."""
+
+        kind, collective_forward = "fsdp2", True
+
+    given = InputModel(quantised(base_dir, 8), None, Origin(str(base_dir), None, "lora"))
+    with pytest.raises(UnsupportedModelError, match=r"8-bit base .* and fsdp2 shards it: launch"):
+        quantized_step.quantized_step(config(), given, Sharded(torch.device("cpu")))
+    assert quantized_step.quantized_step(config(), given, ALONE).needed_bytes > 0
+
+
+def test_safegene_sft_trains_on_a_base_in_4_bits(base_dir, config, tmp_path, task_file):
+    settings = {
+        "model_name_or_path": str(base_dir),
+        "dataset_name": "json",
+        "datasets": [{"path": "json", "data_files": str(task_file)}],
+        "output_dir": str(tmp_path / "out"),
+        "use_peft": True,
+        "load_in_4bit": True,
+        "use_bnb_nested_quant": True,
+        "dtype": "bfloat16",
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 1,
+        "report_to": "none",
+        "safegene": {
+            "vector": str(tmp_path / "vector"),
+            "search": {"max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
+            | {"min_coefficient": 0.2, "granularity": "module"},
+            "measure": {"num_test_prompts": 2, "max_new_tokens": 2},
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    assert main(["sft", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    report = json.loads((tmp_path / "out/safeguarded/safegene_report.json").read_text())
+    assert report["shipped"]["base"]["recalibrated_on"].startswith("4-bit base (bitsandbytes, nf4")
+    check_written(
+        tmp_path / "out/safeguarded",
+        expected(base_dir, tmp_path / "out", report, tmp_path / "vector"),
+    )
 
 
 def test_apply_on_an_adapter_whose_base_has_quantised_files(
