@@ -25,6 +25,11 @@ class Term:
     right: torch.Tensor
     magnitude: torch.Tensor | None = None
 
+    def cpu(self) -> "Term":
+        """The same on the CPU."""
+        magnitude = None if self.magnitude is None else self.magnitude.cpu()
+        return Term(self.left.cpu(), self.right.cpu(), magnitude)
+
 
 Coefficient = float | torch.Tensor
 

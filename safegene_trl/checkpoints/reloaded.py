@@ -17,7 +17,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
-from ..models.parameters import base_model, canonical_parameters
+from ..models.parameters import (
+    base_model,
+    canonical_modules,
+    canonical_parameters,
+    unadapted,
+)
+from ..models.quantized import is_quantized
 from .completeness import causal_architecture
 
 
@@ -31,7 +37,7 @@ def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
     """The model that `from_pretrained` makes of a config, in eval mode, on the live tensors:
     nothing is copied.
 
-    Adapters and hooks of the live model are not in it.
+    Adapters and hooks of the live model are not in it. Quantised layers are the live ones.
 
     Args:
         model: The live model, plain or PEFT-wrapped, on one device.
@@ -41,12 +47,17 @@ def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
         UnsupportedModelError: The config makes a model with other tensors.
     """
     live = base_model(model)
+    config.__dict__.pop("quantization_config", None)
     config._attn_implementation = live.config._attn_implementation
     config._experts_implementation = live.config._experts_implementation
     with no_init_weights(), init_empty_weights(include_buffers=False):
         fresh: PreTrainedModel = _architecture(live, config)._from_config(config, dtype=live.dtype)
+    for name, module in canonical_modules(model).items():
+        if is_quantized(layer := unadapted(module)):
+            fresh.set_submodule(name, layer)
     for parameter in canonical_parameters(model):
-        _put(fresh, parameter.name, parameter.tensor.detach())
+        if not is_quantized(unadapted(parameter.module)):
+            _put(fresh, parameter.name, parameter.tensor.detach())
     fresh.tie_weights()
     missing = [name for name, tensor in fresh.named_parameters() if tensor.is_meta]
     if missing:

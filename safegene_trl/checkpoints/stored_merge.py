@@ -5,6 +5,7 @@ rows.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -17,7 +18,7 @@ from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
 from .stored_model import StoredModel
-from .tensor_file import TensorFile
+from .tensor_file import TensorFile, stored_tensors
 from .weight_files import WeightFiles
 
 
@@ -118,6 +119,17 @@ def _merge_block(
     """Reads, changes and writes one block; returns how many bytes it has, and what is left of the
     vector's change.
     """
+    rows, rounding = _merged_rows(stored, additions, reader, block)
+    file.write(block.name, rows, offset=block.first * stored.files[block.name].row_bytes)
+    return rows.numel() * rows.itemsize, rounding
+
+
+def _merged_rows(
+    stored: StoredModel, additions: Mapping[str, _Additions], reader: RowReader, block: Block
+) -> tuple[torch.Tensor, Rounding]:
+    """A block as it is written, in a buffer of this thread, and what is left of the vector's
+    change.
+    """
     tensor, terms, rounding = stored.files[block.name], additions[block.name], Rounding()
     rows = reader.rows(tensor, block)
     if not is_finite(rows):
@@ -138,5 +150,45 @@ def _merge_block(
             raise CheckpointError(
                 f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged."
             )
-    file.write(block.name, rows, offset=block.first * tensor.row_bytes)
-    return rows.numel() * rows.itemsize, rounding
+    return rows, rounding
+
+
+@torch.no_grad()
+def check_written(stored: StoredModel, vector: ScaledVector, folder: Path) -> int:
+    """Reads back what `write_merged` wrote, and works every block out anew; returns how many
+    tensors there are.
+
+    Raises:
+        CheckpointError: A tensor is missing, or is not, bit by bit, `W + ΔW_task + λ·B·A`.
+    """
+    written, own = stored_tensors(folder), stored.own_tensors()
+    additions = _additions(stored, vector)
+    different = set(stored.files.keys() ^ written.keys())
+    with RowReader() as source, RowReader() as reader:
+
+        def check(block: Block) -> None:
+            there = reader.rows(written[block.name], block)
+            if block.name in own:
+                meant = own[block.name].view(-1, there.shape[1])[block.first : block.stop]
+            else:
+                meant, _ = _merged_rows(stored, additions, source, block)
+            if meant.dtype != there.dtype or not torch.equal(_bits(meant), _bits(there)):
+                different.add(block.name)
+
+        blocks = [
+            b
+            for name in stored.files.keys() & written.keys()
+            for b in row_blocks(name, stored.files[name])
+        ]
+        for _ in in_threads(check, blocks):
+            pass
+    if different:
+        raise CheckpointError(
+            f"`{min(different)}` in the written checkpoint is not the base's tensor with the fine-tune and the vector in it: do not "
+            "use it; check the disk, then run it again."
+        )
+    return len(written)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

@@ -29,6 +29,8 @@ class OutputConfig:
             output directory; of `apply`, `<model>-safeguarded` in the working directory.
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in,
             or `both` (the adapter in the subfolder `adapter`).
+        merge_base: The 16-bit model that a LoRA on a quantised base is merged into: directory or hub
+            id. Default: the base that was loaded, whose files are in 16 bits as a rule.
         max_shard_size: Largest weight file, like `5GB` or `500MB`; a whole number is bytes.
         history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
             Its seal lies beside it.
@@ -42,6 +44,7 @@ class OutputConfig:
 
     output_dir: str | None = None
     output_format: OutputFormat = "merged"
+    merge_base: str | None = None
     max_shard_size: str = "5GB"
     history: str | None = None
     hub_model_id: str | None = None

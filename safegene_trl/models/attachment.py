@@ -19,6 +19,7 @@ from .inputs import Batch
 from .kernels import kernels_for_any_shape
 from .low_rank import LowRankDelta
 from .parameters import canonical_modules
+from .quantized import kept_packed
 from .verification import Evidence, check_effective, list_items
 
 
@@ -229,7 +230,7 @@ def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[No
     every case.
 
     What is compiled runs eagerly meanwhile: a compiled graph knows nothing of hooks that came after
-    it.
+    it. Quantised weights keep their form.
 
     Args:
         model: The live model.
@@ -244,6 +245,7 @@ def frozen_for_calibration(model: nn.Module, freeze: bool = True) -> Iterator[No
         torch.random.fork_rng(devices=cuda_devices),
         running_eagerly(model),
         kernels_for_any_shape(),
+        kept_packed(model),
     ):
         try:
             model.eval()

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from ..distributed.shapes import full_shape
+from .quantized import is_quantized, is_transposed_in_files, weight_shape
 
 
 # FSDP's recomputation, `torch.compile`
@@ -28,7 +29,7 @@ class Parameter:
     """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that
     owns it.
 
-    The live tensor may be a shard of the whole; `shape` is the whole's.
+    The live tensor may be a shard of the whole, or packed by quantisation; `shape` is the whole's.
     """
 
     name: str
@@ -38,6 +39,9 @@ class Parameter:
 
     @property
     def shape(self) -> torch.Size:
+        layer = unadapted(self.module)
+        if self.is_weight and is_quantized(layer):
+            return weight_shape(layer)
         return full_shape(self.tensor)
 
     @property
@@ -111,10 +115,12 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
     modules = canonical_modules(model)
     tied = set(getattr(base, "all_tied_weights_keys", None) or ())
     parameters = dict(base.named_parameters())
+    packed = tuple(f"{name}." for name, module in base.named_modules() if is_quantized(module))
     buffers = {
         name: value
         for name, value in base.state_dict(keep_vars=True).items()
-        if name not in parameters
+        # a quantised layer's statistics belong to no checkpoint but a quantised one
+        if name not in parameters and not name.startswith(packed)
     }
     seen: set[int] = {id(tensor) for tensor in parameters.values()}
     for name, tensor in (*parameters.items(), *buffers.items()):
@@ -181,7 +187,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module's weight is stored as `(d_in, d_out)`."""
-    return isinstance(unadapted(module), Conv1D)
+    layer = unadapted(module)
+    return isinstance(layer, Conv1D) or (is_quantized(layer) and is_transposed_in_files(layer))
 
 
 def task_factors(module: Any) -> list[TaskFactors]:

@@ -24,6 +24,7 @@ from .parameters import (
     unadapted,
     uncompiled,
 )
+from .quantized import is_quantized
 
 
 # ways to start a LoRA that change the base's weights
@@ -33,6 +34,11 @@ _CHANGES_BASE = (
     "corda",
     "loftq",
     "lora_ga",
+)
+
+_OTHER_QUANTIZATION = (
+    "The base model is quantised by {by}, and only a base that bitsandbytes has quantised is supported in place: load it so "
+    "(`BitsAndBytesConfig`), or save the adapter, name its 16-bit base in `adapter_config.json` and run `safegene apply` on it."
 )
 
 
@@ -47,11 +53,7 @@ def check_supported(model: nn.Module) -> None:
         )
     for config in adapter_configs(model).values():
         check_method(config)
-    if getattr(base, "is_quantized", False):
-        raise UnsupportedModelError(
-            "The base model is quantised and merging would requantise it: save the adapter, then run `safegene apply` "
-            "on the 16-bit base model."
-        )
+    _check_quantization(model)
     tied, modules = tied_weights(model), canonical_modules(model)
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -65,6 +67,41 @@ def check_supported(model: nn.Module) -> None:
             _check_lora_untied(name, tied)
             _check_adapter(name, module)
     check_held(model)
+
+
+def _check_quantization(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError`, by its name, for any quantised base but one of bitsandbytes'
+    under a LoRA.
+    """
+    base = base_model(model)
+    by = getattr(base, "quantization_method", None)
+    by = None if by is None else str(getattr(by, "value", by))
+    layers = [name for name, module in base.named_modules() if is_quantized(module)]
+    if by not in (None, "bitsandbytes") or (getattr(base, "is_quantized", False) and not layers):
+        raise UnsupportedModelError(_OTHER_QUANTIZATION.format(by=by or "another library"))
+    for name, tensor in base.named_parameters():
+        if name.removesuffix(".weight") in layers:
+            continue
+        if type(tensor.data).__module__.startswith("torchao"):
+            raise UnsupportedModelError(_OTHER_QUANTIZATION.format(by="torchao"))
+        if tensor.itemsize == 1 or not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(
+                f"`{canonical_name(name)}` holds quantised numbers ({kind}), and only linear layers that bitsandbytes has "
+                "quantised are supported in place: train on the 16-bit base model."
+            )
+    if not layers:
+        return
+    configs = adapter_configs(model).values()
+    if not configs:
+        raise UnsupportedModelError(
+            "The base model is quantised by bitsandbytes and the fine-tune has no LoRA: train one, by PEFT."
+        )
+    if changed := next((config for config in configs if changes_base(config)), None):
+        raise UnsupportedModelError(
+            f"The fine-tune uses LoRA with `init_lora_weights={changed.init_lora_weights!r}` on a quantised base, whose weights "
+            "that changes, so that it belongs to no 16-bit base: train it with `init_lora_weights=True`."
+        )
 
 
 def check_method(adapter_config: Any) -> None:

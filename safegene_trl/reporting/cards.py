@@ -92,7 +92,17 @@ def _what_was_done(report: Mapping[str, Any]) -> str:
 named {markdown(vector["name"])} ({markdown(vector["aligned_model"]["name"])}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
 coefficient per {"rank-one part" if granularity == "rank" else markdown(granularity)}, {purpose} it refusals back which the fine-tune had weakened.
 
-Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}"""
+Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}{_on_what(report)}"""
+
+
+def _on_what(report: Mapping[str, Any]) -> str:
+    """What was measured and what was written, where a quantised base makes them two things."""
+    base = (report.get("shipped") or {}).get("base")
+    if base is None:
+        return ""
+    return f"""
+
+Coefficients were found on: {markdown(base["recalibrated_on"])}. Measured: {markdown(base["measured_on"])}. Written: {markdown(base["written"])}."""
 
 
 def _table(shown: Sequence[_Row], judge: str) -> str:

@@ -38,6 +38,11 @@ def safeguard_stored(
         SafeGeneError: One of its kinds, before anything is written.
     """
     check_measures_nothing(config)
+    if config.output.merge_base is not None:
+        raise ConfigError(
+            "`output.merge_base` is set beside `coefficients`, with which an adapter is merged into the base that its "
+            "`adapter_config.json` names: name the 16-bit base there."
+        )
     check_not_safeguarded(name_or_path, revision)
     files = stored_weights(name_or_path, revision)
     from .stored_fine_tune import merge_stored

@@ -7,6 +7,7 @@ weights as they are shipped: they take the live ones' place for as long as they 
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import halving
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
+from ..models.replacement import without_adapters
 from ..recalibration.search import Recalibration, recalibrate
 from .decision import decide, independent_prompts
 from .finished_training import FinishedTraining, check_finished
@@ -39,6 +41,7 @@ from .probe import (
     RELOADED_TOLERANCE,
     Probe,
 )
+from .quantized_step import MergedIntoBase
 from .read_back import as_written, with_adapter
 from .run import run
 from .shipped_weights import ShippedWeights, TriedRounding, beside_weights, merged_weights
@@ -82,6 +85,8 @@ class LiveFineTune:
             model, self.vector.deltas, self.space, self.sharding, self.plan.carried
         )
         self.training: FinishedTraining | None = None
+        self.quantized = prepared.quantized
+        self._on_base: MergedIntoBase | None = None  # on rank 0, once it is written
         self._rounding = TriedRounding()
         self._weights = ShippedWeights(self._shipped)
         self._probe = Probe(
@@ -163,9 +168,9 @@ class LiveFineTune:
 
     def _shipped(self, by_module: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
         """While open, the model is the one that is shipped: merged, or with its adapter beside the
-        weights.
+        weights; of a quantised base the latter in any case.
         """
-        if self.plan.merges:
+        if self._merges_live:
             vector = ScaledVector(self.vector.deltas, by_module)
             self._rounding = TriedRounding()
             return merged_weights(self.model, vector, self.sharding, self._rounding)
@@ -198,11 +203,16 @@ class LiveFineTune:
         else:
             with frozen_for_calibration(self.model), shipped():
                 pass
-        if plan.merges and any(bool(value.any()) for value in by_module.values()):
+        if self._merges_live and any(bool(value.any()) for value in by_module.values()):
             with self.sharding.raising_together():
                 if self.sharding.is_main:
                     plan.report.shipped = {"rounding": self._rounding.check()}
         return measured
+
+    @property
+    def _merges_live(self) -> bool:
+        """Whether what is written is made from the live weights."""
+        return self.plan.merges and self.quantized is None
 
     def write(self, folder: Path, found: Found) -> dict[str, str]:
         """Writes the merged checkpoint, the adapter, or both."""
@@ -210,7 +220,14 @@ class LiveFineTune:
         digests: dict[str, str] = {}
         if plan.merges:
             checkpoint = plan.merged_folder(folder, found.coefficients)
-            save_merged(self.model, vector, checkpoint, self.sharding)
+            if self.quantized is None:
+                save_merged(self.model, vector, checkpoint, self.sharding)
+            else:
+                with self.sharding.on_main_rank() as working:
+                    if working:
+                        self._on_base = self.quantized.write(
+                            self.model, vector, checkpoint, self.show_progress
+                        )
             digests = checkpoint.digests
         if place := plan.adapter_place(folder):
             save_adapter(
@@ -220,7 +237,8 @@ class LiveFineTune:
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Puts what was written into the live model's place, and compares its logits with those
-        that were measured.
+        that were measured. What was merged into a quantised model's 16-bit base has no place there:
+        its tensors are worked out anew.
 
         Raises:
             OutputError: They are further apart than other kernels could put them.
@@ -228,21 +246,44 @@ class LiveFineTune:
         """
         distances = {}
         with frozen_for_calibration(self.model):
-            if self.plan.merges:
+            if self._merges_live:
                 with as_written(self.model, folder, self.sharding):
                     logits = self._probe.logits(self.model)
                     distances["merged"] = self._probe.distance(logits, MERGED_TOLERANCE, DAMAGED)
-                    if can_reload(self.model, self.sharding):
-                        logits = self._probe.measured
-                        with self.sharding.raising_together():
-                            if self.sharding.is_main:  # who alone has the files
-                                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                                logits = self._probe.logits(reloaded(self.model, config))
-                        distances["reloaded"] = self._probe.distance(
-                            logits, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS
-                        )
+                    distances |= self._reloaded(folder, self._probe)
+            elif self.plan.merges:
+                with without_adapters(self.model):  # for the config that was written
+                    alone = copy(self._probe)
+                    alone.measured = alone.logits(self.model)
+                    distances |= self._reloaded(folder, alone)
             if place := self.plan.adapter_place(folder):
                 with with_adapter(self.model, place, self.sharding):
                     logits = self._probe.logits(self.model)
                     distances["adapter"] = self._probe.distance(logits, ADAPTER_TOLERANCE, DAMAGED)
-        return {"largest_logit_distance": max(distances.values()), "logit_distances": distances}
+        found: dict[str, Any] = {}
+        if distances:
+            farthest = max(distances.values())
+            found = {"largest_logit_distance": farthest, "logit_distances": distances}
+        return found | self._compared_with_base(folder)
+
+    def _reloaded(self, folder: Path, probe: Probe) -> dict[str, float]:
+        """How far a model made from the written config, on the tensors in place, is from the live
+        one; empty where it cannot be made.
+        """
+        if not can_reload(self.model, self.sharding):
+            return {}
+        logits = probe.measured
+        with self.sharding.raising_together():
+            if self.sharding.is_main:  # who alone has the files
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                logits = probe.logits(reloaded(self.model, config))
+        return {"reloaded": probe.distance(logits, RELOADED_TOLERANCE, MORE_THAN_WEIGHTS)}
+
+    def _compared_with_base(self, folder: Path) -> dict[str, Any]:
+        """What was merged into the 16-bit base of a quantised one, held against what it should be."""
+        found: dict[str, Any] = {}
+        if self.plan.merges and self.quantized is not None:
+            with self.sharding.on_main_rank() as working:
+                if working and self._on_base is not None:
+                    found = self._on_base.check(folder)
+        return found

@@ -287,6 +287,7 @@ def try_output(
         "the task data": config.data.task_data,
         "the earlier release": config.search.warm_start,
         "the base model": input_model.origin.base,
+        "the 16-bit base model": config.output.merge_base,
         **input_model.origin.places,
     }
     if config.gate:

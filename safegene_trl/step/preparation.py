@@ -31,6 +31,7 @@ from .history import last_accepted, read_history
 from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
 from .plan import FINE_TUNE, InputModel, Origin, Plan, plan_step
 from .probe import MORE_THAN_WEIGHTS, RELOADED_TOLERANCE
+from .quantized_step import QuantizedStep, quantized_step
 
 
 @dataclass
@@ -39,11 +40,13 @@ class Preparation:
 
     Attributes:
         start: Coefficients at which the search starts, by name; None for its default.
+        quantized: What a quantised base asks for, None where it is not quantised.
     """
 
     plan: Plan
     shots: Shots
     start: Coefficients | None
+    quantized: QuantizedStep | None = None
 
     @property
     def target(self) -> Path:
@@ -86,7 +89,13 @@ def prepare(
             check_adapter_output(model)
             _check_base(input_model.origin)
         needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model)
+    quantized = quantized_step(config, input_model, sharding)
+    needed = needed if quantized is None else quantized.needed_bytes
     plan = plan_step(config, input_model, target, sharding, needed)
+    if quantized is not None:
+        with plan.clock.phase("prepare"), sharding.on_main_rank() as working:
+            if working:
+                quantized.check(model, plan)
     with plan.clock.phase("prepare"), sharding.raising_together():
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
@@ -109,7 +118,7 @@ def prepare(
         sample = _shortest(shots, plan)
         _check_reloads(model, sample, sharding)
         attachment.verify(sample)
-    return Preparation(plan, shots, start)
+    return Preparation(plan, shots, start, quantized)
 
 
 def _check_base(origin: Origin) -> None:

@@ -1,5 +1,7 @@
 """Fine-tunes that cannot be merged exactly are refused by name."""
 
+import tempfile
+
 import pytest
 import torch
 from peft import (
@@ -18,13 +20,44 @@ from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.models.supported import check_adapter_output, check_supported, check_untied
 
 from ..conftest import ALONE, make_model, with_lora
+from ..quantization import quantised as quantised_by_bnb
+from ..quantization import wide_model
 from .test_parameters import gpt2
 
 
+QUANTIZED_BY = ("gptq", "awq", "fp8", "torchao", "hqq", "compressed-tensors", "quanto", "eetq")
+
+
+class OfTorchAo(torch.Tensor):
+    """In the place of a tensor of torchao's."""
+
+
+OfTorchAo.__module__ = "torchao.dtypes"
+
+
 def refused():
-    quantised = make_model()
-    quantised.is_quantized = True
-    yield "quantised", quantised, "16-bit base"
+    for method in QUANTIZED_BY:
+        quantised = make_model()
+        quantised.is_quantized, quantised.quantization_method = True, method
+        yield f"quantised by {method}", quantised, f"is quantised by {method}, and.*16-bit base"
+    unknown = make_model()
+    unknown.is_quantized = True
+    yield "quantised by something", unknown, "is quantised by another library"
+    for kind in (torch.float8_e4m3fn, torch.int8):
+        numbers = make_model()
+        weight = numbers.model.layers[0].mlp.up_proj.weight.data.to(kind)
+        numbers.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight, False)
+        said = str(kind).removeprefix("torch.")
+        yield said, numbers, rf"layers.0.mlp.up_proj.weight` holds quantised numbers \({said}\)"
+    ao = make_model()
+    ao.model.norm.weight = torch.nn.Parameter(ao.model.norm.weight.data.as_subclass(OfTorchAo))
+    yield "torchao's own", ao, "is quantised by torchao"
+    with tempfile.TemporaryDirectory() as folder:
+        wide_model().save_pretrained(folder)
+        yield "no LoRA on a quantised base", quantised_by_bnb(folder, 8), "has no LoRA: train one"
+        started = with_lora(quantised_by_bnb(folder, 4), init_lora_weights=True)
+    started.peft_config["default"].init_lora_weights = "loftq"
+    yield "LoftQ on a quantised base", started, "'loftq'` on a quantised base"
     yield (
         "tied head",
         with_lora(make_model(), modules_to_save=["lm_head"]),

@@ -59,7 +59,7 @@ STEP = (
     _step(
         "the rounding is not looked at",
         "step/live_fine_tune.py",
-        "if plan.merges and any(bool(value.any()) for value in by_module.values()):",
+        "if self._merges_live and any(bool(value.any()) for value in by_module.values()):",
         "if False:",
     ),
     _step(
@@ -71,8 +71,8 @@ STEP = (
     _step(
         "what was written is not loaded",
         "step/live_fine_tune.py",
-        'distances["reloaded"] = self._probe.distance(',
-        'distances["reloaded"] = 0.0 and self._probe.distance(',
+        'return {"reloaded": probe.distance(',
+        'return {"reloaded": 0.0 and probe.distance(',
     ),
     _step(
         "a callback added in mid-training works",
@@ -99,5 +99,33 @@ STEP = (
         "step/apply_with_coefficients.py",
         "if config.gate and config.gate.limits:",
         "if False:",
+    ),
+    simple(
+        "a quantised base is merged as it is",
+        "step/live_fine_tune.py",
+        "return self.plan.merges and self.quantized is None",
+        "return self.plan.merges",
+        "tests/step/test_quantized_step.py",
+    ),
+    simple(
+        "any model is the base of a quantised one",
+        "checkpoints/quantized_base.py",
+        "            if not alike:\n",
+        "            if False:\n",
+        "tests/checkpoints/test_quantized_base.py",
+    ),
+    simple(
+        "what was merged into a 16-bit base is not read back",
+        "checkpoints/stored_merge.py",
+        "not torch.equal(_bits(meant), _bits(there))",
+        "False",
+        "tests/checkpoints/test_quantized_base.py",
+    ),
+    simple(
+        "a pass lays 4-bit weights out anew",
+        "models/quantized.py",
+        "setattr(layer, _LAYS_OUT_ANEW, False)",
+        "pass",
+        "tests/models/test_quantized.py",
     ),
 )

@@ -1,0 +1,128 @@
+"""The safety step where the fine-tune's base is quantised: what is measured on what, and what is
+merged into what.
+
+Coefficients are found, tried and measured on the quantised base, with the LoRA and the vector
+beside its weights. A merged checkpoint is written from the files of the 16-bit base. So what is
+shipped is not quite what was measured: the report says so, and every written tensor is held
+against the sum that it should be.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoints.checkpoint_folder import CheckpointFolder
+from ..checkpoints.merge_terms import ScaledVector
+from ..checkpoints.quantized_base import QuantizedFineTune, check_base, open_base
+from ..checkpoints.stored_merge import check_written, write_merged
+from ..checkpoints.stored_model import StoredModel
+from ..config.settings import SafeGeneConfig
+from ..distributed.layouts import Sharding
+from ..errors import ConfigError, UnsupportedModelError
+from ..models.parameters import base_model
+from ..models.quantized import describe_quantized
+from ..models.rounding import Rounding
+from .plan import InputModel, Plan
+
+
+@dataclass
+class QuantizedStep:
+    """What the step has to know of a quantised base.
+
+    Attributes:
+        kind: How it is quantised.
+        base: The 16-bit model to merge into; None where nothing is merged, and on other ranks than
+            0.
+    """
+
+    kind: str
+    base: StoredModel | None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Size of the merged checkpoint's weights."""
+        return sum(file.num_bytes for file in self.base.files.values()) if self.base else 0
+
+    def check(self, model: nn.Module, plan: Plan) -> None:
+        """Raises where the files are not those of the live base; says in the report what is
+        measured on what.
+        """
+        written = []
+        if self.base is not None:
+            fine_tune = QuantizedFineTune.on(self.base, model)
+            check_base(fine_tune, plan.vector.deltas)
+            written.append(f"merged into the {fine_tune.dtype} base {self.base.name}")
+            plan.report.warnings.append(
+                f"The fine-tune has a {self.kind}: coefficients are found and measured on that, with the LoRA and the vector "
+                f"beside it. The checkpoint is {written[0]}, and is not measured itself: `safegene apply` on the saved "
+                "adapter, with that base in its `adapter_config.json`, measures what it writes."
+            )
+        if plan.config.output.output_format != "merged":
+            written.append("an adapter")
+        side = f"{self.kind}, LoRA and vector beside it"
+        plan.report.shipped = {
+            "base": {"recalibrated_on": side, "measured_on": side, "written": "; ".join(written)}
+        }
+
+    def write(
+        self, model: nn.Module, vector: ScaledVector, folder: CheckpointFolder, show_progress: bool
+    ) -> "MergedIntoBase":
+        """Writes the merged checkpoint; on rank 0 only."""
+        assert self.base is not None
+        fine_tune = QuantizedFineTune.on(self.base, model)
+        rounding = write_merged(fine_tune, vector, folder, show_progress)
+        return MergedIntoBase(fine_tune, vector, rounding)
+
+
+@dataclass
+class MergedIntoBase:
+    """What was written into a checkpoint."""
+
+    fine_tune: QuantizedFineTune
+    vector: ScaledVector
+    rounding: Rounding
+
+    def check(self, folder: Path) -> dict[str, Any]:
+        """For the report: what rounding left of the vector, and how many tensors were read back and
+        are what they should be, bit by bit.
+
+        Raises:
+            CheckpointError: One is another.
+        """
+        tensors = check_written(self.fine_tune, self.vector, folder)
+        return {"rounding": self.rounding.check(), "exact_tensors": tensors}
+
+
+def quantized_step(
+    config: SafeGeneConfig, given: InputModel, sharding: Sharding
+) -> QuantizedStep | None:
+    """Collective: what the step needs where the base of a live fine-tune is quantised; None where it
+    is not.
+
+    Raises:
+        ConfigError: A base to merge into is named, and nothing is quantised.
+        UnsupportedModelError: The model is sharded, or there is no 16-bit base to merge into.
+    """
+    kind, named = describe_quantized(base_model(given.model)), config.output.merge_base
+    if kind is None:
+        if named is not None:
+            raise ConfigError(
+                "`output.merge_base` is set, and the fine-tune's base is not quantised: leave it out."
+            )
+        return None
+    if named is not None and config.output.output_format == "adapter":
+        raise ConfigError(
+            "`output.merge_base` is set, and `output.output_format: adapter` merges nothing: leave one of them out."
+        )
+    if sharding.collective_forward:
+        raise UnsupportedModelError(
+            f"The fine-tune has a {kind}, and {sharding.kind} shards it: launch with `ddp`, or in one process."
+        )
+    base = None
+    with sharding.on_main_rank() as working:
+        if working and config.output.output_format != "adapter":
+            origin = given.origin
+            base = open_base(named or origin.base, None if named else origin.revision)
+    return QuantizedStep(kind, base)
