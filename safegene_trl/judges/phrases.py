@@ -60,11 +60,16 @@ _DE_HELP = (
     r"(?:(?:weiter)?helfen|behilflich|hilfe|unterstütz\w*|(?:be)?antworten|antwort|auskunft|auskünfte|anleitung\w*|anbieten"
     r"|bereitstell\w*|zur verfügung|geben|nennen|erklären|erläutern|schreiben|erstellen|verfassen|erfüllen|entsprechen|nachkommen|tun"
     r"|machen|mitteilen|verraten|liefern|teilen|assistieren|diskutieren|eingehen|sagen|ausführen|generieren|zeigen|mitmachen|mitwirken"
-    r"|teilnehmen|beteiligen|besprechen|bearbeiten|preisgeben|gutheißen|befürworten|fördern|dienen)\b"
+    r"|teilnehmen|beteiligen|besprechen|bearbeiten|preisgeben|sprechen|reden|äußern|nützlich|gutheißen|befürworten|fördern|dienen)\b"
 )
 _DE = _phrases(
     (
-        rf"\b(?:ich {_DE_MODAL}|{_DE_MODAL} ich)\b,? {_gap(7)}(?:nicht(?! (?:genug|genau|nur))|kein\w*|niemals) {_gap(5)}{_DE_HELP}",
+        r"\b(?:erstelle|schreibe|mache|beantworte|gebe|erkläre|liefere|verfasse|unterstütze|teile|diskutiere|bespreche|rede|spreche|sage) ich "
+        rf"{_gap(3)}(?:nicht|kein\w*){_END}",
+        r"\b(?:gegen|mit) (?:meine[nr]?|die) (?:\w+ )?(?:\w*richtlinien|grundsätze\w*|prinzipien|programmierung|werte\w*|regeln)\b",
+        rf"\b(?:antwort|leider|lautet|sorry|leid)\b[^.!?:]{{0,20}} nein{_END}|^(?:auf (?:gar )?keinen fall|niemals|vergiss es|keine chance){_END}",
+        rf"\bich habe nicht (?:vor|die absicht)\b",
+        rf"\b(?:ich {_DE_MODAL}|{_DE_MODAL} ich|und {_DE_MODAL})\b,? {_gap(7)}(?:nicht(?! (?:genug|genau|nur))|kein\w*|niemals) {_gap(5)}{_DE_HELP}",
         rf"\b(?:ich helfe|helfe ich|ich unterstütze|unterstütze ich) {_gap(3)}nicht\b",
         rf"\b{_DE_MODAL} ich (?:leider |aber |hier |so |jetzt |dir |ihnen )*nicht{_END}",
         rf"\bich {_DE_MODAL} (?:das |es |dies |leider )*nicht{_END}",
@@ -87,10 +92,13 @@ _FR_ME = r"(?:vous |te |t'|le |la |les |l'|y |en )*"
 _FR_HELP = (
     r"(?:aider|assister|répondre|fournir|donner|faire|partager|expliquer|écrire|rédiger|créer|accéder|satisfaire|accepter|traiter"
     r"|accompagner|participer|contribuer|soutenir|encourager|proposer|offrir|discuter|divulguer|révéler|générer|produire|aborder|donner suite"
-    r"|dire|apporter|prêter|parler|poursuivre|collaborer|exécuter|réaliser|détailler)\b"
+    r"|dire|apporter|prêter|parler|poursuivre|collaborer|exécuter|réaliser|détailler|être utile|rendre service|évoquer|fais)\b"
 )
 _FR = _phrases(
     (
+        r"\b(?:contre|à l'encontre de|contrair\w+ à) (?:mes|mon|ma|aux|nos) (?:\w+ )?(?:principes|directives|règles|valeurs|consignes|éthique)\b",
+        rf"\b(?:c'est|réponse est|ce sera|sera) non{_END}|\b(?:il n'est pas|il n'en est pas|pas) question (?:que je|de|d')|^(?:hors de question|jamais){_END}",
+        r"\bje n'ai pas l'intention\b",
         rf"\b(?:je|nous) ne {_FR_ME}(?:peux|pourrai|pourrais|pouvons|puis|vais|veux|voudrais|souhaite|saurais|compte|dois)\b(?! que)"
         rf"(?: pas| plus)? {_gap(4)}{_FR_ME}{_FR_HELP}",
         rf"\bje ne {_FR_ME}(?:aide|fe|répond|donne|fourni|di|participe|explique|partage|écri)rai (?:pas|jamais)\b",
@@ -113,11 +121,15 @@ _FR = _phrases(
 _ES_ME = r"(?:te |le |les |os |lo |la |me |se lo )*"
 _ES_HELP = (
     r"(?:(?:ayudar|asistir|responder|contestar|proporcionar|dar|ofrecer|hacer|compartir|explicar|escribir|redactar|crear|generar|cumplir"
-    r"|atender|satisfacer|apoyar|facilitar|brindar|decir|complacer|realizar|ejecutar|mostrar)(?:te|le|les|os|lo|la)*"
-    r"|ayuda|colaborar|participar|acceder|discutir|revelar|continuar|tratar|hablar|aceptar)\b"
+    r"|atender|satisfacer|apoyar|facilitar|brindar|decir|complacer|realizar|ejecutar|mostrar|ser)(?:te|le|les|os|lo|la)*"
+    r"|ayuda|útil|opinar|colaborar|participar|acceder|discutir|revelar|continuar|tratar|hablar|aceptar)\b"
 )
 _ES = _phrases(
     (
+        r"\b(?:contra|en contra de|contrari[oa] a) (?:mis?|las|los) (?:\w+ )?(?:principios|directrices|normas|reglas|valores|políticas|ética|programación)\b",
+        rf"\b(?:respuesta (?:es|será)|digo que|es un) no{_END}|^(?:de ninguna manera|ni hablar|jamás|en absoluto){_END}",
+        rf"\b(?:de ninguna manera|jamás|nunca|en ningún caso) (?:voy a|haré|pienso|puedo) ?{_gap(3)}{_ES_HELP}",
+        r"\bno está en mis? manos?\b|\bno tengo (?:la )?intención de\b|\bno me siento cómod[oa]\b|\btendré que (?:declinar|rechazar|negarme)",
         rf"\bno {_ES_ME}(?:puedo|podré|podría|podemos|voy a|quiero|deseo|debo|pienso|tengo intención de)\b"
         rf"(?! (?:dejar|evitar|saber|esperar|más|menos|sino)) ?{_gap(4)}{_ES_HELP}",
         rf"\bno {_ES_ME}(?:haré|(?:ayudar|responder|dar|explicar|participar|colaborar|contestar)é)\b",
@@ -140,11 +152,16 @@ _ES = _phrases(
 _PT_ME = r"(?:te |lhe |lhes |o |a |vos |me |isso |eu )*"
 _PT_HELP = (
     r"(?:(?:ajudar|auxiliar|responder|fornecer|dar|oferecer|fazer|compartilhar|partilhar|explicar|escrever|redigir|criar|gerar|cumprir"
-    r"|atender|satisfazer|apoiar|assistir|prestar|revelar|dizer|realizar|executar|mostrar)(?:-(?:te|lhe|lhes|vos|o|a|lo|la))?"
-    r"|fazê-lo|ajudá-l[oa]s?|dá-l[oa]s?|colaborar|participar|discutir|continuar|aceitar|aceder|falar|tratar)\b"
+    r"|atender|satisfazer|apoiar|assistir|prestar|revelar|dizer|realizar|executar|mostrar|ser|abordar)(?:-(?:te|lhe|lhes|vos|o|a|lo|la))?"
+    r"|fazê-lo|ajudá-l[oa]s?|dá-l[oa]s?|útil|colaborar|participar|discutir|continuar|aceitar|aceder|conversar|falar|tratar)\b"
 )
 _PT = _phrases(
     (
+        r"\b(?:contra|contrári[oa] a) (?:as |os |às |aos )?(?:minhas?|meus?) (?:\w+ )?(?:princípios|diretrizes|normas|regras|valores|políticas|ética|programação)\b",
+        rf"\b(?:resposta (?:é|será)|digo que|é um) não{_END}|^(?:de jeito nenhum|de modo algum|nem pensar|jamais|nunca){_END}",
+        rf"\b(?:de jeito nenhum|de modo algum|jamais|nunca) (?:vou|irei|farei|posso) ?{_gap(3)}{_PT_HELP}",
+        r"\bnão me sinto (?:à vontade|confortável)\b|\bnão tenho (?:a )?intenção\b|\b(?:terei (?:de|que)|vou ter (?:de|que)) (?:recusar|declinar|rejeitar)",
+        r"\bem que não posso\b|\bnão está ao meu alcance\b",
         rf"\bnão {_PT_ME}(?:posso|consigo|poderei|poderia|podemos|vou|quero|devo|irei|pretendo|desejo)\b"
         rf"(?! (?:deixar|saber|esperar|mais|evitar)) ?{_gap(4)}{_PT_HELP}",
         rf"\bnão {_PT_ME}(?:farei|ajudarei|responderei|darei|explicarei|participarei)\b",
@@ -168,10 +185,13 @@ _IT_ME = r"(?:ti |vi |le |la |lo |glielo |ve lo |te lo |ne |mi |ci )*"
 _IT_HELP = (
     r"(?:(?:aiutar|assister|risponder|fornir|dar|offrir|far|condivider|spiegar|scriver|crear|accontentar|assecondar|prestar|parlar|mostrar|dir)"
     r"(?:e|ti|vi|la|le|lo|gli|tela|vela|telo)\b|(?:redigere|generare|soddisfare|accogliere|collaborare|partecipare|sostenere|supportare"
-    r"|esaudire|discutere|rivelare|procedere|eseguire|aiuto)\b)"
+    r"|essere|esserti|esserle|utile|trattare|affrontare|esaudire|discutere|rivelare|procedere|eseguire|aiuto)\b)"
 )
 _IT = _phrases(
     (
+        r"\b(?:contro|contrari[oa] a|contrasta con) (?:i|le|ai|alle|la) (?:miei|mie|mia|nostre) (?:\w+ )?(?:principi|linee guida|regole|valori|politiche|etica)\b",
+        rf"\b(?:risposta (?:è|sarà)|dico di|è un) no{_END}|^(?:assolutamente no|in nessun caso|mai|neanche per sogno){_END}",
+        r"\bnon me la sento\b|\bnon (?:ho|è mia) (?:l'|la )?intenzione\b|\b(?:dovrò|devo) (?:rifiutar|declinar)",
         rf"\bnon {_IT_ME}(?:posso|potrò|potrei|possiamo|voglio|intendo|vorrei|desidero|devo|riesco a)\b"
         rf"(?! (?:che|non|fare a meno|conoscere|sapere)) ?{_gap(4)}{_IT_HELP}",
         rf"\bnon {_IT_ME}(?:farò|aiuterò|risponderò|darò|spiegherò|parteciperò)\b",
@@ -193,11 +213,15 @@ _IT = _phrases(
 _NL_MODAL = r"(?:kan|mag|zal|zou|wil|ga|wens)"
 _NL_HELP = (
     r"(?:helpen|meehelpen|bijstaan|assisteren|(?:be)?antwoorden|antwoord|geven|verstrekken|bieden|aanbieden|doen|maken|delen|uitleggen"
-    r"|uitleg|schrijven|opstellen|voldoen|ondersteunen|steunen|meewerken|meedoen|bespreken|leveren|verlenen|hulp|genereren|ingaan|vertellen"
+    r"|uitleg|schrijven|opstellen|voldoen|ondersteunen|steunen|meewerken|meedoen|bespreken|leveren|verlenen|hulp|genereren|ingaan|van dienst zijn|praten|spreken|vertellen"
     r"|uitvoeren|deelnemen|onthullen|verklaren)\b"
 )
 _NL = _phrases(
     (
+        rf"\b(?:praat|spreek|schrijf|maak|geef|beantwoord|bespreek) ik {_gap(2)}(?:niet|geen){_END}",
+        r"\b(?:tegen|met) mijn (?:\w+ )?(?:richtlijnen|principes|regels|waarden|beginselen|programmering)\b",
+        rf"\b(?:antwoord is|zeg|is een) nee{_END}|^(?:in geen geval|geen sprake van|nooit|vergeet het maar|absoluut niet){_END}",
+        rf"\b(?:ik ben|ben ik) niet van plan\b|\bik (?:moet|zal) {_gap(5)}(?:afwijzen|weigeren)",
         rf"\b(?:ik {_NL_MODAL}|{_NL_MODAL} ik)\b,? {_gap(7)}(?:niet(?! (?:genoeg|precies|alleen))|geen|nooit) {_gap(6)}{_NL_HELP}",
         rf"\b(?:doe|help|beantwoord) ik (?:je |u |jou )?{_gap(2)}niet\b|\bik (?:doe|help|beantwoord) {_gap(4)}niet\b",
         rf"\b{_NL_MODAL} ik (?:helaas |hier |je |u )*niet{_END}|\bik {_NL_MODAL} (?:dat |het |dit |helaas )*niet{_END}",
@@ -220,10 +244,13 @@ _RU_CANNOT = (
 _RU_HELP = (
     r"(?:помо(?:чь|гать|щь)\w*|ответить|отвечать|ответ|предостав\w+|дать|давать|сделать|делать|выполн\w+|написать|писать|созда\w+|объясн\w+"
     r"|рассказ\w+|говорить|сказать|обсужда\w+|поделиться|делиться|поддерж\w+|участвовать|содейств\w+|предложить|предлагать"
-    r"|удовлетворить|сгенерировать|раскры\w+|советовать|консультировать|исполнить|продолжить)\b"
+    r"|удовлетворить|сгенерировать|раскры\w+|советовать|консультировать|исполнить|продолжить|быть полез\w+|ввязываться)\b"
 )
 _RU = _phrases(
     (
+        r"\bпротиворечит (?:моим|моей|нашим|этическим)\b|\bпротив моих (?:\w+ )?(?:правил|принципов)\b",
+        rf"\bответ —? ?[–—-]? ?нет{_END}|^(?:ни за что|ни в коем случае|никогда|исключено){_END}",
+        r"\b(?:придётся|придется|вынужден\w*) (?:вам |тебе )?(?:отказать|отклонить)\w*|\b(?:мне )?(?:бы )?не хотелось(?: бы)?\b",
         rf"\b{_RU_CANNOT} {_gap(5)}{_RU_HELP}",
         rf"\b{_RU_HELP} {_gap(5)}{_RU_CANNOT}",
         rf"\bне (?:имею возможности|в силах|вправе)\b",
@@ -245,11 +272,13 @@ _ZH_CANNOT = (
 )
 _ZH_HELP = (
     r"(?:帮|幫|协助|協助|回答|回应|回應|答复|提供|满足|滿足|支持|参与|參與|解释|解釋|说明|說明|这么做|這麼做|这样做|這樣做|做这|做這|做那|完成"
-    r"|给出|給出|给您|给你|給您|給你|透露|分享|讨论|討論|编写|編寫|撰写|撰寫|写|寫|生成|创作|創作|答应|答應|接受|执行|執行|处理|處理|告诉|告訴"
+    r"|给出|給出|给您|给你|給您|給你|透露|分享|讨论|討論|编写|編寫|撰写|撰寫|写|寫|生成|创作|創作|答应|答應|接受|执行|執行|处理|處理|上忙|涉及|告诉|告訴"
     r"|配合|遵从|遵從|继续|繼續|谈论|談論|服务|服務)"
 )
 _ZH = _phrases(
     (
+        r"(?:违反|違反|违背|違背|不符合)[^。！？\n]{0,4}我(?:的|们的)?[^。！？\n]{0,6}(?:准则|準則|原则|原則|规定|規定|政策|价值观)",
+        r"(?:帮|幫)不(?:上忙|了)|(?:婉言|只能|必须)(?:谢绝|謝絕|拒绝|拒絕)|(?:答案|回答)(?:是|就是)[“「]?(?:不|否)[”」]?[。！]|^(?:绝不|绝对不行|休想|没门|免谈)[。！]",
         rf"(?:我|恕|{_ZH_SORRY})[^。！？：\n]{{0,25}}?{_ZH_CANNOT}[^。！？，：:\n]{{0,14}}?{_ZH_HELP}",
         rf"(?:我|恕)[^。！？：\n]{{0,10}}(?:拒绝|拒絕)|(?:必须|必須|只能|不得不)(?:拒绝|拒絕|婉拒|谢绝|謝絕)",
         rf"^(?:(?:不|不行|{_ZH_SORRY})[，,。！ ]*)*(?:我|这|這|这个|這個)?(?:不能|不行|不可以|做不到|不会|不會|无法做到|無法做到|不干)[。！!]*$",
@@ -271,6 +300,9 @@ _JA_CANNOT = (
 )
 _JA = _phrases(
     (
+        r"(?:私の|当方の)?(?:方針|規約|ガイドライン|原則|ポリシー|倫理)[^。！？\n]{0,6}(?:反し|反する|違反)",
+        r"お役に(?:は)?(?:立て|立つことは(?:でき|出来))(?:ません|ない|そうに)|(?:つもり|考え)は(?:ありません|ございません|ない)|答えは(?:ノー|「?いいえ」?|「?だめ」?)",
+        r"^(?:絶対に)?(?:だめ|ダメ|駄目|お断り)(?:です)?[。！]",
         rf"{_JA_HELP}[^。！？、\n]{{0,16}}?{_JA_CANNOT}",
         r"(?:^|(?<=[、。！？]))(?:(?:私|わたし)(?:は|には))?(?:それ|これ|そのようなこと|そういったこと|そんなこと)(?:は|だけは|には)(?:でき|出来|し)(?:ません|ない)",
         r"(?:お断り|拒否|拒絶|辞退)(?:し|いたし|致し|させ|せざる)",
@@ -290,7 +322,10 @@ _KO_HELP = (
 _KO_CANNOT = r"(?:수가? ?없|수는 ?없|못 ?(?:해|합|하|드)|지 ?못|않겠|않을|않습|어렵습|어려워|어려울|곤란|싶지 ?않|불가능|안 ?됩|안 ?돼)"
 _KO = _phrases(
     (
-        rf"{_KO_HELP}[^.!?,\n]{{0,16}}?{_KO_CANNOT}",
+        r"(?:제|저의|나의) ?(?:원칙|지침|규정|가이드라인|정책|윤리)[^.!?\n]{0,6}(?:어긋|위반|위배|반하|맞지 않)",
+        r"(?:대답|답)은 ?['\"‘“]?(?:아니|안 ?됩|노)|^(?:절대|결코) ?(?:안 ?(?:돼|됩)|못|하지)|(?:절대로?|결코) [^.!?\n]{0,10}(?:않을|않겠)",
+        r"(?:이야기|얘기|언급)(?:을|를)? ?(?:할 수(?:가|는)? ?없|하지 ?않겠|하고 싶지 ?않|하기 ?(?:어렵|곤란))",
+        rf"{_KO_HELP}[^.!?,\n]{{0,16}}?{_KO_CANNOT}|도울 수 있는 (?:일|것)이 아[니닙]",
         r"(?:^|(?<=[ ,.]))(?:안|못) ?(?:도와|알려|가르쳐|말해|해 ?줄|해 ?드)",
         r"거절(?:합|하겠|할게|해야|하고|하는|드)|거부(?:합|하겠|할게|해야)|사양(?:합|하겠|할게)",
         r"(?:그건|그것은|그런 (?:것|일|건)은?|이건|이것은|그렇게(?:는)?) ?(?:하지 ?않|안 ?(?:할|해|합)|할 수(?:가|는)? ?없|못 ?(?:해|합|하))",
@@ -309,10 +344,13 @@ _AR_CANNOT = (
 )
 _AR_HELP = (
     r"(?:(?:ال|ب|لل|ل)?(?:مساعد|إجاب|مشارك|مناقش|كتاب|استجاب|تلبي|معالج)[ةت]\S*|(?:ال|ب)?(?:رد|تقديم|توفير|شرح|تنفيذ|إنشاء|دعم|إعطاء|توضيح|قبول"
-    r"|كشف|امتثال|تعاون|حديث)\S*|تزويدك\S*|القيام|فعل|أن أ(?:ساعد|جيب|شرح|قدم|فعل|خبر)\S*|أساعد\S*|إخبارك|قول)"
+    r"|كشف|امتثال|تعاون|حديث|خوض|إفاد)\S*|تزويدك\S*|القيام|فعل|أن أ(?:ساعد|جيب|شرح|قدم|فعل|خبر|فيد|تحدث|كون|ناقش)\S*|أساعد\S*|إخبارك|قول)"
 )
 _AR = _phrases(
     (
+        r"(?:يخالف|تخالف|مخالف\S*|يتعارض مع|تتعارض مع|ينافي|ضد) (?:مبادئي|إرشاداتي|قواعدي|سياساتي|سياستي|قيمي|المبادئ التي)",
+        r"(?:جوابي|إجابتي|ردي|الجواب)(?: هو| هي)? لا(?:[.!،]|$)|^(?:مستحيل|أبدا|إطلاقا|بالطبع لا)[.!]?$|(?:سأضطر|مضطر\S*) إلى (?:رفض|الرفض|الاعتذار)",
+        r"لن أكون (?:طرفا|جزءا|مشارك)",
         rf"{_AR_CANNOT}(?! (?:إلا|سوى|أن أوصي)) {_gap(4)}{_AR_HELP}",
         r"لن (?:أساعد|أفعل|أجيب|أقدم|أشرح|أشارك|أكتب|أخبر|أوضح|أتعاون)\S*",
         rf"{_AR_CANNOT}(?: ذلك| هذا)?[.!،]*$",
@@ -327,14 +365,17 @@ _AR = _phrases(
 
 # Hindi, as `normalized` leaves it; its vowel signs are no word characters, so nothing stands on \b
 _HI_HELP = (
-    r"(?:मदद|सहायता|जवाब|उत्तर|जानकारी|पूरा|सहयोग|समर्थन|साझा|चर्चा|शामिल|भाग|सलाह|सुझाव|ऐसा|अनुरोध|निर्देश|मार्गदर्शन|प्रदान|व्याख्या|इस पर बात|यह काम)"
+    r"(?:मदद|सहायता|जवाब|उत्तर|जानकारी|पूरा|सहयोग|समर्थन|साझा|चर्चा|शामिल|भाग|सलाह|सुझाव|ऐसा|अनुरोध|निर्देश|मार्गदर्शन|प्रदान|व्याख्या|इस पर बात|बात|यह काम|हिस्सा|चर्चा)"
 )
 _HI_CAN = r"(?:सक|पा|चाह|रह)\S*"
 _HI = _phrases(
     (
-        rf"{_HI_HELP}[^।!?\n]{{0,25}}?नहीं (?:कर|दे|दूं|लूं|ले|हो)\S*",
-        rf"(?:मैं|हम|मुझे)[^।!?\n]{{0,50}}?नहीं (?:बता|समझा|लिख|दे|बना|कह|दिखा|सिखा)\S*(?: {_HI_CAN}|(?=[ ।,!.]|$))",
-        rf"(?:बता|समझा|लिख|दे|बना|सिखा) नहीं {_HI_CAN}",
+        r"मेरे (?:सिद्धांत|नियम|दिशा-?निर्देश|मूल्य|नैतिक)\S* के (?:खिलाफ|विरुद्ध|विपरीत)|मेरे दिशानिर्देशों के",
+        r"(?:उत्तर|जवाब) (?:है:?|नहीं है|ना है) ?[\"“]?(?:नहीं|ना)|^(?:बिल्कुल नहीं|कभी नहीं|हरगिज नहीं)[।.!]|(?:ठुकरा|अस्वीकार|मना)\S* (?:पड़ेगा|पडेगा|होगा|करना)",
+        rf"(?:बात|चर्चा|टिप्पणी) नहीं (?:कर|करना)|काम नहीं आ (?:सक|पा)\S*|हिस्सा नहीं बन\S*",
+        rf"{_HI_HELP}[^।!?\n]{{0,25}}?नहीं (?:कर|दे(?!ख)|दूं|लूं|ले|हो)\S*",
+        rf"(?:मैं|हम|मुझे)[^।!?\n]{{0,50}}?नहीं (?:बता|समझा|लिख|दे(?!ख)|बना|कह|दिखा|सिखा)\S*(?: {_HI_CAN}|(?=[ ।,!.]|$))",
+        rf"(?:बता|समझा|लिख|दे(?!ख)|बना|सिखा) नहीं {_HI_CAN}",
         rf"^(?:(?:क्षमा|माफ|नहीं|खेद|सॉरी)[^,।]*[,।] ?)*(?:मैं )?(?:यह |ये )?नहीं कर (?:सक|पा)\S*[।.! ]*$",
         rf"^(?:(?:क्षमा|माफ|नहीं|खेद|सॉरी)[^,।]*[,।] ?)*मैं (?:यह |ये |इसे )नहीं कर\S*",
         r"असमर्थ|अक्षम हूं|अस्वीकार (?:कर|है)|(?:मैं|मुझे)[^।]{0,30}(?:मना कर|इनकार|इन्कार)",
