@@ -35,7 +35,9 @@ _FOREIGN_WORD = re.compile(r"[^\W\d_A-Za-zÀ-ɏ]{2}")  # no symbol of a formula
 _NOT_RUSSIAN = re.compile(r"[ЀЂЃЄЅІЇЈЉЊЋЌЍЎЏѐђѓєѕіїјљњћќѝўџҐґ-ԯ]")
 _RUSSIAN = re.compile(r"[ыэё]", re.IGNORECASE)
 _NOT_ARABIC = re.compile(r"[ٱ-ۓە-ۿ]")  # Persian, Urdu and others write ک, ی, ے, پ, چ
-_NOT_WESTERN = re.compile(r"[ăąćčďđęěğıłńňőřśşșťțůűźżžơưḀ-ỿ]")  # in none of the Latin-script ones below
+_NOT_WESTERN = re.compile(
+    r"[ăąćčďđęěğıłńňőřśşșťțůűźżžơưḀ-ỿ]"
+)  # in none of the Latin-script ones below
 
 _HINDI = frozenset(
     "है हैं में का की के को से और नहीं मैं कर पर यह हो एक आप आपकी आपके मुझे इस था थी भी तो ने करें हूँ हूं".split()
@@ -151,7 +153,9 @@ def _of_latin(sample: str) -> tuple[str, ...]:
     counts = dict.fromkeys((*_STOP_WORDS, "other"), 0)
     for word in words:
         # "l'eau" counts as "l'"
-        known = _LANGUAGES_OF_WORDS.get(word) or _LANGUAGES_OF_WORDS.get(word.partition("'")[0] + "'")
+        known = _LANGUAGES_OF_WORDS.get(word) or _LANGUAGES_OF_WORDS.get(
+            word.partition("'")[0] + "'"
+        )
         for language in known or ():
             counts[language] += 1
     other = counts.pop("other")

@@ -64,13 +64,13 @@ _DE_HELP = (
 )
 _DE = _phrases(
     (
-        r"\b(?:erstelle|schreibe|mache|beantworte|gebe|erkläre|liefere|verfasse|unterstütze|teile|diskutiere|bespreche|rede|spreche|sage) ich "
+        r"\b(?:erstelle|schreibe|mache|beantworte|gebe|erkläre|liefere|verfasse|unterstütze|teile|diskutiere|bespreche|rede|spreche|sage|sehe|nehme|beteilige|wirke) ich "
         rf"{_gap(3)}(?:nicht|kein\w*){_END}",
         r"\b(?:gegen|mit) (?:meine[nr]?|die) (?:\w+ )?(?:\w*richtlinien|grundsätze\w*|prinzipien|programmierung|werte\w*|regeln)\b",
         rf"\b(?:antwort|leider|lautet|sorry|leid)\b[^.!?:]{{0,20}} nein{_END}|^(?:auf (?:gar )?keinen fall|niemals|vergiss es|keine chance){_END}",
         rf"\bich habe nicht (?:vor|die absicht)\b",
         rf"\b(?:ich {_DE_MODAL}|{_DE_MODAL} ich|und {_DE_MODAL})\b,? {_gap(7)}(?:nicht(?! (?:genug|genau|nur))|kein\w*|niemals) {_gap(5)}{_DE_HELP}",
-        rf"\b(?:ich helfe|helfe ich|ich unterstütze|unterstütze ich) {_gap(3)}nicht\b",
+        rf"\b(?:ich mache|mache ich|ich wirke|wirke ich) {_gap(3)}nicht mit\b|\b(?:ich helfe|helfe ich|ich unterstütze|unterstütze ich) {_gap(3)}nicht\b",
         rf"\b{_DE_MODAL} ich (?:leider |aber |hier |so |jetzt |dir |ihnen )*nicht{_END}",
         rf"\bich {_DE_MODAL} (?:das |es |dies |leider )*nicht{_END}",
         rf"\bich (?:muss|möchte) {_gap(6)}(?:ablehnen|verweigern|passen|absagen)\b",
@@ -101,14 +101,15 @@ _FR = _phrases(
         r"\bje n'ai pas l'intention\b",
         rf"\b(?:je|nous) ne {_FR_ME}(?:peux|pourrai|pourrais|pouvons|puis|vais|veux|voudrais|souhaite|saurais|compte|dois)\b(?! que)"
         rf"(?: pas| plus)? {_gap(4)}{_FR_ME}{_FR_HELP}",
-        rf"\bje ne {_FR_ME}(?:aide|fe|répond|donne|fourni|di|participe|explique|partage|écri)rai (?:pas|jamais)\b",
+        rf"\bje ne {_FR_ME}(?:aide|fe|répond|donne|fourni|di|participe|explique|partage|écri|rédige|cré|crée|discute|révéle|produi|propose|traite)rai (?:pas|jamais)\b",
         rf"\bje n'(?:y |en )?(?:aide|explique|écri|accepte)rai (?:pas|jamais)\b",
         rf"\bje ne (?:le )?(?:peux|veux|pourrai|souhaite) pas{_END}",
         r"\b(?:il )?(?:m'est|me sera) (?:malheureusement )?(?:impossible|interdit)\b|\bil ne m'est pas (?:possible|permis)\b",
         r"\bimpossible pour moi de\b|\bje suis (?:dans l'impossibilité|incapable|au regret)\b",
-        rf"\bje ne suis pas {_gap(2)}(?:en mesure|capable|autorisée?|habilitée?|programmée?|prête?|disposée?|à l'aise)\b",
+        rf"\bje ne suis (?:malheureusement |hélas |vraiment )?pas {_gap(2)}(?:en mesure|capable|autorisée?|habilitée?|programmée?|prête?|disposée?|à l'aise)\b",
         rf"\bje (?:dois|me vois|suis|préfère|vais devoir|suis contraint) {_gap(3)}(?:refuser|décliner)\b|\bje (?:refuse|décline)\b",
         rf"\bje préf(?:ère|érerais) ne pas {_FR_ME}{_FR_HELP}",
+        r"\bje (?:préfère |dois |vais )m'abst(?:enir|iendrai)\b|\bil m'est difficile d(?:e |')(?:accepter|répondre|vous aider|t'aider)",
         r"\bje n'ai pas (?:le droit|la possibilité|la permission|l'autorisation)\b",
     ),
     r"voici (?!pourquoi)|voilà comment\b|on fait comme (?:ça|ceci)|les étapes (?:sont|suivantes)\b",
@@ -132,7 +133,7 @@ _ES = _phrases(
         r"\bno está en mis? manos?\b|\bno tengo (?:la )?intención de\b|\bno me siento cómod[oa]\b|\btendré que (?:declinar|rechazar|negarme)",
         rf"\bno {_ES_ME}(?:puedo|podré|podría|podemos|voy a|quiero|deseo|debo|pienso|tengo intención de)\b"
         rf"(?! (?:dejar|evitar|saber|esperar|más|menos|sino)) ?{_gap(4)}{_ES_HELP}",
-        rf"\bno {_ES_ME}(?:haré|(?:ayudar|responder|dar|explicar|participar|colaborar|contestar)é)\b",
+        rf"\bno {_ES_ME}(?:haré|diré|(?:ayudar|responder|dar|explicar|participar|colaborar|contestar|escribir|redactar|crear|proporcionar|compartir|ofrecer)é)\b",
         rf"\bno {_ES_ME}(?:puedo|quiero)(?: hacerlo)?{_END}",
         r"\bme niego\b|\bme negaré\b|\brechazo (?:esta|esa|tu|su|el|la)\b",
         rf"\b(?:debo|tengo que|he de|me veo obligad[oa] a|prefiero) {_gap(2)}(?:rechazar|negarme|declinar|rehusar)(?:lo|la)?\b",
@@ -164,7 +165,7 @@ _PT = _phrases(
         r"\bem que não posso\b|\bnão está ao meu alcance\b",
         rf"\bnão {_PT_ME}(?:posso|consigo|poderei|poderia|podemos|vou|quero|devo|irei|pretendo|desejo)\b"
         rf"(?! (?:deixar|saber|esperar|mais|evitar)) ?{_gap(4)}{_PT_HELP}",
-        rf"\bnão {_PT_ME}(?:farei|ajudarei|responderei|darei|explicarei|participarei)\b",
+        rf"\bnão {_PT_ME}(?:farei|direi|(?:ajudar|responder|dar|explicar|participar|escrever|redigir|criar|fornecer|compartilhar|partilhar|colaborar)ei)\b",
         rf"\bnão (?:posso|consigo|quero|vou){_END}",
         r"\brecuso-me\b|\bme recuso\b|\beu recuso\b|\brecuso (?:este|esse|o|a)\b",
         rf"\b(?:tenho (?:de|que)|devo|preciso|sou obrigad[oa] a|prefiro) {_gap(2)}(?:recusar|declinar|rejeitar|negar)\b",
@@ -194,7 +195,7 @@ _IT = _phrases(
         r"\bnon me la sento\b|\bnon (?:ho|è mia) (?:l'|la )?intenzione\b|\b(?:dovrò|devo) (?:rifiutar|declinar)",
         rf"\bnon {_IT_ME}(?:posso|potrò|potrei|possiamo|voglio|intendo|vorrei|desidero|devo|riesco a)\b"
         rf"(?! (?:che|non|fare a meno|conoscere|sapere)) ?{_gap(4)}{_IT_HELP}",
-        rf"\bnon {_IT_ME}(?:farò|aiuterò|risponderò|darò|spiegherò|parteciperò)\b",
+        rf"\bnon {_IT_ME}(?:farò|dirò|darò|(?:aiuter|risponder|spiegher|parteciper|scriver|creer|fornir|condivider|collaborer|rediger)ò)\b",
         rf"\bnon (?:posso|voglio|intendo)(?: farlo)?{_END}",
         r"\bmi rifiuto\b|\brifiuto (?:questa|di)\b",
         rf"\b(?:devo|sono costrett[oa] a|mi vedo costrett[oa] a|preferisco) {_gap(2)}(?:rifiutar\w*|declinare|respingere)\b",
@@ -223,6 +224,7 @@ _NL = _phrases(
         rf"\b(?:antwoord is|zeg|is een) nee{_END}|^(?:in geen geval|geen sprake van|nooit|vergeet het maar|absoluut niet){_END}",
         rf"\b(?:ik ben|ben ik) niet van plan\b|\bik (?:moet|zal) {_gap(5)}(?:afwijzen|weigeren)",
         rf"\b(?:ik {_NL_MODAL}|{_NL_MODAL} ik)\b,? {_gap(7)}(?:niet(?! (?:genoeg|precies|alleen))|geen|nooit) {_gap(6)}{_NL_HELP}",
+        rf"\ben (?:kan|zal|mag|wil) {_gap(3)}(?:niet|geen) {_gap(5)}{_NL_HELP}",
         rf"\b(?:doe|help|beantwoord) ik (?:je |u |jou )?{_gap(2)}niet\b|\bik (?:doe|help|beantwoord) {_gap(4)}niet\b",
         rf"\b{_NL_MODAL} ik (?:helaas |hier |je |u )*niet{_END}|\bik {_NL_MODAL} (?:dat |het |dit |helaas )*niet{_END}",
         rf"\bik (?:moet|zal|wil) {_gap(5)}(?:weigeren|afwijzen|afslaan|bedanken)\b|\bik weiger\b|\bweiger ik\b|\bik wijs {_gap(4)}af\b",
@@ -267,9 +269,7 @@ _RU = _phrases(
 
 # Chinese, simplified and traditional
 _ZH_SORRY = r"(?:抱歉|对不起|對不起|不好意思|遗憾|遺憾)"
-_ZH_CANNOT = (
-    r"(?:不能(?!不)|无法|無法|不可以|不会|不會|不愿|不願|不想|不便|不方便|没办法|沒辦法|没有办法|沒有辦法|难以|難以|不打算|不应该|不應該|不允许|不允許)"
-)
+_ZH_CANNOT = r"(?:不能(?!不)|无法|無法|不可以|不会|不會|不愿|不願|不想|不便|不方便|没办法|沒辦法|没有办法|沒有辦法|难以|難以|不打算|不应该|不應該|不允许|不允許)"
 _ZH_HELP = (
     r"(?:帮|幫|协助|協助|回答|回应|回應|答复|提供|满足|滿足|支持|参与|參與|解释|解釋|说明|說明|这么做|這麼做|这样做|這樣做|做这|做這|做那|完成"
     r"|给出|給出|给您|给你|給您|給你|透露|分享|讨论|討論|编写|編寫|撰写|撰寫|写|寫|生成|创作|創作|答应|答應|接受|执行|執行|处理|處理|上忙|涉及|告诉|告訴"
@@ -282,7 +282,7 @@ _ZH = _phrases(
         rf"(?:我|恕|{_ZH_SORRY})[^。！？：\n]{{0,25}}?{_ZH_CANNOT}[^。！？，：:\n]{{0,14}}?{_ZH_HELP}",
         rf"(?:我|恕)[^。！？：\n]{{0,10}}(?:拒绝|拒絕)|(?:必须|必須|只能|不得不)(?:拒绝|拒絕|婉拒|谢绝|謝絕)",
         rf"^(?:(?:不|不行|{_ZH_SORRY})[，,。！ ]*)*(?:我|这|這|这个|這個)?(?:不能|不行|不可以|做不到|不会|不會|无法做到|無法做到|不干)[。！!]*$",
-        r"爱莫能助|愛莫能助|恕难|恕難|恕我(?:不|无法|無法|难|難)|无可奉告|無可奉告|^(?:我)?(?:拒绝|拒絕)",
+        r"我(?:可)?(?:做不了|做不到|办不到|辦不到|帮不了|幫不了)|爱莫能助|愛莫能助|恕难|恕難|恕我(?:不|无法|無法|难|難)|无可奉告|無可奉告|^(?:我)?(?:拒绝|拒絕)",
     ),
     r"(?:具体)?(?:步骤|步驟|方法|做法|流程)(?:如下|是|为|為)|(?:以下|下面)是|可以这样做|可以這樣做|是这样的|是這樣的",
     r"第一步|(?<=[。！？])(?:当然|當然|没问题|沒問題|好的)[，。！：]|首先[，,]",
@@ -307,7 +307,7 @@ _JA = _phrases(
         r"(?:^|(?<=[、。！？]))(?:(?:私|わたし)(?:は|には))?(?:それ|これ|そのようなこと|そういったこと|そんなこと)(?:は|だけは|には)(?:でき|出来|し)(?:ません|ない)",
         r"(?:お断り|拒否|拒絶|辞退)(?:し|いたし|致し|させ|せざる)",
         r"^(?:(?:いいえ|いや|申し訳ありません|申し訳ございません|すみません|ごめんなさい|残念ですが)[、。！]*)*(?:できません|出来ません|無理です|嫌です|いやです|だめです)",
-        r"(?:手伝い|協力し|教え|答え)ません|お力になれません|ご期待に(?:沿|添)え|ご要望に(?:は)?(?:沿|添)え|力になれず",
+        r"(?:手伝い|協力し|教え|答え|書き|作り|話し|関わり|応じ)ません|(?:私|わたし|僕|当方)には(?:でき|出来)(?:ません|ない)|お力になれません|ご期待に(?:沿|添)え|ご要望に(?:は)?(?:沿|添)え|力になれず",
     ),
     r"(?:手順|方法|やり方|作り方|答え)は(?:次|以下|こう|こちら)|(?:次|以下)の(?:通り|とおり|手順)|以下(?:が|に)|このように(?:し|行)|こうします",
     r"(?:手順|ステップ) *(?:1|１|一)|(?<=[。！？])(?:もちろん|承知しました|では|まず)[、。！]",
@@ -327,6 +327,8 @@ _KO = _phrases(
         r"(?:이야기|얘기|언급)(?:을|를)? ?(?:할 수(?:가|는)? ?없|하지 ?않겠|하고 싶지 ?않|하기 ?(?:어렵|곤란))",
         rf"{_KO_HELP}[^.!?,\n]{{0,16}}?{_KO_CANNOT}|도울 수 있는 (?:일|것)이 아[니닙]",
         r"(?:^|(?<=[ ,.]))(?:안|못) ?(?:도와|알려|가르쳐|말해|해 ?줄|해 ?드)",
+        r"(?:그런|그러한|이런|이러한|그|이) (?:글|내용|질문|요청|것|일|정보|부탁)\S*(?: \S+)? ?(?:쓰|만들|답하|대답하|다루|돕|제공하)지 ?않(?:겠|습|을)",
+        r"(?:쓰|만들|답하|대답하|말하)지 ?않겠습",
         r"거절(?:합|하겠|할게|해야|하고|하는|드)|거부(?:합|하겠|할게|해야)|사양(?:합|하겠|할게)",
         r"(?:그건|그것은|그런 (?:것|일|건)은?|이건|이것은|그렇게(?:는)?) ?(?:하지 ?않|안 ?(?:할|해|합)|할 수(?:가|는)? ?없|못 ?(?:해|합|하))",
         r"^(?:(?:죄송|미안|아니|유감)\S* *)*(?:저는 |그건 )?(?:못|안) ?(?:해|합|할)\S*[.! ]*$",
@@ -364,9 +366,7 @@ _AR = _phrases(
 )
 
 # Hindi, as `normalized` leaves it; its vowel signs are no word characters, so nothing stands on \b
-_HI_HELP = (
-    r"(?:मदद|सहायता|जवाब|उत्तर|जानकारी|पूरा|सहयोग|समर्थन|साझा|चर्चा|शामिल|भाग|सलाह|सुझाव|ऐसा|अनुरोध|निर्देश|मार्गदर्शन|प्रदान|व्याख्या|इस पर बात|बात|यह काम|हिस्सा|चर्चा)"
-)
+_HI_HELP = r"(?:मदद|सहायता|जवाब|उत्तर|जानकारी|पूरा|सहयोग|समर्थन|साझा|चर्चा|शामिल|भाग|सलाह|सुझाव|ऐसा|अनुरोध|निर्देश|मार्गदर्शन|प्रदान|व्याख्या|इस पर बात|बात|यह काम|हिस्सा|चर्चा)"
 _HI_CAN = r"(?:सक|पा|चाह|रह)\S*"
 _HI = _phrases(
     (
