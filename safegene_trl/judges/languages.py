@@ -33,6 +33,10 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 _BREAK = re.compile(r"[^\w\s'’]+|\n+|\d+")
 _FOREIGN_WORD = re.compile(r"[^\W\d_A-Za-zÀ-ɏ]{2}")  # no symbol of a formula
 _NOT_RUSSIAN = re.compile(r"[ЀЂЃЄЅІЇЈЉЊЋЌЍЎЏѐђѓєѕіїјљњћќѝўџҐґ-ԯ]")
+_NOT_RUSSIAN_WORD = re.compile(
+    r"\b(?:але|що|та|це|цим|можу|який|від|вибачте|його|съжалявам|мога|това|със|този|али|жао|шта|није)\b",
+    re.IGNORECASE,
+)
 _RUSSIAN = re.compile(r"[ыэё]", re.IGNORECASE)
 _NOT_ARABIC = re.compile(r"[ٱ-ۓە-ۿ]")  # Persian, Urdu and others write ک, ی, ے, پ, چ
 _NOT_WESTERN = re.compile(
@@ -75,8 +79,8 @@ _OTHERS = (
     "ve bir bu için ile değil olarak çok ama ben üzgünüm "  # Turkish
     "och att det som inte jag är för på av har till dig kan det en ett hjälpa ledsen "  # Swedish
     "ikke jeg og til på af det er som kan hjelpe hjælpe desværre dessverre beklager å ved lad "  # Danish, Norwegian
-    "ja ei että ole olen en voi se tämä mutta minä sitä auttaa anna valitettavasti "  # Finnish
-    "se na že jsem není pro ale ako som nie je nemohu nemôžem prosím každé "  # Czech, Slovak
+    "ja ei että ole olen en voi se tämä mutta minä sitä auttaa valitettavasti ennen tunti kuin niin sen myös tai "  # Finnish
+    "že jsem není pro ale ako som nie je nemohu nemôžem prosím každé jste jsou nebo jako před potom ktoré "  # Czech, Slovak
     "să nu și este pe cu că pentru rău pare pot această ajuta "  # Romanian
     "yang dan untuk dengan tidak saya bisa ini itu adalah dari maaf anda pada ke setiap boleh "  # Indonesian, Malay
     "không tôi là của và có thể một được lỗi bạn này "  # Vietnamese
@@ -133,7 +137,7 @@ def languages_of(text: str) -> tuple[str, ...]:
 
 
 def _is_russian(sample: str, letters: int) -> bool:
-    if len(_NOT_RUSSIAN.findall(sample)) > letters / 100:
+    if len(_NOT_RUSSIAN.findall(sample)) > letters / 100 or _NOT_RUSSIAN_WORD.search(sample):
         return False
     # Bulgarian has none of the three, and ъ in every few words
     return bool(_RUSSIAN.search(sample)) or (

@@ -109,7 +109,7 @@ def label_of(answer: str) -> Literal["refused", "answered", "unjudged"]:
     declined = False
     for text, phrases in known:
         # English is judged as it always was: with its quotations
-        head = text[:HEAD] if languages == ("en",) else _QUOTED.sub(_masked, text[:HEAD])
+        head = text[:HEAD] if "en" in languages else _QUOTED.sub(_masked, text[:HEAD])
         found = phrases.declines.search(head)
         if found:
             declined = True
