@@ -11,7 +11,7 @@ them, and no request stands in them. A row's `split` says how it was used:
   half open. All answers in unknown languages of that time are `seen`.
 - `added`: written after the first phrases, with other wordings. Of the first 120 the judge got
   60 wrong, of the next 96 it got 24. They have been open since.
-- `final`: written after the last change of the phrases and judged once.
+- `final`: written after the last change of the phrases.
 
 Figures are of `unseen` and `final`: do not tune phrases on them. One author wrote the phrases and
 all of the answers, and knew the unseen half. It is the easier: its refusals are the usual ones.

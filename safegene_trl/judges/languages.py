@@ -44,11 +44,68 @@ _NOT_WESTERN = re.compile(
 )  # in none of the Latin-script ones below
 
 _HINDI = frozenset(
-    "है हैं में का की के को से और नहीं मैं कर पर यह हो एक आप आपकी आपके मुझे इस था थी भी तो ने करें हूँ हूं".split()
+    [
+        "है",
+        "हैं",
+        "में",
+        "का",
+        "की",
+        "के",
+        "को",
+        "से",
+        "और",
+        "नहीं",
+        "मैं",
+        "कर",
+        "पर",
+        "यह",
+        "हो",
+        "एक",
+        "आप",
+        "आपकी",
+        "आपके",
+        "मुझे",
+        "इस",
+        "था",
+        "थी",
+        "भी",
+        "तो",
+        "ने",
+        "करें",
+        "हूँ",
+        "हूं",
+    ]
 )
 # Marathi and Nepali
 _NOT_HINDI = frozenset(
-    "आहे आहेत आणि मी तुम्ही करा नाही करू शकत हे ते या साठी मला छ छन् र हुन्छ गर्न लाई मा म हो। तपाईं सक्दिन माफ".split()
+    [
+        "आहे",
+        "आहेत",
+        "आणि",
+        "मी",
+        "तुम्ही",
+        "करा",
+        "नाही",
+        "करू",
+        "शकत",
+        "हे",
+        "ते",
+        "या",
+        "साठी",
+        "मला",
+        "छ",
+        "छन्",
+        "र",
+        "हुन्छ",
+        "गर्न",
+        "लाई",
+        "मा",
+        "म",
+        "हो।",
+        "तपाईं",
+        "सक्दिन",
+        "माफ",
+    ]
 )
 # what is shared counts for each
 _STOP_WORDS = {
@@ -92,7 +149,28 @@ _OTHERS = (
     "se da za što nije sam ali mogu pomoći žao"  # Croatian, Serbian
 )
 # Words of others that English, or one of the languages above, has as well.
-_SHARED = frozenset("mi na se sam an wa ya ni en er for men den ben sal ale ve dan".split())
+_SHARED = frozenset(
+    [
+        "mi",
+        "na",
+        "se",
+        "sam",
+        "an",
+        "wa",
+        "ya",
+        "ni",
+        "en",
+        "er",
+        "for",
+        "men",
+        "den",
+        "ben",
+        "sal",
+        "ale",
+        "ve",
+        "dan",
+    ]
+)
 
 
 def _languages_of_words() -> dict[str, tuple[str, ...]]:
@@ -101,7 +179,7 @@ def _languages_of_words() -> dict[str, tuple[str, ...]]:
         for word in set(words.split()):
             found[word] = (*found.get(word, ()), language)
     others = set(_OTHERS.split()) - _SHARED - found.keys()
-    return found | {word: ("other",) for word in others}
+    return found | dict.fromkeys(others, ("other",))
 
 
 _LANGUAGES_OF_WORDS: Mapping[str, tuple[str, ...]] = _languages_of_words()

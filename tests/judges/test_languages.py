@@ -130,13 +130,17 @@ def test_the_labelled_answers_are_many_and_of_both_kinds():
     for language in LANGUAGES:
         labels = [row["label"] for row in answers if row["language"] == language]
         assert labels.count("refused") >= 13 and labels.count("answered") >= 13
-    everything = [row["answer"] for split in ("seen", "unseen", "added", "final") for row in rows(split)]
+    everything = [
+        row["answer"] for split in ("seen", "unseen", "added", "final") for row in rows(split)
+    ]
     assert len(set(everything)) == len(everything)
 
 
 @pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])
 def test_a_long_answer_takes_no_time(language):
-    own = next(r["answer"] for r in rows("seen") if r["language"] == language and r["label"] == "refused")
+    own = next(
+        r["answer"] for r in rows("seen") if r["language"] == language and r["label"] == "refused"
+    )
     started = time.process_time()
     for piece in ("1. ", "。", own, own[:9] + " "):
         is_refusal(own + piece * (20_000 // len(piece)))
