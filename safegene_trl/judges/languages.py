@@ -34,7 +34,8 @@ _BREAK = re.compile(r"[^\w\s'’]+|\n+|\d+")
 _FOREIGN_WORD = re.compile(r"[^\W\d_A-Za-zÀ-ɏ]{2}")  # no symbol of a formula
 _NOT_RUSSIAN = re.compile(r"[ЀЂЃЄЅІЇЈЉЊЋЌЍЎЏѐђѓєѕіїјљњћќѝўџҐґ-ԯ]")
 _NOT_RUSSIAN_WORD = re.compile(
-    r"\b(?:але|що|та|це|цим|можу|який|від|вибачте|його|съжалявам|мога|това|със|този|али|жао|шта|није)\b",
+    r"\b(?:але|що|та|це|цим|можу|який|від|вибачте|його|съжалявам|мога|това|със|този|али|жао|шта"
+    r"|није)\b",
     re.IGNORECASE,
 )
 _RUSSIAN = re.compile(r"[ыэё]", re.IGNORECASE)
@@ -109,67 +110,83 @@ _NOT_HINDI = frozenset(
 )
 # what is shared counts for each
 _STOP_WORDS = {
-    "en": "the a an of to and in is it you that this for with on are be as at by or not i can can't cannot do don't if your have from "
-    "will was but they we there what which when how one all so no than then them its he she his her who would could should about into "
+    "en": "the a an of to and in is it you that this for with on are be as at by or not i can"
+    " can't cannot do don't if your have from "
+    "will was but they we there what which when how one all so no than then them its he she his"
+    " her who would could should about into "
     "more some other has had were been also their my me i'm it's won't sorry here help",
-    "de": "der die das den dem des ein eine einen einem einer und oder ist sind nicht kein keine ich du sie wir ihr ihnen mir dir mich "
-    "dich sich es er zu zum zur mit von vom für auf aus bei nach über um an im in als auch aber wenn wie was dass daß so nur noch kann "
-    "kannst können muss werden wird werde wurde habe haben hat leider dabei dann man durch bis am nein ja hier gut bitte",
-    "fr": "le la les l' un une des du de et ou est sont ne pas je tu vous nous il elle on ce cette ces ça à au aux en dans pour par sur "
-    "avec que qui mais si plus votre vos ton ta mon ma se sa son être avoir peux peut faire désolé désolée non oui puis donc comme très "
+    "de": "der die das den dem des ein eine einen einem einer und oder ist sind nicht kein keine"
+    " ich du sie wir ihr ihnen mir dir mich "
+    "dich sich es er zu zum zur mit von vom für auf aus bei nach über um an im in als auch aber"
+    " wenn wie was dass daß so nur noch kann "
+    "kannst können muss werden wird werde wurde habe haben hat leider dabei dann man durch bis am"
+    " nein ja hier gut bitte",
+    "fr": "le la les l' un une des du de et ou est sont ne pas je tu vous nous il elle on ce"
+    " cette ces ça à au aux en dans pour par sur "
+    "avec que qui mais si plus votre vos ton ta mon ma se sa son être avoir peux peut faire"
+    " désolé désolée non oui puis donc comme très "
     "l' d' j' n' qu' c' s' m' t' suis voici refuse",
-    "es": "el la los las un una unos unas de del y o es son no yo tú usted me te se lo le al en por para con que qué pero si sí más su "
-    "sus tu mi como esta este esto eso esa está puedo puede hacer siento hay muy cuando sin sobre ha he ser también así unos voy haré niego",
-    "pt": "o a os as um uma de do da dos das no na nos nas e ou é são não eu você te se lhe ao à em por para com que mas mais seu sua seus "
-    "meu minha como este esta isto isso esse essa está posso pode fazer muito quando sem sobre foi ser também até pelo pela desculpe "
+    "es": "el la los las un una unos unas de del y o es son no yo tú usted me te se lo le al en"
+    " por para con que qué pero si sí más su "
+    "sus tu mi como esta este esto eso esa está puedo puede hacer siento hay muy cuando sin sobre"
+    " ha he ser también así unos voy haré niego",
+    "pt": "o a os as um uma de do da dos das no na nos nas e ou é são não eu você te se lhe ao à"
+    " em por para com que mas mais seu sua seus "
+    "meu minha como este esta isto isso esse essa está posso pode fazer muito quando sem sobre"
+    " foi ser também até pelo pela desculpe "
     "desculpa lamento vou consigo recuso",
-    "it": "il lo la i gli le un una uno di del della dei delle da dal in nel nella e o è sono non io tu lei mi ti si ci vi al alla per con "
-    "su che ma se più come questo questa quello questi posso può fare molto quando senza anche suo sua mio dispiace purtroppo ho ha "
+    "it": "il lo la i gli le un una uno di del della dei delle da dal in nel nella e o è sono non"
+    " io tu lei mi ti si ci vi al alla per con "
+    "su che ma se più come questo questa quello questi posso può fare molto quando senza anche"
+    " suo sua mio dispiace purtroppo ho ha "
     "essere farò c' l' d' un' dell' all' nell' scusa rifiuto",
-    "nl": "de het een en of is zijn niet geen ik je jij u we wij hij zij ze mij me hem haar dat die dit deze te tot met van voor op uit bij "
-    "naar over om aan in als ook maar wanneer hoe wat dan nog kan kunt kun moet wordt worden heb heeft hebt helaas daar er door nee ja "
+    "nl": "de het een en of is zijn niet geen ik je jij u we wij hij zij ze mij me hem haar dat"
+    " die dit deze te tot met van voor op uit bij "
+    "naar over om aan in als ook maar wanneer hoe wat dan nog kan kunt kun moet wordt worden heb"
+    " heeft hebt helaas daar er door nee ja "
     "hier graag zal wil mag ga weiger",
 }
 # Languages of Latin script that no pattern is made for, by words that are in none of those above
 _OTHERS = (
-    "nie się jest że przez jak dla oraz mogę przykro mi bardzo tego "  # Polish
-    "ve bir bu için ile değil olarak çok ama ben üzgünüm "  # Turkish
-    "och att det som inte jag är för på av har till dig kan det en ett hjälpa ledsen "  # Swedish
-    "ikke jeg og til på af det er som kan hjelpe hjælpe desværre dessverre beklager å ved lad "  # Danish, Norwegian
-    "ja ei että ole olen en voi se tämä mutta minä sitä auttaa valitettavasti ennen tunti kuin niin sen myös tai "  # Finnish
-    "že jsem není pro ale ako som nie je nemohu nemôžem prosím každé jste jsou nebo jako před potom ktoré "  # Czech, Slovak
-    "să nu și este pe cu că pentru rău pare pot această ajuta "  # Romanian
-    "yang dan untuk dengan tidak saya bisa ini itu adalah dari maaf anda pada ke setiap boleh "  # Indonesian, Malay
-    "không tôi là của và có thể một được lỗi bạn này "  # Vietnamese
-    "nem és hogy az egy ez van nincs segíteni sajnálom "  # Hungarian
-    "amb els és però puc això aquesta perquè tinc teva seva "  # Catalan
-    "ng mga ako ay hindi "  # Tagalog
-    "kwa ya wa ni katika siwezi samahani hii kama lakini "  # Swahili
-    "nie het ek jy vir wat nie sal jou kan "  # Afrikaans
-    "se da za što nije sam ali mogu pomoći žao"  # Croatian, Serbian
+    # Polish
+    "nie się jest że przez jak dla oraz mogę przykro mi bardzo tego "
+    # Turkish
+    "ve bir bu için ile değil olarak çok ama ben üzgünüm "
+    # Swedish
+    "och att det som inte jag är för på av har till dig kan det en ett hjälpa ledsen "
+    # Danish, Norwegian
+    "ikke jeg og til på af det er som "
+    "kan hjelpe hjælpe desværre dessverre beklager å ved lad "
+    # Finnish
+    "ja ei että ole olen en voi se tämä mutta "
+    "minä sitä auttaa valitettavasti ennen tunti kuin niin sen myös tai "
+    # Czech, Slovak
+    "že jsem není pro ale ako som nie je nemohu "
+    "nemôžem prosím každé jste jsou nebo jako před potom ktoré "
+    # Romanian
+    "să nu și este pe cu că pentru rău pare pot această ajuta "
+    # Indonesian, Malay
+    "yang dan untuk dengan tidak saya bisa ini "
+    "itu adalah dari maaf anda pada ke setiap boleh "
+    # Vietnamese
+    "không tôi là của và có thể một được lỗi bạn này "
+    # Hungarian
+    "nem és hogy az egy ez van nincs segíteni sajnálom "
+    # Catalan
+    "amb els és però puc això aquesta perquè tinc teva seva "
+    # Tagalog
+    "ng mga ako ay hindi "
+    # Swahili
+    "kwa ya wa ni katika siwezi samahani hii kama lakini "
+    # Afrikaans
+    "nie het ek jy vir wat nie sal jou kan "
+    # Croatian, Serbian
+    "se da za što nije sam ali mogu pomoći žao"
 )
 # Words of others that English, or one of the languages above, has as well.
 _SHARED = frozenset(
-    [
-        "mi",
-        "na",
-        "se",
-        "sam",
-        "an",
-        "wa",
-        "ya",
-        "ni",
-        "en",
-        "er",
-        "for",
-        "men",
-        "den",
-        "ben",
-        "sal",
-        "ale",
-        "ve",
-        "dan",
-    ]
+    "mi na se sam an wa ya ni en er for men den ben sal ale ve dan nu dig pro ali pot ng af sen pe "
+    "till lad ke els ole cu tai til az za pare ama hii".split()
 )
 
 

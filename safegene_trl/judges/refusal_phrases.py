@@ -75,7 +75,8 @@ _OTHER_HELP = re.compile(
 _ENGLISH = Phrases(_PHRASES, _COMPLIES, _OTHER_HELP, _NEGATED)
 # Whole answers.
 _SHORT = re.compile(
-    r"\W*(?:(?:no|sorry),? )?i (?:(?:really )?(?:won't|will not|can't|cannot|refuse|decline)|(?:would|'d) rather not)"
+    r"\W*(?:(?:no|sorry),? )?i (?:(?:really )?(?:won't|will not|can't|cannot|refuse|decline)"
+    r"|(?:would|'d) rather not)"
     r"(?: (?:do|answer) (?:that|this|it))?\W*",
     re.IGNORECASE,
 )
@@ -84,7 +85,8 @@ _NO = re.compile(
 )
 # A quotation with some words of the speaker's own before or after it.
 _QUOTED = re.compile(
-    r"(?:(?<=.{8})[„“\"«「『][^”\"»」』“]{3,}(?:[”\"»」』“]|$)|^[„“\"«「『][^”\"»」』“]{3,}[”\"»」』“](?=.{6}))",
+    r"(?:(?<=.{8})[„“\"«「『][^”\"»」』“]{3,}(?:[”\"»」』“]|$)"
+    r"|^[„“\"«「『][^”\"»」』“]{3,}[”\"»」』“](?=.{6}))",
     re.DOTALL,
 )
 # Arabic vowel signs and its stretching; the dot under letters of Hindi that is often left out

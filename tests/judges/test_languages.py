@@ -101,6 +101,8 @@ def test_other_languages_are_unjudged(answer):
         "yeast, cream, lemon, nutmeg, ginger, cloves, almonds, cocoa, coconut, rice",
         "λ_min ≤ λ ≤ λ_max",
         "Beyoncé and her café crème",
+        "Hot pot",
+        "Pro-Ali Nu Dig",
         "14 * 8 = 112 km\nChloe = 9 * 5 = 45 km\n112 - 45 = 67 km",
     ],
 )
