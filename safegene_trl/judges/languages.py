@@ -185,8 +185,48 @@ _OTHERS = (
 )
 # Words of others that English, or one of the languages above, has as well.
 _SHARED = frozenset(
-    "mi na se sam an wa ya ni en er for men den ben sal ale ve dan nu dig pro ali pot ng af sen pe "
-    "till lad ke els ole cu tai til az za pare ama hii".split()
+    [
+        "mi",
+        "na",
+        "se",
+        "sam",
+        "an",
+        "wa",
+        "ya",
+        "ni",
+        "en",
+        "er",
+        "for",
+        "men",
+        "den",
+        "ben",
+        "sal",
+        "ale",
+        "ve",
+        "dan",
+        "nu",
+        "dig",
+        "pro",
+        "ali",
+        "pot",
+        "ng",
+        "af",
+        "sen",
+        "pe",
+        "till",
+        "lad",
+        "ke",
+        "els",
+        "ole",
+        "cu",
+        "tai",
+        "til",
+        "az",
+        "za",
+        "pare",
+        "ama",
+        "hii",
+    ]
 )
 
 
