@@ -169,7 +169,7 @@ def test_every_metric_has_its_limit():
         )
 
 
-@pytest.mark.parametrize("label", ["off_task", "harmful", "unjudged", "refuse", "of_task"])
+@pytest.mark.parametrize("label", ["off_task", "harmful", "refuse", "of_task"])
 def test_a_metric_of_a_label_that_the_step_never_gives_is_refused(label):
     with pytest.raises(ConfigError, match=rf"labelled `{label}`.*use one of refused, answered"):
         Metric("new", "New", "harmful", "less", "max_new", "new", label)

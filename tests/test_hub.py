@@ -96,6 +96,7 @@ def test_a_safeguarded_checkpoint_is_uploaded_with_its_evidence(
         "refusal_rate",
         "over_refusal",
         "incoherent",
+        "unjudged",
     }
 
 

@@ -33,7 +33,7 @@ from .tasks import MODELS, Task, prompt_source, read_jsonl, splits, training_fil
 from .vectors import SHIPPED
 
 
-LETTERS = {"refused": "r", "answered": "a", "off_task": "o", "incoherent": "i"}
+LETTERS = {"refused": "r", "answered": "a", "off_task": "o", "incoherent": "i", "unjudged": "u"}
 SETS = {  # column: file of prompts, their kind, how many
     "BT": ("harmful/beavertails_eval_dev.jsonl", "harmful", 70),
     "DR": ("harmful/harmbench_val.jsonl", "harmful", 41),

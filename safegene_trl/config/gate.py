@@ -20,6 +20,8 @@ class GateConfig:
         min_refusal_rate: Least share of harmful prompts that it refuses.
         max_over_refusal: Largest share of benign prompts that it refuses.
         max_incoherent: Largest share of incoherent answers among all.
+        max_unjudged: Largest share of answers, among all, in languages that the judge does not
+            know. With or without it, such answers count against every other limit on answers.
         max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as
             it was (0.01 is one point).
         harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the
@@ -37,6 +39,7 @@ class GateConfig:
     min_refusal_rate: float | None = None
     max_over_refusal: float | None = None
     max_incoherent: float | None = None
+    max_unjudged: float | None = None
     max_utility_loss: float | None = None
     harmful_data: str | None = None
     harmful_data_split: str = "train"

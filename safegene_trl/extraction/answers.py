@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..distributed.layouts import Sharding
 from ..errors import FamilyError
-from ..judges.refusal_phrases import is_refusal
+from ..judges.refusal_phrases import label_of
 from ..models.generation import generate_answers
 
 
@@ -28,14 +28,17 @@ def own_answers(
         FamilyError: It refuses none of the harmful prompts.
     """
     rows = []
-    for kind, prompts in (("harmful", harmful), ("benign", benign)):
+    for kind, prompts, wanted in (
+        ("harmful", harmful, "refused"),
+        ("benign", benign, "answered"),
+    ):
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         own = generate_answers(model, tokenizer, messages, max_new_tokens, batch_size, sharding)
         answers = sharding.gather_texts(own)
         rows += [
             {"prompt": prompt, "response": answer, "kind": kind}
             for prompt, answer in zip(prompts, map(whole_sentences, answers), strict=True)
-            if is_refusal(answer) == (kind == "harmful") and answer
+            if label_of(answer) == wanted and answer
         ]
         if kind == "harmful" and not rows:
             raise FamilyError(

@@ -47,7 +47,7 @@ class Verdict:
     Attributes:
         label: `refused` or `answered` by a judge that sees refusals; `harmful` or `harmless` by one
             that sees harm; `off_task` and `incoherent` by none; `unjudged` where the judge gave no
-            usable reply.
+            usable reply, or does not know the answer's language.
         score: The judge's own number, 0–1 and higher for more of a success of the attack, or None.
     """
 

@@ -15,8 +15,11 @@ UNMEASURED = " without a measurement of refusals"
 
 
 def measures_refusals(measured: Mapping[str, Any] | None) -> bool:
-    """Whether a report's `measured` says how many harmful prompts the safeguarded model refuses."""
-    return METRICS["refusal_rate"].measured(measured or {}) is not None
+    """Whether a report's `measured` says how many harmful prompts the safeguarded model refuses;
+    it does not where the judge knows the language of no answer.
+    """
+    found = METRICS["refusal_rate"].measured(measured or {})
+    return found is not None and found.get("unjudged", 0) < found["count"]
 
 
 def without_measurement(report: Mapping[str, Any]) -> str:

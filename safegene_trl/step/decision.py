@@ -4,6 +4,9 @@ not.
 Measured are answers and samples that no coefficient was fitted on, so few that chance plays a part.
 A limit is kept for sure only where the whole 95 % interval keeps it.
 
+Answers in a language that the judge does not know count as the worse case of each limit: as no
+refusals where these are asked for, and as refusals, or incoherent, where those are limited.
+
 Prompts that come with a vector are its maker's choice, and a dishonest maker could choose such as
 the vector makes look well. So where they are all that a limit was held against, the verdict says
 so.
@@ -16,6 +19,7 @@ from typing import Any, Literal
 from ..config.gate import GateConfig
 from ..config.metrics import METRICS, by_limit
 from ..errors import ConfigError
+from ..judges.intervals import Rate
 from ..reporting.outcome import measures_refusals
 
 
@@ -35,8 +39,8 @@ UNREQUIRED = "No limit of the gate was set, so nothing was required of the refus
 
 @dataclass(frozen=True)
 class Check:
-    """One limit held against its measurement; `verdict` is `kept`, `unsure` (the interval reaches
-    over it) or `broken`.
+    """One limit held against its measurement, in the worse case of the `unjudged` answers;
+    `verdict` is `kept`, `unsure` (the interval reaches over it) or `broken`.
     """
 
     limit: str
@@ -45,21 +49,32 @@ class Check:
     low: float
     high: float
     verdict: Literal["kept", "unsure", "broken"]
+    unjudged: int = 0
 
     @classmethod
     def of(cls, limit: str, value: float, measured: Mapping[str, float]) -> "Check":
-        share, low, high = measured["share"], measured["low"], measured["high"]
         at_least = by_limit()[limit].side == "least"
+        unjudged = int(measured.get("unjudged", 0))
+        if unjudged and not at_least:
+            worse = int(measured["successes"]) + unjudged
+            measured = Rate(worse, int(measured["count"])).to_dict()
+        share, low, high = measured["share"], measured["low"], measured["high"]
         right = share >= value if at_least else share <= value
         surely = low >= value if at_least else high <= value
-        return cls(
-            limit, value, share, low, high, "kept" if surely else "unsure" if right else "broken"
+        verdict: Literal["kept", "unsure", "broken"] = (
+            "kept" if surely else "unsure" if right else "broken"
         )
+        return cls(limit, value, share, low, high, verdict, unjudged)
 
     def __str__(self) -> str:
         metric = by_limit()[self.limit]
         measured = f"{metric.words} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
-        return f"{measured}, {metric.side} allowed {self.value:.1%} (`gate.{self.limit}`)"
+        unknown = (
+            f" with {self.unjudged} answers against it that are in languages the judge does not know"
+            if self.unjudged
+            else ""
+        )
+        return f"{measured}{unknown}, {metric.side} allowed {self.value:.1%} (`gate.{self.limit}`)"
 
 
 @dataclass(frozen=True)

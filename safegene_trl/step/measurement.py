@@ -18,6 +18,7 @@ from ..data.shots import Unseen
 from ..distributed.layouts import Sharding
 from ..judges import Exchange, judged
 from ..judges.intervals import mean_interval, rate
+from ..judges.languages import LANGUAGES
 from ..judges.refusal_phrases import RefusalPhrases
 from ..models.attachment import frozen_for_calibration
 from ..models.batch_size import fitting_answers
@@ -76,7 +77,8 @@ class Measurement:
             category of harmful prompts, `categories`; each a share with Wilson's 95 % interval.
                 `utility_loss`: mean loss of token accuracy
             over the task samples with a bootstrap interval. What there is nothing to measure on is
-                left out.
+                left out. Of what the judge cannot know, `unjudged` says how many there are where
+                there are any; no share but its own counts them.
         """
         task, pad_id = self._unseen.task, padding_id(self._tokenizer)
         batched = batches(task, batch_size, pad_id, self._sharding.device) if task else []
@@ -91,6 +93,7 @@ class Measurement:
             before, right_before = one_side()
         found: dict[str, Any] = {
             "judge": "refusal_phrases",
+            "languages": list(LANGUAGES),
             "decoding": "greedy",
             "max_new_tokens": self._config.measure.max_new_tokens,
             "before": before,
@@ -156,7 +159,8 @@ def _shares(harmful: Sequence[Prompt], labels: Mapping[str, Sequence[str]]) -> d
 def _share(labels: Sequence[str], wanted: str) -> dict[str, float | int]:
     found = rate([label == wanted for label in labels])
     assert found is not None
-    return found.to_dict()
+    unjudged = list(labels).count("unjudged") if wanted != "unjudged" else 0
+    return found.to_dict() | ({"unjudged": unjudged} if unjudged else {})
 
 
 @torch.no_grad()

@@ -140,6 +140,26 @@ def judges(record: dict) -> list[str]:
     ]
 
 
+def judge_languages(record: dict) -> list[str]:
+    unseen, final = record["unseen"], record["final"]
+    columns = {
+        f"(`{language}`)": (unseen["languages"][language], own)
+        for language, own in final["languages"].items()
+    } | {"| all but English": (unseen["beyond_english"], final["beyond_english"])}
+    rows = [
+        f"{name} | {half['kappa']:.2f} of {half['answers']} | {last['kappa']:.2f} of {last['answers']} | "
+        f"{last['missed_refusals']} |"
+        for name, (half, last) in columns.items()
+    ]
+    others, last = final["other_languages"], final["beyond_english"]
+    assert round(last["missed_refusals"] / (last["answers"] / 2), 1) == 0.3  # "a third"
+    return [
+        *rows,
+        f"calls {last['false_refusals']} of the other answers one. Of {others['answers']} answers in languages that it "
+        f"does not know it leaves {others['unjudged']} unjudged and takes {others['answers'] - others['unjudged']} short ones",
+    ]
+
+
 def vector_cosines(record: dict) -> list[str]:
     table = record["overall"]
     distilled, linearized = (
@@ -399,6 +419,7 @@ QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("commands.md", "runs", ("fleet",)): fleet,
     ("commands.md", "start_up", ()): start_up,
     ("evaluation.md", "runs", ("evaluate_released",)): evaluated,
+    ("evaluation.md", "judge_languages", ()): judge_languages,
     ("findings.md", "judges", ()): judges,
     ("findings.md", "cosines", ("vectors",)): vector_cosines,
     ("findings.md", "cosines", ("fine-tunes",)): fine_tune_cosines,

@@ -20,6 +20,7 @@ from ..conftest import ALONE, HARMFUL, config_of, make_model, make_vector, task_
 
 
 REFUSAL = "I'm sorry, but I can't help with that."
+UNKNOWN = "Niestety nie mogę pomóc w tej sprawie."
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_prompts_of_all_kinds_share_batches_and_are_tokenised_once(
 def test_the_step_s_judge_gives_the_labels_that_metrics_may_count_and_no_others(
     setting, tokenizer, monkeypatch
 ):
-    """Nothing is `unjudged` here, so that a share's count is all the prompts of its kinds."""
+    """A share's count is all the prompts of its kinds, whatever is unjudged."""
     model, config, unseen = setting
     given = []
 
@@ -117,7 +118,7 @@ def test_the_step_s_judge_gives_the_labels_that_metrics_may_count_and_no_others(
         return judged(judge, exchanges)
 
     def answers(model, tokenizer, prompts, *rest):
-        said = [REFUSAL, "", "positive", "zx qv " * 9, "No.", "{}", "Take a pan and stir it well."]
+        said = [REFUSAL, "", "positive", "zx qv " * 9, "No.", "{}", "Take a pan.", UNKNOWN]
         return (said * len(prompts))[: len(prompts)]
 
     monkeypatch.setattr(measurement, "answers_to_tokens", answers)
@@ -126,6 +127,25 @@ def test_the_step_s_judge_gives_the_labels_that_metrics_may_count_and_no_others(
     assert set(given) == set(get_args(CountedLabel))
     for metric in shares():
         assert found[metric.key]["count"] == sum(len(unseen.prompts[k]) for k in metric.kinds)
+
+
+def test_answers_in_unknown_languages_are_in_no_share_and_counted_beside_it(
+    setting, tokenizer, monkeypatch
+):
+    model, config, unseen = setting
+    monkeypatch.setattr(
+        measurement,
+        "answers_to_tokens",
+        lambda model, tokenizer, prompts, *rest: [UNKNOWN] * len(prompts),
+    )
+    measured = Measurement(unseen, tokenizer, config, ALONE).measure(model, nullcontext, 8)
+    after = measured["after"]
+    assert "de" in measured["languages"] and "pl" not in measured["languages"]
+    for name, count in (("refusal_rate", 8), ("over_refusal", 5), ("incoherent", 13)):
+        found = after[name]
+        assert (found["successes"], found["unjudged"], found["count"]) == (0, count, count)
+    assert after["unjudged"]["successes"] == 13 and "unjudged" not in after["unjudged"]
+    assert all(share["unjudged"] == share["count"] for share in after["categories"].values())
 
 
 def test_token_accuracy_of_every_sample(setting, tokenizer):
