@@ -5,6 +5,7 @@ same.
 import gc
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -56,21 +57,26 @@ def fitting(
 
 
 def fitting_answers(
-    wanted: int | None, model: PreTrainedModel, tokens: int, responses: int, sharding: Sharding
+    wanted: int | None,
+    model: PreTrainedModel,
+    tokens: int,
+    responses: int,
+    sharding: Sharding,
+    on_cpu: int = ON_CPU,
 ) -> int:
     """Collective: the same without backward passes: for prompts that are answered, `tokens` with
-    their answers.
+    their answers. On a CPU it is `on_cpu`.
     """
     sizes = model.config.get_text_config()
     layer = tokens * sizes.hidden_size * _LAYER_FACTOR * model.dtype.itemsize
     cache = 2 * tokens * sizes.hidden_size * sizes.num_hidden_layers * model.dtype.itemsize
     logits = responses * sizes.vocab_size * 4
-    return wanted or _most(layer + cache + 2 * logits, LARGEST_ANSWERING, sharding)
+    return wanted or _most(layer + cache + 2 * logits, LARGEST_ANSWERING, sharding, on_cpu)
 
 
-def _most(per_sample: int, largest: int, sharding: Sharding) -> int:
+def _most(per_sample: int, largest: int, sharding: Sharding, on_cpu: int = ON_CPU) -> int:
     if not has_own_memory(sharding.device):
-        return ON_CPU
+        return on_cpu
     room = int(SHARE * free_bytes(sharding.device))
     return sharding.least(min(max(room // per_sample, 1), largest))
 
@@ -82,7 +88,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
-def halving(batch_size: int, work: Callable[[int], Result], sharding: Sharding) -> Result:
+@dataclass(frozen=True)
+class Worker:
+    """Who works in batches, as messages about memory have it.
+
+    Attributes:
+        name: With a capital letter.
+        remedy: What to do where memory does not suffice for one sample.
+    """
+
+    name: str
+    remedy: str
+
+
+THE_STEP = Worker(
+    "The safety step",
+    "lower `data.max_length`, or run `safegene apply` on the saved fine-tune, where no training holds memory",
+)
+
+
+def halving(
+    batch_size: int,
+    work: Callable[[int], Result],
+    sharding: Sharding,
+    worker: Worker = THE_STEP,
+) -> Result:
     """`work(batch_size)`; where memory runs out, again from its start with half of it, down to 1.
 
     Collective as `work` is: what one rank meets in its own forward passes all ranks hear of, and
@@ -93,6 +123,7 @@ def halving(batch_size: int, work: Callable[[int], Result], sharding: Sharding) 
         batch_size: To begin with.
         work: Does the work from its start.
         sharding: How the model is spread over ranks.
+        worker: Whose work it is.
 
     Raises:
         MemoryShortageError: Memory ran out with one sample at a time.
@@ -106,13 +137,37 @@ def halving(batch_size: int, work: Callable[[int], Result], sharding: Sharding) 
                 raise
             if batch_size == 1:
                 raise MemoryShortageError(
-                    "The safety step ran out of memory with one sample at a time: lower `data.max_length`, or run `safegene "
-                    "apply` on the saved fine-tune, where no training holds memory."
+                    f"{worker.name} ran out of memory with one sample at a time: {worker.remedy}."
                 ) from error
         batch_size //= 2
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
-            "The safety step ran out of memory: it starts again with batches of %d.", batch_size
+            "%s ran out of memory: it starts again with batches of %d.", worker.name, batch_size
         )
+
+
+class BatchSize:
+    """A batch size that a whole run keeps: one with which memory ran out is not tried again.
+
+    Args:
+        first: To begin with.
+        sharding: How the model is spread over ranks.
+        worker: Whose work it is.
+
+    Attributes:
+        now: What the next work begins with.
+    """
+
+    def __init__(self, first: int, sharding: Sharding, worker: Worker):
+        self.now, self._sharding, self._worker = first, sharding, worker
+
+    def put_through(self, work: Callable[[int], Result]) -> Result:
+        """Collective: `work(now)`, as `halving` does it."""
+
+        def remembered(batch_size: int) -> Result:
+            self.now = batch_size
+            return work(batch_size)
+
+        return halving(self.now, remembered, self._sharding, self._worker)
