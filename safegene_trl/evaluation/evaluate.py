@@ -25,7 +25,7 @@ from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
 from ..judges import load_judge
-from ..models.batch_size import BatchSize, Worker, fitting_answers
+from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
@@ -39,6 +39,10 @@ from .utility import check_tasks, measure_utility
 
 logger = logging.getLogger(__name__)
 __all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "evaluate"]
+_TOO_SMALL = (
+    "The evaluation ran out of memory: set a smaller `batch_size`, or share the model out over several devices by "
+    "`--accelerate_config zero3`; the answers so far are kept."
+)
 _EVALUATION = Worker(
     "The evaluation",
     "lower `max_new_tokens`, leave out the longest prompts, or take a larger device",
@@ -71,11 +75,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         CheckpointError: Its weight files are missing or damaged.
         CalibrationDataError: A prompt set is not to be had, or cannot be used.
         OutputError: `config.output_dir` holds another run, is used by one, or cannot be written.
+        MemoryShortageError: The device is too small.
         SafeGeneError: A judge failed.
     """
     check_is(config, EvaluationConfig, "evaluate")
     job = this_job()
-    with job.naming_rank():
+    with job.naming_rank(), naming_shortage(_TOO_SMALL):
         return _evaluated(config, job)
 
 

@@ -4,7 +4,8 @@ same.
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -146,6 +147,20 @@ def halving(
         logger.warning(
             "%s ran out of memory: it starts again with batches of %d.", worker.name, batch_size
         )
+
+
+@contextmanager
+def naming_shortage(message: str) -> Iterator[None]:
+    """Where memory runs out inside the block, or in a function that this decorates, that is a
+    `MemoryShortageError`; `message` is what it says.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage = MemoryShortageError(message)
+        raise shortage from error
 
 
 class BatchSize:

@@ -234,7 +234,7 @@ def test_bad_extraction(extraction, changes, message, tmp_path, capsys):
 
 def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        "safegene_trl.extraction.answers.generate_answers",
+        "safegene_trl.extraction.answers.answers_to_tokens",
         lambda model, tokenizer, prompts, *args: ["Sure!"] * len(prompts),
     )
     assert main(argv("extract", extraction)) == 2
