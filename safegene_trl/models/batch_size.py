@@ -3,18 +3,21 @@ same.
 """
 
 import gc
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
 from ..distributed.layouts import Sharding
 from ..distributed.memory import free_bytes, has_own_memory
-from ..errors import MemoryShortageError
+from ..errors import ConfigError, MemoryShortageError
+from .inputs import Sample
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ ON_CPU = 8  # more at once is no faster there
 LARGEST, LARGEST_ANSWERING = 64, 128
 SHARE = 0.5  # of the memory that is free
 _LAYER_FACTOR = 17  # numbers that a layer keeps for a backward pass, per token and hidden unit (arXiv 2205.05198, 4.1)
+_FEWEST_TOKENS = 32  # of a sample that says anything
 _LOGIT_COPIES = 3  # the logits, their gradient and a reference's; see `losses.py` for the rest
 
 
@@ -82,6 +86,64 @@ def _most(per_sample: int, largest: int, sharding: Sharding, on_cpu: int = ON_CP
     return sharding.least(min(max(room // per_sample, 1), largest))
 
 
+def check_room(
+    wanted: int | None,
+    model: PreTrainedModel,
+    samples: Iterable[Sample],
+    lowest: int,
+    sharding: Sharding,
+) -> None:
+    """Collective: before anything is computed, that samples can be put through at all.
+
+    Held against what is free now is the least that forward and backward passes hold: the states
+    between layers, the logits and their gradient. What passes is not sure to fit.
+
+    Args:
+        wanted: The batch size that the user asks for; None leaves it to the device, down to 1.
+        model: For its sizes.
+        samples: All that will be put through.
+        lowest: The lowest layer that a backward pass goes through.
+        sharding: How the model is spread over ranks.
+
+    Raises:
+        MemoryShortageError: One sample does not fit.
+        ConfigError: The batches that were asked for do not.
+    """
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return  # what one device has does not tell
+    sizes, number = model.config.get_text_config(), model.dtype.itemsize
+    per_token = (sizes.num_hidden_layers - lowest) * sizes.hidden_size * number
+    per_answer = 2 * sizes.vocab_size * number
+    needs = sorted(
+        (len(s.input_ids) * per_token + sum(s.is_response) * per_answer for s in samples),
+        reverse=True,
+    )
+    free = -sharding.least(-_available(sharding))  # of the rank that has most
+    needed = needs[0] if needs[0] > free else sum(needs[: wanted or 1])
+    if needed <= free:
+        return
+    said = (
+        f"at least {needed:,} bytes beside the model and {free:,} are free now, whatever a training will take: "
+        f"{needed - free:,} bytes are missing, so "
+    )
+    if needed == needs[0]:
+        tokens = free // (per_token + per_answer)
+        fits = f"set `data.max_length: {tokens}`, or " if tokens >= _FEWEST_TOKENS else ""
+        raise MemoryShortageError(
+            f"The safety step needs for its longest sample {said}{fits}take a device with more memory."
+        )
+    at_once = sum(total <= free for total in itertools.accumulate(needs))
+    raise ConfigError(
+        f"The safety step needs for a batch of `batch_size: {wanted}` {said}set `batch_size: {at_once}`, or leave it out."
+    )
+
+
+def _available(sharding: Sharding) -> int:
+    """Bytes that are free on this rank's device; of a host's also those that it can swap out to."""
+    own = has_own_memory(sharding.device)
+    return free_bytes(sharding.device) + (0 if own else int(psutil.swap_memory().free))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or what another rank told of its own, says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -105,6 +167,10 @@ class Worker:
 THE_STEP = Worker(
     "The safety step",
     "lower `data.max_length`, or run `safegene apply` on the saved fine-tune, where no training holds memory",
+)
+NO_ROOM_TO_CHECK = (
+    "The checks before the safety step ran out of memory, so it would too: take a device with more memory, or fewer and "
+    "shorter samples."
 )
 
 
