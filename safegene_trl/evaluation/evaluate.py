@@ -45,7 +45,7 @@ _TOO_SMALL = (
 )
 _EVALUATION = Worker(
     "The evaluation",
-    "lower `max_new_tokens`, leave out the longest prompts, or take a larger device",
+    "lower `max_new_tokens`, leave out the longest prompts, or take a device with more memory",
 )
 
 

@@ -9,16 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from ..distributed.layouts import Sharding
 from ..errors import FamilyError
 from ..judges.refusal_phrases import is_refusal
-from ..models.batch_size import BatchSize, Worker, fitting_answers
+from ..models.batch_size import EXTRACTION, BatchSize, fitting_answers
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model
 from .config import BATCH
-
-
-_EXTRACTION = Worker(
-    "The extraction",
-    "lower `max_new_tokens`, leave out the longest prompts, or take a larger device",
-)
 
 
 def own_answers(
@@ -53,7 +47,7 @@ def own_answers(
     }
     longest = max(len(ids) for own in tokens.values() for ids in own) + max_new_tokens
     first = fitting_answers(batch_size, base_model(model), longest, 1, sharding, BATCH)
-    size, rows = BatchSize(first, sharding, _EXTRACTION), []
+    size, rows = BatchSize(first, sharding, EXTRACTION), []
     for kind, prompts in kinds.items():
 
         def answers(at_once: int, asked: list[list[int]] = tokens[kind]) -> list[str]:

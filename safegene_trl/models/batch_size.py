@@ -168,6 +168,10 @@ THE_STEP = Worker(
     "The safety step",
     "lower `data.max_length`, or run `safegene apply` on the saved fine-tune, where no training holds memory",
 )
+EXTRACTION = Worker(
+    "The extraction",
+    "lower `max_new_tokens`, leave out the longest prompts, or take a device with more memory",
+)
 NO_ROOM_TO_CHECK = (
     "The checks before the safety step ran out of memory, so it would too: take a device with more memory, or fewer and "
     "shorter samples."

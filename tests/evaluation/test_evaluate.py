@@ -183,6 +183,15 @@ def test_a_device_that_has_no_room_for_one_prompt_is_named(config, monkeypatch, 
     assert "The evaluation ran out of memory with one sample at a time: lower" in said
 
 
+def test_a_device_that_the_model_does_not_fit_on_is_named(config, monkeypatch, capsys):
+    def load(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "load_placed", load)
+    assert main(["evaluate", *words(config)]) == 2
+    assert "The evaluation ran out of memory: set a smaller `batch_size`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("shift", "most"), [(0, 128), (19, 6)])
 def test_an_unset_size_is_what_the_free_memory_is_for(shift, most, config, monkeypatch):
     monkeypatch.setattr(batch_size, "has_own_memory", lambda device: True)

@@ -134,7 +134,9 @@ def test_memory_that_runs_out_while_the_fine_tune_is_kept_is_reported(
     place = "safegene_trl.step.live_fine_tune.FinishedTraining.keep"
     monkeypatch.setattr(place, raising(torch.OutOfMemoryError("CUDA out of memory.")))
     trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, auto_find_batch_size=True)
-    with pytest.raises(UnexpectedError, match="ran out of memory.*may not be on a disk yet") as one:
+    with pytest.raises(
+        UnexpectedError, match=r"ran out of memory.*may not be on a disk yet"
+    ) as one:
         trainer.train()
     assert not accelerate_memory.should_reduce_batch_size(one.value)
     report = json.loads((tmp_path / "safeguarded.failed.json").read_text())
