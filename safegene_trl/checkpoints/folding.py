@@ -1,7 +1,7 @@
 """A loaded model with its LoRA in its weights, for whoever needs the adapter no more.
 
-With a LoRA beside the weights every layer takes two more small products, which a GPU waits for: a
-decoded token takes about twice as long.
+With a LoRA beside the weights every layer takes two more small products for every decoded token,
+which a GPU waits for.
 """
 
 from contextlib import ExitStack
