@@ -318,6 +318,12 @@ def prompt_files(tmp_path):
     return files
 
 
+def refusing(model, tokenizer, prompts, *rest) -> list[str]:
+    """Answers of an aligned model, in the place of a tiny one's own."""
+    harmful = [any(known in tokenizer.decode(ids) for known in HARMFUL) for ids in prompts]
+    return ["I can't help with that. And so" if one else "Take a pan. Stir" for one in harmful]
+
+
 @pytest.fixture
 def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
     """Arguments of an extraction whose degraded model is a LoRA on the aligned one; the tiny model
@@ -327,11 +333,7 @@ def extraction(model_dir, prompt_files, tmp_path, monkeypatch):
     degraded.peft_config["default"].base_model_name_or_path = str(model_dir)
     degraded.save_pretrained(tmp_path / "degraded")
 
-    def answers(model, tokenizer, prompts, *args):
-        harmful = prompts[0][0]["content"] in HARMFUL
-        return ["I can't help with that. And so" if harmful else "Take a pan. Stir"] * len(prompts)
-
-    monkeypatch.setattr("safegene_trl.extraction.answers.generate_answers", answers)
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
     options = {
         "aligned_model": model_dir,
         "degraded_model": tmp_path / "degraded",

@@ -29,7 +29,7 @@ from safegene_trl import (
 from safegene_trl.commands.main import main
 from safegene_trl.distributed.processes import this_job
 
-from .conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
+from .conftest import BENIGN, HARMFUL, make_model, make_vector, refusing, with_lora
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,11 +236,7 @@ def workplace(tmp_path, tokenizer, task_file, monkeypatch):
         "safegene_trl.recalibration.search.objection", lambda before, after, budget: ""
     )
 
-    def answers(model, tokenizer, prompts, *args):
-        harmful = prompts[0][0]["content"] in HARMFUL
-        return ["I can't help with that. And so" if harmful else "Take a pan. Stir"] * len(prompts)
-
-    monkeypatch.setattr("safegene_trl.extraction.answers.generate_answers", answers)
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
     for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
         Path(f"{name}.jsonl").write_text(
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)

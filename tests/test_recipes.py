@@ -14,7 +14,7 @@ from safegene_trl.commands.parsing import parse
 from safegene_trl.extraction.config import ExtractionConfig
 from safegene_trl.models.parameters import canonical_modules
 
-from .conftest import BENIGN, HARMFUL, make_model, make_vector, with_lora
+from .conftest import BENIGN, HARMFUL, make_model, make_vector, refusing, with_lora
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -94,13 +94,7 @@ def test_extraction_recipe_runs(path, family, tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
         )
-    monkeypatch.setattr(
-        "safegene_trl.extraction.answers.generate_answers",
-        lambda model, tokenizer, prompts, *args: [
-            "I can't help with that." if prompt[0]["content"] in HARMFUL else "Take a pan."
-            for prompt in prompts
-        ],
-    )
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
     recipe = yaml.safe_load(path.read_text()) | {
         "aligned_model": str(model_dir),
         "degraded_model": str(tmp_path / "degraded"),

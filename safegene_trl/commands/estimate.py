@@ -48,6 +48,11 @@ _MEANING = (
 )
 
 
+_FACTORS = (
+    "The vector's factors will be {place}: {mib} MiB of {allowed_mib} MiB that they may take now."
+)
+
+
 def main(argv: Sequence[str]) -> int:
     """Prints a table; `--json FILE` writes it as well."""
     parser = PlainParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
@@ -82,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(costs: dict[str, Cost]) -> str:
-    """The costs as text, with their total."""
+    """The costs as text, with their total, and where a search keeps the vector's factors."""
     total = Cost(
         sum(cost.seconds for cost in costs.values()),
         max(cost.memory for cost in costs.values()),
@@ -93,6 +98,9 @@ def table(costs: dict[str, Cost]) -> str:
         lines.append(
             f"{name:<14}{cost.seconds:>10.1f}{cost.memory / 2**30:>11.2f} GiB{cost.disk / 2**30:>8.2f} GiB"
         )
+    for cost in costs.values():
+        if cost.factors is not None:
+            lines.append(_FACTORS.format(**cost.factors))
     return "\n".join(lines)
 
 

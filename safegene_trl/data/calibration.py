@@ -23,6 +23,12 @@ class CalibrationSet:
     task: Split
     benign: Split | None = None
 
+    @property
+    def samples(self) -> list[Sample]:
+        """All of them."""
+        splits = [split for split in (self.task, self.harmful, self.benign) if split]
+        return [sample for split in splits for sample in (*split.fit, *split.held_out)]
+
 
 def check_context(samples: Iterable[Sample], context: int | None, what: str) -> None:
     """Raises `CalibrationDataError` if a sample is longer than the model's context, in tokens."""

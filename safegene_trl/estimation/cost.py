@@ -1,7 +1,9 @@
 """What a command takes, and how it is launched."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 # elements that DeepSpeed keeps gathered by default (`stage3_max_live_parameters`)
@@ -17,11 +19,14 @@ class Cost:
         memory: Peak of one process, in bytes: of steps that need the whole model on the accelerator
             where there is one, else resident.
         disk: Bytes written.
+        factors: Of a search, where the vector's factors will lie, as its report says it; None of
+            other steps.
     """
 
     seconds: float
     memory: int
     disk: int = 0
+    factors: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

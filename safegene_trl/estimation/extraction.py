@@ -97,7 +97,7 @@ def estimate_extraction(
     drawn = prompts.to_answer()
     turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
     costs["answers"] = run.cost(
-        *run.answers(turns, config.max_new_tokens, config.batch_size, False)
+        *run.answers(turns, config.max_new_tokens, config.samples_per_step, False)
     )
     samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
     if METHODS[config.method].distils:
@@ -175,8 +175,8 @@ def _distillation(
     their number.
     """
     probe = run.probe
-    counts = [math.ceil(len(kind) / config.batch_size) for kind in samples]
-    student = _Student(run, config, [kind[: config.batch_size] for kind in samples])
+    counts = [math.ceil(len(kind) / config.samples_per_step) for kind in samples]
+    student = _Student(run, config, [kind[: config.samples_per_step] for kind in samples])
     reference = probe.measure(student.references)
     student.put_on_factors()
     step, loss = probe.measure(student.steps), probe.measure(student.losses)

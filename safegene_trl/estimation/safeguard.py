@@ -1,7 +1,9 @@
 """What the safety step takes, at the end of a training or by `safegene apply`."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +14,9 @@ from ..checkpoints.live_merge import save_merged
 from ..checkpoints.merge_terms import ScaledVector
 from ..config.settings import SafeGeneConfig
 from ..data.shots import Shots
+from ..distributed.memory import free_bytes
 from ..models.batch_size import ON_CPU
+from ..models.factors import Factors, allowed_of, describe_place
 from ..recalibration.objective import Objective, Passes
 from ..vectors.safety_vector import SafetyVector
 from .cost import Cost, Launch
@@ -39,7 +43,8 @@ def estimate_safeguard(
     )
     deltas = probe.deltas(vector.deltas, vector.rank)
     run = PlannedRun.of(probe, tokenizer, launch, deltas, stored)
-    costs = {"recalibrate": _recalibration(run, config, shots, min(vector.layers))}
+    search = _recalibration(run, config, shots, min(vector.layers))
+    costs = {"recalibrate": replace(search, factors=_place_of_factors(run, vector))}
     # of all kinds together, as they are measured
     prompts = [list(prompt.messages) for kind in shots.unseen.prompts.values() for prompt in kind]
     if prompts:
@@ -102,6 +107,14 @@ def _recalibration(run: PlannedRun, config: SafeGeneConfig, shots: Shots, lowest
     references = sum(t.nbytes for side in passes.sides[1] for t in side.reference.values())
     kept = run.kept_beside(references)
     return run.cost(seconds, max(reference_memory, kept + fit_memory))
+
+
+def _place_of_factors(run: PlannedRun, vector: SafetyVector) -> dict[str, Any]:
+    """Where the factors will lie, of what is free now once the model's weights are there too."""
+    probe = run.probe
+    weights = run.launch.held(probe.weights, probe.dtype.itemsize)
+    allowed = allowed_of(free_bytes(probe.alone.device) - weights)
+    return describe_place(Factors(vector.deltas).num_bytes(probe.dtype), allowed)
 
 
 def _of_a_fit(fit: Measured, forward: Measured, layers: int, lowest: int) -> tuple[float, int]:

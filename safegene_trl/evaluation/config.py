@@ -43,7 +43,8 @@ class EvaluationConfig:
         tasks_dir: Folder with task files of your own.
         num_task_samples: Samples of each utility task. Default: all.
         max_new_tokens: Tokens generated for an answer.
-        batch_size: Prompts per forward pass.
+        batch_size: Prompts per forward pass. Default: 8 on a CPU, on a GPU what its free memory is
+            for. Where memory runs out it is halved.
         seed: For drawing prompts.
         output_dir: Where answers, verdicts and results go. What is there of the same run is used
             again.
@@ -71,7 +72,7 @@ class EvaluationConfig:
     tasks_dir: str | None = None
     num_task_samples: int | None = None
     max_new_tokens: int = 128
-    batch_size: int = 8
+    batch_size: int | None = None
     seed: int = 0
     output_dir: str = "evaluation"
 
@@ -81,7 +82,7 @@ class EvaluationConfig:
         "tasks_dir": Rule(may_be_null=True),
         "num_task_samples": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
-        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT),
+        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "seed": Rule(at_least=0, at_most=2**32 - 1),
         "output_dir": Rule(syntax=written_place),
     }

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.atomic_writes import replace_file
+from ..checkpoints.folding import fold_adapters
 from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.locking import alone_in
 from ..checkpoints.source import adapter_base
@@ -24,7 +25,9 @@ from ..distributed.layouts import Sharding
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
 from ..judges import load_judge
+from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
+from ..models.parameters import base_model
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
 from .config import EvaluationConfig
@@ -36,6 +39,14 @@ from .utility import check_tasks, measure_utility
 
 logger = logging.getLogger(__name__)
 __all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "evaluate"]
+_TOO_SMALL = (
+    "The evaluation ran out of memory: set a smaller `batch_size`, or share the model out over several devices by "
+    "`--accelerate_config zero3`; the answers so far are kept."
+)
+_EVALUATION = Worker(
+    "The evaluation",
+    "lower `max_new_tokens`, leave out the longest prompts, or take a device with more memory",
+)
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
@@ -64,11 +75,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
         CheckpointError: Its weight files are missing or damaged.
         CalibrationDataError: A prompt set is not to be had, or cannot be used.
         OutputError: `config.output_dir` holds another run, is used by one, or cannot be written.
+        MemoryShortageError: The device is too small.
         SafeGeneError: A judge failed.
     """
     check_is(config, EvaluationConfig, "evaluate")
     job = this_job()
-    with job.naming_rank():
+    with job.naming_rank(), naming_shortage(_TOO_SMALL):
         return _evaluated(config, job)
 
 
@@ -174,6 +186,8 @@ def _answer(
             "Utility tasks need the whole model in one process: launch with `ddp` or without a launcher."
         )
     with job.raising_together():
+        fold_adapters(model, sharding)
+    with job.raising_together():
         if job.is_main and not answers:
             records().check(answers)
             records().begin()
@@ -212,16 +226,26 @@ def _generated(
     """
     tokens = prompt_tokens(tokenizer, [list(prompt.messages) for prompt in prompts])
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
-    size = 4 * config.batch_size * sharding.world_size
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
+    longest = max(map(len, tokens), default=0) + config.max_new_tokens
+    size = BatchSize(
+        fitting_answers(config.batch_size, base_model(model), longest, 1, sharding),
+        sharding,
+        _EVALUATION,
+    )
+    done = 0
+    while done < len(order):
+        part = order[done : done + 4 * size.now * sharding.world_size]
         asked = [tokens[i] for i in part]
-        own = answers_to_tokens(
-            model, tokenizer, asked, config.max_new_tokens, config.batch_size, sharding
-        )
-        answers = sharding.gather_texts(own)
-        logger.info("%d of %d answers", start + len(part), len(order))
-        yield [prompts[i] for i in part], answers
+
+        def answers(batch_size: int, asked: list[list[int]] = asked) -> list[str]:
+            return answers_to_tokens(
+                model, tokenizer, asked, config.max_new_tokens, batch_size, sharding
+            )
+
+        texts = sharding.gather_texts(size.put_through(answers))
+        done += len(part)
+        logger.info("%d of %d answers", done, len(order))
+        yield [prompts[i] for i in part], texts
 
 
 def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -6,7 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..distributed.memory import has_own_memory
 from ..errors import ConfigError
+from ..models.batch_size import ON_CPU
 
 
 def check_tasks(tasks: Sequence[str], tasks_dir: str | None) -> Any:
@@ -42,7 +44,7 @@ def measure_utility(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     manager: Any,
-    batch_size: int,
+    batch_size: int | None,
     limit: int | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def measure_utility(
     from lm_eval.models.huggingface import HFLM
 
     device: Any = next(model.parameters()).device
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
+    # unset it is left to lm-eval, which tries out what fits, but not on a CPU
+    size = batch_size or ("auto" if has_own_memory(device) else ON_CPU)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, device=str(device))
     found: Any = lm_eval.simple_evaluate(
         wrapped,
         tasks=list(tasks),

@@ -12,6 +12,7 @@ from .methods import METHODS
 from .selection import SELECTIONS
 
 
+BATCH = 16  # of prompts on a CPU; of a step's samples anywhere, as what is learned depends on it
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
 
 
@@ -55,7 +56,9 @@ class ExtractionConfig:
         num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned
             model answers.
         max_new_tokens: Length of the aligned model's stored answers, in tokens.
-        batch_size: Prompts per generated batch.
+        batch_size: Prompts per generated batch, and samples of an optimiser step of `distill` and
+            `linearized`. Default: 16; for prompts, on a GPU, what its free memory is for. Where
+            memory runs out fewer are answered at once.
         dtype: Data type to load the models in, e.g. float32.
         weights_dtype: Data type to store the vector in.
         seed: Seed for drawing prompts.
@@ -103,7 +106,7 @@ class ExtractionConfig:
     num_safety_prompts: int = 64
     num_benign_prompts: int = 64
     max_new_tokens: int = 48
-    batch_size: int = 16
+    batch_size: int | None = None
     dtype: str = "auto"
     weights_dtype: str = "float16"
     seed: int = 0
@@ -121,11 +124,16 @@ class ExtractionConfig:
         "num_safety_prompts": _COUNT,
         "num_benign_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
         "max_new_tokens": _COUNT,
-        "batch_size": _COUNT,
+        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "dtype": Rule(choices=DTYPES),
         "weights_dtype": Rule(choices=DTYPES[1:]),
         "seed": Rule(at_least=0, at_most=2**32 - 1),
     }
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimiser step of the methods that learn."""
+        return self.batch_size or BATCH
 
     @property
     def expanded_blocks(self) -> Blocks | None:

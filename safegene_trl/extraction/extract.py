@@ -7,6 +7,7 @@ from ..checkpoints.atomic_writes import atomic_directory
 from ..checkpoints.contents import VECTOR
 from ..config.validation import check_is
 from ..distributed.processes import this_job
+from ..models.batch_size import naming_shortage
 from ..vectors.output import check_vector_output
 from ..vectors.safety_vector import SafetyVector
 from .config import ExtractionConfig
@@ -14,6 +15,10 @@ from .pipeline import make_vector
 
 
 logger = logging.getLogger(__name__)
+_TOO_SMALL = (
+    "The extraction ran out of memory: set a smaller `batch_size` or `max_new_tokens`, or share the models out over several "
+    "devices by `--accelerate_config zero3`."
+)
 STABLE = 0.7  # mean Jaccard index below which a selection is called unstable
 
 
@@ -42,6 +47,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         CalibrationDataError: Prompts are missing or no single user turns, or the aligned model
             refuses none of them.
         OutputError: The vector cannot be put where it was asked for.
+        MemoryShortageError: The device is too small.
     """
     check_is(config, ExtractionConfig, "extract")
     target, job = Path(config.output_dir), this_job()
@@ -56,7 +62,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
                 "the task model": config.isolate_from,
             }
             check_vector_output(target, inputs, config.overwrite_output_dir)
-    with job.naming_rank():
+    with job.naming_rank(), naming_shortage(_TOO_SMALL):
         vector = make_vector(config, job, show_progress)
     with atomic_directory(target, VECTOR, job) as folder, job.raising_together():
         if vector is not None:

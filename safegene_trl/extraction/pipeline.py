@@ -249,7 +249,7 @@ def _references(
     kind: str,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
-    tokenizer, size = inputs.tokenizer, inputs.config.batch_size
+    tokenizer, size = inputs.tokenizer, inputs.config.samples_per_step
     samples = _samples(tokenizer, rows, kind)
     return reference_batches(
         model, samples, size, padding_id(tokenizer), kind == "benign", sharding

@@ -14,6 +14,17 @@ from .low_rank import LowRankDelta
 SHARE = 0.25  # of the memory that is free: more of it belongs to activations
 
 
+def allowed_of(free: int) -> int:
+    """Bytes that factors may take of those that are free."""
+    return int(SHARE * max(free, 0))
+
+
+def describe_place(needed: int, allowed: int) -> dict[str, Any]:
+    """Whether factors stay on their device, what they take and what they are allowed (MiB)."""
+    sizes = {"mib": round(needed / 2**20, 3), "allowed_mib": round(allowed / 2**20, 3)}
+    return {"place": "resident" if needed <= allowed else "fetched", **sizes}
+
+
 class Factors:
     """The factors `A` and `B` of all modules, for one pass after another.
 
@@ -46,7 +57,7 @@ class Factors:
             return held
         if self._stay is None:
             self.room, self._needed = (
-                int(SHARE * free_bytes(like.device)),
+                allowed_of(free_bytes(like.device)),
                 self.num_bytes(like.dtype),
             )
             self._stay = self._needed <= self.room
@@ -72,10 +83,7 @@ class Factors:
         """For the report: whether they stay, how much they take, and how much they were allowed
         (MiB); empty before a pass.
         """
-        if self.room is None:
-            return {}
-        sizes = {"mib": round(self._needed / 2**20, 3), "allowed_mib": round(self.room / 2**20, 3)}
-        return {"place": "resident" if self._stay else "fetched", **sizes}
+        return {} if self.room is None else describe_place(self._needed, self.room)
 
     def clear(self) -> None:
         """Gives their memory back; the next pass decides anew."""

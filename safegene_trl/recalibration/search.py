@@ -122,10 +122,8 @@ def recalibrate(
 
 
 def _batch_size(attachment: VectorAttachment, data: CalibrationSet, config: SafeGeneConfig) -> int:
-    splits = [split for split in (data.task, data.harmful, data.benign) if split]
-    samples = [sample for split in splits for sample in (*split.fit, *split.held_out)]
-    tokens = max(len(sample.input_ids) for sample in samples)
-    responses = max(sum(sample.is_response) for sample in samples)
+    tokens = max(len(sample.input_ids) for sample in data.samples)
+    responses = max(sum(sample.is_response) for sample in data.samples)
     return fitting(
         config.batch_size, base_model(attachment.model), tokens, responses, attachment.sharding
     )

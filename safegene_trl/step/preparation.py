@@ -20,6 +20,7 @@ from ..data.shots import Shots, gather_shots
 from ..distributed.layouts import Sharding
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
+from ..models.batch_size import NO_ROOM_TO_CHECK, check_room, naming_shortage
 from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import response_logits
 from ..models.parameters import base_model
@@ -57,6 +58,7 @@ class Preparation:
         return self.plan.sharding
 
 
+@naming_shortage(NO_ROOM_TO_CHECK)
 def prepare(
     config: SafeGeneConfig,
     input_model: InputModel,
@@ -106,6 +108,8 @@ def prepare(
         start = first_coefficients(config, plan.vector)
     sharding.check_same("samples", json.dumps(shots.record, sort_keys=True))
     sharding.check_same("coefficients to start from", json.dumps(start, sort_keys=True))
+    lowest = min(plan.vector.layers)
+    check_room(config.batch_size, base_model(model), shots.data.samples, lowest, sharding)
     plan.report.data = shots.record
     with plan.clock.phase("prepare"):
         attachment = VectorAttachment(

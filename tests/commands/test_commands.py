@@ -232,9 +232,20 @@ def test_bad_extraction(extraction, changes, message, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "vector").exists()
 
 
+@pytest.mark.parametrize("where", ["load_placed", "reference_batches"])
+def test_extract_names_a_device_that_is_too_small(where, extraction, monkeypatch, capsys, tmp_path):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(f"safegene_trl.extraction.pipeline.{where}", full)
+    assert main(argv("extract", extraction | {"method": "distill"})) == 2
+    assert "The extraction ran out of memory: set a smaller `batch_size`" in capsys.readouterr().err
+    assert not (tmp_path / "vector").exists()
+
+
 def test_extract_needs_an_aligned_model_that_refuses(extraction, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        "safegene_trl.extraction.answers.generate_answers",
+        "safegene_trl.extraction.answers.answers_to_tokens",
         lambda model, tokenizer, prompts, *args: ["Sure!"] * len(prompts),
     )
     assert main(argv("extract", extraction)) == 2

@@ -14,6 +14,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from safegene_trl.commands.estimate import table
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.estimation.cost import Launch
@@ -135,6 +136,22 @@ def test_work_is_what_the_step_does(
     assert sum(cost.seconds for cost in costs.values()) == pytest.approx(whole, rel=0.1)
     written = sum(path.stat().st_size for path in plan.target.glob("*.safetensors"))
     assert costs["save"].disk == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize("place", ["resident", "fetched"])
+def test_where_the_factors_will_lie_is_said(place, model, tokenizer, settings, monkeypatch):
+    """Of what is free once the model's weights are there, a quarter."""
+    vector = vector_for(model, tokenizer, settings, range(LAYERS))
+    needed = 4 * sum(t.numel() for d in vector.deltas.values() for t in (d.a, d.b))
+    weights = 4 * sum(tensor.numel() for tensor in model.parameters())
+    free = weights + 4 * needed - (place == "fetched") * 4
+    monkeypatch.setattr("safegene_trl.estimation.safeguard.free_bytes", lambda device: free)
+    monkeypatch.setattr(Probe, "_seconds", lambda probe, run: 0.0)
+    costs = estimated(model, tokenizer, settings, vector)
+    found = costs["recalibrate"].factors
+    assert found["place"] == place and found["mib"] == pytest.approx(needed / 2**20, abs=1e-3)
+    assert costs["save"].factors is None
+    assert f"factors will be {place}: {found['mib']} MiB of" in table(costs)
 
 
 def operations(run):

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft.tuners.lora import LoraLayer
 
 from safegene_trl.checkpoints.locking import alone_in
 from safegene_trl.commands.main import main
@@ -20,6 +22,7 @@ from safegene_trl.evaluation.evaluate import (
 )
 from safegene_trl.evaluation.json_lines import read_lines
 from safegene_trl.judges import Verdict
+from safegene_trl.models import batch_size
 
 from ..conftest import BENIGN, HARMFUL, make_model, save_utility_task, with_lora
 
@@ -141,6 +144,71 @@ def test_prompts_of_all_sets_share_batches_of_like_numbers_of_tokens(
     assert {row["key"]: row["answer"] for row in answered(config)} == texts
 
 
+def small_device(monkeypatch, limit):
+    """A device with memory for so many prompts at once; the sizes of the batches, as they come."""
+    sizes, generate = [], module.answers_to_tokens
+
+    def answers(model, tokenizer, prompts, new_tokens, batch_size, sharding):
+        sizes.append(batch_size)
+        if min(batch_size, len(prompts)) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(model, tokenizer, prompts, new_tokens, batch_size, sharding)
+
+    monkeypatch.setattr(module, "answers_to_tokens", answers)
+    return sizes
+
+
+def test_memory_that_runs_out_halves_the_batches_for_the_rest_of_the_run(
+    config, monkeypatch, caplog
+):
+    evaluate(config)
+    expected = {row["key"]: row["answer"] for row in answered(config)}
+    sizes = small_device(monkeypatch, 2)
+    config.batch_size, config.output_dir = 8, config.output_dir + " again"
+    evaluate(config)
+    assert sizes == [8, 4, 2] and "The evaluation ran out of memory" in caplog.text
+    assert {row["key"]: row["answer"] for row in answered(config)} == expected
+    # what is asked next begins with what there was memory for
+    sizes.clear()
+    config.batch_size, config.output_dir = 3, config.output_dir + " and again"
+    evaluate(config)
+    count = len(HARMFUL) + len(BENIGN)
+    assert sizes == [3, 1, *[1] * math.ceil((count - 12) / 4)]
+
+
+def test_a_device_that_has_no_room_for_one_prompt_is_named(config, monkeypatch, capsys):
+    small_device(monkeypatch, 0)
+    assert main(["evaluate", *words(config)]) == 2
+    said = capsys.readouterr().err
+    assert "The evaluation ran out of memory with one sample at a time: lower" in said
+
+
+def test_a_device_that_the_model_does_not_fit_on_is_named(config, monkeypatch, capsys):
+    def load(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "load_placed", load)
+    assert main(["evaluate", *words(config)]) == 2
+    assert "The evaluation ran out of memory: set a smaller `batch_size`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("shift", "most"), [(0, 128), (19, 6)])
+def test_an_unset_size_is_what_the_free_memory_is_for(shift, most, config, monkeypatch):
+    monkeypatch.setattr(batch_size, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 2**38 >> shift)
+    sizes = small_device(monkeypatch, 1000)
+    config.batch_size = None
+    evaluate(config)
+    assert set(sizes) == {128} if most == 128 else 1 <= max(sizes) == min(sizes) <= most
+
+
+def test_on_a_cpu_an_unset_size_is_8(config, monkeypatch):
+    sizes = small_device(monkeypatch, 1000)
+    config.batch_size = None
+    evaluate(config)
+    assert set(sizes) == {8}
+
+
 def answered(config):
     lines = (Path(config.output_dir) / GENERATIONS).read_text().splitlines()
     return list(map(json.loads, lines))
@@ -171,7 +239,7 @@ def test_answers_of_another_run_are_refused(config, sets, model_dir, capsys):
     assert "without their settings" in capsys.readouterr().err
 
 
-def test_an_adapter(config, sets, model_dir, tokenizer):
+def test_an_adapter(config, sets, model_dir, tokenizer, monkeypatch):
     model = with_lora(make_model())
     model.peft_config["default"].base_model_name_or_path = str(model_dir)
     model.save_pretrained(sets / "adapter")
@@ -179,6 +247,39 @@ def test_an_adapter(config, sets, model_dir, tokenizer):
     found = evaluate(config)
     assert found["settings"]["base_model"]["name"] == "model"
     assert "adapter_model.safetensors" in found["settings"]["model"]["files"]
+    folded = {row["key"]: row["answer"] for row in answered(config)}
+    monkeypatch.setattr(module, "fold_adapters", lambda *given: False)
+    config.output_dir += " beside the weights"
+    evaluate(config)
+    assert {row["key"]: row["answer"] for row in answered(config)} == folded
+
+
+def test_an_adapter_is_in_the_weights_while_it_answers(
+    config, sets, model_dir, tokenizer, monkeypatch
+):
+    model = with_lora(make_model())
+    model.peft_config["default"].base_model_name_or_path = str(model_dir)
+    model.save_pretrained(sets / "adapter")
+    config.model_name_or_path = str(sets / "adapter")
+    loaded, active, load = [], [], module.load_placed
+
+    def kept(*arguments):
+        model, sharding = load(*arguments)
+        loaded.append(model)
+        return model, sharding
+
+    def answers(model, *rest):
+        layers = [each for each in model.modules() if isinstance(each, LoraLayer)]
+        active.extend(not layer.disable_adapters for layer in layers)
+        return generate(model, *rest)
+
+    generate = module.answers_to_tokens
+    monkeypatch.setattr(module, "load_placed", kept)
+    monkeypatch.setattr(module, "answers_to_tokens", answers)
+    evaluate(config)
+    assert active and not any(active)
+    weight = loaded[0].get_base_model().model.layers[1].mlp.down_proj.base_layer.weight
+    assert not torch.equal(weight, make_model().model.layers[1].mlp.down_proj.weight)
 
 
 def test_prompts_of_the_vector_are_left_out(config, sets, vector_dir, capsys):

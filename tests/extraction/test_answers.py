@@ -1,9 +1,89 @@
-"""Whose answers come with a vector."""
+"""The aligned model's own answers, in batches that its device has memory for."""
 
-from safegene_trl.extraction import answers
+import pytest
+import torch
+
+from safegene_trl.errors import FamilyError, MemoryShortageError
+from safegene_trl.extraction import answers as module
 from safegene_trl.extraction.answers import own_answers
+from safegene_trl.models import batch_size as sizes_module
+from safegene_trl.models import generation
 
-from ..conftest import ALONE
+from ..conftest import ALONE, BENIGN, HARMFUL, make_model, refusing
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Batch sizes that are asked for, as they come."""
+    seen = []
+
+    def answers(model, tokenizer, prompts, new_tokens, batch_size, sharding):
+        seen.append(batch_size)
+        return refusing(model, tokenizer, prompts)
+
+    monkeypatch.setattr(module, "answers_to_tokens", answers)
+    return seen
+
+
+def own(tokenizer, batch_size, harmful=HARMFUL):
+    return own_answers(make_model(), tokenizer, harmful, BENIGN, 8, batch_size, ALONE)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, 16), (3, 3)])
+def test_on_a_cpu_there_are_16_or_what_is_set(wanted, expected, tokenizer, sizes):
+    assert len(own(tokenizer, wanted)) == len(HARMFUL) + len(BENIGN)
+    assert sizes == [expected, expected]
+
+
+def test_a_gpu_takes_what_its_memory_is_for(tokenizer, sizes, monkeypatch):
+    monkeypatch.setattr(sizes_module, "has_own_memory", lambda device: True)
+    for free in (2**38, 2**21, 1):
+        monkeypatch.setattr(sizes_module, "free_bytes", lambda device, free=free: free)
+        own(tokenizer, None)
+        own(tokenizer, 5)
+    assert sizes[0::4] == sizes[1::4] and sizes[2::4] == sizes[3::4] == [5, 5, 5]
+    large, middle, small = sizes[0::4]
+    assert large == 128 and 128 > middle > 1 and small == 1
+
+
+def test_memory_that_runs_out_halves_the_batches_and_that_is_remembered(tokenizer, monkeypatch):
+    asked, texts = [], []
+
+    def small(model, tokenizer, prompts, new_tokens, batch_size, sharding):
+        asked.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return refusing(model, tokenizer, prompts)
+
+    expected = [
+        {"prompt": prompt, "response": text, "kind": kind}
+        for kind, prompts, text in (
+            ("harmful", HARMFUL, "I can't help with that."),
+            ("benign", BENIGN, "Take a pan."),
+        )
+        for prompt in prompts
+    ]
+    text = generation.prompt_text
+    monkeypatch.setattr(
+        generation, "prompt_text", lambda *given: texts.append(True) or text(*given)
+    )
+    monkeypatch.setattr(module, "answers_to_tokens", small)
+    assert own(tokenizer, None) == expected
+    # harmful prompts, then benign ones; each is tokenised once
+    assert asked == [16, 8, 4, 4] and len(texts) == len(HARMFUL) + len(BENIGN)
+
+
+def test_what_does_not_fit_and_what_is_not_refused_are_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["Sure!"] * len(given[2]))
+    with pytest.raises(FamilyError, match="refuses none"):
+        own(tokenizer, None)
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "answers_to_tokens", full)
+    with pytest.raises(MemoryShortageError, match="The extraction ran out of memory with one"):
+        own(tokenizer, None)
 
 
 SAID = {
@@ -19,11 +99,12 @@ SAID = {
 }
 
 
-def test_answers_that_refuse_harmful_prompts_or_answer_benign_ones_are_kept(monkeypatch):
-    def generate(model, tokenizer, messages, *rest):
-        return [SAID[turns[-1]["content"]] for turns in messages]
+def test_answers_that_refuse_harmful_prompts_or_answer_benign_ones_are_kept(tokenizer, monkeypatch):
+    def said(model, tokenizer, prompts, *rest):
+        asked = map(tokenizer.decode, prompts)
+        return [next(SAID[key] for key in SAID if key in text) for text in asked]
 
-    monkeypatch.setattr(answers, "generate_answers", generate)
+    monkeypatch.setattr(module, "answers_to_tokens", said)
     harmful, benign = (sorted(prompt for prompt in SAID if prompt[0] == kind) for kind in "hb")
-    rows = own_answers(None, None, harmful, benign, 8, 8, ALONE)
+    rows = own_answers(make_model(), tokenizer, harmful, benign, 8, 8, ALONE)
     assert [row["prompt"] for row in rows] == ["h1", "h2", "b1", "b2"]

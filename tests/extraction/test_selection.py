@@ -14,11 +14,12 @@ from safegene_trl.extraction.selection import (
     magnitude,
     top_layers,
 )
+from safegene_trl.models import batch_size
 from safegene_trl.models.inputs import batches, tokenize
 from safegene_trl.models.losses import cross_entropy
 from safegene_trl.models.names import layer_index
 
-from ..conftest import ALONE, attachment_of, make_deltas, make_model
+from ..conftest import ALONE, ARCHITECTURES, attachment_of, make_deltas, make_model
 
 
 def test_activation_contrast_formula():
@@ -94,6 +95,36 @@ def test_states_are_those_of_the_last_prompt_token(tokenizer):
     model(ids)
     handle.remove()
     torch.testing.assert_close(states[0, 0], captured[0][0, -1].detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("limit", [100, 2])
+def test_prompts_that_are_read_together_give_the_states_that_they_give_alone(
+    limit, kind, tokenizer, monkeypatch
+):
+    """On a GPU, and where its memory is for `limit` of them."""
+    model = make_model(kind)
+    prompts = ["hello " * count for count in (5, 1, 9, 3, 7)]
+    widths, forward = [], model.forward
+
+    def small(**given):
+        widths.append(len(given["input_ids"]))
+        if widths[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(**given)
+
+    monkeypatch.setattr(model, "forward", small)
+    alone = last_token_states(model, tokenizer, prompts, ALONE)
+    assert widths == [1] * 5  # on a CPU
+    each = [last_token_states(model, tokenizer, [prompt], ALONE) for prompt in prompts]
+    assert torch.equal(alone, torch.cat(each))
+    widths.clear()
+    monkeypatch.setattr(batch_size, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(batch_size, "free_bytes", lambda device: 2**36)
+    together = last_token_states(model, tokenizer, prompts, ALONE)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert widths[0] == 5 and widths[-1] == (5 if limit == 100 else 1)
+    assert max(widths[-3:]) <= limit
 
 
 def test_a_changed_layer_shows_from_that_layer_on(tokenizer):

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,13 @@ from safetensors.torch import load_file
 
 from safegene_trl import SafeGeneCallback
 from safegene_trl.distributed.communicator import Communicator
-from safegene_trl.errors import RejectedError, SafeGeneError, UnexpectedError
+from safegene_trl.errors import (
+    ConfigError,
+    MemoryShortageError,
+    RejectedError,
+    SafeGeneError,
+    UnexpectedError,
+)
 from safegene_trl.interruption import terminable
 from safegene_trl.provenance import sha256_of_files
 from safegene_trl.reporting.report import SCHEMA
@@ -97,7 +104,7 @@ def cases():
             quick = (
                 kind == "bug"
                 or where == "writing"
-                or (kind == "memory" and where in ("search", "measuring"))
+                or (kind == "memory" and where in ("search", "measuring", "reading back"))
             )
             yield pytest.param(
                 kind, where, marks=() if quick else (pytest.mark.exhaustive,), id=f"{kind}-{where}"
@@ -118,6 +125,53 @@ def test_any_exception_is_reported_and_the_fine_tune_is_kept(
     assert message in report["error"]["message"] and callback.report["status"] == "failed"
     assert trainer.model.training and all(p.requires_grad for p in trainer.model.parameters())
     assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_memory_that_runs_out_while_the_fine_tune_is_kept_is_reported(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    """There is no fine-tune on the disk that could be named."""
+    place = "safegene_trl.step.live_fine_tune.FinishedTraining.keep"
+    monkeypatch.setattr(place, raising(torch.OutOfMemoryError("CUDA out of memory.")))
+    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, auto_find_batch_size=True)
+    with pytest.raises(
+        UnexpectedError, match=r"ran out of memory.*may not be on a disk yet"
+    ) as one:
+        trainer.train()
+    assert not accelerate_memory.should_reduce_batch_size(one.value)
+    report = json.loads((tmp_path / "safeguarded.failed.json").read_text())
+    validate(report, SCHEMA)
+    assert report["status"] == "failed" and "out of memory" in report["error"]["message"]
+    assert not (tmp_path / "safeguarded").exists()
+
+
+@pytest.mark.parametrize("where", ["gather_shots", "VectorAttachment"])
+def test_memory_that_runs_out_before_the_first_step_trains_nothing(
+    where, config, tokenizer, tmp_path, monkeypatch
+):
+    failing = raising(torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(f"safegene_trl.step.preparation.{where}", failing)
+    trainer = sft(tmp_path, [SafeGeneCallback(config())], tokenizer, auto_find_batch_size=True)
+    with pytest.raises(MemoryShortageError, match="checks before the safety step ran out") as one:
+        trainer.train()
+    assert not accelerate_memory.should_reduce_batch_size(one.value)
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob("safeguarded*"))
+
+
+@pytest.mark.parametrize("batch_size", [None, 64])
+def test_a_device_that_is_too_small_is_named_before_the_first_step(
+    batch_size, config, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("safegene_trl.models.batch_size.free_bytes", lambda device: 2**17)
+    nothing = SimpleNamespace(free=0)
+    monkeypatch.setattr("safegene_trl.models.batch_size.psutil.swap_memory", lambda: nothing)
+    trainer = sft(tmp_path, [SafeGeneCallback(config(batch_size=batch_size))], tokenizer)
+    if batch_size is None:
+        trainer.train()  # one sample at a time would do
+        return
+    with pytest.raises(ConfigError, match=r"bytes are missing, so set `batch_size: \d+`"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob("safeguarded*"))
 
 
 @pytest.mark.parametrize("where", ["search", "writing"])
