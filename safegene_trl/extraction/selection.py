@@ -35,6 +35,7 @@ from ..models.inputs import Sample, batches, prompt_text
 from ..models.losses import cross_entropy
 from ..models.low_rank import LowRankDelta
 from ..models.names import layer_index
+from ..models.reasoning import AS_TEMPLATE, PromptStyle
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ class LayerScores:
 
 
 def last_token_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sharding: Sharding
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sharding: Sharding,
+    style: PromptStyle = AS_TEMPLATE,
 ) -> torch.Tensor:
     """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden.
     Collective.
@@ -75,7 +80,7 @@ def last_token_states(
     model.eval()
     with torch.no_grad(), sharding.forward_passes():
         for prompt in prompts:
-            text = prompt_text(tokenizer, [{"role": "user", "content": prompt}])
+            text = prompt_text(tokenizer, [{"role": "user", "content": prompt}], style)
             inputs = tokenizer(
                 text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template
             )
