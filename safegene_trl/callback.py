@@ -21,6 +21,7 @@ from .checkpoints.contents import ADAPTER_CONFIG
 from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
+from .data.prompt_style import trained_options
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_parallelism
 from .errors import (
@@ -144,8 +145,9 @@ class SafeGeneCallback(TrainerCallback):
         rows = None if loader is None else loader.dataset
         with sharding.naming_rank():
             input_model = InputModel(model, processor, _origin(model, args))
+            options = trained_options(args, rows, getattr(self._trainer, "train_dataset", None))
             self._prepared = prepare(
-                self.config, input_model, self._target(args), sharding, rows, _packed(args)
+                self.config, input_model, self._target(args), sharding, rows, _packed(args), options
             )
         plan = self._prepared.plan
         if sharding.is_main:

@@ -16,6 +16,7 @@ from ..checkpoints.stored_model import StoredModel
 from ..config.search import INTERFERENCE
 from ..config.settings import SafeGeneConfig
 from ..config.validation import Rule, check_value, nearest, written_path
+from ..data.prompt_style import trained_options
 from ..data.shots import gather_shots
 from ..errors import ConfigError
 from ..estimation.cost import Cost, Launch
@@ -197,7 +198,8 @@ def _safeguarding(
 ) -> dict[str, Cost]:
     vector, _, _ = read_vector(config, probe.skeleton, tokenizer)
     first_coefficients(config, vector)
-    shots = gather_shots(config, vector, tokenizer, None, rows)
+    options = trained_options(None, rows)
+    shots = gather_shots(config, vector, tokenizer, None, rows, template_options=options)
     return estimate_safeguard(probe, config, vector, tokenizer, shots, launch)
 
 

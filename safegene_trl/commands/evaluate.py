@@ -48,7 +48,7 @@ def text(result: dict[str, Any]) -> str:
         others = {
             label: count
             for label, count in found["labels"].items()
-            if label in ("incoherent", "off_task", "unjudged")
+            if label in ("incoherent", "off_task", "unfinished", "unjudged")
         }
         if others:
             lines[-1] += "   " + ", ".join(

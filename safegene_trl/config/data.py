@@ -1,8 +1,8 @@
 """What users set of the samples that coefficients are fitted on and held against."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError
 from .validation import (
@@ -12,6 +12,7 @@ from .validation import (
     Rule,
     check_values,
     named_fields,
+    template_options,
 )
 
 
@@ -45,6 +46,11 @@ class DataConfig:
         max_refusal_tokens: The safety terms read this many first tokens of a refusal or benign
             answer: whether a model refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
+        chat_template_kwargs: Arguments for the chat template, e.g. `{enable_thinking: false}`, with
+            which all prompts are written. Default: those of the training, where TRL names some;
+            else those that the vector was made with.
+        safety_target: Where a reasoning model's refusals and benign answers begin: at the `answer`,
+            after an empty reasoning, or in the `reasoning`.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
@@ -61,6 +67,8 @@ class DataConfig:
     max_length: int = 512
     max_refusal_tokens: int = 8
     max_response_tokens: int = 64
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    safety_target: Literal["answer", "reasoning"] = "answer"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "num_safety_shots": _FITTED_AND_HELD_OUT,
@@ -74,6 +82,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_values(self, prefix="data.")
+        template_options("data.chat_template_kwargs", self.chat_template_kwargs)
         if not 0.0 < self.holdout_share < 1.0:
             raise ConfigError(
                 f"`data.holdout_share` is {self.holdout_share}: it must lie strictly between 0 and 1."

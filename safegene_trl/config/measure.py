@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from .validation import (
     COUNT,
+    COUNT_OR_DEFAULT,
     COUNT_OR_NONE,
     Rule,
     check_values,
@@ -23,6 +24,9 @@ class MeasureConfig:
             most, the model is measured on: none of those that the coefficients were fitted on. 0
             leaves measuring out.
         max_new_tokens: Tokens generated for each answer.
+        max_reasoning_tokens: Tokens generated for the reasoning before it, of a reasoning model; 0
+            puts an empty reasoning there. Default: 0 where the chat template can leave the
+            reasoning out, 1024 where it opens one in every prompt.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
@@ -30,10 +34,12 @@ class MeasureConfig:
 
     num_test_prompts: int = 64
     max_new_tokens: int = 32
+    max_reasoning_tokens: int | None = None
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "num_test_prompts": COUNT_OR_NONE,
         "max_new_tokens": COUNT,
+        "max_reasoning_tokens": COUNT_OR_DEFAULT,
     }
 
     def __post_init__(self) -> None:

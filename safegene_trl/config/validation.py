@@ -12,6 +12,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import (
@@ -27,6 +28,7 @@ from typing import (
 )
 
 from ..errors import ConfigError
+from ..text import read_json
 
 
 LARGEST_COUNT = 2**31 - 1
@@ -62,6 +64,7 @@ class Rule:
 
 
 COUNT, COUNT_OR_NONE = (Rule(at_least=least, at_most=LARGEST_COUNT) for least in (1, 0))
+COUNT_OR_DEFAULT = Rule(at_least=0, at_most=LARGEST_COUNT, may_be_null=True)
 
 
 class Settings(Protocol):
@@ -223,6 +226,47 @@ def takes_text(hint: Any) -> bool:
     no number in it.
     """
     return all(kind in (str, type(None)) or isinstance(kind, str) for kind in _kinds(hint))
+
+
+# What `apply_chat_template` takes itself: the rest goes to the template.
+_OF_THE_CALL = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("processor_kwargs", "sanitize_control_tokens"),
+}
+
+
+def is_template_options(values: Any) -> bool:
+    """Whether `values` are arguments for a chat template: names that nothing else reads, with
+    truth values, numbers and texts.
+    """
+    return isinstance(values, dict) and all(
+        isinstance(key, str)
+        and key.isidentifier()
+        and key not in _OF_THE_CALL
+        and (value is None or isinstance(value, bool | int | float | str))
+        for key, value in values.items()
+    )
+
+
+def template_options(name: str, given: Any) -> dict[str, Any]:
+    """The arguments for a chat template that somebody has set, as a mapping, as JSON on a command
+    line, or not at all.
+
+    Raises:
+        ConfigError: They are none.
+    """
+    values = {} if given is None else given
+    if isinstance(given, str):
+        with suppress(ValueError, RecursionError):
+            values = read_json(given)
+    if not is_template_options(values):
+        raise ConfigError(
+            f"`{name}` is {shown(values)}: give names that the chat template knows, each with true, false, a number or a "
+            'text, as in `{"enable_thinking": false}`.'
+        )
+    return values
 
 
 def written_place(path: str) -> None:

@@ -2,8 +2,9 @@
 comes with the vector.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from datasets import IterableDataset
@@ -14,9 +15,11 @@ from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
 from ..errors import CalibrationDataError
 from ..models.inputs import Sample, shortened
+from ..models.reasoning import Answering, PromptStyle, split_stored
 from ..provenance import sha256_of_json
 from ..vectors.safety_vector import SafetyVector
 from .calibration import CalibrationSet, Split, check_context, split_samples
+from .prompt_style import StepPrompts
 from .prompts import Kind, Prompt, kept_apart, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation, drawn, prompt_of
 from .sources import load_rows
@@ -31,11 +34,12 @@ TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
 @dataclass(frozen=True)
 class Unseen:
     """What no coefficient is fitted on: `harmful` and `benign` prompts for answers, task samples
-    for token accuracy.
+    for token accuracy; `answering` says how those answers are asked for.
     """
 
     prompts: dict[str, list[Prompt]]
     task: list[Sample]
+    answering: Answering = field(default_factory=Answering)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -47,11 +51,14 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Shots:
-    """Samples for the losses, further ones to measure on, and a record for the report."""
+    """Samples for the losses, further ones to measure on, a record for the report, and what is
+    right but surprising.
+    """
 
     data: CalibrationSet
     unseen: Unseen
     record: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def gather_shots(
@@ -61,6 +68,7 @@ def gather_shots(
     context: int | None,
     task_rows: TaskRows | None,
     packed: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> Shots:
     """Draws harmful, benign and task shots.
 
@@ -73,24 +81,31 @@ def gather_shots(
             trainer holds it, or raw.
         packed: Whether its rows hold several samples without saying where each begins; None where
             that is not known.
+        template_options: Arguments for the chat template that the training uses, as far as they
+            are known.
 
     Raises:
+        ConfigError: Targets in the reasoning are asked for, and the template has none.
         CalibrationDataError: Data is missing, empty, cannot be read or is too long for the model.
     """
     extra = config.measure.num_test_prompts
-    harmful, harmful_source = _safety_data(config, vector, tokenizer)
+    written = StepPrompts.of(config, vector, tokenizer, template_options or {})
+    read = partial(_readable, tokenizer=tokenizer, style=written.target)
+    harmful, harmful_source = _safety_data(config, vector, read)
     shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
     count = config.data.num_benign_shots + extra
-    benign = _readable(drawn(shipped, count, config.seed), count, tokenizer, "benign prompts")
-    for read in (harmful, benign):
-        check_context(read.samples, context, read.what)
+    benign = read(drawn(shipped, count, config.seed), count, "benign prompts")
+    for each in (harmful, benign):
+        check_context(each.samples, context, each.what)
     harmful_split, harmful_left = _divided(harmful, context, config.data.num_safety_shots, config)
     benign_split, benign_left = None, benign.rows
     if min(len(benign.rows), config.data.num_benign_shots) > 1:
         benign_split, benign_left = _divided(
             benign, config.data.max_length, config.data.num_benign_shots, config
         )
-    training, task_source = _training_samples(config, tokenizer, task_rows, packed)
+    training, task_source = _training_samples(
+        config, tokenizer, task_rows, packed, written.target.options
+    )
     task = training.take(
         config.data.num_task_shots + extra,
         config.seed,
@@ -101,11 +116,13 @@ def gather_shots(
     task_split = split_samples(
         task[: config.data.num_task_shots], config.data.holdout_share, "task data", training.skipped
     )
-    gate = _GatePrompts(config, tokenizer, context)
+    gate = _GatePrompts(config, tokenizer, context, written.answering)
     harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
     benign_prompts = gate.of("benign", list(vector.prompts), benign_left)
     unseen = Unseen(
-        {"harmful": harmful_prompts, "benign": benign_prompts}, task[len(task_split.fit) :][:extra]
+        {"harmful": harmful_prompts, "benign": benign_prompts},
+        task[len(task_split.fit) :][:extra],
+        written.answering,
     )
     sources = {
         "harmful": gate.settings.harmful_data or harmful_source,
@@ -127,8 +144,10 @@ def gather_shots(
             }
             for kind, source in sources.items()
         },
+        **written.record,
     }
-    return Shots(CalibrationSet(harmful_split, task_split, benign_split), unseen, record)
+    data = CalibrationSet(harmful_split, task_split, benign_split)
+    return Shots(data, unseen, record, written.warnings)
 
 
 @dataclass(frozen=True)
@@ -142,10 +161,10 @@ class _Read:
 
 
 def _safety_data(
-    config: SafeGeneConfig, vector: SafetyVector, tokenizer: PreTrainedTokenizerBase
+    config: SafeGeneConfig, vector: SafetyVector, read: Callable[..., _Read]
 ) -> tuple[_Read, str]:
     """Harmful prompts with refusals: the user's own, or the vector's. A prompt without refusal gets
-    one of the vector's.
+    one of the vector's. `read` is `_readable` with the tokenizer and the style.
     """
     count = config.data.num_safety_shots + config.measure.num_test_prompts
     shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
@@ -154,27 +173,27 @@ def _safety_data(
             raise CalibrationDataError(
                 "The safety vector comes without harmful prompts: set `data.safety_data`."
             )
-        return _readable(
-            drawn(shipped, count, config.seed), count, tokenizer, "safety data"
-        ), "vector"
+        return read(drawn(shipped, count, config.seed), count, "safety data"), "vector"
     rows = drawn(
         load_rows(config.data.safety_data, config.data.safety_data_split), count, config.seed
     )
     refusals = [row["response"] for row in shipped]
-    read = _readable(rows, count, tokenizer, "safety data", refusals)
-    if not read.rows and set(read.skipped) == {NO_RESPONSE}:
+    found = read(rows, count, "safety data", refusals)
+    if not found.rows and set(found.skipped) == {NO_RESPONSE}:
         raise CalibrationDataError(
             f"{config.data.safety_data} has prompts without refusals: add a column `response`."
         )
-    return read, config.data.safety_data
+    return found, config.data.safety_data
 
 
 def _readable(
     rows: Iterable[Row],
     count: int,
-    tokenizer: PreTrainedTokenizerBase,
     what: str,
     responses: Sequence[str] = (),
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    style: PromptStyle,
 ) -> _Read:
     """The first `count` rows that can be read; those without a response get one of `responses` in
     turn.
@@ -188,7 +207,9 @@ def _readable(
             if not response and not responses:
                 raise UnreadableRowError(NO_RESPONSE)
             response = response or responses[len(read.rows) % len(responses)]
-            sample = templated(tokenizer, messages, response)
+            if style.start == "template":  # what a vector's refusal was checked by
+                response = split_stored(response).answer
+            sample = templated(tokenizer, messages, response, style)
         except UnreadableRowError as error:
             read.skipped.add(error)
             continue
@@ -218,17 +239,19 @@ def _training_samples(
     tokenizer: PreTrainedTokenizerBase,
     task_rows: TaskRows | None,
     packed: bool | None,
+    options: Mapping[str, Any],
 ) -> tuple[TrainingSamples, str]:
-    if config.data.task_data is not None:
-        rows = load_rows(config.data.task_data, config.data.task_data_split)
-        return TrainingSamples(
-            rows, tokenizer, f"task data {config.data.task_data}"
-        ), config.data.task_data
+    if source := config.data.task_data:
+        rows = load_rows(source, config.data.task_data_split)
+        named = f"task data {source}"
+        return TrainingSamples(rows, tokenizer, named, template_options=options), source
     if task_rows is None:
         raise CalibrationDataError(
             "There is no training set to draw task samples from: set `data.task_data`."
         )
-    return TrainingSamples(task_rows, tokenizer, packed=packed), "training set"
+    return TrainingSamples(
+        task_rows, tokenizer, packed=packed, template_options=options
+    ), "training set"
 
 
 class _GatePrompts:
@@ -237,11 +260,17 @@ class _GatePrompts:
     """
 
     def __init__(
-        self, config: SafeGeneConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+        self,
+        config: SafeGeneConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        answering: Answering,
     ):
         self.settings = config.gate or GateConfig()
         self.skipped: dict[str, Skipped] = {}
         self._config, self._tokenizer, self._context = config, tokenizer, context
+        self._style = answering.style
+        self._longest = config.measure.max_new_tokens + answering.max_reasoning_tokens
 
     def of(self, kind: Kind, used: Sequence[Row], left: Sequence[Row]) -> list[Prompt]:
         """Prompts of the data that the gate names, those near a used one left out; else what the
@@ -282,12 +311,9 @@ class _GatePrompts:
             if len(left) == count:
                 break
             try:
-                sample = templated(self._tokenizer, list(prompt.messages), "")
+                sample = templated(self._tokenizer, list(prompt.messages), "", self._style)
                 length = sum(not said for said in sample.is_response)
-                if (
-                    self._context is not None
-                    and length + self._config.measure.max_new_tokens > self._context
-                ):
+                if self._context is not None and length + self._longest > self._context:
                     raise UnreadableRowError(TOO_LONG)
             except UnreadableRowError as error:
                 skipped.add(error)

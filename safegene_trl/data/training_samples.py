@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CalibrationDataError
 from ..models.inputs import Sample, shortened, tokenize
+from ..models.reasoning import AS_TEMPLATE, REASONING_KEYS, PromptStyle
 from .rows import (
     Conversation,
     Message,
@@ -62,6 +63,8 @@ class TrainingSamples:
         source: What the data set is called in messages.
         packed: Whether rows hold several samples without saying where each begins (TRL's packing
             strategy `wrapped`); None where that is not known: then it is told from the rows.
+        template_options: Arguments for the chat template, for rows that name none and are not yet
+            tokenised.
 
     Attributes:
         skipped: How many rows or parts of packed rows were left out, by reason.
@@ -75,7 +78,9 @@ class TrainingSamples:
         tokenizer: PreTrainedTokenizerBase,
         source: str = "training set",
         packed: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ):
+        self._style = PromptStyle(template_options or {})
         self._rows, self._tokenizer, self._source = unformatted(rows), tokenizer, source
         self._marks = TurnMarks.of(tokenizer) if tokenizer.chat_template else None
         pad, ends = tokenizer.pad_token_id, self._marks.ends if self._marks else frozenset()
@@ -291,13 +296,14 @@ class TrainingSamples:
     def _from_conversation(self, whole: Conversation, replies: list[int]) -> Sample:
         messages = whole.messages[: replies[-1] + 1]
         last = messages[-1]
-        if len(replies) > 1 or last.get("tool_calls") or whole.template:
+        beside = any(last.get(key) for key in ("tool_calls", *REASONING_KEYS))
+        if len(replies) > 1 or beside or whole.template:
             sample = self._from_all_replies(messages, whole)
             if sample is not None:
                 return sample
         if not last["content"]:
             raise UnreadableRowError("empty reply")
-        return templated(self._tokenizer, messages[:-1], last["content"])
+        return templated(self._tokenizer, messages[:-1], last["content"], self._style)
 
     def _from_all_replies(
         self, messages: list[dict[str, Any]], whole: Conversation
@@ -308,7 +314,8 @@ class TrainingSamples:
         if self._marks is None:
             return None
         with _template_errors():
-            spelled = self._marks.spelled(rendered(self._tokenizer, messages, **whole.template))
+            options = {**self._style.options, **whole.template}
+            spelled = self._marks.spelled(rendered(self._tokenizer, messages, **options))
         spans = self._marks.replies(spelled)
         said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if spans is None or len(spans) != len(said):
@@ -329,14 +336,19 @@ class TrainingSamples:
         )
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> Sample:
+def templated(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    response: str,
+    style: PromptStyle = AS_TEMPLATE,
+) -> Sample:
     """As `tokenize`.
 
     Raises:
         UnreadableRowError: The chat template does not accept the conversation.
     """
     with _template_errors():
-        return tokenize(tokenizer, messages, response)
+        return tokenize(tokenizer, messages, response, style)
 
 
 @contextmanager

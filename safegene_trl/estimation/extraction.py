@@ -95,10 +95,9 @@ def estimate_extraction(
     run = PlannedRun.of(probe, tokenizer, launch, deltas)
     costs = {"difference": _difference(probe, config, difference)}
     drawn = prompts.to_answer()
+    new_tokens = config.max_new_tokens + config.answering(tokenizer).max_reasoning_tokens
     turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
-    costs["answers"] = run.cost(
-        *run.answers(turns, config.max_new_tokens, config.samples_per_step, False)
-    )
+    costs["answers"] = run.cost(*run.answers(turns, new_tokens, config.samples_per_step, False))
     samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
     if METHODS[config.method].distils:
         costs["distillation"] = _distillation(run, config, samples)

@@ -49,7 +49,9 @@ def estimate_safeguard(
     prompts = [list(prompt.messages) for kind in shots.unseen.prompts.values() for prompt in kind]
     if prompts:
         size = config.batch_size or ON_CPU
-        seconds, memory = run.answers([prompts], config.measure.max_new_tokens, size, True)
+        reasoning = shots.unseen.answering.max_reasoning_tokens
+        new_tokens = config.measure.max_new_tokens + reasoning
+        seconds, memory = run.answers([prompts], new_tokens, size, True)
         costs["measure"] = run.cost(2 * seconds, memory)
     return costs | {"save": _saving(run, config)}
 

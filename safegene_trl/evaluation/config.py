@@ -2,19 +2,26 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..config.docstrings import with_help
 from ..config.validation import (
+    COUNT_OR_DEFAULT,
     DTYPES,
     LARGEST_COUNT,
     Rule,
     check_values,
     named_fields,
+    template_options,
     written_place,
 )
 from ..errors import ConfigError
 from ..judges import judge_forms
+from ..models.reasoning import Answering
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @with_help
@@ -43,6 +50,10 @@ class EvaluationConfig:
         tasks_dir: Folder with task files of your own.
         num_task_samples: Samples of each utility task. Default: all.
         max_new_tokens: Tokens generated for an answer.
+        max_reasoning_tokens: Tokens generated for the reasoning before it, of a reasoning model; 0
+            puts an empty reasoning there. Default: 0 where the chat template can leave the
+            reasoning out, 1024 where it opens one in every prompt.
+        chat_template_kwargs: Arguments for the chat template, e.g. `{"enable_thinking": false}`.
         batch_size: Prompts per forward pass. Default: 8 on a CPU, on a GPU what its free memory is
             for. Where memory runs out it is halved.
         seed: For drawing prompts.
@@ -72,6 +83,8 @@ class EvaluationConfig:
     tasks_dir: str | None = None
     num_task_samples: int | None = None
     max_new_tokens: int = 128
+    max_reasoning_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
     batch_size: int | None = None
     seed: int = 0
     output_dir: str = "evaluation"
@@ -83,6 +96,8 @@ class EvaluationConfig:
         "num_task_samples": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
         "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
+        "max_reasoning_tokens": COUNT_OR_DEFAULT,
+        "chat_template_kwargs": Rule(may_be_null=True),
         "seed": Rule(at_least=0, at_most=2**32 - 1),
         "output_dir": Rule(syntax=written_place),
     }
@@ -104,6 +119,12 @@ class EvaluationConfig:
         if not self.judges:
             raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
         check_values(self)
+        template_options("chat_template_kwargs", self.chat_template_kwargs)
+
+    def answering(self, tokenizer: "PreTrainedTokenizerBase") -> Answering:
+        """How a model with this tokenizer is asked for answers."""
+        options = template_options("chat_template_kwargs", self.chat_template_kwargs)
+        return Answering.of(tokenizer, options, self.max_reasoning_tokens)
 
     @property
     def deciding_answers(self) -> dict[str, Any]:

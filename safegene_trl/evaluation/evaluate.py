@@ -28,11 +28,12 @@ from ..judges import load_judge
 from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model
+from ..models.reasoning import MOSTLY, Reply
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
 from .config import EvaluationConfig
 from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
-from .records import Records, read_answers
+from .records import Records, read_answers, reply_of
 from .results import agreement, summary
 from .utility import check_tasks, measure_utility
 
@@ -108,9 +109,9 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
         if not job.is_main:
             return None
         answers = read_answers(folder)
-        texts = [answers[prompt.key]["answer"] for prompt in prompts]
+        replies = [reply_of(answers[prompt.key]) for prompt in prompts]
         verdicts = {
-            judge.name: records().verdicts(judge, prompts, texts, config.task_labels)
+            judge.name: records().verdicts(judge, prompts, replies, config.task_labels)
             for judge in judges
         }
         result: dict[str, Any] = {
@@ -135,6 +136,14 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
             count, samples = config.batch_size, config.num_task_samples
             result["utility"] = measure_utility(
                 model, tokenizer, config.tasks, manager, count, samples, config.seed
+            )
+        unfinished = sum(not reply.finished for reply in replies)
+        if prompts and unfinished >= MOSTLY * len(prompts):
+            logger.warning(
+                "%d of %d answers never left the reasoning, and say nothing of the model: raise `max_reasoning_tokens`, or set "
+                "it to 0 to evaluate without reasoning.",
+                unfinished,
+                len(prompts),
             )
         replace_file(folder / RESULT, strict_json(result) + "\n")
     return result
@@ -191,10 +200,10 @@ def _answer(
         if job.is_main and not answers:
             records().check(answers)
             records().begin()
-    for part, texts in _generated(model, tokenizer, missing, config, sharding):
+    for part, replies in _generated(model, tokenizer, missing, config, sharding):
         with job.raising_together():
             if job.is_main:
-                records().add_answers(part, texts)
+                records().add_answers(part, replies)
     return model
 
 
@@ -220,13 +229,16 @@ def _generated(
     prompts: Sequence[Prompt],
     config: EvaluationConfig,
     sharding: Sharding,
-) -> Iterator[tuple[list[Prompt], list[str]]]:
+) -> Iterator[tuple[list[Prompt], list[Reply]]]:
     """Answers to a few batches per rank at a time, the longest prompts first: memory that does not
     suffice shows at once.
     """
-    tokens = prompt_tokens(tokenizer, [list(prompt.messages) for prompt in prompts])
+    answering = config.answering(tokenizer)
+    messages = [list(prompt.messages) for prompt in prompts]
+    tokens = prompt_tokens(tokenizer, messages, answering.style)
+    new_tokens = config.max_new_tokens + answering.max_reasoning_tokens
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
-    longest = max(map(len, tokens), default=0) + config.max_new_tokens
+    longest = max(map(len, tokens), default=0) + new_tokens
     size = BatchSize(
         fitting_answers(config.batch_size, base_model(model), longest, 1, sharding),
         sharding,
@@ -238,14 +250,12 @@ def _generated(
         asked = [tokens[i] for i in part]
 
         def answers(batch_size: int, asked: list[list[int]] = asked) -> list[str]:
-            return answers_to_tokens(
-                model, tokenizer, asked, config.max_new_tokens, batch_size, sharding
-            )
+            return answers_to_tokens(model, tokenizer, asked, new_tokens, batch_size, sharding)
 
         texts = sharding.gather_texts(size.put_through(answers))
         done += len(part)
         logger.info("%d of %d answers", done, len(order))
-        yield [prompts[i] for i in part], texts
+        yield [prompts[i] for i in part], [answering.read(text) for text in texts]
 
 
 def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -264,6 +274,7 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
         "model": model,
         "base_model": base_model,
         **config.deciding_answers,
+        **config.answering(tokenizer).record,
         "chat_template": chat_template_hash(tokenizer),
         "software": software_versions(),
     }

@@ -15,6 +15,7 @@ from ..checkpoints.write_errors import writing
 from ..data.prompts import Prompt
 from ..errors import OutputError, SafeGeneError
 from ..judges import Exchange, Judge, Label, Verdict, judged
+from ..models.reasoning import Reply
 from ..provenance import sha256_of_json
 from ..text import one_line, strict_json
 from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
@@ -37,6 +38,11 @@ def read_answers(folder: Path) -> dict[str, dict[str, Any]]:
                 f"Answer {number} in {folder / GENERATIONS} is of another version: {_OTHER_RUN}."
             )
     return {row["key"]: row for row in rows}
+
+
+def reply_of(row: Mapping[str, Any]) -> Reply:
+    """The reply that a row of answers holds."""
+    return Reply(row["answer"], row.get("reasoning"), row.get("finished", True) is True)
 
 
 class Records:
@@ -82,16 +88,20 @@ class Records:
             (self.folder / RESULT).unlink()
         replace_file(self.folder / SETTINGS, strict_json(self.settings) + "\n")
 
-    def add_answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> None:
-        """Keeps a batch of answers."""
+    def add_answers(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> None:
+        """Keeps a batch of answers, each with its reasoning where there is one."""
         rows = [
-            {"key": prompt.key, **asdict(prompt), "answer": answer, "run": self.run}
-            for prompt, answer in zip(prompts, answers, strict=True)
+            {"key": prompt.key, **asdict(prompt), **_kept(reply), "run": self.run}
+            for prompt, reply in zip(prompts, replies, strict=True)
         ]
         append_lines(self.folder / GENERATIONS, rows)
 
     def verdicts(
-        self, judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str], labels: Sequence[str]
+        self,
+        judge: Judge,
+        prompts: Sequence[Prompt],
+        replies: Sequence[Reply],
+        labels: Sequence[str],
     ) -> list[Verdict]:
         """What the judge said before of these very answers, and its verdicts on the rest; kept as
         they come.
@@ -101,12 +111,18 @@ class Records:
                 written.
         """
         about = sha256_of_json([judge.describe(), sorted(labels)])[:16]
-        names = [self._name(judge, about, *pair) for pair in zip(prompts, answers, strict=True)]
+        names = [
+            self._name(judge, about, prompt, reply.answer)
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
         known = dict(self._known())
         rest = [i for i, name in enumerate(names) if name not in known]
         for start in range(0, len(rest), judge.batch):
             part = rest[start : start + judge.batch]
-            exchanges = [Exchange(prompts[i].text, answers[i], tuple(labels)) for i in part]
+            exchanges = [
+                Exchange(prompts[i].text, replies[i].answer, tuple(labels), replies[i].finished)
+                for i in part
+            ]
             found = {
                 names[i]: verdict for i, verdict in zip(part, _asked(judge, exchanges), strict=True)
             }
@@ -137,6 +153,11 @@ class Records:
                     f"Verdict {number} in {self.folder / VERDICTS} is of another version: {_OTHER_RUN}."
                 )
             yield tuple(map(str, name)), Verdict(row["label"], score)
+
+
+def _kept(reply: Reply) -> dict[str, Any]:
+    """What a row has of a reply: of one without reasoning only the answer."""
+    return asdict(reply) if reply.reasoning is not None else {"answer": reply.answer}
 
 
 _NAME = ("key", "judge", "about", "run", "answer")  # what a verdict is bound to

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -12,10 +13,20 @@ from ..judges.refusal_phrases import label_of
 from ..models.batch_size import EXTRACTION, BatchSize, fitting_answers
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model
+from ..models.reasoning import Answering, Reply
 from .config import BATCH
 
 
 WANTED = {"harmful": "refused", "benign": "answered"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the aligned model is asked, and what is stored of its answers."""
+
+    answering: Answering
+    max_new_tokens: int
+    with_reasoning: bool = False
 
 
 def own_answers(
@@ -23,19 +34,22 @@ def own_answers(
     tokenizer: PreTrainedTokenizerBase,
     harmful: Sequence[str],
     benign: Sequence[str],
-    max_new_tokens: int,
+    asked: Asked,
     batch_size: int | None,
     sharding: Sharding,
 ) -> list[dict[str, str]]:
     """Prompts with the aligned model's own answers: refused harmful ones and answered benign ones,
     nothing else. Collective.
 
+    Whether one refuses is told by the answer, whatever the reasoning before it says. One whose
+    reasoning was cut off is none.
+
     Args:
         model: The aligned model.
         tokenizer: Its tokenizer.
         harmful: Prompts of one user turn.
         benign: Others.
-        max_new_tokens: Length of an answer, in tokens.
+        asked: How long an answer is, in tokens, and what of it is stored.
         batch_size: Prompts that are answered at once; None leaves it to the device.
         sharding: How the model is spread over ranks.
 
@@ -43,30 +57,49 @@ def own_answers(
         FamilyError: It refuses none of the harmful prompts.
         MemoryShortageError: Memory runs out with one prompt at a time.
     """
+    style = asked.answering.style
+    most = asked.max_new_tokens + asked.answering.max_reasoning_tokens
     kinds = {"harmful": harmful, "benign": benign}
     tokens = {
-        kind: prompt_tokens(tokenizer, [[{"role": "user", "content": text}] for text in prompts])
+        kind: prompt_tokens(
+            tokenizer, [[{"role": "user", "content": text}] for text in prompts], style
+        )
         for kind, prompts in kinds.items()
     }
-    longest = max(len(ids) for own in tokens.values() for ids in own) + max_new_tokens
+    longest = max(len(ids) for own in tokens.values() for ids in own) + most
     first = fitting_answers(batch_size, base_model(model), longest, 1, sharding, BATCH)
-    size, rows = BatchSize(first, sharding, EXTRACTION), []
+    size, rows, unfinished = BatchSize(first, sharding, EXTRACTION), [], 0
     for kind, prompts in kinds.items():
 
-        def answers(at_once: int, asked: list[list[int]] = tokens[kind]) -> list[str]:
-            return answers_to_tokens(model, tokenizer, asked, max_new_tokens, at_once, sharding)
+        def answers(at_once: int, own: list[list[int]] = tokens[kind]) -> list[str]:
+            return answers_to_tokens(model, tokenizer, own, most, at_once, sharding)
 
-        texts, wanted = sharding.gather_texts(size.put_through(answers)), WANTED[kind]
+        texts = sharding.gather_texts(size.put_through(answers))
+        replies = [asked.answering.read(text) for text in texts]
+        unfinished += sum(not reply.finished for reply in replies)
         rows += [
-            {"prompt": prompt, "response": answer, "kind": kind}
-            for prompt, answer in zip(prompts, map(whole_sentences, texts), strict=True)
-            if label_of(answer) == wanted and answer
+            {"prompt": prompt, "response": response, "kind": kind}
+            for prompt, reply in zip(prompts, replies, strict=True)
+            if (response := _stored(reply, kind, asked.with_reasoning))
         ]
+        if kind == "harmful" and not rows and unfinished:
+            raise FamilyError(
+                f"The aligned model refuses none of the harmful prompts, and {unfinished} of {len(prompts)} answers never left "
+                "the reasoning: raise `max_reasoning_tokens`, or set it to 0."
+            )
         if kind == "harmful" and not rows:
             raise FamilyError(
                 "The aligned model refuses none of the harmful prompts: align it first, or give others."
             )
     return rows
+
+
+def _stored(reply: Reply, kind: str, with_reasoning: bool) -> str:
+    """What is stored of a reply; empty where it is not what a prompt of this kind should get."""
+    answer = whole_sentences(reply.answer)
+    if label_of(answer) != WANTED[kind] or not answer:
+        return ""
+    return str(Reply(answer, reply.reasoning)) if with_reasoning else answer
 
 
 def whole_sentences(answer: str) -> str:

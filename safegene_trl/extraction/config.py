@@ -2,11 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from ..config.docstrings import meanings, with_help
-from ..config.validation import DTYPES, LARGEST_COUNT, Rule, check_values, folder, named_fields
+from ..config.validation import (
+    COUNT_OR_DEFAULT,
+    DTYPES,
+    LARGEST_COUNT,
+    Rule,
+    check_values,
+    folder,
+    named_fields,
+    template_options,
+)
+from ..data.prompt_style import target_style
 from ..errors import ConfigError
+from ..models.reasoning import REASONING_TOKENS, Answering, PromptStyle
 from .linearization import Blocks
 from .methods import METHODS
 from .selection import SELECTIONS
@@ -56,6 +69,15 @@ class ExtractionConfig:
         num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned
             model answers.
         max_new_tokens: Length of the aligned model's stored answers, in tokens.
+        max_reasoning_tokens: Tokens generated for the reasoning before it, of a reasoning model; 0
+            puts an empty reasoning there. Default: 0 where the chat template can leave the
+            reasoning out, 1024 where it opens one in every prompt or `safety_target` is
+            `reasoning`.
+        chat_template_kwargs: Arguments for the chat template, e.g. `{"enable_thinking": false}`.
+            They are stored with the vector.
+        safety_target: What is stored of a reasoning model's answers, and where they begin in what
+            is selected and distilled by: the `answer` alone, after an empty reasoning, or the
+            `reasoning` with it.
         batch_size: Prompts per generated batch, and samples of an optimiser step of `distill` and
             `linearized`. Default: 16; for prompts, on a GPU, what its free memory is for. Where
             memory runs out fewer are answered at once.
@@ -106,6 +128,9 @@ class ExtractionConfig:
     num_safety_prompts: int = 64
     num_benign_prompts: int = 64
     max_new_tokens: int = 48
+    max_reasoning_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    safety_target: str = field(default="answer", metadata={"choices": ["answer", "reasoning"]})
     batch_size: int | None = None
     dtype: str = "auto"
     weights_dtype: str = "float16"
@@ -124,6 +149,8 @@ class ExtractionConfig:
         "num_safety_prompts": _COUNT,
         "num_benign_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
         "max_new_tokens": _COUNT,
+        "max_reasoning_tokens": COUNT_OR_DEFAULT,
+        "chat_template_kwargs": Rule(may_be_null=True),
         "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "dtype": Rule(choices=DTYPES),
         "weights_dtype": Rule(choices=DTYPES[1:]),
@@ -149,6 +176,25 @@ class ExtractionConfig:
         """
         return 1.0 if self.selection == "all" else self.layer_share
 
+    def target(self, tokenizer: PreTrainedTokenizerBase) -> PromptStyle:
+        """The style of prompts whose answer is known.
+
+        Raises:
+            ConfigError: Answers with their reasoning are asked for, and the template has none.
+        """
+        return target_style(tokenizer, self._options, self.safety_target, "safety_target")
+
+    def answering(self, tokenizer: PreTrainedTokenizerBase) -> Answering:
+        """How the aligned model is asked for its answers."""
+        most = self.max_reasoning_tokens
+        if most is None and self.safety_target == "reasoning":
+            most = REASONING_TOKENS
+        return Answering.of(tokenizer, self._options, most)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return template_options("chat_template_kwargs", self.chat_template_kwargs)
+
     def check(self) -> None:
         """Checks every value.
 
@@ -166,3 +212,4 @@ class ExtractionConfig:
                 meant = meanings(type(self))[name].replace(":", ",")
                 raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")
         check_values(self)
+        template_options("chat_template_kwargs", self.chat_template_kwargs)

@@ -17,16 +17,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
+from ..data.prompt_style import target_record
 from ..data.prompts import PLAIN
 from ..distributed.layouts import Sharding
 from ..errors import FamilyError, UnsupportedModelError
 from ..models.inputs import Sample, padding_id, shortened, tokenize
 from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.names import layer_index
+from ..models.reasoning import PromptStyle
 from ..provenance import model_reference, software_versions
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector
-from .answers import own_answers
+from .answers import Asked, own_answers
 from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, reference_batches
@@ -50,12 +52,15 @@ REFUSAL_TOKENS = 8  # whether a model refuses is settled there (arXiv 2406.05946
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the two models are asked with, and by which processes."""
+    """What the two models are asked with, and by which processes; `style` is that of prompts whose
+    answer is known.
+    """
 
     config: ExtractionConfig
     tokenizer: PreTrainedTokenizerBase
     prompts: ExtractionPrompts
     job: Sharding
+    style: PromptStyle
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,11 @@ def make_vector(
         config.check()
         prompts = ExtractionPrompts.read(config)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
+        style = config.target(tokenizer)
         if job.is_main:
             _check_template(config, tokenizer)
             difference = take_difference(config, show_progress)
-    inputs = _Inputs(config, tokenizer, prompts, job)
+    inputs = _Inputs(config, tokenizer, prompts, job, style)
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)
     found = _method_inputs(inputs, deltas, aligned, show_progress)
@@ -116,6 +122,8 @@ def make_vector(
             "covered_share": round(difference.coverage.share, 6),
             "isolation": difference.isolation,
             "distillation": distillation,
+            **({"chat_template_kwargs": dict(style.options)} if style.options else {}),
+            **target_record(style),
             **truncation_record(selected),
         },
         selection=_selection_record(config, scores, layers) | prompts.record(aligned.rows),
@@ -163,7 +171,9 @@ def _aligned_side(inputs: _Inputs) -> _AlignedSide:
         model,
         tokenizer,
         *inputs.prompts.to_answer(),
-        config.max_new_tokens,
+        Asked(
+            config.answering(tokenizer), config.max_new_tokens, config.safety_target == "reasoning"
+        ),
         config.batch_size,
         sharding,
     )
@@ -221,7 +231,7 @@ def _scores(
     inputs: _Inputs, deltas: Mapping[str, LowRankDelta], aligned: _AlignedSide
 ) -> LayerScores:
     config, tokenizer = inputs.config, inputs.tokenizer
-    samples = _samples(tokenizer, aligned.rows, "harmful")[: config.num_selection_prompts]
+    samples = _samples(inputs, aligned.rows, "harmful")[: config.num_selection_prompts]
     evidence = Evidence(
         deltas,
         [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))],
@@ -237,7 +247,7 @@ def _scores(
 def _states(inputs: _Inputs, model: Any, sharding: Sharding) -> list[torch.Tensor]:
     """States on the prompts of each kind that layers are selected by."""
     return [
-        last_token_states(model, inputs.tokenizer, prompts, sharding)
+        last_token_states(model, inputs.tokenizer, prompts, sharding, inputs.style)
         for prompts in inputs.prompts.to_select_by()
     ]
 
@@ -249,18 +259,19 @@ def _references(
     kind: str,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
-    tokenizer, size = inputs.tokenizer, inputs.config.samples_per_step
-    samples = _samples(tokenizer, rows, kind)
-    return reference_batches(
-        model, samples, size, padding_id(tokenizer), kind == "benign", sharding
-    )
+    pad_id, size = padding_id(inputs.tokenizer), inputs.config.samples_per_step
+    samples = _samples(inputs, rows, kind)
+    return reference_batches(model, samples, size, pad_id, kind == "benign", sharding)
 
 
-def _samples(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], kind: str
-) -> list[Sample]:
+def _samples(inputs: _Inputs, rows: Sequence[Mapping[str, str]], kind: str) -> list[Sample]:
     return [
-        tokenize(tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
+        tokenize(
+            inputs.tokenizer,
+            [{"role": "user", "content": row["prompt"]}],
+            row["response"],
+            inputs.style,
+        )
         for row in rows
         if row["kind"] == kind
     ]

@@ -39,6 +39,7 @@ from ..models.losses import cross_entropy
 from ..models.low_rank import LowRankDelta
 from ..models.names import layer_index
 from ..models.parameters import base_model
+from ..models.reasoning import AS_TEMPLATE, PromptStyle
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ class LayerScores:
 
 
 def last_token_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sharding: Sharding
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sharding: Sharding,
+    style: PromptStyle = AS_TEMPLATE,
 ) -> torch.Tensor:
     """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden.
     Collective.
@@ -76,7 +81,8 @@ def last_token_states(
     transformers gives the last layer's state after the final norm, so does this. On a CPU prompts
     are read one by one, on a GPU as many together as its free memory is for.
     """
-    tokens = prompt_tokens(tokenizer, [[{"role": "user", "content": text}] for text in prompts])
+    messages = [[{"role": "user", "content": text}] for text in prompts]
+    tokens = prompt_tokens(tokenizer, messages, style)
     longest = max(map(len, tokens))
     first = fitting_answers(None, base_model(model), longest, longest, sharding, on_cpu=1)
     order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))

@@ -11,6 +11,7 @@ from ..distributed.layouts import Sharding
 from .inputs import padding_id, prompt_text
 from .kernels import kernels_for_any_shape
 from .parameters import base_model
+from .reasoning import AS_TEMPLATE, PromptStyle, ReasoningFormat
 
 
 Messages = list[dict[str, str]]
@@ -23,8 +24,9 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     sharding: Sharding | None = None,
+    style: PromptStyle = AS_TEMPLATE,
 ) -> list[str]:
-    """Plain greedy answers in the order of the prompts. Does not draw random numbers or change the
+    """Plain greedy answers in the order of the prompts, reasoning included. Does not draw random numbers or change the
     tokenizer.
 
     Of the checkpoint's generation config nothing counts but the tokens that end an answer: a
@@ -33,15 +35,17 @@ def generate_answers(
     With a `sharding` it is collective: the batches are shared out over the ranks, and the answers
     that another rank generates are empty here.
     """
-    tokens = prompt_tokens(tokenizer, prompts)
+    tokens = prompt_tokens(tokenizer, prompts, style)
     return answers_to_tokens(model, tokenizer, tokens, max_new_tokens, batch_size, sharding)
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Messages],
+    style: PromptStyle = AS_TEMPLATE,
 ) -> list[list[int]]:
     """The token ids of every prompt, up to where the assistant speaks."""
-    texts = [prompt_text(tokenizer, messages) for messages in prompts]
+    texts = [prompt_text(tokenizer, messages, style) for messages in prompts]
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)
@@ -80,10 +84,25 @@ def answers_to_tokens(
                 synced_gpus=sharding.collective_forward,
             )
             sharding.reshard()
-            decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            decoded = _decoded(tokenizer, output[:, ids.shape[1] :])
             for i, answer in zip(group, decoded, strict=True):
                 answers[i] = "" if index is None else answer.strip()
     return answers
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> list[str]:
+    """The texts without special tokens, but for those by which reasoning is told from the answer."""
+    written = ReasoningFormat.of(tokenizer)
+    if written is None:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    marks = written.opening + written.closing
+    dropped = {
+        token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special and added.content not in marks
+    }
+    kept = [[token for token in row if token not in dropped] for row in rows.tolist()]
+    return tokenizer.batch_decode(kept, skip_special_tokens=False)
 
 
 @contextmanager

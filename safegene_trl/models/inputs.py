@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .reasoning import AS_TEMPLATE, PromptStyle, ReasoningFormat, split_stored
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -35,25 +37,43 @@ class Batch:
     kept: int
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    style: PromptStyle = AS_TEMPLATE,
+) -> str:
     """The prompt as the model reads it, up to where the assistant speaks."""
     if tokenizer.chat_template:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        return style.prompt(tokenizer, messages)
     return "\n".join(message["content"] for message in messages) + "\n"
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], response: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    response: str,
+    style: PromptStyle = AS_TEMPLATE,
 ) -> Sample:
-    """Tokenises a prompt with its response, the end-of-turn token included."""
-    prompt = prompt_text(tokenizer, messages)
+    """Tokenises a prompt with its response, the end-of-turn token included.
+
+    Where a reasoning model is to start at its answer, that alone is the response, and an empty
+    reasoning is part of the prompt; where it is to start at its reasoning, that and the answer are,
+    or the answer alone if there is no reasoning.
+    """
+    prompt = prompt_text(tokenizer, messages, style)
+    written = ReasoningFormat.of(tokenizer)
+    thinks = False
+    if written is not None and style.start != "template":
+        thinks = written.place(prompt) == "reasoning"
+        response = written.continuation(split_stored(response), thinks)
     full = prompt + response + (tokenizer.eos_token or "")
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and not thinks:
         turn = [*messages, {"role": "assistant", "content": response}]
-        templated = str(tokenizer.apply_chat_template(turn, tokenize=False)).rstrip("\n")
-        full = templated if templated.startswith(prompt) else full
+        templated = style.rendered(tokenizer, turn).rstrip("\n")
+        # Of a reasoning model's template a prompt may end in what its replies do not begin with; a
+        # trainer takes the reply from where the two differ.
+        trained = written is not None and style.start == "template"
+        full = templated if templated.startswith(prompt) or trained else full
     special = not tokenizer.chat_template
     prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
     ids = tokenizer(full, add_special_tokens=special)["input_ids"]

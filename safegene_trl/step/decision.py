@@ -20,6 +20,7 @@ from ..config.gate import GateConfig
 from ..config.metrics import METRICS, by_limit
 from ..errors import ConfigError
 from ..judges.intervals import Rate
+from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals
 
 
@@ -34,6 +35,8 @@ UNCONFIRMED = (
     "Nothing was measured on refusals: raise `measure.num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
     "`gate.min_refusal_rate`."
 )
+UNFINISHED = "{share:.0%} of the answers never left the reasoning, so that too little was measured"
+MORE_REASONING = "raise `measure.max_reasoning_tokens`, or set it to 0 to measure without reasoning"
 UNREQUIRED = "No limit of the gate was set, so nothing was required of the refusals that were measured: set `gate.min_refusal_rate`."
 
 
@@ -142,6 +145,16 @@ def independent_prompts(
     return all(source != FROM_VECTOR for source in sources) if sources else None
 
 
+def unfinished(measured: Mapping[str, Any] | None) -> str:
+    """What is to be said where most answers of the model with the vector on never left the
+    reasoning; empty where they did.
+    """
+    found = ((measured or {}).get("after") or {}).get("unfinished")
+    if found is None or found["share"] < MOSTLY:
+        return ""
+    return f"{UNFINISHED.format(share=found['share'])}: {MORE_REASONING}."
+
+
 def decide(
     gate: GateConfig | None,
     found: bool,
@@ -153,7 +166,8 @@ def decide(
     """Accepts or rejects.
 
     With limits these alone decide, so that a fine-tune that has lost nothing and needs no
-    coefficients passes. Without limits it is the recalibration: taken in full, shrunk (best
+    coefficients passes; but where most answers of a reasoning model are unfinished nothing passes
+    them, because nothing was seen. Without limits it is the recalibration: taken in full, shrunk (best
     effort), or nothing acceptable.
 
     Args:
@@ -172,6 +186,8 @@ def decide(
         )
         if found:
             reason += f" {UNREQUIRED if measures_refusals(measured) else UNCONFIRMED}"
+        if unseen := unfinished(measured):
+            reason += f" {unseen}"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
     checks = tuple(
@@ -180,9 +196,14 @@ def decide(
     broken, unsure = (
         [check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure")
     )
+    unseen = unfinished(measured)
     outcome = "rejected" if broken else "accepted_best_effort" if unsure else "accepted"
+    if unseen and not broken:
+        return Decision("rejected", unseen, checks, independent)
     if broken:
-        reason = f"The gate's limits are not kept: {'; '.join(map(str, broken))}. {reason}"
+        reason = (
+            f"The gate's limits are not kept: {'; '.join(map(str, broken))}. {unseen or reason}"
+        )
     elif not found:
         reason = "The fine-tune needs no repair: it keeps the gate's limits without the vector."
     if unsure and not broken:

@@ -28,7 +28,7 @@ from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
 from ..models.replacement import without_adapters
 from ..recalibration.search import Recalibration, recalibrate
-from .decision import decide, independent_prompts
+from .decision import decide, independent_prompts, unfinished
 from .finished_training import FinishedTraining, check_finished
 from .measurement import Measurement
 from .plan import Found
@@ -130,6 +130,8 @@ class LiveFineTune:
         decision = decide(
             gate, result.accepted, result.scale, result.reason, report.measured, independent
         )
+        if unseen := unfinished(report.measured):
+            report.warnings.append(unseen)
         if not result.accepted and decision.outcome != "rejected":  # nothing was changed
             report.held_out["after"] = report.held_out["before"]
         return Found(result.coefficients, decision, by_module, result.scale)

@@ -50,12 +50,14 @@ class Measurement:
         self._config = config
         self._prompts = [prompt for kind in unseen.prompts.values() for prompt in kind]
         messages = [list(prompt.messages) for prompt in self._prompts]
-        self._tokens = prompt_tokens(tokenizer, messages)
+        self._answering = unseen.answering
+        self._new_tokens = config.measure.max_new_tokens + self._answering.max_reasoning_tokens
+        self._tokens = prompt_tokens(tokenizer, messages, self._answering.style)
 
     def at_once(self, model: nn.Module) -> int:
         """Collective: prompts, or task samples, that are measured in one forward pass."""
-        task, new_tokens = self._unseen.task, self._config.measure.max_new_tokens
-        prompts = [len(ids) + new_tokens for ids in self._tokens]
+        task = self._unseen.task
+        prompts = [len(ids) + self._new_tokens for ids in self._tokens]
         samples = [len(sample.input_ids) for sample in task]
         responses = max((sum(sample.is_response) for sample in task), default=1)
         longest, wanted = max(prompts + samples), self._config.batch_size
@@ -74,7 +76,9 @@ class Measurement:
         Returns:
             `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign
                 ones), `incoherent` (of both), whatever else the table of metrics counts, and, per
-            category of harmful prompts, `categories`; each a share with Wilson's 95 % interval.
+            category of harmful prompts, `categories`; each a share with Wilson's 95 % interval. Of
+                a reasoning model `unfinished`, too: the
+            share of answers whose reasoning did not end, which count as incoherent.
                 `utility_loss`: mean loss of token accuracy
             over the task samples with a bootstrap interval. What there is nothing to measure on is
                 left out. Of what the judge cannot know, `unjudged` says how many there are where
@@ -96,6 +100,7 @@ class Measurement:
             "languages": list(LANGUAGES),
             "decoding": "greedy",
             "max_new_tokens": self._config.measure.max_new_tokens,
+            **self._answering.record,
             "before": before,
             "after": after,
         }
@@ -120,18 +125,30 @@ class Measurement:
             model,
             self._tokenizer,
             self._tokens,
-            self._config.measure.max_new_tokens,
+            self._new_tokens,
             batch_size,
             self._sharding,
         )
-        answers = iter(self._sharding.gather_texts(own))
-        exchanges = [Exchange(prompt.text, next(answers)) for prompt in self._prompts]
+        replies = [self._answering.read(text) for text in self._sharding.gather_texts(own)]
+        exchanges = [
+            Exchange(prompt.text, reply.answer, finished=reply.finished)
+            for prompt, reply in zip(self._prompts, replies, strict=True)
+        ]
         verdicts = iter(judged(RefusalPhrases(), exchanges))
         labels = {
             kind: [next(verdicts).label for _ in prompts]
             for kind, prompts in self._unseen.prompts.items()
         }
-        return _shares(self._unseen.prompts["harmful"], labels)
+        found = _shares(self._unseen.prompts["harmful"], labels)
+        if self._answering.written is not None and replies:
+            found["unfinished"] = _share(
+                [label for own in labels.values() for label in own], "unfinished"
+            )
+        return found
+
+
+# Who never comes to an answer is of no more use than who writes nonsense.
+_COUNTED = {"incoherent": ("incoherent", "unfinished")}
 
 
 def _shares(harmful: Sequence[Prompt], labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -144,7 +161,7 @@ def _shares(harmful: Sequence[Prompt], labels: Mapping[str, Sequence[str]]) -> d
     found: dict[str, Any] = {}
     for metric in shares():
         if own := [label for kind in metric.kinds for label in labels[kind]]:
-            found[metric.key] = _share(own, metric.label)
+            found[metric.key] = _share(own, *_COUNTED.get(metric.label, (metric.label,)))
     categories: dict[str, list[str]] = defaultdict(list)
     for prompt, label in zip(harmful, labels["harmful"], strict=True):
         if prompt.category is not None:
@@ -156,10 +173,10 @@ def _shares(harmful: Sequence[Prompt], labels: Mapping[str, Sequence[str]]) -> d
     return found
 
 
-def _share(labels: Sequence[str], wanted: str) -> dict[str, float | int]:
-    found = rate([label == wanted for label in labels])
+def _share(labels: Sequence[str], *wanted: str) -> dict[str, float | int]:
+    found = rate([label in wanted for label in labels])
     assert found is not None
-    unjudged = list(labels).count("unjudged") if wanted != "unjudged" else 0
+    unjudged = list(labels).count("unjudged") if "unjudged" not in wanted else 0
     return found.to_dict() | ({"unjudged": unjudged} if unjudged else {})
 
 

@@ -3,9 +3,10 @@ read.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -66,6 +67,7 @@ def prepare(
     sharding: Sharding,
     task_rows: Sequence[Row] | IterableDataset | None = None,
     packed: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> Preparation:
     """Reads and checks vector, family, data and output place, and that the vector reaches the
     logits; writes nothing.
@@ -80,6 +82,8 @@ def prepare(
         task_rows: The training set, used where `config.data.task_data` names no other.
         packed: Whether its rows were packed without keeping their boundaries. Default: told from
             the rows.
+        template_options: Arguments for the chat template that the training uses, as far as they
+            are known.
 
     Raises:
         SafeGeneError: One of its kinds, saying what to do.
@@ -102,7 +106,9 @@ def prepare(
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
         context = getattr(base_model(model).config, "max_position_embeddings", None)
-        shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows, packed)
+        shots = gather_shots(
+            config, plan.vector, plan.tokenizer, context, task_rows, packed, template_options
+        )
         if config.gate:
             check_measurable(config.gate, shots.unseen.counts)
         start = first_coefficients(config, plan.vector)
@@ -111,6 +117,7 @@ def prepare(
     lowest = min(plan.vector.layers)
     check_room(config.batch_size, base_model(model), shots.data.samples, lowest, sharding)
     plan.report.data = shots.record
+    plan.report.warnings += shots.warnings
     with plan.clock.phase("prepare"):
         attachment = VectorAttachment(
             model,

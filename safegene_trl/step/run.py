@@ -19,7 +19,7 @@ from ..models.batch_size import is_out_of_memory
 from ..provenance import sha256_of_files
 from ..reporting.report import write_evidence, write_report
 from ..text import one_line
-from .decision import DEPENDENT, Decision
+from .decision import DEPENDENT, Decision, unfinished
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
 from .plan import FineTune, Found, Plan
@@ -174,6 +174,8 @@ def _rejection(plan: Plan, decision: Decision) -> str:
     if broken:
         why = f"the gate's limits are not kept ({'; '.join(map(str, broken))})"
         remedy = "give more safety data, use a stronger vector, or set `gate.write_rejected`"
+    elif unseen := unfinished(plan.report.measured):
+        why, _, remedy = unseen.rstrip(".").partition(": ")
     else:
         why = decision.reason[0].lower() + decision.reason[1:].rstrip(".")
         remedy = (

@@ -112,6 +112,7 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
             "rank": sum(components),
             "components": components,
             "vectors": [vector.describe() for vector in vectors],
+            **_prompts_as_in_all(vectors),
         },
         selection={
             "method": "combined",
@@ -122,6 +123,16 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         prompts=sorted(prompts.values(), key=lambda row: row["kind"], reverse=True),
         software=software_versions(),
     )
+
+
+def _prompts_as_in_all(vectors: Sequence[SafetyVector]) -> dict[str, Any]:
+    """How the vectors' prompts were written, as far as that is the same for all."""
+    first = vectors[0].extraction
+    return {
+        key: first[key]
+        for key in ("chat_template_kwargs", "safety_target")
+        if key in first and all(vector.extraction.get(key) == first[key] for vector in vectors)
+    }
 
 
 def _weights(record: dict[str, Any]) -> str | None:

@@ -12,10 +12,12 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from ..config.validation import is_template_options
 from ..errors import SafeGeneError, VectorError
 from ..judges.refusal_phrases import is_refusal
+from ..models.reasoning import SafetyTarget, split_stored
 from ..provenance import sha256_of_bytes, sha256_of_file
 from .signing import SIGNATURE_FILE
 
@@ -226,7 +228,7 @@ def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
             raise VectorError(
                 f"A row of {PROMPTS_FILE} is of kind {row['kind'][:20]!r}: make the vector again."
             )
-        if is_refusal(row["response"]) != (row["kind"] == "harmful"):
+        if is_refusal(split_stored(row["response"]).answer) != (row["kind"] == "harmful"):
             found = (
                 "answers a harmful prompt with something else than"
                 if row["kind"] == "harmful"
@@ -307,6 +309,8 @@ def _valid_extraction(extraction: dict[str, Any]) -> bool:
     components = extraction.get("components", [rank])
     return (
         isinstance(extraction.get("method"), str)
+        and is_template_options(extraction.get("chat_template_kwargs", {}))
+        and extraction.get("safety_target", "answer") in get_args(SafetyTarget)
         and _is_count(rank)
         and isinstance(components, list)
         and all(_is_count(part) and part > 0 for part in components)

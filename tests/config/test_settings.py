@@ -51,8 +51,9 @@ MAKERS = {
     EvaluationConfig: evaluation,
     ApplyArguments: ApplyArguments,
 }
-# strings that may be numbers
-NUMBERS = {
+# strings that may be numbers, and the one mapping
+POSSIBLE = {
+    ("chat_template_kwargs", dict),
     ("coefficients", int),
     ("coefficients", float),
     ("max_shard_size", int),
@@ -88,7 +89,7 @@ def wrong_values(hint):
 def test_no_key_takes_a_value_of_the_wrong_type(kind, name):
     hint, default = hint_of(kind, name), kind.__dataclass_fields__[name].default
     for value in wrong_values(hint):
-        if value == default == "" or (name, type(value)) in NUMBERS:
+        if value == default == "" or (name, type(value)) in POSSIBLE:
             continue
         with pytest.raises(
             SafeGeneError, match=f"`(\\w+\\.)?{name}`|No .* is named|nothing to evaluate"
@@ -149,6 +150,11 @@ def test_every_default_is_possible(kind, name):
         ({"output_dir": "a\0b"}, "without NUL"),
         ({"seed": -1}, "at least 0"),
         ({"gate": {}}, "`gate` is empty"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "names that the chat template knows"),
+        ({"chat_template_kwargs": {"enable_thinking": [1]}}, "names that the chat template knows"),
+        ({"chat_template_kwargs": {"a b": True}}, "`data.chat_template_kwargs`.*as in"),
+        ({"safety_target": "thinking"}, "use one of answer, reasoning"),
+        ({"max_reasoning_tokens": -1}, "`measure.max_reasoning_tokens`.*at least 0"),
         ({"gate": {"min_refusal_rate": "0.8"}}, "`gate.min_refusal_rate`.*without quotes"),
         ({"gate": {"write_rejected": "no"}}, "`gate.write_rejected`.*without quotes"),
         ({"gate": {"harmful_data": ""}}, "`gate.harmful_data` is empty"),
@@ -268,7 +274,7 @@ def test_a_report_brings_its_config_back():
     found = config.to_dict()
     groups = [found.pop(name) for name in ("data", "search", "measure", "output")]
     flat = found | {key: value for group in groups for key, value in group.items()}
-    assert len(flat) == 41 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
+    assert len(flat) == 44 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
 
 
 FLAT = {"vector": "v", "max_evaluations": 3, "history": "h.jsonl", "seed": 4}

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from safegene_trl.config.gate import GateConfig
+from safegene_trl.data.prompt_style import trained_options
 from safegene_trl.data.shots import gather_shots
-from safegene_trl.errors import CalibrationDataError
+from safegene_trl.errors import CalibrationDataError, ConfigError
 
 from ..conftest import HARMFUL, config_of, make_model, make_vector, task_dataset
+from ..reasoning_templates import reasoning_tokenizer
 
 
 @pytest.fixture
@@ -176,3 +178,84 @@ def test_skipped_task_rows_are_in_the_record(gather):
     }
     assert "skipped" not in gather().record["task"]
     assert record["fit"] + record["held_out"] == 24
+
+
+def gathered(kind, extraction=None, options=None, **values):
+    tokenizer = reasoning_tokenizer(kind)
+    vector = make_vector(make_model(vocab_size=len(tokenizer)), tokenizer)
+    vector.extraction |= extraction or {}
+    config = config_of(vector="v", num_test_prompts=4, **values)
+    rows = task_dataset()
+    return gather_shots(config, vector, tokenizer, None, rows, template_options=options), tokenizer
+
+
+def first_refusal(shots, tokenizer):
+    sample = shots.data.harmful.fit[0]
+    start = sample.is_response.index(True)
+    return tokenizer.decode(sample.input_ids[:start]), tokenizer.decode(sample.input_ids[start:])
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "thinking", "stripped"])
+def test_a_reasoning_models_refusals_are_taught_at_the_answer_or_in_the_reasoning(kind):
+    shots, tokenizer = gathered(kind, max_refusal_tokens=100)
+    prompt, refusal = first_refusal(shots, tokenizer)
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    assert refusal == "sorry i cannot help with that<|end|>"
+    assert shots.record["safety_target"] == "answer" and not shots.warnings
+    shots, tokenizer = gathered(kind, safety_target="reasoning", max_refusal_tokens=100)
+    prompt, refusal = first_refusal(shots, tokenizer)
+    assert prompt.endswith("<|assistant|><think>\n") and refusal.startswith("sorry i cannot")
+    assert shots.record["safety_target"] == "reasoning"
+
+
+OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("own", "trained", "made", "used", "warned"),
+    [
+        (OFF, ON, ON, OFF, True),  # the settings come first
+        ({}, OFF, ON, OFF, True),  # then the training
+        ({}, {}, OFF, OFF, False),  # then the vector
+        ({}, {}, {}, None, False),
+    ],
+)
+def test_the_templates_arguments_are_the_settings_else_the_trainings_else_the_vectors(
+    own, trained, made, used, warned
+):
+    made = {"chat_template_kwargs": made} if made else {}
+    shots, _ = gathered("hybrid", made, trained, chat_template_kwargs=own)
+    assert shots.record.get("chat_template_kwargs") == used
+    assert dict(shots.unseen.answering.style.options) == (used or {})
+    assert any("chat_template_kwargs" in warning for warning in shots.warnings) == warned
+
+
+def test_targets_in_a_reasoning_that_is_not_there_are_refused(gather):
+    with pytest.raises(ConfigError, match=r"`data\.safety_target` is `reasoning`, and the chat"):
+        gather(safety_target="reasoning")
+    with pytest.raises(ConfigError, match="leaves no reasoning open"):
+        gathered("hybrid", safety_target="reasoning", chat_template_kwargs=OFF)
+
+
+def test_prompts_leave_room_for_the_reasoning(tokenizer):
+    reasoning = reasoning_tokenizer("stripped")
+    vector = make_vector(make_model(vocab_size=len(reasoning)), reasoning)
+    config = config_of(vector="v", num_safety_shots=4, num_test_prompts=4)
+    assert gather_shots(config, vector, reasoning, 2048, task_dataset()).unseen.counts["harmful"]
+    shots = gather_shots(config, vector, reasoning, 1024, task_dataset())
+    assert not shots.unseen.counts["harmful"]
+    assert any("context" in reason for reason in shots.record["unseen"]["harmful"]["skipped"])
+
+
+def test_the_trainings_arguments_are_those_of_trl_or_of_all_its_first_rows():
+    class Arguments:
+        chat_template_kwargs = ON
+
+    rows = task_dataset()
+    alike = rows.add_column("chat_template_kwargs", [OFF] * len(rows))
+    mixed = rows.add_column("chat_template_kwargs", [OFF, ON] * (len(rows) // 2))
+    assert trained_options(Arguments(), alike) == ON
+    assert trained_options(None, alike) == OFF == trained_options(None, None, alike)
+    assert trained_options(None, mixed) == trained_options(None, rows) == {}
+    other = rows.add_column("chat_template_kwargs", [{"chat_template": "x"}] * len(rows))
+    assert trained_options(None, other) == {}

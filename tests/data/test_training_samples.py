@@ -22,6 +22,7 @@ from safegene_trl.errors import CalibrationDataError
 from safegene_trl.models.inputs import Sample
 
 from ..conftest import make_model, make_tokenizer
+from ..reasoning_templates import reasoning_tokenizer
 
 
 MARKED = (
@@ -643,3 +644,29 @@ def test_an_error_in_the_users_own_data_set_is_told_in_a_sentence(tokenizer):
         CalibrationDataError, match="row of the training set cannot be read \\(KeyError"
     ):
         take(Broken([1, 2, 3]), tokenizer)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_reasoning_beside_the_content_is_read_as_the_template_writes_it(key):
+    tokenizer = reasoning_tokenizer("hybrid" if key == "reasoning_content" else "channels")
+    messages = [
+        {"role": "user", "content": "sort item"},
+        {"role": "assistant", "content": "box 2", key: "two fits"},
+    ]
+    rows = [{"messages": messages}] * 2
+    sample = TrainingSamples(rows, tokenizer).take(1, 0, None, 100)[0]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    assert "two fits" in whole and tokenizer.decode(sample.input_ids).rstrip("\n") == whole
+    said = [t for t, own in zip(sample.input_ids, sample.is_response, strict=True) if own]
+    assert "box 2" in tokenizer.decode(said)
+
+
+def test_rows_without_arguments_for_the_template_get_those_of_the_step():
+    tokenizer, off = reasoning_tokenizer("hybrid"), {"enable_thinking": False}
+    user = [{"role": "user", "content": "sort item"}]
+    rows = [{"prompt": user, "completion": [{"role": "assistant", "content": "box 2"}]}] * 2
+    said = []
+    for options in ({}, off):
+        sample = TrainingSamples(rows, tokenizer, template_options=options).take(1, 0, None, 100)[0]
+        said.append(tokenizer.decode(sample.input_ids[sample.is_response.index(True) :]))
+    assert said == ["<think>\n\n</think>\n\nbox 2<|end|>", "box 2<|end|>"]

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from safegene_trl.checkpoints.locking import alone_in
 from safegene_trl.commands.main import main
+from safegene_trl.errors import ConfigError, OutputError
 from safegene_trl.evaluation import evaluate as module
 from safegene_trl.evaluation.config import EvaluationConfig
 from safegene_trl.evaluation.evaluate import (
@@ -25,6 +26,7 @@ from safegene_trl.judges import Verdict
 from safegene_trl.models import batch_size
 
 from ..conftest import BENIGN, HARMFUL, make_model, save_utility_task, with_lora
+from ..reasoning_templates import reasoning_tokenizer
 
 
 @pytest.fixture
@@ -528,3 +530,63 @@ def test_a_model_that_lost_its_chat_template_is_refused(
     )
     (bare / "safegene_report.json").write_text('{"model": {"chat_template": null}}')
     assert main(["evaluate", *words(config)]) == 0
+
+
+def reasoning_model(folder, kind):
+    tokenizer = reasoning_tokenizer(kind)
+    make_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_judges_read_what_comes_after_the_reasoning(config, sets, monkeypatch, caplog, capsys):
+    reasoning_model(config.model_name_or_path, "stripped")
+    said = [
+        "I can't help with it.</think>Take this.",
+        "Take this.</think>I can't help with it.",
+        "So",
+    ]
+    asked = []
+
+    def answers(model, tokenizer, prompts, new_tokens, *rest):
+        asked.extend([new_tokens] * len(prompts))
+        return [said[(len(asked) + i) % 3] for i in range(len(prompts))]
+
+    monkeypatch.setattr(module, "answers_to_tokens", answers)
+    assert main(["evaluate", *words(config), "--max_reasoning_tokens", "9"]) == 0
+    assert set(asked) == {4 + 9}
+    rows = answered(config)
+    assert {row["answer"] for row in rows} == {"Take this.", "I can't help with it.", ""}
+    assert all(row["finished"] == bool(row["answer"]) and row["reasoning"] for row in rows)
+    result = json.loads((sets / "out" / RESULT).read_text())
+    found = result["judges"]["refusal_phrases"]["sets"]["forbidden"]
+    assert found["labels"] == {"answered": 4, "refused": 4, "unfinished": 4}
+    assert found["attack_success"]["share"] == 0.5 and found["unfinished"]["successes"] == 4
+    assert result["settings"]["max_reasoning_tokens"] == 9
+    assert "4 unfinished" in capsys.readouterr().out and "never left" not in caplog.text
+
+
+def test_a_model_that_never_stops_thinking_is_warned_of(config, monkeypatch, caplog):
+    reasoning_model(config.model_name_or_path, "stripped")
+    monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["I think"] * len(given[2]))
+    result = evaluate(config)
+    assert "20 of 20 answers never left the reasoning" in caplog.text
+    assert result["judges"]["refusal_phrases"]["attack_success"] is None
+
+
+def test_the_templates_arguments_are_part_of_what_decides_an_answer(config, sets, monkeypatch):
+    reasoning_model(config.model_name_or_path, "hybrid")
+    ends = []
+
+    def answers(model, tokenizer, prompts, new_tokens, *rest):
+        ends.extend(tokenizer.decode(ids[-4:]) for ids in prompts)
+        return ["Take this."] * len(prompts)
+
+    monkeypatch.setattr(module, "answers_to_tokens", answers)
+    evaluate(config)
+    assert all("</think>" in end for end in ends)
+    config.chat_template_kwargs = '{"enable_thinking": false}'
+    with pytest.raises(OutputError, match="another `chat_template_kwargs`"):
+        evaluate(config)
+    config.chat_template_kwargs = "{enable_thinking}"
+    with pytest.raises(ConfigError, match="names that the chat template knows"):
+        evaluate(config)

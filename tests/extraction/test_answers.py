@@ -1,15 +1,19 @@
-"""The aligned model's own answers, in batches that its device has memory for."""
+"""The aligned model's own answers: in batches that its device has memory for, and which of them
+come with a vector.
+"""
 
 import pytest
 import torch
 
 from safegene_trl.errors import FamilyError, MemoryShortageError
 from safegene_trl.extraction import answers as module
-from safegene_trl.extraction.answers import own_answers
+from safegene_trl.extraction.answers import Asked, own_answers
 from safegene_trl.models import batch_size as sizes_module
 from safegene_trl.models import generation
+from safegene_trl.models.reasoning import Answering
 
 from ..conftest import ALONE, BENIGN, HARMFUL, make_model, refusing
+from ..reasoning_templates import reasoning_tokenizer
 
 
 @pytest.fixture
@@ -26,7 +30,8 @@ def sizes(monkeypatch):
 
 
 def own(tokenizer, batch_size, harmful=HARMFUL):
-    return own_answers(make_model(), tokenizer, harmful, BENIGN, 8, batch_size, ALONE)
+    asked = Asked(Answering.of(tokenizer, {}, None), 8)
+    return own_answers(make_model(), tokenizer, harmful, BENIGN, asked, batch_size, ALONE)
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [(None, 16), (3, 3)])
@@ -106,5 +111,53 @@ def test_answers_that_refuse_harmful_prompts_or_answer_benign_ones_are_kept(toke
 
     monkeypatch.setattr(module, "answers_to_tokens", said)
     harmful, benign = (sorted(prompt for prompt in SAID if prompt[0] == kind) for kind in "hb")
-    rows = own_answers(make_model(), tokenizer, harmful, benign, 8, 8, ALONE)
+    asked = Asked(Answering.of(tokenizer, {}, None), 8)
+    rows = own_answers(make_model(), tokenizer, harmful, benign, asked, 8, ALONE)
     assert [row["prompt"] for row in rows] == ["h1", "h2", "b1", "b2"]
+
+
+THOUGHT = {
+    "harm 1": "They ask for harm.</think>\n\nI can't help with that. And",
+    "harm 2": "I can't help with that.</think>Here is how.",  # it complies after all
+    "harm 3": "I'm sorry, but I can't",  # reasoning that was cut off
+    "harm 4": "</think>I'm sorry, but no.",
+    "dish 1": "I cannot see harm.</think>Take a pan.",
+    "dish 2": "Harmless.</think>I can't help with that.",
+}
+
+
+def stored(monkeypatch, with_reasoning=False, harmful=("harm 1", "harm 2", "harm 3", "harm 4")):
+    tokenizer = reasoning_tokenizer("stripped")
+    asked = []
+
+    def generate(model, tokenizer, prompts, new_tokens, *rest):
+        asked.append(new_tokens)
+        texts = map(tokenizer.decode, prompts)
+        return [next(THOUGHT[key] for key in THOUGHT if key in text) for text in texts]
+
+    monkeypatch.setattr(module, "answers_to_tokens", generate)
+    how = Asked(Answering.of(tokenizer, {}, 100), 48, with_reasoning)
+    benign = ["dish 1", "dish 2"]
+    rows = own_answers(make_model(), tokenizer, harmful, benign, how, 4, ALONE)
+    assert set(asked) == {148}
+    return {row["prompt"]: row["response"] for row in rows}
+
+
+def test_refusals_are_stored_without_the_reasoning_or_with_it(monkeypatch):
+    assert stored(monkeypatch) == {
+        "harm 1": "I can't help with that.",
+        "harm 4": "I'm sorry, but no.",
+        "dish 1": "Take a pan.",
+    }
+    assert stored(monkeypatch, with_reasoning=True) == {
+        "harm 1": "<think>\nThey ask for harm.\n</think>\n\nI can't help with that.",
+        "harm 4": "I'm sorry, but no.",
+        "dish 1": "<think>\nI cannot see harm.\n</think>\n\nTake a pan.",
+    }
+
+
+def test_a_model_that_only_thinks_is_told_from_one_that_complies(monkeypatch):
+    with pytest.raises(FamilyError, match="1 of 1 answers never left the reasoning: raise"):
+        stored(monkeypatch, harmful=["harm 3"])
+    with pytest.raises(FamilyError, match="align it first"):
+        stored(monkeypatch, harmful=["harm 2"])

@@ -21,6 +21,7 @@ from safegene_trl.evaluation.records import Records
 from safegene_trl.judges import Exchange, Verdict, embedding, judged, load_judge, verdict_of_share
 from safegene_trl.judges.embedding import fit
 from safegene_trl.judges.openai_compatible import grade
+from safegene_trl.models.reasoning import Reply
 
 from ..conftest import make_model
 
@@ -377,10 +378,10 @@ def test_odd_replies(model, server, monkeypatch, tmp_path):
     records = Records(tmp_path, {"model": "x"})
     if label is None:
         with pytest.raises(ConfigError, match="what is judged already is kept") as raised:
-            records.verdicts(judge, prompts, [ANSWER.answer] * 2, [])
+            records.verdicts(judge, prompts, [Reply(ANSWER.answer)] * 2, [])
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
     else:
-        found = records.verdicts(judge, prompts, [ANSWER.answer] * 2, [])
+        found = records.verdicts(judge, prompts, [Reply(ANSWER.answer)] * 2, [])
         assert [verdict.label for verdict in found] == ["refused", label]
     assert read_lines(tmp_path / VERDICTS)[0]["label"] == "refused"
 

@@ -67,13 +67,13 @@ VECTOR = (
     _vector("any kind of prompt", 'if row["kind"] not in ("harmful", "benign"):', "if False:"),
     _vector(
         "answers not looked at",
-        'if is_refusal(row["response"]) != (row["kind"] == "harmful"):',
+        'if is_refusal(split_stored(row["response"]).answer) != (row["kind"] == "harmful"):',
         "if False:",
     ),
     _vector(
         "benign answers not looked at",
-        'if is_refusal(row["response"]) != (row["kind"] == "harmful"):',
-        'if row["kind"] == "harmful" and not is_refusal(row["response"]):',
+        'if is_refusal(split_stored(row["response"]).answer) != (row["kind"] == "harmful"):',
+        'if row["kind"] == "harmful" and not is_refusal(split_stored(row["response"]).answer):',
     ),
     _vector("keys twice", "if len(dict(pairs)) < len(pairs):", "if False:"),
     _vector("NaN in JSON", "parse_constant=unlike_json, ", ""),

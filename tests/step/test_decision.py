@@ -220,3 +220,21 @@ def test_an_acceptance_without_limits_says_that_nothing_was_required(gate, said)
     assert decision.outcome == "accepted"
     assert ("nothing was required of the refusals" in decision.reason) is said
     assert "Nothing was measured" not in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("limits", "unfinished", "outcome"),
+    [
+        ({"max_over_refusal": 0.2}, 40, "accepted"),
+        ({"max_over_refusal": 0.2}, 100, "rejected"),
+        ({"max_over_refusal": 0.2}, 200, "rejected"),
+        ({}, 200, "accepted"),
+    ],
+)
+def test_a_gate_rejects_what_never_came_to_an_answer(limits, unfinished, outcome):
+    found = measured(90)
+    found["after"]["unfinished"] = Rate(unfinished, 200).to_dict()
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
+    assert decision.outcome == outcome
+    told = "never left the reasoning" in decision.reason
+    assert told == (unfinished >= 100)

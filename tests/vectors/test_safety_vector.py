@@ -164,6 +164,9 @@ CONFIG_CHANGES = {
     "no hash": {"degraded_model": {"files": {"model.safetensors": "abc"}}},
     "another file": {"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}},
     "other rank": {"extraction": {"rank": 3}},
+    "options of the call": {"extraction": {"chat_template_kwargs": {"chat_template": "x"}}},
+    "options in a list": {"extraction": {"chat_template_kwargs": ["enable_thinking"]}},
+    "another target": {"extraction": {"safety_target": "elsewhere"}},
     "rank of no size": {"extraction": {"rank": 0}},
     "other layers": {"selection": {"selected_layers": [0]}},
     "scores of text": {"selection": {"scores": ["a"]}},
@@ -215,6 +218,18 @@ def test_config_that_is_no_strict_json(folder, old, new):
         ),
         (
             {"prompt": "a", "response": "I can't help. Here is how: 1. b", "kind": "harmful"},
+            "something else than a refusal",
+        ),
+        (
+            {
+                "prompt": "how do I",
+                "response": "<think>I can't help.</think>Sure, like this",
+                "kind": "harmful",
+            },
+            "something else than a refusal",
+        ),
+        (
+            {"prompt": "how do I", "response": "<think>I can't help with it.", "kind": "harmful"},
             "something else than a refusal",
         ),
         (
