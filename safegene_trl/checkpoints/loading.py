@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
@@ -31,6 +32,7 @@ from .completeness import (
     check_loaded,
     empty_model,
     load_adapter,
+    reads_images,
 )
 from .contents import ADAPTER_CONFIG
 from .source import adapter_base, check_there, is_due_to, snapshot, stored_file, unreadable
@@ -178,9 +180,11 @@ def load_model(
             )
         else:
             check_complete(name_or_path, revision)
-            loader: Any = AutoModelForCausalLM
+            at = None if base else revision
+            images = reads_images(read_config(named, at))
+            loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
             model, info = loader.from_pretrained(
-                named, revision=None if base else revision, trust_remote_code=False, **kwargs
+                named, revision=at, trust_remote_code=False, **kwargs
             )
         if not getattr(model.config, "quantization_config", None):
             check_loaded(info, named)

@@ -35,6 +35,7 @@ from .lineage import Carried, Coefficients, carried_coefficients, carries_vector
 
 
 TRAINERS_OUTPUT, FINE_TUNE = "the trainer's `output_dir`", "the fine-tune"
+_SHOWN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,11 @@ def plan_step(
         config=config.to_dict(),
         vector=_vector_record(config, vector),
         base=base,
-        model={"kind": origin.kind, **family.to_dict()},
+        model={
+            "kind": origin.kind,
+            **family.to_dict(),
+            "added_tokens": _added_tokens(vector, family),
+        },
         launch=sharding.describe(),
         software=software_versions(),
         warnings=warnings,
@@ -258,6 +263,14 @@ def plan_step(
         report,
         clock,
     )
+
+
+def _added_tokens(vector: SafetyVector, family: Family) -> dict[str, Any]:
+    """What the report says of the tokens that the fine-tune's tokenizer has beyond the vector's
+    family.
+    """
+    added = vector.family.added_tokens(family) or []
+    return {"count": len(added), "first": added[:_SHOWN_TOKENS]}
 
 
 def _vector_record(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..models.supported import check_adapter_output, check_supported
 from ..vectors.safety_vector import SafetyVector
 from .decision import check_measurable
 from .history import last_accepted, read_history
-from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
+from .lineage import Coefficients, canonical, check_verified, reported_coefficients, vector_id
 from .plan import FINE_TUNE, InputModel, Origin, Plan, plan_step
 from .probe import MORE_THAN_WEIGHTS, RELOADED_TOLERANCE
 
@@ -90,7 +90,9 @@ def prepare(
     with plan.clock.phase("prepare"), sharding.raising_together():
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
-        context = getattr(base_model(model).config, "max_position_embeddings", None)
+        context = getattr(
+            base_model(model).config.get_text_config(), "max_position_embeddings", None
+        )
         shots = gather_shots(config, plan.vector, plan.tokenizer, context, task_rows, packed)
         if config.gate:
             check_measurable(config.gate, shots.unseen.counts)
@@ -163,4 +165,4 @@ def first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coeffici
     )
     if last is None or last["vector"]["sha256"] != vector_id(vector):
         return None
-    return space.refined(last["coefficients"])
+    return space.refined(canonical(last["coefficients"]))
