@@ -213,12 +213,41 @@ def load_adapter(
         missing += _missing_biases(model, file)
         if missing:
             raise _incomplete(name_or_path, missing)
-        if result.unexpected_keys:
+        if unread := _unread(result.unexpected_keys, file):
             raise UnsupportedModelError(
-                f"{name_or_path} holds {_names(sorted(result.unexpected_keys))}, which fit no module of its base model: name "
+                f"{name_or_path} holds {_names(unread)}, which fit no module of its base model: name "
                 "the base model it was trained on in `adapter_config.json`, or save the adapter again."
             )
+        _tie_loaded(model.get_base_model(), file_tensors(file))
     return model.eval()
+
+
+def _unread(unexpected: Collection[str], file: Path) -> list[str]:
+    """What an adapter holds and PEFT has not read, without what it holds a second time: where the
+    vocabulary was resized PEFT saves the copies in `modules_to_save` under two names.
+    """
+    held = file_tensors(file)
+    return sorted(
+        name
+        for name in unexpected
+        if ".modules_to_save." not in name or name.replace(".modules_to_save", "") not in held
+    )
+
+
+def _tie_loaded(base: Any, held: Mapping[str, StoredTensor]) -> None:
+    """Makes tied embeddings that an adapter holds one tensor again, where PEFT has given each of
+    them a tensor of its own, as it does in a model without weights.
+    """
+    found = dict(base.named_parameters(remove_duplicate=False))
+    for target, source in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        one, other = found.get(target), found.get(source)
+        if one is None or other is None or one is other or one.shape != other.shape:
+            continue
+        names = [name for name in (source, target) if f"base_model.model.{name}" in held]
+        if len(names) == 1 or (names and torch.equal(one, other)):
+            for name in {source, target} - {names[0]}:
+                module, _, leaf = name.rpartition(".")
+                setattr(base.get_submodule(module), leaf, found[names[0]])
 
 
 def resize_vocabulary(base: Any, config: Any, file: Path, named: str) -> None:
