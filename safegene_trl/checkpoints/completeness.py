@@ -266,7 +266,10 @@ def resize_vocabulary(base: Any, config: Any, file: Path, named: str) -> None:
     """
     if config.is_prompt_learning:
         return
-    held, names = file_tensors(file), _embedding_names(base)
+    try:
+        held, names = file_tensors(file), _embedding_names(base)
+    except CheckpointError:  # PEFT, which reads all of it, says so
+        return
     rows = {name: _rows(held, name) for name in names}
     wanted = {count for count in rows.values() if count is not None} - {
         base.get_input_embeddings().weight.shape[0]

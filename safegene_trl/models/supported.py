@@ -169,7 +169,7 @@ def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
     """
     tied, own = tied_weights(model), own_names(model)
     for name in modules:
-        weight = f"{own[name]}.weight"
+        weight = f"{own.get(name, name)}.weight"
         if others := tied.get(weight, set()) - {weight}:
             raise UnsupportedModelError(
                 f"The safety vector changes `{name}`, whose weight the model shares with `{min(others)}`: use a vector "
