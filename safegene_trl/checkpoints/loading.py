@@ -75,6 +75,20 @@ def check_readable(name_or_path: str, revision: str | None = None) -> None:
         return
 
 
+def stored_vocabulary(name_or_path: str | None, revision: str | None = None) -> int | None:
+    """How many tokens the vocabulary of a checkpoint has by its config, None where that cannot be
+    read: a model may be only in memory, or was moved away.
+    """
+    if not name_or_path:
+        return None
+    try:
+        config = read_config(name_or_path, revision).get_text_config()
+    except (OSError, ValueError, UnsupportedModelError):
+        return None
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
+
+
 def not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
     """An error of the libraries in one of ours; `what` says what could not be loaded,
     `name_or_path` what was asked for.

@@ -85,9 +85,7 @@ class StoredModel:
     @cached_property
     def text_files(self) -> dict[str, str]:
         """Those of the text model alone, by the names that they have without a wrapper."""
-        return {
-            without_wrapper(name): name for name in self._stored(text_parameters(self.model))
-        }
+        return {without_wrapper(name): name for name in self._stored(text_parameters(self.model))}
 
     def _stored(self, parameters: Iterable[Parameter]) -> set[str]:
         tensors = {

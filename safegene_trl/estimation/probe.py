@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..checkpoints.atomic_writes import atomic_directory
-from ..checkpoints.preflight import nearest_folder
 from ..checkpoints.completeness import reads_images
+from ..checkpoints.preflight import nearest_folder
 from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.write_errors import writing
 from ..distributed.layouts import Sharding

@@ -78,7 +78,10 @@ def adapter_coverage(
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, stored in ((1, aligned), (-1, degraded)):
         for name, module in text_modules(stored.model).items():
-            if layer_index(name) is None and aligned.weight_files.get(name) not in replaced.values():
+            if (
+                layer_index(name) is None
+                and aligned.weight_files.get(name) not in replaced.values()
+            ):
                 pairs.setdefault(name, []).extend(
                     (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
                 )

@@ -116,7 +116,8 @@ def own_names(model: nn.Module) -> dict[str, str]:
 
 def _own_names(names: Iterable[str]) -> dict[str, str]:
     # the text model comes first where the class around it has a module of the same name
-    inside, found = {}, {}
+    inside: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name in names:
         canonical = without_wrapper(name)
         (found if canonical == name else inside)[canonical] = name
@@ -134,6 +135,12 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
         if not inside_adapter(name) and (outer is None or uncompiled(outer) is module):
             modules[canonical] = module
     return modules
+
+
+def vocabulary_rows(model: nn.Module) -> int:
+    """Rows of the input embedding, which can be more than the tokenizer has tokens."""
+    embedding: Any = base_model(model).get_input_embeddings()
+    return full_shape(embedding.weight)[0]
 
 
 def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.contents import CHECKPOINT
 from ..checkpoints.hub import check_hub
-from ..checkpoints.loading import read_config
+from ..checkpoints.loading import stored_vocabulary
 from ..checkpoints.places import check_places
 from ..checkpoints.preflight import check_output, check_writable
 from ..checkpoints.renaming import moved_aside, temporary_folder
@@ -23,9 +23,8 @@ from ..checkpoints.write_errors import writing
 from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
-from ..distributed.shapes import full_shape
 from ..errors import UnsupportedModelError
-from ..models.parameters import base_model, canonical_modules
+from ..models.parameters import canonical_modules, vocabulary_rows
 from ..models.supported import check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
@@ -177,14 +176,10 @@ def check_base_vocabulary(model: nn.Module, origin: Origin) -> None:
     """Raises `UnsupportedModelError` where an adapter on the base model that a LoRA started from
     would lack the embeddings of another vocabulary.
     """
-    if origin.kind != "lora" or origin.base is None:
+    if origin.kind != "lora":
         return
-    try:
-        before = read_config(origin.base, origin.revision).get_text_config().vocab_size
-    except (OSError, ValueError):  # it is only in memory, or was moved away
-        return
-    embedding: Any = base_model(model).get_input_embeddings()
-    if (now := full_shape(embedding.weight)[0]) != before:
+    before, now = stored_vocabulary(origin.base, origin.revision), vocabulary_rows(model)
+    if before not in (None, now):
         raise UnsupportedModelError(
             f"The fine-tune has a vocabulary of {now} tokens and its base model {origin.base} one of {before}, which no low-rank "
             "delta can hold: set `output.output_format: merged`."

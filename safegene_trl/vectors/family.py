@@ -72,12 +72,16 @@ class Family:
     @classmethod
     def of(cls, model: "nn.Module", tokenizer: "PreTrainedTokenizerBase") -> "Family":
         """The family of a live model (plain or with a LoRA on it) and its tokenizer."""
-        from ..distributed.shapes import class_name, full_shape
-        from ..models.parameters import base_model, canonical_parameters, text_parameters
+        from ..distributed.shapes import class_name
+        from ..models.parameters import (
+            base_model,
+            canonical_parameters,
+            text_parameters,
+            vocabulary_rows,
+        )
 
         base = base_model(model)
-        embedding: Any = base.get_input_embeddings()
-        vocab_size = full_shape(embedding.weight)[0]
+        vocab_size = vocabulary_rows(model)
         whole, text = list(canonical_parameters(model)), text_parameters(model)
         return cls(
             architecture=_text_class(base) if len(text) < len(whole) else class_name(base),
@@ -169,9 +173,7 @@ class Family:
                 )
 
 
-def _fingerprint(
-    parameters: "Iterable[Parameter]", vocab_size: int, wrapped: bool = False
-) -> str:
+def _fingerprint(parameters: "Iterable[Parameter]", vocab_size: int, wrapped: bool = False) -> str:
     """Hash of the names and shapes, without the part of a name that says where in a class of text
     and images the text model is, or with it.
     """
