@@ -57,8 +57,11 @@ def reads_images(config: PreTrainedConfig) -> bool:
     """
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return False
-    named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__
-    return named in (config.architectures or ()) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    architecture: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    return (
+        architecture.__name__ in (config.architectures or ())
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
 
 
 def empty_model(

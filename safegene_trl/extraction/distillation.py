@@ -234,11 +234,11 @@ def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
     """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has
     already stays active.
     """
-    rank, own = next(iter(deltas.values())).a.shape[0], own_names(model)
+    rank, names = next(iter(deltas.values())).a.shape[0], own_names(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(own[name] for name in deltas),
+        target_modules=sorted(names[name] for name in deltas),
         task_type="CAUSAL_LM",
     )
     if isinstance(model, PeftModel):

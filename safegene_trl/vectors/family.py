@@ -200,6 +200,6 @@ def _text_class(base: Any) -> str:
     name = class_name(base)
     config = type(base.config.get_text_config())
     if config in MODEL_FOR_CAUSAL_LM_MAPPING and config is not type(base.config):
-        found: str = MODEL_FOR_CAUSAL_LM_MAPPING[config].__name__
-        return found
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        return str(architecture.__name__)
     return _TEXT_CLASSES.get(name, name)
