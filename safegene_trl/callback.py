@@ -7,7 +7,6 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Trainer,
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 from .checkpoints.contents import ADAPTER_CONFIG
+from .checkpoints.loading import load_processor
 from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
@@ -230,13 +230,15 @@ def _processor(processing_class: Any, model: nn.Module) -> Any:
     """The trainer's tokenizer, or its processor with one."""
     if isinstance(processing_class, ProcessorMixin | PreTrainedTokenizerBase):
         return processing_class
-    name = base_model(model).config.name_or_path
+    name, cause = base_model(model).config.name_or_path, None
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FamilyError(
-            "The trainer has no tokenizer: pass `processing_class=tokenizer` to it."
-        ) from error
+        if name:
+            return load_processor(name)
+    except SafeGeneError as error:
+        cause = error
+    raise FamilyError(
+        "The trainer has no tokenizer: pass `processing_class=tokenizer` to it."
+    ) from cause
 
 
 def _packed(args: TrainingArguments) -> bool | None:

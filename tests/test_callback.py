@@ -412,7 +412,7 @@ BAD_STARTS = {
     "missing vector": ({"vector": "no/such-vector"}, {}, "neither a local directory"),
     "other family": ({}, {"model": lambda: make_model("qwen2")}, "was made for LlamaForCausalLM"),
     "other depth": ({}, {"model": lambda: make_model(layers=4)}, "names or shapes differ"),
-    "resized vocabulary": ({}, {"model": lambda: make_model(vocab_size=352)}, "vocabulary has 352"),
+    "cut vocabulary": ({}, {"model": lambda: make_model(vocab_size=300)}, "embedding 300 rows"),
     "other tokenizer": ({}, {"tokenizer": lambda: make_tokenizer(("<|x|>",))}, "tokenizer differs"),
     "missing data": ({"safety_data": "no/such-data"}, {}, "cannot be read"),
     "DoRA as an adapter": (

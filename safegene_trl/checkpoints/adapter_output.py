@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import canonical_modules, is_transposed
+from ..models.names import without_wrapper
+from ..models.parameters import is_transposed, own_modules
 from .live_merge import check_finite, whole
 from .merge_terms import ScaledVector
 from .portable_files import save_processor
@@ -33,13 +34,13 @@ def save_adapter(
     one. Ranks are padded with zeros to a single one and alpha = rank, because servers ignore
     per-module ranks. Collective, as `save_merged` is.
     """
-    modules = canonical_modules(model)
+    modules = own_modules(model)  # PEFT looks for the model's own names
     stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in modules.items():
         with whole(sharding, [], module) as (_, factors):
             pairs = [lora.pair() for lora in factors]
-            if name in vector.deltas:
-                pairs.append(vector.factors(name))
+            if (canonical := without_wrapper(name)) in vector.deltas:
+                pairs.append(vector.factors(canonical))
             if pairs and sharding.is_main:
                 stacked[name] = (
                     torch.cat([a.cpu() for a, _ in pairs]),
@@ -93,7 +94,7 @@ def read_adapter(place: Path) -> dict[str, LowRankDelta]:
         key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)
     ]
     return {
-        name: LowRankDelta(
+        without_wrapper(name): LowRankDelta(
             tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"]
         )
         for name in names

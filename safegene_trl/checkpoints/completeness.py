@@ -16,7 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
@@ -29,11 +33,14 @@ _SHOWN = 3  # names in a message
 
 
 def causal_architecture(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
-    """The class of causal language models for a config, and the config that class takes.
+    """The class of causal language models for a config, and the config that class takes: a class of
+    text and images where the checkpoint is of one.
 
     Raises:
         UnsupportedModelError: transformers has no causal language model of that kind.
     """
+    if reads_images(config):
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"{type(config).__name__} belongs to no causal language model that transformers itself has: use another model."
@@ -42,6 +49,19 @@ def causal_architecture(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig
     if architecture.config_class == config.sub_configs.get("text_config"):
         config = config.get_text_config()
     return architecture, config
+
+
+def reads_images(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint of this config is of a class of text and images: by the class that it
+    names, else where transformers has no other for it.
+    """
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return False
+    architecture: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    return (
+        architecture.__name__ in (config.architectures or ())
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
 
 
 def empty_model(
@@ -173,6 +193,7 @@ def load_adapter(
         )
     file = _adapter_file(name_or_path, revision)
     config.inference_mode = True
+    resize_vocabulary(base, config, file, name_or_path)
     kind: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     model: PeftModel = kind(base, config, "default", low_cpu_mem_usage=low_cpu_mem_usage)
     mapping = (
@@ -193,12 +214,100 @@ def load_adapter(
         missing += _missing_biases(model, file)
         if missing:
             raise _incomplete(name_or_path, missing)
-        if result.unexpected_keys:
+        if unread := _unread(result.unexpected_keys, file):
             raise UnsupportedModelError(
-                f"{name_or_path} holds {_names(sorted(result.unexpected_keys))}, which fit no module of its base model: name "
+                f"{name_or_path} holds {_names(unread)}, which fit no module of its base model: name "
                 "the base model it was trained on in `adapter_config.json`, or save the adapter again."
             )
+        _tie_loaded(model.get_base_model(), file_tensors(file))
     return model.eval()
+
+
+def _unread(unexpected: Collection[str], file: Path) -> list[str]:
+    """What an adapter holds and PEFT has not read, without what it holds a second time: where the
+    vocabulary was resized PEFT saves the copies in `modules_to_save` under two names.
+    """
+    held = file_tensors(file)
+    return sorted(
+        name
+        for name in unexpected
+        if ".modules_to_save." not in name or name.replace(".modules_to_save", "") not in held
+    )
+
+
+def _tie_loaded(base: Any, held: Mapping[str, StoredTensor]) -> None:
+    """Makes tied embeddings that an adapter holds one tensor again, where PEFT has given each of
+    them a tensor of its own, as it does in a model without weights.
+    """
+    found = dict(base.named_parameters(remove_duplicate=False))
+    for target, source in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        one, other = found.get(target), found.get(source)
+        if one is None or other is None or one is other or one.shape != other.shape:
+            continue
+        names = [name for name in (source, target) if f"base_model.model.{name}" in held]
+        if len(names) == 1 or (names and torch.equal(one, other)):
+            for name in {source, target} - {names[0]}:
+                module, _, leaf = name.rpartition(".")
+                setattr(base.get_submodule(module), leaf, found[names[0]])
+
+
+def resize_vocabulary(base: Any, config: Any, file: Path, named: str) -> None:
+    """Gives a base model the vocabulary that an adapter was trained with, where that is another:
+    PEFT saves resized embeddings with it, and does not resize those that they are loaded into.
+
+    Args:
+        base: The base model as it is; changed.
+        config: The adapter's.
+        file: Its weights.
+        named: What a message calls it.
+
+    Raises:
+        UnsupportedModelError: It trains single tokens, or the embeddings that it holds do not make
+            a whole model.
+    """
+    if config.is_prompt_learning:
+        return
+    try:
+        held, names = file_tensors(file), _embedding_names(base)
+    except CheckpointError:  # PEFT, which reads all of it, says so
+        return
+    rows = {name: _rows(held, name) for name in names}
+    wanted = {count for count in rows.values() if count is not None} - {
+        base.get_input_embeddings().weight.shape[0]
+    }
+    if not wanted:
+        return
+    if getattr(config, "trainable_token_indices", None):
+        raise UnsupportedModelError(
+            f"{named} trains single tokens of a resized vocabulary: leave out `trainable_token_indices`, or merge the adapter "
+            "into the model first, then run `safegene apply`."
+        )
+    if len(set(rows.values())) > 1:
+        name = next(name for name in names if rows[name] not in wanted)
+        raise UnsupportedModelError(
+            f"{named} was trained with a vocabulary of {min(wanted)} tokens and does not hold its `{name}`: save it with "
+            "`save_embedding_layers=True`."
+        )
+    base.resize_token_embeddings(min(wanted), mean_resizing=False)
+
+
+def _embedding_names(base: Any) -> list[str]:
+    """What a model calls its input embedding and, where that is a module with a weight of its own,
+    its output embedding.
+    """
+    tied = getattr(base, "all_tied_weights_keys", None) or {}
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    found = [name for name, module in base.named_modules() if any(module is one for one in layers)]
+    return [name for name in found if f"{name}.weight" not in tied]
+
+
+def _rows(held: Mapping[str, StoredTensor], name: str) -> int | None:
+    """How many rows an adapter's own copy of an embedding has, None where it holds none."""
+    for part in ("", ".modules_to_save", ".base_layer", ".token_adapter.base_layer"):
+        tensor = held.get(f"base_model.model.{name}{part}.weight")
+        if tensor is not None:
+            return tensor.shape[0]
+    return None
 
 
 def _incomplete(named: str, missing: Collection[str]) -> UnsupportedModelError:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
@@ -31,6 +32,7 @@ from .completeness import (
     check_loaded,
     empty_model,
     load_adapter,
+    reads_images,
 )
 from .contents import ADAPTER_CONFIG
 from .source import adapter_base, check_there, is_due_to, snapshot, stored_file, unreadable
@@ -71,6 +73,20 @@ def check_readable(name_or_path: str, revision: str | None = None) -> None:
         raise unreadable(name_or_path, error) from error
     except ValueError:  # it is there; whether it can be trained is not told here
         return
+
+
+def stored_vocabulary(name_or_path: str | None, revision: str | None = None) -> int | None:
+    """How many tokens the vocabulary of a checkpoint has by its config, None where that cannot be
+    read: a model may be only in memory, or was moved away.
+    """
+    if not name_or_path:
+        return None
+    try:
+        config = read_config(name_or_path, revision).get_text_config()
+    except (OSError, ValueError, UnsupportedModelError):
+        return None
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
 
 
 def not_loaded(what: str, name_or_path: str, error: Exception) -> UnsupportedModelError:
@@ -178,9 +194,11 @@ def load_model(
             )
         else:
             check_complete(name_or_path, revision)
-            loader: Any = AutoModelForCausalLM
+            at = None if base else revision
+            images = reads_images(read_config(named, at))
+            loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
             model, info = loader.from_pretrained(
-                named, revision=None if base else revision, trust_remote_code=False, **kwargs
+                named, revision=at, trust_remote_code=False, **kwargs
             )
         if not getattr(model.config, "quantization_config", None):
             check_loaded(info, named)

@@ -19,8 +19,8 @@ from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
 from ..models.parameters import (
     base_model,
-    canonical_modules,
     canonical_parameters,
+    own_modules,
     unadapted,
 )
 from ..models.quantized import is_quantized
@@ -52,7 +52,7 @@ def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
     config._experts_implementation = live.config._experts_implementation
     with no_init_weights(), init_empty_weights(include_buffers=False):
         fresh: PreTrainedModel = _architecture(live, config)._from_config(config, dtype=live.dtype)
-    for name, module in canonical_modules(model).items():
+    for name, module in own_modules(model).items():
         if is_quantized(layer := unadapted(module)):
             fresh.set_submodule(name, layer)
     for parameter in canonical_parameters(model):

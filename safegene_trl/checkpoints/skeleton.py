@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import UnsupportedModelError
 from ..models.parameters import tie_saved_modules
 from ..models.supported import changes_base, check_method
-from .completeness import empty_model, load_adapter, read_adapter_config
+from .completeness import causal_architecture, empty_model, load_adapter, read_adapter_config
 from .loading import UNREADABLE, not_loaded, read_config
 from .source import adapter_base
 from .tensor_file import StoredTensor
@@ -70,10 +70,10 @@ def load_skeleton(
 
 
 def _empty(config: PreTrainedConfig) -> nn.Module:
+    architecture, config = causal_architecture(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        model: nn.Module = architecture._from_config(config, dtype=torch.float32)
+    return model
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:

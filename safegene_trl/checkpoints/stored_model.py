@@ -4,6 +4,7 @@ Names, shapes and adapters come from a skeleton of the model without weights, so
 grow with the model.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..models.names import layer_index
+from ..models.names import layer_index, without_wrapper
 from ..models.parameters import (
     Parameter,
     as_stored,
@@ -19,6 +20,7 @@ from ..models.parameters import (
     canonical_parameters,
     is_transposed,
     task_factors,
+    text_parameters,
     tied_weights,
 )
 from ..models.supported import check_supported
@@ -78,11 +80,19 @@ class StoredModel:
         """The names in the files of all that the model reads. What else lies in the files is copied
         as it is.
         """
+        return self._stored(canonical_parameters(self.model))
+
+    @cached_property
+    def text_files(self) -> dict[str, str]:
+        """Those of the text model alone, by the names that they have without a wrapper."""
+        return {without_wrapper(name): name for name in self._stored(text_parameters(self.model))}
+
+    def _stored(self, parameters: Iterable[Parameter]) -> set[str]:
         tensors = {
             parameter.name: torch.empty(
                 parameter.shape, dtype=parameter.tensor.dtype, device="meta"
             )
-            for parameter in canonical_parameters(self.model)
+            for parameter in parameters
         }
         # Of tied weights the files may hold any one.
         for name, group in tied_weights(self.model).items():
@@ -143,9 +153,16 @@ class StoredModel:
         for name, group in tied_weights(
             self.model
         ).items():  # a file may hold a tied weight under both names
-            if name in own:
-                own |= dict.fromkeys(group & self.files.keys(), own[name])
+            if (held := self._in_files(name)) in own:
+                names = {self._in_files(other) for other in group}
+                own |= dict.fromkeys(names & self.files.keys(), own[held])
         return own
+
+    def _in_files(self, name: str) -> str:
+        """What the files call a tensor that has this name in the model."""
+        if name in self.files:
+            return name
+        return next(iter(stored_names(base_model(self.model), {name: torch.empty(0)})), name)
 
     def task_terms(self, name: str) -> list[Term]:
         """What the adapter adds to a tensor of the base model."""

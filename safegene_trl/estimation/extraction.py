@@ -25,7 +25,7 @@ from ..extraction.prompts import ExtractionPrompts
 from ..extraction.selection import SELECTIONS, gradient, last_token_states, top_layers
 from ..models.inputs import Sample
 from ..models.names import layer_index
-from ..models.parameters import canonical_modules, linear_shape, task_factors
+from ..models.parameters import linear_shape, task_factors, text_modules
 from .cost import Cost, Launch
 from .planned_run import PlannedRun
 from .probe import LAYERS, Probe, temporary_folder_beside
@@ -53,7 +53,7 @@ class DifferingModules:
         cls, aligned: StoredModel, degraded: StoredModel, by_adapters: bool, rank: int | None
     ) -> "DifferingModules":
         """That of two checkpoints, at a rank: where none is given, the LoRAs' own, else 8."""
-        layers, others = canonical_modules(degraded.model), canonical_modules(aligned.model)
+        layers, others = text_modules(degraded.model), text_modules(aligned.model)
         factors = {
             name: [
                 factor.a.shape[0]

@@ -28,9 +28,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..checkpoints.atomic_writes import atomic_directory
+from ..checkpoints.completeness import reads_images
 from ..checkpoints.preflight import nearest_folder
 from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.write_errors import writing
@@ -81,7 +82,7 @@ class Probe:
         base: Any = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
         self.skeleton, self.dtype, self._timed = skeleton, getattr(torch, dtype), timed
         self._config, self._seeds = base.config, itertools.count()
-        self.layers = int(base.config.num_hidden_layers)
+        self.layers = int(base.config.get_text_config().num_hidden_layers)
         self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.host = psutil.Process().memory_info().rss
         self.process = 0 if self.alone.device.type == "cuda" else self.host
@@ -95,14 +96,14 @@ class Probe:
         self, layers: int, adapter: PeftConfig | None = None, checkpointing: bool = False
     ) -> nn.Module:
         small = copy.deepcopy(self._config)
-        small.num_hidden_layers = layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:layers]
+        text = small.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        loader: Any = AutoModelForImageTextToText if reads_images(small) else AutoModelForCausalLM
         with torch.random.fork_rng(), self.alone.device:
             torch.manual_seed(next(self._seeds))  # else all would be drawn from one state
-            base: Any = AutoModelForCausalLM.from_config(
-                small, dtype=self.dtype, trust_remote_code=False
-            )
+            base: Any = loader.from_config(small, dtype=self.dtype, trust_remote_code=False)
             if checkpointing:
                 base.gradient_checkpointing_enable()
             model: nn.Module = (

@@ -6,7 +6,7 @@ difference of module or tensor m, the covered share is `Σ_covered ‖D_m‖² /
 Frobenius norms.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from ..checkpoints.row_blocks import Block, RowReader, in_threads, row_blocks
 from ..checkpoints.stored_model import StoredModel
 from ..errors import CheckpointError, FamilyError
 from ..models.names import layer_index
-from ..models.parameters import canonical_modules, task_factors
+from ..models.parameters import task_factors, text_modules
 from ..models.rounding import is_finite
 from .svd import Truncation, factors_at_rank
 
@@ -73,13 +73,15 @@ def adapter_coverage(
     """The coverage of two models of one base model, from their adapters; of the files only what an
     adapter replaces is read.
     """
-    replaced = (
-        aligned.own_tensors().keys() | degraded.own_tensors().keys()
-    ) & aligned.required_names
+    own_files = aligned.own_tensors().keys() | degraded.own_tensors().keys()
+    replaced = {name: own for name, own in aligned.text_files.items() if own in own_files}
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, stored in ((1, aligned), (-1, degraded)):
-        for name, module in canonical_modules(stored.model).items():
-            if layer_index(name) is None and aligned.weight_files.get(name) not in replaced:
+        for name, module in text_modules(stored.model).items():
+            if (
+                layer_index(name) is None
+                and aligned.weight_files.get(name) not in replaced.values()
+            ):
                 pairs.setdefault(name, []).extend(
                     (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
                 )
@@ -96,7 +98,7 @@ def adapter_coverage(
 def differences(
     aligned: StoredModel,
     degraded: StoredModel,
-    names: Collection[str],
+    names: Mapping[str, str],
     reader: RowReader,
     advance: Callable[[int], object] = int,
 ) -> dict[str, float]:
@@ -106,7 +108,8 @@ def differences(
     Args:
         aligned: One model.
         degraded: The other.
-        names: Tensors by their names in the files, which both models have in one shape.
+        names: By their names without a wrapper the names of tensors in the aligned model's files;
+            both models have them in one shape.
         reader: For both models' files.
         advance: Is told how many bytes were read.
 
@@ -114,20 +117,22 @@ def differences(
         FamilyError: A tensor is not in both, or in two shapes.
         CheckpointError: One holds NaN or infinity.
     """
-    floating = [name for name in sorted(names) if aligned.files[name].dtype.is_floating_point]
+    floating = [
+        name for name in sorted(names) if aligned.files[names[name]].dtype.is_floating_point
+    ]
     for name in floating:
-        other = degraded.files.get(name)
-        if other is None or other.shape != aligned.files[name].shape:
+        other = degraded.files.get(degraded.text_files.get(name, ""))
+        if other is None or other.shape != aligned.files[names[name]].shape:
             raise FamilyError(
                 f"`{name}` differs in shape between the aligned and the degraded model: use one family."
             )
-    blocks = [block for name in floating for block in row_blocks(name, aligned.files[name])]
+    blocks = [block for name in floating for block in row_blocks(name, aligned.files[names[name]])]
     found: dict[str, float] = {}
     for block, squares in zip(
         blocks, in_threads(partial(_squares, aligned, degraded, reader), blocks), strict=True
     ):
         found[block.name] = found.get(block.name, 0.0) + squares
-        advance(2 * (block.stop - block.first) * aligned.files[block.name].row_bytes)
+        advance(2 * (block.stop - block.first) * aligned.files[names[block.name]].row_bytes)
     return {name: squares for name, squares in found.items() if squares}
 
 
@@ -135,9 +140,10 @@ def differences(
 def _squares(aligned: StoredModel, degraded: StoredModel, reader: RowReader, block: Block) -> float:
     rows = []
     for side, stored in (("aligned", aligned), ("degraded", degraded)):
-        rows.append(stored.rows(reader, block, side))
+        own = Block(stored.text_files[block.name], block.first, block.stop)
+        rows.append(stored.rows(reader, own, side))
         if not is_finite(rows[-1]):
-            raise not_finite(stored, block.name)
+            raise not_finite(stored, own.name)
     return float(torch.linalg.vector_norm(rows[0].sub_(rows[1]), dtype=torch.float64)) ** 2
 
 

@@ -18,7 +18,7 @@ from ..checkpoints.row_blocks import RowReader, in_threads
 from ..checkpoints.stored_model import StoredModel
 from ..errors import CheckpointError, FamilyError
 from ..models.names import layer_index
-from ..models.parameters import canonical_modules, linear_shape, task_factors
+from ..models.parameters import linear_shape, task_factors, text_modules
 from ..models.rounding import is_finite
 from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd
@@ -43,7 +43,7 @@ def adapter_delta(
     """
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, model in ((1, aligned), (-1, degraded)):
-        for name, module in canonical_modules(model).items():
+        for name, module in text_modules(model).items():
             if layer_index(name) is not None:
                 factors.setdefault(name, []).extend(
                     (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
@@ -118,7 +118,7 @@ def _difference(
 ) -> tuple[dict[str, Truncation], Coverage]:
     names = [
         name
-        for name, module in canonical_modules(aligned.model).items()
+        for name, module in text_modules(aligned.model).items()
         if layer_index(name) is not None and linear_shape(module) is not None
     ]
     for name in names:
@@ -130,10 +130,9 @@ def _difference(
                 f"`{name}` differs in shape between the aligned and the degraded model: use one family."
             )
     sizes = [aligned.files[aligned.weight_files[name]].num_bytes for name in names]
-    rest = (
-        aligned.required_names - {aligned.weight_files[name] for name in names} if whole else set()
-    )
-    total = 2 * (sum(sizes) + sum(aligned.files[name].num_bytes for name in rest))
+    taken = {aligned.weight_files[name] for name in names}
+    rest = {name: own for name, own in aligned.text_files.items() if whole and own not in taken}
+    total = 2 * (sum(sizes) + sum(aligned.files[own].num_bytes for own in rest.values()))
     bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
     found: dict[str, Truncation] = {}
     with bar, RowReader() as reader:

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..models.inputs import Batch, Sample, batches
 from ..models.losses import divergence, response_logits
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import canonical_modules
+from ..models.parameters import canonical_modules, own_names
 from .linearization import Blocks, blocks_of, linearized
 
 
@@ -234,9 +234,12 @@ def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
     """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has
     already stays active.
     """
-    rank = next(iter(deltas.values())).a.shape[0]
+    rank, names = next(iter(deltas.values())).a.shape[0], own_names(model)
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=sorted(deltas), task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(names[name] for name in deltas),
+        task_type="CAUSAL_LM",
     )
     if isinstance(model, PeftModel):
         own = list(model.peft_config)

@@ -1,4 +1,6 @@
-"""What the names of modules and coefficients say: layers, components, rank-one parts."""
+"""What the names of modules and coefficients say: layers, components, rank-one parts, and which part
+of a model of text and images they are in.
+"""
 
 import re
 from collections import defaultdict
@@ -8,6 +10,33 @@ from statistics import fmean
 
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+# where classes of text and images keep their text model
+_TEXT_MODEL = re.compile(r"(?:model\.)?language_model(?:\.(?P<rest>.+))?")
+
+
+def without_wrapper(name: str) -> str:
+    """The name that a module, parameter or coefficient of a text model has where it is not inside a
+    class of text and images: `model.layers.0…` for `model.language_model.layers.0…` and
+    `language_model.model.layers.0…`; any other name itself.
+    """
+    found = _TEXT_MODEL.fullmatch(name)
+    if found is None:
+        return name
+    rest = found["rest"] or "model"
+    return rest if rest.partition(".")[0] in ("model", "lm_head") else f"model.{rest}"
+
+
+def text_names(names: Iterable[str]) -> list[str]:
+    """Those of a model's own names that belong to its text model: all, but in a class of text and
+    images.
+    """
+    names = list(names)
+    inside = {name for name in names if without_wrapper(name) != name}
+    return [
+        name for name in names if not inside or name in inside or name.split(".")[0] == "lm_head"
+    ]
 
 
 def layer_index(module_name: str) -> int | None:

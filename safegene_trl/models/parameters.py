@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from ..distributed.shapes import full_shape
+from .names import text_names, without_wrapper
 from .quantized import is_quantized, is_transposed_in_files, weight_shape
 
 
@@ -26,8 +27,8 @@ _WRAPPERS = re.compile(r"\.(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the checkpoint to be: its checkpoint name, the live tensor, and the module that
-    owns it.
+    """One tensor of the checkpoint to be: the model's own name for it, the live tensor, and the
+    module that owns it, under its canonical name.
 
     The live tensor may be a shard of the whole, or packed by quantisation; `shape` is the whole's.
     """
@@ -47,7 +48,7 @@ class Parameter:
     @property
     def is_weight(self) -> bool:
         """Whether it is its module's `weight`, to which low-rank deltas are added."""
-        return self.name == f"{self.module_name}.weight"
+        return self.name.rpartition(".")[2] == "weight"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,41 @@ def uncompiled(model: Any) -> Any:
 
 
 def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Maps checkpoint module names to live modules; for a layer with adapters, to the wrapper that
-    adds them.
+    """Maps canonical module names to live modules: the model's own names, but that a text model has
+    the same in a class of text and images as outside of it. For a layer with adapters, to the
+    wrapper that adds them.
+    """
+    modules = own_modules(model)
+    return {name: modules[own] for name, own in _own_names(modules).items()}
+
+
+def text_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The same of the text model alone: without vision towers and what joins them to it."""
+    modules = own_modules(model)
+    text = set(text_names(modules))
+    return {name: modules[own] for name, own in _own_names(modules).items() if own in text}
+
+
+def own_names(model: nn.Module) -> dict[str, str]:
+    """By canonical module name the model's own, without what adapters and compilation put into
+    it.
+    """
+    return _own_names(own_modules(model))
+
+
+def _own_names(names: Iterable[str]) -> dict[str, str]:
+    # the text model comes first where the class around it has a module of the same name
+    inside: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for name in names:
+        canonical = without_wrapper(name)
+        (found if canonical == name else inside)[canonical] = name
+    return found | inside
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Maps a model's own module names to live modules; for a layer with adapters, to the wrapper
+    that adds them.
     """
     modules: dict[str, nn.Module] = {}
     for name, module in base_model(model).named_modules():
@@ -107,12 +141,18 @@ def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def vocabulary_rows(model: nn.Module) -> int:
+    """Rows of the input embedding, which can be more than the tokenizer has tokens."""
+    embedding: Any = base_model(model).get_input_embeddings()
+    return full_shape(embedding.weight)[0]
+
+
 def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
     """Yields what a full checkpoint of the model holds: parameters (tied ones once) and persistent
     buffers.
     """
     base = base_model(model)
-    modules = canonical_modules(model)
+    modules = own_modules(model)
     tied = set(getattr(base, "all_tied_weights_keys", None) or ())
     parameters = dict(base.named_parameters())
     packed = tuple(f"{name}." for name, module in base.named_modules() if is_quantized(module))
@@ -128,7 +168,13 @@ def canonical_parameters(model: nn.Module) -> Iterator[Parameter]:
             continue
         canonical = canonical_name(name)
         module_name = canonical.rpartition(".")[0]
-        yield Parameter(canonical, tensor, module_name, modules[module_name])
+        yield Parameter(canonical, tensor, without_wrapper(module_name), modules[module_name])
+
+
+def text_parameters(model: nn.Module) -> list[Parameter]:
+    """Those of the text model alone."""
+    parameters = {parameter.name: parameter for parameter in canonical_parameters(model)}
+    return [parameters[name] for name in text_names(parameters)]
 
 
 def as_stored(model: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -258,7 +304,7 @@ def tie_saved_modules(model: Any) -> None:
         getattr(config, "ensure_weight_tying", False) for config in model.peft_config.values()
     ):
         return
-    modules = canonical_modules(model)
+    modules = own_modules(model)
     for name, group in tied_weights(model).items():
         module_name, _, leaf = name.rpartition(".")
         first_name, _, first_leaf = min(group).rpartition(".")

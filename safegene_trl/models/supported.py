@@ -14,11 +14,12 @@ from ..errors import UnsupportedModelError
 from .parameters import (
     adapter_configs,
     base_model,
-    canonical_modules,
     canonical_name,
     inside_adapter,
     is_transposed,
     linear_shape,
+    own_modules,
+    own_names,
     saved_copy,
     tied_weights,
     unadapted,
@@ -54,7 +55,7 @@ def check_supported(model: nn.Module) -> None:
     for config in adapter_configs(model).values():
         check_method(config)
     _check_quantization(model)
-    tied, modules = tied_weights(model), canonical_modules(model)
+    tied, modules = tied_weights(model), own_modules(model)
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             _check_saved_whole(name, module, modules, tied)
@@ -203,9 +204,10 @@ def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
     """Raises `UnsupportedModelError` if a delta is for a module whose weight other modules have as
     well.
     """
-    tied = tied_weights(model)
+    tied, own = tied_weights(model), own_names(model)
     for name in modules:
-        if others := tied.get(f"{name}.weight", set()) - {f"{name}.weight"}:
+        weight = f"{own.get(name, name)}.weight"
+        if others := tied.get(weight, set()) - {weight}:
             raise UnsupportedModelError(
                 f"The safety vector changes `{name}`, whose weight the model shares with `{min(others)}`: use a vector "
                 "without that module."

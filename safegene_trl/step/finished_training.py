@@ -15,12 +15,13 @@ from transformers import GenerationConfig, Trainer, TrainerState, TrainingArgume
 
 from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.live_merge import save_merged
+from ..checkpoints.loading import stored_vocabulary
 from ..checkpoints.merge_terms import NO_VECTOR
 from ..checkpoints.write_errors import writing
 from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
-from ..models.parameters import adapter_configs, base_model
+from ..models.parameters import adapter_configs, base_model, vocabulary_rows
 from ..models.supported import check_held
 from ..text import one_line
 
@@ -188,13 +189,27 @@ def _save(model: nn.Module, processor: Any, folder: Path, sharding: Sharding) ->
         save_merged(model, NO_VECTOR, CheckpointFolder(folder, processor, "50GB"), sharding)
         return
     whole = {}
-    for name, tensor in model.named_parameters():
+    base = model.active_peft_config.base_model_name_or_path
+    resized = stored_vocabulary(base) not in (None, vocabulary_rows(model))
+    embeddings = _embeddings(model) if resized else set()
+    # tied weights under all of their names: PEFT asks for each
+    for name, tensor in model.named_parameters(remove_duplicate=False):
         # a frozen adapter may act beside the trained one
-        if tensor.requires_grad or ".lora_" in name:
+        if tensor.requires_grad or ".lora_" in name or id(tensor) in embeddings:
             with sharding.full([tensor]) as (full,):
                 if sharding.is_main:
                     whole[name] = full.detach().cpu().clone()
     with sharding.raising_together(), writing():
         if sharding.is_main:
-            model.save_pretrained(str(folder), state_dict=whole or None)
+            layers: Any = True if resized else "auto"
+            model.save_pretrained(
+                str(folder), state_dict=whole or None, save_embedding_layers=layers
+            )
             processor.save_pretrained(folder)
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """The identities of the input and the output embedding's tensors."""
+    base = base_model(model)
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {id(tensor) for layer in layers if layer is not None for tensor in layer.parameters()}

@@ -30,6 +30,7 @@ from ..checkpoints.contents import MARKER
 from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
 from ..errors import ConfigError, FamilyError
+from ..models.names import without_wrapper
 from ..provenance import sha256_of_json
 from ..vectors.files import WEIGHTS_FILE
 from ..vectors.safety_vector import SafetyVector
@@ -223,7 +224,12 @@ def _claimed(entry: Any, vector: SafetyVector) -> Coefficients:
             "The fine-tune started from a checkpoint that holds another safety vector: fine-tune the plain checkpoint, or go on "
             "with the vector that is in it."
         )
-    return found
+    return canonical(found)
+
+
+def canonical(coefficients: Mapping[str, float]) -> Coefficients:
+    """Their names as they are today: earlier versions kept the wrapper's part of a module's name."""
+    return {without_wrapper(name): value for name, value in coefficients.items()}
 
 
 def _damaged() -> FamilyError:
@@ -267,7 +273,7 @@ def _evidence(
             yield _Evidence(
                 f"the history {config.output.history}",
                 release["vector"]["sha256"],
-                release["coefficients"],
+                canonical(release["coefficients"]),
             )
 
 
@@ -355,4 +361,4 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients]:
                 f"The coefficient of `{name}` in {path} is {value!r}: it must be a number from 0 to {LARGEST_COEFFICIENT:g}; name "
                 "another report."
             )
-    return weights, found
+    return weights, canonical(found)

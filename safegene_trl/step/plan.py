@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.contents import CHECKPOINT
 from ..checkpoints.hub import check_hub
+from ..checkpoints.loading import stored_vocabulary
 from ..checkpoints.places import check_places
 from ..checkpoints.preflight import check_output, check_writable
 from ..checkpoints.renaming import moved_aside, temporary_folder
@@ -22,7 +23,8 @@ from ..checkpoints.write_errors import writing
 from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
-from ..models.parameters import canonical_modules
+from ..errors import UnsupportedModelError
+from ..models.parameters import canonical_modules, vocabulary_rows
 from ..models.supported import check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
@@ -35,6 +37,7 @@ from .lineage import Carried, Coefficients, carried_coefficients, carries_vector
 
 
 TRAINERS_OUTPUT, FINE_TUNE = "the trainer's `output_dir`", "the fine-tune"
+_SHOWN_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,20 @@ class FineTune(Protocol):
         ...
 
 
+def check_base_vocabulary(model: nn.Module, origin: Origin) -> None:
+    """Raises `UnsupportedModelError` where an adapter on the base model that a LoRA started from
+    would lack the embeddings of another vocabulary.
+    """
+    if origin.kind != "lora":
+        return
+    before, now = stored_vocabulary(origin.base, origin.revision), vocabulary_rows(model)
+    if before not in (None, now):
+        raise UnsupportedModelError(
+            f"The fine-tune has a vocabulary of {now} tokens and its base model {origin.base} one of {before}, which no low-rank "
+            "delta can hold: set `output.output_format: merged`."
+        )
+
+
 def read_vector(
     config: SafeGeneConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[SafetyVector, Family, list[str]]:
@@ -239,7 +256,11 @@ def plan_step(
         config=config.to_dict(),
         vector=_vector_record(config, vector),
         base=base,
-        model={"kind": origin.kind, **family.to_dict()},
+        model={
+            "kind": origin.kind,
+            **family.to_dict(),
+            "added_tokens": _added_tokens(vector, family),
+        },
         launch=sharding.describe(),
         software=software_versions(),
         warnings=warnings,
@@ -258,6 +279,14 @@ def plan_step(
         report,
         clock,
     )
+
+
+def _added_tokens(vector: SafetyVector, family: Family) -> dict[str, Any]:
+    """What the report says of the tokens that the fine-tune's tokenizer has beyond the vector's
+    family.
+    """
+    added = vector.family.added_tokens(family) or []
+    return {"count": len(added), "first": added[:_SHOWN_TOKENS]}
 
 
 def _vector_record(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..config.settings import SafeGeneConfig
 from ..data.rows import Row
 from ..data.shots import Shots, gather_shots
 from ..distributed.layouts import Sharding
+from ..distributed.shapes import class_name
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import NO_ROOM_TO_CHECK, check_room, naming_shortage
@@ -27,11 +28,12 @@ from ..models.losses import response_logits
 from ..models.parameters import base_model
 from ..models.replacement import without_adapters
 from ..models.supported import check_adapter_output, check_supported
+from ..text import one_line
 from ..vectors.safety_vector import SafetyVector
 from .decision import check_measurable
 from .history import last_accepted, read_history
-from .lineage import Coefficients, check_verified, reported_coefficients, vector_id
-from .plan import FINE_TUNE, InputModel, Origin, Plan, plan_step
+from .lineage import Coefficients, canonical, check_verified, reported_coefficients, vector_id
+from .plan import FINE_TUNE, InputModel, Origin, Plan, check_base_vocabulary, plan_step
 from .probe import MORE_THAN_WEIGHTS, RELOADED_TOLERANCE
 from .quantized_step import QuantizedStep, quantized_step
 
@@ -94,6 +96,7 @@ def prepare(
         if config.output.output_format != "merged":
             check_adapter_output(model)
             _check_base(input_model.origin)
+            check_base_vocabulary(model, input_model.origin)
         needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model)
     quantized = quantized_step(config, input_model, sharding)
     needed = needed if quantized is None else quantized.needed_bytes
@@ -105,7 +108,9 @@ def prepare(
     with plan.clock.phase("prepare"), sharding.raising_together():
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
-        context = getattr(base_model(model).config, "max_position_embeddings", None)
+        context = getattr(
+            base_model(model).config.get_text_config(), "max_position_embeddings", None
+        )
         shots = gather_shots(
             config, plan.vector, plan.tokenizer, context, task_rows, packed, template_options
         )
@@ -155,10 +160,25 @@ def _check_reloads(model: nn.Module, sample: Batch, sharding: Sharding) -> None:
         config = base_model(model).config
         fresh = reloaded(model, type(config).from_dict(config.to_dict()))
         # of a model that has diverged already something else is to be said
-        here, there = (response_logits(each, sample)[0].nan_to_num() for each in (model, fresh))
+        here, there = (_text_logits(each, sample).nan_to_num() for each in (model, fresh))
         distance = float((here - there).abs().max())
         if not distance <= RELOADED_TOLERANCE * max(1.0, float(here.abs().max())):
             raise UnsupportedModelError(MORE_THAN_WEIGHTS.format(distance=f"{distance:.3g}"))
+
+
+def _text_logits(model: nn.Module, sample: Batch) -> torch.Tensor:
+    """Logits of a sample's response.
+
+    Raises:
+        UnsupportedModelError: The model does not read text alone.
+    """
+    try:
+        return response_logits(model, sample)[0]
+    except (AttributeError, TypeError, ValueError) as error:  # of a class of text and images
+        raise UnsupportedModelError(
+            f"{class_name(base_model(model))} does not compute logits of text alone ({one_line(error)}): train the class of its "
+            "text model."
+        ) from error
 
 
 def _shortest(shots: Shots, plan: Plan) -> Batch:
@@ -183,4 +203,4 @@ def first_coefficients(config: SafeGeneConfig, vector: SafetyVector) -> Coeffici
     )
     if last is None or last["vector"]["sha256"] != vector_id(vector):
         return None
-    return space.refined(last["coefficients"])
+    return space.refined(canonical(last["coefficients"]))

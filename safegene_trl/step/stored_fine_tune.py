@@ -34,7 +34,7 @@ from .lineage import (
     check_no_subtraction,
     reported_coefficients,
 )
-from .plan import FINE_TUNE, Found, InputModel, Origin, Plan, plan_step
+from .plan import FINE_TUNE, Found, InputModel, Origin, Plan, check_base_vocabulary, plan_step
 from .run import run
 
 
@@ -59,6 +59,8 @@ def merge_stored(
     origin = Origin(
         base_model or started_from, None, "lora" if is_lora else "full", {FINE_TUNE: name_or_path}
     )
+    if config.output.output_format != "merged":
+        check_base_vocabulary(stored.model, origin)
     needed = (
         0
         if config.output.output_format == "adapter"

@@ -16,7 +16,7 @@ from ..config.search import Granularity
 from ..errors import FamilyError
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
-from ..models.names import layer_ranges, layers_of
+from ..models.names import layer_ranges, layers_of, without_wrapper
 from ..provenance import sha256_of_bytes, sha256_of_file
 from . import files as vector_files
 from .card import vector_card
@@ -239,7 +239,7 @@ class SafetyVector(
         tensors = load(contents[WEIGHTS_FILE])
         vector = cls(
             deltas={
-                module: LowRankDelta(
+                without_wrapper(module): LowRankDelta(
                     *(tensors[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
                 )
                 for module in record.modules

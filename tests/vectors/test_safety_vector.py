@@ -16,7 +16,7 @@ from safegene_trl.errors import VectorError
 from safegene_trl.vectors.files import SIGNED_FILES, file_record
 from safegene_trl.vectors.signing import SIGNATURE_FILE
 
-from ..conftest import make_model, make_tokenizer, make_vector
+from ..conftest import make_model, make_vector
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -306,31 +306,6 @@ def test_wrong_shape_and_name_are_refused(vector_dir):
         vector.check_fits(modules | {name: torch.nn.Linear(3, 4)})
     with pytest.raises(SafeGeneError, match="no linear layer"):
         vector.check_fits({key: value for key, value in modules.items() if key != name})
-
-
-def test_family_of_the_vector(vector_dir, tokenizer):
-    family = SafetyVector.from_pretrained(vector_dir).family
-    of = type(family).of
-    assert family.check_member(of(make_model(seed=9), tokenizer)) == []
-    for model, words in (
-        (make_model("qwen2"), "made for LlamaForCausalLM"),
-        (make_model(layers=4), "names or shapes differ"),
-        (make_model(vocab_size=352), "vocabulary has 352"),
-    ):
-        with pytest.raises(SafeGeneError, match=words):
-            family.check_member(of(model, tokenizer))
-    with pytest.raises(SafeGeneError, match="tokenizer differs"):
-        family.check_member(of(make_model(), make_tokenizer(extra=("<|new|>",))))
-    other_template = make_tokenizer()
-    other_template.chat_template = "{{ messages[0]['content'] }}"
-    assert "chat template differs" in family.check_member(of(make_model(), other_template))[0]
-    other_template.chat_template = None
-    with pytest.raises(
-        SafeGeneError, match="made with a chat template and the model's tokenizer has none"
-    ):
-        family.check_member(of(make_model(), other_template))
-    plain = type(family)(**family.to_dict() | {"chat_template": None})
-    assert plain.check_member(of(make_model(), other_template)) == []
 
 
 def test_push_to_hub_uploads_the_vector_once(vector_dir, monkeypatch):
