@@ -8,11 +8,13 @@ from shutil import which
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
 
-from ..conftest import config_of, make_model
+from ..conftest import config_of, make_model, make_vector
+from ..quantization import packed, quantised, same, wide_model
 from ..test_callback import sft
 from .conftest import check_report, check_shipped, check_weights
 
@@ -96,6 +98,33 @@ def test_compiled(device, vectors, tokenizer, tmp_path):
         fine_tuned(device, tmp_path, vectors, tokenizer, torch.float32, **arguments)
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base(bits, device, tokenizer, tmp_path):
+    """QLoRA: found on the quantised base, merged into the 16-bit one, every tensor compared."""
+    base, place = tmp_path / "base", tmp_path / "vector"
+    wide_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    make_vector(wide_model(), tokenizer, std=0.1).save_pretrained(place)
+    callback = SafeGeneCallback(config_of(vector=str(place), **QUICK, **FEW))
+    trainer = sft(
+        tmp_path / "out",
+        [callback],
+        tokenizer,
+        model=quantised(base, bits, device_map={"": str(device)}),
+        peft_config=LoraConfig(**LORA),
+        use_cpu=device.type == "cpu",
+        bf16=True,
+    )
+    before = packed(trainer.model)
+    trainer.train()
+    check_report(callback.report)
+    assert callback.report["shipped"]["base"] and callback.report["shipped"]["exact_tensors"]
+    assert same(before, packed(trainer.model))
+    written = load_file(tmp_path / "out" / "safeguarded" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert trainer.train().training_loss > 0
 
 
 def test_liger_kernels(device, vectors, tokenizer, tmp_path):
