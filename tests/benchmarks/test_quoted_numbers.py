@@ -259,30 +259,41 @@ def gpu_step(record: dict) -> list[str]:
     _, *small, large = (row["phases"] for row in record["rows"])
     slow, fast = (rounded(round(sum(phases.values()), 2)) for phases in small)
     return [
-        f"takes {fast} to {slow} s at 1.8 B parameters and {rounded(round(sum(large.values()), 2))} s at 8 B, "
+        f"took {fast} to {slow} s at 1.8 B parameters and {rounded(round(sum(large.values()), 2))} s at 8 B, "
         f"of which {rounded(large['save'] + large['verify'])} write the merged checkpoint",
-        f"| {fast} to {slow} s at 1.8 B |",
-        gpu_shares(record),
-        gpu_memory(record),
     ]
 
 
-def gpu_shares(record: dict) -> str:
-    """Of 1,000 steps of 16 samples; 8 were timed."""
-    *small, large = (
-        100 * sum(row["phases"].values()) / (2 * 1000 * row["step_seconds"])
-        for row in record["rows"][1:]
+def gpu_now(record: dict) -> list[str]:
+    rows = record["rows"]
+    small, large = rows["1b/half/step"], rows["8b/half/step"]
+    seconds = {name: phase["seconds"] for name, phase in large["phases"].items()}
+    factors = (
+        100 * row["search"]["factors"]["mib"] / row["training"]["peak_memory_mib"]
+        for row in (small, large)
     )
-    return f"| {min(small):.1f} to {max(small):.1f} % at 1.8 B, {large:.1f} % at 8 B |"
-
-
-def gpu_memory(record: dict) -> str:
-    peaks = record["peak_gib_of_the_step"]
-    small, large = (
-        peaks[size] / row["training_peak_gib"]
-        for size, row in (("1.8B", record["rows"][1]), ("8B", record["rows"][-1]))
-    )
-    return f"{small:.1f} times the training's at 1.8 B, {large:.1f} times at 8 B"
+    attached = rows["1b/components/attached"], rows["8b/components/attached"]
+    for row in attached:
+        for counted in (row["copies_per_pass"], row["copies_per_token"]):
+            assert counted["with_vector"] == counted["of_factors"] == 0
+    merged, beside = ([row["decoding"][way] for row in attached] for way in ("merged", "beside"))
+    return [
+        f"| {small['step_seconds']:.1f} s; {small['step_seconds_at_most']:.1f} s with all ten",
+        f"| {large['step_seconds']:.1f} s; {large['step_seconds_at_most']:.1f} s with all ten: missed |",
+        "| {:.1f} % at 1.5 B, {:.1f} % at 8 B |".format(
+            *(100 * row["share_of_1000_steps"] for row in (small, large))
+        ),
+        "| {:.1f} % at 1.5 B, {:.1f} % at 8 B |".format(*factors),
+        "| 0 and 0 |",
+        "| {:.2f} at 1.5 B, {:.2f} at 8 B: answers".format(*merged),
+        f"Of the {large['step_seconds']:.1f} s at 8 B {seconds['save']:.1f} write the merged checkpoint of 16 GB, "
+        f"{seconds['verify']:.1f} read it back, {seconds['recalibrate']:.1f} search and {seconds['measure']:.1f} measure.",
+        "a token takes {:.1f} to {:.1f} times".format(*beside),
+        "{:.1f} times the training's own peak at 1.5 B and {:.1f} times at 8 B".format(
+            *(row["peak_over_training"] for row in (small, large))
+        ),
+        "The disk took 1.2 to 1.5 GB/s" if "1.2 to 1.5 GB/s" in record["about"] else "",
+    ]
 
 
 def gpu_search(module: dict, layer: dict) -> list[str]:
@@ -425,6 +436,7 @@ QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("findings.md", "cosines", ("fine-tunes",)): fine_tune_cosines,
     ("findings.md", "recalibration", ("module", "layer")): searches,
     ("limits.md", "gpu", ("launches",)): launches,
+    ("limits.md", "gpu", ("h200",)): gpu_now,
     ("limits.md", "gpu", ("step",)): gpu_step,
     ("limits.md", "recalibration", ("module", "layer")): gpu_search,
     ("method.md", "recalibration", ("module",)): search_by_module,
