@@ -160,6 +160,20 @@ def is_unicode(text: Any) -> bool:
     return True
 
 
+def check_desirable(row: Row) -> None:
+    """Raises `UnreadableRowError` for an answer that KTO's `label` marks as one to unlearn."""
+    label = row.get("label")
+    # a data set of another kind may number its classes from 0 in the same column
+    if (label is False and "completion" in row) or (label == 0 and "completion_ids" in row):
+        raise UnreadableRowError("an answer that is labelled undesirable")
+
+
+def holds_no_answer(row: Row) -> bool:
+    """Whether the row is a prompt to which the training itself finds answers, as GRPO's are."""
+    answers = (*_RESPONSE_COLUMNS, "messages", "conversations", "text", "input_ids")
+    return row.get("prompt") is not None and all(row.get(name) is None for name in answers)
+
+
 def read_messages(value: Any, what: str) -> list[Message]:
     """Chat messages with text as content; text parts are joined.
 

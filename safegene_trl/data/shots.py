@@ -147,7 +147,7 @@ def gather_shots(
         **written.record,
     }
     data = CalibrationSet(harmful_split, task_split, benign_split)
-    return Shots(data, unseen, record, written.warnings)
+    return Shots(data, unseen, record, (*written.warnings, *_skip_warnings(record)))
 
 
 @dataclass(frozen=True)
@@ -330,6 +330,24 @@ def _prompt(row: Row, kind: Kind) -> Prompt:
         None if category is None else str(category),
         tuple(conversation(row)[0]),
     )
+
+
+def _skip_warnings(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each kind of shots of which rows were skipped."""
+    found = []
+    for kind in ("safety", "task"):
+        source, skipped = record[kind]["source"], record[kind].get("skipped", {})
+        if skipped:
+            reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
+            found.append(
+                f"{sum(skipped.values())} rows of the {_named(source)} were skipped: {reasons}."
+            )
+    return found
+
+
+def _named(source: str) -> str:
+    """What a sentence calls a source: the training set, the vector, or a data set by its name."""
+    return source if source in ("training set", "vector") else f"data set {source}"
 
 
 def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:

@@ -17,7 +17,24 @@ _IGNORED = -100
 def holds_tokens(row: Row) -> bool:
     if "prompt_ids" in row:
         return "chosen_ids" in row or ("completion_ids" in row and row.get("prompt") is None)
-    return "input_ids" in row
+    return "input_ids" in row or "chosen_labels" in row
+
+
+def preferred(row: Row, padding: "Padding") -> tuple[list[int], list[bool]] | None:
+    """Ids and mask of the answer that TRL's preference trainers raise, None for another row.
+
+    DPO and KTO keep the answer apart from its prompt; ORPO and CPO keep both together, with labels.
+    """
+    if "prompt_ids" in row:
+        answer = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
+        ids = [*row["prompt_ids"], *answer]
+        return ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))]
+    if "chosen_labels" in row:
+        names = ("input_ids", "attention_mask", "labels")
+        chosen = {name: row.get(f"chosen_{name}") for name in names}
+        ids, mask, _ = tokens(chosen, padding)
+        return ids, mask or [False] * len(ids)
+    return None
 
 
 def is_ids(value: Any) -> bool:

@@ -7,6 +7,7 @@ A row is one of these, and its response tokens are:
   labels of prompts with completions, and of messages with `assistant_only_loss`.
 - tokens without them (labels equal to the tokens, as TRL makes of `messages` by default): each
   reply of the assistant with the token that ends its turn, found by the marks of the chat template.
+- a preference: the answer that is preferred. An answer that KTO marks as undesirable is skipped.
 - a conversation, not yet tokenised: the replies of `messages`, else the completion, with the token
   that ends the turn.
 - plain text: every token, as every token is trained on.
@@ -33,8 +34,10 @@ from .rows import (
     Row,
     Skipped,
     UnreadableRowError,
+    check_desirable,
     check_text,
     drawn,
+    holds_no_answer,
     is_unicode,
     plain,
     read_conversation,
@@ -42,7 +45,15 @@ from .rows import (
     unformatted,
 )
 from .spelling import Spelling
-from .token_rows import Padding, holds_tokens, is_ids, leaves_out, prompt_length, tokens
+from .token_rows import (
+    Padding,
+    holds_tokens,
+    is_ids,
+    leaves_out,
+    preferred,
+    prompt_length,
+    tokens,
+)
 from .turns import Span, TurnMarks, rendered
 
 
@@ -169,18 +180,15 @@ class TrainingSamples:
             if not isinstance(row, Mapping):
                 raise UnreadableRowError("a row that is no mapping of columns")
             row = plain(row)
+            check_desirable(row)
             return self._from_tokens(row) if holds_tokens(row) else self._from_text(row)
         except UnreadableRowError as error:
             self.skipped.add(error)
             return "", []
 
     def _from_tokens(self, row: Row) -> tuple[str, list[Sample]]:
-        if "prompt_ids" in row:  # as TRL keeps preferences
-            answer = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
-            ids = [*row["prompt_ids"], *answer]
-            return LABELS, [
-                Sample(ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))])
-            ]
+        if (pair := preferred(row, self._padding)) is not None:
+            return LABELS, [Sample(*pair)]
         ids, mask, cuts = tokens(row, self._padding)
         if not leaves_out(ids, mask, self._tokenizer.pad_token_id):
             mask = None
@@ -328,6 +336,15 @@ class TrainingSamples:
 
     def _too_few(self, found: int, seen: int, first: Sequence[Any]) -> str:
         """One sentence: what was read, what was skipped and why, what to do."""
+        if (
+            first
+            and not found
+            and all(isinstance(r, Mapping) and holds_no_answer(r) for r in first)
+        ):
+            return (
+                f"The {self._source} holds prompts alone, and utility is measured on answers: set `data.task_data` to a data "
+                "set with replies."
+            )
         columns = sorted({str(name) for row in first if isinstance(row, Mapping) for name in row})
         return (
             f"The {self._source} has {found} usable samples in the {seen} rows that were read{self.skipped}: each needs a "

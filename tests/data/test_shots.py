@@ -122,8 +122,10 @@ def test_prompts_without_refusals_take_the_vectors(gather, tokenizer, tmp_path):
 
 
 def test_task_rows_without_responses_are_refused(gather):
-    with pytest.raises(CalibrationDataError, match="needs a response"):
+    with pytest.raises(CalibrationDataError, match=r"prompts alone.*set `data\.task_data`"):
         gather([{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(CalibrationDataError, match="needs a response"):
+        gather([{"messages": [{"role": "user", "content": "a"}]}] * 2)
     with pytest.raises(CalibrationDataError, match="usable samples"):
         gather([{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 3)
 

@@ -670,3 +670,51 @@ def test_rows_without_arguments_for_the_template_get_those_of_the_step():
         sample = TrainingSamples(rows, tokenizer, template_options=options).take(1, 0, None, 100)[0]
         said.append(tokenizer.decode(sample.input_ids[sample.is_response.index(True) :]))
     assert said == ["<think>\n\n</think>\n\nbox 2<|end|>", "box 2<|end|>"]
+
+
+def test_preferences_of_orpo_and_cpo_are_their_tokens(tokenizer):
+    """Beside them stands text that the chat template was put around already."""
+    row = {
+        "prompt": "<|user|>a<|end|><|assistant|>",
+        "chosen": "b",
+        "chosen_input_ids": [0, 5, 6, 7, 1],
+        "chosen_attention_mask": [0, 1, 1, 1, 1],
+        "chosen_labels": [-100, -100, -100, 7, 1],
+        "rejected_labels": [-100, -100, 8, 1],
+    }
+    assert take([row] * 2, tokenizer) == [Sample([5, 6, 7, 1], [False, False, True, True])] * 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "skipped"),
+    [
+        ({"prompt": "a", "completion": "b", "label": False}, True),
+        ({"prompt": "a", "completion": "b", "label": True}, False),
+        ({"prompt": "a", "completion": "b", "label": 0}, False),  # the first of some classes
+        ({"text": "a b c", "label": False}, False),
+        ({"prompt_ids": [5, 6], "completion_ids": [7, 1], "label": 0}, True),
+        ({"prompt_ids": [5, 6], "completion_ids": [7, 1], "label": True}, False),
+        ({"prompt_ids": [5, 6], "completion_ids": [7, 1]}, False),
+    ],
+)
+def test_answers_that_kto_unlearns_are_skipped(columns, skipped, tokenizer):
+    reader = TrainingSamples([columns] + [FORMATS["chat"](i)[0] for i in range(2)], tokenizer)
+    assert len(reader.take(3, 0, None, 99)) == 3 - skipped
+    reason = "an answer that is labelled undesirable"
+    assert reader.skipped == ({reason: 1} if skipped else {})
+
+
+@pytest.mark.parametrize(
+    ("columns", "alone"),
+    [
+        ({"prompt": "a"}, True),
+        ({"prompt": [user("a")], "solution": "4"}, True),
+        ({"prompt": "a", "completion": ""}, False),
+        ({"messages": [user("a")]}, False),
+        ({"question": "a"}, False),
+    ],
+)
+def test_prompts_alone_are_told_from_rows_that_cannot_be_read(columns, alone, tokenizer):
+    words = "holds prompts alone" if alone else "0 usable samples"
+    with pytest.raises(CalibrationDataError, match=rf"{words}.*set `data\.task_data`"):
+        take([columns] * 3, tokenizer)
