@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..distributed.shapes import class_name
@@ -54,11 +55,19 @@ class CheckpointFolder:
             write_index(index, self.path)
         return plan
 
-    def save_record(self, model: nn.Module) -> None:
-        """Writes all but the weights: configs, tokenizer, chat template."""
+    def save_record(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Writes all but the weights: configs, tokenizer, chat template.
+
+        Args:
+            model: The model, live or without weights.
+            dtype: What `config.json` says of the weight files, by which they are loaded. Default:
+                what the model's config says.
+        """
         base = base_model(model)
         config = deepcopy(base.config)  # the live model stays the plain fine-tune
         config.architectures = [class_name(base)]  # unset where the model was built from a config
+        if dtype is not None:
+            config.dtype = dtype
         for key, value in self.mark.items():
             setattr(config, key, value)
         with saving("the model's config"):

@@ -1,6 +1,7 @@
 """Live models merged and streamed to disk, one weight at a time: float32 add, one cast."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -46,7 +47,7 @@ def save_merged(
         with sharding.raising_together(), writing():
             if sharding.is_main:
                 files = stack.enter_context(WeightFiles(folder, contents))
-                folder.save_record(model)
+                folder.save_record(model, _commonest(contents))
         for parameter in parameters:
             tensor = merged_tensor(parameter, vector, sharding)
             with sharding.raising_together(), writing():
@@ -58,6 +59,15 @@ def save_merged(
         with sharding.raising_together(), writing():
             if sharding.is_main:
                 files.complete()
+
+
+def _commonest(contents: Mapping[str, tuple[torch.dtype, torch.Size]]) -> torch.dtype:
+    """The data type of most floating-point numbers; the live config may say what was loaded."""
+    sizes: Counter[torch.dtype] = Counter()
+    for dtype, shape in contents.values():
+        if dtype.is_floating_point:
+            sizes[dtype] += shape.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -237,3 +237,17 @@ def test_the_config_names_the_class_of_a_model_that_was_built_from_a_config(
         "LlamaForCausalLM"
     ]
     assert base.config.architectures is None  # the live model stays as it is
+
+
+@pytest.mark.parametrize("says", [None, torch.bfloat16])
+@pytest.mark.parametrize("holds", [torch.float32, torch.float16])
+def test_the_config_names_the_type_of_the_files(holds, says, tokenizer, tmp_path):
+    """A trainer may have changed the type since the model was loaded, as FSDP2's does."""
+    model = make_model().to(holds)
+    model.config.dtype = says
+    model.model.norm.to(torch.float32)  # as some architectures keep their norms
+    save_merged(model, NO_VECTOR, CheckpointFolder(tmp_path, tokenizer, "5GB"), ALONE)
+    named = json.loads((tmp_path / "config.json").read_text())["dtype"]
+    assert named == str(holds).removeprefix("torch.")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == holds
+    assert model.config.dtype == says  # the live model stays as it is
