@@ -105,7 +105,9 @@ class Probe:
             torch.manual_seed(next(self._seeds))  # else all would be drawn from one state
             base: Any = loader.from_config(small, dtype=self.dtype, trust_remote_code=False)
             if checkpointing:
-                base.gradient_checkpointing_enable()
+                # transformers 5.24 renamed it, and warns of the old name
+                enable = getattr(base, "activation_checkpointing_enable", None)
+                (enable or base.gradient_checkpointing_enable)()
             model: nn.Module = (
                 base if adapter is None else get_peft_model(base, copy.deepcopy(adapter))
             )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from safegene_trl.data.shots import gather_shots
 from safegene_trl.estimation.cost import Launch
 from safegene_trl.estimation.probe import Probe, _Allocations
 from safegene_trl.estimation.safeguard import estimate_safeguard
-from safegene_trl.models.attachment import VectorAttachment
+from safegene_trl.models.attachment import VectorAttachment, recomputed_layers
 from safegene_trl.recalibration.search import recalibrate
 from safegene_trl.step.live_fine_tune import safeguard
 from safegene_trl.step.plan import InputModel, Origin
@@ -460,3 +461,11 @@ def test_a_split_that_is_not_there_is_named(tmp_path, model_dir, vector_dir, tas
     )
     assert main(["estimate", "sft", "--config", str(recipe)]) == 2
     assert "has no split `other`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_probe_recomputes_layers_without_a_warning_of_transformers(checkpointing, model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        probe = Probe(model, "float32", checkpointing=checkpointing, timed=False)
+    assert all(bool(recomputed_layers(each)) == checkpointing for each in probe.models)
