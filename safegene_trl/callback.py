@@ -1,6 +1,7 @@
 """`SafeGeneCallback`: the safety step at the end of a `Trainer` or `SFTTrainer` run."""
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ class SafeGeneCallback(TrainerCallback):
         self.config = config
         self.report: dict[str, Any] | None = None
         self._prepared: Preparation | None = None
-        self._trainer: Trainer | None = None
+        # who keeps the callback for its report keeps no models, of which a trainer may have two
+        self._trainer_reference: weakref.ref[Trainer] | None = None
         self._saved_step: int | None = None
         self._begun: bool | None = None  # None: it has seen no training yet
 
@@ -112,9 +114,13 @@ class SafeGeneCallback(TrainerCallback):
                 f"`attach` was given {shown(trainer)}: give it the trainer, before `trainer.train()`; the output folder is "
                 "`SafeGeneConfig.output.output_dir`."
             )
-        self._trainer = trainer
+        self._trainer_reference = weakref.ref(trainer)
         self._stand_in_line()
         return self
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        return self._trainer_reference() if self._trainer_reference is not None else None
 
     def _stand_in_line(self) -> None:
         """Takes its place; in a new list, as the old one may be walked through just now."""
