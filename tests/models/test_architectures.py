@@ -3,6 +3,8 @@ from files, all of which is one model.
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,12 @@ IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(5))
 
 def kinds(name: str) -> list[str]:
     return ["full", "lora", *(["experts"] if name in (*MIXTURES, *HYBRID_MIXTURES) else [])]
+
+
+def test_the_documents_name_those_that_are_tried():
+    page = (Path(__file__).parents[2] / "docs" / "vectors.md").read_text(encoding="utf-8")
+    listed = page.partition("Architectures that are tried")[2].partition("Their models")[0]
+    assert re.findall(r"`([a-z0-9_]+)`", listed.partition(":")[2]) == list(CONFIGS)
 
 
 def lora(model, experts: bool, seed: int, rank: int = 2):
