@@ -173,14 +173,14 @@ def attached(model, deltas, value: float = 1.0):
     return attachment.applied(torch.full((len(attachment.space.names),), value))
 
 
-def make_vector(model, tokenizer, **kwargs) -> SafetyVector:
+def make_vector(model, tokenizer, deltas=None, **kwargs) -> SafetyVector:
     prompts = [
         {"prompt": p, "response": "sorry i cannot help with that", "kind": "harmful"}
         for p in HARMFUL
     ]
     prompts += [{"prompt": p, "response": "take a pan and stir", "kind": "benign"} for p in BENIGN]
     return SafetyVector(
-        deltas=make_deltas(model, **kwargs),
+        deltas=make_deltas(model, **kwargs) if deltas is None else deltas,
         family=Family.of(model, tokenizer),
         aligned_model={"name": "tiny-aligned", "revision": None, "files": {}},
         degraded_model={"name": "tiny-degraded", "revision": None, "files": {}},

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
 from ..models.names import without_wrapper
-from ..models.parameters import is_transposed, own_modules
+from ..models.parameters import is_transposed, own_modules, task_factors
 from .live_merge import check_finite, whole
 from .merge_terms import ScaledVector
 from .portable_files import save_processor
@@ -37,7 +37,7 @@ def save_adapter(
     modules = own_modules(model)  # PEFT looks for the model's own names
     stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, module in modules.items():
-        with whole(sharding, [], module) as (_, factors):
+        with whole(sharding, [], task_factors(module)) as (_, factors):
             pairs = [lora.pair() for lora in factors]
             if (canonical := without_wrapper(name)) in vector.deltas:
                 pairs.append(vector.factors(canonical))

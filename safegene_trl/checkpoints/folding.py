@@ -12,7 +12,8 @@ from torch import nn
 
 from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
-from ..models.parameters import base_model, canonical_parameters, task_factors
+from ..models.experts import factors_on
+from ..models.parameters import base_model, canonical_parameters
 from ..models.supported import check_supported
 from .live_merge import merged_tensor
 from .merge_terms import NO_VECTOR
@@ -39,7 +40,7 @@ def fold_adapters(model: nn.Module, sharding: Sharding) -> bool:
     except UnsupportedModelError:  # of a merge: beside the weights PEFT runs it
         return False
     for parameter in list(canonical_parameters(model)):
-        if parameter.is_weight and task_factors(parameter.module):
+        if factors_on(parameter):
             with ExitStack() as undo:
                 sharding.overwrite(
                     parameter.tensor, merged_tensor(parameter, NO_VECTOR, sharding), undo

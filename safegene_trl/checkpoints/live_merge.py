@@ -9,17 +9,17 @@ from torch import nn
 
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
+from ..models.experts import factors_on
 from ..models.parameters import (
     Parameter,
     StoredForm,
     TaskFactors,
     canonical_parameters,
-    is_transposed,
-    task_factors,
+    trained_rows,
 )
 from ..models.rounding import Rounding
 from .checkpoint_folder import CheckpointFolder
-from .merge_terms import ScaledVector, add_terms, full_float32, task_terms
+from .merge_terms import ScaledVector, add_terms, full_float32, live_terms
 from .weight_files import WeightFiles
 from .write_errors import writing
 
@@ -101,24 +101,23 @@ def merged_tensor(
         sharding: How the model is spread over ranks.
         rounding: Is told what the cast to the data type leaves of the vector's part.
     """
-    name, module = parameter.module_name, parameter.module
-    with whole(sharding, [parameter.tensor], module if parameter.is_weight else None) as (
-        tensors,
-        factors,
-    ):
+    rows = trained_rows(parameter.module) if parameter.is_weight else []
+    live = [parameter.tensor, *(own.values for own in rows)]
+    with whole(sharding, live, factors_on(parameter)) as (tensors, factors):
         if sharding.collective_forward and not sharding.is_main:
             return None
         weight = tensors[0].detach()
-        transposed = is_transposed(module)
-        terms = task_terms(factors, transposed)
-        of_vector = vector.terms(name, transposed) if parameter.is_weight else []
+        for own, values in zip(rows, tensors[1:], strict=True):
+            weight = weight.index_copy(0, own.indices.to(weight.device), values.detach().to(weight))
+        terms, of_vector = live_terms(parameter, factors, vector)
         if not terms and not of_vector:
             return weight.clone() if sharding.collective_forward else weight.contiguous()
         with full_float32():
-            total = weight.to(torch.float32, copy=True)
-            add_terms(total, terms)
+            total = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            matrix = total.view(-1, total.shape[-1])  # of experts: one below the other
+            add_terms(matrix, terms)
             before = total.clone() if rounding is not None and of_vector else None
-            add_terms(total, of_vector)
+            add_terms(matrix, of_vector)
         rounded = total.to(weight.dtype)
         if rounding is not None and before is not None:
             exact = not terms  # nothing was added yet to what the weight's own type holds
@@ -133,10 +132,9 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def whole(
-    sharding: Sharding, tensors: Sequence[torch.Tensor], module: nn.Module | None
+    sharding: Sharding, tensors: Sequence[torch.Tensor], factors: Sequence[TaskFactors]
 ) -> Iterator[tuple[list[torch.Tensor], list[TaskFactors]]]:
-    """Collective: `tensors` whole, and the task's LoRA factors on `module`."""
-    factors = [] if module is None else task_factors(module)
+    """Collective: `tensors` whole, and the task's LoRA factors."""
     live = [*tensors, *(part for lora in factors for part in lora.tensors())]
     with sharding.full(live) as full:
         rest = iter(full[len(tensors) :])

@@ -4,12 +4,14 @@ in float32; the same for a live model and for one that stays on a disk.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..models.experts import ExpertWeights, of_experts, weights_of
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import TaskFactors
+from ..models.names import expert_name
+from ..models.parameters import Parameter, TaskFactors, is_transposed
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,19 @@ class Term:
     float32.
 
     With DoRA's `magnitude` (rows, float32) every row is scaled to that norm afterwards (arXiv
-    2402.09353).
+    2402.09353). `first` is the weight's row that it begins at: an expert's part of a weight that
+    holds all of them.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     magnitude: torch.Tensor | None = None
+    first: int = 0
 
     def cpu(self) -> "Term":
         """The same on the CPU."""
         magnitude = None if self.magnitude is None else self.magnitude.cpu()
-        return Term(self.left.cpu(), self.right.cpu(), magnitude)
+        return Term(self.left.cpu(), self.right.cpu(), magnitude, self.first)
 
 
 Coefficient = float | torch.Tensor
@@ -38,16 +42,32 @@ def add_terms(rows: torch.Tensor, terms: Sequence[Term], first_row: int = 0) -> 
     """Adds terms, in their order, to float32 rows of a weight in place; `rows[0]` is the weight's
     row `first_row`.
     """
-    part = slice(first_row, first_row + len(rows))
     for term in terms:
-        rows.addmm_(term.left[part].to(rows.device), term.right.to(rows.device))
+        first = max(first_row, term.first)
+        last = min(first_row + len(rows), term.first + len(term.left))
+        if first >= last:
+            continue
+        own = rows[first - first_row : last - first_row]
+        part = slice(first - term.first, last - term.first)
+        own.addmm_(term.left[part].to(rows.device), term.right.to(rows.device))
         if term.magnitude is not None:
-            rows.mul_((term.magnitude[part].to(rows.device) / rows.norm(dim=1))[:, None])
+            own.mul_((term.magnitude[part].to(rows.device) / own.norm(dim=1))[:, None])
 
 
 def task_terms(factors: Sequence[TaskFactors], transposed: bool) -> list[Term]:
     """What the fine-tune's own LoRAs add to their module's weight."""
     return [_term(*lora.pair(), transposed, lora.magnitude) for lora in factors]
+
+
+def expert_task_terms(
+    factors: Sequence[TaskFactors], experts: ExpertWeights
+) -> list[tuple[int, Term]]:
+    """What they add to the matrix of each expert of a parameter, with the expert's number."""
+    return [
+        (expert, _term(*pair, experts.transposed))
+        for lora in factors
+        for expert, pair in enumerate(of_experts(lora, experts.count))
+    ]
 
 
 def _term(
@@ -78,6 +98,30 @@ class ScaledVector:
         if module not in self.deltas or not torch.as_tensor(self.coefficients[module]).any():
             return []
         return [_term(*self.factors(module), transposed)]
+
+
+def live_terms(
+    parameter: Parameter, factors: Sequence[TaskFactors], vector: ScaledVector
+) -> tuple[list[Term], list[Term]]:
+    """What is added to a live parameter: by the fine-tune's own LoRAs (whole), and by the vector."""
+    module = parameter.module
+    if parameter.is_weight:
+        transposed = is_transposed(module)
+        return task_terms(factors, transposed), vector.terms(parameter.module_name, transposed)
+    experts = weights_of(parameter)
+    if experts is None:
+        return [], []
+    of_task = expert_task_terms(factors, experts)
+    of_vector = [
+        (expert, term)
+        for expert in range(experts.count)
+        for term in vector.terms(expert_name(parameter.canonical, expert), experts.transposed)
+    ]
+    begun = [
+        [replace(term, first=expert * experts.rows) for expert, term in terms]
+        for terms in (of_task, of_vector)
+    ]
+    return begun[0], begun[1]
 
 
 NO_VECTOR = ScaledVector({}, {})  # of a fine-tune that is written as it is

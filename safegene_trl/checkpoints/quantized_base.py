@@ -2,7 +2,7 @@
 merged into, from file to file. Nothing is requantised, and the live weights are not read.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,6 +100,9 @@ class QuantizedFineTune(StoredModel):
         """As of any stored model, on the CPU."""
         return {name: tensor.cpu() for name, tensor in super().own_tensors().items()}
 
+    def _adapted_parameters(self) -> Iterable[Parameter]:
+        return canonical_parameters(self.live)
+
     def task_terms(self, name: str) -> list[Term]:
         """As of any stored model, on the CPU."""
         return [term.cpu() for term in super().task_terms(name)]
@@ -156,7 +159,7 @@ def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
     modules = canonical_modules(live)
     adapted = [name for name, module in modules.items() if task_factors(module)]
     for name in (*adapted, *changed):
-        if name not in stored.weight_files:
+        if not stored.pieces(name):
             raise UnsupportedModelError(
                 f"The files of {stored.name} hold `{name}` in another form than the model: set `output.output_format: adapter`."
             )

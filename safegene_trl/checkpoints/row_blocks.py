@@ -30,11 +30,14 @@ class Block:
     stop: int
 
 
-def row_blocks(name: str, tensor: StoredTensor) -> Iterator[Block]:
-    """The blocks of a tensor, of about `BLOCK_ITEMS` items each."""
+def row_blocks(
+    name: str, tensor: StoredTensor, first_row: int = 0, rows: int | None = None
+) -> Iterator[Block]:
+    """The blocks of a tensor, or of `rows` of its rows, of about `BLOCK_ITEMS` items each."""
     step = max(1, BLOCK_ITEMS // max(1, tensor.columns))
-    for first in range(0, tensor.num_rows, step):
-        yield Block(name, first, min(first + step, tensor.num_rows))
+    stop = tensor.num_rows if rows is None else first_row + rows
+    for first in range(first_row, stop, step):
+        yield Block(name, first, min(first + step, stop))
 
 
 class RowReader:

@@ -3,7 +3,7 @@ rows.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..models.parameters import is_transposed
 from ..models.rounding import Rounding, is_finite
 from ..models.supported import check_untied
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
 from .stored_model import StoredModel
-from .tensor_file import TensorFile, stored_tensors
+from .tensor_file import StoredTensor, TensorFile, stored_tensors
 from .weight_files import WeightFiles
 
 
@@ -46,11 +45,15 @@ def write_merged(
     """
     check_untied(stored.model, vector.deltas)
     own = stored.own_tensors()
-    contents = {
-        name: (tensor.dtype, own.get(name, tensor).shape) for name, tensor in stored.files.items()
-    }
+    tensors = _as_written(stored, own)
+    contents = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in own.items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"The adapter's own `{name}` holds NaN or infinity: its training has diverged."
+            )
     additions = _additions(stored, vector)
-    total = sum(tensor.num_bytes for name, tensor in stored.files.items() if name not in own)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
     bar = tqdm(
         total=total,
         desc="Merging",
@@ -63,20 +66,9 @@ def write_merged(
     with bar, RowReader() as reader, WeightFiles(folder, contents) as files:
         for file_name, names in files.plan.items():
             file = files.open(file_name)
-            for name in own.keys() & names:
-                if not is_finite(own[name]):
-                    raise CheckpointError(
-                        f"The adapter's own `{name}` holds NaN or infinity: its training has diverged."
-                    )
-                file.write(name, own[name])
-            blocks = [
-                block
-                for name in names
-                if name not in own
-                for block in row_blocks(name, stored.files[name])
-            ]
+            blocks = [block for name in names for block in row_blocks(name, tensors[name])]
             for written, part in in_threads(
-                partial(_merge_block, stored, additions, reader, file), blocks
+                partial(_merge_block, stored, own, additions, reader, file), blocks
             ):
                 rounding.include(part)
                 bar.update(written)
@@ -85,6 +77,16 @@ def write_merged(
     rounding.check()
     folder.save_record(stored.model)
     return rounding
+
+
+def _as_written(stored: StoredModel, own: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
+    """The files' tensors with the shapes that they will have: an adapter's own embeddings may have
+    more rows.
+    """
+    return {
+        name: replace(tensor, shape=tuple(own[name].shape)) if name in own else tensor
+        for name, tensor in stored.files.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,21 @@ class _Additions:
 
 def _additions(stored: StoredModel, vector: ScaledVector) -> dict[str, _Additions]:
     found = {name: _Additions(stored.task_terms(name), []) for name in stored.files}
-    for module in vector.deltas:
-        name = stored.weight_files.get(module)
-        if name is None:
+    for matrix in vector.deltas:
+        if not stored.pieces(matrix):
             raise UnsupportedModelError(
-                f"The files hold `{module}` in another form than the model: run `safegene apply` without fixed "
+                f"The files hold `{matrix}` in another form than the model: run `safegene apply` without fixed "
                 "coefficients, which merges the loaded model."
             )
-        transposed = is_transposed(stored.parameters[name].module)
-        found[name].vector.extend(vector.terms(module, transposed))
+        terms = vector.terms(matrix, stored.is_transposed(matrix))
+        for name, term in stored.spread(matrix, terms):
+            found[name].vector.append(term)
     return found
 
 
 def _merge_block(
     stored: StoredModel,
+    own: Mapping[str, torch.Tensor],
     additions: Mapping[str, _Additions],
     reader: RowReader,
     file: TensorFile,
@@ -119,22 +122,35 @@ def _merge_block(
     """Reads, changes and writes one block; returns how many bytes it has, and what is left of the
     vector's change.
     """
-    rows, rounding = _merged_rows(stored, additions, reader, block)
+    rows, rounding = _merged_rows(stored, own, additions, reader, block)
     file.write(block.name, rows, offset=block.first * stored.files[block.name].row_bytes)
     return rows.numel() * rows.itemsize, rounding
 
 
 def _merged_rows(
-    stored: StoredModel, additions: Mapping[str, _Additions], reader: RowReader, block: Block
+    stored: StoredModel,
+    own: Mapping[str, torch.Tensor],
+    additions: Mapping[str, _Additions],
+    reader: RowReader,
+    block: Block,
 ) -> tuple[torch.Tensor, Rounding]:
-    """A block as it is written, in a buffer of this thread, and what is left of the vector's
-    change.
+    """A block as it is written, of an adapter's `own` tensors where it has one, else in a buffer of
+    this thread; and what is left of the vector's change.
     """
     tensor, terms, rounding = stored.files[block.name], additions[block.name], Rounding()
-    rows = reader.rows(tensor, block)
+    if block.name in own:  # an adapter may hold a weight of its own and a LoRA on it
+        held = own[block.name].reshape(-1, tensor.columns)
+        rows = held[block.first : block.stop].clone()
+    else:
+        rows = reader.rows(tensor, block)
     if not is_finite(rows):
         raise CheckpointError(
             f"`{block.name}` in {tensor.path} holds NaN or infinity: the training has diverged, or the file is damaged."
+        )
+    stored.put_trained_rows(block, rows)
+    if not is_finite(rows):
+        raise CheckpointError(
+            f"The adapter's own rows of `{block.name}` hold NaN or infinity: its training has diverged."
         )
     if terms.task or terms.vector:
         total = reader.scratch(rows)
@@ -162,23 +178,20 @@ def check_written(stored: StoredModel, vector: ScaledVector, folder: Path) -> in
         CheckpointError: A tensor is missing, or is not, bit by bit, `W + ΔW_task + λ·B·A`.
     """
     written, own = stored_tensors(folder), stored.own_tensors()
-    additions = _additions(stored, vector)
+    additions, tensors = _additions(stored, vector), _as_written(stored, own)
     different = set(stored.files.keys() ^ written.keys())
     with RowReader() as source, RowReader() as reader:
 
         def check(block: Block) -> None:
             there = reader.rows(written[block.name], block)
-            if block.name in own:
-                meant = own[block.name].view(-1, there.shape[1])[block.first : block.stop]
-            else:
-                meant, _ = _merged_rows(stored, additions, source, block)
+            meant, _ = _merged_rows(stored, own, additions, source, block)
             if meant.dtype != there.dtype or not torch.equal(_bits(meant), _bits(there)):
                 different.add(block.name)
 
         blocks = [
             b
             for name in stored.files.keys() & written.keys()
-            for b in row_blocks(name, stored.files[name])
+            for b in row_blocks(name, tensors[name])
         ]
         for _ in in_threads(check, blocks):
             pass

@@ -5,31 +5,39 @@ grow with the model.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..models.names import layer_index, without_wrapper
+from ..models.experts import Piece, expert_weights, factors_on, stored_pieces, weights_of
+from ..models.names import expert_name, layer_index, shared_parameter, without_wrapper
 from ..models.parameters import (
     Parameter,
+    TrainedRows,
     as_stored,
     base_model,
+    canonical_modules,
     canonical_parameters,
     is_transposed,
     task_factors,
     text_parameters,
     tied_weights,
+    trained_rows,
 )
 from ..models.supported import check_supported
 from .completeness import stored_names
-from .merge_terms import Term, add_terms, task_terms
+from .merge_terms import Term, add_terms, expert_task_terms, task_terms
 from .row_blocks import Block, RowReader, row_blocks
 from .skeleton import is_placeholder, load_skeleton
 from .source import adapter_base, stored_weights
 from .tensor_file import StoredTensor
+
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -128,6 +136,57 @@ class StoredModel:
             if parameter.is_weight
         }
 
+    @cached_property
+    def experts(self) -> dict[str, list[Piece]]:
+        """Where the files hold the experts that lie in one parameter of the model, by the names of
+        their matrices.
+        """
+        found: dict[str, list[Piece]] = {}
+        for parameter in canonical_parameters(self.model):
+            pieces = stored_pieces(self.model, parameter) or []
+            found |= {
+                expert_name(parameter.canonical, expert): own
+                for expert, own in enumerate(pieces)
+                if all(piece.name in self.files for piece in own)
+            }
+        return found
+
+    def pieces(self, matrix: str) -> list[Piece]:
+        """Where the files hold a linear layer's weight, or an expert's; nothing where they hold it
+        in another form than the model.
+        """
+        if shared_parameter(matrix):
+            return self.experts.get(matrix, [])
+        if (name := self.weight_files.get(matrix)) is None:
+            return []
+        return [Piece(name, 0, 0, self.files[name].num_rows)]
+
+    def is_transposed(self, matrix: str) -> bool:
+        """Whether the matrix is stored as `(d_in, d_out)`."""
+        if (parameter := shared_parameter(matrix)) is None:
+            return is_transposed(self._modules[matrix])
+        module, _, leaf = parameter.rpartition(".")
+        return expert_weights(self._modules[module])[leaf].transposed
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return canonical_modules(self.model)
+
+    def spread(self, matrix: str, terms: Iterable[Term]) -> list[tuple[str, Term]]:
+        """Terms of a matrix as those of the tensors that the files hold it in, by their names."""
+        return [
+            (
+                piece.name,
+                replace(
+                    term,
+                    left=term.left[piece.offset : piece.offset + piece.rows],
+                    first=piece.first,
+                ),
+            )
+            for term in terms
+            for piece in self.pieces(matrix)
+        ]
+
     @property
     def has_full_rank_changes(self) -> bool:
         """Whether an adapter changes linear layers by more than low-rank additions: by DoRA, or by
@@ -150,13 +209,34 @@ class StoredModel:
             for name, parameter in self.parameters.items()
             if not is_placeholder(parameter.tensor)
         }
+        return self._under_each_name(own)
+
+    @cached_property
+    def trained_rows(self) -> dict[str, list[TrainedRows]]:
+        """What an adapter holds in the place of single rows of its base model's tensors, by their
+        names in the files.
+        """
+        found = {
+            name: rows
+            for name, parameter in self.parameters.items()
+            if parameter.is_weight and (rows := trained_rows(parameter.module))
+        }
+        return self._under_each_name(found)
+
+    def _under_each_name(self, found: dict[str, Found]) -> dict[str, Found]:
         for name, group in tied_weights(
             self.model
         ).items():  # a file may hold a tied weight under both names
-            if (held := self._in_files(name)) in own:
+            if (held := self._in_files(name)) in found:
                 names = {self._in_files(other) for other in group}
-                own |= dict.fromkeys(names & self.files.keys(), own[held])
-        return own
+                found |= dict.fromkeys(names & self.files.keys(), found[held])
+        return found
+
+    def put_trained_rows(self, block: Block, rows: torch.Tensor) -> None:
+        """Puts what an adapter holds of a block's rows in their place."""
+        for trained in self.trained_rows.get(block.name, ()):
+            inside = (trained.indices >= block.first) & (trained.indices < block.stop)
+            rows[trained.indices[inside] - block.first] = trained.values.detach()[inside].to(rows)
 
     def _in_files(self, name: str) -> str:
         """What the files call a tensor that has this name in the model."""
@@ -164,22 +244,44 @@ class StoredModel:
             return name
         return next(iter(stored_names(base_model(self.model), {name: torch.empty(0)})), name)
 
+    def _adapted_parameters(self) -> Iterable[Parameter]:
+        """The parameters of the model that has the adapter."""
+        return canonical_parameters(self.model)
+
     def task_terms(self, name: str) -> list[Term]:
         """What the adapter adds to a tensor of the base model."""
-        parameter = self.parameters.get(name)
-        if parameter is None or not parameter.is_weight:
-            return []
-        return task_terms(task_factors(parameter.module), is_transposed(parameter.module))
+        return self._task_terms.get(name, [])
+
+    @cached_property
+    def _task_terms(self) -> dict[str, list[Term]]:
+        found: dict[str, list[Term]] = {}
+        for parameter in self._adapted_parameters():
+            if not (factors := factors_on(parameter)):
+                continue
+            if (experts := weights_of(parameter)) is None:
+                module = parameter.module_name
+                terms = [(module, term) for term in task_terms(factors, self.is_transposed(module))]
+            else:
+                terms = [
+                    (expert_name(parameter.canonical, expert), term)
+                    for expert, term in expert_task_terms(factors, experts)
+                ]
+            for matrix, term in terms:
+                for name, part in self.spread(matrix, [term]):
+                    found.setdefault(name, []).append(part)
+        return found
 
     @torch.no_grad()
-    def matrix(self, reader: RowReader, module: str) -> torch.Tensor:
-        """A linear layer's weight with the adapter folded in: d_out×d_in, float32."""
-        name = self.weight_files[module]
-        stored = self.files[name]
-        weight = torch.empty(stored.shape)
-        for block in row_blocks(name, stored):
-            weight[block.first : block.stop] = self.rows(reader, block)
-        return weight.T if is_transposed(self.parameters[name].module) else weight
+    def matrix(self, reader: RowReader, matrix: str) -> torch.Tensor:
+        """A linear layer's weight, or an expert's, with the adapter folded in: d_out×d_in, float32."""
+        pieces = self.pieces(matrix)
+        columns = self.files[pieces[0].name].columns
+        weight = torch.empty(sum(piece.rows for piece in pieces), columns)
+        for piece in pieces:
+            shift = piece.offset - piece.first
+            for block in row_blocks(piece.name, self.files[piece.name], piece.first, piece.rows):
+                weight[block.first + shift : block.stop + shift] = self.rows(reader, block)
+        return weight.T if self.is_transposed(matrix) else weight
 
     @torch.no_grad()
     def rows(self, reader: RowReader, block: Block, buffer: str = "wide") -> torch.Tensor:
@@ -192,5 +294,6 @@ class StoredModel:
                 block.first : block.stop
             ]
         wide = reader.scratch(stored, buffer)
+        self.put_trained_rows(block, wide)
         add_terms(wide, self.task_terms(block.name), block.first)
         return wide

@@ -26,6 +26,7 @@ from ..estimation.safeguard import estimate_safeguard
 from ..estimation.stored_merge import estimate_stored_merge
 from ..extraction.config import ExtractionConfig
 from ..extraction.difference import differ_by_adapters
+from ..extraction.methods import METHODS
 from ..extraction.prompts import ExtractionPrompts
 from ..step.apply import apply, check_arguments, output_of
 from ..step.apply_with_coefficients import check_measures_nothing
@@ -212,7 +213,8 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
         StoredModel.open(name, revision),
     )
     by_adapters = differ_by_adapters(config, aligned, degraded, name, revision)
-    difference = DifferingModules.between(aligned, degraded, by_adapters, config.rank)
+    experts = not METHODS[config.method].distils
+    difference = DifferingModules.between(aligned, degraded, by_adapters, config.rank, experts)
     probe = Probe(degraded.model, resolve_dtype(config.dtype, name, revision))
     prompts = ExtractionPrompts.read(config)
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)

@@ -23,9 +23,10 @@ from ..extraction.distillation import (
 from ..extraction.methods import METHODS
 from ..extraction.prompts import ExtractionPrompts
 from ..extraction.selection import SELECTIONS, gradient, last_token_states, top_layers
+from ..models.experts import can_be_changed, matrix_shapes, task_matrices
 from ..models.inputs import Sample
-from ..models.names import layer_index
-from ..models.parameters import linear_shape, task_factors, text_modules
+from ..models.names import shared_parameter
+from ..models.parameters import text_modules
 from .cost import Cost, Launch
 from .planned_run import PlannedRun
 from .probe import LAYERS, Probe, temporary_folder_beside
@@ -50,25 +51,27 @@ class DifferingModules:
 
     @classmethod
     def between(
-        cls, aligned: StoredModel, degraded: StoredModel, by_adapters: bool, rank: int | None
+        cls,
+        aligned: StoredModel,
+        degraded: StoredModel,
+        by_adapters: bool,
+        rank: int | None,
+        experts: bool = True,
     ) -> "DifferingModules":
-        """That of two checkpoints, at a rank: where none is given, the LoRAs' own, else 8."""
-        layers, others = text_modules(degraded.model), text_modules(aligned.model)
-        factors = {
-            name: [
-                factor.a.shape[0]
-                for own in (others.get(name), layer)
-                for factor in task_factors(own)
-            ]
-            for name, layer in layers.items()
-        }
-        ranks = [sum(own) for own in factors.values() if own]
+        """That of two checkpoints, at a rank: where none is given, the LoRAs' own, else 8; with or
+        without experts that lie in one parameter.
+        """
+        own: dict[str, int] = {}
+        for stored in (aligned, degraded):
+            for name, pairs in task_matrices(stored.model).items():
+                own[name] = own.get(name, 0) + sum(a.shape[0] for a, _ in pairs)
+        ranks = list(own.values())
         names = [
-            module
-            for module, layer in layers.items()
-            if layer_index(module) is not None
-            and linear_shape(layer) is not None
-            and (factors[module] or not by_adapters)
+            name
+            for name in matrix_shapes(text_modules(degraded.model))
+            if can_be_changed(name)
+            and (experts or not shared_parameter(name))
+            and (name in own or not by_adapters)
         ]
         return cls(names, rank or (max(ranks) if by_adapters and ranks else 8), by_adapters)
 

@@ -36,8 +36,9 @@ from ..checkpoints.preflight import nearest_folder
 from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.write_errors import writing
 from ..distributed.layouts import Sharding
+from ..models.experts import matrix_shapes
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import canonical_modules, canonical_parameters, linear_shape
+from ..models.parameters import canonical_modules, canonical_parameters
 
 
 LAYERS = (1, 3)
@@ -129,9 +130,8 @@ class Probe:
                 name: LowRankDelta(
                     torch.randn(rank, shape[1]) * 1e-3, torch.randn(shape[0], rank) * 1e-3
                 )
-                for name, module in canonical_modules(model).items()
+                for name, shape in matrix_shapes(canonical_modules(model)).items()
                 if re.sub(r"\.\d+\.", ".*.", name, count=1) in kinds
-                and (shape := linear_shape(module))
             }
             for model in self.models
         ]

@@ -1,7 +1,7 @@
 """How much of the difference of two models lies in the modules that a safety vector can hold.
 
-A vector has deltas for linear layers. What a degradation changed elsewhere (embeddings, norms, the
-output head, experts that a mixture of experts keeps fused) is left out of it. With `D_m` the
+A vector has deltas for linear layers and experts. What a degradation changed elsewhere (embeddings, norms, the
+output head; with methods that distil, experts that lie in one parameter) is left out of it. With `D_m` the
 difference of module or tensor m, the covered share is `Σ_covered ‖D_m‖² / Σ_all ‖D_m‖²`, in squared
 Frobenius norms.
 """
@@ -15,8 +15,7 @@ import torch
 from ..checkpoints.row_blocks import Block, RowReader, in_threads, row_blocks
 from ..checkpoints.stored_model import StoredModel
 from ..errors import CheckpointError, FamilyError
-from ..models.names import layer_index
-from ..models.parameters import task_factors, text_modules
+from ..models.experts import task_matrices
 from ..models.rounding import is_finite
 from .svd import Truncation, factors_at_rank
 
@@ -73,23 +72,21 @@ def adapter_coverage(
     """The coverage of two models of one base model, from their adapters; of the files only what an
     adapter replaces is read.
     """
-    own_files = aligned.own_tensors().keys() | degraded.own_tensors().keys()
+    own_files = {
+        name
+        for stored in (aligned, degraded)
+        for name in (*stored.own_tensors(), *stored.trained_rows)
+    }
     replaced = {name: own for name, own in aligned.text_files.items() if own in own_files}
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, stored in ((1, aligned), (-1, degraded)):
-        for name, module in text_modules(stored.model).items():
-            if (
-                layer_index(name) is None
-                and aligned.weight_files.get(name) not in replaced.values()
-            ):
-                pairs.setdefault(name, []).extend(
-                    (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
-                )
+        for name, own in task_matrices(stored.model).items():
+            if name not in truncations and aligned.weight_files.get(name) not in replaced.values():
+                pairs.setdefault(name, []).extend((a, sign * b) for a, b in own)
     left_out = {}
-    for name, own in pairs.items():
-        if own:
-            a, b = torch.cat([a for a, _ in own]), torch.cat([b for _, b in own], dim=1)
-            left_out[name] = factors_at_rank(a, b, a.shape[0]).squares
+    for name, both in pairs.items():
+        a, b = torch.cat([a for a, _ in both]), torch.cat([b for _, b in both], dim=1)
+        left_out[name] = factors_at_rank(a, b, a.shape[0]).squares
     with RowReader() as reader:
         left_out |= differences(aligned, degraded, replaced, reader)
     return Coverage(sum(truncation.squares for truncation in truncations.values()), left_out)

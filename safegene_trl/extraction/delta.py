@@ -17,15 +17,19 @@ from tqdm.auto import tqdm
 from ..checkpoints.row_blocks import RowReader, in_threads
 from ..checkpoints.stored_model import StoredModel
 from ..errors import CheckpointError, FamilyError
-from ..models.names import layer_index
-from ..models.parameters import linear_shape, task_factors, text_modules
+from ..models.experts import can_be_changed, matrix_shapes, task_matrices
+from ..models.names import shared_parameter
+from ..models.parameters import text_modules
 from ..models.rounding import is_finite
 from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd
 
 
 def adapter_delta(
-    aligned: torch.nn.Module, degraded: torch.nn.Module, rank: int | None = None
+    aligned: torch.nn.Module,
+    degraded: torch.nn.Module,
+    rank: int | None = None,
+    experts: bool = True,
 ) -> dict[str, Truncation]:
     """The difference of the adapters on two models of one base model.
 
@@ -33,6 +37,7 @@ def adapter_delta(
         aligned: Plain, or with the aligning LoRA on it.
         degraded: Plain, or with the degrading LoRA on it.
         rank: Rank of the result; None keeps the LoRAs' own, the largest one where modules differ.
+        experts: Whether experts that lie in one parameter are among them.
 
     Returns:
         By canonical module name.
@@ -43,15 +48,12 @@ def adapter_delta(
     """
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for sign, model in ((1, aligned), (-1, degraded)):
-        for name, module in text_modules(model).items():
-            if layer_index(name) is not None:
-                factors.setdefault(name, []).extend(
-                    (a, sign * b) for a, b in (f.pair() for f in task_factors(module))
-                )
+        for name, pairs in task_matrices(model).items():
+            if can_be_changed(name) and (experts or not shared_parameter(name)):
+                factors.setdefault(name, []).extend((a, sign * b) for a, b in pairs)
     stacked = {
         name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
         for name, pairs in factors.items()
-        if pairs
     }
     if not stacked:
         raise FamilyError("The two models do not differ in any layer: give another degraded model.")
@@ -72,8 +74,8 @@ def stored_delta(
     seed: int = 0,
     show_progress: bool = True,
 ) -> dict[str, Truncation]:
-    """`stored_difference` of the linear layers alone: nothing else is read."""
-    return _difference(aligned, degraded, rank, exact, seed, show_progress, False)[0]
+    """`stored_difference` of the linear layers and experts alone: nothing else is read."""
+    return _difference(aligned, degraded, rank, exact, seed, show_progress, False, True)[0]
 
 
 def stored_difference(
@@ -83,9 +85,10 @@ def stored_difference(
     exact: bool = False,
     seed: int = 0,
     show_progress: bool = True,
+    experts: bool = True,
 ) -> tuple[dict[str, Truncation], Coverage]:
-    """The truncated difference of every linear layer of two stored models, and how much of the
-    whole difference that is.
+    """The truncated difference of every linear layer and expert of two stored models, and how much
+    of the whole difference that is.
 
     Every byte is read once; of each model one matrix per thread is in memory.
 
@@ -96,6 +99,7 @@ def stored_difference(
         exact: Take the exact SVD, which is some hundred times slower.
         seed: Of the randomised SVD.
         show_progress: Whether to show a progress bar.
+        experts: Whether experts that lie in one parameter are among them.
 
     Returns:
         The differences by canonical module name, and their coverage.
@@ -104,7 +108,7 @@ def stored_difference(
         FamilyError: Names or shapes differ, or nothing else does.
         CheckpointError: A model holds NaN or infinity.
     """
-    return _difference(aligned, degraded, rank, exact, seed, show_progress, True)
+    return _difference(aligned, degraded, rank, exact, seed, show_progress, True, experts)
 
 
 def _difference(
@@ -115,23 +119,16 @@ def _difference(
     seed: int,
     show_progress: bool,
     whole: bool,
+    experts: bool,
 ) -> tuple[dict[str, Truncation], Coverage]:
-    names = [
-        name
-        for name, module in text_modules(aligned.model).items()
-        if layer_index(name) is not None and linear_shape(module) is not None
+    names = _matrices(aligned, degraded, experts)
+    pieces = {name: aligned.pieces(name) for name in names}
+    sizes = [
+        sum(piece.rows * aligned.files[piece.name].row_bytes for piece in own)
+        for own in pieces.values()
     ]
-    for name in names:
-        stored = [
-            model.files.get(model.weight_files.get(name, "")) for model in (aligned, degraded)
-        ]
-        if stored[0] is None or stored[1] is None or stored[0].shape != stored[1].shape:
-            raise FamilyError(
-                f"`{name}` differs in shape between the aligned and the degraded model: use one family."
-            )
-    sizes = [aligned.files[aligned.weight_files[name]].num_bytes for name in names]
-    taken = {aligned.weight_files[name] for name in names}
-    rest = {name: own for name, own in aligned.text_files.items() if whole and own not in taken}
+    read = {piece.name for own in pieces.values() for piece in own}
+    rest = {name: own for name, own in aligned.text_files.items() if whole and own not in read}
     total = 2 * (sum(sizes) + sum(aligned.files[own].num_bytes for own in rest.values()))
     bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
     found: dict[str, Truncation] = {}
@@ -145,6 +142,28 @@ def _difference(
     if coverage.whole == 0:
         raise FamilyError("The two models do not differ in any layer: give another degraded model.")
     return found, coverage
+
+
+def _matrices(aligned: StoredModel, degraded: StoredModel, experts: bool) -> list[str]:
+    """The matrices to compare: all linear layers, and the experts that the files hold in a known
+    form.
+    """
+    names = [
+        name
+        for name in matrix_shapes(text_modules(aligned.model))
+        if can_be_changed(name)
+        and (not shared_parameter(name) or (experts and aligned.pieces(name)))
+    ]
+    for name in names:
+        shapes = [
+            [(piece, model.files[piece.name].shape) for piece in model.pieces(name)]
+            for model in (aligned, degraded)
+        ]
+        if not shapes[0] or shapes[0] != shapes[1]:
+            raise FamilyError(
+                f"`{name}` differs in shape between the aligned and the degraded model: use one family."
+            )
+    return names
 
 
 @torch.no_grad()

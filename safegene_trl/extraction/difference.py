@@ -14,6 +14,7 @@ from .config import ExtractionConfig
 from .coverage import Coverage, adapter_coverage
 from .delta import adapter_delta, stored_difference
 from .isolation import isolated
+from .methods import METHODS
 from .svd import Truncation
 
 
@@ -92,11 +93,13 @@ def _difference(
 ) -> tuple[dict[str, Truncation], Coverage]:
     """The aligned model less another one, and how much of their difference that is."""
     other = StoredModel.open(name, revision)
+    # what distils trains a LoRA on modules, which these are not
+    experts = not METHODS[config.method].distils
     if differ_by_adapters(config, aligned, other, name, revision):
-        found = adapter_delta(aligned.model, other.model, config.rank)
+        found = adapter_delta(aligned.model, other.model, config.rank, experts)
         return found, adapter_coverage(aligned, other, found)
     return stored_difference(
-        aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress
+        aligned, other, config.rank or 8, config.exact_svd, config.seed, show_progress, experts
     )
 
 

@@ -43,7 +43,8 @@ def truncated_svd(matrix: torch.Tensor, rank: int, exact: bool, seed: int) -> Tr
     if exact or size >= min(matrix.shape):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         kept = _squares(s[:rank]) / total if total else 1.0
-        return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept, total)
+        delta = _padded(balanced(u[:, :rank], s[:rank], vh[:rank]), rank)
+        return Truncation(delta, kept, kept, total)
     generator = torch.Generator().manual_seed(seed)
     basis = _orthonormal(matrix @ torch.randn(matrix.shape[1], size, generator=generator))
     for _ in range(POWER_ITERATIONS):
@@ -60,14 +61,20 @@ def factors_at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> Truncation:
     """`B A` at a given rank: padded with zeros up to it, or cut down to it by an exact SVD of the
     small core.
     """
-    missing = rank - a.shape[0]
-    if missing >= 0:
-        whole = LowRankDelta(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)))
-        return Truncation(whole, 1.0, 1.0, max(0.0, LowRankDelta(a, b).inner(LowRankDelta(a, b))))
+    if rank >= a.shape[0]:
+        whole = LowRankDelta(a, b)
+        return Truncation(_padded(whole, rank), 1.0, 1.0, max(0.0, whole.inner(whole)))
     u, s, vh = svd_of_product(a, b)
     total = _squares(s)
     kept = _squares(s[:rank]) / total if total else 1.0
-    return Truncation(balanced(u[:, :rank], s[:rank], vh[:rank]), kept, kept, total)
+    delta = _padded(balanced(u[:, :rank], s[:rank], vh[:rank]), rank)
+    return Truncation(delta, kept, kept, total)
+
+
+def _padded(delta: LowRankDelta, rank: int) -> LowRankDelta:
+    """With zeros up to a rank: a matrix of one row, like a gate, has no more than one part."""
+    missing = rank - delta.a.shape[0]
+    return LowRankDelta(F.pad(delta.a, (0, 0, 0, missing)), F.pad(delta.b, (0, missing)))
 
 
 def svd_of_product(

@@ -14,11 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..distributed.layouts import Sharding
 from .coefficients import CoefficientSpace
 from .eager import running_eagerly
+from .experts import Product, Samples, computing_with
 from .factors import Factors
 from .inputs import Batch
 from .kernels import kernels_for_any_shape
 from .low_rank import LowRankDelta
-from .parameters import canonical_modules
+from .names import shared_parameter
+from .parameters import canonical_modules, unadapted
 from .quantized import kept_packed
 from .verification import Evidence, check_effective, list_items
 
@@ -63,9 +65,13 @@ class VectorAttachment:
         self.factors = Factors(deltas)
         self._modules = canonical_modules(model)
         self._items = list_items(deltas, self._modules)
+        self._of_experts = {
+            name: parameter for name in deltas if (parameter := shared_parameter(name))
+        }
 
     def applied(self, values: torch.Tensor) -> AbstractContextManager[None]:
-        """While open, module `m` computes `m(x) + B diag(λ) A x` with the λ of its rank-one parts.
+        """While open, module `m` computes `m(x) + B diag(λ) A x` with the λ of its rank-one parts,
+        and so does each expert that lies in one parameter with others.
 
         No dense `B A` is formed. Gradients flow to `values` through activations only.
 
@@ -129,13 +135,32 @@ class VectorAttachment:
             for item in {item for own in self._items.values() for item in own}:
                 note = _CallNote(evidence.called, item)
                 hooks.callback(modules[item].register_forward_pre_hook(note).remove)
-            for name in self.deltas:
+            for name in self.deltas.keys() - self._of_experts.keys():
                 index = self._index[name].to(coefficients.device)
                 hook = _delta_hook(
                     partial(self.factors.of, name), coefficients, index, evidence, name
                 )
                 hooks.callback(modules[name].register_forward_hook(hook).remove)
+            for name in {parameter.rpartition(".")[0] for parameter in self._of_experts.values()}:
+                experts, product = unadapted(modules[name]), self._expert_product(coefficients)
+                hooks.enter_context(computing_with(experts, name, product))
             yield
+
+    def _expert_product(self, coefficients: torch.Tensor) -> Product:
+        evidence = self.evidence
+
+        def product(
+            name: str, x: torch.Tensor, out: torch.Tensor, samples: Samples
+        ) -> torch.Tensor:
+            if name not in self.deltas:
+                return out
+            evidence.fired.add(name)
+            chosen = coefficients[..., self._index[name].to(coefficients.device)].to(out.device)
+            chosen = chosen[None] if chosen.dim() == 1 else samples(chosen)
+            reached = partial(evidence.reached.add, name)
+            return _AddDelta.apply(x, out, chosen, partial(self.factors.of, name), reached)
+
+        return product
 
 
 class _CallNote:

@@ -3,8 +3,8 @@ a module has.
 
 One coefficient stands for a layer, a module, or one of the r rank-one parts of a module's delta; in
 a vector of several components, for that of one component. Its name says which: `layers.12`,
-`…up_proj`, `…up_proj#3`, and with components `layers.12/0`, `…up_proj/0#3`. Nothing but this module
-and `names.py` makes or reads such a name.
+`…up_proj`, `…up_proj#3`, and with components `layers.12/0`, `…up_proj/0#3`. The experts that lie in
+one parameter share theirs. Nothing but this module and `names.py` makes or reads such a name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from ..config.search import Granularity
-from .names import layer_index
+from .names import layer_index, shared_parameter
 
 
 class CoefficientSpace:
@@ -45,7 +45,9 @@ class CoefficientSpace:
         return cls(modules, components, granularity)
 
     def _of_module(self, module: str) -> list[str]:
-        place = f"layers.{layer_index(module)}" if self.granularity == "layer" else module
+        # all experts of a parameter share one: few tokens come to each
+        own = shared_parameter(module) or module
+        place = f"layers.{layer_index(module)}" if self.granularity == "layer" else own
         return [
             place
             + (f"/{number}" if len(self._components) > 1 else "")

@@ -45,6 +45,16 @@ def layer_index(module_name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def expert_name(parameter: str, expert: int) -> str:
+    """The name of one expert's matrix in a parameter that holds those of all: `…experts.down_proj[3]`."""
+    return f"{parameter}[{expert}]"
+
+
+def shared_parameter(matrix: str) -> str | None:
+    """Of an expert's matrix the parameter that it lies in, None for a module's own weight."""
+    return matrix.rpartition("[")[0] if matrix.endswith("]") else None
+
+
 def layers_of(module_names: Iterable[str]) -> list[int]:
     """Indices of the layers that modules belong to, in order."""
     return sorted({index for name in module_names if (index := layer_index(name)) is not None})

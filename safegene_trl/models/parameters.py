@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
@@ -44,6 +45,11 @@ class Parameter:
         if self.is_weight and is_quantized(layer):
             return weight_shape(layer)
         return full_shape(self.tensor)
+
+    @property
+    def canonical(self) -> str:
+        """Its canonical name, as its module's."""
+        return f"{self.module_name}.{self.name.rpartition('.')[2]}"
 
     @property
     def is_weight(self) -> bool:
@@ -232,15 +238,29 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module's weight is stored as `(d_in, d_out)`."""
+    """Whether the module's weight is stored as `(d_in, d_out)`: one-hot tokens enter embeddings."""
     layer = unadapted(module)
-    return isinstance(layer, Conv1D) or (is_quantized(layer) and is_transposed_in_files(layer))
+    if isinstance(layer, Conv1D | nn.Embedding):
+        return True
+    return is_quantized(layer) and is_transposed_in_files(layer)
 
 
 def task_factors(module: Any) -> list[TaskFactors]:
-    """The task's own unmerged LoRA factors on a module."""
+    """The task's own unmerged LoRA factors on a module's weight."""
     if not isinstance(module, LoraLayer) or module.disable_adapters:
         return []
+    if isinstance(module, ParamWrapper):  # they are on other parameters than `weight`
+        return []
+    if isinstance(module, Embedding):
+        return [
+            TaskFactors(
+                module.lora_embedding_A[name],
+                module.lora_embedding_B[name],
+                float(module.scaling[name]),
+            )
+            for name in module.active_adapters
+            if name in module.lora_embedding_A and name not in module.merged_adapters
+        ]
     lora_a: Any = module.lora_A
     lora_b: Any = module.lora_B
     magnitudes: Any = module.lora_magnitude_vector
@@ -275,7 +295,8 @@ def tied_weights(model: nn.Module) -> dict[str, set[str]]:
     base = base_model(model)
     names: dict[int, set[str]] = {}
     for name, tensor in base.named_parameters(remove_duplicate=False):
-        if not any(part.startswith(("lora_", "modules_to_save")) for part in name.split(".")):
+        adapters = ("lora_", "modules_to_save", "trainable_tokens_")
+        if not any(part.startswith(adapters) for part in name.split(".")):
             names.setdefault(id(tensor), set()).add(
                 canonical_name(name.replace(".original_module", ""))
             )
@@ -323,17 +344,44 @@ def saved_copy(module: nn.Module) -> Any:
 
 
 def unadapted(module: Any) -> Any:
-    """The layer inside one with adapters; any other module itself."""
+    """The layer inside one with adapters, or with trained tokens; any other module itself."""
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of an embedding matrix that a fine-tune trained by PEFT's `trainable_token_indices`.
+
+    Attributes:
+        indices: Which rows: int64.
+        values: What stands there, rows×columns; the live tensor, maybe a shard.
+    """
+
+    indices: torch.Tensor
+    values: torch.Tensor
+
+
+def trained_rows(module: Any) -> list[TrainedRows]:
+    """What the active adapters hold in the place of single rows of a module's weight."""
+    if not isinstance(module, TrainableTokensWrapper) or module.token_adapter.disable_adapters:
+        return []
+    layer: Any = module.token_adapter
+    return [
+        TrainedRows(torch.tensor(layer.token_indices[name]), layer.trainable_tokens_delta[name])
+        for name in layer.active_adapters
+        if name in layer.trainable_tokens_delta and name not in layer.merged_adapters
+    ]
 
 
 def canonical_name(name: str) -> str:
     """The checkpoint name of a live module or parameter."""
     name = _WRAPPERS.sub("", re.sub(r"\.modules_to_save\.[^.]+", "", name))
-    return name.replace(".base_layer", "")
+    return name.replace(".token_adapter", "").replace(".base_layer", "")
 
 
 def inside_adapter(name: str) -> bool:
     """Whether this is the live name of a part of an adapter, or of what an adapter replaces."""
     parts = name.split(".")
-    return any(part.startswith(("lora_", "original_module")) for part in parts)
+    return any(part.startswith(("lora_", "original_module", "trainable_tokens_")) for part in parts)

@@ -8,9 +8,11 @@ tensors in place.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ..distributed.layouts import Sharding
@@ -47,10 +49,11 @@ def replaced(
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """While open, LoRA layers compute with their base weight alone: what they add is in the weight,
-    or in another adapter.
+    """While open, LoRA layers, and embeddings with trained tokens, compute with their base weight
+    alone: what they add is in the weight, or in another adapter.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kinds = (LoraLayer, TrainableTokensLayer)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
     states = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

@@ -1,20 +1,25 @@
 """Which fine-tunes this version can merge exactly; every other one is refused by its name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft import PeftType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .experts import expert_weights, stored_pieces
+from .names import shared_parameter, without_wrapper
 from .parameters import (
     adapter_configs,
     base_model,
     canonical_name,
+    canonical_parameters,
     inside_adapter,
     is_transposed,
     linear_shape,
@@ -56,17 +61,22 @@ def check_supported(model: nn.Module) -> None:
         check_method(config)
     _check_quantization(model)
     tied, modules = tied_weights(model), own_modules(model)
+    lora_on_experts = set()
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             _check_saved_whole(name, module, modules, tied)
         elif isinstance(module, TrainableTokensWrapper):
-            raise UnsupportedModelError(
-                f"The fine-tune trains single tokens of `{name}`: leave out `trainable_token_indices`, or merge the adapter "
-                "into the model first, then run `safegene apply`."
-            )
+            _check_tokens(name, module, modules, tied)
+        elif isinstance(module, ParamWrapper):
+            _check_experts(name, module)
+            parameter = f"{canonical_name(name)}.{module.parameter_name}"
+            lora_on_experts.add(without_wrapper(parameter))
+        elif isinstance(module, TrainableTokensLayer):
+            continue  # of the wrapper around it
         elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             _check_lora_untied(name, tied)
             _check_adapter(name, module)
+    _check_stored(model, lora_on_experts)
     check_held(model)
 
 
@@ -161,6 +171,12 @@ def check_adapter_output(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"The fine-tune trains `{whole}` itself, which no low-rank delta can hold: set `output.output_format: merged`."
         )
+    for name, module in base_model(model).named_modules() if configs else ():
+        if isinstance(module, (ParamWrapper, Embedding)):
+            raise UnsupportedModelError(
+                f"The fine-tune has a LoRA on `{canonical_name(name)}`, which is no linear layer: set `output.output_format: "
+                "merged`."
+            )
     for config in configs:
         kind = (
             f"LoRA with `init_lora_weights={config.init_lora_weights!r}`"
@@ -181,7 +197,7 @@ def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
     """
     biases = {getattr(config, "bias", "none") for config in configs}
     for name, module in base_model(model).named_modules() if biases else ():
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             return canonical_name(name)
         trained = "all" in biases or ("lora_only" in biases and isinstance(module, LoraLayer))
         if (
@@ -214,6 +230,33 @@ def check_untied(model: nn.Module, modules: Iterable[str]) -> None:
             )
 
 
+def check_experts(model: nn.Module, matrices: Iterable[str], merged: bool) -> None:
+    """Raises `UnsupportedModelError` if a delta is for experts that cannot be written with it.
+
+    Args:
+        model: The fine-tune.
+        matrices: What the deltas are for.
+        merged: Whether a full checkpoint alone is written.
+    """
+    parameters = {parameter for name in matrices if (parameter := shared_parameter(name))}
+    if parameters and not merged:
+        raise UnsupportedModelError(
+            f"The safety vector changes the experts in `{min(parameters)}`, which an adapter of linear layers cannot hold: set "
+            "`output.output_format: merged`."
+        )
+    _check_stored(model, parameters)
+
+
+def _check_stored(model: nn.Module, parameters: Collection[str]) -> None:
+    """Of parameters that hold experts, by their canonical names."""
+    for parameter in canonical_parameters(model) if parameters else ():
+        if parameter.canonical in parameters and stored_pieces(model, parameter) is None:
+            raise UnsupportedModelError(
+                f"Checkpoint files hold the experts in `{parameter.name}` in a form that cannot be read back: use a vector, "
+                "and a fine-tune, that leaves them out."
+            )
+
+
 def _check_saved_whole(
     name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]
 ) -> None:
@@ -232,6 +275,33 @@ def _check_saved_whole(
                 )
 
 
+def _check_tokens(
+    name: str, wrapper: Any, modules: Mapping[str, nn.Module], tied: Mapping[str, set[str]]
+) -> None:
+    own = f"{canonical_name(name)}.weight"
+    for other in tied.get(own, set()) - {own}:
+        module_name = other.rpartition(".")[0]
+        twin: Any = modules[module_name]
+        if not isinstance(twin, TrainableTokensWrapper) or (
+            twin.token_adapter.trainable_tokens_delta
+            is not wrapper.token_adapter.trainable_tokens_delta
+        ):
+            raise UnsupportedModelError(
+                f"The fine-tune trains single tokens of `{canonical_name(name)}`, whose weight the model ties to "
+                f"`{module_name}`: train with `ensure_weight_tying=True`, or leave out `trainable_token_indices`."
+            )
+
+
+def _check_experts(name: str, wrapper: Any) -> None:
+    """Of a LoRA on a parameter: `name` is that of PEFT's wrapper, which may be around others."""
+    place, leaf = canonical_name(name), wrapper.parameter_name
+    if leaf not in expert_weights(wrapper):
+        raise UnsupportedModelError(
+            f"The fine-tune has a LoRA on the parameter `{place}.{leaf}`, and beside linear layers only the weights of "
+            "experts can take one: take it out of `target_parameters`."
+        )
+
+
 def _check_lora_untied(name: str, tied: Mapping[str, set[str]]) -> None:
     weight = f"{canonical_name(name)}.weight"
     if others := tied.get(weight, set()) - {weight}:
@@ -242,6 +312,8 @@ def _check_lora_untied(name: str, tied: Mapping[str, set[str]]) -> None:
 
 
 def _check_adapter(name: str, module: Any) -> None:
+    if isinstance(module, Embedding):
+        return
     if not isinstance(module, LoraLayer) or linear_shape(module) is None:  # type: ignore[arg-type]
         raise UnsupportedModelError(
             f"`{name}` is adapted by {type(module).__name__} and only LoRA on linear layers can be merged: merge this "

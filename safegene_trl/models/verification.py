@@ -14,6 +14,7 @@ from torch import nn
 
 from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
+from .names import shared_parameter
 
 
 SWITCH_OFF = (
@@ -81,7 +82,11 @@ def check_effective(
 
 
 def _is_passed_over(name: str, items: Sequence[str], evidence: Evidence) -> bool:
-    """Whether an item on the path was not called and another one of its list was."""
+    """Whether an item on the path was not called and another one of its list was, or another expert
+    of its parameter.
+    """
+    if parameter := shared_parameter(name):  # its experts are no modules
+        return any(shared_parameter(other) == parameter for other in evidence.fired)
     for item in items:
         neighbours = item.rpartition(".")[0] + "."
         if item not in evidence.called and any(

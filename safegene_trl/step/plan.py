@@ -25,7 +25,7 @@ from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
 from ..models.parameters import canonical_modules, vocabulary_rows
-from ..models.supported import check_untied
+from ..models.supported import check_experts, check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
 from ..reporting.report import Report
@@ -203,6 +203,7 @@ def read_vector(
     warnings = vector.family.check_member(family)
     vector.check_fits(canonical_modules(model))
     check_untied(model, vector.deltas)
+    check_experts(model, vector.deltas, config.output.output_format == "merged")
     return vector, family, warnings
 
 

@@ -14,6 +14,7 @@ from ..checkpoints.read_ahead import ReadAhead
 from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding
 from ..errors import CheckpointError
+from ..models.experts import stored_pieces
 from ..models.low_rank import broadcast_deltas
 from ..models.parameters import Parameter, StoredForm, canonical_parameters
 from ..models.replacement import replaced, without_adapters
@@ -34,9 +35,10 @@ class WrittenTensors:
     """
 
     def __init__(self, model: nn.Module, folder: Path | None, files: ExitStack):
-        # by the names of live tensors those in the files; one that is not among them is fused in the
-        # model: no vector and no LoRA acts on it, and the live one is what it was
-        self._names: dict[str, str] = {}
+        # by the names of live tensors the pieces of them in the files, one below the other; one that
+        # is not among them is held in another form: no vector and no LoRA acts on it, and the live
+        # one is what it was
+        self._pieces: dict[str, list[str]] = {}
         self._left: set[str] = set()
         if folder is None:
             return
@@ -47,17 +49,22 @@ class WrittenTensors:
                 f"The written checkpoint lacks {missing[0]}: run it again, and report this."
             )
         self._left = stored.keys() - form.contents.keys()
-        self._names = form.names
-        asked = [form.names[each.name] for each in parameters if each.name in form.names]
+        self._pieces = {
+            each.name: [form.names[each.name]] if each.name in form.names else _pieces(model, each)
+            for each in parameters
+        }
+        asked = [name for pieces in self._pieces.values() for name in pieces]
         self._tensors = files.enter_context(ReadAhead(stored, asked))
 
     def __call__(self, parameter: Parameter) -> torch.Tensor | None:
-        name = self._names.get(parameter.name)
-        if name is None:
-            return None
-        read, tensor = self._tensors.next()
-        assert read == name
-        return tensor
+        found = []
+        for name in self._pieces.get(parameter.name, ()):
+            read, tensor = self._tensors.next()
+            assert read == name
+            found.append(tensor)
+        if len(found) < 2:
+            return found[0] if found else None
+        return torch.cat(found).view(parameter.shape)
 
     def check_complete(self) -> None:
         """Raises `CheckpointError` for a tensor in the files that the model has not."""
@@ -65,6 +72,11 @@ class WrittenTensors:
             raise CheckpointError(
                 f"The written checkpoint holds {min(self._left)}, which the model has not: run it again, and report this."
             )
+
+
+def _pieces(model: nn.Module, parameter: Parameter) -> list[str]:
+    experts = stored_pieces(model, parameter) or []
+    return [piece.name for own in experts for piece in own]
 
 
 @contextmanager

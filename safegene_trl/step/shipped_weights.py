@@ -15,8 +15,10 @@ from ..distributed.layouts import Sharding
 from ..errors import OutputError
 from ..models.attachment import VectorAttachment
 from ..models.coefficients import CoefficientSpace
+from ..models.experts import factors_on
 from ..models.low_rank import LowRankDelta
-from ..models.parameters import Parameter, canonical_parameters, task_factors
+from ..models.names import shared_parameter
+from ..models.parameters import Parameter, canonical_parameters, trained_rows
 from ..models.replacement import replaced, without_adapters
 from ..models.rounding import Rounding
 
@@ -101,11 +103,16 @@ def merged_weights(
         rounding: Is told what the data types leave of the vector's part.
     """
 
+    shared = {shared_parameter(name) for name in vector.deltas}
+
     def merged(parameter: Parameter) -> torch.Tensor | None:
         """None for a tensor that is shipped as it is."""
-        if not parameter.is_weight:
-            return None
-        if parameter.module_name not in vector.deltas and not task_factors(parameter.module):
+        if parameter.is_weight:
+            rows = trained_rows(parameter.module)
+            acted_on = parameter.module_name in vector.deltas or bool(rows)
+        else:
+            acted_on = parameter.canonical in shared
+        if not (acted_on or factors_on(parameter)):
             return None
         return merged_tensor(parameter, vector, sharding, rounding)
 

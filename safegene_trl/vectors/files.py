@@ -17,6 +17,7 @@ from typing import Any, get_args
 from ..config.validation import is_template_options
 from ..errors import SafeGeneError, VectorError
 from ..judges.refusal_phrases import is_refusal
+from ..models.names import shared_parameter
 from ..models.reasoning import SafetyTarget, split_stored
 from ..provenance import sha256_of_bytes, sha256_of_file
 from .signing import SIGNATURE_FILE
@@ -159,6 +160,7 @@ def adapter_config(modules: Iterable[str], rank: int, base: str) -> str:
     """The content of `adapter_config.json`: a plain LoRA on these modules, as PEFT, vLLM and others
     read it.
 
+    Experts that lie in one parameter are no modules: only `safegene` can put the vector on them.
     Alpha is the rank, so that they apply `B A` unscaled. What is left out is as PEFT has it by
     default. Sorted, one vector is one file whoever saves it.
     """
@@ -173,7 +175,7 @@ def adapter_config(modules: Iterable[str], rank: int, base: str) -> str:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(name for name in modules if not shared_parameter(name)),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

@@ -113,7 +113,8 @@ class SafetyVector(
         return CoefficientSpace(self.deltas, self.components, granularity)
 
     def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
-        """Checks that every delta has a linear module of its name and shape in a model.
+        """Checks that every delta has a linear layer, or an expert, of its name and shape in a
+        model.
 
         Args:
             modules: The model's modules by canonical name.
@@ -121,10 +122,11 @@ class SafetyVector(
         Raises:
             FamilyError: One has not.
         """
-        from ..models.parameters import linear_shape
+        from ..models.experts import matrix_shapes
 
+        shapes = matrix_shapes(modules)
         for name, delta in self.deltas.items():
-            shape = linear_shape(modules[name]) if name in modules else None
+            shape = shapes.get(name)
             if shape is None:
                 raise FamilyError(
                     f"The model has no linear layer `{name}`: use a safety vector of its own family."

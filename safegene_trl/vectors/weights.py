@@ -13,7 +13,8 @@ from ..errors import VectorError
 from .files import PREFIX, WEIGHTS_FILE
 
 
-_MODULE = re.compile(r"\w+(\.\w+)*", re.ASCII)
+# of a module, or of one of the experts that lie in one parameter
+_MODULE = re.compile(r"\w+(\.\w+)*(\[\d+\])?", re.ASCII)
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -80,4 +81,5 @@ def _sum(tensor: dict[str, Any]) -> float:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    parts = re.split(r"[.\[]", name.removesuffix("]"))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

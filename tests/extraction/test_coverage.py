@@ -74,16 +74,26 @@ def test_of_a_mixture_of_experts(tmp_path):
         )
 
     aligned, degraded = mixture(), moved(mixture(), ["experts", "q_proj"])
-    _, coverage = stored_difference(
-        stored(aligned, tmp_path / "a"), stored(degraded, tmp_path / "d"), rank=2
-    )
+    a, d = stored(aligned, tmp_path / "a"), stored(degraded, tmp_path / "d")
+    found, coverage = stored_difference(a, d, rank=2)
+    assert coverage.share == 1 and not coverage.left_out
+    assert {name for name in found if "[" in name} == {
+        f"model.layers.{layer}.mlp.experts.{part}[{expert}]"
+        for layer in range(2)
+        for part in ("gate_up_proj", "down_proj")
+        for expert in range(4)
+    }
+    _, coverage = stored_difference(a, d, rank=2, experts=False)
     share = expected(aligned, degraded, lambda name: "q_proj" in name)
     assert coverage.share == pytest.approx(share, rel=1e-4) and 0.01 < share < 0.1
     assert len(coverage.left_out) == 2 * 4 * 3 and "experts" in coverage.check()
     assert f"{100 * share:.2g} %" in coverage.check()
     degraded = moved(mixture(), ["experts"])
     _, coverage = stored_difference(
-        StoredModel.open(str(tmp_path / "a")), stored(degraded, tmp_path / "e"), rank=2
+        StoredModel.open(str(tmp_path / "a")),
+        stored(degraded, tmp_path / "e"),
+        rank=2,
+        experts=False,
     )
     with pytest.raises(FamilyError, match=r"hold 0 % of the models' difference.*experts"):
         coverage.check()

@@ -19,6 +19,7 @@ from safegene_trl.checkpoints.merge_terms import NO_VECTOR
 from safegene_trl.errors import UnsupportedModelError
 from safegene_trl.models.supported import check_adapter_output, check_supported, check_untied
 
+from ..architectures import make_architecture
 from ..conftest import ALONE, make_model, with_lora
 from ..quantization import quantised as quantised_by_bnb
 from ..quantization import wide_model
@@ -92,8 +93,14 @@ def refused():
         gpt2(), target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"]
     )
     yield "a head that is saved, under other names", saved_head, "ties to `transformer.wte`"
-    tokens = with_lora(make_model(tied=False), trainable_token_indices=[1, 2])
-    yield "single tokens", tokens, "trainable_token_indices"
+    parameter = with_lora(
+        make_architecture("mixtral"), target_modules=["q_proj"], target_parameters=["gate.weight"]
+    )
+    yield (
+        "a LoRA on a router",
+        parameter,
+        r"LoRA on the parameter `model\.layers\.0\.mlp\.gate\.weight`.*`target_parameters`",
+    )
     several = with_lora(make_model(tied=False), modules_to_save=["lm_head"])
     several.add_adapter(
         "second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -22,8 +22,8 @@ NUMBERS = (
     simple(
         "merging: every block as the first",
         "checkpoints/merge_terms.py",
-        "part = slice(first_row, first_row + len(rows))",
-        "part = slice(0, len(rows))",
+        "part = slice(first - term.first, last - term.first)",
+        "part = slice(0, last - first)",
         "tests/checkpoints/test_stored_merge.py",
     ),
     simple(
@@ -36,9 +36,37 @@ NUMBERS = (
     simple(
         "streaming: what an adapter replaces is not written",
         "checkpoints/stored_merge.py",
-        "file.write(name, own[name])",
-        "pass",
+        "if block.name in own:",
+        "if False:",
         "tests/checkpoints/test_stored_merge.py",
+    ),
+    simple(
+        "streaming: trained tokens are left out",
+        "checkpoints/stored_merge.py",
+        "    stored.put_trained_rows(block, rows)\n",
+        "",
+        "tests/models/test_trained_heads.py",
+    ),
+    simple(
+        "experts: their parts in the files in another order",
+        "models/experts.py",
+        "names = sorted(numbered, key=lambda name: int(numbered[name]))",
+        "names = sorted(numbered)[::-1]",
+        "tests/models/test_architectures.py",
+    ),
+    simple(
+        "experts: every token with the coefficients of the first sample",
+        "models/experts.py",
+        "return values[tokens // each]",
+        "return values[tokens * 0]",
+        "tests/models/test_architectures.py",
+    ),
+    simple(
+        "experts: all of a parameter as the first",
+        "checkpoints/merge_terms.py",
+        "replace(term, first=expert * experts.rows)",
+        "replace(term, first=0)",
+        "tests/models/test_architectures.py",
     ),
     simple(
         "streaming: a file that shrinks is read to its end",

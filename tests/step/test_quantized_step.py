@@ -137,6 +137,8 @@ def test_a_fine_tune_is_merged_into_its_16_bit_base(bits, base_dir, config, toke
         {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
         {"use_dora": True},
         {"modules_to_save": ["lm_head", "input_layernorm"]},
+        {"trainable_token_indices": list(range(5, 120))},
+        {"target_modules": ["q_proj", "embed_tokens"]},
     ],
     ids=lambda lora: next(iter(lora)),
 )
@@ -150,7 +152,8 @@ def test_what_else_a_lora_holds_is_merged(lora, config, tokenizer, tmp_path):
     )
     assert same(before, packed(trainer.model))
     written = out / "safeguarded"
-    if "use_dora" not in lora:
+    embedded = "trainable_token_indices" in lora or "embed_tokens" in lora.get("target_modules", ())
+    if "use_dora" not in lora and not embedded:
         wanted = expected(base, out, callback.report, tmp_path / "vector")
     else:
         merged = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -161,6 +164,10 @@ def test_what_else_a_lora_holds_is_merged(lora, config, tokenizer, tmp_path):
             weight += delta.b @ (by_module[name][:, None] * delta.a)
         wanted = {name: tensor.float() for name, tensor in merged.state_dict().items()}
     check_written(written, wanted)
+    if embedded:
+        before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        own = load_file(written / "model.safetensors")["model.embed_tokens.weight"]
+        assert not torch.equal(own, before)
     if "modules_to_save" in lora:
         head = load_file(base / "model.safetensors")["lm_head.weight"]
         assert not torch.equal(load_file(written / "model.safetensors")["lm_head.weight"], head)
