@@ -132,7 +132,7 @@ def run(plan: dict, out: Path) -> dict:
 
 def loss_of_more_training(trainer: SFTTrainer, plan: dict, out: Path) -> float:
     """Of a step on the model after the safety step: by another trainer where one takes it."""
-    if plan["backend"] == "fsdp2" and ON_GPU:  # accelerate wraps a model once
+    if plan["backend"] == "fsdp2":  # accelerate wraps a model once
         batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
         return trainer.training_step(trainer.model_wrapped, batch).item()
     again = Trainer(
