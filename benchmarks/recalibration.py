@@ -152,7 +152,9 @@ def main() -> None:
         ),
     )
     model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
-    sharding = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    sharding = Sharding(
+        torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    )
     model.to(sharding.device)
     vector = SafetyVector.from_pretrained(config.vector)
     shots = gather_shots(config, vector, tokenizer, None, None)

@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     if failure:
         raise failure
     leave_processes()
-    trainer.end()
+    if hasattr(trainer, "end"):  # from transformers 5.18 on
+        trainer.end()
     return _exit_code(callback.report if callback else None)
 
 
@@ -74,6 +75,8 @@ def _trainer(
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
+        # TRL before 1.16 asks for "auto" there, which ZeRO-3 refuses
+        **({"device_map": None} if training.use_cpu else {}),
         **(given or {}),
     }
     try:

@@ -84,7 +84,9 @@ class Probe:
         self.skeleton, self.dtype, self._timed = skeleton, getattr(torch, dtype), timed
         self._config, self._seeds = base.config, itertools.count()
         self.layers = int(base.config.get_text_config().num_hidden_layers)
-        self.alone = Sharding(torch.accelerator.current_accelerator() or torch.device("cpu"))
+        self.alone = Sharding(
+            torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        )
         self.host = psutil.Process().memory_info().rss
         self.process = 0 if self.alone.device.type == "cuda" else self.host
         self.models = [self._model(layers, adapter, checkpointing) for layers in LAYERS]

@@ -80,7 +80,7 @@ def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
         report_to="none",
         disable_tqdm=True,
         seed=0,
-        model_init_kwargs={"dtype": plan["dtype"]},
+        model_init_kwargs={"dtype": plan["dtype"], "device_map": None},
         **training_arguments(plan),
     )
     if plan["backend"] == "fsdp2" and not ON_GPU:
