@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-gpu gpu fuzz mutants faults docs lint format clean
+.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-serving test-gpu gpu fuzz mutants faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -57,6 +57,11 @@ test-oldest: environment
 	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-oldest
 	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e ".[dev]"
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What the step writes, read by the newest transformers 4: it is put beside the environment's own.
+test-serving: environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/transformers-4 "transformers<5" "huggingface_hub<1" "tokenizers<0.23" "peft<0.19"
+	SAFEGENE_TRANSFORMERS_4=$(CURDIR)/build/transformers-4 $(BIN)/python -m pytest tests/serving
 
 # On one GPU, about 4 minutes; skipped without one. SAFEGENE_GPU_TESTS_ON_CPU=1 runs the same tests on the CPU.
 test-gpu: environment
