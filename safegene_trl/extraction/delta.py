@@ -9,6 +9,7 @@ arXiv 2606.06519, starts from this difference).
 """
 
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -155,8 +156,12 @@ def _matrices(aligned: StoredModel, degraded: StoredModel, experts: bool) -> lis
         and (not shared_parameter(name) or (experts and aligned.pieces(name)))
     ]
     for name in names:
+        # classes that wrap the text model have other names in their files
         shapes = [
-            [(piece, model.files[piece.name].shape) for piece in model.pieces(name)]
+            [
+                (replace(piece, name=""), model.files[piece.name].shape)
+                for piece in model.pieces(name)
+            ]
             for model in (aligned, degraded)
         ]
         if not shapes[0] or shapes[0] != shapes[1]:

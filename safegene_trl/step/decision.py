@@ -19,7 +19,6 @@ from typing import Any, Literal
 from ..config.gate import GateConfig
 from ..config.metrics import METRICS, by_limit
 from ..errors import ConfigError
-from ..judges.intervals import Rate
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals
 
@@ -59,6 +58,8 @@ class Check:
         at_least = by_limit()[limit].side == "least"
         unjudged = int(measured.get("unjudged", 0))
         if unjudged and not at_least:
+            from ..judges.intervals import Rate  # by scipy, which takes a second to import
+
             worse = int(measured["successes"]) + unjudged
             measured = Rate(worse, int(measured["count"])).to_dict()
         share, low, high = measured["share"], measured["low"], measured["high"]

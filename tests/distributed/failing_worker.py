@@ -67,7 +67,7 @@ FAULTS = {  # name: module, attribute, what it is replaced by, on which rank
         1,
     ),
     "kill": (objective, "sample_losses", second_call(objective.sample_losses, kill_self), 1),
-    "gathering": (merging, "task_factors", second_call(merging.task_factors, break_down), 1),
+    "gathering": (merging, "whole", second_call(merging.whole, break_down), 1),
     "search": (recalibration, "minimize_in_box", break_down, 0),
     "later in the search": (optimization, "_step", break_down, 0),
     "memory": (losses, "_forward", little_memory, 1),
