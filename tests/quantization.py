@@ -3,6 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from safegene_trl.models import quantized
 from safegene_trl.models.quantized import is_quantized
 
 from .conftest import small_shape
@@ -62,3 +63,21 @@ def same(here, there):
         torch.equal(value, there[key]) if torch.is_tensor(value) else value == there[key]
         for key, value in here.items()
     )
+
+
+@torch.no_grad()
+def dequantized(layer) -> torch.Tensor:
+    """The weight that a quantised layer stands for: d_out×d_in, float32, on the CPU. The layer is
+    only read, in the form in which it was loaded.
+    """
+    quantized._as_loaded(layer)
+    weight = layer.weight
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).float().cpu()
+    if weight.is_floating_point():  # 8-bit layers may keep their weights, and quantise each pass
+        return weight.detach().float().cpu()
+    # the first pass moves the rows' largest numbers from the weight to the layer
+    scales = layer.state.SCB if weight.SCB is None else weight.SCB
+    return (weight.data.float() * (scales.float() / 127)[:, None]).cpu()

@@ -24,7 +24,7 @@ from ..models.parameters import (
     task_factors,
     unadapted,
 )
-from ..models.quantized import dequantized, is_quantized
+from ..models.quantized import is_quantized, kept_codes
 from .loading import UNREADABLE, read_config
 from .merge_terms import Term
 from .row_blocks import RowReader, row_blocks
@@ -33,8 +33,7 @@ from .stored_model import StoredModel
 from .tensor_file import StoredTensor
 
 
-LARGEST_ERROR = 0.3  # of a weight's norm, that quantisation may take: nf4 takes 0.1, fp4 0.15
-COMPARED = 3  # quantised weights that are held against the files: the first ones
+LEAST_KEPT = 0.99  # of a weight's quantised numbers: another device may round a few otherwise
 REMEDY = "name its 16-bit model as `output.merge_base`, or set `output.output_format: adapter`"
 
 
@@ -145,8 +144,8 @@ def open_base(name_or_path: str | None, revision: str | None = None) -> StoredMo
 def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
     """Raises unless the files are those that a live fine-tune's quantised base was made from.
 
-    Names and shapes are compared, what is not quantised number by number, and the first few
-    quantised weights as far as quantisation leaves them alike.
+    Names and shapes are compared, what is not quantised number by number, and quantised weights by
+    what the files' are quantised to.
 
     Args:
         fine_tune: The live fine-tune on the files.
@@ -164,7 +163,6 @@ def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
                 f"The files of {stored.name} hold `{name}` in another form than the model: set `output.output_format: adapter`."
             )
     found = {parameter.name: parameter for parameter in canonical_parameters(live)}
-    quantised = 0
     with RowReader() as reader:
         for name, parameter in stored.parameters.items():
             own = found.get(parameter.name)
@@ -173,9 +171,7 @@ def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
             alike = tuple(own.shape) == stored.files[name].shape
             layer = unadapted(own.module)
             if alike and own.is_weight and is_quantized(layer):
-                quantised += 1
-                if quantised <= COMPARED:
-                    alike = _is_near(dequantized(layer), stored.matrix(reader, own.module_name))
+                alike = kept_codes(layer, stored.matrix(reader, own.module_name)) >= LEAST_KEPT
             elif alike and not fine_tune.is_whole(own):
                 alike = _is_rounded(own.tensor.detach(), stored.files[name], reader, name)
             if not alike:
@@ -183,11 +179,6 @@ def check_base(fine_tune: QuantizedFineTune, changed: Collection[str]) -> None:
                     f"`{parameter.name}` of {stored.name} is not the one that the quantised base was made from: name that base's "
                     "16-bit model as `output.merge_base`, or set `output.output_format: adapter`."
                 )
-
-
-def _is_near(quantised: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether two float32 weights differ by no more than quantisation."""
-    return bool((quantised - weight).norm() <= LARGEST_ERROR * weight.norm())
 
 
 def _is_rounded(live: torch.Tensor, stored: StoredTensor, reader: RowReader, name: str) -> bool:

@@ -51,21 +51,41 @@ def describe_quantized(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def dequantized(layer: Any) -> torch.Tensor:
-    """The weight that a quantised layer stands for: d_out×d_in, float32, on the CPU. The layer is
-    only read, in the form in which it was loaded.
-    """
-    _as_loaded(layer)
-    weight = layer.weight
-    if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
+def kept_codes(layer: Any, weight: torch.Tensor) -> float:
+    """Which share of a quantised layer's numbers are those that a weight is quantised to.
 
-        return dequantize_4bit(weight.data, state).float().cpu()
-    if weight.is_floating_point():  # 8-bit layers may keep their weights, and quantise each pass
-        return weight.detach().float().cpu()
-    # the first pass moves the rows' largest numbers from the weight to the layer
-    scales = layer.state.SCB if weight.SCB is None else weight.SCB
-    return (weight.data.float() * (scales.float() / 127)[:, None]).cpu()
+    Of its own weight all are, but for what another device rounds otherwise. The layer is only read,
+    in the form in which it was loaded.
+
+    Args:
+        layer: One of bitsandbytes' layers.
+        weight: What it may have been made of: d_out×d_in, float32, on the CPU.
+    """
+    import bitsandbytes.functional as quantising
+
+    _as_loaded(layer)
+    own = layer.weight
+    if own.shape.numel() == 0 or own.is_floating_point():
+        # 8-bit layers may keep their weights, and quantise each pass
+        return _share(own.detach().cpu().reshape(weight.shape), weight.to(own.dtype))
+    if (state := getattr(own, "quant_state", None)) is not None:
+        again, _ = quantising.quantize_4bit(
+            weight.to(own.device, state.dtype),
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            quant_storage=own.data.dtype,
+        )
+        here, there = (each.reshape(-1).view(torch.uint8) for each in (own.data, again))
+        # two numbers lie in each byte
+        halves = (_share(here & 15, there & 15), _share(here >> 4, there >> 4))
+        return sum(halves) / 2
+    again, *_ = quantising.int8_vectorwise_quant(weight.to(own.device, torch.float16))
+    return _share(own.data, again)
+
+
+def _share(here: torch.Tensor, there: torch.Tensor) -> float:
+    """Of numbers that are the same."""
+    return float((here == there).float().mean()) if here.numel() == there.numel() else 0.0
 
 
 def _as_loaded(layer: Any) -> None:

@@ -298,7 +298,8 @@ def _check_experts(name: str, wrapper: Any) -> None:
     if leaf not in expert_weights(wrapper):
         raise UnsupportedModelError(
             f"The fine-tune has a LoRA on the parameter `{place}.{leaf}`, and beside linear layers only the weights of "
-            "experts can take one: take it out of `target_parameters`."
+            "experts can take one: leave it out of `target_parameters`, and name the linear layers in `target_modules` where "
+            "`all-linear` brings it in."
         )
 
 

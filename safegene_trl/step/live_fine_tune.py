@@ -176,9 +176,7 @@ class LiveFineTune:
             vector = ScaledVector(self.vector.deltas, by_module)
             self._rounding = TriedRounding()
             return merged_weights(self.model, vector, self.sharding, self._rounding)
-        lacking = torch.cat([by_module[name] for name in self.vector.deltas])
-        values = lacking.to(self.sharding.device)
-        return beside_weights(self.model, self.vector.deltas, values, self.sharding)
+        return beside_weights(self.model, self.vector.deltas, by_module, self.sharding)
 
     def _measured(
         self, result: Recalibration, by_module: Mapping[str, torch.Tensor]

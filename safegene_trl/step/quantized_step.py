@@ -7,7 +7,7 @@ shipped is not quite what was measured: the report says so, and every written te
 against the sum that it should be.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..checkpoints.stored_merge import check_written, write_merged
 from ..checkpoints.stored_model import StoredModel
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..models.parameters import base_model
 from ..models.quantized import describe_quantized
 from ..models.rounding import Rounding
@@ -39,6 +39,7 @@ class QuantizedStep:
 
     kind: str
     base: StoredModel | None
+    _seen: dict[Path, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def needed_bytes(self) -> int:
@@ -52,6 +53,7 @@ class QuantizedStep:
         written = []
         if self.base is not None:
             fine_tune = QuantizedFineTune.on(self.base, model)
+            self._seen = _identities(self.base)
             check_base(fine_tune, plan.vector.deltas)
             written.append(f"merged into the {fine_tune.dtype} base {self.base.name}")
             plan.report.warnings.append(
@@ -72,8 +74,30 @@ class QuantizedStep:
         """Writes the merged checkpoint; on rank 0 only."""
         assert self.base is not None
         fine_tune = QuantizedFineTune.on(self.base, model)
+        self._check_unchanged()
         rounding = write_merged(fine_tune, vector, folder, show_progress)
+        self._check_unchanged()
         return MergedIntoBase(fine_tune, vector, rounding)
+
+    def _check_unchanged(self) -> None:
+        """Raises `CheckpointError` if the base's files are no longer those that were checked."""
+        assert self.base is not None
+        if _identities(self.base) != self._seen:
+            raise CheckpointError(
+                f"The files of {self.base.name} have changed since the training began: put those back that it was trained on, and "
+                "run `safegene apply` on the saved fine-tune."
+            )
+
+
+def _identities(base: StoredModel) -> dict[Path, tuple[int, ...]]:
+    """What tells that a base's files are the same as before: size, time of the last change, place
+    on the disk.
+    """
+    found: dict[Path, tuple[int, ...]] = {}
+    for path in {file.path for file in base.files.values()}:
+        status = path.stat()
+        found[path] = (status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
+    return found
 
 
 @dataclass

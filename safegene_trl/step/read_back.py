@@ -99,6 +99,6 @@ def with_adapter(model: nn.Module, place: Path, sharding: Sharding) -> Iterator[
     with sharding.raising_together():
         deltas = read_adapter(place) if sharding.is_main else {}
     deltas = broadcast_deltas(deltas, sharding)
-    ones = torch.ones(sum(delta.a.shape[0] for delta in deltas.values()), device=sharding.device)
+    ones = {name: torch.ones(delta.a.shape[0]) for name, delta in deltas.items()}
     with without_adapters(model), beside_weights(model, deltas, ones, sharding):
         yield

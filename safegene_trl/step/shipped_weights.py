@@ -125,17 +125,24 @@ def merged_weights(
 
 @contextmanager
 def beside_weights(
-    model: nn.Module, deltas: Mapping[str, LowRankDelta], values: torch.Tensor, sharding: Sharding
+    model: nn.Module, deltas: Mapping[str, LowRankDelta], by_module: ByModule, sharding: Sharding
 ) -> Iterator[None]:
     """While open, deltas act beside the weights, as an adapter does.
 
     Args:
         model: The live fine-tune.
         deltas: By canonical module name.
-        values: A coefficient for each rank-one part of every module, module by module.
+        by_module: The coefficients of every module's rank-one parts.
         sharding: How the model is spread over ranks.
     """
     rank = next(iter(deltas.values())).a.shape[0]
     space = CoefficientSpace.of(deltas, [rank], "rank")
+    # experts of one parameter share theirs
+    by_name = {
+        name: value
+        for module, names in space.modules.items()
+        for name, value in zip(names, by_module[module].tolist(), strict=True)
+    }
+    values = space.values(by_name).to(sharding.device)
     with VectorAttachment(model, deltas, space, sharding).applied(values):
         yield

@@ -28,6 +28,14 @@ def live(folder, bits=4, **lora):
     return get_peft_model(quantised(folder, bits), LoraConfig(target_modules=["up_proj"], **lora))
 
 
+def low_rank(weight, share=0.05):
+    """Adds what a LoRA could have added, of that share of the weight's norm."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, 2, generator=generator) for size in weight.shape)
+    change = a @ b.T
+    weight.data += (share * weight.norm() / change.norm() * change).to(weight.dtype)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_is_told_from_every_other_model(bits, base_dir, tmp_path):
     model = live(base_dir, bits)
@@ -38,6 +46,7 @@ def test_a_base_is_told_from_every_other_model(bits, base_dir, tmp_path):
         "norms alone": lambda other: other.model.norm.weight.data.mul_(1.05),
         "one token": lambda other: other.model.embed_tokens.weight.data[7].mul_(1.05),
         "a layer alone": lambda other: other.model.layers[0].self_attn.q_proj.weight.data.neg_(),
+        "a little of the last": lambda other: low_rank(other.model.layers[-1].mlp.down_proj.weight),
     }
     for what, change in others.items():
         other = wide_model()

@@ -16,7 +16,6 @@ from safegene_trl.models.parameters import (
     unadapted,
 )
 from safegene_trl.models.quantized import (
-    dequantized,
     describe_quantized,
     is_quantized,
     kept_packed,
@@ -24,7 +23,7 @@ from safegene_trl.models.quantized import (
 from safegene_trl.vectors.family import Family
 
 from ..conftest import attachment_of, make_deltas, make_model
-from ..quantization import BITS, packed, quantised, same, wide_model
+from ..quantization import BITS, dequantized, packed, quantised, same, wide_model
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5

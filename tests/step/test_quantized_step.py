@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from jsonschema import validate
-from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from safegene_trl import SafeGeneCallback
 from safegene_trl.commands.main import main
@@ -19,13 +19,16 @@ from safegene_trl.errors import (
     UnexpectedError,
     UnsupportedModelError,
 )
+from safegene_trl.models.experts import can_be_changed, matrix_shapes
+from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.models.parameters import canonical_modules
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step import live_fine_tune, quantized_step
 from safegene_trl.step.apply import apply
 from safegene_trl.step.plan import InputModel, Origin
 from safegene_trl.vectors.safety_vector import SafetyVector
 
-from ..conftest import ALONE, config_of, make_vector
+from ..conftest import ALONE, config_of, make_vector, small_shape
 from ..quantization import packed, quantised, same, wide_model
 from ..test_callback import sft
 
@@ -388,3 +391,68 @@ def test_apply_merges_an_adapter_of_a_quantised_training_into_the_16_bit_base(
         tmp_path / "safe", expected(base_dir, tmp_path / "out", report, tmp_path / "vector")
     )
     assert "base" not in report["shipped"]  # nothing was quantised here
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_holds_an_earlier_lora_is_refused(bits, base_dir, config, tokenizer, tmp_path):
+    """Merged into the quantised weights it is in no file: it would be lost."""
+    model = quantised(base_dir, bits)
+    earlier = get_peft_model(model, LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    model = earlier.merge_and_unload()
+    lora = LoraConfig(**LORA)
+    callback = SafeGeneCallback(config())
+    trainer = sft(tmp_path / "out", [callback], tokenizer, model=model, peft_config=lora)
+    with pytest.raises(UnsupportedModelError, match="is not the one that the quantised base was"):
+        trainer.train()
+
+
+def test_a_base_whose_files_change_during_the_training_is_refused(
+    base_dir, config, tokenizer, tmp_path
+):
+    class Changing(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            other = wide_model()
+            other.model.layers[-1].mlp.up_proj.weight.data.neg_()
+            other.save_pretrained(base_dir)
+
+    callback = SafeGeneCallback(config())
+    trainer = sft(
+        tmp_path / "out",
+        [Changing(), callback],
+        tokenizer,
+        model=quantised(base_dir, 4),
+        peft_config=LoraConfig(**LORA),
+    )
+    with pytest.raises(CheckpointError, match="have changed since the training began"):
+        trainer.train()
+    assert not (tmp_path / "out" / "safeguarded").exists()
+
+
+def test_a_vector_with_experts_is_measured_beside_a_quantised_base(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    """Experts stay as they are in memory, unquantised; those of a parameter share a coefficient."""
+    monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
+    torch.manual_seed(0)
+    shape = small_shape(hidden_size=64, intermediate_size=128, head_dim=16)
+    model = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2))
+    base, place = tmp_path / "base", tmp_path / "vector"
+    model.to(torch.bfloat16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    shapes = matrix_shapes(canonical_modules(model)).items()
+    deltas = {
+        name: LowRankDelta(0.1 * torch.randn(2, inner), 0.1 * torch.randn(outer, 2))
+        for name, (outer, inner) in shapes
+        if ".layers.0." not in name and ".layers." in name and can_be_changed(name)
+    }
+    vector = make_vector(model, tokenizer, deltas)
+    assert any("experts" in name for name in vector.deltas)
+    vector.save_pretrained(place)
+    lora = LoraConfig(**LORA | {"target_modules": ["q_proj", "v_proj"]})
+    callback = SafeGeneCallback(config(vector=str(place)))
+    model = quantised(base, 4)
+    trainer = sft(tmp_path / "out", [callback], tokenizer, model=model, peft_config=lora)
+    trainer.train()
+    report = callback.report
+    assert report["status"] == "safeguarded" and report["shipped"]["exact_tensors"]
+    assert any("experts" in name and value for name, value in report["coefficients"].items())
