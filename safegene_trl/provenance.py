@@ -140,7 +140,8 @@ def check_base(
     if same is False and not (allow_other or carries_vector):
         raise FamilyError(
             f"The fine-tune started from {_named(reference)}, and the safety vector was made from {_named(aligned)}, whose weights "
-            "are others: use a vector of these weights, or set `allow_other_base: true`."
+            "are others: use a vector of these weights, or set `allow_other_base: true`, which the same weights need too where "
+            "they are stored otherwise (quantised, or as another class, e.g. of text and images)."
         )
     return {
         **reference,

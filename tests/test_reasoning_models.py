@@ -147,4 +147,7 @@ def test_the_arguments_in_the_training_rows_are_those_of_the_prompts(family, tmp
         trainer.train()
     report = callback._prepared.plan.report
     assert report.data["chat_template_kwargs"] == OFF
-    assert any("was made with `chat_template_kwargs` {}" in text for text in report.warnings)
+    (told,) = (
+        text for text in report.warnings if "was made with `chat_template_kwargs` {}" in text
+    )
+    assert "Set `data.chat_template_kwargs` to those that you will serve with" in told

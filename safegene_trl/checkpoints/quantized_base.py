@@ -135,9 +135,12 @@ def open_base(name_or_path: str | None, revision: str | None = None) -> StoredMo
         files = stored_weights(name_or_path, revision) if plain else {}
     except (UnsupportedModelError, *UNREADABLE) as error:
         raise UnsupportedModelError(f"{what} cannot be read: {REMEDY}.") from error
-    if not plain:
-        kind = "is an adapter" if is_adapter else "is quantised itself"
-        raise UnsupportedModelError(f"{what} {kind}: {REMEDY}.")
+    if is_adapter:
+        raise UnsupportedModelError(f"{what} is an adapter: {REMEDY}.")
+    if is_quantised:  # its files are not the aligned model's, which the origin check compares
+        raise UnsupportedModelError(
+            f"{what} is quantised itself: {REMEDY}, with `allow_other_base: true` beside either."
+        )
     return StoredModel.open(name_or_path, revision, files)
 
 

@@ -62,7 +62,8 @@ class StepPrompts:
         if options != own and answering.record:
             warnings.append(
                 f"The safety vector was made with `chat_template_kwargs` {own}, and here they are {options}: its refusals are "
-                "taught in other prompts than it was made with."
+                "taught in other prompts than it was made with. Set `data.chat_template_kwargs` to those that you will serve with, "
+                "and where the vector's are others make it with these."
             )
         if made != target.start:
             warnings.append(

@@ -1,6 +1,7 @@
 """The aligned model's own answers, which come with a safety vector as targets of recalibration."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..distributed.layouts import Sharding
 from ..errors import FamilyError
+from ..judges.coherence import is_incoherent
 from ..judges.refusal_phrases import label_of
 from ..models.batch_size import EXTRACTION, BatchSize, fitting_answers
 from ..models.generation import answers_to_tokens, prompt_tokens
@@ -68,7 +70,7 @@ def own_answers(
     }
     longest = max(len(ids) for own in tokens.values() for ids in own) + most
     first = fitting_answers(batch_size, base_model(model), longest, 1, sharding, BATCH)
-    size, rows, unfinished = BatchSize(first, sharding, EXTRACTION), [], 0
+    size, rows = BatchSize(first, sharding, EXTRACTION), []
     for kind, prompts in kinds.items():
 
         def answers(at_once: int, own: list[list[int]] = tokens[kind]) -> list[str]:
@@ -76,22 +78,34 @@ def own_answers(
 
         texts = sharding.gather_texts(size.put_through(answers))
         replies = [asked.answering.read(text) for text in texts]
-        unfinished += sum(not reply.finished for reply in replies)
         rows += [
             {"prompt": prompt, "response": response, "kind": kind}
             for prompt, reply in zip(prompts, replies, strict=True)
             if (response := _stored(reply, kind, asked.with_reasoning))
         ]
-        if kind == "harmful" and not rows and unfinished:
-            raise FamilyError(
-                f"The aligned model refuses none of the harmful prompts, and {unfinished} of {len(prompts)} answers never left "
-                "the reasoning: raise `max_reasoning_tokens`, or set it to 0."
-            )
         if kind == "harmful" and not rows:
-            raise FamilyError(
-                "The aligned model refuses none of the harmful prompts: align it first, or give others."
-            )
+            raise _refuses_none(replies)
     return rows
+
+
+def _refuses_none(replies: Sequence[Reply]) -> FamilyError:
+    """Says what the answers to the harmful prompts are instead."""
+    counts = Counter(
+        "unfinished"
+        if not reply.finished
+        else "incoherent"
+        if is_incoherent(reply.answer)
+        else label_of(whole_sentences(reply.answer))  # as it would be stored
+        for reply in replies
+    )
+    said = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    what = f"The aligned model refuses none of the harmful prompts (its answers: {said})"
+    if counts["unfinished"]:
+        return FamilyError(
+            f"{what}, and {counts['unfinished']} of {len(replies)} answers never left the reasoning: raise "
+            "`max_reasoning_tokens`, or set it to 0."
+        )
+    return FamilyError(f"{what}: align it first, or give others.")
 
 
 def _stored(reply: Reply, kind: str, with_reasoning: bool) -> str:

@@ -159,5 +159,18 @@ def test_refusals_are_stored_without_the_reasoning_or_with_it(monkeypatch):
 def test_a_model_that_only_thinks_is_told_from_one_that_complies(monkeypatch):
     with pytest.raises(FamilyError, match="1 of 1 answers never left the reasoning: raise"):
         stored(monkeypatch, harmful=["harm 3"])
-    with pytest.raises(FamilyError, match="align it first"):
+    with pytest.raises(FamilyError, match=r"\(its answers: 1 answered\): align it first"):
         stored(monkeypatch, harmful=["harm 2"])
+    with pytest.raises(FamilyError, match=r"\(.*1 unfinished.*\), and 1 of 2 answers never left"):
+        stored(monkeypatch, harmful=["harm 2", "harm 3"])
+
+
+def test_a_model_that_refuses_nothing_is_told_what_it_says_instead(tokenizer, monkeypatch):
+    said = {"h1": "Take a pan.", "h2": "", "h3": SAID["h3"], "h4": "Take a pan."}
+    monkeypatch.setattr(
+        module, "answers_to_tokens", lambda model, tokenizer, prompts, *rest: [*said.values()]
+    )
+    counts = r"\(its answers: 2 answered, 1 incoherent, 1 unjudged\): align it first"
+    with pytest.raises(FamilyError, match=counts) as refused:
+        own(tokenizer, None, harmful=list(said))
+    assert "pan" not in str(refused.value)  # counts, and no text of the model

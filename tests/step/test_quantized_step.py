@@ -261,7 +261,8 @@ def test_a_base_whose_files_are_quantised_needs_another_one_named(
     packed_dir, out = tmp_path / "base-bnb-4bit", tmp_path / "out"
     quantised(base_dir, 4).save_pretrained(packed_dir)
     with pytest.raises(
-        UnsupportedModelError, match=r"base-bnb-4bit.* is quantised itself: name .*merge_base"
+        UnsupportedModelError,
+        match=r"base-bnb-4bit.* is quantised itself: name .*merge_base.*`allow_other_base: true`",
     ):
         trained(None, packed_dir, config(), tokenizer, out)
     _, callback, _ = trained(None, packed_dir, config(merge_base=str(base_dir)), tokenizer, out)
