@@ -1,10 +1,13 @@
 """Configs and tokenizers that servers and older versions of transformers read as well.
 
 transformers 5 saves them in a form of its own. Version 4, and what is built on it, refuses its
-tokenizers, and takes the rotary base that it does not find for 10,000: such a model answers
-nonsense and says nothing. So what a fine-tune left as it was stays in the words of its own files,
-and the rest is told in both forms. Whatever is written here is read back by transformers and
-compared: where it does not say the same, its own form is written.
+tokenizers, and takes the rotary embedding that it does not find for its default one (a base of
+10,000): such a model answers nonsense and says nothing. So what a fine-tune left as it was stays in
+the words of its own files, and a rotary embedding that those words do not tell is told in both
+forms: base, scaling and partial factor, those of sliding and of full attention, of a model and of
+the models inside it, under the names that its architecture has in version 4. Whatever is written
+here is read back by transformers and compared: where it does not say the same, its own form is
+written.
 """
 
 import json
@@ -19,7 +22,26 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _OF_THE_RUN = ("use_cache", "_name_or_path", "transformers_version")  # not of the model
-_ROTARY = ("rope_theta", "rope_scaling")  # version 4's names for `rope_parameters`
+_ROTARY = (  # version 4's names for what version 5 has in `rope_parameters`
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "rotary_emb_base",
+    "rotary_pct",
+    "global_rope_theta",
+    "local_rope_theta",
+)
+_NAMED_OTHERWISE = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "modernbert": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
+    "modernbert-decoder": {
+        "rope_theta": "global_rope_theta",
+        "rope_local_base_freq": "local_rope_theta",
+    },
+}
+_UNSCALED = ("default", "axial")  # the second is what version 4 does for images without a name
 _ANY_FAST = "PreTrainedTokenizerFast"  # what version 5 calls TokenizersBackend
 
 
@@ -36,9 +58,10 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     use_cache = original.get("use_cache", True)
     if "use_cache" in saved:
         saved["use_cache"] = use_cache
-    told = _with_rotary_base(_in_its_words(saved, original, type(config)))
-    if not _same(_read(type(config), told), _read(type(config), saved)):
-        told = saved
+    kind = type(config)
+    wanted = _read(kind, saved)
+    forms = (_with_rotary_names(_in_its_words(saved, original, kind)), _with_rotary_names(saved))
+    told = next((form for form in forms if wanted and _same(_read(kind, form), wanted)), saved)
     text = json.dumps(told, indent=2, sort_keys=True) + "\n"
     file.write_text(text, encoding="utf-8")
 
@@ -66,14 +89,30 @@ def _in_its_words(
     known = _read(kind, original)
     if known is None:
         return dict(saved)
+    told = _with_changes(original, known, saved)
+    told["transformers_version"] = saved.get("transformers_version")
+    return told
+
+
+def _with_changes(
+    original: Mapping[str, Any], known: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The original, of which transformers makes `known`, with what `saved` says otherwise."""
     told = {key: value for key, value in original.items() if key in saved or key not in known}
+    # what stands under these names beside `rope_parameters` is used by nobody
+    unused = _ROTARY if _is_rotary(saved) else ()
     for key, value in saved.items():
-        if key not in known or known[key] != value:
+        if key in unused:
+            continue
+        if _is_config(value) and _is_config(known.get(key)):
+            inside = original.get(key)  # absent where all of it is as by default, or told outside
+            inside = _with_changes(inside if isinstance(inside, Mapping) else {}, known[key], value)
+            told |= {key: inside} if inside else {}
+        elif key not in known or known[key] != value:
             told |= _changed(key, value, original)
             if key == "rope_parameters":  # the original's names for it say what it was
                 for name in _ROTARY:
                     told.pop(name, None)
-    told["transformers_version"] = saved.get("transformers_version")
     return told
 
 
@@ -84,16 +123,48 @@ def _changed(key: str, value: Any, original: Mapping[str, Any]) -> dict[str, Any
     return {key: value}
 
 
-def _with_rotary_base(config: dict[str, Any]) -> dict[str, Any]:
-    """With `rope_theta` and `rope_scaling`, as version 4 calls what version 5 has in
-    `rope_parameters`.
+def _with_rotary_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With the names of version 4 for what version 5 has in `rope_parameters`, in the configs
+    inside it, too.
     """
-    rotary = config.get("rope_parameters")
-    if not isinstance(rotary, Mapping) or "rope_theta" not in rotary or "rope_theta" in config:
-        return config
-    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return config | {"rope_theta": rotary["rope_theta"], "rope_scaling": None if plain else scaling}
+    told = {
+        key: _with_rotary_names(value)
+        if isinstance(value, Mapping) and key != "rope_parameters"
+        else value
+        for key, value in config.items()
+    }
+    if not _is_rotary(config):
+        return told
+    names = _NAMED_OTHERWISE.get(str(config.get("model_type")), {})
+    rotary = _in_version_4_names(config["rope_parameters"])
+    return told | {names.get(name, name): value for name, value in rotary.items()}
+
+
+def _in_version_4_names(rotary: Mapping[str, Any]) -> dict[str, Any]:
+    local = rotary.get("sliding_attention")
+    if isinstance(rotary.get("full_attention"), Mapping):  # one for each type of layer
+        told = _in_version_4_names(rotary["full_attention"])
+        if isinstance(local, Mapping) and "rope_theta" in local:
+            told["rope_local_base_freq"] = local["rope_theta"]
+        return told
+    if "rope_theta" not in rotary:
+        return {}
+    outside = ("rope_theta", "partial_rotary_factor")
+    told = {name: rotary[name] for name in outside if name in rotary}
+    scaling = {name: value for name, value in rotary.items() if name not in outside}
+    unscaled = scaling.get("rope_type", "default") in _UNSCALED
+    if unscaled and scaling.keys() <= {"rope_type", "type"}:
+        return told | {"rope_scaling": None}
+    return told | {"rope_scaling": scaling}
+
+
+def _is_config(value: Any) -> bool:
+    """Whether it is a config inside another one: those of transformers 5 all name their type."""
+    return isinstance(value, Mapping) and "model_type" in value
+
+
+def _is_rotary(config: Mapping[str, Any]) -> bool:
+    return isinstance(config.get("rope_parameters"), Mapping) and bool(config["rope_parameters"])
 
 
 def _read(kind: type[PreTrainedConfig], content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -104,12 +175,16 @@ def _read(kind: type[PreTrainedConfig], content: Mapping[str, Any]) -> dict[str,
         return None
 
 
-def _same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
-    if one is None or other is None:
-        return False
+def _same(one: Any, other: Any, ignored: tuple[str, ...] = _OF_THE_RUN) -> bool:
+    """Whether transformers made the same of two files; `ignored` is not looked for in the configs
+    inside them.
+    """
+    if not (_is_config(one) and _is_config(other)):
+        return bool(one == other)
     # version 4's names are kept beside its own, as it keeps whatever it does not know
-    ignored = {*_OF_THE_RUN, *_ROTARY, "torch_dtype"}
-    return all(one.get(key) == other.get(key) for key in (one.keys() | other.keys()) - ignored)
+    beside = _ROTARY if _is_rotary(one) and _is_rotary(other) else ()
+    keys = (one.keys() | other.keys()) - {*ignored, *beside, "torch_dtype"}
+    return all(_same(one.get(key), other.get(key), ()) for key in keys)
 
 
 def save_processor(processor: Any, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Configs and tokenizers are read alike by transformers 5 and by what is older."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -87,6 +88,143 @@ def test_a_rotary_base_that_was_changed_is_not_told_as_it_was(released, saved):
     assert told["rope_theta"] == 1e6 and read.rope_parameters["rope_theta"] == 1e6
 
 
+SIZES = {
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "vocab_size": 320,
+}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+MROPE = {"type": "mrope", "mrope_section": [1, 1, 2]}
+PARTIAL = {"rope_theta": 1e6, "rope_scaling": None, "partial_rotary_factor": 0.5}
+NEOX = {"rotary_emb_base": 1e6, "rotary_pct": 0.5, "rope_scaling": LINEAR}
+LOCAL = {"rope_theta": 5e6, "rope_scaling": LINEAR, "rope_local_base_freq": 2e4}
+MODERN = {"global_rope_theta": 5e6, "local_rope_theta": 2e4}
+# model type -> what version 4 says of its rotary embedding, and of that of the model inside it
+IN_VERSION_4 = {
+    "qwen2": ({"rope_theta": 1e6, "rope_scaling": None}, None),
+    "phi3": (PARTIAL, None),
+    "stablelm": (PARTIAL, None),
+    "glm4": ({**PARTIAL, "head_dim": 8}, None),
+    "gpt_neox": (NEOX, None),
+    "gemma3_text": ({**LOCAL, "head_dim": 8}, None),
+    "modernbert-decoder": (MODERN, None),
+    "mistral3": (None, {"model_type": "mistral", "rope_theta": 1e6, "rope_scaling": LINEAR}),
+    "gemma3": (None, {"model_type": "gemma3_text", "head_dim": 8, **LOCAL}),
+    "qwen2_5_vl": (None, {"rope_theta": 1e6, "rope_scaling": MROPE}),
+}
+by_architecture = pytest.mark.parametrize("model_type", IN_VERSION_4)
+
+
+@pytest.fixture
+def in_version_4(model_type, tmp_path):
+    """The config of an architecture in version 4's words, and the folder where it lies."""
+    outside, inside = IN_VERSION_4[model_type]
+    content = {"model_type": model_type, "transformers_version": "4.57.6", "use_cache": True}
+    content |= {**SIZES, **outside} if inside is None else {"text_config": {**SIZES, **inside}}
+    if model_type == "gpt_neox":
+        del content["num_key_value_heads"]
+    folder = tmp_path / "original"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(content))
+    return content, folder
+
+
+@by_architecture
+def test_a_rotary_embedding_left_as_it_was_stays_in_its_words(in_version_4, saved):
+    content, folder = in_version_4
+    live = AutoConfig.from_pretrained(folder)
+    live.safegene = {"coefficients": {}}
+    told, read = saved(live)
+    expected = {"safegene": live.safegene, "transformers_version": told["transformers_version"]}
+    kept = {key: told[key] for key in content.keys() | expected.keys()}
+    assert kept == content | expected
+    assert "rope_parameters" not in told and "rope_parameters" not in told.get("text_config", {})
+    assert _rotary(read) == _rotary(live)
+
+
+@by_architecture
+def test_a_rotary_embedding_without_an_original_is_told_in_both_forms(in_version_4, saved):
+    content, folder = in_version_4
+    live = AutoConfig.from_pretrained(folder)
+    live.name_or_path = ""
+    told, read = saved(live)
+    assert _rotary(read) == _rotary(live)
+    _says(told, content, {})
+    level = told.get("text_config", told)
+    assert level["rope_parameters"] == _rotary(live)
+
+
+@by_architecture
+def test_a_changed_rotary_embedding_leaves_nothing_stale(in_version_4, saved):
+    content, folder = in_version_4
+    live = AutoConfig.from_pretrained(folder)
+    text = live.get_text_config()
+    rotary = deepcopy(text.rope_parameters)
+    changed = rotary.get("full_attention", rotary)
+    changed["rope_theta"] = 123.0
+    names = ("rope_theta", "rotary_emb_base", "global_rope_theta")
+    changes = dict.fromkeys(names, 123.0)
+    if "partial_rotary_factor" in changed:
+        changed["partial_rotary_factor"] = 1.0
+        changes |= dict.fromkeys(("partial_rotary_factor", "rotary_pct"), 1.0)
+    text.rope_parameters = rotary
+    told, read = saved(live)
+    assert _rotary(read) == rotary
+    _says(told, content, changes)
+
+
+@by_architecture
+def test_only_what_transformers_uses_is_told_of_a_rotary_embedding(in_version_4, saved):
+    content, folder = in_version_4
+    live = AutoConfig.from_pretrained(folder)
+    live.get_text_config().rope_theta = 123.0  # nobody reads it beside `rope_parameters`
+    _says(saved(live)[0], content, {})
+    live.name_or_path = ""
+    told, read = saved(live)
+    _says(told, content, {})
+    assert _rotary(read) == _rotary(live)
+
+
+@pytest.mark.parametrize("model_type", ["mistral3"])
+@pytest.mark.parametrize("other", [{"rope_theta": 7.0}, {"hidden_size": 64}])
+def test_a_difference_in_a_model_inside_is_seen(other, in_version_4, saved, monkeypatch):
+    live = AutoConfig.from_pretrained(in_version_4[1])
+
+    def otherwise(config):
+        text = {key: value for key, value in config["text_config"].items() if key not in other}
+        text.pop("rope_parameters", None)
+        return {**config, "text_config": text | other}
+
+    monkeypatch.setattr(portable_files, "_with_rotary_names", otherwise)
+    told, read = saved(live)
+    assert _rotary(read) == _rotary(live) and read.text_config.hidden_size == 32
+    assert "rope_parameters" in told["text_config"]
+
+
+def _says(told, content, changes):
+    """Whether version 4 finds in `told` what it found in `content`, but for the changes."""
+    level, original = (form.get("text_config", form) for form in (told, content))
+    names = [name for name in original if "rope" in name or "rotary" in name]
+    said = {name: level.get(name) for name in names}
+    wanted = {name: changes.get(name, original[name]) for name in names}
+    if isinstance(said.get("rope_scaling"), dict):  # version 5 names the type of it as well
+        wanted["rope_scaling"] = wanted["rope_scaling"] | {
+            "rope_type": said["rope_scaling"].get("rope_type")
+        }
+        said["rope_scaling"] = {"rope_type": None, **said["rope_scaling"]}
+    assert said == wanted
+
+
+def _rotary(config):
+    return config.get_text_config().rope_parameters
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "gpt2"}', '{"model_type": "llama", "hidden_size": "wide"}'])  # fmt: skip
 def test_an_original_that_says_nothing_changes_nothing(content, released, saved):
     live = AutoConfig.from_pretrained(released)
@@ -102,7 +240,7 @@ def test_what_would_be_read_otherwise_is_written_in_transformers_own_form(
 ):
     live = AutoConfig.from_pretrained(released)
     monkeypatch.setattr(
-        portable_files, "_with_rotary_base", lambda config: config | {"hidden_size": 64}
+        portable_files, "_with_rotary_names", lambda config: {**config, "hidden_size": 64}
     )
     told, read = saved(live)
     assert read.hidden_size == 32 and "rope_parameters" in told and "rope_theta" not in told
