@@ -6,7 +6,7 @@ from jsonschema import validate
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import SafeGeneCallback
-from safegene_trl.errors import RejectedError
+from safegene_trl.errors import ConfigError, RejectedError
 from safegene_trl.extraction.config import ExtractionConfig
 from safegene_trl.extraction.extract import extract
 from safegene_trl.reporting.report import SCHEMA
@@ -151,3 +151,10 @@ def test_the_arguments_in_the_training_rows_are_those_of_the_prompts(family, tmp
         text for text in report.warnings if "was made with `chat_template_kwargs` {}" in text
     )
     assert "Set `data.chat_template_kwargs` to those that you will serve with" in told
+
+
+def test_extract_names_what_the_template_never_reads_and_what_changes_nothing(family, caplog):
+    with pytest.raises(ConfigError, match="`chat_template_kwargs` has `enable_thinkng`"):
+        family("hybrid", chat_template_kwargs={"enable_thinkng": False})
+    family("hybrid", chat_template_kwargs=OFF, max_reasoning_tokens=77)
+    assert "`max_reasoning_tokens` is 77 and changes nothing" in caplog.text

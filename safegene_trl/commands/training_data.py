@@ -152,7 +152,9 @@ def _first(rows: Any, what: str) -> dict[str, Any]:
 def _check_template(
     row: Mapping[str, Any], what: str, training: SFTConfig, model: str, revision: str | None
 ) -> None:
-    if training.chat_template_path or (row.get("chat_template_kwargs") or {}).get("chat_template"):
+    given = row.get("chat_template_kwargs")
+    own = isinstance(given, Mapping) and given.get("chat_template")
+    if training.chat_template_path or own:
         return
     base = adapter_base(model, revision)
     try:  # as the trainer gets it

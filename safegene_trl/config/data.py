@@ -1,7 +1,7 @@
 """What users set of the samples that coefficients are fitted on and held against."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError
@@ -47,8 +47,8 @@ class DataConfig:
             answer: whether a model refuses is settled there (arXiv 2406.05946).
         max_response_tokens: The utility term reads at most this many response tokens of a sample.
         chat_template_kwargs: Arguments for the chat template, e.g. `{enable_thinking: false}`, with
-            which all prompts are written. Default: those of the training, where TRL names some;
-            else those that the vector was made with.
+            which all prompts are written; `{}` are none. Default: those of the training, where TRL
+            names some; else those that the vector was made with.
         safety_target: Where a reasoning model's refusals and benign answers begin: at the `answer`,
             after an empty reasoning, or in the `reasoning`.
 
@@ -67,7 +67,7 @@ class DataConfig:
     max_length: int = 512
     max_refusal_tokens: int = 8
     max_response_tokens: int = 64
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] | None = None
     safety_target: Literal["answer", "reasoning"] = "answer"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
@@ -78,6 +78,7 @@ class DataConfig:
         "max_length": COUNT,
         "max_refusal_tokens": COUNT,
         "max_response_tokens": COUNT,
+        "chat_template_kwargs": Rule(may_be_null=True),
     }
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ quotes, NaN, an empty string, a string where a list belongs.
 
 import difflib
 import functools
+import json
+import keyword
 import math
 import re
 import types
@@ -229,25 +231,42 @@ def takes_text(hint: Any) -> bool:
 
 
 # What `apply_chat_template` takes itself: the rest goes to the template.
-_OF_THE_CALL = {
+OF_THE_CALL = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     *("processor_kwargs", "sanitize_control_tokens"),
 }
+# What means something of its own in every template.
+_OF_JINJA = {
+    *("self", "super", "loop", "caller", "varargs", "kwargs", "context", "environment"),
+    *("range", "dict", "namespace", "cycler", "joiner", "lipsum"),
+    *("raise_exception", "strftime_now", "true", "false", "none"),
+}
 
 
 def is_template_options(values: Any) -> bool:
     """Whether `values` are arguments for a chat template: names that nothing else reads, with
-    truth values, numbers and texts.
+    truth values, numbers and texts that JSON can hold.
     """
     return isinstance(values, dict) and all(
         isinstance(key, str)
         and key.isidentifier()
-        and key not in _OF_THE_CALL
+        and not keyword.iskeyword(key)
+        and key not in OF_THE_CALL | _OF_JINJA
         and (value is None or isinstance(value, bool | int | float | str))
+        and _is_strict(value)
         for key, value in values.items()
     )
+
+
+def _is_strict(value: Any) -> bool:
+    """Whether JSON holds a plain value as it is: a finite number, a text that UTF-8 can write."""
+    try:
+        str(value).encode()
+        return bool(value == read_json(json.dumps(value)))
+    except ValueError:
+        return False
 
 
 def template_options(name: str, given: Any) -> dict[str, Any]:
@@ -263,8 +282,8 @@ def template_options(name: str, given: Any) -> dict[str, Any]:
             values = read_json(given)
     if not is_template_options(values):
         raise ConfigError(
-            f"`{name}` is {shown(values)}: give names that the chat template knows, each with true, false, a number or a "
-            'text, as in `{"enable_thinking": false}`.'
+            f"`{name}` is {shown(values)}: give names that the chat template knows, none of them a word of Python's or "
+            'Jinja\'s own, each with true, false, a finite number or a text in valid Unicode, as in `{"enable_thinking": false}`.'
         )
     return values
 

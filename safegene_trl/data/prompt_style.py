@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config.settings import SafeGeneConfig
-from ..config.validation import is_template_options
 from ..errors import ConfigError
 from ..models.reasoning import PROBE, Answering, PromptStyle, ReasoningFormat
+from ..models.template_names import check_names, unread_names
 from ..vectors.safety_vector import SafetyVector
+from .rows import UnreadableRowError, template_arguments
 
 
 _COLUMN = "chat_template_kwargs"  # TRL's name
@@ -51,14 +52,14 @@ class StepPrompts:
             trained: Arguments for the chat template that the training uses, as far as it is known.
 
         Raises:
-            ConfigError: Targets in the reasoning are asked for, and the template has none.
+            ConfigError: Targets in the reasoning are asked for, and the template has none; or it
+                never reads an argument that the settings or the training name.
         """
         own = dict(vector.extraction.get("chat_template_kwargs", {}))
-        options = config.data.chat_template_kwargs or dict(trained) or own
+        options, warnings = _options(config, dict(trained), own, tokenizer)
         answering = Answering.of(tokenizer, options, config.measure.max_reasoning_tokens)
         target = target_style(tokenizer, options, config.data.safety_target, "data.safety_target")
         made = vector.extraction.get("safety_target", target.start)
-        warnings = []
         if options != own and answering.record:
             warnings.append(
                 f"The safety vector was made with `chat_template_kwargs` {own}, and here they are {options}: its refusals are "
@@ -66,9 +67,15 @@ class StepPrompts:
                 "and where the vector's are others make it with these."
             )
         if made != target.start:
-            warnings.append(
-                f"The safety vector was made for `safety_target` `{made}`, and here it is `{target.start}`."
+            here = (
+                "the chat template here has no reasoning"
+                if target.start == "template"
+                else f"here it is `{target.start}`"
             )
+            warnings.append(f"The safety vector was made for `safety_target` `{made}`, and {here}.")
+        asked = config.measure.max_reasoning_tokens
+        if ignored := answering.ignores(asked, "measure.max_reasoning_tokens"):
+            warnings.append(ignored)
         return cls(target, answering, tuple(warnings))
 
     @property
@@ -76,6 +83,25 @@ class StepPrompts:
         """For the report; empty where prompts are written plainly."""
         found = {k: v for k, v in self.answering.record.items() if k == "chat_template_kwargs"}
         return found | target_record(self.target)
+
+
+def _options(
+    config: SafeGeneConfig,
+    trained: dict[str, Any],
+    own: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[str, Any], list[str]]:
+    """The arguments for the chat template, and a warning where it never reads one of the vector's:
+    those are nothing that the user of a vector can correct.
+    """
+    if (given := config.data.chat_template_kwargs) is not None:
+        check_names(tokenizer, given, "`data.chat_template_kwargs`")
+        return given, []
+    if trained:
+        check_names(tokenizer, trained, "The training's `chat_template_kwargs`")
+        return trained, []
+    unread = unread_names(tokenizer, own)
+    return own, [f"The safety vector was made with {unread}."] if unread else []
 
 
 def trained_options(arguments: Any, *data_sets: Any) -> dict[str, Any]:
@@ -91,10 +117,13 @@ def trained_options(arguments: Any, *data_sets: Any) -> dict[str, Any]:
     for rows in data_sets:
         if not named[0] and isinstance(rows, Dataset) and _COLUMN in rows.column_names:
             named = rows.with_format(None)[:LOOKED_AT][_COLUMN] or named
+    try:
+        read = [template_arguments(each) for each in named]
+    except UnreadableRowError:  # the rows that hold such are counted when they are read
+        return {}
     # Arrow fills up what other rows have
-    plain = [{k: v for k, v in (each or {}).items() if v is not None} for each in named]
-    alike = all(each == plain[0] for each in plain)
-    return plain[0] if alike and is_template_options(plain[0]) else {}
+    plain = [{k: v for k, v in each.items() if v is not None} for each in read]
+    return plain[0] if all(each == plain[0] for each in plain) else {}
 
 
 def target_style(

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, IterableDataset
 
+from ..config.validation import is_template_options
 from ..errors import CalibrationDataError
+from ..text import read_json
 
 
 Row = Mapping[str, Any]
@@ -204,7 +207,7 @@ def read_conversation(row: Row) -> Conversation:
             raise UnreadableRowError("images, video or sound")
     prompt = row.get("prompt")
     answer = next((row[name] for name in _RESPONSE_COLUMNS if row.get(name) is not None), None)
-    template = _template_arguments(row)
+    template = template_arguments(row.get("chat_template_kwargs")) | _tools(row)
     # a preference with its prompt inside
     if prompt is None and isinstance(row.get("chosen"), list):
         turns = read_messages(row["chosen"], "chosen")
@@ -290,14 +293,33 @@ def _content(content: Any) -> str:
     return "".join(check_text(part.get("text"), "content") for part in content)
 
 
-def _template_arguments(row: Row) -> dict[str, Any]:
-    arguments = dict(row.get("chat_template_kwargs") or {})
+def template_arguments(value: Any) -> dict[str, Any]:
+    """The arguments for the chat template in a row's column, or of a trainer: a mapping, its JSON,
+    or nothing.
+
+    Raises:
+        UnreadableRowError: They are none that the setting of this name could be.
+    """
+    if isinstance(value, str) and value:
+        with suppress(ValueError, RecursionError):
+            value = read_json(value)
+    if isinstance(value, Mapping):
+        # Arrow fills up with null what other rows have, whatever its name
+        value = {
+            name: each
+            for name, each in value.items()
+            if each is not None or is_template_options({name: each})
+        }
+    if value and not is_template_options(value):
+        raise UnreadableRowError("`chat_template_kwargs` that are no arguments for a chat template")
+    return value or {}
+
+
+def _tools(row: Row) -> dict[str, Any]:
     tools = row.get("tools")
     if isinstance(tools, str) and tools:  # data sets of tools keep their schemas as JSON
         try:
             tools = json.loads(tools)
         except ValueError as error:
             raise UnreadableRowError("tools are not JSON") from error
-    if tools:
-        arguments["tools"] = tools
-    return arguments
+    return {"tools": tools} if tools else {}

@@ -2,6 +2,7 @@
 comes with the vector.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
-from ..errors import CalibrationDataError
+from ..errors import CalibrationDataError, ConfigError
 from ..models.inputs import Sample, shortened
 from ..models.reasoning import Answering, PromptStyle, split_stored
 from ..provenance import sha256_of_json
@@ -85,7 +86,8 @@ def gather_shots(
             are known.
 
     Raises:
-        ConfigError: Targets in the reasoning are asked for, and the template has none.
+        ConfigError: Targets in the reasoning are asked for, and the template has none; it never
+            reads an argument that is named; or the context has no room for the reasoning.
         CalibrationDataError: Data is missing, empty, cannot be read or is too long for the model.
     """
     extra = config.measure.num_test_prompts
@@ -270,7 +272,8 @@ class _GatePrompts:
         self.skipped: dict[str, Skipped] = {}
         self._config, self._tokenizer, self._context = config, tokenizer, context
         self._style = answering.style
-        self._longest = config.measure.max_new_tokens + answering.max_reasoning_tokens
+        self._new_tokens = config.measure.max_new_tokens
+        self._reasoning = answering.max_reasoning_tokens
 
     def of(self, kind: Kind, used: Sequence[Row], left: Sequence[Row]) -> list[Prompt]:
         """Prompts of the data that the gate names, those near a used one left out; else what the
@@ -305,20 +308,33 @@ class _GatePrompts:
         return kept[:limit]
 
     def _answerable(self, prompts: Sequence[Prompt], count: int, skipped: Skipped) -> list[Prompt]:
-        """The first `count` prompts that the template accepts and the model has room to answer."""
+        """The first `count` prompts that the template accepts and the model has room to answer.
+
+        Raises:
+            ConfigError: It would have room for some if it had less to reason.
+        """
         left: list[Prompt] = []
+        room = 0  # for reasoning, after the shortest of the prompts that are too long with it
         for prompt in prompts:
             if len(left) == count:
                 break
             try:
                 sample = templated(self._tokenizer, list(prompt.messages), "", self._style)
                 length = sum(not said for said in sample.is_response)
-                if self._context is not None and length + self._longest > self._context:
+                spare = math.inf if self._context is None else self._context - length
+                spare -= self._new_tokens
+                if spare < self._reasoning:
+                    room = max(room, int(spare))
                     raise UnreadableRowError(TOO_LONG)
             except UnreadableRowError as error:
                 skipped.add(error)
                 continue
             left.append(prompt)
+        if room and not left:
+            raise ConfigError(
+                f"`measure.max_reasoning_tokens` is {self._reasoning}, and the model's context of {self._context} tokens has "
+                f"no room for it after any test prompt: set it to {room} or less."
+            )
         return left
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import CalibrationDataError
 from ..models.inputs import Sample, shortened, tokenize
 from ..models.reasoning import AS_TEMPLATE, REASONING_KEYS, PromptStyle
+from ..models.template_names import unread_names
 from .rows import (
     Conversation,
     Message,
@@ -302,6 +303,8 @@ class TrainingSamples:
         return TEMPLATE, [self._from_conversation(whole, replies)]
 
     def _from_conversation(self, whole: Conversation, replies: list[int]) -> Sample:
+        if unread := unread_names(self._tokenizer, whole.template):
+            raise UnreadableRowError(f"{unread} in `chat_template_kwargs`")
         messages = whole.messages[: replies[-1] + 1]
         last = messages[-1]
         beside = any(last.get(key) for key in ("tool_calls", *REASONING_KEYS))

@@ -18,6 +18,7 @@ from ..config.validation import (
 from ..errors import ConfigError
 from ..judges import judge_forms
 from ..models.reasoning import Answering
+from ..models.template_names import check_names
 
 
 if TYPE_CHECKING:
@@ -122,8 +123,13 @@ class EvaluationConfig:
         template_options("chat_template_kwargs", self.chat_template_kwargs)
 
     def answering(self, tokenizer: "PreTrainedTokenizerBase") -> Answering:
-        """How a model with this tokenizer is asked for answers."""
+        """How a model with this tokenizer is asked for answers.
+
+        Raises:
+            ConfigError: Its chat template never reads one of the arguments.
+        """
         options = template_options("chat_template_kwargs", self.chat_template_kwargs)
+        check_names(tokenizer, options, "`chat_template_kwargs`")
         return Answering.of(tokenizer, options, self.max_reasoning_tokens)
 
     @property

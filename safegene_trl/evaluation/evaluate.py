@@ -234,6 +234,9 @@ def _generated(
     suffice shows at once.
     """
     answering = config.answering(tokenizer)
+    ignored = answering.ignores(config.max_reasoning_tokens, "max_reasoning_tokens")
+    if ignored and sharding.is_main:
+        logger.warning(ignored)
     messages = [list(prompt.messages) for prompt in prompts]
     tokens = prompt_tokens(tokenizer, messages, answering.style)
     new_tokens = config.max_new_tokens + answering.max_reasoning_tokens

@@ -20,6 +20,7 @@ from ..config.validation import (
 from ..data.prompt_style import target_style
 from ..errors import ConfigError
 from ..models.reasoning import REASONING_TOKENS, Answering, PromptStyle
+from ..models.template_names import check_names
 from .linearization import Blocks
 from .methods import METHODS
 from .selection import SELECTIONS
@@ -180,8 +181,10 @@ class ExtractionConfig:
         """The style of prompts whose answer is known.
 
         Raises:
-            ConfigError: Answers with their reasoning are asked for, and the template has none.
+            ConfigError: Answers with their reasoning are asked for, and the template has none; or
+                it never reads one of the arguments.
         """
+        check_names(tokenizer, self._options, "`chat_template_kwargs`")
         return target_style(tokenizer, self._options, self.safety_target, "safety_target")
 
     def answering(self, tokenizer: PreTrainedTokenizerBase) -> Answering:

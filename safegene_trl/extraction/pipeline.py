@@ -167,13 +167,15 @@ def _aligned_side(inputs: _Inputs) -> _AlignedSide:
         config.aligned_model, config.aligned_revision, config.dtype, inputs.job
     )
     check_runs(model, tokenizer, inputs.prompts.harmful[0], sharding, config.aligned_model)
+    answering = config.answering(tokenizer)
+    ignored = answering.ignores(config.max_reasoning_tokens, "max_reasoning_tokens")
+    if ignored and sharding.is_main:
+        logger.warning(ignored)
     rows = own_answers(
         model,
         tokenizer,
         *inputs.prompts.to_answer(),
-        Asked(
-            config.answering(tokenizer), config.max_new_tokens, config.safety_target == "reasoning"
-        ),
+        Asked(answering, config.max_new_tokens, config.safety_target == "reasoning"),
         config.batch_size,
         sharding,
     )

@@ -61,6 +61,7 @@ class ReasoningFormat:
         closing: All that stands between reasoning and answer.
         skipping: All that stands before an answer without reasoning.
         marks: What belongs to the format in a text, and neither to reasoning nor to an answer.
+        ends: `end` in every form in which a model may write it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ReasoningFormat:
     closing: str
     skipping: str
     marks: re.Pattern[str]
+    ends: re.Pattern[str]
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ReasoningFormat | None":
@@ -93,11 +95,11 @@ class ReasoningFormat:
                 begin with reasoning itself is an answer as a whole, whatever marks come later.
         """
         begins = text.lstrip().startswith(self.begin)
-        before, end, answer = text.partition(self.end)
+        end = self.ends.search(text)
         if place != "reasoning" and not begins:
             return Reply(self._plain(text))
         if end:
-            return Reply(self._plain(answer), self._plain(before))
+            return Reply(self._plain(text[end.end() :]), self._plain(text[: end.start()]))
         return Reply("", self._plain(text), finished=False)
 
     def continuation(self, reply: Reply, thinks: bool) -> str:
@@ -115,7 +117,8 @@ class ReasoningFormat:
 def _between(begin: str, end: str) -> ReasoningFormat:
     opening, closing = f"{begin}\n", f"\n{end}\n\n"
     marks = re.compile(rf"\A\s*{re.escape(begin)}")
-    return ReasoningFormat(end, begin, end, opening, closing, opening + closing, marks)
+    ends = re.compile(re.escape(end))
+    return ReasoningFormat(end, begin, end, opening, closing, opening + closing, marks, ends)
 
 
 _THINK = _between("<think>", "</think>")
@@ -127,7 +130,9 @@ _CHANNELS = ReasoningFormat(  # of gpt-oss
     opening="<|channel|>analysis<|message|>",
     closing=f"<|end|><|start|>assistant{_FINAL}",
     skipping=_FINAL,
-    marks=re.compile(r"<\|(?:start|channel)\|>[^<]*|<\|(?:message|end)\|>"),
+    marks=re.compile(r"<\|(?:start|channel|constrain)\|>[^<]*|<\|(?:message|end)\|>"),
+    # an answer in JSON says so before it begins
+    ends=re.compile(r"<\|channel\|>final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"),
 )
 _FORMATS = (_CHANNELS, _THINK, _between("[THINK]", "[/THINK]"))
 
@@ -235,6 +240,21 @@ class Answering:
         if max_reasoning_tokens == 0:
             return cls(without, 0, written, closed)
         return cls(plain, max_reasoning_tokens, written, place)
+
+    def ignores(self, asked: int | None, setting: str) -> str:
+        """One sentence where a number of reasoning tokens that somebody asked for changes nothing;
+        else empty.
+
+        Args:
+            asked: The number.
+            setting: Its name.
+        """
+        if not asked or self.max_reasoning_tokens:
+            return ""
+        return (
+            f"`{setting}` is {asked} and changes nothing: the chat template, with the arguments it is given, lets the model "
+            "write no reasoning."
+        )
 
     def read(self, text: str) -> Reply:
         """What is reasoning and what is answer in the text of an answer."""

@@ -152,6 +152,17 @@ def test_every_default_is_possible(kind, name):
         ({"gate": {}}, "`gate` is empty"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "names that the chat template knows"),
         ({"chat_template_kwargs": {"enable_thinking": [1]}}, "names that the chat template knows"),
+        *(
+            ({"chat_template_kwargs": impossible}, "names that the chat template knows")
+            for impossible in (
+                {"self": 1},
+                {"namespace": 1},
+                {"class": 1},
+                {"a": float("nan")},
+                {"a": 10**400},
+                {"a": "\ud800"},
+            )
+        ),
         ({"chat_template_kwargs": {"a b": True}}, "`data.chat_template_kwargs`.*as in"),
         ({"safety_target": "thinking"}, "use one of answer, reasoning"),
         ({"max_reasoning_tokens": -1}, "`measure.max_reasoning_tokens`.*at least 0"),

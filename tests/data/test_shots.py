@@ -217,9 +217,10 @@ OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
     ("own", "trained", "made", "used", "warned"),
     [
         (OFF, ON, ON, OFF, True),  # the settings come first
-        ({}, OFF, ON, OFF, True),  # then the training
-        ({}, {}, OFF, OFF, False),  # then the vector
-        ({}, {}, {}, None, False),
+        ({}, OFF, OFF, None, True),
+        (None, OFF, ON, OFF, True),  # then the training
+        (None, {}, OFF, OFF, False),  # then the vector
+        (None, {}, {}, None, False),
     ],
 )
 def test_the_templates_arguments_are_the_settings_else_the_trainings_else_the_vectors(
@@ -244,9 +245,45 @@ def test_prompts_leave_room_for_the_reasoning(tokenizer):
     vector = make_vector(make_model(vocab_size=len(reasoning)), reasoning)
     config = config_of(vector="v", num_safety_shots=4, num_test_prompts=4)
     assert gather_shots(config, vector, reasoning, 2048, task_dataset()).unseen.counts["harmful"]
-    shots = gather_shots(config, vector, reasoning, 1024, task_dataset())
-    assert not shots.unseen.counts["harmful"]
-    assert any("context" in reason for reason in shots.record["unseen"]["harmful"]["skipped"])
+    for asked, context, named in ((None, 1024, 1024), (100_000, 256, 100_000)):
+        config.measure.max_reasoning_tokens = asked
+        with pytest.raises(ConfigError, match=r"max_reasoning_tokens.*context of") as error:
+            gather_shots(config, vector, reasoning, context, task_dataset())
+        assert f"`measure.max_reasoning_tokens` is {named}, and" in str(error.value)
+        assert f"context of {context} tokens" in str(error.value)
+    # as many as the sentence says do fit
+    config.measure.max_reasoning_tokens = int(str(error.value).split()[-3])
+    assert gather_shots(config, vector, reasoning, 256, task_dataset()).unseen.counts["harmful"]
+    config.measure.num_test_prompts, config.measure.max_reasoning_tokens = 0, None
+    gather_shots(config, vector, reasoning, 256, task_dataset())
+
+
+TYPO = {"enable_thinkng": False}
+
+
+def test_arguments_that_the_template_never_reads_are_named_wherever_they_come_from():
+    with pytest.raises(ConfigError, match=r"^`data\.chat_template_kwargs` has `enable_thinkng`"):
+        gathered("hybrid", chat_template_kwargs=TYPO)
+    with pytest.raises(ConfigError, match=r"^The training's `chat_template_kwargs` has `enable_th"):
+        gathered("hybrid", options=TYPO)
+    shots, _ = gathered("hybrid", {"chat_template_kwargs": TYPO})
+    assert any("vector was made with `enable_thinkng`" in each for each in shots.warnings)
+
+
+def test_a_setting_that_changes_nothing_is_warned_of(gather):
+    for shots in (
+        gather(max_reasoning_tokens=77),
+        gathered("hybrid", chat_template_kwargs=OFF, max_reasoning_tokens=77)[0],
+    ):
+        assert any("`measure.max_reasoning_tokens` is 77 and" in each for each in shots.warnings)
+
+
+def test_a_target_that_nobody_can_set_is_not_named(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+    vector.extraction["safety_target"] = "reasoning"
+    config = config_of(vector="v", num_test_prompts=4)
+    (warning,) = gather_shots(config, vector, tokenizer, None, task_dataset()).warnings
+    assert warning.endswith("`reasoning`, and the chat template here has no reasoning.")
 
 
 def test_the_trainings_arguments_are_those_of_trl_or_of_all_its_first_rows():
@@ -259,5 +296,9 @@ def test_the_trainings_arguments_are_those_of_trl_or_of_all_its_first_rows():
     assert trained_options(Arguments(), alike) == ON
     assert trained_options(None, alike) == OFF == trained_options(None, None, alike)
     assert trained_options(None, mixed) == trained_options(None, rows) == {}
+    written = rows.add_column("chat_template_kwargs", ['{"enable_thinking": false}'] * len(rows))
+    assert trained_options(None, written) == OFF
+    broken = rows.add_column("chat_template_kwargs", ["{"] * len(rows))
+    assert trained_options(None, broken) == {}
     other = rows.add_column("chat_template_kwargs", [{"chat_template": "x"}] * len(rows))
     assert trained_options(None, other) == {}

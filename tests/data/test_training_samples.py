@@ -718,3 +718,36 @@ def test_prompts_alone_are_told_from_rows_that_cannot_be_read(columns, alone, to
     words = "holds prompts alone" if alone else "0 usable samples"
     with pytest.raises(CalibrationDataError, match=rf"{words}.*set `data\.task_data`"):
         take([columns] * 3, tokenizer)
+
+
+def reasoning_rows(*columns):
+    """Rows of which the last ones have these values for the chat template."""
+    plain = [FORMATS["chat"](i)[0] for i in range(6)]
+    return [*plain, *({**plain[0], "chat_template_kwargs": value} for value in columns)]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("{", "are no arguments"),
+        ("[1]", "are no arguments"),
+        (["enable_thinking"], "are no arguments"),
+        (7, "are no arguments"),
+        ({"chat_template": "x"}, "are no arguments"),
+        ({"tools": []}, "are no arguments"),
+        ({"enable_thinking": float("nan")}, "are no arguments"),
+        ({"enable_thinkng": False}, "`enable_thinkng`, which the chat template never reads"),
+    ],
+)
+def test_a_row_with_impossible_arguments_for_the_template_is_skipped_by_name(value, reason):
+    samples = TrainingSamples(reasoning_rows(value), reasoning_tokenizer("hybrid"))
+    assert len(samples.take(7, 0, 512, 64)) == 6
+    ((said, count),) = samples.skipped.items()
+    assert reason in said and "`chat_template_kwargs`" in said and count == 1
+
+
+def test_a_rows_arguments_may_be_json_and_arrow_may_fill_them_up():
+    known = {"enable_thinking": False, "chat_template": None}
+    rows = reasoning_rows('{"enable_thinking": false}', {"enable_thinking": False}, known, None, "")
+    samples = TrainingSamples(rows, reasoning_tokenizer("hybrid"))
+    assert len(samples.take(11, 0, 512, 64)) == 11 and not samples.skipped

@@ -573,6 +573,13 @@ def test_a_model_that_never_stops_thinking_is_warned_of(config, monkeypatch, cap
     assert result["judges"]["refusal_phrases"]["attack_success"] is None
 
 
+def test_reasoning_tokens_that_change_nothing_are_warned_of(config, monkeypatch, caplog):
+    monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["Take this."] * len(given[2]))
+    config.max_reasoning_tokens = 77
+    evaluate(config)
+    assert "`max_reasoning_tokens` is 77 and changes nothing" in caplog.text
+
+
 def test_the_templates_arguments_are_part_of_what_decides_an_answer(config, sets, monkeypatch):
     reasoning_model(config.model_name_or_path, "hybrid")
     ends = []
@@ -586,6 +593,9 @@ def test_the_templates_arguments_are_part_of_what_decides_an_answer(config, sets
     assert all("</think>" in end for end in ends)
     config.chat_template_kwargs = '{"enable_thinking": false}'
     with pytest.raises(OutputError, match="another `chat_template_kwargs`"):
+        evaluate(config)
+    config.chat_template_kwargs = {"enable_thinkng": False}
+    with pytest.raises(ConfigError, match=r"`chat_template_kwargs` has `enable_thinkng`"):
         evaluate(config)
     config.chat_template_kwargs = "{enable_thinking}"
     with pytest.raises(ConfigError, match="names that the chat template knows"):

@@ -116,6 +116,7 @@ def test_thinking_is_off_where_the_template_can_else_it_has_room(
 
 
 CHANNELS = f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{FINAL}I'm sorry"
+JSON = "<|channel|>final <|constrain|>json<|message|>"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,9 @@ CHANNELS = f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{FINAL}I'm
         ("stripped", "reasoning", "I'm sorry, but", Reply("", "I'm sorry, but", False)),
         ("channels", None, CHANNELS, Reply("I'm sorry", "hm")),
         ("channels", None, f"{FINAL}I'm sorry", Reply("I'm sorry", "")),
+        ("channels", None, f"{JSON}{{}}", Reply("{}", "")),
+        ("channels", None, f"{JSON}{{}}".replace("<|constrain|>", ""), Reply("{}", "")),
+        ("channels", None, CHANNELS.replace(FINAL, JSON), Reply("I'm sorry", "hm")),
         ("channels", None, CHANNELS.partition("<|end|>")[0], Reply("", "hm", False)),
         ("channels", "answer", "I'm sorry", Reply("I'm sorry")),
     ],
@@ -169,3 +173,17 @@ def test_other_templates_are_asked_and_read_as_they_are(tokenizer):
     plain = tokenize(tokenizer, USER, "no")
     assert plain == tokenize(tokenizer, USER, "no", PromptStyle({}, "answer"))
     assert set(TEMPLATES) == {"hybrid", "thinking", "stripped", "channels"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "asked", "said"),
+    [("hybrid", {}, 7, False), ("hybrid", OFF, 7, True), ("hybrid", OFF, 0, False)],
+)
+def test_a_number_of_reasoning_tokens_that_changes_nothing_is_told(kind, options, asked, said):
+    answering = Answering.of(reasoning_tokenizer(kind), options, asked)
+    assert answering.ignores(asked, "n").startswith("`n` is 7 and changes nothing") == said
+
+
+def test_it_is_told_of_a_model_without_reasoning(tokenizer):
+    assert Answering.of(tokenizer, {}, 7).ignores(7, "n")
+    assert not Answering.of(tokenizer, {}, None).ignores(None, "n")
