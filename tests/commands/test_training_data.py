@@ -129,6 +129,9 @@ def test_conversations_need_a_chat_template(row, run, model_dir, tmp_path):
     (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
     assert run([row] * 3, f"--chat_template_path={tmp_path / 'chat.jinja'}")[0] == "made"
     assert run([{"text": "a"}] * 3)[0] == "made"
+    # arguments that are no mapping name no template
+    code, said = run([{**row, "chat_template_kwargs": '{"a": 1}'}] * 3)
+    assert code == 2 and f"the tokenizer of {model_dir} has no chat template" in said
 
 
 def test_a_missing_or_unreadable_mixture_is_named(model_dir, tmp_path, capsys):
