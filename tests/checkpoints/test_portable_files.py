@@ -191,6 +191,20 @@ def test_only_what_transformers_uses_is_told_of_a_rotary_embedding(in_version_4,
     assert _rotary(read) == _rotary(live)
 
 
+@pytest.mark.parametrize("model_type", ["phi3"])
+def test_a_scaling_has_the_three_fields_that_version_4_takes(in_version_4, saved):
+    live = AutoConfig.from_pretrained(in_version_4[1])
+    factors = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 2.5]}
+    live.rope_parameters = live.rope_parameters | {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": live.original_max_position_embeddings,
+        **factors,
+    }
+    told, read = saved(live)
+    assert told["rope_scaling"] == {"type": "longrope", **factors}
+    assert read.rope_parameters == live.rope_parameters | {"type": "longrope"}
+
+
 @pytest.mark.parametrize("model_type", ["mistral3"])
 @pytest.mark.parametrize("other", [{"rope_theta": 7.0}, {"hidden_size": 64}])
 def test_a_difference_in_a_model_inside_is_seen(other, in_version_4, saved, monkeypatch):
