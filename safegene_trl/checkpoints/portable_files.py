@@ -41,6 +41,7 @@ _NAMED_OTHERWISE = {
         "rope_local_base_freq": "local_rope_theta",
     },
 }
+_OF_THREE = ("phi3", "phi4_multimodal")  # whose scaling version 4 refuses with any other field
 _UNSCALED = ("default", "axial")  # the second is what version 4 does for images without a name
 _ANY_FAST = "PreTrainedTokenizerFast"  # what version 5 calls TokenizersBackend
 
@@ -137,6 +138,10 @@ def _with_rotary_names(config: Mapping[str, Any]) -> dict[str, Any]:
         return told
     names = _NAMED_OTHERWISE.get(str(config.get("model_type")), {})
     rotary = _in_version_4_names(config["rope_parameters"])
+    scaling = rotary.get("rope_scaling")
+    if scaling and config.get("model_type") in _OF_THREE:
+        factors = {name: scaling.get(name) for name in ("short_factor", "long_factor")}
+        rotary["rope_scaling"] = {"type": scaling.get("rope_type"), **factors}
     return told | {names.get(name, name): value for name, value in rotary.items()}
 
 
@@ -183,8 +188,18 @@ def _same(one: Any, other: Any, ignored: tuple[str, ...] = _OF_THE_RUN) -> bool:
         return bool(one == other)
     # version 4's names are kept beside its own, as it keeps whatever it does not know
     beside = _ROTARY if _is_rotary(one) and _is_rotary(other) else ()
+    if beside:
+        one, other = ({**form, "rope_parameters": _of_one_type(form)} for form in (one, other))
     keys = (one.keys() | other.keys()) - {*ignored, *beside, "torch_dtype"}
     return all(_same(one.get(key), other.get(key), ()) for key in keys)
+
+
+def _of_one_type(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding without the older name of its type, which is kept beside the newer."""
+    rotary = dict(config["rope_parameters"])
+    if "rope_type" in rotary:
+        rotary.pop("type", None)
+    return rotary
 
 
 def save_processor(processor: Any, folder: Path) -> None:

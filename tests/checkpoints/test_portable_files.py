@@ -184,11 +184,52 @@ def test_only_what_transformers_uses_is_told_of_a_rotary_embedding(in_version_4,
     content, folder = in_version_4
     live = AutoConfig.from_pretrained(folder)
     live.get_text_config().rope_theta = 123.0  # nobody reads it beside `rope_parameters`
-    _says(saved(live)[0], content, {})
+    told, _ = saved(live)
+    _says(told, content, {})
+    assert "rope_parameters" not in told.get("text_config", told)
     live.name_or_path = ""
     told, read = saved(live)
     _says(told, content, {})
     assert _rotary(read) == _rotary(live)
+
+
+@pytest.mark.parametrize("model_type", ["stablelm"])
+def test_a_part_that_a_rotary_embedding_no_longer_has_is_not_told(in_version_4, saved):
+    content, folder = in_version_4
+    (folder / "config.json").write_text(json.dumps(content | {"torch_dtype": "float32"}))
+    live = AutoConfig.from_pretrained(folder)
+    live.rope_parameters = {"rope_type": "default", "rope_theta": 123.0}
+    told, read = saved(live)
+    assert "torch_dtype" in told  # the rest stays in its words
+    assert told["rope_theta"] == 123.0 and told.get("partial_rotary_factor") != 0.5
+    assert read.rope_parameters.get("partial_rotary_factor") != 0.5
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl"])
+def test_what_changed_inside_is_told_where_the_original_had_nothing_inside(in_version_4, saved):
+    content, folder = in_version_4
+    flat = content | content["text_config"]  # as the first versions wrote it
+    del flat["text_config"]
+    (folder / "config.json").write_text(json.dumps(flat))
+    live = AutoConfig.from_pretrained(folder)
+    assert "text_config" not in saved(live)[0]
+    live.text_config.rope_parameters = live.text_config.rope_parameters | {"rope_theta": 123.0}
+    told, read = saved(live)
+    assert told["text_config"]["rope_theta"] == _rotary(read)["rope_theta"] == 123.0
+
+
+@pytest.mark.parametrize("model_type", ["phi3"])
+def test_a_scaling_has_the_three_fields_that_version_4_takes(in_version_4, saved):
+    live = AutoConfig.from_pretrained(in_version_4[1])
+    factors = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 2.5]}
+    live.rope_parameters = live.rope_parameters | {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": live.original_max_position_embeddings,
+        **factors,
+    }
+    told, read = saved(live)
+    assert told["rope_scaling"] == {"type": "longrope", **factors}
+    assert read.rope_parameters == live.rope_parameters | {"type": "longrope"}
 
 
 @pytest.mark.parametrize("model_type", ["mistral3"])
