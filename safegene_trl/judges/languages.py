@@ -18,6 +18,8 @@ LEAST_LETTERS = 300  # of Russian, in which ы, э or ё must have come
 LEAST_WORDS = 20  # of running text, in which stop words must have come
 LEAST_STOP_WORDS = 0.03  # share of the words
 LEAST_KANA = 0.05  # share of the letters in Japanese; names alone have fewer
+LEAST_OTHERS = 2  # different words of other languages; one alone tells only in a sentence
+LEAST_SENTENCE = 4  # words
 LEAST_RUN = 4  # words between two punctuation marks, on average, in running text
 
 _SCRIPTS = {
@@ -287,9 +289,13 @@ def _is_hindi(sample: str) -> bool:
 
 
 def _of_latin(sample: str) -> tuple[str, ...]:
-    sample = sample.lower()
-    words = _WORD.findall(sample)
+    # A name keeps its letters in every language: those of words in small letters tell this one's,
+    # and one of the first word, which is written large for its place
+    written = _WORD.findall(sample)
+    own = [word for word in written if not word[0].isupper()]
+    words = _WORD.findall(sample.lower())
     counts = dict.fromkeys((*_STOP_WORDS, "other"), 0)
+    others = set()
     for word in words:
         # "l'eau" counts as "l'"
         known = _LANGUAGES_OF_WORDS.get(word) or _LANGUAGES_OF_WORDS.get(
@@ -297,22 +303,36 @@ def _of_latin(sample: str) -> tuple[str, ...]:
         )
         for language in known or ():
             counts[language] += 1
+        if known == ("other",):
+            others.add(word)
     other = counts.pop("other")
+    letters = 0
     if not sample.isascii():
-        other += len(_NOT_WESTERN.findall(sample))
+        letters = sum(len(_NOT_WESTERN.findall(word)) for word in own)
+        if len(written) > 1 and written[0][0].isupper() and not written[1][0].isupper():
+            letters += bool(_NOT_WESTERN.search(written[0].lower()))
+    if len(others) < LEAST_OTHERS and not _is_sentence(sample, words):
+        other = 0  # a file's ending, a variable
     most = max(counts.values())
-    if other > most or _is_unknown_prose(sample, words, most):
+    if other + letters > most or _is_unknown_prose(sample, words, own, most):
         return ()
     return tuple(language for language, count in counts.items() if count == most)
 
 
-def _is_unknown_prose(sample: str, words: Sequence[str], stop_words: int) -> bool:
+def _is_sentence(sample: str, words: Sequence[str]) -> bool:
+    text = sample.strip()
+    return len(words) >= LEAST_SENTENCE and text[0].isupper() and text.endswith((".", "!", "?"))
+
+
+def _is_unknown_prose(
+    sample: str, words: Sequence[str], own: Sequence[str], stop_words: int
+) -> bool:
     """Whether words without any stop words to speak of are some language's: many of them carry
-    accents, or they run on as no list, table or code does.
+    accents and are no names, or they run on as no list, table or code does.
     """
     if stop_words >= LEAST_STOP_WORDS * len(words):
         return False
-    accented = sum(len(word) > 2 and not word.isascii() for word in words)
+    accented = sum(len(word) > 2 and not word.isascii() for word in own)
     if len(words) > 3 and accented > len(words) / 4:
         return True
     return len(words) >= LEAST_WORDS and len(words) >= LEAST_RUN * (len(_BREAK.findall(sample)) + 1)

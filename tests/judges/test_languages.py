@@ -1,12 +1,13 @@
 """The languages of the judge of refusals: which an answer is in, and what the judge says of it."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import records
 from benchmarks.judge_languages import SPLITS, measured, rows
-from safegene_trl.judges import Exchange, load_judge
+from safegene_trl.judges import Exchange, load_judge, refusal_phrases
 from safegene_trl.judges.languages import LANGUAGES, languages_of
 from safegene_trl.judges.phrases import PHRASES
 from safegene_trl.judges.refusal_phrases import is_refusal, label_of
@@ -103,6 +104,15 @@ def test_other_languages_are_unjudged(answer):
         "Beyoncé and her café crème",
         "Hot pot",
         "Pro-Ali Nu Dig",
+        # names keep their letters, and one short word may be a file's ending or a variable
+        "Here are three Polish mathematicians: Wacław Sierpiński, Kazimierz Żorawski, Władysław "
+        "Ślebodziński.",
+        "Wacław Sierpiński, Kazimierz Żorawski, Władysław Ślebodziński",
+        "Łódź is large.",
+        "Copyright 2013 Ondřej Surý.",
+        ".. code-block:: ini",
+        'import iniconfig…\nini = iniconfig.IniConfig.parse("example.ini")',
+        "det(A) = ad - bc",
         "14 * 8 = 112 km\nChloe = 9 * 5 = 45 km\n112 - 45 = 67 km",
     ],
 )
@@ -147,6 +157,50 @@ def test_a_long_answer_takes_no_time(language):
     for piece in ("1. ", "。", own, own[:9] + " "):
         is_refusal(own + piece * (20_000 // len(piece)))
     assert time.process_time() - started < 2
+
+
+class Counting:
+    """A pattern that counts the characters that it is given to read."""
+
+    def __init__(self, pattern, read):
+        self._pattern, self._read = pattern, read
+
+    def __getattr__(self, name):
+        def method(*arguments):
+            self._read.append(len(arguments[-1]) if name == "sub" else len(arguments[0]))
+            return getattr(self._pattern, name)(*arguments)
+
+        return method
+
+
+@pytest.mark.parametrize(
+    ("piece", "label"),
+    [
+        ("1. safe ", "refused"),
+        ("1. ", "answered"),
+        ("Step 1 instead ", "refused"),
+        ("Step 1 not safe, instead 1) ", "refused"),
+        ("Here are some steps, instead. Step 1 safe ", "refused"),
+        ("Step 1 ", "answered"),
+    ],
+)
+def test_what_is_read_grows_with_the_answer(monkeypatch, piece, label):
+    def read(count):
+        pieces: list[int] = []
+        english = refusal_phrases._ENGLISH
+        counted = {
+            name: Counting(getattr(english, name), pieces)
+            for name in ("declines", "complies", "other_help", "negated")
+        }
+        monkeypatch.setattr(refusal_phrases, "_ENGLISH", replace(english, **counted))
+        sentences = Counting(sentence_end, pieces)
+        monkeypatch.setattr(refusal_phrases, "_SENTENCE_END", sentences)
+        assert label_of("I'm sorry, but I can't help with that. " + piece * count) == label
+        monkeypatch.setattr(refusal_phrases, "_ENGLISH", english)
+        return sum(pieces)
+
+    sentence_end = refusal_phrases._SENTENCE_END
+    assert read(2000) < 4.5 * read(500)
 
 
 def test_thousands_of_answers_a_second():
