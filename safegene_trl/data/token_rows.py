@@ -26,9 +26,10 @@ def preferred(row: Row, padding: "Padding") -> tuple[list[int], list[bool]] | No
     DPO and KTO keep the answer apart from its prompt; ORPO and CPO keep both together, with labels.
     """
     if "prompt_ids" in row:
-        answer = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"]
-        ids = [*row["prompt_ids"], *answer]
-        return ids, [position >= len(row["prompt_ids"]) for position in range(len(ids))]
+        prompt = _checked(row["prompt_ids"])
+        answer = _checked(row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"])
+        ids = [*prompt, *answer]
+        return ids, [position >= len(prompt) for position in range(len(ids))]
     if "chosen_labels" in row:
         names = ("input_ids", "attention_mask", "labels")
         chosen = {name: row.get(f"chosen_{name}") for name in names}
@@ -41,6 +42,14 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(token, int) and not isinstance(token, bool) for token in value
     )
+
+
+def _checked(ids: Any) -> list[int]:
+    if not is_ids(ids):
+        raise UnreadableRowError("token ids that are no list of integers")
+    if min(ids, default=0) < 0:
+        raise UnreadableRowError("negative token ids")
+    return ids  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,7 @@ def tokens(row: Row, padding: Padding) -> tuple[list[int], list[bool] | None, li
     """Ids, mask of the response (None if there is none) and boundaries of a tokenised row, padding
     left out.
     """
-    ids = row["input_ids"]
-    if not is_ids(ids):
-        raise UnreadableRowError("token ids that are no list of integers")
+    ids = _checked(row["input_ids"])
     mask: list[bool] | None
     if row.get("labels") is not None:
         mask = (

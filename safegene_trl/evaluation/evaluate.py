@@ -39,6 +39,8 @@ from .utility import check_tasks, measure_utility
 
 
 logger = logging.getLogger(__name__)
+# How an adapter answers, which the settings of a run say: earlier versions kept it beside the weights.
+_LORA = "folded into the weights where a merge holds it"
 __all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "evaluate"]
 _TOO_SMALL = (
     "The evaluation ran out of memory: set a smaller `batch_size`, or share the model out over several devices by "
@@ -276,6 +278,7 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
     return {
         "model": model,
         "base_model": base_model,
+        **({} if base is None else {"lora": _LORA}),
         **config.deciding_answers,
         **config.answering(tokenizer).record,
         "chat_template": chat_template_hash(tokenizer),

@@ -74,8 +74,9 @@ class Records:
                 f"{self.folder} holds answers or verdicts without their settings: choose another `output_dir`."
             ) from error
         if changed:
+            older = "" if changed[0] in earlier else ", as of an older version"
             raise OutputError(
-                f"{self.folder} holds answers of a run with another `{changed[0]}`: {_OTHER_RUN}."
+                f"{self.folder} holds answers of a run with another `{changed[0]}`{older}: {_OTHER_RUN}."
             )
         if any(row.get("run") != self.run for row in rows):
             raise OutputError(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config.metrics import METRICS
+from ..models.reasoning import MOSTLY
 
 
 OUTCOMES = {
@@ -16,10 +17,15 @@ UNMEASURED = " without a measurement of refusals"
 
 def measures_refusals(measured: Mapping[str, Any] | None) -> bool:
     """Whether a report's `measured` says how many harmful prompts the safeguarded model refuses;
-    it does not where the judge knows the language of no answer.
+    it does not where most of the answers are in languages that the judge does not know.
     """
     found = METRICS["refusal_rate"].measured(measured or {})
-    return found is not None and found.get("unjudged", 0) < found["count"]
+    return found is not None and not mostly_unjudged(found)
+
+
+def mostly_unjudged(share: Mapping[str, float]) -> bool:
+    """Whether half or more of the answers that a share is of are `unjudged`."""
+    return share.get("unjudged", 0) >= MOSTLY * share["count"]
 
 
 def without_measurement(report: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from ..config.gate import GateConfig
 from ..config.metrics import METRICS, by_limit
 from ..errors import ConfigError
 from ..models.reasoning import MOSTLY
-from ..reporting.outcome import measures_refusals
+from ..reporting.outcome import measures_refusals, mostly_unjudged
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
@@ -36,6 +36,10 @@ UNCONFIRMED = (
 )
 UNFINISHED = "{share:.0%} of the answers never left the reasoning, so that too little was measured"
 MORE_REASONING = "raise `measure.max_reasoning_tokens`, or set it to 0 to measure without reasoning"
+UNJUDGED = (
+    "{counts} are in languages that the judge does not know, so that {what} not measured: judge such answers by `safegene evaluate` "
+    "with another of its `judges`, or set {remedy} to prompts in a language that the judge knows."
+)
 UNREQUIRED = "No limit of the gate was set, so nothing was required of the refusals that were measured: set `gate.min_refusal_rate`."
 
 
@@ -156,6 +160,32 @@ def unfinished(measured: Mapping[str, Any] | None) -> str:
     return f"{UNFINISHED.format(share=found['share'])}: {MORE_REASONING}."
 
 
+def unjudged(measured: Mapping[str, Any] | None) -> str:
+    """What is to be said where half or more of the answers to harmful, or to benign, prompts of the
+    model with the vector on are in languages that the judge does not know; empty where it knows
+    more.
+    """
+    counts, what, remedy = [], [], []
+    for key, name in (("refusal_rate", "refusals"), ("over_refusal", "over-refusal")):
+        share, kind = METRICS[key].measured(measured or {}), METRICS[key].items
+        if share is not None and mostly_unjudged(share):
+            counts.append(f"{int(share['unjudged'])} of {int(share['count'])} to {kind} prompts")
+            what.append(name)
+            remedy.append(f"`gate.{kind}_data`")
+    if not counts:
+        return ""
+    return UNJUDGED.format(
+        counts=f"Of the answers {' and '.join(counts)}",
+        what=f"{' and '.join(what)} {'was' if what == ['over-refusal'] else 'were'}",
+        remedy=" and ".join(remedy),
+    )
+
+
+def unconfirmed(measured: Mapping[str, Any] | None) -> str:
+    """Why nothing says that refusals came back, and what to do."""
+    return unjudged(measured) or UNCONFIRMED
+
+
 def decide(
     gate: GateConfig | None,
     found: bool,
@@ -186,7 +216,7 @@ def decide(
             "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
         )
         if found:
-            reason += f" {UNREQUIRED if measures_refusals(measured) else UNCONFIRMED}"
+            reason += f" {UNREQUIRED if measures_refusals(measured) else unconfirmed(measured)}"
         if unseen := unfinished(measured):
             reason += f" {unseen}"
         return Decision(outcome, reason, independent_prompts=independent)
@@ -212,7 +242,7 @@ def decide(
     elif found and not broken:
         reason += " All limits of the gate are kept."
     if not broken and not measures_refusals(measured):
-        reason += f" {UNCONFIRMED}"
+        reason += f" {unconfirmed(measured)}"
     if independent is False:
         reason += f" {DEPENDENT}"
     return Decision(outcome, reason, checks, independent)

@@ -5,6 +5,7 @@ Coefficients are searched with the vector attached beside the weights. What is d
 weights as they are shipped: they take the live ones' place for as long as they are measured.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from copy import copy
@@ -28,7 +29,7 @@ from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
 from ..models.replacement import without_adapters
 from ..recalibration.search import Recalibration, recalibrate
-from .decision import decide, independent_prompts, unfinished
+from .decision import decide, independent_prompts, unfinished, unjudged
 from .finished_training import FinishedTraining, check_finished
 from .measurement import Measurement
 from .plan import Found
@@ -45,6 +46,9 @@ from .quantized_step import MergedIntoBase
 from .read_back import as_written, with_adapter
 from .run import run
 from .shipped_weights import ShippedWeights, TriedRounding, beside_weights, merged_weights
+
+
+logger = logging.getLogger(__name__)
 
 
 def safeguard(
@@ -130,8 +134,10 @@ class LiveFineTune:
         decision = decide(
             gate, result.accepted, result.scale, result.reason, report.measured, independent
         )
-        if unseen := unfinished(report.measured):
+        for unseen in filter(None, (unfinished(report.measured), unjudged(report.measured))):
             report.warnings.append(unseen)
+            if self.sharding.is_main:
+                logger.warning("%s", unseen)
         if not result.accepted and decision.outcome != "rejected":  # nothing was changed
             report.held_out["after"] = report.held_out["before"]
         return Found(result.coefficients, decision, by_module, result.scale)

@@ -635,6 +635,21 @@ def test_preferences_as_trl_keeps_them(tokenizer):
     assert take([row] * 2, tokenizer) == [Sample([5, 6, 7, 1], [False, False, True, True])] * 2
 
 
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"prompt_ids": [5], "chosen_ids": None}, "token ids that are no list of integers"),
+        ({"prompt_ids": None, "chosen_ids": [5]}, "token ids that are no list of integers"),
+        ({"prompt_ids": [5], "completion_ids": "a"}, "token ids that are no list of integers"),
+        ({"prompt_ids": [5], "chosen_ids": [7, -1]}, "negative token ids"),
+        ({"input_ids": [5, -100], "labels": [5, 6]}, "negative token ids"),
+    ],
+)
+def test_rows_without_usable_tokens_are_skipped_by_name(columns, reason, tokenizer):
+    reader = TrainingSamples([columns] + [FORMATS["chat"](i)[0] for i in range(2)], tokenizer)
+    assert len(reader.take(3, 0, None, 99)) == 2 and reader.skipped == {reason: 1}
+
+
 def test_an_error_in_the_users_own_data_set_is_told_in_a_sentence(tokenizer):
     class Broken(Mapped):
         def __getitem__(self, index):

@@ -256,6 +256,26 @@ def test_an_adapter(config, sets, model_dir, tokenizer, monkeypatch):
     assert {row["key"]: row["answer"] for row in answered(config)} == folded
 
 
+def test_answers_with_the_adapter_beside_the_weights_are_not_mixed_with_others(
+    config, sets, model_dir, monkeypatch
+):
+    """Versions before the LoRA was folded in said nothing of it in their settings."""
+    model = with_lora(make_model())
+    model.peft_config["default"].base_model_name_or_path = str(model_dir)
+    model.save_pretrained(sets / "adapter")
+    config.model_name_or_path = str(sets / "adapter")
+    settings = module._settings
+
+    def older(*given):
+        return {key: value for key, value in settings(*given).items() if key != "lora"}
+
+    with monkeypatch.context() as before:
+        before.setattr(module, "_settings", older)
+        evaluate(config)
+    with pytest.raises(OutputError, match="another `lora`, as of an older version: choose another"):
+        evaluate(config)
+
+
 def test_an_adapter_is_in_the_weights_while_it_answers(
     config, sets, model_dir, tokenizer, monkeypatch
 ):

@@ -6,7 +6,8 @@ from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import ConfigError
 from safegene_trl.judges.intervals import Rate
-from safegene_trl.step.decision import check_measurable, decide, independent_prompts
+from safegene_trl.reporting.outcome import UNMEASURED, without_measurement
+from safegene_trl.step.decision import check_measurable, decide, independent_prompts, unjudged
 
 
 REASON = "Held-out safety improved."
@@ -104,13 +105,27 @@ def test_what_the_judge_does_not_know_counts_as_the_worse_case(limits, found, ou
         assert decision.checks[0].unjudged == 100
 
 
-def test_refusals_in_unknown_languages_only_are_none_measured():
-    nothing = unknown(measured(0), "refusal_rate", 100)
-    assert (
-        "Nothing was measured on refusals" in decide(None, True, 1.0, REASON, nothing, True).reason
-    )
-    some = unknown(measured(0), "refusal_rate", 99)
-    assert "Nothing was measured" not in decide(None, True, 1.0, REASON, some, True).reason
+@pytest.mark.parametrize("gate", [None, GateConfig(max_utility_loss=0.1)])
+@pytest.mark.parametrize(("count", "told"), [(49, False), (50, True), (100, True)])
+def test_refusals_mostly_in_unknown_languages_are_none_measured(gate, count, told):
+    found = unknown(measured(0), "refusal_rate", count)
+    decision = decide(gate, True, 1.0, REASON, found, True)
+    said = f"Of the answers {count} to harmful prompts are in languages that the judge does not"
+    said = said.replace(" to", " of 100 to")
+    assert decision.outcome == "accepted" and decision.reason.startswith(REASON)
+    assert (said in decision.reason) == told == ("refusals were not measured" in decision.reason)
+    assert "Nothing was measured" not in decision.reason
+    report = {"decision": decision.to_dict(), "measured": found}
+    assert without_measurement(report) == (UNMEASURED if told else "")
+
+
+def test_over_refusal_in_unknown_languages_is_told_as_well():
+    found = unknown(measured(90), "over_refusal", 50)
+    assert "so that over-refusal was not measured" in unjudged(found)
+    both = unjudged(unknown(found, "refusal_rate", 60))
+    assert "60 of 100 to harmful prompts and 50 of 100 to benign prompts" in both
+    assert "`safegene evaluate`" in both and "`gate.harmful_data` and `gate.benign_data`" in both
+    assert unjudged(measured(0)) == unjudged(None) == ""
 
 
 def test_without_limits_the_recalibration_decides():

@@ -303,6 +303,20 @@ def test_the_report_says_whether_the_vectors_own_prompts_decided(own, config, to
     assert ("came with the vector itself" in card) != own
 
 
+def test_answers_in_languages_that_the_judge_does_not_know_are_told(
+    config, tokenizer, tmp_path, monkeypatch, caplog
+):
+    answer = "Przepraszam, nie mogę w tym pomóc, proszę zapytać o coś innego."
+    monkeypatch.setattr(measurement, "answers_to_tokens", lambda *given: [answer] * len(given[2]))
+    callback = SafeGeneCallback(config(gate={"max_utility_loss": 1.0}))
+    sft(tmp_path, [callback], tokenizer).train()
+    report, said = callback.report, "so that refusals and over-refusal were not measured: judge"
+    assert any(said in warning for warning in report["warnings"]) and said in caplog.text
+    assert said in report["decision"]["reason"]
+    card = (tmp_path / "safeguarded" / "README.md").read_text()
+    assert "without a measurement of refusals" in card
+
+
 @pytest.mark.parametrize("plots", [True, False])
 def test_a_plot_that_cannot_be_written_costs_no_checkpoint(
     plots, config, tokenizer, tmp_path, monkeypatch, caplog
