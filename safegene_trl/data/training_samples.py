@@ -165,7 +165,9 @@ class TrainingSamples:
             return
         rows = [plain(row) for row in rows if isinstance(row, Mapping)]
         held = [
-            self._marks.spelled(row["input_ids"]) for row in rows if is_ids(row.get("input_ids"))
+            self._marks.spelled(ids)
+            for ids in (row.get("input_ids") for row in rows)
+            if is_ids(ids) and min(ids, default=0) >= 0
         ]
         texts = [row["text"] for row in rows if not held and is_unicode(row.get("text"))]
         self._is_chat = any(
