@@ -126,11 +126,6 @@ def gather_shots(
         task[len(task_split.fit) :][:extra],
         written.answering,
     )
-    sources = {
-        "harmful": gate.settings.harmful_data or harmful_source,
-        "benign": gate.settings.benign_data or "vector",
-        "task": task_source,
-    }
     record = {
         "safety": _record(harmful_source, harmful_split, harmful.skipped),
         "task": {
@@ -138,14 +133,7 @@ def gather_shots(
             "read_by": dict(training.read_by),
         },
         "benign": _record("vector", benign_split, benign.skipped) if benign_split else None,
-        "unseen": {
-            kind: {
-                "source": source,
-                "count": unseen.counts[kind],
-                **_skips(gate.skipped.get(kind, Skipped())),
-            }
-            for kind, source in sources.items()
-        },
+        "unseen": gate.record(unseen, harmful_source, task_source),
         **written.record,
     }
     data = CalibrationSet(harmful_split, task_split, benign_split)
@@ -274,6 +262,22 @@ class _GatePrompts:
         self._style = answering.style
         self._new_tokens = config.measure.max_new_tokens
         self._reasoning = answering.max_reasoning_tokens
+
+    def record(self, unseen: Unseen, harmful: str, task: str) -> dict[str, Any]:
+        """Of every kind that is measured on: its source, how many, and what was left out."""
+        sources = {
+            "harmful": self.settings.harmful_data or harmful,
+            "benign": self.settings.benign_data or "vector",
+            "task": task,
+        }
+        return {
+            kind: {
+                "source": source,
+                "count": unseen.counts[kind],
+                **_skips(self.skipped.get(kind, Skipped())),
+            }
+            for kind, source in sources.items()
+        }
 
     def of(self, kind: Kind, used: Sequence[Row], left: Sequence[Row]) -> list[Prompt]:
         """Prompts of the data that the gate names, those near a used one left out; else what the

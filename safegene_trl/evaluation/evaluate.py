@@ -139,16 +139,20 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
             result["utility"] = measure_utility(
                 model, tokenizer, config.tasks, manager, count, samples, config.seed
             )
-        unfinished = sum(not reply.finished for reply in replies)
-        if prompts and unfinished >= MOSTLY * len(prompts):
-            logger.warning(
-                "%d of %d answers never left the reasoning, and say nothing of the model: raise `max_reasoning_tokens`, or set "
-                "it to 0 to evaluate without reasoning.",
-                unfinished,
-                len(prompts),
-            )
+        _warn_of_unfinished(replies)
         replace_file(folder / RESULT, strict_json(result) + "\n")
     return result
+
+
+def _warn_of_unfinished(replies: Sequence[Reply]) -> None:
+    unfinished = sum(not reply.finished for reply in replies)
+    if replies and unfinished >= MOSTLY * len(replies):
+        logger.warning(
+            "%d of %d answers never left the reasoning, and say nothing of the model: raise `max_reasoning_tokens`, or set "
+            "it to 0 to evaluate without reasoning.",
+            unfinished,
+            len(replies),
+        )
 
 
 def _check_folder(folder: Path, config: EvaluationConfig) -> None:

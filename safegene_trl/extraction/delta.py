@@ -9,7 +9,7 @@ arXiv 2606.06519, starts from this difference).
 """
 
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -67,6 +67,15 @@ def adapter_delta(
     return {name: factors_at_rank(a, b, rank) for name, (a, b) in stacked.items()}
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """How a difference is cut to its rank."""
+
+    rank: int
+    exact: bool
+    seed: int
+
+
 def stored_delta(
     aligned: StoredModel,
     degraded: StoredModel,
@@ -76,7 +85,8 @@ def stored_delta(
     show_progress: bool = True,
 ) -> dict[str, Truncation]:
     """`stored_difference` of the linear layers and experts alone: nothing else is read."""
-    return _difference(aligned, degraded, rank, exact, seed, show_progress, False, True)[0]
+    cut = _Cut(rank, exact, seed)
+    return _difference(aligned, degraded, cut, show_progress, False, True)[0]
 
 
 def stored_difference(
@@ -109,15 +119,14 @@ def stored_difference(
         FamilyError: Names or shapes differ, or nothing else does.
         CheckpointError: A model holds NaN or infinity.
     """
-    return _difference(aligned, degraded, rank, exact, seed, show_progress, True, experts)
+    cut = _Cut(rank, exact, seed)
+    return _difference(aligned, degraded, cut, show_progress, True, experts)
 
 
 def _difference(
     aligned: StoredModel,
     degraded: StoredModel,
-    rank: int,
-    exact: bool,
-    seed: int,
+    cut: _Cut,
     show_progress: bool,
     whole: bool,
     experts: bool,
@@ -134,7 +143,7 @@ def _difference(
     bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
     found: dict[str, Truncation] = {}
     with bar, RowReader() as reader:
-        work = partial(_module_delta, aligned, degraded, reader, rank, exact, seed)
+        work = partial(_module_delta, aligned, degraded, reader, cut)
         for name, size, truncation in zip(names, sizes, in_threads(work, names), strict=True):
             found[name] = truncation
             bar.update(2 * size)
@@ -176,9 +185,7 @@ def _module_delta(
     aligned: StoredModel,
     degraded: StoredModel,
     reader: RowReader,
-    rank: int,
-    exact: bool,
-    seed: int,
+    cut: _Cut,
     name: str,
 ) -> Truncation:
     difference = aligned.matrix(reader, name)
@@ -186,4 +193,5 @@ def _module_delta(
     if not is_finite(difference):
         diverged = aligned if not is_finite(aligned.matrix(reader, name)) else degraded
         raise not_finite(diverged, name)
-    return truncated_svd(difference, rank, exact, seed=seed + zlib.crc32(name.encode()))
+    seed = cut.seed + zlib.crc32(name.encode())
+    return truncated_svd(difference, cut.rank, cut.exact, seed=seed)
