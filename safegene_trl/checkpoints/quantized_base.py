@@ -139,7 +139,7 @@ def open_base(name_or_path: str | None, revision: str | None = None) -> StoredMo
         raise UnsupportedModelError(f"{what} is an adapter: {REMEDY}.")
     if is_quantised:  # its files are not the aligned model's, which the origin check compares
         raise UnsupportedModelError(
-            f"{what} is quantised itself: {REMEDY}, with `allow_other_base: true` beside either."
+            f"{what} is quantised itself: {REMEDY}, with `allow_other_base: true` beside the second."
         )
     return StoredModel.open(name_or_path, revision, files)
 

@@ -239,9 +239,11 @@ def plan_step(
         with sharding.on_main_rank() as working:
             if working and config.output.hub_model_id:
                 check_hub(config.output.hub_model_id)
+            # that a quantised base was made of the one it is merged into is checked number by number
+            named = config.output.merge_base
             base = check_base(
-                origin.base,
-                origin.revision,
+                named or origin.base,
+                None if named else origin.revision,
                 vector.aligned_model,
                 config.allow_other_base,
                 working,

@@ -15,6 +15,7 @@ from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.errors import (
     CheckpointError,
     ConfigError,
+    FamilyError,
     RejectedError,
     UnexpectedError,
     UnsupportedModelError,
@@ -22,6 +23,7 @@ from safegene_trl.errors import (
 from safegene_trl.models.experts import can_be_changed, matrix_shapes
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import canonical_modules
+from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step import live_fine_tune, quantized_step
 from safegene_trl.step.apply import apply
@@ -274,6 +276,24 @@ def test_a_base_whose_files_are_quantised_needs_another_one_named(
     wide_model(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(UnsupportedModelError, match="is not the one that the quantised base was"):
         trained(None, packed_dir, config(merge_base=str(tmp_path / "other")), tokenizer, out)
+
+
+def test_the_base_that_is_named_is_the_one_that_the_fine_tune_started_from(
+    base_dir, config, tokenizer, tmp_path
+):
+    """Its files are those that the vector was made on; the quantised ones are not."""
+    packed_dir, place, out = tmp_path / "base-bnb-4bit", tmp_path / "own", tmp_path / "out"
+    quantised(base_dir, 4).save_pretrained(packed_dir)
+    vector = make_vector(wide_model(), tokenizer, std=0.1)
+    vector.aligned_model = model_reference(str(base_dir))
+    vector.save_pretrained(place)
+    settings = config(vector=str(place), merge_base=str(base_dir))
+    _, callback, _ = trained(None, packed_dir, settings, tokenizer, out)
+    assert callback.report["base"]["is_aligned_model"] is True
+    with pytest.raises(FamilyError, match="whose weights are others"):
+        trained(
+            None, packed_dir, config(vector=str(place), output_format="adapter"), tokenizer, out
+        )
 
 
 def test_a_base_that_is_not_there_is_refused_before_the_first_step(
