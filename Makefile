@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-serving test-gpu gpu fuzz mutants faults docs lint format clean
+.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-serving test-integrations test-gpu gpu fuzz mutants faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -62,6 +62,20 @@ test-oldest: environment
 test-serving: environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/transformers-4 "transformers<5" "huggingface_hub<1" "tokenizers<0.23" "peft<0.19"
 	SAFEGENE_TRANSFORMERS_4=$(CURDIR)/build/transformers-4 $(BIN)/python -m pytest tests/serving
+
+# axolotl and LLaMA-Factory, each with the versions that it pins, in environments of their own: 4 GB each, some minutes the first time.
+test-integrations: .venv-axolotl/ready .venv-llamafactory/ready
+	.venv-axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+	.venv-llamafactory/bin/python -m pytest tests/integrations/test_llamafactory.py
+
+.venv-axolotl/ready: HOST = axolotl==0.19.0
+.venv-llamafactory/ready: HOST = llamafactory==0.9.5
+.venv-axolotl/ready .venv-llamafactory/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$(HOST)" pytest pytest-timeout jsonschema
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
 
 # On one GPU, about 4 minutes; skipped without one. SAFEGENE_GPU_TESTS_ON_CPU=1 runs the same tests on the CPU.
 test-gpu: environment

@@ -1,8 +1,5 @@
-"""The plugin against axolotl's own plugin interface; run where axolotl is installed, in an
-environment of its own.
-
-python -m venv axolotl && axolotl/bin/pip install torch axolotl && axolotl/bin/pip install -e .
-pytest pytest-timeout jsonschema axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+"""The plugin against axolotl's own plugin interface; `make test-integrations` runs it where axolotl
+is installed, in an environment of its own.
 """
 
 import json

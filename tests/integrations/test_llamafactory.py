@@ -1,7 +1,5 @@
-"""The example for LLaMA-Factory; run where it is installed, in an environment of its own.
-
-python -m venv factory && factory/bin/pip install torch llamafactory && factory/bin/pip install
---no-deps -e . pytest … factory/bin/python -m pytest tests/integrations/test_llamafactory.py
+"""The example for LLaMA-Factory; `make test-integrations` runs it where that is installed, in an
+environment of its own.
 """
 
 import json
