@@ -296,6 +296,24 @@ def gpu_now(record: dict) -> list[str]:
     ]
 
 
+def profile(record: dict) -> list[str]:
+    before, now = (record[side]["phases"]["recalibrate"]["seconds"] for side in ("before", "now"))
+    assert record["before"]["evaluations"] == record["now"]["evaluations"] == 8
+    return [
+        f"takes {rounded(now)} s for 8 evaluations where an earlier version took {rounded(before)};"
+    ]
+
+
+def qlora(record: dict) -> list[str]:
+    before, after = record["measured"]["before"], record["measured"]["after"]
+    harmful, benign = after["refusal_rate"], after["over_refusal"]
+    assert harmful["count"] == benign["count"] == 12
+    return [
+        f"it refused {before['refusal_rate']['successes']} before and {harmful['successes']} after, of 12 benign ones "
+        f"{benign['successes']}, and all {record['shipped']['exact_tensors']} tensors",
+    ]
+
+
 def gpu_search(module: dict, layer: dict) -> list[str]:
     return [f"{passes(module)} by module and {passes(layer)} by layer on a CPU"]
 
@@ -437,6 +455,8 @@ QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("findings.md", "recalibration", ("module", "layer")): searches,
     ("limits.md", "gpu", ("launches",)): launches,
     ("limits.md", "gpu", ("h200",)): gpu_now,
+    ("limits.md", "runs", ("profile",)): profile,
+    ("integrations.md", "runs", ("qlora",)): qlora,
     ("limits.md", "gpu", ("step",)): gpu_step,
     ("limits.md", "recalibration", ("module", "layer")): gpu_search,
     ("method.md", "recalibration", ("module",)): search_by_module,
