@@ -262,7 +262,7 @@ def _forward(
         x = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
         matrix = expert_name(f"{name}.down_proj", expert)
         out = product(matrix, x, _multiplied(x, down, expert), samples)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):
             out = experts.post_expert_norm(out)
         outs.append(out * shares[places])
     total = torch.cat(outs)[torch.argsort(order)].view(*top_k_index.shape, -1).sum(dim=-2)
