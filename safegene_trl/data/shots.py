@@ -4,7 +4,7 @@ comes with the vector.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
 from ..errors import CalibrationDataError, ConfigError
-from ..models.inputs import Sample, shortened
+from ..models.inputs import Sample, SoftTargets, shortened
 from ..models.reasoning import Answering, PromptStyle, split_stored
 from ..provenance import sha256_of_json
 from ..vectors.safety_vector import SafetyVector
@@ -199,7 +199,7 @@ def _readable(
             response = response or responses[len(read.rows) % len(responses)]
             if style.start == "template":  # what a vector's refusal was checked by
                 response = split_stored(response).answer
-            sample = templated(tokenizer, messages, response, style)
+            sample = _targeted(templated(tokenizer, messages, response, style), row)
         except UnreadableRowError as error:
             read.skipped.add(error)
             continue
@@ -208,6 +208,14 @@ def _readable(
         )
         read.samples.append(sample)
     return read
+
+
+def _targeted(sample: Sample, row: Row) -> Sample:
+    """The sample with the soft targets that come with the row, where it begins with their tokens."""
+    soft = SoftTargets(**row["targets"]) if row.get("targets") else None
+    if soft is None or sample.response[: len(soft.tokens)] != soft.tokens:
+        return sample
+    return replace(sample, soft=soft)
 
 
 def _divided(

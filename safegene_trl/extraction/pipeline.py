@@ -9,7 +9,7 @@ asks for it.
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -43,6 +43,7 @@ from .selection import (
     last_token_states,
     top_layers,
 )
+from .soft_targets import soft_targets
 from .soundness import check_runs, in_dtype
 
 
@@ -69,7 +70,7 @@ class _AlignedSide:
     what is distilled.
     """
 
-    rows: list[dict[str, str]]
+    rows: list[dict[str, Any]]
     states: list[torch.Tensor]
     references: list[ReferenceBatch]
 
@@ -179,6 +180,7 @@ def _aligned_side(inputs: _Inputs) -> _AlignedSide:
         config.batch_size,
         sharding,
     )
+    rows = _with_targets(inputs, model, rows, sharding)
     states, references = [], []
     if SELECTIONS[config.selection].reads_states:
         states = _states(inputs, model, sharding)
@@ -257,7 +259,7 @@ def _states(inputs: _Inputs, model: Any, sharding: Sharding) -> list[torch.Tenso
 def _references(
     inputs: _Inputs,
     model: Any,
-    rows: Sequence[Mapping[str, str]],
+    rows: Sequence[Mapping[str, Any]],
     kind: str,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
@@ -266,14 +268,24 @@ def _references(
     return reference_batches(model, samples, size, pad_id, kind == "benign", sharding)
 
 
-def _samples(inputs: _Inputs, rows: Sequence[Mapping[str, str]], kind: str) -> list[Sample]:
+def _with_targets(
+    inputs: _Inputs, model: Any, rows: Sequence[dict[str, Any]], sharding: Sharding
+) -> list[dict[str, Any]]:
+    """Rows with what the aligned model itself says to the first tokens of its answers."""
+    cut = [shortened(_sample(inputs, row), None, REFUSAL_TOKENS) for row in rows]
+    samples = [sample for sample in cut if sample]
+    pad_id, size = padding_id(inputs.tokenizer), inputs.config.batch_size
+    found = iter(soft_targets(model, samples, pad_id, sharding, size))
     return [
-        tokenize(
-            inputs.tokenizer,
-            [{"role": "user", "content": row["prompt"]}],
-            row["response"],
-            inputs.style,
-        )
-        for row in rows
-        if row["kind"] == kind
+        row | {"targets": asdict(next(found))} if sample else row
+        for row, sample in zip(rows, cut, strict=True)
     ]
+
+
+def _samples(inputs: _Inputs, rows: Sequence[Mapping[str, Any]], kind: str) -> list[Sample]:
+    return [_sample(inputs, row) for row in rows if row["kind"] == kind]
+
+
+def _sample(inputs: _Inputs, row: Mapping[str, Any]) -> Sample:
+    messages = [{"role": "user", "content": row["prompt"]}]
+    return tokenize(inputs.tokenizer, messages, row["response"], inputs.style)

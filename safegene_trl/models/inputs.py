@@ -11,11 +11,46 @@ from .reasoning import AS_TEMPLATE, PromptStyle, ReasoningFormat, split_stored
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """What another model says to the first tokens of a response: the likeliest ones in each place.
+
+    Attributes:
+        tokens: The response's own, k.
+        ids: Of the likeliest tokens, k×m.
+        log_probs: Their log-probabilities in nats, k×m.
+    """
+
+    tokens: list[int]
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+
+    def first(self, count: int) -> "SoftTargets":
+        """Those of the first tokens."""
+        return SoftTargets(self.tokens[:count], self.ids[:count], self.log_probs[:count])
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One tokenised sample: `input_ids` and, for every token, whether it belongs to the response."""
+    """One tokenised sample.
+
+    Attributes:
+        input_ids: The tokens.
+        is_response: For every token, whether it belongs to the response.
+        soft: What another model says to the response's first tokens: the sample ends with them.
+    """
 
     input_ids: list[int]
     is_response: list[bool]
+    soft: SoftTargets | None = None
+
+    @property
+    def response(self) -> list[int]:
+        """The response's tokens that are predicted from one before them."""
+        return [
+            token
+            for token, said in zip(self.input_ids[1:], self.is_response[1:], strict=True)
+            if said
+        ]
 
 
 @dataclass(frozen=True)
@@ -28,6 +63,10 @@ class Batch:
         position_ids: int64, counted without padding.
         target_mask: bool, True where the *next* token belongs to a response.
         kept: Number of trailing positions that hold every target.
+        soft_ids: Of the likeliest tokens in every response token's place, tokens×m, int64, in rows'
+            order; None where no sample has soft targets.
+        soft_log_probs: Their log-probabilities in nats, float32. Of a sample without soft targets
+            its own tokens are all there is: a divergence from that is the cross-entropy.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +74,8 @@ class Batch:
     position_ids: torch.Tensor
     target_mask: torch.Tensor
     kept: int
+    soft_ids: torch.Tensor | None = None
+    soft_log_probs: torch.Tensor | None = None
 
 
 def prompt_text(
@@ -85,13 +126,16 @@ def tokenize(
 
 
 def shortened(sample: Sample, max_length: int | None, max_response_tokens: int) -> Sample | None:
-    """The sample cut to its first `max_length` tokens and first response tokens; None if no
-    response is left.
+    """The sample cut to its first `max_length` tokens and first response tokens, of which no more
+    are left than have soft targets where there are any; None if no response is left.
     """
+    if sample.soft:
+        max_response_tokens = min(max_response_tokens, len(sample.soft.ids))
     limit = len(sample.input_ids) if max_length is None else min(len(sample.input_ids), max_length)
     responses = [position for position in range(1, limit) if sample.is_response[position]]
     end = responses[:max_response_tokens][-1] + 1 if responses else 0
-    cut = Sample(sample.input_ids[:end], [False, *sample.is_response[1:end]])
+    mask = [False, *sample.is_response[1:end]]
+    cut = Sample(sample.input_ids[:end], mask, sample.soft and sample.soft.first(sum(mask)))
     return cut if any(cut.is_response) else None
 
 
@@ -158,10 +202,29 @@ def collate(samples: Sequence[Sample], pad_id: int, device: torch.device) -> Bat
         targets[row, width - length : width - 1] = torch.tensor(sample.is_response[1:])
     first = int(targets.any(dim=0).nonzero()[0])
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    soft = _soft_targets(samples)
     return Batch(
         ids.to(device),
         attention.to(device),
         positions.to(device),
         targets.to(device),
-        kept=width - first,
+        width - first,
+        *(None if each is None else each.to(device) for each in soft),
     )
+
+
+def _soft_targets(samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`soft_ids` and `soft_log_probs` of a batch of the samples."""
+    width = max((len(sample.soft.ids[0]) for sample in samples if sample.soft), default=0)
+    if not width:
+        return None, None
+    ids, log_probs = [], []
+    for sample in samples:
+        soft = sample.soft or _certain(sample.response)
+        ids += [row + [0] * (width - len(row)) for row in soft.ids]
+        log_probs += [row + [-math.inf] * (width - len(row)) for row in soft.log_probs]
+    return torch.tensor(ids), torch.tensor(log_probs)
+
+
+def _certain(tokens: list[int]) -> SoftTargets:
+    return SoftTargets(tokens, [[token] for token in tokens], [[0.0] for _ in tokens])

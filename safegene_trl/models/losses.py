@@ -7,7 +7,9 @@ type, no more than a chunk's worth of float32 is ever in memory.
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,8 @@ LIKELY_TOKENS = (
 # Bytes of float32 logits at a time. What a divergence and its gradient make of them is some eight
 # times as much: 256 MiB.
 CHUNK = 2**25
+LEAST_LOG_PROB = -100.0  # nats; its probability is 0 in float32
+LEAST_REST = 1e-6  # of a distribution: float32 sums tell less from 0 no more
 # losses (tokens,) of some of the response tokens, from their float32 logits (tokens×vocabulary)
 _TokenLosses = Callable[[torch.Tensor, slice], torch.Tensor]
 
@@ -70,7 +74,8 @@ def sample_losses(
     """
     logits, ids = _forward(model, batch), _next_ids(batch)
     compared = 0 if reference is None else len(reference)
-    losses = partial(_token_losses, ids, reference, temperature)
+    targets = _Targets(ids, reference, temperature, batch.soft_ids, batch.soft_log_probs)
+    losses = partial(_token_losses, targets)
     parts = _parts(len(ids), compared, logits.shape[-1])
     if len(ids) * logits.shape[-1] * 4 <= CHUNK:
         chosen = _chosen(logits, batch).float()
@@ -98,16 +103,24 @@ def _log_probs(reference: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(reference.float(), dim=-1) if reference.dtype.itemsize == 2 else reference
 
 
-def _token_losses(
-    next_ids: torch.Tensor,
-    reference: torch.Tensor | None,
-    temperature: float,
-    logits: torch.Tensor,
-    tokens: slice,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Targets:
+    """What the response tokens of a batch are held against."""
+
+    next_ids: torch.Tensor
+    reference: torch.Tensor | None
+    temperature: float
+    soft_ids: torch.Tensor | None
+    soft_log_probs: torch.Tensor | None
+
+
+def _token_losses(targets: _Targets, logits: torch.Tensor, tokens: slice) -> torch.Tensor:
     """`tokens`: all of them have a reference, or none has."""
+    reference, temperature = targets.reference, targets.temperature
     if reference is None or tokens.start >= len(reference):
-        return F.cross_entropy(logits, next_ids[tokens], reduction="none")
+        if targets.soft_ids is None or targets.soft_log_probs is None:
+            return F.cross_entropy(logits, targets.next_ids[tokens], reduction="none")
+        return soft_divergence(logits, targets.soft_ids[tokens], targets.soft_log_probs[tokens])
     log_probs = F.log_softmax(logits, dim=-1)
     before = _log_probs(reference[tokens].to(logits.device))
     terms = _kl(before, log_probs)
@@ -117,6 +130,27 @@ def _token_losses(
             *(_softened(p, likely, temperature) for p in (before, log_probs))
         )
     return terms
+
+
+def soft_divergence(
+    logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor
+) -> torch.Tensor:
+    """`KL(p ‖ q)` of every token's place, in nats, (tokens,): over p's likeliest tokens and all others
+    as one, which is at most the divergence over the whole vocabulary.
+
+    Args:
+        logits: Of q, tokens×vocabulary, float32.
+        ids: p's likeliest tokens, tokens×m.
+        log_probs: Their log-probabilities in p; minus infinity fills up.
+    """
+    own = F.log_softmax(logits, dim=-1)
+    others = own.scatter(-1, ids, -math.inf).logsumexp(dim=-1)
+    known = log_probs.clamp(min=LEAST_LOG_PROB)
+    terms = (known.exp() * (known - own.gather(-1, ids))).sum(dim=-1)
+    rest = 1 - log_probs.exp().sum(dim=-1)
+    seen = rest > LEAST_REST
+    rest = rest.where(seen, 1.0)
+    return terms + (rest * (rest.log() - others.where(seen, 0.0)))
 
 
 def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

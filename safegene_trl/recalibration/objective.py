@@ -80,6 +80,7 @@ class _Job:
 
     batch: Batch
     terms: tuple[str, ...]
+    divergences: tuple[bool, ...]
 
     @property
     def compared(self) -> int:
@@ -96,11 +97,13 @@ class SampleGradients:
             samples'.
         losses: The samples' summed losses, in nats, shape (samples,), float64.
         gradients: Their gradients, samples×n, float64.
+        divergences: Which of the losses are divergences, shape (samples,), bool.
     """
 
     weight: float
     losses: np.ndarray
     gradients: np.ndarray
+    divergences: np.ndarray
 
 
 class Objective:
@@ -135,7 +138,12 @@ class Objective:
         cost = math.inf if has_own_memory(sharding.device) else PASS_COST_ON_CPU
         for group in tight_groups([sample for sample, _ in samples], passes.batch_size, cost):
             own, terms = zip(*samples[group], strict=True)
-            self.jobs.append(_Job(collate(own, passes.pad_id, sharding.device), terms))
+            divergences = tuple(
+                term == "utility" or sample.soft is not None
+                for sample, term in zip(own, terms, strict=True)
+            )
+            batch = collate(own, passes.pad_id, sharding.device)
+            self.jobs.append(_Job(batch, terms, divergences))
         self.reference: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             self._share_out(
@@ -216,8 +224,11 @@ class Objective:
             self._share_out(len(self.jobs), work, keep)
         losses = self._by_term(self.sharding.sum(sums))
         gradients = self._by_term(self.sharding.sum(rows))
+        divergences = self._by_term(torch.tensor([d for job in self.jobs for d in job.divergences]))
         return self._means(losses), {
-            term: SampleGradients(self.weights[term], losses[term], gradients[term])
+            term: SampleGradients(
+                self.weights[term], losses[term], gradients[term], divergences[term]
+            )
             for term in TERMS
         }
 
@@ -268,8 +279,8 @@ def evaluate_objective(
     for term, samples in terms.items():
         weight, rows = weights[term] * samples.weight, samples.gradients
         gradient += weight * rows.sum(axis=0)
-        if term == "utility":
-            rows = rows / np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))[:, None]
+        scale = np.sqrt(2 * samples.losses.clip(min=LEAST_DIVERGENCE))
+        rows = rows / np.where(samples.divergences, scale, 1.0)[:, None]
         matrix.append(np.sqrt(weight) * rows)
     return value, losses, gradient, np.concatenate(matrix)
 

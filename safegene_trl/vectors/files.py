@@ -7,6 +7,7 @@ valid one, is what signatures are for.
 """
 
 import json
+import math
 import os
 import re
 import stat
@@ -23,7 +24,7 @@ from ..provenance import sha256_of_bytes, sha256_of_file
 from .signing import SIGNATURE_FILE
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSIONS = (2, 3)  # prompts have soft targets from 3 on
 CONFIG_FILE = "safegene_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROMPTS_FILE = "safety_prompts.jsonl"
@@ -48,6 +49,9 @@ _MOST_BYTES = {
     ADAPTER_CONFIG_FILE: 2**20,
     SIGNATURE_FILE: 2**20,
 }
+_MOST_TOKENS = 1024  # of a row's soft targets, and in each of their places
+_NEARLY = 1.0  # nats between a response's token and the likeliest: rounding, and a text tokenised anew
+_ROUNDING = 0.01  # of probabilities that are rounded one by one
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -183,13 +187,22 @@ def adapter_config(modules: Iterable[str], rank: int, base: str) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
+def format_version(prompts: Iterable[Mapping[str, Any]]) -> int:
+    """The lowest that a vector with these prompts can have, so that earlier versions of this package
+    read what they can.
+    """
+    plain, soft = FORMAT_VERSIONS
+    return soft if any("targets" in row for row in prompts) else plain
+
+
 def read_config(data: bytes, name: str) -> dict[str, Any]:
     """The content of `safegene_config.json`, every field of the type it must have."""
     config = _json(_text(data, CONFIG_FILE, name), f"{CONFIG_FILE} of {name}")
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version is True or version != FORMAT_VERSION:
+    if isinstance(version, bool) or version not in FORMAT_VERSIONS:
+        read = " and ".join(map(str, FORMAT_VERSIONS))
         raise VectorError(
-            f"The safety vector {name} has format version {str(version)[:20]} and this safegene-trl reads {FORMAT_VERSION}: "
+            f"The safety vector {name} has format version {str(version)[:20]} and this safegene-trl reads {read}: "
             "install the version it was made with, or make it again."
         )
     if set(config) != {"format_version", *SECTIONS}:
@@ -215,16 +228,31 @@ def check_files(contents: Mapping[str, bytes], name: str, records: dict[str, Any
             )
 
 
-def read_prompts(data: bytes, name: str) -> list[dict[str, str]]:
-    """The prompts with the aligned model's own answers; a harmful prompt must have a refusal."""
+def read_prompts(data: bytes, name: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The prompts with the aligned model's own answers; a harmful prompt must have a refusal.
+
+    Args:
+        data: The file's bytes.
+        name: Where it comes from, for messages.
+        config: The vector's, which says what its format has.
+    """
     lines = _text(data, PROMPTS_FILE, name).split("\n")
     rows = [_json(line, f"{PROMPTS_FILE} of {name}") for line in lines if line.strip()]
+    optional = {"category", "targets"} if config["format_version"] > 2 else {"category"}
+    vocabulary = config["family"]["vocab_size"]
     for row in rows:
+        texts = isinstance(row, dict) and {k: v for k, v in row.items() if k != "targets"}
         if not (
-            _is_mapping(row, str) and set(row) - {"category"} == {"prompt", "response", "kind"}
+            isinstance(row, dict)
+            and _is_mapping(texts, str)
+            and set(row) - optional == {"prompt", "response", "kind"}
         ):
             raise VectorError(
                 f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again."
+            )
+        if "targets" in row and not _valid_targets(row["targets"], vocabulary):
+            raise VectorError(
+                f"The soft targets of a row of {PROMPTS_FILE} are not those of its response: make the vector again."
             )
         if row["kind"] not in ("harmful", "benign"):
             raise VectorError(
@@ -278,6 +306,38 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def _valid_targets(targets: Any, vocabulary: int) -> bool:
+    """Whether they can be what a model says to a response that it gave itself, its own tokens being
+    about the likeliest: a target may not teach what the response does not say.
+    """
+    if not isinstance(targets, dict) or set(targets) != {"tokens", "ids", "log_probs"}:
+        return False
+    columns = [targets[key] for key in ("tokens", "ids", "log_probs")]
+    return (
+        all(isinstance(column, list) for column in columns)
+        and 0 < len(columns[0]) <= _MOST_TOKENS
+        and all(len(column) == len(columns[0]) for column in columns)
+        and all(_valid_place(*place, vocabulary) for place in zip(*columns, strict=True))
+        and len({len(ids) for ids in targets["ids"]}) == 1
+    )
+
+
+def _valid_place(token: Any, ids: Any, log_probs: Any, vocabulary: int) -> bool:
+    """Whether these are the likeliest tokens in a token's place, it being about the likeliest."""
+    if not (
+        isinstance(ids, list)
+        and isinstance(log_probs, list)
+        and 0 < len(ids) == len(log_probs) <= _MOST_TOKENS
+        and all(_is_count(each) and each < vocabulary for each in (token, *ids))
+        and len(set(ids)) == len(ids)
+        and token in ids
+        and all(_is_number(value) and value <= 0 for value in log_probs)
+    ):
+        return False
+    near = max(log_probs) - log_probs[ids.index(token)] < _NEARLY
+    return near and sum(map(math.exp, log_probs)) <= 1 + _ROUNDING
 
 
 def _valid_family(family: dict[str, Any]) -> bool:

@@ -41,7 +41,7 @@ class VectorRecord:
     selection: dict[str, Any]
     software: dict[str, str]
     files: dict[str, dict[str, Any]]
-    prompts: list[dict[str, str]]
+    prompts: list[dict[str, Any]]
     signature: bytes | None
 
     @property
@@ -84,7 +84,7 @@ def read_record(
     record = VectorRecord(
         modules=list(ranks),
         rank=next(iter(ranks.values())),
-        prompts=read_prompts(contents[PROMPTS_FILE], name),
+        prompts=read_prompts(contents[PROMPTS_FILE], name, config),
         signature=signature,
         **sections | {"family": Family.from_dict(config["family"])},
     )

@@ -24,7 +24,6 @@ from .family import Family
 from .files import (
     ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
-    FORMAT_VERSION,
     HASHED_FILES,
     PREFIX,
     PROMPTS_FILE,
@@ -59,6 +58,8 @@ class SafetyVector(
         selection: How the layers were selected: method, scores per layer, selected layers.
         prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with
             `category`; the responses are the aligned model's own. Harmful rows carry refusals only.
+            `targets`, from format 3 on, are what it says to the response's first tokens: `tokens`
+            (k), and of the likeliest in each place `ids` and `log_probs` (k×m, nats).
         software: Versions it was made with.
         files: Size (bytes) and SHA-256 of every other file of a saved vector.
         signature: The content of the signature file it was loaded with, None where there was none.
@@ -71,7 +72,7 @@ class SafetyVector(
     degraded_model: dict[str, Any]
     extraction: dict[str, Any]
     selection: dict[str, Any]
-    prompts: list[dict[str, str]]
+    prompts: list[dict[str, Any]]
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     signature: bytes | None = None
@@ -178,7 +179,7 @@ class SafetyVector(
     def describe(self) -> dict[str, Any]:
         """The content of `safegene_config.json`."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": vector_files.format_version(self.prompts),
             "family": self.family.to_dict(),
             "aligned_model": self.aligned_model,
             "degraded_model": self.degraded_model,

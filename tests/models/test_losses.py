@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from safegene_trl.models import losses
-from safegene_trl.models.inputs import Sample, collate
+from safegene_trl.models.inputs import Sample, SoftTargets, collate
 from safegene_trl.models.losses import (
     cross_entropy,
     divergence,
@@ -145,3 +145,71 @@ def test_looking_up_the_likeliest_tokens_copies_no_logits():
     with patch.object(losses, "_forward", return_value=logits):
         assert peak_bytes(lambda: likeliest_tokens(None, batch)) < 2**16 < logits.nbytes / 100
         assert peak_bytes(lambda: response_logits(None, batch)) > 2**22
+
+
+def soft_samples(count=4, likeliest=3):
+    """Each with its own soft targets, or with none."""
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for index in range(count):
+        ids = torch.arange(5 + index, 15 + 2 * index).tolist()
+        own = ids[7:]
+        logits = torch.randn(len(own), 60, generator=generator)
+        top = logits.log_softmax(dim=-1).topk(likeliest)
+        soft = SoftTargets(own, top.indices.tolist(), top.values.tolist()) if index % 2 else None
+        made.append((Sample(ids, [place >= 7 for place in range(len(ids))], soft), logits))
+    return made
+
+
+def soft_losses(samples, logits, chunk=losses.CHUNK):
+    own = logits.clone().requires_grad_()
+    batch = collate(samples, 0, CPU)
+    with patch.object(losses, "_forward", return_value=own), patch.object(losses, "CHUNK", chunk):
+        found = sample_losses(None, batch)
+        (gradient,) = torch.autograd.grad(found.sum(), own)
+    return found.detach(), gradient
+
+
+def test_a_soft_target_is_the_divergence_over_its_tokens_and_all_others_as_one():
+    made = soft_samples()
+    samples = [sample for sample, _ in made]
+    logits = made_of(samples)
+    found, gradient = soft_losses(samples, logits)
+    for row, (sample, of_p) in enumerate(made):
+        own = logits[row][logits.shape[1] - 1 - len(sample.response) : -1].log_softmax(dim=-1)
+        if sample.soft is None:
+            expected = -own.gather(-1, torch.tensor(sample.response)[:, None]).sum()
+        else:
+            ids, p = torch.tensor(sample.soft.ids), of_p.log_softmax(dim=-1)
+            parts = [torch.cat([x.gather(-1, ids), rest(x, ids)], dim=-1) for x in (p, own)]
+            expected = F.kl_div(parts[1], parts[0], reduction="sum", log_target=True)
+        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+    chunked = soft_losses(samples, logits, chunk=4 * 60 * 2)
+    torch.testing.assert_close(chunked[0], found, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(chunked[1], gradient, atol=1e-6, rtol=1e-5)
+    assert gradient.isfinite().all()
+
+
+def rest(log_probs, ids):
+    """Log-probability of all but these tokens."""
+    return (1 - log_probs.exp().gather(-1, ids).sum(dim=-1, keepdim=True)).log()
+
+
+def made_of(samples):
+    batch = collate(samples, 0, CPU)
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(*batch.input_ids.shape, 60, generator=generator)
+
+
+def test_a_model_that_says_what_its_target_says_has_no_loss_and_no_gradient():
+    """All of the distribution in the target, then almost all: nothing is infinite."""
+    ids = torch.arange(5, 15).tolist()
+    logits = torch.randn(1, 10, 60, generator=torch.Generator().manual_seed(6))
+    for shift in (0.0, 40.0):
+        own = logits.clone()
+        own[..., 3] += shift
+        top = own[0, 6:9].log_softmax(dim=-1).topk(16)
+        soft = SoftTargets(ids[7:], top.indices.tolist(), top.values.tolist())
+        sample = Sample(ids, [place >= 7 for place in range(10)], soft)
+        found, gradient = soft_losses([sample], own)
+        assert abs(float(found)) < 1e-5 and float(gradient.abs().max()) < 1e-5
