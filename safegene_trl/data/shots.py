@@ -127,27 +127,39 @@ def gather_shots(
         written.answering,
     )
     record = {
-        "safety": _record(harmful_source, harmful_split, harmful.skipped),
+        "safety": _record(harmful_source, harmful_split, harmful.skipped)
+        | _soft_record(harmful_split),
         "task": {
             **_record(task_source, task_split, training.skipped),
             "read_by": dict(training.read_by),
         },
-        "benign": _record("vector", benign_split, benign.skipped) if benign_split else None,
+        "benign": _record("vector", benign_split, benign.skipped) | _soft_record(benign_split)
+        if benign_split
+        else None,
         "unseen": gate.record(unseen, harmful_source, task_source),
         **written.record,
     }
     data = CalibrationSet(harmful_split, task_split, benign_split)
-    return Shots(data, unseen, record, (*written.warnings, *_skip_warnings(record)))
+    warnings = [*written.warnings, *_skip_warnings(record)]
+    if unlike := harmful.unlike + benign.unlike:
+        warnings.append(
+            f"{unlike} answers of the safety vector begin with other tokens in the prompts here than in those that it was made "
+            "with: what the aligned model finds likely beside them is not used."
+        )
+    return Shots(data, unseen, record, tuple(warnings))
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows with a prompt and a response, the sample of each, and what was left out."""
+    """Rows with a prompt and a response, the sample of each, and what was left out; `unlike`: how many
+    have soft targets for other tokens than the sample's.
+    """
 
     what: str
     rows: list[Row]
     samples: list[Sample]
     skipped: Skipped
+    unlike: int = 0
 
 
 def _safety_data(
@@ -168,7 +180,7 @@ def _safety_data(
         load_rows(config.data.safety_data, config.data.safety_data_split), count, config.seed
     )
     refusals = [row["response"] for row in shipped]
-    found = read(rows, count, "safety data", refusals)
+    found = read(rows, count, "safety data", refusals, from_vector=False)
     if not found.rows and set(found.skipped) == {NO_RESPONSE}:
         raise CalibrationDataError(
             f"{config.data.safety_data} has prompts without refusals: add a column `response`."
@@ -184,38 +196,34 @@ def _readable(
     *,
     tokenizer: PreTrainedTokenizerBase,
     style: PromptStyle,
+    from_vector: bool = True,
 ) -> _Read:
     """The first `count` rows that can be read; those without a response get one of `responses` in
-    turn.
+    turn. Those of a vector may have soft targets.
     """
-    read = _Read(what, [], [], Skipped())
+    found: list[Row] = []
+    samples: list[Sample] = []
+    skipped, unlike = Skipped(), 0
     for row in rows:
-        if len(read.rows) == count:
+        if len(found) == count:
             break
         try:
             messages, response = prompt_of(row), conversation(row)[1]
             if not response and not responses:
                 raise UnreadableRowError(NO_RESPONSE)
-            response = response or responses[len(read.rows) % len(responses)]
+            response = response or responses[len(found) % len(responses)]
             if style.start == "template":  # what a vector's refusal was checked by
                 response = split_stored(response).answer
-            sample = _targeted(templated(tokenizer, messages, response, style), row)
+            sample = templated(tokenizer, messages, response, style)
         except UnreadableRowError as error:
-            read.skipped.add(error)
+            skipped.add(error)
             continue
-        read.rows.append(
-            {"prompt": messages, "response": response, "category": row.get("category")}
-        )
-        read.samples.append(sample)
-    return read
-
-
-def _targeted(sample: Sample, row: Row) -> Sample:
-    """The sample with the soft targets that come with the row, where it begins with their tokens."""
-    soft = SoftTargets(**row["targets"]) if row.get("targets") else None
-    if soft is None or sample.response[: len(soft.tokens)] != soft.tokens:
-        return sample
-    return replace(sample, soft=soft)
+        found.append({"prompt": messages, "response": response, "category": row.get("category")})
+        soft = SoftTargets(**row["targets"]) if from_vector and "targets" in row else None
+        fits = soft is not None and sample.response[: len(soft.tokens)] == soft.tokens
+        unlike += soft is not None and not fits
+        samples.append(replace(sample, soft=soft) if fits else sample)
+    return _Read(what, found, samples, skipped, unlike)
 
 
 def _divided(
@@ -386,6 +394,11 @@ def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:
         "held_out": len(split.held_out),
         **_skips(skipped),
     }
+
+
+def _soft_record(split: Split) -> dict[str, int]:
+    """How many shots are held to the aligned model's own distribution; the others, to its words."""
+    return {"soft_targets": sum(s.soft is not None for s in (*split.fit, *split.held_out))}
 
 
 def _skips(skipped: Skipped) -> dict[str, dict[str, int]]:

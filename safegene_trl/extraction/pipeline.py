@@ -276,9 +276,10 @@ def _with_targets(
     samples = [sample for sample in cut if sample]
     pad_id, size = padding_id(inputs.tokenizer), inputs.config.batch_size
     found = iter(soft_targets(model, samples, pad_id, sharding, size))
+    targets = [next(found) if sample else None for sample in cut]
     return [
-        row | {"targets": asdict(next(found))} if sample else row
-        for row, sample in zip(rows, cut, strict=True)
+        row | {"targets": asdict(own)} if own and own.tokens else row
+        for row, own in zip(rows, targets, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ the aligned one does, its doubts included (soft targets, arXiv 1503.02531). Stor
 tokens of every place; all others count as one.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from ..models.batch_size import EXTRACTION, fitting_answers, halving
 from ..models.inputs import Sample, SoftTargets, collate
 from ..models.losses import response_logits
 from ..models.parameters import base_model
+from ..vectors.files import about_likeliest
 
 
 LIKELIEST = 16  # tokens of a place: of a refusal's first ones the others have about a hundredth
@@ -29,8 +31,9 @@ def soft_targets(
     sharding: Sharding,
     batch_size: int | None = None,
 ) -> list[SoftTargets]:
-    """The likeliest tokens in the places of every sample's response tokens. Collective: each rank
-    works on its share, all have the outcome.
+    """The likeliest tokens in the places of every sample's response tokens, up to the first that the
+    model would not say itself: a text that is tokenised anew may be other tokens than it was.
+    Collective: each rank works on its share, all have the outcome.
 
     Args:
         model: The aligned model.
@@ -68,13 +71,23 @@ def soft_targets(
     found = halving(first, likeliest, sharding, EXTRACTION)
     width = min(LIKELIEST, base_model(model).config.get_text_config().vocab_size)
     return [
-        SoftTargets(
-            sample.response,
-            own[0, :length, :width].long().tolist(),
-            _rounded(own[1, :length, :width]),
+        _own(
+            SoftTargets(
+                sample.response,
+                own[0, :length, :width].long().tolist(),
+                _rounded(own[1, :length, :width]),
+            )
         )
         for sample, own, length in zip(samples, found, lengths, strict=True)
     ]
+
+
+def _own(targets: SoftTargets) -> SoftTargets:
+    """Those of the tokens before the first that is not about the likeliest."""
+    places = zip(targets.tokens, targets.ids, targets.log_probs, strict=True)
+    return targets.first(
+        sum(1 for _ in itertools.takewhile(lambda place: about_likeliest(*place), places))
+    )
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:

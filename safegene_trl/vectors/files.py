@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +50,9 @@ _MOST_BYTES = {
     SIGNATURE_FILE: 2**20,
 }
 _MOST_TOKENS = 1024  # of a row's soft targets, and in each of their places
-_NEARLY = 1.0  # nats between a response's token and the likeliest: rounding, and a text tokenised anew
+_NEARLY = (
+    1.0  # nats between a response's token and the likeliest: rounding, and a text tokenised anew
+)
 _ROUNDING = 0.01  # of probabilities that are rounded one by one
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -199,7 +201,7 @@ def read_config(data: bytes, name: str) -> dict[str, Any]:
     """The content of `safegene_config.json`, every field of the type it must have."""
     config = _json(_text(data, CONFIG_FILE, name), f"{CONFIG_FILE} of {name}")
     version = config.get("format_version") if isinstance(config, dict) else None
-    if isinstance(version, bool) or version not in FORMAT_VERSIONS:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
         read = " and ".join(map(str, FORMAT_VERSIONS))
         raise VectorError(
             f"The safety vector {name} has format version {str(version)[:20]} and this safegene-trl reads {read}: "
@@ -326,18 +328,21 @@ def _valid_targets(targets: Any, vocabulary: int) -> bool:
 
 def _valid_place(token: Any, ids: Any, log_probs: Any, vocabulary: int) -> bool:
     """Whether these are the likeliest tokens in a token's place, it being about the likeliest."""
-    if not (
+    return (
         isinstance(ids, list)
         and isinstance(log_probs, list)
         and 0 < len(ids) == len(log_probs) <= _MOST_TOKENS
         and all(_is_count(each) and each < vocabulary for each in (token, *ids))
         and len(set(ids)) == len(ids)
-        and token in ids
         and all(_is_number(value) and value <= 0 for value in log_probs)
-    ):
-        return False
-    near = max(log_probs) - log_probs[ids.index(token)] < _NEARLY
-    return near and sum(map(math.exp, log_probs)) <= 1 + _ROUNDING
+        and about_likeliest(token, ids, log_probs)
+        and sum(map(math.exp, log_probs)) <= 1 + _ROUNDING
+    )
+
+
+def about_likeliest(token: int, ids: Sequence[int], log_probs: Sequence[float]) -> bool:
+    """Whether a token is the likeliest of its place, or as good as that."""
+    return token in ids and max(log_probs) - log_probs[ids.index(token)] < _NEARLY
 
 
 def _valid_family(family: dict[str, Any]) -> bool:

@@ -24,17 +24,36 @@ def samples():
     return made
 
 
+def sure(model, batch):
+    """The model's own logits, with the response's tokens the likeliest."""
+    logits, ids = response_logits(model, batch)
+    return logits.scatter(-1, ids[:, None], float(logits.max()) + 2), ids
+
+
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_each_place_has_the_models_own_likeliest_tokens(size):
+def test_each_place_has_the_models_own_likeliest_tokens(size, monkeypatch):
+    monkeypatch.setattr(module, "response_logits", sure)
     model = make_model()
     found = soft_targets(model, samples(), 0, ALONE, size)
     for sample, targets in zip(samples(), found, strict=True):
         assert targets.tokens == sample.response
-        logits, _ = response_logits(model, collate([sample], 0, torch.device("cpu")))
+        logits, _ = sure(model, collate([sample], 0, torch.device("cpu")))
         top = logits.log_softmax(dim=-1).topk(16)
         assert targets.ids == top.indices.tolist()
         expected = torch.tensor(targets.log_probs)
         torch.testing.assert_close(expected, top.values, atol=1e-4, rtol=0)
+
+
+def test_they_end_before_a_token_that_the_model_would_not_say(monkeypatch):
+    def unlike(model, batch):
+        logits, ids = sure(model, batch)
+        logits[2, ids[2]] = logits.min() - 5
+        return logits, ids
+
+    monkeypatch.setattr(module, "response_logits", unlike)
+    (found,) = soft_targets(make_model(), samples()[3:], 0, ALONE, 1)
+    assert found.tokens == samples()[3].response[:2]
+    assert len(found.ids) == len(found.log_probs) == 2
 
 
 def test_memory_that_runs_out_halves_the_batches(monkeypatch):
@@ -59,12 +78,17 @@ def test_memory_that_runs_out_halves_the_batches(monkeypatch):
         soft_targets(model, samples(), 0, ALONE, 2)
 
 
-def test_an_extraction_stores_them_with_every_prompt(extraction):
+@pytest.mark.parametrize("says", [True, False])
+def test_an_extraction_stores_them_where_the_model_says_so(says, extraction, monkeypatch):
+    if says:
+        monkeypatch.setattr(module, "response_logits", sure)
     options = {key: str(value) for key, value in extraction.items()}
     extract(ExtractionConfig(**options), show_progress=False)
-    vector = SafetyVector.from_pretrained(extraction["output_dir"])
-    assert vector.describe()["format_version"] == 3 and vector.prompts
+    vector = SafetyVector.from_pretrained(options["output_dir"])
+    assert vector.describe()["format_version"] == (3 if says else 2) and vector.prompts
     for row in vector.prompts:
-        targets = SoftTargets(**row["targets"])
-        assert 0 < len(targets.tokens) <= 8 and len(targets.ids[0]) == 16
-        assert all(sum(map(math.exp, place)) <= 1.01 for place in targets.log_probs)
+        assert ("targets" in row) == says
+        if says:
+            targets = SoftTargets(**row["targets"])
+            assert 0 < len(targets.tokens) <= 8 and len(targets.ids[0]) == 16
+            assert all(sum(map(math.exp, place)) <= 1.01 for place in targets.log_probs)

@@ -58,6 +58,7 @@ MESSAGES = {
     "ranks": "differ in rank",
     "other weights": "describes other weights",
     "row": "A row of .* lacks `prompt`",
+    "targets": "The soft targets of a row",
     "kind": "A row of .* is of kind",
     "refusal": "something else than a refusal",
     "refusal of a benign prompt": "answers a benign prompt with a refusal",
@@ -231,7 +232,7 @@ def config_reasons(folder: Path, whole: dict[str, Any]) -> tuple[str, ...]:
     except (ValueError, RecursionError):
         return (message("no JSON", CONFIG),)
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version is True or version != 2:
+    if type(version) is not int or version not in (2, 3):
         return (message("version"),)
     reasons = [] if set(config) == {"format_version", *SECTIONS} else [message("keys")]
     for section in set(config) & set(SECTIONS):

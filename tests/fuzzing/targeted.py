@@ -53,7 +53,8 @@ def _not(*good: type) -> list[Any]:
 def _config_edits() -> list[tuple[tuple[str, ...], list[Any], Outcome]]:
     """Place in the config, values for it, and what each must lead to."""
     edits: list[tuple[tuple[str, ...], list[Any], Outcome]] = [
-        (("format_version",), [DELETE, 0, 1, 3, "2", True, None, [2]], refused("version")),
+        (("format_version",), [DELETE, 0, 1, 4, "3", True, None, [2]], refused("version")),
+        (("format_version",), [3], LOADS),
         (("more",), [{}], refused("keys")),
         (("selection", "scores"), [*_not(list), ["a"], [True], [1e30], [-1e308], [None]], refused("section", "selection")),
         (("selection", "scores"), [[], [3], [9.0, -9.0, 9.5]], LOADS),
@@ -292,6 +293,57 @@ _ROWS: list[tuple[str, Mutation, Outcome]] = [
 ]  # fmt: skip
 
 
+SOFT: dict[str, Any] = {
+    "tokens": [7, 9],
+    "ids": [[7, 3, 5], [4, 9, 6]],
+    "log_probs": [[-0.1, -3.0, -5.0], [-0.5, -1.2, -4.0]],
+}
+
+
+def _soft(version: int = 3, **values: Any) -> Mutation:
+    """Soft targets in a row of a vector of a format that has them; `values` are others."""
+
+    def mutate(folder: Path) -> None:
+        targets = {key: value for key, value in (SOFT | values).items() if value is not DELETE}
+        _row(targets=targets)(folder)
+        set_in_config("format_version", value=version)(folder)
+
+    return mutate
+
+
+def _soft_of(targets: Any) -> Mutation:
+    def mutate(folder: Path) -> None:
+        _row(targets=targets)(folder)
+        set_in_config("format_version", value=3)(folder)
+
+    return mutate
+
+
+_SOFT: list[tuple[str, Mutation, Outcome]] = [
+    ("soft targets", _soft(), LOADS),
+    ("soft targets of one place", _soft_of({key: value[:1] for key, value in SOFT.items()}), LOADS),
+    ("soft targets of an earlier format", _soft(version=2), refused("row")),
+    *((f"soft targets {value!r}", _soft_of(value), refused("targets"))
+      for value in (None, True, 1, "x", [], {}, {"tokens": [7]}, SOFT | {"more": 1})),
+    *((f"{key} {value!r}", _soft(**{key: value}), refused("targets"))
+      for key in SOFT for value in (DELETE, None, True, 1, "x", [], {}, [[]], [7], [None, None], [[7, 3, 5]])),
+    ("no place", _soft(tokens=[], ids=[], log_probs=[]), refused("targets")),
+    ("too many places", _soft_of({key: value * 1000 for key, value in SOFT.items()}), refused("targets")),
+    ("a token outside of the vocabulary", _soft(tokens=[7, 320], ids=[[7, 3, 5], [4, 320, 6]]), refused("targets")),
+    ("a likely token outside of the vocabulary", _soft(ids=[[7, 3, 320], [4, 9, 6]]), refused("targets")),
+    ("a negative token", _soft(ids=[[7, 3, -1], [4, 9, 6]]), refused("targets")),
+    ("a token twice", _soft(ids=[[7, 3, 7], [4, 9, 6]]), refused("targets")),
+    ("places of unlike width", _soft(ids=[[7, 3], [4, 9, 6]], log_probs=[[-0.1, -3.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("more tokens than log-probabilities", _soft(ids=[[7, 3, 5, 6], [4, 9, 6, 5]]), refused("targets")),
+    ("a token that is not among the likeliest", _soft(tokens=[8, 9]), refused("targets")),
+    ("another answer than the row's is likely", _soft(log_probs=[[-4.0, -0.1, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("a probability above 1", _soft(log_probs=[[0.1, -3.0, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("probabilities above 1 together", _soft(log_probs=[[-0.1, -0.1, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("a log-probability of text", _soft(log_probs=[["a", -3.0, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("an infinite log-probability", _soft(log_probs=[[-0.1, -1e30, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+]  # fmt: skip
+
+
 def _place(file: str, make: Callable[[Path], Any]) -> Mutation:
     """Something else in a file's place."""
 
@@ -363,5 +415,10 @@ TARGETED |= {
     f"header {number}": (mutation, refused("unreadable"))
     for number, mutation in enumerate(_HEADERS)
 }
-for _group, _cases in (("tensors", _TENSORS), ("prompts", _ROWS), ("place", _places())):
+for _group, _cases in (
+    ("tensors", _TENSORS),
+    ("prompts", _ROWS),
+    ("soft targets", _SOFT),
+    ("place", _places()),
+):
     TARGETED |= {f"{_group} {name}": (mutation, outcome) for name, mutation, outcome in _cases}

@@ -23,8 +23,21 @@ VECTOR = (
     _vector("hash not compared", ' or sha256_of_bytes(data) != record["sha256"]', ""),
     _vector(
         "any format version",
-        "if version is True or version != FORMAT_VERSION:",
+        "if type(version) is not int or version not in FORMAT_VERSIONS:",
         "if version is None:",
+    ),
+    _vector(
+        "soft targets of an earlier format",
+        'if config["format_version"] > 2 else',
+        'if config["format_version"] > 1 else',
+    ),
+    _vector(
+        "soft targets not validated",
+        'if "targets" in row and not _valid_targets(row["targets"], vocabulary):',
+        'if "targets" in row and not isinstance(row["targets"], dict):',
+    ),
+    _vector(
+        "soft targets of another answer", "        and about_likeliest(token, ids, log_probs)\n", ""
     ),
     _vector(
         "unknown sections taken",

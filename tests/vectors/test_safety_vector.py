@@ -125,7 +125,7 @@ def test_missing_or_truncated_file(folder, name):
         SafetyVector.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", True, None])
+@pytest.mark.parametrize("version", [0, 1, 4, "3", True, None])
 def test_other_format_version(folder, version):
     edit(folder, format_version=version)
     with pytest.raises(SafeGeneError, match="format version"):
