@@ -21,7 +21,7 @@ from ..checkpoints.locking import alone_in
 from ..checkpoints.source import adapter_base
 from ..config.validation import check_is
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
-from ..distributed.layouts import Sharding
+from ..distributed.layouts import Sharding, loads_sharded
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
 from ..judges import load_judge
@@ -39,8 +39,10 @@ from .utility import check_tasks, measure_utility
 
 
 logger = logging.getLogger(__name__)
-# How an adapter answers, which the settings of a run say: earlier versions kept it beside the weights.
+# How an adapter answers, which the settings of a run say, as in 16 bits the answers may differ.
+# Earlier versions kept it beside the weights and said nothing of it.
 _LORA = "folded into the weights where a merge holds it"
+_LORA_SHARDED = "beside the weights"  # what `fold_adapters` leaves of a model that is sharded
 __all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "evaluate"]
 _TOO_SMALL = (
     "The evaluation ran out of memory: set a smaller `batch_size`, or share the model out over several devices by "
@@ -282,7 +284,7 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
     return {
         "model": model,
         "base_model": base_model,
-        **({} if base is None else {"lora": _LORA}),
+        **({} if base is None else {"lora": _LORA_SHARDED if loads_sharded() else _LORA}),
         **config.deciding_answers,
         **config.answering(tokenizer).record,
         "chat_template": chat_template_hash(tokenizer),

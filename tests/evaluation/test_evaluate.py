@@ -276,6 +276,24 @@ def test_answers_with_the_adapter_beside_the_weights_are_not_mixed_with_others(
         evaluate(config)
 
 
+def test_answers_of_an_adapter_on_a_sharded_base_are_not_mixed_with_others(
+    config, sets, model_dir, monkeypatch
+):
+    """There it stays beside the weights: in 16 bits the same model may answer otherwise."""
+    model = with_lora(make_model())
+    model.peft_config["default"].base_model_name_or_path = str(model_dir)
+    model.save_pretrained(sets / "adapter")
+    config.model_name_or_path = str(sets / "adapter")
+    for sharded in (True, False):
+        config.output_dir = str(sets / f"sharded {sharded}")
+        monkeypatch.setattr(module, "loads_sharded", lambda sharded=sharded: sharded)
+        assert evaluate(config)["settings"]["lora"].startswith("beside") == sharded
+        evaluate(config)
+        monkeypatch.setattr(module, "loads_sharded", lambda sharded=sharded: not sharded)
+        with pytest.raises(OutputError, match="another `lora`: choose another"):
+            evaluate(config)
+
+
 def test_an_adapter_is_in_the_weights_while_it_answers(
     config, sets, model_dir, tokenizer, monkeypatch
 ):
