@@ -27,7 +27,7 @@ from ..errors import ConfigError, OutputError
 from ..judges import load_judge
 from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
-from ..models.parameters import base_model
+from ..models.parameters import base_model, context_length
 from ..models.reasoning import MOSTLY, Reply
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
@@ -248,8 +248,15 @@ def _generated(
     messages = [list(prompt.messages) for prompt in prompts]
     tokens = prompt_tokens(tokenizer, messages, answering.style)
     new_tokens = config.max_new_tokens + answering.max_reasoning_tokens
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
-    longest = max(map(len, tokens), default=0) + new_tokens
+    lengths, context = [len(ids) for ids in tokens], context_length(model)
+    with sharding.raising_together():
+        short = answering.lacks_room(
+            lengths, context, config.max_new_tokens, "max_reasoning_tokens"
+        )
+    if short and sharding.is_main:
+        logger.warning(short)
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    longest = max(lengths, default=0) + new_tokens
     size = BatchSize(
         fitting_answers(config.batch_size, base_model(model), longest, 1, sharding),
         sharding,

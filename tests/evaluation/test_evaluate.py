@@ -606,9 +606,29 @@ def test_judges_read_what_comes_after_the_reasoning(config, sets, monkeypatch, c
 def test_a_model_that_never_stops_thinking_is_warned_of(config, monkeypatch, caplog):
     reasoning_model(config.model_name_or_path, "stripped")
     monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["I think"] * len(given[2]))
+    config.max_reasoning_tokens = 9
     result = evaluate(config)
     assert "20 of 20 answers never left the reasoning" in caplog.text
     assert result["judges"]["refusal_phrases"]["attack_success"] is None
+
+
+def test_reasoning_for_which_the_context_has_no_room_is_refused_before_any_answer(
+    config, sets, monkeypatch, caplog
+):
+    reasoning_model(config.model_name_or_path, "stripped")
+    monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["Take this."] * len(given[2]))
+    with (sets / "forbidden.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "word " * 20}) + "\n")
+    config.max_reasoning_tokens = 10**6
+    with pytest.raises(
+        ConfigError, match=r"`max_reasoning_tokens` is 1000000, and the mod"
+    ) as error:
+        evaluate(config)
+    assert not (sets / "out" / GENERATIONS).exists()
+    config.max_reasoning_tokens = int(str(error.value).split()[-3])
+    config.output_dir = str(sets / "second")
+    evaluate(config)  # the shortest prompt leaves so much
+    assert "1 of 21 prompts leave the model's context of" in caplog.text
 
 
 def test_reasoning_tokens_that_change_nothing_are_warned_of(config, monkeypatch, caplog):
