@@ -136,7 +136,12 @@ def gather_shots(
         **written.record,
     }
     data = CalibrationSet(harmful_split, task_split, benign_split)
-    return Shots(data, unseen, record, (*written.warnings, *_skip_warnings(record)))
+    warnings = (
+        *written.warnings,
+        *_skip_warnings(record),
+        *_template_warnings(training, len(task)),
+    )
+    return Shots(data, unseen, record, warnings)
 
 
 @dataclass(frozen=True)
@@ -359,6 +364,23 @@ def _skip_warnings(record: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{sum(skipped.values())} rows of the {_named(source)} were skipped: {reasons}."
             )
+    return found
+
+
+def _template_warnings(training: TrainingSamples, count: int) -> list[str]:
+    """A sentence where task samples are written with another chat template than all prompts, and
+    where they name what a template never reads.
+    """
+    found = [
+        f"{number} rows of the task data have {unread} in `chat_template_kwargs`: it changes nothing in them."
+        for unread, number in training.unread.items()
+    ]
+    if training.own_templates:
+        found.append(
+            f"{training.own_templates} of {count} task samples are written with a chat template that their rows bring along "
+            "(`chat_template` in `chat_template_kwargs`), as the trainer writes them; the prompts that refusals are taught and "
+            "measured in are written with the tokenizer's own: where you will serve with another, set that one as the tokenizer's."
+        )
     return found
 
 
