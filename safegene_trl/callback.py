@@ -23,6 +23,7 @@ from .checkpoints.places import failure_path
 from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
 from .data.prompt_style import trained_options
+from .data.rows import with_arguments
 from .distributed.layouts import sharding_of
 from .distributed.processes import check_parallelism
 from .errors import (
@@ -148,10 +149,11 @@ class SafeGeneCallback(TrainerCallback):
             check_parallelism(model, args)
             _check_output_dir(model, args)
             processor = _processor(kwargs.get("processing_class"), model)
-        rows = None if loader is None else loader.dataset
+        prepared = getattr(self._trainer, "train_dataset", None)
+        rows = None if loader is None else with_arguments(loader.dataset, prepared)
         with sharding.naming_rank():
             input_model = InputModel(model, processor, _origin(model, args))
-            options = trained_options(args, rows, getattr(self._trainer, "train_dataset", None))
+            options = trained_options(args, rows, prepared)
             self._prepared = prepare(
                 self.config, input_model, self._target(args), sharding, rows, _packed(args), options
             )

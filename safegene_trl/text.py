@@ -63,6 +63,14 @@ def code(text: Any) -> str:
     return f"`{text}`" if re.fullmatch(r"[\w.:/@#+-]+", str(text), re.ASCII) else markdown(text)
 
 
+def told_apart(first: float, second: float, digits: int = 3) -> tuple[str, str]:
+    """Two numbers with `digits` decimals, or with as many more as it takes to see that they differ."""
+    pairs = [(f"{first:.{n}f}", f"{second:.{n}f}") for n in range(digits, 17)]
+    apart = (pair for pair in pairs if pair[0] != pair[1])
+    # numbers that are one, and no numbers
+    return pairs[0] if first == second else next(apart, (f"{first:.3g}", f"{second:.3g}"))
+
+
 def read_json(text: str | bytes) -> Any:
     """What JSON holds, every number finite and of a size that a float has, as `strict_json` writes
     it.

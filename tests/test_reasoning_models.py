@@ -117,7 +117,9 @@ def test_a_model_that_can_think_or_not_is_safeguarded_at_its_answers(family, tmp
 
 
 def test_a_gate_lets_no_model_pass_that_only_thinks(family, tmp_path):
-    vector, model, tokenizer = family("thinking", safety_target="reasoning")
+    vector, model, tokenizer = family(
+        "thinking", safety_target="reasoning", max_reasoning_tokens=64
+    )
     assert vector.prompts[0]["response"].startswith("<think>\nThey ask.\n</think>\n\n")
     # over-refusal alone would be kept: who gives no answer refuses none
     trainer, callback = fine_tune(

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from safegene_trl.text import code, markdown, one_line, printable, printable_values, strict_json
+from safegene_trl.text import (
+    code,
+    markdown,
+    one_line,
+    printable,
+    printable_values,
+    strict_json,
+    told_apart,
+)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +107,19 @@ def test_numbers_that_are_not_finite_are_null_and_named():
 def test_surrogates_can_be_written():
     text = strict_json({"name": "\ud800é\U0001f44d"})
     assert text.encode() and "é" in text and json.loads(text) == {"name": "\ud800é\U0001f44d"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (0.004, 0.004, ("0.004", "0.004")),
+        (0.0041, 0.0044, ("0.0041", "0.0044")),
+        (0.00041, 0.00039, ("0.00041", "0.00039")),
+        (3.1, 0.412, ("3.100", "0.412")),
+        (1e-30, 2e-30, ("1e-30", "2e-30")),
+        (float("nan"), float("nan"), ("nan", "nan")),
+        (float("inf"), 1.0, ("inf", "1.000")),
+    ],
+)
+def test_two_numbers_are_told_apart(first, second, shown):
+    assert told_apart(first, second) == shown

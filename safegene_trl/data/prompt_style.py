@@ -53,7 +53,7 @@ class StepPrompts:
 
         Raises:
             ConfigError: Targets in the reasoning are asked for, and the template has none; or it
-                never reads an argument that the settings or the training name.
+                never reads an argument that the settings name.
         """
         own = dict(vector.extraction.get("chat_template_kwargs", {}))
         options, warnings = _options(config, dict(trained), own, tokenizer)
@@ -91,15 +91,23 @@ def _options(
     own: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The arguments for the chat template, and a warning where it never reads one of the vector's:
-    those are nothing that the user of a vector can correct.
+    """The arguments for the chat template, and a warning where it never reads one of the training's
+    or of the vector's.
     """
     if (given := config.data.chat_template_kwargs) is not None:
+        # They were set to measure otherwise than by default: nobody would see that it was not done.
         check_names(tokenizer, given, "`data.chat_template_kwargs`")
         return given, []
     if trained:
-        check_names(tokenizer, trained, "The training's `chat_template_kwargs`")
-        return trained, []
+        # The training wrote its own prompts as if it were not there, and so are these written.
+        if not (unread := unread_names(tokenizer, trained)):
+            return trained, []
+        read = {name: v for name, v in trained.items() if not unread_names(tokenizer, [name])}
+        return read, [
+            f"The training's `chat_template_kwargs` have {unread}: it changes no prompt, of the training or here; correct the "
+            "name if another was meant."
+        ]
+    # nothing that the user of a vector can correct
     unread = unread_names(tokenizer, own)
     return own, [f"The safety vector was made with {unread}."] if unread else []
 

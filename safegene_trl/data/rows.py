@@ -23,6 +23,7 @@ Message = dict[str, Any]
 _RESPONSE_COLUMNS = ("response", "completion", "chosen")
 _PROMPT_COLUMNS = "`prompt`, `messages`, or `prompt` with `response`, `completion` or `chosen`"
 _IMAGES = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
+_ARGUMENTS, _TEMPLATE = "chat_template_kwargs", "chat_template"  # TRL's names
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 _FORMATS_OF_VALUES = (
     None,
@@ -207,7 +208,7 @@ def read_conversation(row: Row) -> Conversation:
             raise UnreadableRowError("images, video or sound")
     prompt = row.get("prompt")
     answer = next((row[name] for name in _RESPONSE_COLUMNS if row.get(name) is not None), None)
-    template = template_arguments(row.get("chat_template_kwargs")) | _tools(row)
+    template = template_arguments(row.get(_ARGUMENTS)) | _tools(row)
     # a preference with its prompt inside
     if prompt is None and isinstance(row.get("chosen"), list):
         turns = read_messages(row["chosen"], "chosen")
@@ -293,17 +294,52 @@ def _content(content: Any) -> str:
     return "".join(check_text(part.get("text"), "content") for part in content)
 
 
+def with_arguments(rows: Any, prepared: Any) -> Any:
+    """The tokenised rows of a trainer's loader with the columns that the loader leaves out, where
+    arguments for the chat template are among those; else as they are.
+
+    Args:
+        rows: What the loader reads.
+        prepared: The trainer's own data set.
+    """
+    if not (isinstance(rows, Dataset) and isinstance(prepared, Dataset)):
+        return rows
+    whole, ids = unformatted(prepared), "input_ids"
+    names = set(whole.column_names) - set(rows.column_names)
+    if _ARGUMENTS not in names or ids not in rows.column_names or len(rows) != len(whole):
+        return rows
+    read = unformatted(rows)
+    alike = len(whole) > 0 and ids in whole.column_names and read[0][ids] == whole[0][ids]
+    return whole if alike else rows
+
+
+def own_template(row: Row) -> str | None:
+    """The chat template, or the name of one, that a row has among its arguments for it: TRL writes
+    the row with that. None where it has none.
+    """
+    value = _mapping(row.get(_ARGUMENTS))
+    own = value.get(_TEMPLATE) if isinstance(value, Mapping) else None
+    return own if own and is_unicode(own) else None
+
+
+def _mapping(value: Any) -> Any:
+    """What a column holds: a mapping, or what its JSON says."""
+    if isinstance(value, str) and value:
+        with suppress(ValueError, RecursionError):
+            return read_json(value)
+    return value
+
+
 def template_arguments(value: Any) -> dict[str, Any]:
     """The arguments for the chat template in a row's column, or of a trainer: a mapping, its JSON,
-    or nothing.
+    or nothing. A template among them is left out, see `own_template`.
 
     Raises:
         UnreadableRowError: They are none that the setting of this name could be.
     """
-    if isinstance(value, str) and value:
-        with suppress(ValueError, RecursionError):
-            value = read_json(value)
+    value = _mapping(value)
     if isinstance(value, Mapping):
+        value = {k: v for k, v in value.items() if k != _TEMPLATE or not is_unicode(v)}
         # Arrow fills up with null what other rows have, whatever its name
         value = {
             name: each

@@ -2,7 +2,6 @@
 comes with the vector.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.gate import GateConfig
 from ..config.settings import SafeGeneConfig
-from ..errors import CalibrationDataError, ConfigError
+from ..errors import CalibrationDataError
 from ..models.inputs import Sample, SoftTargets, shortened
-from ..models.reasoning import Answering, PromptStyle, split_stored
+from ..models.reasoning import Answering, PromptStyle, room_to_reason, split_stored
 from ..provenance import sha256_of_json
 from ..vectors.safety_vector import SafetyVector
 from .calibration import CalibrationSet, Split, check_context, split_samples
@@ -140,7 +139,11 @@ def gather_shots(
         **written.record,
     }
     data = CalibrationSet(harmful_split, task_split, benign_split)
-    warnings = [*written.warnings, *_skip_warnings(record)]
+    warnings = [
+        *written.warnings,
+        *_skip_warnings(record),
+        *_template_warnings(training, len(task)),
+    ]
     if unlike := harmful.unlike + benign.unlike:
         warnings.append(
             f"{unlike} answers of the safety vector begin with other tokens in the prompts here than in those that it was made "
@@ -275,9 +278,8 @@ class _GatePrompts:
         self.settings = config.gate or GateConfig()
         self.skipped: dict[str, Skipped] = {}
         self._config, self._tokenizer, self._context = config, tokenizer, context
-        self._style = answering.style
+        self._answering = answering
         self._new_tokens = config.measure.max_new_tokens
-        self._reasoning = answering.max_reasoning_tokens
 
     def record(self, unseen: Unseen, harmful: str, task: str) -> dict[str, Any]:
         """Of every kind that is measured on: its source, how many, and what was left out."""
@@ -339,22 +341,21 @@ class _GatePrompts:
             if len(left) == count:
                 break
             try:
-                sample = templated(self._tokenizer, list(prompt.messages), "", self._style)
+                sample = templated(
+                    self._tokenizer, list(prompt.messages), "", self._answering.style
+                )
                 length = sum(not said for said in sample.is_response)
-                spare = math.inf if self._context is None else self._context - length
-                spare -= self._new_tokens
-                if spare < self._reasoning:
+                spare = room_to_reason(length, self._context, self._new_tokens)
+                if spare < self._answering.max_reasoning_tokens:
                     room = max(room, int(spare))
                     raise UnreadableRowError(TOO_LONG)
             except UnreadableRowError as error:
                 skipped.add(error)
                 continue
             left.append(prompt)
-        if room and not left:
-            raise ConfigError(
-                f"`measure.max_reasoning_tokens` is {self._reasoning}, and the model's context of {self._context} tokens has "
-                f"no room for it after any test prompt: set it to {room} or less."
-            )
+        if room and not left and self._context is not None:
+            setting = "measure.max_reasoning_tokens"
+            raise self._answering.no_room(room, self._context, setting, "test prompt")
         return left
 
 
@@ -378,6 +379,23 @@ def _skip_warnings(record: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{sum(skipped.values())} rows of the {_named(source)} were skipped: {reasons}."
             )
+    return found
+
+
+def _template_warnings(training: TrainingSamples, count: int) -> list[str]:
+    """A sentence where task samples are written with another chat template than all prompts, and
+    where they name what a template never reads.
+    """
+    found = [
+        f"{number} rows of the task data have {unread} in `chat_template_kwargs`: it changes nothing in them."
+        for unread, number in training.unread.items()
+    ]
+    if training.own_templates:
+        found.append(
+            f"{training.own_templates} of {count} task samples are written with a chat template that their rows bring along "
+            "(`chat_template` in `chat_template_kwargs`), as the trainer writes them; the prompts that refusals are taught and "
+            "measured in are written with the tokenizer's own: where you will serve with another, set that one as the tokenizer's."
+        )
     return found
 
 

@@ -13,8 +13,12 @@ A row is one of these, and its response tokens are:
 - plain text: every token, as every token is trained on.
 
 Packed rows are split at their boundaries first, and every part is a sample of its own.
+
+A row that brings a chat template along (`chat_template` among its `chat_template_kwargs`) is read
+by the marks of that, as TRL writes it with that.
 """
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -40,6 +44,7 @@ from .rows import (
     drawn,
     holds_no_answer,
     is_unicode,
+    own_template,
     plain,
     read_conversation,
     stream,
@@ -82,6 +87,9 @@ class TrainingSamples:
         skipped: How many rows or parts of packed rows were left out, by reason.
         read_by: How many samples had their response told by `labels`, `chat template`, or are plain
             `text`.
+        own_templates: How many are of rows that bring their chat template along.
+        unread: How many rows have arguments that their chat template never reads, which changes
+            nothing in them, by what there is to say of those.
     """
 
     def __init__(
@@ -100,8 +108,11 @@ class TrainingSamples:
             pad, pad in ends | {tokenizer.eos_token_id}, pad in _beginnings(tokenizer)
         )
         self._packed, self._is_chat = packed, False
+        self._others: dict[str, TrainingSamples] = {}  # by the chat template that rows bring along
         self.skipped = Skipped()
         self.read_by: Counter[str] = Counter()
+        self.own_templates = 0
+        self.unread: Counter[str] = Counter()
 
     def take(
         self, count: int, seed: int, max_length: int | None, max_response_tokens: int
@@ -129,6 +140,7 @@ class TrainingSamples:
                     self.skipped.add(UnreadableRowError("no response within `data.max_length`"))
                 else:
                     self.read_by[how] += 1
+                    self.own_templates += own_template(row) is not None
                     found.append(cut)
             if len(found) == count:
                 return found
@@ -164,6 +176,7 @@ class TrainingSamples:
         if self._marks is None:
             return
         rows = [plain(row) for row in rows if isinstance(row, Mapping)]
+        rows = [row for row in rows if own_template(row) is None]
         held = [
             self._marks.spelled(ids)
             for ids in (row.get("input_ids") for row in rows)
@@ -184,10 +197,25 @@ class TrainingSamples:
                 raise UnreadableRowError("a row that is no mapping of columns")
             row = plain(row)
             check_desirable(row)
-            return self._from_tokens(row) if holds_tokens(row) else self._from_text(row)
+            if (own := own_template(row)) is not None:
+                return self._with_template(own)._from_row(row)
+            return self._from_row(row)
         except UnreadableRowError as error:
             self.skipped.add(error)
             return "", []
+
+    def _with_template(self, own: str) -> "TrainingSamples":
+        """What reads the rows that bring this chat template along."""
+        if own not in self._others:
+            tokenizer = copy.copy(self._tokenizer)
+            tokenizer.chat_template = self._tokenizer.get_chat_template(own)
+            other = TrainingSamples([], tokenizer, self._source, self._packed, self._style.options)
+            other.skipped, other.unread, other._is_chat = self.skipped, self.unread, True
+            self._others[own] = other
+        return self._others[own]
+
+    def _from_row(self, row: Row) -> tuple[str, list[Sample]]:
+        return self._from_tokens(row) if holds_tokens(row) else self._from_text(row)
 
     def _from_tokens(self, row: Row) -> tuple[str, list[Sample]]:
         if (pair := preferred(row, self._padding)) is not None:
@@ -305,8 +333,9 @@ class TrainingSamples:
         return TEMPLATE, [self._from_conversation(whole, replies)]
 
     def _from_conversation(self, whole: Conversation, replies: list[int]) -> Sample:
-        if unread := unread_names(self._tokenizer, whole.template):
-            raise UnreadableRowError(f"{unread} in `chat_template_kwargs`")
+        given = [name for name, value in whole.template.items() if value is not None]
+        if unread := unread_names(self._tokenizer, given):
+            self.unread[unread] += 1
         messages = whole.messages[: replies[-1] + 1]
         last = messages[-1]
         beside = any(last.get(key) for key in ("tool_calls", *REASONING_KEYS))

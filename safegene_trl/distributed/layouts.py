@@ -258,8 +258,8 @@ def load_distributed(
         raise UnsupportedModelError(
             "Finished checkpoints are not loaded under FSDP: launch with `zero3` to shard them, or with `ddp`."
         )
-    plugin = DeepSpeedPlugin() if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None
-    if plugin is None or plugin.zero_stage < 3:
+    plugin = _zero3_of_the_launch()
+    if plugin is None:
         with job.raising_together():
             return load().to(job.device), job
     import deepspeed
@@ -276,6 +276,18 @@ def load_distributed(
     }
     engine, *_ = deepspeed.initialize(model=load(), config=config)
     return engine.module, _Zero3(job.device, engine.module, engine.optimizer)
+
+
+def loads_sharded() -> bool:
+    """Whether `load_distributed` shards what it loads, in a process that was launched as this was."""
+    return _zero3_of_the_launch() is not None
+
+
+def _zero3_of_the_launch() -> DeepSpeedPlugin | None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return None
+    plugin = DeepSpeedPlugin()
+    return plugin if plugin.zero_stage >= 3 else None
 
 
 def sharding_of(

@@ -21,13 +21,13 @@ from ..checkpoints.locking import alone_in
 from ..checkpoints.source import adapter_base
 from ..config.validation import check_is
 from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, prompts_used
-from ..distributed.layouts import Sharding
+from ..distributed.layouts import Sharding, loads_sharded
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
 from ..judges import load_judge
 from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
-from ..models.parameters import base_model
+from ..models.parameters import base_model, context_length
 from ..models.reasoning import MOSTLY, Reply
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
@@ -39,8 +39,10 @@ from .utility import check_tasks, measure_utility
 
 
 logger = logging.getLogger(__name__)
-# How an adapter answers, which the settings of a run say: earlier versions kept it beside the weights.
+# How an adapter answers, which the settings of a run say, as in 16 bits the answers may differ.
+# Earlier versions kept it beside the weights and said nothing of it.
 _LORA = "folded into the weights where a merge holds it"
+_LORA_SHARDED = "beside the weights"  # what `fold_adapters` leaves of a model that is sharded
 __all__ = ["GENERATIONS", "RESULT", "SETTINGS", "VERDICTS", "evaluate"]
 _TOO_SMALL = (
     "The evaluation ran out of memory: set a smaller `batch_size`, or share the model out over several devices by "
@@ -246,8 +248,15 @@ def _generated(
     messages = [list(prompt.messages) for prompt in prompts]
     tokens = prompt_tokens(tokenizer, messages, answering.style)
     new_tokens = config.max_new_tokens + answering.max_reasoning_tokens
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
-    longest = max(map(len, tokens), default=0) + new_tokens
+    lengths, context = [len(ids) for ids in tokens], context_length(model)
+    with sharding.raising_together():
+        short = answering.lacks_room(
+            lengths, context, config.max_new_tokens, "max_reasoning_tokens"
+        )
+    if short and sharding.is_main:
+        logger.warning(short)
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    longest = max(lengths, default=0) + new_tokens
     size = BatchSize(
         fitting_answers(config.batch_size, base_model(model), longest, 1, sharding),
         sharding,
@@ -282,7 +291,7 @@ def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> d
     return {
         "model": model,
         "base_model": base_model,
-        **({} if base is None else {"lora": _LORA}),
+        **({} if base is None else {"lora": _LORA_SHARDED if loads_sharded() else _LORA}),
         **config.deciding_answers,
         **config.answering(tokenizer).record,
         "chat_template": chat_template_hash(tokenizer),

@@ -1,5 +1,6 @@
 """The aligned model's own answers, which come with a safety vector as targets of recalibration."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from ..judges.coherence import is_incoherent
 from ..judges.refusal_phrases import label_of
 from ..models.batch_size import EXTRACTION, BatchSize, fitting_answers
 from ..models.generation import answers_to_tokens, prompt_tokens
-from ..models.parameters import base_model
+from ..models.parameters import base_model, context_length
 from ..models.reasoning import Answering, Reply
 from .config import BATCH
 
 
+logger = logging.getLogger(__name__)
 WANTED = {"harmful": "refused", "benign": "answered"}
 
 
@@ -56,6 +58,7 @@ def own_answers(
         sharding: How the model is spread over ranks.
 
     Raises:
+        ConfigError: The context has no room for the reasoning.
         FamilyError: It refuses none of the harmful prompts.
         MemoryShortageError: Memory runs out with one prompt at a time.
     """
@@ -68,7 +71,14 @@ def own_answers(
         )
         for kind, prompts in kinds.items()
     }
-    longest = max(len(ids) for own in tokens.values() for ids in own) + most
+    lengths = [len(ids) for own in tokens.values() for ids in own]
+    with sharding.raising_together():
+        short = asked.answering.lacks_room(
+            lengths, context_length(model), asked.max_new_tokens, "max_reasoning_tokens"
+        )
+    if short and sharding.is_main:
+        logger.warning(short)
+    longest = max(lengths) + most
     first = fitting_answers(batch_size, base_model(model), longest, 1, sharding, BATCH)
     size, rows = BatchSize(first, sharding, EXTRACTION), []
     for kind, prompts in kinds.items():

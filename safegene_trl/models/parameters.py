@@ -96,6 +96,14 @@ def base_model(model: Any) -> Any:
     return uncompiled(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
+def context_length(model: Any) -> int | None:
+    """How many tokens a model's context holds by its config, None if it has no limit."""
+    found: int | None = getattr(
+        base_model(model).config.get_text_config(), "max_position_embeddings", None
+    )
+    return found
+
+
 def uncompiled(model: Any) -> Any:
     """The module inside what `torch.compile(module)` returns; any other module itself."""
     return model._modules.get("_orig_mod", model)

@@ -8,10 +8,13 @@ if it names the mark at which the answer begins; for every other one nothing her
 Nothing here needs torch.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ConfigError
 
 
 if TYPE_CHECKING:
@@ -256,6 +259,48 @@ class Answering:
             "write no reasoning."
         )
 
+    def no_room(self, room: float, context: int, setting: str, what: str = "prompt") -> ConfigError:
+        """The error where no prompt leaves room for the reasoning.
+
+        Args:
+            room: Tokens that the shortest prompt leaves.
+            context: The model's context length in tokens.
+            setting: Name of the number of reasoning tokens.
+            what: Which prompts they are.
+        """
+        return ConfigError(
+            f"`{setting}` is {self.max_reasoning_tokens}, and the model's context of {context} tokens has "
+            f"no room for it after any {what}: set it to {int(room)} or less."
+        )
+
+    def lacks_room(
+        self, prompts: Sequence[int], context: int | None, answer: int, setting: str
+    ) -> str:
+        """One sentence where some prompts leave the model's context no room for the reasoning; else
+        empty.
+
+        Args:
+            prompts: Their lengths in tokens.
+            context: The model's context length in tokens, None if it has no limit.
+            answer: Tokens that an answer may have.
+            setting: Name of the number of reasoning tokens.
+
+        Raises:
+            ConfigError: No prompt leaves room for it, and one would for less.
+        """
+        if not self.max_reasoning_tokens or context is None:
+            return ""
+        rooms = [room_to_reason(length, context, answer) for length in prompts]
+        without = sum(room < self.max_reasoning_tokens for room in rooms)
+        if without == len(rooms) and max(rooms, default=0) > 0:
+            raise self.no_room(max(rooms), context, setting)
+        if not without:
+            return ""
+        return (
+            f"{without} of {len(rooms)} prompts leave the model's context of {context} tokens no room for `{setting}` "
+            f"({self.max_reasoning_tokens}) and the answer: what it writes beyond says little of it; set it lower, or leave those prompts out."
+        )
+
     def read(self, text: str) -> Reply:
         """What is reasoning and what is answer in the text of an answer."""
         return Reply(text) if self.written is None else self.written.split(text, self.place)
@@ -269,3 +314,10 @@ class Answering:
         if self.written is not None:
             found["max_reasoning_tokens"] = self.max_reasoning_tokens
         return found
+
+
+def room_to_reason(prompt: int, context: int | None, answer: int) -> float:
+    """Tokens that a model's context has left for reasoning, between a prompt and an answer of these
+    lengths; infinite without a limit.
+    """
+    return math.inf if context is None else context - prompt - answer

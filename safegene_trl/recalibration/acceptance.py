@@ -1,5 +1,6 @@
 """Whether coefficients are taken: held-out safety must improve within the budgets."""
 
+from ..text import told_apart
 from .objective import Losses
 
 
@@ -15,12 +16,15 @@ def objection(before: Losses, after: Losses, budget: float) -> str:
         budget: `search.max_utility_loss`, in nats.
     """
     if not after.safety < before.safety:
-        return f"the held-out safety loss went from {before.safety:.3f} to {after.safety:.3f} nats"
+        was, now = told_apart(before.safety, after.safety)
+        return f"the held-out safety loss went from {was} to {now} nats"
     if not after.utility <= budget:
-        return f"the held-out task divergence is {after.utility:.3f} nats and the budget {budget} (`search.max_utility_loss`)"
+        found = told_apart(after.utility, budget)[0]
+        return f"the held-out task divergence is {found} nats and the budget {budget} (`search.max_utility_loss`)"
     if not after.benign <= before.benign + budget:
+        was, now = told_apart(before.benign, after.benign)
         return (
-            f"the held-out loss on benign prompts rose from {before.benign:.3f} to {after.benign:.3f} nats, more than the "
+            f"the held-out loss on benign prompts rose from {was} to {now} nats, more than the "
             f"budget {budget} (`search.max_utility_loss`) allows"
         )
     return ""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoints.contents import MARKER
 from ..config.metrics import METRICS
-from ..text import printable
+from ..text import printable, told_apart
 from .outcome import verdict
 
 
@@ -21,9 +21,9 @@ def summary(report: Mapping[str, Any]) -> str:
     ]
     if held_out := report.get("held_out"):
         before, after = held_out["before"], held_out["after"]
+        was, now = told_apart(before["safety"], after["safety"])
         lines.append(
-            f"held-out safety loss {before['safety']:.3f} → {after['safety']:.3f} nats, "
-            f"task divergence {after['utility']:.4f} nats"
+            f"held-out safety loss {was} → {now} nats, task divergence {after['utility']:.4f} nats"
         )
     measured = report.get("measured", {})
     for metric in METRICS.values():

@@ -25,7 +25,7 @@ from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import NO_ROOM_TO_CHECK, check_room, naming_shortage
 from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import response_logits
-from ..models.parameters import base_model
+from ..models.parameters import base_model, context_length
 from ..models.replacement import without_adapters
 from ..models.supported import check_adapter_output, check_supported
 from ..text import one_line
@@ -108,9 +108,7 @@ def prepare(
     with plan.clock.phase("prepare"), sharding.raising_together():
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
-        context = getattr(
-            base_model(model).config.get_text_config(), "max_position_embeddings", None
-        )
+        context = context_length(model)
         shots = gather_shots(
             config, plan.vector, plan.tokenizer, context, task_rows, packed, template_options
         )

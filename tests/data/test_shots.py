@@ -264,10 +264,32 @@ TYPO = {"enable_thinkng": False}
 def test_arguments_that_the_template_never_reads_are_named_wherever_they_come_from():
     with pytest.raises(ConfigError, match=r"^`data\.chat_template_kwargs` has `enable_thinkng`"):
         gathered("hybrid", chat_template_kwargs=TYPO)
-    with pytest.raises(ConfigError, match=r"^The training's `chat_template_kwargs` has `enable_th"):
-        gathered("hybrid", options=TYPO)
     shots, _ = gathered("hybrid", {"chat_template_kwargs": TYPO})
     assert any("vector was made with `enable_thinkng`" in each for each in shots.warnings)
+
+
+def test_what_a_training_names_in_vain_is_warned_of():
+    """The training wrote its prompts without it, and so are all others written."""
+    shots, _ = gathered("hybrid", options=TYPO)
+    (said,) = shots.warnings
+    assert said.startswith("The training's `chat_template_kwargs` have `enable_thinkng`, which")
+    assert "chat_template_kwargs" not in shots.record
+    shots, _ = gathered("hybrid", {"chat_template_kwargs": ON}, options=OFF | TYPO)
+    assert shots.record["chat_template_kwargs"] == OFF
+
+
+def test_rows_that_write_otherwise_than_the_prompts_are_written_are_warned_of():
+    tokenizer = reasoning_tokenizer("hybrid")
+    vector = make_vector(make_model(vocab_size=len(tokenizer)), tokenizer)
+    own = "{% for m in messages %}{{ m.role + m.content }}<|end|>{% endfor %}"
+    for given, said in (
+        ({"chat_template": own}, "4 of 4 task samples are written with a chat template that"),
+        (TYPO, "4 rows of the task data have `enable_thinkng`, which"),
+    ):
+        rows = task_dataset().map(lambda row, given=given: {"chat_template_kwargs": given})
+        config = config_of(vector="v", num_task_shots=4, num_test_prompts=0)
+        (warning,) = gather_shots(config, vector, tokenizer, None, rows).warnings
+        assert warning.startswith(said)
 
 
 def test_a_setting_that_changes_nothing_is_warned_of(gather):

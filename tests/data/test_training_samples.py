@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import BatchEncoding
 from trl import SFTConfig, SFTTrainer
 
+from safegene_trl.data.rows import with_arguments
 from safegene_trl.data.sources import draw
 from safegene_trl.data.training_samples import TrainingSamples
 from safegene_trl.data.turns import TurnMarks
@@ -748,17 +749,28 @@ def reasoning_rows(*columns):
         ("[1]", "are no arguments"),
         (["enable_thinking"], "are no arguments"),
         (7, "are no arguments"),
-        ({"chat_template": "x"}, "are no arguments"),
+        ({"chat_template": 7}, "are no arguments"),
+        ({"chat_template": "{% if"}, "refused by the chat template"),
         ({"tools": []}, "are no arguments"),
         ({"enable_thinking": float("nan")}, "are no arguments"),
-        ({"enable_thinkng": False}, "`enable_thinkng`, which the chat template never reads"),
     ],
 )
 def test_a_row_with_impossible_arguments_for_the_template_is_skipped_by_name(value, reason):
     samples = TrainingSamples(reasoning_rows(value), reasoning_tokenizer("hybrid"))
     assert len(samples.take(7, 0, 512, 64)) == 6
     ((said, count),) = samples.skipped.items()
-    assert reason in said and "`chat_template_kwargs`" in said and count == 1
+    assert reason in said and count == 1
+    assert "`chat_template_kwargs`" in said or "chat template" in reason
+
+
+def test_arguments_that_the_template_never_reads_change_nothing_in_a_row_and_are_counted():
+    typo, tokenizer = {"enable_thinkng": False}, reasoning_tokenizer("hybrid")
+    rows = reasoning_rows({}, {})
+    samples = TrainingSamples(reasoning_rows(typo, json.dumps(typo)), tokenizer)
+    assert samples.take(8, 0, 512, 64) == TrainingSamples(rows, tokenizer).take(8, 0, 512, 64)
+    ((said, count),) = samples.unread.items()
+    assert "`enable_thinkng`, which the chat template never reads" in said and count == 2
+    assert not samples.skipped
 
 
 def test_a_rows_arguments_may_be_json_and_arrow_may_fill_them_up():
@@ -766,3 +778,75 @@ def test_a_rows_arguments_may_be_json_and_arrow_may_fill_them_up():
     rows = reasoning_rows('{"enable_thinking": false}', {"enable_thinking": False}, known, None, "")
     samples = TrainingSamples(rows, reasoning_tokenizer("hybrid"))
     assert len(samples.take(11, 0, 512, 64)) == 11 and not samples.skipped
+
+
+OTHER = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ mood }}{% endif %}"
+)
+
+
+def own_rows():
+    """Rows of which every second one brings its chat template along."""
+    rows = [dict(FORMATS["messages"](i)[0]) for i in range(6)]
+    plain = {"chat_template": None, "mood": None}
+    own = {"chat_template": OTHER, "mood": "!"}
+    return [row | {"chat_template_kwargs": own if i % 2 else plain} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("form", ["raw", "JSON", "of TRL"])
+def test_a_row_is_read_by_the_chat_template_that_it_brings_along(form, tokenizer, tmp_path):
+    rows, replies = own_rows(), [FORMATS["messages"](i)[1] for i in range(6)]
+    if form == "JSON":
+        rows = [
+            row | {"chat_template_kwargs": json.dumps(row["chat_template_kwargs"])} for row in rows
+        ]
+    if form == "of TRL":
+        arguments = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        trainer = SFTTrainer(
+            make_model(),
+            arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        loaded = trainer.get_train_dataloader().dataset
+        assert "chat_template_kwargs" not in loaded.column_names
+        rows = with_arguments(loaded, trainer.train_dataset)
+    samples = TrainingSamples(rows, tokenizer)
+    found = samples.take(6, 0, None, 99)
+    assert sorted(runs(sample, tokenizer) for sample in found) == sorted(replies)
+    assert samples.own_templates == 3 and not samples.skipped and not samples.unread
+    assert samples.read_by == {"chat template": 6}
+    heads = [tokenizer.decode(sample.input_ids).split("]")[0] for sample in found]
+    assert sum(head == "[user" for head in heads) == 3
+
+
+def test_columns_are_put_back_only_where_the_rows_are_the_trainers(tokenizer):
+    loaded = Dataset.from_list([{"input_ids": [i, 5]} for i in range(3)])
+    column = [{"enable_thinking": False}] * 3
+    prepared = loaded.add_column("chat_template_kwargs", column)
+    assert with_arguments(loaded, prepared).column_names == prepared.column_names
+    others = (
+        None,
+        loaded.add_column("other", [1] * 3),
+        prepared.select([0, 1]),
+        prepared.select([1, 0, 2]),
+        prepared.remove_columns("input_ids"),
+        prepared.to_iterable_dataset(),
+    )
+    assert all(with_arguments(loaded, other) is loaded for other in others)
+    assert with_arguments(prepared, loaded) is prepared
+
+
+def test_a_row_may_name_one_of_several_templates_and_a_column_of_that_name_is_none(tokenizer):
+    several = make_tokenizer()
+    several.chat_template = {"default": tokenizer.chat_template, "other": OTHER}
+    row = FORMATS["chat"](0)[0]
+    named = {**row, "chat_template_kwargs": {"chat_template": "other"}}
+    beside = {**row, "chat_template": OTHER}  # TRL does not read it either
+    samples = TrainingSamples([named] * 2, several)
+    texts = [tokenizer.decode(sample.input_ids) for sample in samples.take(2, 0, None, 99)]
+    assert all(text.startswith("[user]") for text in texts) and samples.own_templates == 2
+    samples = TrainingSamples([beside] * 2, tokenizer)
+    texts = [tokenizer.decode(sample.input_ids) for sample in samples.take(2, 0, None, 99)]
+    assert not any(text.startswith("[user]") for text in texts) and not samples.own_templates

@@ -7,7 +7,7 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from safegene_trl.distributed.layouts import Sharding, load_distributed, sharding_of
+from safegene_trl.distributed.layouts import Sharding, load_distributed, loads_sharded, sharding_of
 from safegene_trl.distributed.processes import check_parallelism
 from safegene_trl.distributed.shapes import class_name, full_shape
 from safegene_trl.errors import ConfigError, UnsupportedModelError
@@ -93,3 +93,15 @@ def test_finished_checkpoint_is_not_loaded_under_fsdp(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UnsupportedModelError, match="launch with `zero3`"):
         load_distributed(make_model, torch.float32, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sharded"), [(None, False), ("1", False), ("2", False), ("3", True)]
+)
+def test_a_launch_tells_whether_it_shards_what_is_loaded(stage, sharded, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+    if stage is not None:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    assert loads_sharded() == sharded

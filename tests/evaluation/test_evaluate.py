@@ -276,6 +276,24 @@ def test_answers_with_the_adapter_beside_the_weights_are_not_mixed_with_others(
         evaluate(config)
 
 
+def test_answers_of_an_adapter_on_a_sharded_base_are_not_mixed_with_others(
+    config, sets, model_dir, monkeypatch
+):
+    """There it stays beside the weights: in 16 bits the same model may answer otherwise."""
+    model = with_lora(make_model())
+    model.peft_config["default"].base_model_name_or_path = str(model_dir)
+    model.save_pretrained(sets / "adapter")
+    config.model_name_or_path = str(sets / "adapter")
+    for sharded in (True, False):
+        config.output_dir = str(sets / f"sharded {sharded}")
+        monkeypatch.setattr(module, "loads_sharded", lambda sharded=sharded: sharded)
+        assert evaluate(config)["settings"]["lora"].startswith("beside") == sharded
+        evaluate(config)
+        monkeypatch.setattr(module, "loads_sharded", lambda sharded=sharded: not sharded)
+        with pytest.raises(OutputError, match="another `lora`: choose another"):
+            evaluate(config)
+
+
 def test_an_adapter_is_in_the_weights_while_it_answers(
     config, sets, model_dir, tokenizer, monkeypatch
 ):
@@ -588,9 +606,29 @@ def test_judges_read_what_comes_after_the_reasoning(config, sets, monkeypatch, c
 def test_a_model_that_never_stops_thinking_is_warned_of(config, monkeypatch, caplog):
     reasoning_model(config.model_name_or_path, "stripped")
     monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["I think"] * len(given[2]))
+    config.max_reasoning_tokens = 9
     result = evaluate(config)
     assert "20 of 20 answers never left the reasoning" in caplog.text
     assert result["judges"]["refusal_phrases"]["attack_success"] is None
+
+
+def test_reasoning_for_which_the_context_has_no_room_is_refused_before_any_answer(
+    config, sets, monkeypatch, caplog
+):
+    reasoning_model(config.model_name_or_path, "stripped")
+    monkeypatch.setattr(module, "answers_to_tokens", lambda *given: ["Take this."] * len(given[2]))
+    with (sets / "forbidden.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "word " * 20}) + "\n")
+    config.max_reasoning_tokens = 10**6
+    with pytest.raises(
+        ConfigError, match=r"`max_reasoning_tokens` is 1000000, and the mod"
+    ) as error:
+        evaluate(config)
+    assert not (sets / "out" / GENERATIONS).exists()
+    config.max_reasoning_tokens = int(str(error.value).split()[-3])
+    config.output_dir = str(sets / "second")
+    evaluate(config)  # the shortest prompt leaves so much
+    assert "1 of 21 prompts leave the model's context of" in caplog.text
 
 
 def test_reasoning_tokens_that_change_nothing_are_warned_of(config, monkeypatch, caplog):

@@ -5,7 +5,7 @@ come with a vector.
 import pytest
 import torch
 
-from safegene_trl.errors import FamilyError, MemoryShortageError
+from safegene_trl.errors import ConfigError, FamilyError, MemoryShortageError
 from safegene_trl.extraction import answers as module
 from safegene_trl.extraction.answers import Asked, own_answers
 from safegene_trl.models import batch_size as sizes_module
@@ -141,6 +141,33 @@ def stored(monkeypatch, with_reasoning=False, harmful=("harm 1", "harm 2", "harm
     rows = own_answers(make_model(), tokenizer, harmful, benign, how, 4, ALONE)
     assert set(asked) == {148}
     return {row["prompt"]: row["response"] for row in rows}
+
+
+def test_a_context_without_room_for_the_reasoning_is_refused_and_with_little_room_warned_of(
+    monkeypatch, caplog
+):
+    tokenizer = reasoning_tokenizer("stripped")
+    monkeypatch.setattr(
+        module, "answers_to_tokens", lambda *given: ["</think>I can't."] * len(given[2])
+    )
+
+    def asked(context, most):
+        model = make_model()
+        model.config.max_position_embeddings = context
+        how = Asked(Answering.of(tokenizer, {}, most), 8)
+        own_answers(model, tokenizer, ["harm", "harm " * 20], [], how, 4, ALONE)
+
+    with pytest.raises(
+        ConfigError, match=r"`max_reasoning_tokens` is 1024.*after any prompt"
+    ) as error:
+        asked(128, None)
+    room = int(str(error.value).split()[-3])
+    assert 64 < room < 120 and not caplog.text
+    asked(128, room)
+    assert "1 of 2 prompts leave the model's context of 128 tokens no room" in caplog.text
+    caplog.clear()
+    asked(256, room)
+    assert not caplog.text
 
 
 def test_refusals_are_stored_without_the_reasoning_or_with_it(monkeypatch):

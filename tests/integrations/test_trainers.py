@@ -53,6 +53,10 @@ TEMPLATE = (
     "{% for call in m['tool_calls'] or [] %}call {{ call['function']['name'] }}{% endfor %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+OTHER = (  # of a row
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 TOOLS = [{"type": "function", "function": {"name": "sort", "parameters": {"type": "object"}}}]
 CALL = [{"type": "function", "function": {"name": "sort", "arguments": {"item": 1}}}]
 ROWS = 8
@@ -395,6 +399,27 @@ def test_what_utility_is_measured_on(kind, form, settings, chat_tokenizer, tmp_p
     said_so = [text for text in callback.report["warnings"] if "rows of the training set" in text]
     assert len(said_so) == len(skips)
     assert all(re.match(r"\d+ rows .* were skipped: \d+ with ", text) for text in said_so)
+
+
+def test_rows_are_read_by_the_chat_template_that_they_bring_along(
+    settings, chat_tokenizer, tmp_path, monkeypatch
+):
+    """The loader leaves the column out; the trainer, which `attach` knows, has it."""
+    shots = []
+    gather = preparation.gather_shots
+    monkeypatch.setattr(
+        preparation, "gather_shots", lambda *a, **k: shots.append(gather(*a, **k)) or shots[-1]
+    )
+    own = {"chat_template_kwargs": {"chat_template": OTHER}}
+    rows = [{"messages": [asks(asked(i)), says(said(i))], **own} for i in ALL]
+    trainer = built("SFTTrainer", tmp_path / "out", rows, chat_tokenizer, [])
+    callback = SafeGeneCallback(settings())
+    callback.attach(trainer)
+    trainer.train()
+    task = shots[0].data.task
+    assert responses([*task.fit, *task.held_out], chat_tokenizer) == REPLY
+    warnings = callback.report["warnings"]
+    assert any("task samples are written with a chat template that their" in w for w in warnings)
 
 
 def test_the_documents_name_what_is_tried():
