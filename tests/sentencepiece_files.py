@@ -42,6 +42,7 @@ def save_pieces(folder: Path, size: int = 400) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
+        "pad_token": "<unk>",  # else a trainer takes another one
         "chat_template": CHAT_TEMPLATE,
         "added_tokens_decoder": {
             str(number): {"content": token, "special": True, **plain}
