@@ -76,4 +76,4 @@ class CheckpointFolder:
             with saving("the generation config"):
                 base.generation_config.save_pretrained(self.path)
         with saving("the tokenizer"):
-            save_processor(self.processor, self.path)
+            save_processor(self.processor, self.path, str(config._name_or_path or ""))

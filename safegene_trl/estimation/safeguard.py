@@ -138,6 +138,6 @@ def _saving(run: PlannedRun, config: SafeGeneConfig) -> Cost:
             checkpoint = CheckpointFolder(folder, tokenizer, output.max_shard_size)
             save_merged(model, vector, checkpoint, probe.alone)
         if output.output_format != "merged":
-            save_adapter(model, vector, "base", tokenizer, folder / "adapter", probe.alone)
+            save_adapter(model, vector, "", tokenizer, folder / "adapter", probe.alone)
 
     return run.cost(*probe.measure_writing(write, output.output_dir))
