@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers.distributed import DistributedConfig
 
 from safegene_trl.distributed.layouts import Sharding, load_distributed, sharding_of
 from safegene_trl.distributed.processes import check_parallelism
@@ -93,3 +94,12 @@ def test_finished_checkpoint_is_not_loaded_under_fsdp(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UnsupportedModelError, match="launch with `zero3`"):
         load_distributed(make_model, torch.float32, ALONE)
+
+
+def test_expert_parallelism_is_refused_by_name():
+    model = make_model()
+    model.config.distributed_config = DistributedConfig(ep_size=2, fsdp_size=2)
+    with pytest.raises(UnsupportedModelError, match="uses expert parallelism"):
+        check_parallelism(model, arguments())
+    model.config.distributed_config = DistributedConfig(fsdp_size=2)
+    check_parallelism(model, arguments())
