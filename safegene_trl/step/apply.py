@@ -120,7 +120,7 @@ def check_arguments(
         )
     if given is not None and dtype != "auto":
         raise ConfigError(
-            "With `coefficients` nothing is loaded: name the data type that is written as `output.dtype` in the place of `dtype`."
+            "With `coefficients` nothing is loaded: leave out `dtype`, and name the type that is written as `output.dtype`."
         )
     name = str(model_name_or_path or "")
     if not name:

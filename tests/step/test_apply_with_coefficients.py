@@ -245,4 +245,4 @@ def test_the_data_type_that_is_asked_for(apply, model_dir, capsys):
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(target, dtype="auto").dtype == torch.bfloat16
     assert apply(model_dir, 0.5, "--dtype=bfloat16")[0] == 2
-    assert "name the data type that is written as `output.dtype`" in capsys.readouterr().err
+    assert "name the type that is written as `output.dtype`" in capsys.readouterr().err
