@@ -18,7 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safegene_trl.commands.estimate import table
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
+from safegene_trl.estimation import safeguard as estimation_of_safeguard
+from safegene_trl.estimation import stored_merge
 from safegene_trl.estimation.cost import Launch
+from safegene_trl.estimation.planned_run import PlannedRun
 from safegene_trl.estimation.probe import Probe, _Allocations
 from safegene_trl.estimation.safeguard import estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment, recomputed_layers
@@ -390,6 +393,25 @@ def test_every_architecture_has_a_small_likeness(kind):
     assert len(few) == 2 and len(more) == 6 and probe.layers == 3
     name = "model.layers.0.mlp.down_proj"
     assert few[name].a.shape[1] == model.get_submodule(name).weight.shape[1]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_disk_follows_the_data_type_that_is_asked(
+    given, model, tokenizer, settings, monkeypatch
+):
+    monkeypatch.setattr(stored_merge, "_bytes_of_merging_process", lambda: 0)
+    probe, vector = Probe(model, "float32", timed=False), make_vector(model, tokenizer)
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        settings.output.dtype = dtype
+        if given:
+            costs = stored_merge.estimate_stored_merge(probe, settings, vector, tokenizer)
+        else:
+            deltas = probe.deltas(vector.deltas, vector.rank)
+            run = PlannedRun.of(probe, tokenizer, ONE, deltas)
+            costs = {"save": estimation_of_safeguard._saving(run, settings)}
+        sizes.append(costs["save"].disk)
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
 
 
 def test_bad_use(capsys):
