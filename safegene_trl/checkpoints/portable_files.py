@@ -62,7 +62,7 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     own_form = deepcopy(config)
     own_form.save_pretrained(folder)
     file = folder / CONFIG_NAME
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = _without_stale_part(json.loads(file.read_text(encoding="utf-8")))
     original = _original(str(getattr(config, "_name_or_path", "") or ""))
     # a training switches it off for itself
     use_cache = original.get("use_cache", True)
@@ -74,6 +74,20 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     told = next((form for form in forms if wanted and _same(_read(kind, form), wanted)), saved)
     text = json.dumps(told, indent=2, sort_keys=True) + "\n"
     file.write_text(text, encoding="utf-8")
+
+
+def _without_stale_part(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the partial factor that transformers before 5.20 keeps beside `rope_parameters`, and
+    reads from there where they no longer have one; in the configs inside it, too.
+    """
+    told = {
+        key: _without_stale_part(value) if _is_config(value) else value
+        for key, value in saved.items()
+    }
+    rotary = saved["rope_parameters"] if _is_rotary(saved) else {}
+    if "rope_theta" in rotary and "partial_rotary_factor" not in rotary:
+        told.pop("partial_rotary_factor", None)
+    return told
 
 
 def _original(name_or_path: str) -> dict[str, Any]:

@@ -7,17 +7,19 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from safegene_trl.commands.estimate import table
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
+from safegene_trl.errors import SafeGeneError
 from safegene_trl.estimation import safeguard as estimation_of_safeguard
 from safegene_trl.estimation import stored_merge
 from safegene_trl.estimation.cost import Launch
@@ -483,6 +485,30 @@ def test_a_split_that_is_not_there_is_named(tmp_path, model_dir, vector_dir, tas
     )
     assert main(["estimate", "sft", "--config", str(recipe)]) == 2
     assert "has no split `other`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("value", [False, True])
+def test_a_recipe_recomputes_layers_under_either_name(
+    name, value, tmp_path, model_dir, vector_dir, task_file, monkeypatch, capsys
+):
+    if name not in {each.name for each in fields(TrainingArguments)}:
+        pytest.skip(f"transformers before 5.23 has no `{name}`")
+    seen = []
+
+    def probe(model, dtype, adapter, checkpointing):
+        seen.append(checkpointing)
+        raise SafeGeneError("seen")
+
+    monkeypatch.setattr("safegene_trl.commands.estimate.Probe", probe)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {model_dir}\ndatasets: [{{path: json, data_files: {task_file}, split: train}}]\n"
+        f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nbf16: false\n{name}: {str(value).lower()}\n"
+        f"safegene: {{vector: {vector_dir}}}\n"
+    )
+    assert main(["estimate", "sft", "--config", str(recipe)]) == 2
+    assert "seen" in capsys.readouterr().err and seen == [value]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
