@@ -225,7 +225,7 @@ def test_few_shot_lora_learns_its_shots():
 
     before = loss(model)
     update = few_shot_update(
-        model, shots, pad_id=0, rank=4, steps=60, learning_rate=3e-3, batch_size=2
+        model, shots, pad_id=0, rank=4, steps=60, learning_rate=3e-3
     )
     plain = make_model()
     with torch.no_grad():
