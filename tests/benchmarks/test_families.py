@@ -242,7 +242,7 @@ def tiny(tmp_path, monkeypatch, tokenizer) -> Family:
     """A family on disk, with prepared data, vectors and the data sets; `safegene` runs in this
     process.
     """
-    model = make_model(layers=2)
+    model = make_model()
     model.save_pretrained(tmp_path / "aligned")
     tokenizer.save_pretrained(tmp_path / "aligned")
     family = Family("tiny", str(tmp_path / "aligned"), steps=2, rank=4, max_length=64)
@@ -250,7 +250,7 @@ def tiny(tmp_path, monkeypatch, tokenizer) -> Family:
     monkeypatch.setattr(families, "WORK", tmp_path / "work")
     for module in (lab, vectors):
         monkeypatch.setattr(module, "MODELS", tmp_path)
-    vector = make_vector(model, tokenizer, layers=(0, 1))
+    vector = make_vector(model, tokenizer)
     vector = replace(vector, aligned_model=vector.aligned_model | {"name": family.aligned})
     for name in ("three components", "puzzles"):
         vector.save_pretrained(family.work / "vectors" / name)
@@ -340,7 +340,7 @@ def test_an_update_is_added_once_and_taken_off_exactly(tiny, monkeypatch, kind):
 
 
 def test_an_adapter_is_read_on_the_model_that_is_there(tiny, tmp_path):
-    adapted = with_lora(make_model(layers=2))
+    adapted = with_lora(make_model())
     adapted.save_pretrained(tmp_path / "adapter")
     table = Lab(None, family=tiny)
     names = [name for name, _ in table.model.named_modules()]

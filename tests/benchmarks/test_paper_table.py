@@ -293,12 +293,15 @@ def test_a_run_is_found_again_by_all_its_settings(monkeypatch):
     monkeypatch.setattr(methods, "training_file", lambda *words: Path("rows.jsonl"))
     hub, task = SimpleNamespace(data=None, family=SMOLLM2), TASKS["sst2"]
     block, folder = methods.settings(hub, task, 0, Path("family"))
+    assert block["allow_other_base"] is True  # the vector comes from another machine
     assert block["seed"] == 0 and folder == methods.settings(hub, task, 0, Path("family"))[1]
     changed = {
         methods.settings(hub, task, 0, Path("family"), **{"search.utility_weight": weight})[1]
         for weight in (1.0, 16.0)
     }
     assert len(changed) == 2 and folder in changed  # the default is a setting like any other
+    hub = SimpleNamespace(data=None, family=FAMILIES["qwen2.5-coder-0.5b"])
+    assert "allow_other_base" not in methods.settings(hub, task, 0, Path("family"))[0]
 
 
 @pytest.mark.parametrize(
