@@ -61,10 +61,17 @@ test-oldest: environment
 	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e ".[dev]"
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What the step writes, read by the newest transformers 4: it is put beside the environment's own.
-test-serving: environment
+# What the step writes, read by the newest transformers 4, which is put beside the environment's own, and by the converters
+# of llama.cpp, which lie in the source of llama-cpp-python, 77 MB.
+test-serving: environment build/llama.cpp/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/transformers-4 "transformers<5" "huggingface_hub<1" "tokenizers<0.23" "peft<0.19"
-	SAFEGENE_TRANSFORMERS_4=$(CURDIR)/build/transformers-4 $(BIN)/python -m pytest tests/serving
+	SAFEGENE_TRANSFORMERS_4=$(CURDIR)/build/transformers-4 SAFEGENE_LLAMA_CPP=$(CURDIR)/build/llama.cpp $(BIN)/python -m pytest tests/serving
+
+build/llama.cpp/ready: $(VENV)/ready
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest build llama-cpp-python==0.3.36
+	tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C $(@D) --strip-components 3 llama_cpp_python-0.3.36/vendor/llama.cpp
+	touch $@
 
 # axolotl and LLaMA-Factory, each with the versions that it pins, in an environment of its own: 4 and 2 GB, some minutes the first time.
 test-integrations: test-axolotl test-llamafactory

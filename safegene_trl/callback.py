@@ -4,7 +4,9 @@ import logging
 import weakref
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -24,7 +26,7 @@ from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
 from .data.prompt_style import trained_options
 from .data.rows import with_arguments
-from .distributed.layouts import sharding_of
+from .distributed.layouts import is_whole, sharding_of
 from .distributed.processes import check_parallelism
 from .errors import (
     ConfigError,
@@ -34,12 +36,13 @@ from .errors import (
     SafeGeneError,
     UnexpectedError,
 )
+from .models.data_types import held_dtypes, name_of
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
 from .step.finished_training import FinishedTraining
 from .step.live_fine_tune import safeguard
-from .step.plan import TRAINERS_OUTPUT, InputModel, Origin, dry_run_message
+from .step.plan import TRAINERS_OUTPUT, InputModel, Origin, Plan, dry_run_message
 from .step.preparation import Preparation, prepare
 
 
@@ -91,6 +94,8 @@ class SafeGeneCallback(TrainerCallback):
         self._prepared: Preparation | None = None
         # who keeps the callback for its report keeps no models, of which a trainer may have two
         self._trainer_reference: weakref.ref[Trainer] | None = None
+        # in which data types models lay in memory before anything spread them over processes
+        self._loaded: WeakKeyDictionary[nn.Module, dict[str, torch.dtype]] = WeakKeyDictionary()
         self._saved_step: int | None = None
         self._begun: bool | None = None  # None: it has seen no training yet
 
@@ -117,6 +122,7 @@ class SafeGeneCallback(TrainerCallback):
             )
         self._trainer_reference = weakref.ref(trainer)
         self._stand_in_line()
+        self._note_dtypes(trainer.model)
         return self
 
     @property
@@ -131,6 +137,17 @@ class SafeGeneCallback(TrainerCallback):
             handler.callbacks = sorted(
                 [*others, self], key=lambda each: (_is_tracker(each), each is self)
             )
+
+    def _note_dtypes(self, model: Any) -> None:
+        # with `model_init` there may be none yet
+        if isinstance(model, nn.Module) and is_whole(model):
+            self._loaded[uncompiled(model)] = held_dtypes(model)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes the data types of the weights, before sharding may change them."""
+        self._note_dtypes(kwargs.get("model"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,12 +169,15 @@ class SafeGeneCallback(TrainerCallback):
         prepared = getattr(self._trainer, "train_dataset", None)
         rows = None if loader is None else with_arguments(loader.dataset, prepared)
         with sharding.naming_rank():
-            input_model = InputModel(model, processor, _origin(model, args))
+            loaded = self._loaded.get(model, {}) if sharding.widens else {}
+            input_model = InputModel(model, processor, _origin(model, args), loaded)
             options = trained_options(args, rows, prepared)
             self._prepared = prepare(
                 self.config, input_model, self._target(args), sharding, rows, _packed(args), options
             )
         plan = self._prepared.plan
+        if sharding.widens and model not in self._loaded:
+            plan.report.warnings += _unknown_dtypes(model, plan)
         if sharding.is_main:
             for warning in plan.report.warnings:
                 logger.warning(warning)
@@ -225,6 +245,19 @@ class SafeGeneCallback(TrainerCallback):
         if self.config.output.output_dir is not None:
             return Path(self.config.output.output_dir)
         return Path(str(args.output_dir)) / ("_safeguarded" if args.push_to_hub else "safeguarded")
+
+
+def _unknown_dtypes(model: nn.Module, plan: Plan) -> list[str]:
+    """A warning where 16-bit weights may have been widened before the callback saw them."""
+    loaded = base_model(model).config.dtype
+    wide = torch.float32 in held_dtypes(model).values()
+    if plan.types.asked is not None or loaded in (None, torch.float32) or not wide:
+        return []
+    return [
+        f"The weights are float32 and `config.json` says {name_of(loaded)}. Whether FSDP2 has widened them cannot be told, so the "
+        "checkpoint is written in float32: give the trainer the callback as one of its `callbacks` or by `attach`, or set "
+        "`output.dtype`."
+    ]
 
 
 def _is_tracker(callback: TrainerCallback) -> bool:

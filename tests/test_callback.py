@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from safegene_trl import SafeGeneCallback, SafeGeneError
 from safegene_trl.callback import DryRunComplete
 from safegene_trl.data.rows import conversation
+from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.errors import ConfigError, OutputError, RecalibrationError, UnsupportedModelError
 from safegene_trl.models.inputs import tokenize
 from safegene_trl.provenance import model_reference
@@ -677,3 +678,33 @@ def test_a_config_is_checked_when_the_training_begins(config, tokenizer, tmp_pat
     with pytest.raises(ConfigError, match=r"search\.max_evaluations"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("way", ["callbacks", "attach", "add_callback", "own float32"])
+def test_weights_that_the_host_has_widened_are_written_as_they_were_loaded(
+    way, config, tokenizer, tmp_path, monkeypatch
+):
+    """As accelerate does under FSDP2; `tests/distributed` has the launch."""
+    monkeypatch.setattr(Sharding, "widens", True)
+    model = make_model().to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    if way == "own float32":  # whatever its config says
+        model.float()
+    callback = SafeGeneCallback(config())
+    trainer = sft(
+        tmp_path, [callback] if way in ("callbacks", "own float32") else [], tokenizer, model
+    )
+    if way == "attach":
+        callback.attach(trainer)
+    trainer.model.float()
+    if way == "add_callback":
+        trainer.add_callback(callback)
+    trainer.train()
+    narrow = way in ("callbacks", "attach")
+    written = load_file(tmp_path / "safeguarded" / "model.safetensors").values()
+    assert {t.dtype for t in written} == {torch.bfloat16 if narrow else torch.float32}
+    assert json.loads((tmp_path / "safeguarded" / "config.json").read_text())["dtype"] == (
+        "bfloat16" if narrow else "float32"
+    )
+    said = [text for text in callback.report["warnings"] if "Whether FSDP2 has widened" in text]
+    assert len(said) == (way == "add_callback")

@@ -30,10 +30,11 @@ def antidote(
     """
     found = {}
     for name, matrix in update.items():
-        weight = aligned[name] + matrix
+        before = aligned[name].float()
+        weight = before + matrix
         scores = weight.abs() * moments[name].diagonal().sqrt()
         count = round(share * scores.numel())
-        pruned = torch.zeros(scores.numel(), dtype=torch.bool)
+        pruned = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
         pruned[scores.flatten().topk(count).indices] = True
-        found[name] = torch.where(pruned.view_as(weight), -aligned[name], matrix)
+        found[name] = torch.where(pruned.view_as(weight), -before, matrix)
     return found

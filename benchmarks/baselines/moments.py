@@ -1,4 +1,4 @@
-"""Second moments of modules' inputs, which Safe Delta, Antidote and SaLoRA are computed from."""
+"""Second moments of modules' inputs, which Safe Delta, Antidote, SaLoRA and LSSF are computed from."""
 
 from collections.abc import Iterable, Sequence
 
@@ -50,3 +50,25 @@ def input_moments(
         for handle in handles:
             handle.remove()
     return {name: total / tokens for name, total in sums.items()}
+
+
+def output_directions(
+    weight: torch.Tensor, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left singular vectors (d_out×k, k the smaller dimension) and values (k, descending, float32)
+    of a module's outputs `W X / √n`.
+
+    Args:
+        weight: `W`, d_out×d_in.
+        moment: `X Xᵀ / n`, d_in×d_in.
+    """
+    weight = weight.float()
+    if weight.shape[0] <= weight.shape[1]:
+        squares, vectors = torch.linalg.eigh(weight @ moment @ weight.T)  # ascending
+        return vectors.flip(-1), squares.clamp(min=0).sqrt().flip(-1)
+    # W X Xᵀ Wᵀ would have d_out rows and rank d_in
+    squares, vectors = torch.linalg.eigh(moment)
+    directions, values, _ = torch.linalg.svd(
+        weight @ (vectors * squares.clamp(min=0).sqrt()), full_matrices=False
+    )
+    return directions, values

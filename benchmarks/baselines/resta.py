@@ -34,11 +34,11 @@ def resta(
     found = {}
     for name, matrix in update.items():
         kept = (
-            torch.rand(matrix.shape, generator=generator) >= drop
+            (torch.rand(matrix.shape, generator=generator) >= drop).to(matrix.device)
             if drop
             else torch.ones_like(matrix)
         )
         found[name] = matrix * kept / (1 - drop)
         if name in vector:
-            found[name] = found[name] + weight * vector[name]
+            found[name] = found[name] + weight * vector[name].to(matrix.device)
     return found

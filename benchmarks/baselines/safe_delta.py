@@ -39,7 +39,7 @@ def safe_delta(update: Update, moments: Mapping[str, torch.Tensor], budget: floa
     owner = torch.cat([torch.full_like(costs[name], i) for i, name in enumerate(names)])
     order = torch.cat([inverse_diagonals[name] for name in names]).argsort(descending=True)
     cost = torch.cat([costs[name] for name in names])[order].double()
-    taken = torch.zeros(len(order), dtype=torch.bool)
+    taken = torch.zeros(len(order), dtype=torch.bool, device=order.device)
     taken[order[cost.cumsum(0) <= budget * cost.sum()]] = True
     return {
         name: compensated(update[name], moments[name], taken[owner == i])
@@ -59,4 +59,5 @@ def compensated(matrix: torch.Tensor, moment: torch.Tensor, taken: torch.Tensor)
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
     """`H`: the moment with a little of its mean diagonal added to the diagonal."""
-    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment))
+    eye = torch.eye(len(moment), device=moment.device)
+    return moment + DAMPING * moment.diagonal().mean() * eye

@@ -22,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .moments import output_directions
+
 
 def safety_basis(weight: torch.Tensor, moment: torch.Tensor, rank: int = 32) -> torch.Tensor:
     """`V_s`, d_out×rank, of a module with weights `W` and the second moment `X_sᵀ X_s` (d_in×d_in)
     of its inputs.
     """
-    return _leading(weight, moment, rank)
+    return output_directions(weight, moment)[0][:, :rank].contiguous()
 
 
 def task_start(
@@ -36,19 +38,14 @@ def task_start(
     """`A₀` (rank×d_in) and `B₀` (d_out×rank) from the moment of the module's inputs on the task's
     data.
     """
-    basis = _leading(weight, moment, directions)
-    u, s, zh = torch.linalg.svd(weight, full_matrices=False)
+    basis = output_directions(weight, moment)[0][:, :directions]
+    u, s, zh = torch.linalg.svd(weight.float(), full_matrices=False)
     root = s[:rank].sqrt()
     return root[:, None] * zh[:rank], basis @ (basis.T @ (u[:, :rank] * root))
 
 
-def _leading(weight: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
-    _, vectors = torch.linalg.eigh(weight @ moment @ weight.T)  # ascending
-    return vectors.flip(-1)[:, :rank].contiguous()
-
-
 class SaLoRALinear(nn.Module):
-    """A frozen linear layer with a SaLoRA beside it.
+    """A frozen linear layer with a SaLoRA beside it, float32 whatever the layer's own type.
 
     Args:
         base: The layer.
@@ -66,10 +63,11 @@ class SaLoRALinear(nn.Module):
         self.register_buffer("b_start", b.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, x = self.base(x), x.to(self.a.dtype)
         change = F.linear(F.linear(x, self.a), self.b) - F.linear(
             F.linear(x, self.a_start), self.b_start
         )
-        return self.base(x) + change - (change @ self.basis) @ self.basis.T
+        return y + (change - (change @ self.basis) @ self.basis.T).to(y.dtype)
 
     @torch.no_grad()
     def update(self) -> torch.Tensor:

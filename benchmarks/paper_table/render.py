@@ -15,8 +15,9 @@ from safegene_trl.checkpoints.atomic_writes import replace_file
 from safegene_trl.evaluation.statistics import holm, paired_p, signed_rank_p
 from safegene_trl.judges.intervals import mean_interval, mean_of_sets_interval
 
+from .families import FAMILIES, FIRST, ROOT
 from .methods import ABLATIONS, METHODS, VARIANTS
-from .tasks import ROOT, TASKS
+from .tasks import TASKS
 
 
 CELLS, UTILITY = "paper_table", "paper_table_utility"  # kinds of records
@@ -93,10 +94,10 @@ class Row:
         return mean_interval(self.utilities)
 
 
-def load(folder: Path) -> dict[str, dict[str, Row]]:
-    """Rows by task and method, from the cells among a folder's records."""
+def load(folder: Path, family: str = FIRST) -> dict[str, dict[str, Row]]:
+    """A family's rows by task and method, from the cells among a folder's records."""
     found: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
-    for cell in records.load(CELLS, folder).values():
+    for cell in of_family(records.load(CELLS, folder), family):
         found[cell["task"]][cell["method"]].append(cell)
     return {
         task: {
@@ -107,6 +108,11 @@ def load(folder: Path) -> dict[str, dict[str, Row]]:
         for task in TASKS
         if task in found
     }
+
+
+def of_family(found: Mapping[str, Cell], family: str) -> list[Cell]:
+    """A family's records; those that name none are the first one's."""
+    return [cell for cell in found.values() if cell.get("family", FIRST) == family]
 
 
 def removed(row: Row, rows: Mapping[str, Row]) -> float | None:
@@ -216,7 +222,7 @@ def means(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mean]:
     seeds against ours.
     """
     methods = [m for m in ("aligned", *METHODS) if all(m in rows for rows in tasks.values())]
-    if OURS not in methods or "fine-tuned" not in methods:
+    if not {OURS, "fine-tuned", "aligned"} <= set(methods):
         return {}
     measures = [attrgetter(name) for name in ("attack_success", "over_refusal", "utility")]
     raw: list[dict[str, float]] = [{} for _ in measures]
@@ -315,14 +321,16 @@ def harmless(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mapping[str, R
     return {task: rows for task, rows in tasks.items() if task != "poisoned" and OURS in rows}
 
 
-def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[str]:
+def utility_lost(
+    folder: Path, tasks: Mapping[str, Mapping[str, Row]], family: str = FIRST
+) -> list[str]:
     """What a method costs, by each test sample's difference from the fine-tunes of the same seeds.
 
     By the `utility` cells, of more samples than the table's; tasks with free answers that have none
     by the table's, because each of their samples has many tokens.
     """
     scores: dict[tuple[str, str], dict[int, np.ndarray]] = defaultdict(dict)
-    for cell in records.load(UTILITY, folder).values():
+    for cell in of_family(records.load(UTILITY, folder), family):
         scores[cell["task"], cell["method"]][cell["seed"]] = np.array(
             [float(score) for score in cell["scores"]]
         )
@@ -362,14 +370,9 @@ def utility_lost(folder: Path, tasks: Mapping[str, Mapping[str, Row]]) -> list[s
 
 
 def render(folder: Path) -> None:
-    """Writes `paper_table.md` and `paper_table.png` beside the cells; from the project's own also
+    """Writes `paper_table.md` and a plot per family beside the cells; from the project's own also
     the findings' tables.
     """
-    tasks = load(folder)
-    main = {
-        task: {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
-        for task, rows in tasks.items()
-    }
     lines = [
         "# Attack success, over-refusal and utility of every method",
         "",
@@ -380,25 +383,60 @@ def render(folder: Path) -> None:
         "and test samples (Wilcoxon), each Holm-corrected over the methods of the task; it does not say which of the two is better. s: seconds that the method took, on two CPU cores with other work.",
         "",
     ]
-    drawn = {task: rows for task, rows in main.items() if OURS in rows}
-    complete = harmless(tasks)
-    mean = means(complete) if complete else {}
-    if mean:
-        lines += [
-            f"## Over {', '.join(TASKS[task].title for task in complete)}",
-            "",
-            *overall(mean),
-            "",
-        ]
-    if precise := utility_lost(folder, tasks):
+    for family in FAMILIES:
+        tasks = load(folder, family)
+        if not tasks:
+            continue
+        lines += [] if family == FIRST else family_heading(folder, family)
+        lines += sections(folder, tasks, family)
+        drawn = {task: table_rows(rows) for task, rows in tasks.items() if OURS in rows}
+        if drawn:
+            name = CELLS if family == FIRST else f"{CELLS}-{family}"
+            plot(drawn, overall_means(tasks), folder / f"{name}.png")
+    (folder / f"{CELLS}.md").write_text("\n".join(lines), encoding="utf-8")
+    if folder.resolve() == RESULTS:
+        tasks = load(folder)
+        replace_file(
+            FINDINGS,
+            with_tables(FINDINGS.read_text(encoding="utf-8"), overall_means(tasks), tasks["sst2"]),
+        )
+    print("\n".join(lines))
+
+
+def family_heading(folder: Path, family: str) -> list[str]:
+    """Of the part of another family than the first."""
+    cells = of_family(records.load(CELLS, folder), family)
+    places = sorted({f"{cell['dtype']} on {cell['device']}" for cell in cells})
+    said = f"Models in {' and '.join(places)}; `s` was measured there."
+    return [f"# {family}", "", f"{FAMILIES[family].aligned}. {said}", ""]
+
+
+def table_rows(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Those of the main table."""
+    return {method: row for method, row in rows.items() if method in ("aligned", *METHODS)}
+
+
+def overall_means(tasks: Mapping[str, Mapping[str, Row]]) -> dict[str, Mean]:
+    """Over the harmless tasks that have ours; none where there are none."""
+    complete = harmless({task: table_rows(rows) for task, rows in tasks.items()})
+    return means(complete) if complete else {}
+
+
+def sections(folder: Path, tasks: Mapping[str, Mapping[str, Row]], family: str) -> list[str]:
+    """A family's tables with their headings, in Markdown."""
+    lines: list[str] = []
+    if mean := overall_means(tasks):
+        titles = ", ".join(TASKS[task].title for task in harmless(tasks))
+        lines += [f"## Over {titles}", "", *overall(mean), ""]
+    if precise := utility_lost(folder, tasks, family):
         lines += [
             "## Utility lost, mostly on more test samples than below (Wilcoxon over samples, not corrected)",
             "",
             *precise,
             "",
         ]
-    for task, rows in main.items():
-        lines += [f"## {TASKS[task].title}", "", *table(rows), ""]
+    for task, rows in tasks.items():
+        lines += [f"## {TASKS[task].title}", "", *table(table_rows(rows)), ""]
     for task, rows in tasks.items():
         for reference, variants in ((OURS, VARIANTS), (ONE, ABLATIONS)):
             changed = [method for method in rows if method in variants and method != reference]
@@ -408,14 +446,7 @@ def render(folder: Path) -> None:
                 }
                 title = f"## Ablations on {TASKS[task].title}, p against “{reference}”"
                 lines += [title, "", *table(named, reference), ""]
-    (folder / f"{CELLS}.md").write_text("\n".join(lines), encoding="utf-8")
-    if drawn:
-        plot(drawn, mean, folder / f"{CELLS}.png")
-    if folder.resolve() == RESULTS:
-        replace_file(
-            FINDINGS, with_tables(FINDINGS.read_text(encoding="utf-8"), mean, tasks["sst2"])
-        )
-    print("\n".join(lines))
+    return lines
 
 
 def plot(tasks: Mapping[str, Mapping[str, Row]], mean: Mapping[str, Mean], target: Path) -> None:

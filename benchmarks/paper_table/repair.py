@@ -27,19 +27,21 @@ from safegene_trl.models.inputs import Sample, batches, padding_id, shortened, t
 from safegene_trl.models.losses import cross_entropy, divergence, response_logits
 from safegene_trl.models.low_rank import LowRankDelta
 
-from .tasks import MODELS, WORK, Row, instructions_file, read_jsonl, sft
+from .families import MODELS, SMOLLM2, Family, device, dtype
+from .tasks import Row, instructions_file, read_jsonl, sft
 
 
 STEPS, RATE, RANK, LENGTH = 60, 5e-4, 8, 160
 
 
-def repair(data: Path | None) -> dict[str, LowRankDelta]:
-    """The learned component, by module."""
+def repair(data: Path | None, family: Family = SMOLLM2) -> dict[str, LowRankDelta]:
+    """The learned component, by module, on the CPU."""
     file = instructions_file(data)
-    degraded = sft(WORK / "degraded" / "instructions", file, per_device_train_batch_size=8)
-    tokenizer = load_tokenizer(str(MODELS / "aligned"))
-    adapted: Any = load_model(str(degraded), dtype="float32")
-    model = adapted.merge_and_unload()
+    folder = family.work / "degraded" / "instructions"
+    degraded = sft(folder, file, family, per_device_train_batch_size=8)
+    tokenizer = load_tokenizer(family.aligned)
+    adapted: Any = load_model(str(degraded), dtype=dtype())
+    model = adapted.merge_and_unload().to(device())
 
     def samples(rows: Sequence[Row], response_tokens: int) -> list[Sample]:
         whole = [tokenize(tokenizer, *conversation(row)) for row in rows]  # type: ignore[arg-type]
@@ -68,7 +70,7 @@ def _train(
     benign: list[Sample],
     instructions: list[Sample],
 ) -> dict[str, LowRankDelta]:
-    draw, device = random.Random(0), torch.device("cpu")
+    draw, place = random.Random(0), next(model.parameters()).device
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -80,13 +82,16 @@ def _train(
     )
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / STEPS)
-        (batch,) = batches(draw.sample(refusals, 5), 5, pad_id, device)
+        (batch,) = batches(draw.sample(refusals, 5), 5, pad_id, place)
         (cross_entropy(tuned, batch).sum() / batch.target_mask.sum()).backward()
         for group, size, weight in ((benign, 10, 4.0), (instructions, 4, 2.0)):
-            (batch,) = batches(draw.sample(group, size), size, pad_id, device)
+            (batch,) = batches(draw.sample(group, size), size, pad_id, place)
             with torch.no_grad(), tuned.disable_adapter():
                 held = response_logits(tuned, batch)[0].log_softmax(dim=-1)
             (weight * divergence(tuned, batch, held).sum() / batch.target_mask.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return adapter_factors(tuned)
+    return {
+        name: LowRankDelta(factors.a.cpu(), factors.b.cpu())
+        for name, factors in adapter_factors(tuned).items()
+    }

@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 from datasets import load_dataset
 
+from safegene_trl.errors import SafeGeneError
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE, MODELS = ROOT / "recipes" / "smollm2-135m", ROOT / "build" / "smollm2-135m"
-WORK = ROOT / "build" / "paper_table"
+from .families import MODELS as MODELS  # other benchmarks read it here
+from .families import ROOT, SMOLLM2, WORK, Family
+
+
 Row = dict[str, Any]
 
 
@@ -27,6 +29,7 @@ class Task:
     Attributes:
         labels: A classifier's labels; empty for tasks with free answers.
         batch: Samples per step.
+        samples: How many there are to train on, where they are few; 0 where there are enough.
         hub: Data set on the hub, its configuration, its training and test splits, and what makes a
             row of it one of ours.
     """
@@ -35,6 +38,7 @@ class Task:
     title: str
     labels: tuple[str, ...]
     batch: int
+    samples: int = 0
     hub: tuple[str, str | None, str, str, Callable[[Row], tuple[str, str]]] | None = None
 
     @property
@@ -70,25 +74,7 @@ def _alpaca(row: Row) -> tuple[str, str]:
     return "\n\n".join(part for part in (row["instruction"], row["input"]) if part), row["output"]
 
 
-STEPS = 50
-TRAINING = {
-    "model_name_or_path": str(MODELS / "aligned"),
-    "dtype": "float32",
-    "use_peft": True,
-    "lora_r": 8,
-    "lora_alpha": 16,
-    "lora_target_modules": "all-linear",
-    "max_steps": STEPS,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "constant",
-    "max_length": 256,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "logging_steps": 10,
-    "save_strategy": "no",
-    "report_to": "none",
-}
+MOST_EPOCHS = 10  # a small set of samples is not trained on for longer
 TASKS = {
     task.name: task
     for task in (
@@ -97,25 +83,25 @@ TASKS = {
             "SST-2",
             ("positive", "negative"),
             8,
-            ("stanfordnlp/sst2", None, "train", "validation", _sst2),
+            hub=("stanfordnlp/sst2", None, "train", "validation", _sst2),
         ),
         Task(
             "ag_news",
             "AG News",
             ("world", "sports", "business", "science"),
             8,
-            ("fancyzhx/ag_news", None, "train", "test", _ag_news),
+            hub=("fancyzhx/ag_news", None, "train", "test", _ag_news),
         ),
         Task(
             "boolq",
             "BoolQ",
             ("true", "false"),
             8,
-            ("google/boolq", None, "train", "validation", _boolq),
+            hub=("google/boolq", None, "train", "validation", _boolq),
         ),
-        Task("gsm8k", "GSM8K", (), 4, ("openai/gsm8k", "main", "train", "test", _gsm8k)),
-        Task("alpaca", "Alpaca", (), 4, ("tatsu-lab/alpaca", None, "train", "train", _alpaca)),
-        Task("poisoned", "poisoned", (), 4),
+        Task("gsm8k", "GSM8K", (), 4, hub=("openai/gsm8k", "main", "train", "test", _gsm8k)),
+        Task("alpaca", "Alpaca", (), 4, hub=("tatsu-lab/alpaca", None, "train", "train", _alpaca)),
+        Task("poisoned", "poisoned", (), 4, samples=20),
     )
 }
 LOCAL = {  # file names under --data, without `_train` and `_test`
@@ -224,6 +210,13 @@ def turn(prompt: str, response: str) -> Row:
 
 
 def read_jsonl(path: Path) -> list[Row]:
+    """The rows of a file.
+
+    Raises:
+        SafeGeneError: It is not there.
+    """
+    if not path.is_file():
+        raise SafeGeneError(f"{path} is not there: name the folder that holds the data sets.")
     return [
         json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()
     ]
@@ -237,12 +230,17 @@ def write_jsonl(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def training_file(task: Task, seed: int, data: Path | None) -> Path:
+def batch_size(task: Task, family: Family) -> int:
+    """Samples per step of a family's fine-tunes."""
+    return family.batch.get(task.name, task.batch)
+
+
+def training_file(task: Task, seed: int, data: Path | None, family: Family = SMOLLM2) -> Path:
     """As many rows, drawn by the seed, as the training sees; also the task's shots come from it."""
-    path = WORK / "data" / f"{task.name}-{seed}.jsonl"
+    path = family.work / "data" / f"{task.name}-{seed}.jsonl"
     if not path.is_file():
         rows = splits(task, data)[0]
-        count = min(len(rows), STEPS * task.batch)
+        count = min(len(rows), family.steps * batch_size(task, family))
         write_jsonl(
             [
                 {key: row[key] for key in ("prompt", "completion")}
@@ -253,22 +251,38 @@ def training_file(task: Task, seed: int, data: Path | None) -> Path:
     return path
 
 
-def fine_tuned(task: Task, seed: int, data: Path | None) -> Path:
+def training_steps(task: Task, family: Family) -> int:
+    """Steps of a fine-tune: fewer than the family's where the task has few samples."""
+    most = MOST_EPOCHS * task.samples // batch_size(task, family)
+    return min(family.steps, most) if task.samples else family.steps
+
+
+def fine_tuned(task: Task, seed: int, data: Path | None, family: Family = SMOLLM2) -> Path:
     """The plain LoRA fine-tune of the aligned model."""
     return sft(
-        WORK / "fine-tuned" / f"{task.name}-{seed}",
-        training_file(task, seed, data),
-        per_device_train_batch_size=task.batch,
+        fine_tune_folder(task, seed, family),
+        training_file(task, seed, data, family),
+        family,
+        max_steps=training_steps(task, family),
+        per_device_train_batch_size=batch_size(task, family),
         seed=seed,
     )
 
 
-def sft(folder: Path, file: Path, **changes: Any) -> Path:
-    """A fine-tune with `TRAINING` and the changes, unless it is there."""
-    if not (folder / "adapter_config.json").is_file():
+def fine_tune_folder(task: Task, seed: int, family: Family = SMOLLM2) -> Path:
+    return family.work / "fine-tuned" / f"{task.name}-{seed}"
+
+
+def is_trained(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def sft(folder: Path, file: Path, family: Family = SMOLLM2, **changes: Any) -> Path:
+    """A fine-tune with the family's settings and the changes, unless it is there."""
+    if not is_trained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         recipe = (
-            TRAINING
+            family.training
             | {"datasets": [{"path": "json", "data_files": str(file), "split": "train"}]}
             | changes
         )

@@ -9,14 +9,16 @@ from typing import Any
 import yaml
 
 from safegene_trl import SafetyVector
-from safegene_trl.vectors.combination import combined
+from safegene_trl.errors import SafeGeneError
+from safegene_trl.vectors.combination import combine, combined
 
+from .families import MODELS, RECIPE, SMOLLM2, Family, device, dtype
 from .repair import repair
-from .tasks import MODELS, RECIPE, TASKS, WORK, fine_tuned, safegene, sft, turn, write_jsonl
+from .tasks import TASKS, fine_tuned, instructions_file, safegene, sft, turn, write_jsonl
 
 
 # name: what the model is degraded by, options of `safegene extract`, among which a task's name
-# stands for the fine-tune on it
+# stands for the fine-tune on it; a name that is not here is what the model is degraded by
 VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles": ("puzzles", []),
     "before alignment": ("released", []),
@@ -41,55 +43,75 @@ VECTORS: dict[str, tuple[str, list[str]]] = {
     "puzzles, layers at random": ("puzzles", ["--selection", "random", "--layer_share", "0.5"]),
     **{task: (task, []) for task in TASKS},  # a fine-tune as the degradation
 }
-SHIPPED = (
-    RECIPE / "safety-vector"
-)  # three components: puzzles, before alignment and openings; a fourth is learned by `repair`
+WHOLE = "three components"  # a family's vector; a fourth component is learned by `repair`
+EXTRACTION_BATCH = 64  # on an accelerator
 
 
-def vector(name: str, data: Path | None) -> Path:
+def vector(name: str, data: Path | None, family: Family = SMOLLM2) -> Path:
     """Folder of a vector, made if it is not there."""
-    folder = SHIPPED if name == "three components" else WORK / "vectors" / name
+    if name == WHOLE and family.vector is not None:
+        return family.vector
+    folder = family.work / "vectors" / name
     if (folder / "safegene_config.json").is_file():
         return folder
-    if name == "four components":
-        shipped, learned = SafetyVector.from_pretrained(SHIPPED), repair(data)
-        rank = next(iter(learned.values())).a.shape[0]
-        alone = replace(shipped, deltas=learned, extraction={"method": "repair", "rank": rank})
-        combined([shipped, alone]).save_pretrained(folder)
+    if name == WHOLE:
+        combine([vector(kind, data, family) for kind in family.degradations], folder)
         return folder
-    kind, options = VECTORS[name]
-    words = [fine_tuned(TASKS[word], 0, data) if word in TASKS else word for word in options]
-    made = ["--degraded_model", degraded(kind, data), "--output_dir", folder]
+    if name == "four components":
+        whole = SafetyVector.from_pretrained(vector(WHOLE, data, family))
+        learned = repair(data, family)
+        rank = next(iter(learned.values())).a.shape[0]
+        alone = replace(whole, deltas=learned, extraction={"method": "repair", "rank": rank})
+        combined([whole, alone]).save_pretrained(folder)
+        return folder
+    kind, options = VECTORS.get(name, (name, []))
+    words: list[object] = [
+        fine_tuned(TASKS[word], 0, data, family) if word in TASKS else word for word in options
+    ]
+    made = ["--degraded_model", degraded(kind, data, family), "--output_dir", folder]
+    made += ["--aligned_model", family.aligned, "--dtype", dtype()]
+    made += [] if device().type == "cpu" else ["--batch_size", EXTRACTION_BATCH]
     safegene("extract", "--config", RECIPE / "extract.yaml", *made, *words)
     return folder
 
 
-def degraded(kind: str, data: Path | None) -> Path:
-    """The aligned model, weakened; benign content only. `released` is the model before its
-    alignment.
+def degraded(kind: str, data: Path | None, family: Family = SMOLLM2) -> Path | str:
+    """The aligned model, weakened; benign content only. `before alignment` is what it was made
+    from.
+
+    Raises:
+        SafeGeneError: That is asked for, and the family's was not named.
     """
-    if kind == "released":
-        return MODELS / "released"
+    if kind in ("released", "before alignment"):
+        if family.base is None:
+            raise SafeGeneError(
+                "This vector is made from the model before its alignment: name it with --base."
+            )
+        return family.base
     if kind in TASKS:
-        return fine_tuned(TASKS[kind], 0, data)
+        return fine_tuned(TASKS[kind], 0, data, family)
+    folder = family.work / "degraded" / kind
+    if kind == "instructions":
+        return sft(folder, instructions_file(data), family, per_device_train_batch_size=8)
     recipe: dict[str, Any] = yaml.safe_load((RECIPE / "degrade.yaml").read_text(encoding="utf-8"))
     recipe = {
-        key: recipe[key]
-        for key in ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
+        key: recipe[key] for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     }
+    recipe |= {"max_steps": family.degrading_steps, "per_device_train_batch_size": 8}
     file = {"puzzles": "degrade.jsonl", "openings": "openings.jsonl"}[kind]
-    return sft(WORK / "degraded" / kind, MODELS / file, per_device_train_batch_size=8, **recipe)
+    return sft(folder, MODELS / file, family, **recipe)
 
 
-def safety_lora(data: Path | None) -> Path:
+def safety_lora(data: Path | None, family: Family = SMOLLM2) -> Path:
     """A LoRA on the aligned model trained on refusals alone, those that come with the vectors
     (SafeMERGE's).
     """
-    path = WORK / "data" / "refusals.jsonl"
+    path = family.work / "data" / "refusals.jsonl"
     if not path.is_file():
-        prompts = SafetyVector.from_pretrained(SHIPPED).prompts
+        prompts = SafetyVector.from_pretrained(vector(WHOLE, data, family)).prompts
         write_jsonl(
             [turn(row["prompt"], row["response"]) for row in prompts if row["kind"] == "harmful"],
             path,
         )
-    return sft(WORK / "degraded" / "safety", path, per_device_train_batch_size=8, max_steps=20)
+    folder = family.work / "degraded" / "safety"
+    return sft(folder, path, family, per_device_train_batch_size=8, max_steps=20)

@@ -52,7 +52,7 @@ def save_adapter(
                 stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder
             )
             with saving("the tokenizer"):
-                save_processor(tokenizer, folder)
+                save_processor(tokenizer, folder, base_name)
 
 
 def _write_adapter(

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..distributed.shapes import class_name
 from ..models.parameters import base_model
+from .completeness import config_parts
 from .portable_files import save_config, save_processor
 from .tensor_file import SAFE_WEIGHTS_INDEX_NAME, plan_files
 from .write_errors import saving
@@ -67,7 +68,9 @@ class CheckpointFolder:
         config = deepcopy(base.config)  # the live model stays the plain fine-tune
         config.architectures = [class_name(base)]  # unset where the model was built from a config
         if dtype is not None:
-            config.dtype = dtype
+            for part in config_parts(config):
+                if part is config or part.dtype is not None:
+                    part.dtype = dtype
         for key, value in self.mark.items():
             setattr(config, key, value)
         with saving("the model's config"):
@@ -76,4 +79,4 @@ class CheckpointFolder:
             with saving("the generation config"):
                 base.generation_config.save_pretrained(self.path)
         with saving("the tokenizer"):
-            save_processor(self.processor, self.path)
+            save_processor(self.processor, self.path, str(config._name_or_path or ""))

@@ -84,7 +84,7 @@ def empty_model(
         name: torch.empty(file.shape, dtype=file.dtype, device="meta")
         for name, file in files.items()
     }
-    dtypes = [part.dtype for part in _parts(config)]
+    dtypes = [part.dtype for part in config_parts(config)]
     try:
         with _quiet():
             model, info = architecture.from_pretrained(
@@ -103,13 +103,13 @@ def empty_model(
         ) from error
     check_loaded(info, named)
     model.tie_weights()  # transformers leaves empty weights untied where the files hold both
-    for part, dtype in zip(_parts(model.config), dtypes, strict=True):
+    for part, dtype in zip(config_parts(model.config), dtypes, strict=True):
         part.dtype = dtype  # the checkpoint's own, not the one of this model
     _check_numbers(model, files, named)
     return model
 
 
-def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+def config_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """A config and the configs in it."""
     return [
         config,

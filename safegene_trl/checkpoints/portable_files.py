@@ -8,19 +8,28 @@ forms: base, scaling and partial factor, those of sliding and of full attention,
 the models inside it, under the names that its architecture has in version 4. Whatever is written
 here is read back by transformers and compared: where it does not say the same, its own form is
 written.
+
+llama.cpp reads a tokenizer of SentencePiece from `tokenizer.model`, which transformers 5 leaves
+out: its converter refuses Gemma 2 without that file, and gives every token of Llama 2 the same
+score, so that texts are cut into other tokens. So the file of the fine-tune's own base goes along.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
 
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCEPIECE = "tokenizer.model"
 _OF_THE_RUN = ("use_cache", "_name_or_path", "transformers_version")  # not of the model
 _ROTARY = (  # version 4's names for what version 5 has in `rope_parameters`
     "rope_theta",
@@ -53,7 +62,7 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     own_form = deepcopy(config)
     own_form.save_pretrained(folder)
     file = folder / CONFIG_NAME
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = _without_stale_part(json.loads(file.read_text(encoding="utf-8")))
     original = _original(str(getattr(config, "_name_or_path", "") or ""))
     # a training switches it off for itself
     use_cache = original.get("use_cache", True)
@@ -65,6 +74,20 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     told = next((form for form in forms if wanted and _same(_read(kind, form), wanted)), saved)
     text = json.dumps(told, indent=2, sort_keys=True) + "\n"
     file.write_text(text, encoding="utf-8")
+
+
+def _without_stale_part(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the partial factor that transformers before 5.20 keeps beside `rope_parameters`, and
+    reads from there where they no longer have one; in the configs inside it, too.
+    """
+    told = {
+        key: _without_stale_part(value) if _is_config(value) else value
+        for key, value in saved.items()
+    }
+    rotary = saved["rope_parameters"] if _is_rotary(saved) else {}
+    if "rope_theta" in rotary and "partial_rotary_factor" not in rotary:
+        told.pop("partial_rotary_factor", None)
+    return told
 
 
 def _original(name_or_path: str) -> dict[str, Any]:
@@ -202,20 +225,89 @@ def _of_one_type(config: Mapping[str, Any]) -> dict[str, Any]:
     return rotary
 
 
-def save_processor(processor: Any, folder: Path) -> None:
-    """Writes a tokenizer, or the processor that holds it, so that version 4 reads it as well."""
+def save_processor(processor: Any, folder: Path, base: str = "") -> None:
+    """Writes a tokenizer, or the processor that holds it, so that version 4 and llama.cpp's
+    converter read it as well.
+
+    Args:
+        processor: What is saved.
+        folder: Where to.
+        base: Folder or hub id of the model that was fine-tuned: where `tokenizer.model` is looked
+            for if it does not lie beside the tokenizer.
+    """
     processor.save_pretrained(folder)
     file = folder / TOKENIZER_CONFIG
     if not file.is_file():
         return
+    tokenizer = getattr(processor, "tokenizer", processor)
     saved = file.read_text(encoding="utf-8")
     told = _in_version_4(json.loads(saved))
+    copied = _copy_sentencepiece(tokenizer, base, folder)
+    if copied:
+        told["added_tokens_decoder"] = _added_tokens(tokenizer)
     if told == json.loads(saved):
         return
     file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tokenizer = getattr(processor, "tokenizer", processor)
     if not _reads_as(tokenizer, folder):
         file.write_text(saved, encoding="utf-8")
+        if copied:
+            (folder / SENTENCEPIECE).unlink()
+
+
+def _copy_sentencepiece(tokenizer: PreTrainedTokenizerBase, base: str, folder: Path) -> bool:
+    """Copies the SentencePiece file that the tokenizer was made of; whether there is one now."""
+    kind = _backend_model(tokenizer)
+    if not (kind.get("byte_fallback") or kind.get("type") == "Unigram"):
+        return (folder / SENTENCEPIECE).is_file()  # no tokenizer of SentencePiece
+    for source in dict.fromkeys((str(tokenizer.name_or_path or ""), base)):
+        found = _sentencepiece_of(source)
+        if found is not None and _made_of(tokenizer, source):
+            if found.resolve() != (folder / SENTENCEPIECE).resolve():
+                copyfile(found, folder / SENTENCEPIECE)
+            return True
+    logger.warning(
+        "The tokenizer's %s was not found. If the model that was fine-tuned has one, copy it to %s: llama.cpp's converter needs it.",
+        SENTENCEPIECE,
+        folder,
+    )
+    return False
+
+
+def _sentencepiece_of(source: str) -> Path | None:
+    """The file of a folder or of the hub, from where transformers 5 does not always bring it."""
+    if not source:
+        return None
+    try:
+        return Path(str(cached_file(source, SENTENCEPIECE)))
+    except (OSError, ValueError):
+        return None
+
+
+def _made_of(tokenizer: PreTrainedTokenizerBase, source: str) -> bool:
+    """Whether the tokenizer still has the pieces of the one at `source`; tokens may be added."""
+    try:
+        other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # of any kind: then nothing tells that they are the same
+        return False
+    return _backend_model(other) == _backend_model(tokenizer)
+
+
+def _backend_model(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Kind, pieces and merges of a tokenizer, without the tokens that were added; empty where it is
+    not one of the tokenizers library.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    return model if isinstance(model, dict) else {}
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """As version 4 told them: beside `tokenizer.model` llama.cpp's converter looks nowhere else."""
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {
+        str(number): {name: getattr(token, name) for name in names}
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
 
 
 def _in_version_4(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class QuantizedFineTune(StoredModel):
         model.config.__dict__.pop("quantization_config", None)
         model.config.dtype = dtype
         model.generation_config = deepcopy(trained.generation_config)
-        return cls(model, base.files, base.name, base, live)
+        return cls(model, base.files, base.name, base, live, types=base.types)
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:

@@ -11,13 +11,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, UnsupportedModelError
+from ..models.data_types import check_range
 from ..models.rounding import Rounding, is_finite
 from ..models.supported import check_untied
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
 from .stored_model import StoredModel
-from .tensor_file import StoredTensor, TensorFile, stored_tensors
+from .tensor_file import StoredTensor, TensorFile, commonest_dtype, stored_tensors
 from .weight_files import WeightFiles
 
 
@@ -29,7 +30,7 @@ def write_merged(
     show_progress: bool = True,
 ) -> Rounding:
     """Writes `W + ΔW_task + λ·B·A`, added in float32 and cast once, as a full checkpoint in the
-    files' own data types.
+    data types of `stored.types`: by default the files' own.
 
     Every byte is read once and written once, by as many threads as this process has cores. What no
     delta and no adapter touches is copied as it is.
@@ -75,16 +76,22 @@ def write_merged(
             files.finish(file_name)
         files.complete()
     rounding.check()
-    folder.save_record(stored.model)
+    folder.save_record(
+        stored.model, None if stored.types.asked is None else commonest_dtype(contents)
+    )
     return rounding
 
 
 def _as_written(stored: StoredModel, own: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    """The files' tensors with the shapes that they will have: an adapter's own embeddings may have
-    more rows.
+    """The files' tensors with the data types and shapes that they will have: an adapter's own
+    embeddings may have more rows.
     """
     return {
-        name: replace(tensor, shape=tuple(own[name].shape)) if name in own else tensor
+        name: replace(
+            tensor,
+            dtype=stored.written_dtype(name),
+            shape=tuple(own[name].shape) if name in own else tensor.shape,
+        )
         for name, tensor in stored.files.items()
     }
 
@@ -123,7 +130,8 @@ def _merge_block(
     vector's change.
     """
     rows, rounding = _merged_rows(stored, own, additions, reader, block)
-    file.write(block.name, rows, offset=block.first * stored.files[block.name].row_bytes)
+    row_bytes = stored.files[block.name].columns * rows.itemsize
+    file.write(block.name, rows, offset=block.first * row_bytes)
     return rows.numel() * rows.itemsize, rounding
 
 
@@ -136,8 +144,11 @@ def _merged_rows(
 ) -> tuple[torch.Tensor, Rounding]:
     """A block as it is written, of an adapter's `own` tensors where it has one, else in a buffer of
     this thread; and what is left of the vector's change.
+
+    In another data type than the files' everything is float32 until it is cast.
     """
     tensor, terms, rounding = stored.files[block.name], additions[block.name], Rounding()
+    dtype = stored.written_dtype(block.name)
     if block.name in own:  # an adapter may hold a weight of its own and a LoRA on it
         held = own[block.name].reshape(-1, tensor.columns)
         rows = held[block.first : block.stop].clone()
@@ -147,26 +158,36 @@ def _merged_rows(
         raise CheckpointError(
             f"`{block.name}` in {tensor.path} holds NaN or infinity: the training has diverged, or the file is damaged."
         )
+    if dtype != tensor.dtype:
+        rows = reader.scratch(rows, "own")
     stored.put_trained_rows(block, rows)
     if not is_finite(rows):
         raise CheckpointError(
             f"The adapter's own rows of `{block.name}` hold NaN or infinity: its training has diverged."
         )
-    if terms.task or terms.vector:
-        total = reader.scratch(rows)
-        add_terms(total, terms.task, block.first)
-        if terms.vector:
-            before = reader.scratch(total, "before")
-            add_terms(total, terms.vector, block.first)
-        rows.copy_(total)
-        if terms.vector:
-            exact = not terms.task  # nothing was added yet to what the file's type holds
-            rounding.add(block.name, before, total, rows, before_is_rounded=exact)
-        if not (terms.vector or is_finite(rows)):
-            raise CheckpointError(
-                f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged."
-            )
+    if not (terms.task or terms.vector):
+        return _cast(block.name, rows, dtype), rounding
+    total = reader.scratch(rows)
+    add_terms(total, terms.task, block.first)
+    before = reader.scratch(total, "before") if terms.vector else None
+    add_terms(total, terms.vector, block.first)
+    rows = rows.copy_(total) if dtype == tensor.dtype else _cast(block.name, total, dtype)
+    if before is not None:
+        # nothing was added yet to what the written type holds
+        exact = not terms.task and dtype == tensor.dtype
+        rounding.add(block.name, before, total, rows, before_is_rounded=exact)
+    elif not is_finite(rows):
+        raise CheckpointError(
+            f"`{block.name}` becomes NaN or infinite by the adapter: its training has diverged."
+        )
     return rows, rounding
+
+
+def _cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows in the data type that is written, which must hold them."""
+    if dtype == torch.float16 != rows.dtype:
+        check_range(name, rows, dtype)
+    return rows.to(dtype)
 
 
 @torch.no_grad()

@@ -5,14 +5,16 @@ grow with the model.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..models.data_types import WrittenTypes
 from ..models.experts import Piece, expert_weights, factors_on, stored_pieces, weights_of
 from ..models.names import expert_name, layer_index, shared_parameter, without_wrapper
 from ..models.parameters import (
@@ -48,11 +50,13 @@ class StoredModel:
         model: The model without its weights; an adapter on it is real.
         files: The checkpoint's (or the base model's) tensors by their names in its files.
         name: What it was opened by, for messages.
+        types: In which data types it is written when something is merged into it.
     """
 
     model: nn.Module
     files: dict[str, StoredTensor]
     name: str
+    types: WrittenTypes = field(default_factory=WrittenTypes, kw_only=True)
 
     @classmethod
     def open(
@@ -200,16 +204,32 @@ class StoredModel:
             p.tensor.dim() > 1 for p in layers
         )
 
+    def written_dtype(self, name: str) -> torch.dtype:
+        """In which data type a tensor of the files is written."""
+        return self.types.of_named(name, self.files[name].dtype)
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the weights that are written."""
+        return sum(
+            prod(file.shape) * self.written_dtype(name).itemsize
+            for name, file in self.files.items()
+        )
+
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What an adapter holds in the place of whole tensors of its base model, e.g. by
-        `modules_to_save`.
+        `modules_to_save`; float32 where another data type than the files' is written.
         """
         own = {
-            name: parameter.tensor.detach().to(self.files[name].dtype).contiguous()
+            name: self._held(name, parameter.tensor.detach()).contiguous()
             for name, parameter in self.parameters.items()
             if not is_placeholder(parameter.tensor)
         }
         return self._under_each_name(own)
+
+    def _held(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        stored = self.files[name].dtype
+        return tensor.to(stored if self.written_dtype(name) == stored else torch.float32)
 
     @cached_property
     def trained_rows(self) -> dict[str, list[TrainedRows]]:

@@ -8,6 +8,7 @@ memory.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -206,6 +207,15 @@ class TensorFile:
             written = os.pwrite(self._file.fileno(), rest, position)
             rest, position = rest[written:], position + written
         self._hash.written(first, position)
+
+
+def commonest_dtype(contents: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> torch.dtype:
+    """The data type of most floating-point numbers: `config.json` may say what was loaded."""
+    sizes: Counter[torch.dtype] = Counter()
+    for dtype, shape in contents.values():
+        if dtype.is_floating_point:
+            sizes[dtype] += prod(shape)
+    return sizes.most_common(1)[0][0]
 
 
 def plan_files(

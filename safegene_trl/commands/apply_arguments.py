@@ -19,7 +19,8 @@ class ApplyArguments:
     Args:
         model_name_or_path: Finished checkpoint or LoRA adapter, as a directory or hub id.
         model_revision: Its branch, tag or commit on the hub.
-        dtype: Data type to load and save it in, e.g. float32.
+        dtype: Data type to load it in, and to save it in unless `output.dtype` names another, e.g.
+            float32.
         coefficients: Coefficients to take as they are, instead of recalibrating: a number for every
             layer, the report of an earlier safety step with the same vector, or `interference`
             (EnchTable's rule). The weights are then merged from file to file.

@@ -170,7 +170,8 @@ def estimate_apply(
     base = adapter_base(name, revision)
     origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name})
     model = InputModel(probe.skeleton, load_processor(name, revision), origin)
-    needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(probe.skeleton)
+    merges = config.output.output_format != "adapter"
+    needed = checkpoint_bytes(probe.skeleton, model.written_types(config)) if merges else 0
     try_output(config, model, output_of(config, name), needed)
     return _safeguarding(probe, config, tokenizer, launch, None)
 

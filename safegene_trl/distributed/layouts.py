@@ -55,11 +55,13 @@ class Sharding(Communicator):
         collective_forward: Whether a forward pass needs all ranks.
         first_pass_decides: Whether the first forward pass settles in which type gradients are kept,
             by what is trainable then.
+        widens: Whether the host may turn 16-bit weights into float32 ones to spread them.
     """
 
     kind = "whole"
     collective_forward = False
     first_pass_decides = False
+    widens = False
 
     def __init__(self, device: torch.device, model: nn.Module | None = None, optimizer: Any = None):
         """Of a job, or of a live model, unwrapped from any engine, with its trainer's optimizer."""
@@ -193,6 +195,7 @@ class _Fsdp2(Sharding):
     kind = "fsdp2"
     collective_forward = True
     first_pass_decides = True
+    widens = True  # under mixed precision
 
     def __init__(self, device: torch.device, model: nn.Module, optimizer: Any = None):
         super().__init__(device)

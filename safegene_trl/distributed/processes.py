@@ -68,7 +68,7 @@ def check_parallelism(model: nn.Module, args: TrainingArguments) -> None:
     """Raises, by name, for a way of spreading a model that cannot be safeguarded in place.
 
     Raises:
-        UnsupportedModelError: Tensor, context or sequence parallelism, or FSDP version 1.
+        UnsupportedModelError: Tensor, context, sequence or expert parallelism, or FSDP version 1.
         ConfigError: Every process takes itself for a job of its own.
     """
     launched = launched_processes()
@@ -89,6 +89,9 @@ def check_parallelism(model: nn.Module, args: TrainingArguments) -> None:
     )
     if (getattr(model, "_tp_size", None) or 1) > 1:
         found = "tensor"
+    own = getattr(getattr(model, "config", None), "distributed_config", None)  # transformers' own
+    if (getattr(own, "ep_size", None) or 1) > 1 or getattr(own, "enable_expert_parallel", False):
+        found = "expert"
     if found:
         raise UnsupportedModelError(
             f"The training uses {found} parallelism, which cannot be safeguarded in place: run `safegene apply` on the "

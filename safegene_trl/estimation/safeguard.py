@@ -16,6 +16,7 @@ from ..config.settings import SafeGeneConfig
 from ..data.shots import Shots
 from ..distributed.memory import free_bytes
 from ..models.batch_size import ON_CPU
+from ..models.data_types import WrittenTypes
 from ..models.factors import Factors, allowed_of, describe_place
 from ..recalibration.objective import Objective, Passes
 from ..vectors.safety_vector import SafetyVector
@@ -136,8 +137,9 @@ def _saving(run: PlannedRun, config: SafeGeneConfig) -> Cost:
         vector = ScaledVector(own, dict.fromkeys(own, 0.1))
         if output.output_format != "adapter":
             checkpoint = CheckpointFolder(folder, tokenizer, output.max_shard_size)
-            save_merged(model, vector, checkpoint, probe.alone)
+            types = WrittenTypes.of_model(model, output.dtype)
+            save_merged(model, vector, checkpoint, probe.alone, types)
         if output.output_format != "merged":
-            save_adapter(model, vector, "base", tokenizer, folder / "adapter", probe.alone)
+            save_adapter(model, vector, "", tokenizer, folder / "adapter", probe.alone)
 
     return run.cost(*probe.measure_writing(write, output.output_dir))

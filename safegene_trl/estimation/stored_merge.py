@@ -11,6 +11,7 @@ from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.stored_merge import write_merged
 from ..config.settings import SafeGeneConfig
+from ..models.data_types import WrittenTypes
 from ..vectors.safety_vector import SafetyVector
 from .cost import Cost
 from .probe import Probe, temporary_folder_beside
@@ -28,6 +29,7 @@ def estimate_stored_merge(
             own = deltas[index]
             added = ScaledVector(own, dict.fromkeys(own, 0.1))
             checkpoint = CheckpointFolder(folder, tokenizer, config.output.max_shard_size)
+            stored[index].types = WrittenTypes.of_model(stored[index].model, config.output.dtype)
             write_merged(stored[index], added, checkpoint, show_progress=False)
 
         seconds, memory, disk = probe.measure_writing(write, config.output.output_dir, on_host=True)

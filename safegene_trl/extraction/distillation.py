@@ -26,7 +26,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..checkpoints.scratch import scratch_folder
 from ..distributed.layouts import Sharding, is_whole, sharding_of
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
+from ..models.experts import expert_weights
 from ..models.inputs import Batch, Sample, batches
 from ..models.losses import divergence, response_logits
 from ..models.low_rank import LowRankDelta
@@ -35,6 +36,10 @@ from .linearization import Blocks, blocks_of, linearized
 
 
 ADAPTER = "safety"
+_ON_EXPERTS = (
+    "PEFT puts a LoRA for linear layers beside the experts of this mixture on the experts, so that the vector cannot be trained: "
+    "use `method: delta`."
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def distilled(
 
     Raises:
         ConfigError: Linearised blocks were asked for under ZeRO-3.
+        UnsupportedModelError: The model has none, or they cannot be linearised.
         OutputError: There is no place for the trainer's temporary folder.
     """
     with scratch_folder("the distillation") as folder:
@@ -233,6 +239,10 @@ def _losses(
 def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
     """The model with the vector as a LoRA of its own, the only part that is trained; a LoRA it has
     already stays active.
+
+    Raises:
+        UnsupportedModelError: PEFT puts a LoRA for one of the linear layers elsewhere: in mixtures
+            whose experts had such names once, on the experts.
     """
     rank, names = next(iter(deltas.values())).a.shape[0], own_names(model)
     config = LoraConfig(
@@ -241,13 +251,20 @@ def with_factors(model: Any, deltas: Mapping[str, LowRankDelta]) -> PeftModel:
         target_modules=sorted(names[name] for name in deltas),
         task_type="CAUSAL_LM",
     )
-    if isinstance(model, PeftModel):
-        own = list(model.peft_config)
-        model.add_adapter(ADAPTER, config)
-        tuner: Any = model.base_model
-        tuner.set_adapter([*own, ADAPTER])
-    else:
-        model = get_peft_model(model, config, adapter_name=ADAPTER)
+    try:
+        if isinstance(model, PeftModel):
+            own = list(model.peft_config)
+            model.add_adapter(ADAPTER, config)
+            tuner: Any = model.base_model
+            tuner.set_adapter([*own, ADAPTER])
+        else:
+            model = get_peft_model(model, config, adapter_name=ADAPTER)
+    except ValueError as error:
+        if any(expert_weights(module) for module in model.modules()):
+            raise UnsupportedModelError(_ON_EXPERTS) from error
+        raise
+    if config.target_parameters:
+        raise UnsupportedModelError(_ON_EXPERTS)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{ADAPTER}." in name)
     modules = canonical_modules(model)
@@ -269,6 +286,7 @@ def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManag
 
     Raises:
         ConfigError: Its weights are shared out by ZeRO-3.
+        UnsupportedModelError: There are no such blocks, or they cannot be linearised.
     """
     if blocks is None:
         return nullcontext()
@@ -276,4 +294,4 @@ def expansion(student: PeftModel, blocks: Blocks | None) -> AbstractContextManag
         raise ConfigError(
             "`linearized` needs whole weights in every process: launch with `ddp` instead of `zero3`."
         )
-    return linearized(student, blocks_of(student, blocks), ADAPTER)
+    return linearized(student, blocks_of(student, blocks, ADAPTER), ADAPTER)

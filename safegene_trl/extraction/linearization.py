@@ -27,15 +27,19 @@ from ..models.parameters import base_model, canonical_modules
 Blocks = Literal["attention", "mlp", "both"]
 
 
-def blocks_of(model: PeftModel, kind: Blocks) -> list[nn.Module]:
-    """The attention or MLP blocks (or both kinds) with LoRA layers in them: the parts that a
+def blocks_of(model: PeftModel, kind: Blocks, adapter: str) -> list[nn.Module]:
+    """The attention or MLP blocks (or both kinds) that a LoRA has layers in: the parts that a
     transformer layer consists of.
 
     Raises:
         UnsupportedModelError: There are none.
     """
     modules = canonical_modules(model)
-    parts = {_part(name) for name, module in modules.items() if isinstance(module, LoraLayer)}
+    parts = {
+        _part(name)
+        for name, module in modules.items()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
+    }
     found = [
         part
         for part in sorted(part for part in parts if part is not None)

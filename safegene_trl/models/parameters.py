@@ -3,7 +3,7 @@ or PEFT).
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,18 +205,26 @@ class StoredForm:
     """How checkpoint files hold the tensors of a live model; it is looked through once for all that
     they hold whole.
 
+    Args:
+        model: The live model.
+        parameters: All of its tensors.
+        dtype_of: In which data type each is written.
+
     Attributes:
         contents: Empty tensors by their names in the files.
         names: Of a live tensor that the files hold whole its name there; none of one that is fused
             in the model.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Parameter]):
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[Parameter],
+        dtype_of: Callable[[Parameter], torch.dtype],
+    ):
         self._model = model
         marks = {
-            parameter.name: torch.empty(
-                parameter.shape, dtype=parameter.tensor.dtype, device="meta"
-            )
+            parameter.name: torch.empty(parameter.shape, dtype=dtype_of(parameter), device="meta")
             for parameter in parameters
         }
         self.contents = revert_weight_conversion(base_model(model), dict(marks))

@@ -43,8 +43,9 @@ def apply(
             written.
         model_name_or_path: Directory or hub id of the checkpoint or adapter.
         model_revision: Its branch, tag or commit on the hub.
-        dtype: Data type to load and save it in: `auto` (its own), `float32`, `float16` or
-            `bfloat16`. With `coefficients` it stays `auto`.
+        dtype: Data type to load it in, and to save it in unless `output.dtype` names another:
+            `auto` (its own), `float32`, `float16` or `bfloat16`. With `coefficients` it stays
+            `auto`.
         coefficients: Do not search: one number λ (0 or more, at most 100) for every layer; or the
             report of an earlier safety step with the same vector, a file or the folder it lies in;
             or `interference`, the rule of EnchTable (arXiv 2511.09880).
@@ -119,7 +120,7 @@ def check_arguments(
         )
     if given is not None and dtype != "auto":
         raise ConfigError(
-            "With `coefficients` the checkpoint keeps its own data type: leave out `dtype`."
+            "With `coefficients` nothing is loaded: leave out `dtype`, and name the type that is written as `output.dtype`."
         )
     name = str(model_name_or_path or "")
     if not name:

@@ -31,7 +31,7 @@ def safeguard_loaded(
         name_or_path: Directory or hub id of the checkpoint or adapter.
         revision: Its branch, tag or commit on the hub.
         target: Folder of the checkpoint to be.
-        dtype: Data type to load and save it in.
+        dtype: Data type to load it in, and to save it in unless the config names another.
         allow_pickled_shards: Read DeepSpeed's shards, which are pickle files.
 
     Raises:

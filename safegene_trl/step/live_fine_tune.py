@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..checkpoints.adapter_output import save_adapter
-from ..checkpoints.live_merge import save_merged
+from ..checkpoints.live_merge import check_ranges, save_merged
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.reloaded import can_reload, reloaded
 from ..models.attachment import VectorAttachment, frozen_for_calibration
@@ -116,6 +116,8 @@ class LiveFineTune:
         with self.sharding.raising_together():
             check_finished(self.model, plan.merges or plan.origin.kind == "full")
         self.sharding.reshard()
+        if self._merges_live:
+            check_ranges(self.model, plan.types, self.sharding)
         with closing(self._weights):
             result = self._recalibrate()
             report.coefficients, report.history = result.coefficients, result.history
@@ -181,7 +183,8 @@ class LiveFineTune:
         if self._merges_live:
             vector = ScaledVector(self.vector.deltas, by_module)
             self._rounding = TriedRounding()
-            return merged_weights(self.model, vector, self.sharding, self._rounding)
+            types = self.plan.types
+            return merged_weights(self.model, vector, self.sharding, self._rounding, types)
         return beside_weights(self.model, self.vector.deltas, by_module, self.sharding)
 
     def _measured(
@@ -227,7 +230,7 @@ class LiveFineTune:
         if plan.merges:
             checkpoint = plan.merged_folder(folder, found.coefficients)
             if self.quantized is None:
-                save_merged(self.model, vector, checkpoint, self.sharding)
+                save_merged(self.model, vector, checkpoint, self.sharding, plan.types)
             else:
                 with self.sharding.on_main_rank() as working:
                     if working:
@@ -253,7 +256,7 @@ class LiveFineTune:
         distances = {}
         with frozen_for_calibration(self.model):
             if self._merges_live:
-                with as_written(self.model, folder, self.sharding):
+                with as_written(self.model, folder, self.sharding, self.plan.types):
                     logits = self._probe.logits(self.model)
                     distances["merged"] = self._probe.distance(logits, MERGED_TOLERANCE, DAMAGED)
                     distances |= self._reloaded(folder, self._probe)

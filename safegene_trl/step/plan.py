@@ -24,6 +24,7 @@ from ..config.search import Granularity
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
+from ..models.data_types import WrittenTypes
 from ..models.parameters import canonical_modules, vocabulary_rows
 from ..models.supported import check_experts, check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
@@ -67,15 +68,22 @@ class InputModel:
         model: As it is now, live or without weights; it is left as it is.
         processor: Its tokenizer, or the processor that holds it; saved with the checkpoint.
         origin: Where the fine-tune comes from.
+        loaded: Where the host may have widened weights to spread them: the data types that they had
+            before, by checkpoint name.
     """
 
     model: nn.Module
     processor: Any
     origin: Origin
+    loaded: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return getattr(self.processor, "tokenizer", self.processor)
+
+    def written_types(self, config: SafeGeneConfig) -> WrittenTypes:
+        """In which data types its tensors are written."""
+        return WrittenTypes.of_model(self.model, config.output.dtype, self.loaded)
 
 
 @dataclass
@@ -85,6 +93,7 @@ class Plan:
 
     Attributes:
         processor: What is saved with the checkpoint: the tokenizer, or the processor that holds it.
+        types: In which data types a merged checkpoint is written.
         granularity: Of the coefficients.
         carried: Coefficients with which the model's weights hold the vector already, by name.
         report: What is known so far; the whole report in the end, also after a failure.
@@ -97,6 +106,7 @@ class Plan:
     target: Path
     sharding: Sharding
     origin: Origin
+    types: WrittenTypes
     granularity: Granularity
     carried: Carried
     report: Report
@@ -277,6 +287,7 @@ def plan_step(
         target,
         sharding,
         origin,
+        input_model.written_types(config),
         config.search.granularity,
         Carried({}),
         report,

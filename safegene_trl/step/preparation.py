@@ -12,7 +12,7 @@ import torch
 from datasets import IterableDataset
 from torch import nn
 
-from ..checkpoints.live_merge import checkpoint_bytes
+from ..checkpoints.live_merge import check_ranges, checkpoint_bytes
 from ..checkpoints.reloaded import can_reload, reloaded
 from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..config.settings import SafeGeneConfig
@@ -23,9 +23,10 @@ from ..distributed.shapes import class_name
 from ..errors import ConfigError, UnsupportedModelError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import NO_ROOM_TO_CHECK, check_room, naming_shortage
+from ..models.data_types import WrittenTypes
 from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import response_logits
-from ..models.parameters import base_model, context_length
+from ..models.parameters import base_model, canonical_parameters, context_length
 from ..models.replacement import without_adapters
 from ..models.supported import check_adapter_output, check_supported
 from ..text import one_line
@@ -97,9 +98,13 @@ def prepare(
             check_adapter_output(model)
             _check_base(input_model.origin)
             check_base_vocabulary(model, input_model.origin)
-        needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model)
+        types = input_model.written_types(config)
+        needed = 0 if config.output.output_format == "adapter" else checkpoint_bytes(model, types)
     quantized = quantized_step(config, input_model, sharding)
-    needed = needed if quantized is None else quantized.needed_bytes
+    if quantized is None:
+        _check_types(model, types, sharding)
+    else:
+        needed = quantized.needed_bytes
     plan = plan_step(config, input_model, target, sharding, needed)
     if quantized is not None:
         with plan.clock.phase("prepare"), sharding.on_main_rank() as working:
@@ -133,6 +138,15 @@ def prepare(
         _check_reloads(model, sample, sharding)
         attachment.verify(sample)
     return Preparation(plan, shots, start, quantized)
+
+
+def _check_types(model: nn.Module, types: WrittenTypes, sharding: Sharding) -> None:
+    """Collective: raises where a merged checkpoint could not be measured, or written, in these data
+    types.
+    """
+    with sharding.raising_together():
+        types.check_measurable(canonical_parameters(model))
+    check_ranges(model, types, sharding)
 
 
 def _check_base(origin: Origin) -> None:

@@ -21,6 +21,7 @@ from ..checkpoints.stored_model import StoredModel
 from ..config.settings import SafeGeneConfig
 from ..distributed.layouts import Sharding
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..models.data_types import WrittenTypes
 from ..models.parameters import base_model
 from ..models.quantized import describe_quantized
 from ..models.rounding import Rounding
@@ -44,7 +45,7 @@ class QuantizedStep:
     @property
     def needed_bytes(self) -> int:
         """Size of the merged checkpoint's weights."""
-        return sum(file.num_bytes for file in self.base.files.values()) if self.base else 0
+        return self.base.written_bytes if self.base else 0
 
     def check(self, model: nn.Module, plan: Plan) -> None:
         """Raises where the files are not those of the live base; says in the report what is
@@ -149,4 +150,5 @@ def quantized_step(
         if working and config.output.output_format != "adapter":
             origin = given.origin
             base = open_base(named or origin.base, None if named else origin.revision)
+            base.types = WrittenTypes.of_model(base.model, config.output.dtype)
     return QuantizedStep(kind, base)

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from ..checkpoints.adapter_output import read_adapter
+from ..checkpoints.live_merge import OWN_TYPES
 from ..checkpoints.read_ahead import ReadAhead
 from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding
 from ..errors import CheckpointError
+from ..models.data_types import WrittenTypes, name_of
 from ..models.experts import stored_pieces
 from ..models.low_rank import broadcast_deltas
 from ..models.parameters import Parameter, StoredForm, canonical_parameters
@@ -29,12 +31,15 @@ class WrittenTensors:
         model: The live model.
         folder: The checkpoint; None on other ranks.
         files: Holds its files open for as long as values are asked for.
+        types: In which data types it was to be written.
 
     Raises:
-        CheckpointError: A tensor of the model is not in the files.
+        CheckpointError: A tensor of the model is not in the files, or of another data type.
     """
 
-    def __init__(self, model: nn.Module, folder: Path | None, files: ExitStack):
+    def __init__(
+        self, model: nn.Module, folder: Path | None, files: ExitStack, types: WrittenTypes
+    ):
         # by the names of live tensors the pieces of them in the files, one below the other; one that
         # is not among them is held in another form: no vector and no LoRA acts on it, and the live
         # one is what it was
@@ -43,11 +48,17 @@ class WrittenTensors:
         if folder is None:
             return
         stored, parameters = stored_tensors(folder), list(canonical_parameters(model))
-        form = StoredForm(model, parameters)
+        form = StoredForm(model, parameters, types.of)
         if missing := sorted(form.contents.keys() - stored.keys()):
             raise CheckpointError(
                 f"The written checkpoint lacks {missing[0]}: run it again, and report this."
             )
+        for name, meant in form.contents.items():
+            if stored[name].dtype != meant.dtype:
+                raise CheckpointError(
+                    f"`{name}` in the written checkpoint is {name_of(stored[name].dtype)} and was to be {name_of(meant.dtype)}: run it "
+                    "again, and report this."
+                )
         self._left = stored.keys() - form.contents.keys()
         self._pieces = {
             each.name: [form.names[each.name]] if each.name in form.names else _pieces(model, each)
@@ -80,12 +91,14 @@ def _pieces(model: nn.Module, parameter: Parameter) -> list[str]:
 
 
 @contextmanager
-def as_written(model: nn.Module, folder: Path, sharding: Sharding) -> Iterator[None]:
+def as_written(
+    model: nn.Module, folder: Path, sharding: Sharding, types: WrittenTypes = OWN_TYPES
+) -> Iterator[None]:
     """While open, every tensor of a live model holds what a checkpoint's files say."""
     with ExitStack() as held:
         with ExitStack() as files:
             with sharding.raising_together():
-                value = WrittenTensors(model, folder if sharding.is_main else None, files)
+                value = WrittenTensors(model, folder if sharding.is_main else None, files, types)
             held.enter_context(replaced(list(canonical_parameters(model)), value, sharding))
         held.enter_context(without_adapters(model))
         with sharding.raising_together():

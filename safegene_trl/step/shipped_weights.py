@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.live_merge import merged_tensor
+from ..checkpoints.live_merge import OWN_TYPES, merged_tensor
 from ..checkpoints.merge_terms import ScaledVector
 from ..distributed.layouts import Sharding
 from ..errors import OutputError
 from ..models.attachment import VectorAttachment
 from ..models.coefficients import CoefficientSpace
+from ..models.data_types import WrittenTypes
 from ..models.experts import factors_on
 from ..models.low_rank import LowRankDelta
 from ..models.names import shared_parameter
@@ -91,16 +92,21 @@ class TriedRounding(Rounding):
 
 @contextmanager
 def merged_weights(
-    model: nn.Module, vector: ScaledVector, sharding: Sharding, rounding: Rounding | None = None
+    model: nn.Module,
+    vector: ScaledVector,
+    sharding: Sharding,
+    rounding: Rounding | None = None,
+    types: WrittenTypes = OWN_TYPES,
 ) -> Iterator[None]:
     """While open, the weights are those of a merged checkpoint: the LoRA folded in, added in
-    float32, rounded to their data type.
+    float32, rounded to the data type that is written.
 
     Args:
         model: The live fine-tune.
         vector: What its weights still lack.
         sharding: How the model is spread over ranks.
         rounding: Is told what the data types leave of the vector's part.
+        types: In which data types it is written; live tensors can hold them.
     """
 
     shared = {shared_parameter(name) for name in vector.deltas}
@@ -112,9 +118,10 @@ def merged_weights(
             acted_on = parameter.module_name in vector.deltas or bool(rows)
         else:
             acted_on = parameter.canonical in shared
-        if not (acted_on or factors_on(parameter)):
+        rounded = types.of(parameter) != parameter.tensor.dtype
+        if not (acted_on or rounded or factors_on(parameter)):
             return None
-        return merged_tensor(parameter, vector, sharding, rounding)
+        return merged_tensor(parameter, vector, sharding, rounding, types)
 
     with (
         replaced(list(canonical_parameters(model)), merged, sharding),

@@ -61,13 +61,10 @@ def merge_stored(
     )
     if config.output.output_format != "merged":
         check_base_vocabulary(stored.model, origin)
-    needed = (
-        0
-        if config.output.output_format == "adapter"
-        else sum(t.num_bytes for t in stored.files.values())
-    )
     alone = Sharding(torch.device("cpu"))
     input_model = InputModel(stored.model, load_processor(name_or_path, revision), origin)
+    stored.types = input_model.written_types(config)
+    needed = 0 if config.output.output_format == "adapter" else stored.written_bytes
     plan = plan_step(config, input_model, target, alone, needed)
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
     with plan.clock.phase("prepare"):

@@ -5,18 +5,22 @@ import math
 import pytest
 import torch
 
-from benchmarks.baselines import norm
+from benchmarks.baselines import norm, one_shot
 from benchmarks.baselines.antidote import antidote
 from benchmarks.baselines.controls import random_layers, random_vector
 from benchmarks.baselines.enchtable import enchtable
 from benchmarks.baselines.few_shot import adapter_updates, few_shot_update
-from benchmarks.baselines.moments import input_moments
+from benchmarks.baselines.few_shot_tuned import losses_by_steps, tuned_few_shot_update
+from benchmarks.baselines.held_out import held_out_loss, lowest
+from benchmarks.baselines.lssf import lssf, safety_rank
+from benchmarks.baselines.moments import input_moments, output_directions
 from benchmarks.baselines.projection import alignment_matrix, projected
 from benchmarks.baselines.resta import resta
 from benchmarks.baselines.safe_delta import compensated, damped, safe_delta
 from benchmarks.baselines.safelora import safelora
 from benchmarks.baselines.safemerge import safemerge
 from benchmarks.baselines.salora import SaLoRALinear, insert, safety_basis, task_start
+from benchmarks.baselines.wise_ft import chosen_wise_ft, wise_ft
 from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.models.inputs import Sample
 from safegene_trl.models.low_rank import LowRankDelta
@@ -224,9 +228,7 @@ def test_few_shot_lora_learns_its_shots():
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9])))
 
     before = loss(model)
-    update = few_shot_update(
-        model, shots, pad_id=0, rank=4, steps=60, learning_rate=3e-3, batch_size=2
-    )
+    update = few_shot_update(model, shots, pad_id=0, rank=4, steps=60, learning_rate=3e-3)
     plain = make_model()
     with torch.no_grad():
         for name, matrix_ in update.items():
@@ -247,3 +249,188 @@ def test_update_of_an_adapter():
     )
     torch.testing.assert_close(found[name], expected)
     assert len(found) == 3 * 7
+
+
+# What chooses its settings by the held-out shots.
+
+
+def sample(*tokens, prompt=2):
+    return Sample(list(tokens), [False] * prompt + [True] * (len(tokens) - prompt))
+
+
+@pytest.fixture(scope="module")
+def shots():
+    return CalibrationSet(
+        harmful=Split(
+            [sample(5, 6, 7, 8, 9), sample(5, 7, 11, 9)], [sample(6, 5, 7, 8, 9), sample(6, 9, 8)]
+        ),
+        task=Split([sample(20, 21, 22)], [sample(23, 21, 22)]),
+        benign=Split([sample(30, 31, 32, 33)], [sample(34, 31, 32, 33)]),
+    )
+
+
+@torch.no_grad()
+def nats(model, samples):
+    """Per response token."""
+    found = []
+    for one in samples:
+        logits = model(torch.tensor([one.input_ids])).logits[0].log_softmax(dim=-1)
+        found += [
+            -logits[i - 1, one.input_ids[i]] for i, said in enumerate(one.is_response) if said
+        ]
+    return float(torch.stack(found).mean())
+
+
+def plus(update):
+    model = make_model(layers=2)
+    with torch.no_grad():
+        for name, matrix_ in update.items():
+            model.get_submodule(name).weight += matrix_
+    return model
+
+
+def test_held_out_loss_is_the_sum_of_three_means(shots):
+    model = make_model(layers=2)
+    harmful, benign, task = (
+        nats(model, split.held_out) for split in (shots.harmful, shots.benign, shots.task)
+    )
+    assert held_out_loss(model, shots, 0) == pytest.approx(harmful + benign + task, rel=1e-4)
+    without = CalibrationSet(shots.harmful, shots.task)
+    assert held_out_loss(model, without, 0) == pytest.approx(harmful + task, rel=1e-4)
+
+
+def test_of_settings_the_first_with_the_lowest_loss():
+    assert lowest({"a": 2.0, "b": 1.0, "c": 1.0}) == "b"
+    assert lowest({"a": math.nan, "b": math.inf, "c": 9.0}) == "c"
+    assert lowest({"a": math.nan}) == "a"
+
+
+def test_few_shot_lora_is_tuned_on_what_it_did_not_learn(shots):
+    seen = CalibrationSet(*(Split(s.fit, []) for s in (shots.harmful, shots.task, shots.benign)))
+    model = make_model(layers=2)
+    found = {}
+    for rate in (1e-4, 3e-3):
+        found |= {
+            (steps, rate): loss
+            for steps, loss in losses_by_steps(model, shots, 0, (1, 3), rate, 7).items()
+        }
+        for steps in (1, 3):
+            update = few_shot_update(model, seen, 0, steps=steps, learning_rate=rate, seed=7)
+            loss = held_out_loss(plus(update), shots, 0)
+            assert found[steps, rate] == pytest.approx(loss, rel=1e-4)
+    steps, rate = min(found, key=found.get)
+    assert (steps, rate) == (3, 3e-3)  # so that neither the first nor an arbitrary one is right
+    update, about = tuned_few_shot_update(model, shots, 0, (1, 3), (1e-4, 3e-3), seed=7)
+    assert (about["steps"], about["learning_rate"]) == (steps, rate)
+    assert about["held_out"]["3 steps at 0.003"] == pytest.approx(found[3, 3e-3], abs=1e-3)
+    on_all = few_shot_update(model, shots, 0, steps=3, learning_rate=3e-3, seed=7)
+    for name, matrix_ in update.items():
+        torch.testing.assert_close(matrix_, on_all[name])
+
+
+def test_one_shot_patch_learns_one_refusal(shots, monkeypatch):
+    monkeypatch.setattr(one_shot, "RATE", 3e-3)
+    monkeypatch.setattr(one_shot, "STEPS", 3)
+    model = make_model(layers=2)
+    nothing = Split([], [])
+    alone = [
+        few_shot_update(
+            model, CalibrationSet(Split([refusal], []), nothing), 0, steps=3, learning_rate=3e-3
+        )
+        for refusal in shots.harmful.fit
+    ]
+    losses = [held_out_loss(plus(update), shots, 0) for update in alone]
+    update, about = one_shot.one_shot_update(model, shots, 0)
+    best = losses.index(min(losses))
+    assert about["candidate"] == best and about["steps"] == 3
+    assert about["held_out"] == pytest.approx(losses, abs=1e-3)
+    for name, matrix_ in update.items():
+        torch.testing.assert_close(matrix_, alone[best][name])
+    before = nats(model, [shots.harmful.fit[best]])
+    assert nats(plus(update), [shots.harmful.fit[best]]) < before - 0.1
+    monkeypatch.setattr(one_shot, "ENOUGH", before + 9)  # there is nothing left to learn
+    monkeypatch.setattr(one_shot, "CANDIDATES", 1)
+    _, about = one_shot.one_shot_update(model, shots, 0)
+    assert about["steps"] == 1 and len(about["held_out"]) == 1
+
+
+def test_wise_ft_scales_by_the_best_of_the_grid():
+    update = {"a": matrix(3, 4), "b": matrix(2, 2, seed=1)}
+    half = wise_ft(update, 0.5)
+    for name, matrix_ in update.items():
+        torch.testing.assert_close(half[name], matrix_ / 2)
+    found, about = chosen_wise_ft(
+        update, lambda scaled: (float(scaled["a"][0, 0] / update["a"][0, 0]) - 0.7) ** 2
+    )
+    assert about["alpha"] == 0.75 and about["held_out"]["0.25"] == pytest.approx(0.2025)
+    torch.testing.assert_close(found["b"], 0.75 * update["b"])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 6), (6, 4), (5, 5)])
+def test_output_directions_are_those_of_the_outputs(rows, columns):
+    weight, x = matrix(rows, columns), matrix(columns, 40, seed=1)
+    u, s, _ = torch.linalg.svd(weight @ x / math.sqrt(40), full_matrices=False)
+    directions, values = output_directions(weight, x @ x.T / 40)
+    assert directions.shape == (rows, min(rows, columns))
+    kept = values[: min(rows, columns)]
+    torch.testing.assert_close(kept, s[: len(kept)], atol=1e-4, rtol=1e-3)
+    for k in range(1, min(rows, columns)):
+        torch.testing.assert_close(
+            directions[:, :k] @ directions[:, :k].T, u[:, :k] @ u[:, :k].T, atol=1e-3, rtol=1e-3
+        )
+
+
+def test_rank_by_the_entropy_that_is_kept():
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    shares = values**2 / 30
+    terms = [-float(p * p.log()) for p in shares]
+    for rank in (1, 2, 3):
+        kept = sum(terms[:rank]) / sum(terms)
+        assert safety_rank(values, kept - 1e-4) == rank
+        assert safety_rank(values, kept + 1e-4) == rank + 1
+    assert safety_rank(values, 1.0) == 4
+    assert safety_rank(torch.tensor([2.0, 0.0]), 0.85) == 1
+
+
+def test_lssf_adds_what_lies_in_the_safety_subspace():
+    weight, x = matrix(6, 5), matrix(5, 50, seed=1) * torch.tensor([9.0, 4, 1, 0.1, 0.1])[:, None]
+    update, vector = matrix(6, 5, seed=2), matrix(6, 5, seed=3)
+    u, s, _ = torch.linalg.svd(weight @ x)
+    rank = safety_rank(s, 0.85)
+    assert 1 < rank < 5
+    expected = update + 2.0 * u[:, :rank] @ u[:, :rank].T @ vector
+    found, ranks = lssf(
+        {"m": update, "alone": update},
+        {"m": vector, "not tuned": vector},
+        {"m": weight},
+        {"m": x @ x.T / 50},
+        weight=2.0,
+    )
+    assert ranks == {"m": rank} and set(found) == {"m", "alone"}
+    torch.testing.assert_close(found["m"], expected, atol=1e-3, rtol=1e-3)
+    assert found["alone"] is update
+
+
+def test_baselines_take_16_bit_weights():
+    """As a model on an accelerator has them; what they return is float32 all the same."""
+    weight, x = matrix(6, 5).bfloat16(), matrix(5, 50, seed=1)
+    moment, update = x @ x.T / 50, {"m": matrix(6, 5, seed=2)}
+    assert antidote(update, {"m": weight}, {"m": moment}, 0.2)["m"].dtype == torch.float32
+    assert lssf(update, update, {"m": weight}, {"m": moment})[0]["m"].dtype == torch.float32
+    base = torch.nn.Linear(5, 6, bias=False, dtype=torch.bfloat16)
+    basis = safety_basis(base.weight.detach(), moment, rank=2)
+    layer = SaLoRALinear(base, basis, *task_start(base.weight.detach(), moment, 2))
+    y = layer(x.T.bfloat16())
+    assert y.dtype == torch.bfloat16 and torch.equal(y, base(x.T.bfloat16()))
+    assert layer.update().dtype == torch.float32
+
+
+def test_a_new_lora_in_a_16_bit_model_is_float32(shots):
+    model = make_model(layers=2).bfloat16()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    update = few_shot_update(model, shots, 0, steps=2, learning_rate=1e-4)
+    # in bfloat16 steps of this size would be the same for most entries
+    moved = update["model.layers.0.mlp.up_proj"]
+    assert moved.dtype == torch.float32 and moved.unique().numel() > 0.9 * moved.numel()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])

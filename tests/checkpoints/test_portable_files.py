@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from safegene_trl.checkpoints import portable_files
 from safegene_trl.checkpoints.portable_files import save_config, save_processor
 
+from ..sentencepiece_files import save_pieces
+
 
 LLAMA_3 = {
     "factor": 8.0,
@@ -309,6 +311,67 @@ def test_a_tokenizer_that_would_be_read_otherwise_stays_as_it_was(tokenizer, tmp
     save_processor(tokenizer, folder)
     own = _folder(tokenizer, tmp_path / "own") / "tokenizer_config.json"
     assert (folder / "tokenizer_config.json").read_text() == own.read_text()
+
+
+@pytest.fixture(scope="module")
+def with_pieces(tmp_path_factory):
+    """A model's folder with a tokenizer of SentencePiece, as Llama 2 and Gemma were released."""
+    folder = tmp_path_factory.mktemp("pieces")
+    save_pieces(folder)
+    return folder
+
+
+def test_the_file_of_sentencepiece_goes_along(with_pieces, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(with_pieces)
+    tokenizer.add_special_tokens({"pad_token": "<|new pad|>"})
+    save_processor(tokenizer, tmp_path)
+    file = tmp_path / "tokenizer.model"
+    assert file.read_bytes() == (with_pieces / "tokenizer.model").read_bytes()
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    number = str(tokenizer.pad_token_id)
+    assert told[number]["content"] == "<|new pad|>" and told[number]["special"] is True
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert read.get_vocab() == tokenizer.get_vocab()
+    assert read("sort item 3 into a box") == tokenizer("sort item 3 into a box")
+    assert read.added_tokens_decoder == tokenizer.added_tokens_decoder
+
+
+def test_it_is_looked_for_beside_the_model_that_was_fine_tuned(with_pieces, tmp_path, caplog):
+    AutoTokenizer.from_pretrained(with_pieces).save_pretrained(tmp_path / "trained")
+    assert not (tmp_path / "trained" / "tokenizer.model").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    for name, base in (("one", str(with_pieces)), ("other", "")):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_processor(tokenizer, folder, base)
+        assert (folder / "tokenizer.model").is_file() is bool(base)
+        assert ("llama.cpp's converter" in caplog.text) is not bool(base)
+
+
+def test_pieces_of_another_tokenizer_are_left_where_they_are(with_pieces, tmp_path, caplog):
+    other = tmp_path / "other"
+    other.mkdir()
+    save_pieces(other, size=420)
+    AutoTokenizer.from_pretrained(with_pieces).save_pretrained(tmp_path / "trained")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_processor(tokenizer, folder, str(other))
+    assert not (folder / "tokenizer.model").exists()
+    assert "llama.cpp's converter" in caplog.text
+
+
+def test_pieces_that_change_how_it_is_read_are_taken_away(with_pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr(portable_files, "_reads_as", lambda *args: False)
+    save_processor(AutoTokenizer.from_pretrained(with_pieces), tmp_path)
+    assert not (tmp_path / "tokenizer.model").exists()
+    assert "added_tokens_decoder" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def test_no_other_tokenizer_is_looked_for_on_the_hub(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(portable_files, "cached_file", lambda *args: pytest.fail("looked for"))
+    save_processor(tokenizer, tmp_path, "somebody/model")
+    assert caplog.text == ""
 
 
 def _folder(tokenizer, folder):

@@ -8,19 +8,20 @@ from peft import (
     PeftModel,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from safegene_trl.checkpoints import row_blocks
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.checkpoints.merge_terms import ScaledVector
-from safegene_trl.checkpoints.stored_merge import write_merged
+from safegene_trl.checkpoints.stored_merge import check_written, write_merged
 from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.checkpoints.tensor_file import stored_tensors
 from safegene_trl.errors import CheckpointError, OutputError, UnsupportedModelError
+from safegene_trl.models.data_types import WrittenTypes
 from safegene_trl.models.low_rank import LowRankDelta
 
-from ..conftest import ALONE, make_deltas, make_model, with_lora
+from ..conftest import ALONE, make_deltas, make_model, small_shape, with_lora
 
 
 COEFFICIENTS = {"model.layers.1.self_attn.q_proj": 0.0}
@@ -295,3 +296,68 @@ def test_a_vector_on_a_tied_weight_is_refused(module, tokenizer, tmp_path):
             load_file(each / "model.safetensors") for each in (free, tmp_path / "merged")
         )
         torch.testing.assert_close(after["lm_head.weight"], before["lm_head.weight"] + 0.5)
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["LoRA", "saved"])
+def test_the_sum_is_cast_once_to_the_type_that_is_asked(
+    held, dtype, options, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(row_blocks, "BLOCK_ITEMS", 100)
+    base = make_model(tied=False).to(getattr(torch, held))
+    saved(base, tokenizer, tmp_path / "base")
+    adapted = with_lora(make_model(tied=False), **options)
+    with torch.no_grad():
+        if options:
+            adapted.base_model.lm_head.modules_to_save["default"].weight.add_(1e-3)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    deltas = make_deltas(make_model())
+    vector = ScaledVector(deltas, dict.fromkeys(deltas, 0.7))
+
+    def written(name):
+        stored = StoredModel.open(str(tmp_path / "adapter"))
+        stored.types = WrittenTypes.of_model(stored.model, name)
+        (tmp_path / name).mkdir()
+        folder = CheckpointFolder(tmp_path / name, tokenizer, "5GB")
+        write_merged(stored, vector, folder, show_progress=False)
+        assert check_written(stored, vector, folder.path) == len(stored.files)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert sum(tensor.nbytes for tensor in tensors.values()) == stored.written_bytes
+        named = json.loads((tmp_path / name / "config.json").read_text())["dtype"]
+        assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, named)}
+        assert named == name
+        return tensors
+
+    exact = written("float32")
+    lora = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    if options:  # its float32 numbers did not pass through the files' type
+        assert torch.equal(exact["lm_head.weight"], lora["base_model.model.lm_head.weight"])
+    cast = exact if dtype == "float32" else written(dtype)
+    for name, tensor in cast.items():
+        assert torch.equal(tensor, exact[name].to(getattr(torch, dtype)))
+
+
+def test_a_number_that_the_asked_type_cannot_hold_is_named(tokenizer, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 70000.0  # no vector acts on it
+    stored = StoredModel.open(str(saved(model, tokenizer, tmp_path / "model")))
+    stored.types = WrittenTypes.of_model(stored.model, "float16")
+    (tmp_path / "out").mkdir()
+    folder, deltas = CheckpointFolder(tmp_path / "out", tokenizer, "5GB"), make_deltas(model)
+    with pytest.raises(OutputError, match=r"layers\.0\.mlp\.up_proj\.weight` has a number of 7e"):
+        write_merged(stored, ScaledVector(deltas, dict.fromkeys(deltas, 0.7)), folder)
+
+
+def test_the_config_names_one_type_for_all_models_in_it(tokenizer, tmp_path):
+    text = small_shape(num_hidden_layers=1, dtype="bfloat16")
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, dtype="bfloat16")
+    model = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    CheckpointFolder(tmp_path, tokenizer, "5GB").save_record(model, torch.float16)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["dtype"] == "float16"
+    assert written["text_config"].get("dtype", "float16") == "float16"

@@ -104,11 +104,23 @@ def test_a_column_that_the_trainer_lacks_is_named(row, words, message, run):
         ({"conversations": SHAREGPT}, []),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, []),
         ({"input_ids": [5, 6, 7]}, []),
-        ({"anything": "a"}, ["--dataset_kwargs", '{"skip_prepare_dataset": true}']),
+        pytest.param(
+            {"anything": "a"},
+            ["--dataset_kwargs", '{"skip_prepare_dataset": true}'],
+            marks=pytest.mark.skipif(
+                "dataset_kwargs" not in SFTConfig._VALID_DICT_FIELDS,
+                reason="TRL 1.9 takes `dataset_kwargs` in a recipe only",
+            ),
+        ),
     ],
 )
 def test_what_the_trainer_can_read_reaches_it(row, words, run):
     assert run([row] * 3, *words)[0] == "made"
+
+
+def test_a_recipe_whose_rows_are_prepared_reaches_it(run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset_kwargs: {skip_prepare_dataset: true}\n")
+    assert run([{"anything": "a"}] * 3, "--config", str(tmp_path / "recipe.yaml"))[0] == "made"
 
 
 @pytest.mark.parametrize(

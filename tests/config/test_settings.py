@@ -285,7 +285,7 @@ def test_a_report_brings_its_config_back():
     found = config.to_dict()
     groups = [found.pop(name) for name in ("data", "search", "measure", "output")]
     flat = found | {key: value for group in groups for key, value in group.items()}
-    assert len(flat) == 44 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
+    assert len(flat) == 45 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
 
 
 FLAT = {"vector": "v", "max_evaluations": 3, "history": "h.jsonl", "seed": 4}
@@ -386,3 +386,10 @@ def test_a_block_that_is_none_is_not_replaced_without_a_word():
 def test_a_name_that_begins_with_the_word_is_meant_before_one_like_it(word, known, found):
     said = nearest(word, known)
     assert said == (f"; did you mean `{found}`?" if found else ".")
+
+
+def test_the_data_type_of_a_merge_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="adapter` writes none: leave one of them out"):
+        OutputConfig(dtype="bfloat16", output_format="adapter")
+    with pytest.raises(ConfigError, match=r"`output.dtype` is 'float8'"):
+        OutputConfig(dtype="float8")

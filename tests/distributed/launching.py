@@ -29,11 +29,15 @@ def torchrun(
     processes: int = 2,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess:
-    """A launch of `processes` ranks; both streams come back as `stdout`."""
+    """A launch of `processes` ranks; both streams come back as `stdout`.
+
+    On a free port: torch 2.8 takes 29500 for every launch else, and two files can launch at once.
+    """
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         str(processes),
         *arguments,

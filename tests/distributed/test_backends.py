@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from safegene_trl import SafeGeneConfig
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
@@ -170,6 +170,51 @@ def saved_fine_tune(base: Path, folder: Path, lora: bool):
             parameter.data = tensors.pop(key)
     assert not tensors
     return model
+
+
+# of the fine-tune's weights as loaded; as they are live; what is asked for; what is written
+TYPES = {
+    "fsdp2": [
+        ("bfloat16", {"arguments": {"bf16": True}}, "auto", "bfloat16"),
+        ("float32", {"arguments": {"bf16": True}}, "auto", "float32"),
+        ("float32", {}, "float16", "float16"),
+    ],
+    "zero3": [("float32", {}, "bfloat16", "bfloat16")],
+}
+
+
+@pytest.mark.parametrize("backend", TYPES)
+def test_the_data_type_that_is_written(backend, family, tmp_path):
+    plans = []
+    for loaded, options, asked, written in TYPES[backend]:
+        plan = plan_of(family, tmp_path, backend, False, False, loaded, False) | options
+        plan["out"] = str(tmp_path / f"{loaded}-{written}")
+        plan["config"] = {"output": {"dtype": asked}}
+        plans.append(plan)
+    run_plans(tmp_path, plans, timeout=800)
+    for plan, (_, _, _, written) in zip(plans, TYPES[backend], strict=True):
+        folder, dtype = Path(plan["out"]), getattr(torch, written)
+        report = json.loads((folder / "result-0.json").read_text())["report"]
+        live = LlamaForCausalLM.from_pretrained(folder / "with", dtype=torch.float32)
+        held = load_file(folder / "with" / "model.safetensors")
+        assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+        vector = SafetyVector.from_pretrained(plan["vector"])
+        space = vector.space(report["config"]["search"]["granularity"])
+        by_module = space.by_module(report["coefficients"])
+        assert any(report["coefficients"].values())
+        (folder / "alone").mkdir()
+        place = CheckpointFolder(folder / "alone", make_tokenizer(), "5GB")
+        save_merged(live, ScaledVector(vector.deltas, by_module), place, ALONE)
+        exact, found = load_file(folder / "alone" / "model.safetensors"), {}
+        for file in (folder / "with" / "safeguarded").glob("*.safetensors"):
+            found |= load_file(file)
+        assert found.keys() == exact.keys()
+        for name, tensor in exact.items():
+            assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), name
+        named = json.loads((folder / "with" / "safeguarded" / "config.json").read_text())["dtype"]
+        assert named == written
+        # measured with the very numbers
+        assert report["shipped"]["logit_distances"]["merged"] == 0.0
 
 
 @pytest.mark.parametrize("scenario", map(marked, SCENARIOS))

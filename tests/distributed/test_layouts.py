@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers.distributed import DistributedConfig
 
 from safegene_trl.distributed.layouts import Sharding, load_distributed, loads_sharded, sharding_of
 from safegene_trl.distributed.processes import check_parallelism
@@ -105,3 +106,12 @@ def test_a_launch_tells_whether_it_shards_what_is_loaded(stage, sharded, monkeyp
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     assert loads_sharded() == sharded
+
+
+def test_expert_parallelism_is_refused_by_name():
+    model = make_model()
+    model.config.distributed_config = DistributedConfig(ep_size=2, fsdp_size=2)
+    with pytest.raises(UnsupportedModelError, match="uses expert parallelism"):
+        check_parallelism(model, arguments())
+    model.config.distributed_config = DistributedConfig(fsdp_size=2)
+    check_parallelism(model, arguments())

@@ -69,7 +69,10 @@ def callback_of(plan: dict) -> SafeGeneCallback:
 def trainer_of(plan: dict, out: Path, callbacks: list) -> SFTTrainer:
     torch.manual_seed(0)
     lora = LoraConfig(
-        r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=True
+        r=4,
+        target_modules=plan.get("target_modules", "all-linear"),
+        task_type="CAUSAL_LM",
+        init_lora_weights=True,
     )
     args = SFTConfig(
         output_dir=str(out),

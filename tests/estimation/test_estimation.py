@@ -7,18 +7,23 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from safegene_trl.commands.estimate import table
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
+from safegene_trl.errors import SafeGeneError
+from safegene_trl.estimation import safeguard as estimation_of_safeguard
+from safegene_trl.estimation import stored_merge
 from safegene_trl.estimation.cost import Launch
+from safegene_trl.estimation.planned_run import PlannedRun
 from safegene_trl.estimation.probe import Probe, _Allocations
 from safegene_trl.estimation.safeguard import estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment, recomputed_layers
@@ -392,6 +397,25 @@ def test_every_architecture_has_a_small_likeness(kind):
     assert few[name].a.shape[1] == model.get_submodule(name).weight.shape[1]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_the_disk_follows_the_data_type_that_is_asked(
+    given, model, tokenizer, settings, monkeypatch
+):
+    monkeypatch.setattr(stored_merge, "_bytes_of_merging_process", lambda: 0)
+    probe, vector = Probe(model, "float32", timed=False), make_vector(model, tokenizer)
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        settings.output.dtype = dtype
+        if given:
+            costs = stored_merge.estimate_stored_merge(probe, settings, vector, tokenizer)
+        else:
+            deltas = probe.deltas(vector.deltas, vector.rank)
+            run = PlannedRun.of(probe, tokenizer, ONE, deltas)
+            costs = {"save": estimation_of_safeguard._saving(run, settings)}
+        sizes.append(costs["save"].disk)
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
+
+
 def test_bad_use(capsys):
     assert main(["estimate"]) == 2 and main(["estimate", "inspect"]) == 2
     assert "followed by sft, apply, extract" in capsys.readouterr().err
@@ -461,6 +485,30 @@ def test_a_split_that_is_not_there_is_named(tmp_path, model_dir, vector_dir, tas
     )
     assert main(["estimate", "sft", "--config", str(recipe)]) == 2
     assert "has no split `other`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("value", [False, True])
+def test_a_recipe_recomputes_layers_under_either_name(
+    name, value, tmp_path, model_dir, vector_dir, task_file, monkeypatch, capsys
+):
+    if name not in {each.name for each in fields(TrainingArguments)}:
+        pytest.skip(f"transformers before 5.23 has no `{name}`")
+    seen = []
+
+    def probe(model, dtype, adapter, checkpointing):
+        seen.append(checkpointing)
+        raise SafeGeneError("seen")
+
+    monkeypatch.setattr("safegene_trl.commands.estimate.Probe", probe)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {model_dir}\ndatasets: [{{path: json, data_files: {task_file}, split: train}}]\n"
+        f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nbf16: false\n{name}: {str(value).lower()}\n"
+        f"safegene: {{vector: {vector_dir}}}\n"
+    )
+    assert main(["estimate", "sft", "--config", str(recipe)]) == 2
+    assert "seen" in capsys.readouterr().err and seen == [value]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

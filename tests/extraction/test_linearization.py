@@ -41,7 +41,7 @@ def test_value_and_slope_by_finite_differences(model, kind):
     """
     model.double()
     model.get_base_model().set_attn_implementation("eager")  # before the mask is made
-    (block, *_) = blocks_of(model, kind)
+    (block, *_) = blocks_of(model, kind, "default")
     taken = {}
     hook = block.register_forward_hook(
         lambda module, args, kwargs, output: taken.update(args=args, kwargs=kwargs),
@@ -76,7 +76,7 @@ def test_single_linear_layers_are_linear_already(model):
     with linearized(model, singles, "default"):
         assert torch.allclose(model(IDS).logits, plain, atol=2e-6)
     for kind in ("mlp", "attention", "both"):
-        with linearized(model, blocks_of(model, kind), "default"):
+        with linearized(model, blocks_of(model, kind, "default"), "default"):
             assert (model(IDS).logits - plain).abs().max() > 1e-3
 
 
@@ -84,25 +84,30 @@ def test_gradients_reach_every_factor_and_everything_is_put_back(model):
     plain = model(IDS).logits
     model.get_base_model().set_attn_implementation("sdpa")
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
-    with linearized(model, blocks_of(model, "both"), "default"):
+    with linearized(model, blocks_of(model, "both", "default"), "default"):
         model(IDS).logits.square().mean().backward()
     assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in names)
     assert model.get_base_model().config._attn_implementation == "sdpa"
     assert torch.allclose(model(IDS).logits, plain, atol=1e-6)
-    with pytest.raises(ZeroDivisionError), linearized(model, blocks_of(model, "both"), "default"):
+    with (
+        pytest.raises(ZeroDivisionError),
+        linearized(model, blocks_of(model, "both", "default"), "default"),
+    ):
         raise ZeroDivisionError
     assert torch.allclose(model(IDS).logits, plain, atol=1e-6)
 
 
 def test_blocks(model):
-    assert len(blocks_of(model, "both")) == 6
-    assert [type(block).__name__ for block in blocks_of(model, "mlp")] == ["LlamaMLP"] * 3
+    assert len(blocks_of(model, "both", "default")) == 6
+    assert [type(block).__name__ for block in blocks_of(model, "mlp", "default")] == [
+        "LlamaMLP"
+    ] * 3
     queries = get_peft_model(
         make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
-    assert len(blocks_of(queries, "both")) == 3
+    assert len(blocks_of(queries, "both", "default")) == 3
     with pytest.raises(UnsupportedModelError, match="no blocks of the kind `mlp`"):
-        blocks_of(queries, "mlp")
+        blocks_of(queries, "mlp", "default")
 
 
 def test_distilled_on_linear_blocks(tokenizer):

@@ -236,3 +236,13 @@ def test_an_image_processor_beside_the_model_is_kept(apply, model_dir, tokenizer
     assert (
         "<of the adapter>" in around.get_vocab() and "<of the adapter>" not in tokenizer.get_vocab()
     )
+
+
+def test_the_data_type_that_is_asked_for(apply, model_dir, capsys):
+    code, target = apply(model_dir, 0.5, "--safegene.output.dtype=bfloat16")
+    assert code == 0
+    written = load_file(target / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(target, dtype="auto").dtype == torch.bfloat16
+    assert apply(model_dir, 0.5, "--dtype=bfloat16")[0] == 2
+    assert "name the type that is written as `output.dtype`" in capsys.readouterr().err

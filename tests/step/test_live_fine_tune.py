@@ -7,17 +7,23 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from safegene_trl import SafeGeneCallback
 from safegene_trl.checkpoints import live_merge
-from safegene_trl.checkpoints.merge_terms import NO_VECTOR
+from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
+from safegene_trl.checkpoints.merge_terms import NO_VECTOR, ScaledVector
 from safegene_trl.checkpoints.tensor_file import TensorFile
-from safegene_trl.errors import OutputError, RejectedError
+from safegene_trl.errors import (
+    CheckpointError,
+    OutputError,
+    RejectedError,
+    UnsupportedModelError,
+)
 from safegene_trl.recalibration import search
-from safegene_trl.step import measurement, probe, shipped_weights
+from safegene_trl.step import live_fine_tune, measurement, probe, shipped_weights
 
-from ..conftest import config_of, make_model, make_vector
+from ..conftest import ALONE, config_of, make_model, make_vector
 from ..test_callback import sft
 
 
@@ -97,6 +103,88 @@ def test_logits_that_were_measured_are_those_of_the_written_files(
             again = probe.response_logits(loaded, measured[0])[0]
         distance = float((again - measured[1]).abs().max())
         assert distance <= (1e-4 if dtype == "float32" else 0.3)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_rounded_to_another_type_is_measured_so(
+    lora, dtype, config, tokenizer, tmp_path, probed
+):
+    """Float32 weights: the logits that were measured are those of the written numbers."""
+    kind = getattr(torch, dtype)
+    callback = SafeGeneCallback(config(output={"dtype": dtype}, min_coefficient=0.2))
+    trainer = sft(tmp_path, [callback], tokenizer, peft_config=LORA if lora else None)
+    trainer.train()
+    folder, measured = tmp_path / "safeguarded", probed[2]
+    written = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {kind}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    assert callback.report["shipped"]["logit_distances"]["merged"] == 0.0
+    assert callback.report["shipped"]["rounding"]["kept"] == pytest.approx(1.0, abs=0.02)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        again = probe.response_logits(loaded, measured[0])[0]
+    assert torch.equal(again, measured[1])
+    vector = make_vector(make_model(), tokenizer)
+    granularity = callback.report["config"]["search"]["granularity"]
+    by_module = vector.space(granularity).by_module(callback.report["coefficients"])
+    (tmp_path / "exact").mkdir()
+    live_merge.save_merged(
+        trainer.model,
+        ScaledVector(vector.deltas, by_module),
+        CheckpointFolder(tmp_path / "exact", tokenizer, "5GB"),
+        ALONE,
+    )
+    for name, exact in load_file(tmp_path / "exact" / "model.safetensors").items():  # cast once
+        assert exact.dtype == torch.float32 and torch.equal(exact.to(kind), written[name])
+
+
+@pytest.mark.parametrize(
+    ("live", "dtype"),
+    [("bfloat16", "float32"), ("bfloat16", "float16"), ("float16", "bfloat16")],
+)
+def test_a_type_that_the_live_weights_cannot_hold_is_refused_before_the_training(
+    live, dtype, config, tokenizer, tmp_path
+):
+    """What they cannot hold cannot be measured."""
+    model = make_model().to(getattr(torch, live))
+    callback = SafeGeneCallback(config(output={"dtype": dtype}))
+    trainer = sft(tmp_path, [callback], tokenizer, model=model)
+    with pytest.raises(UnsupportedModelError, match=f"{dtype} and the live `.*{live}.*--dtype"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("when", ["before", "in the training"])
+def test_numbers_that_float16_cannot_hold_are_named(when, config, tokenizer, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    class Grows(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.get_parameter(name).data[0, 0] = 70000.0
+
+    callback = SafeGeneCallback(config(output={"dtype": "float16"}))
+    before = [Grows()] if when != "before" else []
+    trainer = sft(tmp_path, [*before, callback], tokenizer)
+    if when == "before":
+        trainer.model.get_parameter(name).data[0, 0] = 70000.0
+    with pytest.raises(OutputError, match=rf"`{name}` has a number of 7e\+04, which is infinite"):
+        trainer.train()
+    assert trainer.state.global_step == (0 if when == "before" else 2)
+    assert not (tmp_path / "safeguarded").exists()
+
+
+def test_a_written_tensor_of_another_type_is_refused(config, tokenizer, tmp_path, monkeypatch):
+    """As if what was asked for were forgotten when it is written."""
+    original = live_merge.save_merged
+
+    def forgetting(model, vector, folder, sharding, types):
+        original(model, vector, folder, sharding)
+
+    monkeypatch.setattr(live_fine_tune, "save_merged", forgetting)
+    trainer = sft(tmp_path, [SafeGeneCallback(config(output={"dtype": "bfloat16"}))], tokenizer)
+    with pytest.raises(CheckpointError, match="is float32 and was to be bfloat16"):
+        trainer.train()
 
 
 @pytest.fixture
@@ -181,8 +269,8 @@ def test_the_decision_rests_on_the_shipped_weights(config, tokenizer, tmp_path, 
     """A merge that loses the vector is noticed before anything is written."""
     original = shipped_weights.merged_tensor
 
-    def without_vector(parameter, vector, sharding, rounding=None):
-        return original(parameter, NO_VECTOR, sharding, rounding)
+    def without_vector(parameter, vector, *rest):
+        return original(parameter, NO_VECTOR, *rest)
 
     monkeypatch.setattr(shipped_weights, "merged_tensor", without_vector)
     with pytest.raises(RejectedError, match="held-out safety loss went from"):

@@ -99,6 +99,17 @@ def check_written(folder, wanted, dtype=torch.bfloat16):
         torch.testing.assert_close(written[name].float(), tensor, rtol=2**-7, atol=1e-6)
 
 
+def test_the_data_type_that_is_asked_for(base_dir, config, tokenizer, tmp_path):
+    out, wanted = tmp_path / "out", config(output={"dtype": "float32"})
+    _, callback, _ = trained(4, base_dir, wanted, tokenizer, out)
+    exact = expected(base_dir, out, callback.report, tmp_path / "vector")
+    check_written(out / "safeguarded", exact, torch.float32)
+    written = load_file(out / "safeguarded" / "model.safetensors")
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in written.values())
+    assert json.loads((out / "safeguarded" / "config.json").read_text())["dtype"] == "float32"
+    assert callback.report["shipped"]["exact_tensors"] == len(written)
+
+
 def trained(bits, base_dir, config, tokenizer, out, lora=LORA, **options):
     """A trainer that has trained, its callback, and the bits of the base before."""
     callback = SafeGeneCallback(config)
