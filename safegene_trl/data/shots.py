@@ -132,24 +132,19 @@ def gather_shots(
             **_record(task_source, task_split, training.skipped),
             "read_by": dict(training.read_by),
         },
-        "benign": _record("vector", benign_split, benign.skipped) | _soft_record(benign_split)
-        if benign_split
-        else None,
+        "benign": benign_split
+        and _record("vector", benign_split, benign.skipped) | _soft_record(benign_split),
         "unseen": gate.record(unseen, harmful_source, task_source),
         **written.record,
     }
     data = CalibrationSet(harmful_split, task_split, benign_split)
-    warnings = [
+    warnings = (
         *written.warnings,
         *_skip_warnings(record),
         *_template_warnings(training, len(task)),
-    ]
-    if unlike := harmful.unlike + benign.unlike:
-        warnings.append(
-            f"{unlike} answers of the safety vector begin with other tokens in the prompts here than in those that it was made "
-            "with: what the aligned model finds likely beside them is not used."
-        )
-    return Shots(data, unseen, record, tuple(warnings))
+        *_target_warnings(harmful.unlike + benign.unlike),
+    )
+    return Shots(data, unseen, record, warnings)
 
 
 @dataclass(frozen=True)
@@ -397,6 +392,16 @@ def _template_warnings(training: TrainingSamples, count: int) -> list[str]:
             "measured in are written with the tokenizer's own: where you will serve with another, set that one as the tokenizer's."
         )
     return found
+
+
+def _target_warnings(unlike: int) -> list[str]:
+    """A sentence where soft targets cannot be used, of so many answers."""
+    if not unlike:
+        return []
+    return [
+        f"{unlike} answers of the safety vector begin with other tokens in the prompts here than in those that it was made with: "
+        "of these only the words are taught, not what the aligned model finds likely beside them."
+    ]
 
 
 def _named(source: str) -> str:

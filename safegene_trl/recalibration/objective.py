@@ -3,14 +3,17 @@
 SafeGene (arXiv 2606.06519) tunes only the scalar coefficients of the selected layers. The objective
 here is
 
-    min_λ  CE(refusal | harmful) + η·CE(answer | benign look-alike) + β·D(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
+    min_λ  KL(p_aligned ‖ p_λ on refusals of harmful prompts) + η·KL(p_aligned ‖ p_λ on answers to benign ones)
+           + β·D(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
     λ_min ≤ λ ≤ λ_max,
 
-every term a mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it
-`T²·KL` of the two distributions at temperature `T` (Hinton et al., arXiv 1503.02531) over the
-likeliest tokens: a shift `b` of the log-odds of two answers is worth `p(1−p)b²/2` to the first,
-nothing where the fine-tune is sure, and enough shifts of that kind tip those samples of which it is
-not.
+over the first tokens of the aligned model's own answers. What it finds likely there comes with the
+vector (`extraction/soft_targets.py`); where only its words do, as with data of the user's own, the
+KL divergence is the cross-entropy, whose least value lies beyond the aligned model. Every term is a
+mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it `T²·KL` of
+the two distributions at temperature `T` (Hinton et al., arXiv 1503.02531) over the likeliest
+tokens: a shift `b` of the log-odds of two answers is worth `p(1−p)b²/2` to the first, nothing where
+the fine-tune is sure, and enough shifts of that kind tip those samples of which it is not.
 """
 
 import itertools
@@ -46,8 +49,8 @@ Attach = Callable[[torch.Tensor], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over response tokens, in nats: CE on refusals, CE on benign answers, KL (in the search
-    `D`) on task responses.
+    """Means over response tokens, in nats: KL from the aligned model on its refusals and on its
+    benign answers (CE where only its words are known), KL (in the search `D`) on task responses.
     """
 
     safety: float

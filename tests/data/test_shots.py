@@ -1,6 +1,7 @@
 """Where the shots come from, and what they are cut to."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from safegene_trl.config.gate import GateConfig
 from safegene_trl.data.prompt_style import trained_options
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.errors import CalibrationDataError, ConfigError
+from safegene_trl.models.inputs import tokenize
 
 from ..conftest import HARMFUL, config_of, make_model, make_vector, task_dataset
 from ..reasoning_templates import reasoning_tokenizer
@@ -119,6 +121,56 @@ def test_prompts_without_refusals_take_the_vectors(gather, tokenizer, tmp_path):
         assert (
             tokenizer.decode(response, skip_special_tokens=True) == "sorry i cannot help with that"
         )
+
+
+def targeted(vector, tokenizer, unlike=()):
+    """The vector with soft targets of four tokens; prompts of `unlike` have them of others."""
+    rows = []
+    for row in vector.prompts:
+        messages = [{"role": "user", "content": row["prompt"]}]
+        tokens = tokenize(tokenizer, messages, row["response"]).response[:4]
+        tokens = tokens[::-1] if row["prompt"] in unlike else tokens
+        ids = [[token, 7 if token != 7 else 8] for token in tokens]
+        targets = {"tokens": tokens, "ids": ids, "log_probs": [[-0.2, -2.0]] * 4}
+        rows.append(row | {"targets": targets})
+    return replace(vector, prompts=rows)
+
+
+def test_shots_of_a_vector_bring_what_the_aligned_model_finds_likely(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+
+    def run(vector, **values):
+        config = config_of(vector="v", **values)
+        return gather_shots(config, vector, tokenizer, 256, task_dataset())
+
+    plain, soft = run(vector), run(targeted(vector, tokenizer))
+    assert plain.record["safety"]["soft_targets"] == plain.record["benign"]["soft_targets"] == 0
+    for kind, split in (("safety", soft.data.harmful), ("benign", soft.data.benign)):
+        samples = [*split.fit, *split.held_out]
+        assert soft.record[kind]["soft_targets"] == len(samples) > 0
+        for sample in samples:  # cut after the last token that is known
+            assert sample.response == sample.soft.tokens and len(sample.response) == 4
+    assert not any(sample.soft for sample in soft.data.task.fit) and not soft.warnings
+    short = run(targeted(vector, tokenizer), max_refusal_tokens=2).data.harmful.fit[0]
+    assert short.response == short.soft.tokens and len(short.soft.ids) == 2
+
+
+def test_targets_of_other_tokens_are_not_used_and_said(tokenizer):
+    vector = targeted(make_vector(make_model(), tokenizer), tokenizer, unlike=HARMFUL)
+    shots = gather_shots(config_of(vector="v"), vector, tokenizer, 256, task_dataset())
+    assert shots.record["safety"]["soft_targets"] == 0 < shots.record["benign"]["soft_targets"]
+    assert not any(sample.soft for sample in shots.data.harmful.fit)
+    (warning,) = shots.warnings
+    assert f"{len(HARMFUL)} answers" in warning and "only the words" in warning
+
+
+def test_prompts_of_ones_own_have_no_soft_targets(tokenizer, tmp_path):
+    """Whatever a column of that name holds."""
+    rows = [{"prompt": f"forbidden {i}", "response": "no", "targets": "x"} for i in range(4)]
+    vector = targeted(make_vector(make_model(), tokenizer), tokenizer)
+    config = config_of(vector="v", safety_data=lines(tmp_path / "own.jsonl", rows))
+    shots = gather_shots(config, vector, tokenizer, 256, task_dataset())
+    assert shots.record["safety"]["soft_targets"] == 0 and not shots.warnings
 
 
 def test_task_rows_without_responses_are_refused(gather):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import torch
 
 from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.models.attachment import frozen_for_calibration
-from safegene_trl.models.inputs import Sample, batches
+from safegene_trl.models.inputs import Sample, SoftTargets, batches
 from safegene_trl.models.losses import cross_entropy, divergence, response_logits
 from safegene_trl.recalibration import objective
-from safegene_trl.recalibration.objective import TERMS, Objective, Passes
+from safegene_trl.recalibration.objective import TERMS, Objective, Passes, evaluate_objective
 
 from ..conftest import ALONE, attachment_of, config_of, make_deltas, make_model
 
@@ -118,3 +119,42 @@ def test_a_batch_with_no_task_sample_needs_no_reference():
     fit = Objective(model, data, "fit", config_of(vector="v"), Passes(0, 8), ALONE)
     assert [job.compared for job in fit.jobs] == [8, 0, 0] and set(fit.reference) == {0}
     assert len(inspect.signature(Objective).parameters) <= 7
+
+
+def soft(samples, seed):
+    """The samples with soft targets, of distributions drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for sample in samples:
+        logits = torch.randn(len(sample.response), 320, generator=generator)
+        top = logits.log_softmax(dim=-1).topk(4)
+        targets = SoftTargets(sample.response, top.indices.tolist(), top.values.tolist())
+        made.append(replace(sample, soft=targets))
+    return made
+
+
+def test_a_divergence_enters_the_matrix_as_the_square_of_a_residual():
+    """Its rows are the gradients over `√(2 k_i)`; those of a cross-entropy, the gradients."""
+    model, deltas = make_model(), make_deltas(make_model())
+    data = data_of(4, (20, 40), (5, 9))
+    harmful = Split(soft(data.harmful.fit, 1), data.harmful.held_out)
+    data = replace(data, harmful=harmful)
+    config = config_of(vector="v", utility_temperature=2.0, benign_weight=0.7, utility_weight=1.3)
+    point = np.array([0.5, 0.3])
+    with frozen_for_calibration(model):
+        fit = Objective(model, data, "fit", config, Passes(0, 8), ALONE)
+        attach = attachment_of(model, deltas).applied
+        losses, terms = fit.gradients(model, attach, point)
+        value, _, gradient, rows = evaluate_objective(model, fit, attach, point, config)
+    assert losses.safety > 0 and list(terms["safety"].divergences) == [True] * 4
+    assert not terms["benign"].divergences.any() and terms["utility"].divergences.all()
+    expected, total = [], np.zeros(2)
+    for term, weight in (("utility", 1.3), ("safety", 1.0), ("benign", 0.7)):
+        own = terms[term]
+        scale = np.ones(4) if term == "benign" else np.sqrt(2 * own.losses)
+        expected.append(np.sqrt(weight * own.weight) * own.gradients / scale[:, None])
+        total += weight * own.weight * own.gradients.sum(axis=0)
+    np.testing.assert_allclose(rows, np.concatenate(expected), rtol=1e-6)
+    np.testing.assert_allclose(gradient, total, rtol=1e-6)
+    named = {"safety": 1.0, "benign": 0.7, "utility": 1.3}
+    assert value == pytest.approx(sum(w * getattr(losses, t) for t, w in named.items()))
