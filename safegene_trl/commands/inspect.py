@@ -175,12 +175,14 @@ def _other_folder(folder: Path) -> str:
 
 def _describe_vector(vector: VectorRecord) -> str:
     kinds = [row["kind"] for row in vector.prompts]
+    soft = sum("targets" in row for row in vector.prompts)
     scores = vector.selection.get("scores", [])
     lines = [
         f"safety vector for {vector.family.architecture}, aligned model {vector.aligned_model['name']}",
         f"rank {vector.rank}, {len(vector.modules)} modules in layers {layer_ranges(vector.layers)}",
         f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
-        f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers",
+        f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers"
+        + (f", {soft} of them with soft targets" if soft else ""),
     ]
     if len(vector.components) > 1:
         lines.insert(

@@ -96,9 +96,9 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         for vector in vectors
         for name, delta in vector.deltas.items()
     }
-    prompts = {
-        (row["kind"], row["prompt"]): row for vector in reversed(vectors) for row in vector.prompts
-    }
+    rows = [row for vector in reversed(vectors) for row in vector.prompts]
+    rows.sort(key=lambda row: "targets" in row)  # of one prompt's rows the one that says most
+    prompts = {(row["kind"], row["prompt"]): row for row in rows}
     components = [rank for vector in vectors for rank in vector.components]
     return SafetyVector(
         deltas={

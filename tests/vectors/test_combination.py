@@ -63,6 +63,19 @@ def test_components_add_up(two, tmp_path, capsys):
         torch.testing.assert_close(delta.b @ (own[:, None] * delta.a), expected)
 
 
+def test_of_a_prompt_in_several_vectors_the_row_with_soft_targets_is_kept(two, tmp_path, capsys):
+    first, second = two
+    targets = {"tokens": [7], "ids": [[7, 3]], "log_probs": [[-0.1, -3.0]]}
+    second.prompts[0] = second.prompts[0] | {"targets": targets}
+    for vectors in ((first, second), (second, first)):
+        vector = combined(vectors)
+        assert [row for row in vector.prompts if "targets" in row] == [second.prompts[0]]
+    vector.save_pretrained(tmp_path / "vector")
+    assert SafetyVector.from_pretrained(tmp_path / "vector").prompts == vector.prompts
+    assert main(["inspect", str(tmp_path / "vector")]) == 0
+    assert "answers, 1 of them with soft targets" in capsys.readouterr().out
+
+
 def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
