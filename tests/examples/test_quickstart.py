@@ -69,7 +69,8 @@ def test_the_safety_step_is_announced_where_the_training_ends(
 ):
     monkeypatch.setattr(SafeGeneCallback, "on_train_begin", lambda *args, **kwargs: None)
     monkeypatch.setattr(SafeGeneCallback, "on_train_end", lambda *args, **kwargs: print("RUN step"))
-    monkeypatch.setattr(SafeGeneCallback, "on_step_begin", lambda *args, **kwargs: None)
+    for event in ("on_init_end", "on_step_begin"):
+        monkeypatch.setattr(SafeGeneCallback, event, lambda *args, **kwargs: None)
     step = SafeGeneCallback.__new__(SafeGeneCallback)
     sft(tmp_path / "out", [script["SayWhatFollows"](short=True), step], tokenizer).train()
     printed = capsys.readouterr().out
