@@ -21,10 +21,13 @@ from ..extraction.distillation import (
     with_factors,
 )
 from ..extraction.methods import METHODS
+from ..extraction.pipeline import REFUSAL_TOKENS
 from ..extraction.prompts import ExtractionPrompts
 from ..extraction.selection import SELECTIONS, gradient, last_token_states, top_layers
+from ..extraction.soft_targets import soft_targets
+from ..models.batch_size import ON_CPU
 from ..models.experts import can_be_changed, matrix_shapes, task_matrices
-from ..models.inputs import Sample
+from ..models.inputs import Sample, shortened
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
 from .cost import Cost, Launch
@@ -100,8 +103,10 @@ def estimate_extraction(
     drawn = prompts.to_answer()
     new_tokens = config.max_new_tokens + config.answering(tokenizer).max_reasoning_tokens
     turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
-    costs["answers"] = run.cost(*run.answers(turns, new_tokens, config.samples_per_step, False))
     samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
+    seconds, memory = run.answers(turns, new_tokens, config.samples_per_step, False)
+    again, beside = _soft_targets(run, [sample for kind in samples for sample in kind])
+    costs["answers"] = run.cost(seconds + again, max(memory, beside))
     if METHODS[config.method].distils:
         costs["distillation"] = _distillation(run, config, samples)
     if SELECTIONS[config.selection].runs_models:
@@ -128,6 +133,19 @@ def _difference(probe: Probe, config: ExtractionConfig, difference: DifferingMod
         cost = probe.measure(read, on_host=True)
     seconds, memory = cost.at(probe.layers)
     return Cost(seconds, probe.host + memory)
+
+
+def _soft_targets(run: PlannedRun, samples: Sequence[Sample]) -> tuple[float, int]:
+    """Seconds and transient bytes of what the aligned model says to the beginnings of its answers."""
+    cut = [short for each in samples if (short := shortened(each, None, REFUSAL_TOKENS))]
+    probe, few = run.probe, cut[:ON_CPU]
+
+    def passes(index: int) -> None:
+        soft_targets(probe.models[index], few, run.padding_id, probe.alone, len(few))
+
+    seconds, memory = probe.measure(passes).at(probe.layers)
+    share = run.launch.share(math.ceil(len(cut) / len(few)))
+    return seconds * len(cut) / len(few) * share, memory
 
 
 class _Student:

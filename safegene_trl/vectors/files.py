@@ -50,9 +50,7 @@ _MOST_BYTES = {
     SIGNATURE_FILE: 2**20,
 }
 _MOST_TOKENS = 1024  # of a row's soft targets, and in each of their places
-_NEARLY = (
-    1.0  # nats between a response's token and the likeliest: rounding, and a text tokenised anew
-)
+_NEARLY = 1.0  # nats from a response's token to the likeliest: rounding, a text tokenised anew
 _ROUNDING = 0.01  # of probabilities that are rounded one by one
 _HASH = re.compile(r"[0-9a-f]{64}")
 
