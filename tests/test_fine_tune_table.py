@@ -265,6 +265,7 @@ FINE_TUNES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (
             f"{RESIZED}::test_from_files[tied-full]",
+            f"{RESIZED}::test_a_full_fine_tune_is_the_base_of_its_adapter[tied]",
             f"{RESIZED}::test_from_files[untied-full]",
             f"{RESIZED}::test_from_files[untied-lora]",
             f"{RESIZED}::test_from_files[tied-saved whole]",
