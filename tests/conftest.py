@@ -55,6 +55,7 @@ ARCHITECTURES = {
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),
 }
 ALONE = Sharding(torch.device("cpu"))
+COLLECTED = pytest.StashKey[list[str]]()  # what this run has, before any is left out by its marks
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -250,6 +251,7 @@ def pytest_collection_modifyitems(config, items):
     """Marks the fast ones; where several run at a time the longest files come first, so that none
     is waited for at the end.
     """
+    config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
         if item.nodeid.startswith(FAST):
             item.add_marker("fast")

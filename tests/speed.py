@@ -33,6 +33,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/step/test_measurement.py",
     "tests/test_callback.py::test_what_is_no_config_and_no_trainer_is_refused_where_it_is_given",
     "tests/test_ci.py",
+    "tests/test_fine_tune_table.py",
     "tests/test_provenance.py",
     "tests/test_speed.py",
     "tests/test_text.py",

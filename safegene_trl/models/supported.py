@@ -42,6 +42,10 @@ _CHANGES_BASE = (
     "lora_ga",
 )
 
+# types of models on whose state-space layers PEFT puts no LoRA, and how it knows the layers
+_WITHOUT_LORA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_LAYERS_WITHOUT_LORA = ("out_proj", "conv1d")
+
 _OTHER_QUANTIZATION = (
     "The base model is quantised by {by}, and only a base that bitsandbytes has quantised is supported in place: load it so "
     "(`BitsAndBytesConfig`), or save the adapter, name its 16-bit base in `adapter_config.json` and run `safegene apply` on it."
@@ -245,6 +249,24 @@ def check_experts(model: nn.Module, matrices: Iterable[str], merged: bool) -> No
             "`output.output_format: merged`."
         )
     _check_stored(model, parameters)
+
+
+def check_adapter_layers(model: nn.Module, modules: Iterable[str]) -> None:
+    """Raises `UnsupportedModelError` if a delta is for a module on which PEFT loads no LoRA.
+
+    Args:
+        model: The fine-tune.
+        modules: What the deltas are for, by canonical module names.
+    """
+    config: Any = base_model(model).config
+    if getattr(config, "model_type", None) not in _WITHOUT_LORA:
+        return
+    for name in modules:
+        if name.rpartition(".")[2] in _LAYERS_WITHOUT_LORA:
+            raise UnsupportedModelError(
+                f"The safety vector changes `{name}`, on which PEFT loads no LoRA in a model of the type {config.model_type}: "
+                "set `output.output_format: merged`."
+            )
 
 
 def _check_stored(model: nn.Module, parameters: Collection[str]) -> None:

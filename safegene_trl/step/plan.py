@@ -26,7 +26,7 @@ from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
 from ..models.data_types import WrittenTypes
 from ..models.parameters import canonical_modules, vocabulary_rows
-from ..models.supported import check_experts, check_untied
+from ..models.supported import check_adapter_layers, check_experts, check_untied
 from ..provenance import check_base, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
 from ..reporting.report import Report
@@ -214,6 +214,8 @@ def read_vector(
     vector.check_fits(canonical_modules(model))
     check_untied(model, vector.deltas)
     check_experts(model, vector.deltas, config.output.output_format == "merged")
+    if config.output.output_format != "merged":
+        check_adapter_layers(model, vector.deltas)
     return vector, family, warnings
 
 

@@ -3,15 +3,16 @@ from files, all of which is one model.
 """
 
 import copy
-import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from safegene_trl.checkpoints.adapter_output import save_adapter
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.live_merge import save_merged
 from safegene_trl.checkpoints.merge_terms import ScaledVector
@@ -24,7 +25,12 @@ from safegene_trl.models.inputs import Sample, batches
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.names import layer_index, shared_parameter
 from safegene_trl.models.parameters import canonical_modules
-from safegene_trl.models.supported import check_adapter_output, check_experts, check_supported
+from safegene_trl.models.supported import (
+    check_adapter_layers,
+    check_adapter_output,
+    check_experts,
+    check_supported,
+)
 from safegene_trl.step.apply import apply
 from safegene_trl.step.read_back import as_written
 from safegene_trl.step.shipped_weights import merged_weights
@@ -32,6 +38,7 @@ from safegene_trl.vectors.safety_vector import SafetyVector
 
 from ..architectures import CONFIGS, make_architecture
 from ..conftest import ALONE, attachment_of, config_of, make_tokenizer, make_vector
+from .test_parameters import gpt2
 
 
 # transformers' own experts, each in a layout of its own; other mixtures share these
@@ -49,8 +56,17 @@ def kinds(name: str) -> list[str]:
 
 def test_the_documents_name_those_that_are_tried():
     page = (Path(__file__).parents[2] / "docs" / "vectors.md").read_text(encoding="utf-8")
-    listed = page.partition("Architectures that are tried")[2].partition("Their models")[0]
-    assert re.findall(r"`([a-z0-9_]+)`", listed.partition(":")[2]) == list(CONFIGS)
+    table = page.split("<!-- architectures -->\n")[1].split("\n\n")[0]
+    assert table == as_table(), f"the table in docs/vectors.md should be:\n{as_table()}"
+
+
+def as_table():
+    """A line for each architecture: which of its fine-tunes are tried."""
+    lines = ["| architecture | full | LoRA | LoRA on experts |", "| --- | --- | --- | --- |"]
+    for name in CONFIGS:
+        marks = ["✓" if kind in kinds(name) else "–" for kind in ("full", "lora", "experts")]
+        lines.append(f"| `{name}` | {' | '.join(marks)} |")
+    return "\n".join(lines)
 
 
 def lora(model, experts: bool, seed: int, rank: int = 2):
@@ -171,6 +187,80 @@ def test_what_is_measured_is_what_is_written(name, kind, tmp_path):
     assert_one_model(model, tuned, deltas, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_transposed_layers_are_one_model(kind, tmp_path):
+    base = wide_gpt2()
+    saved(base, tmp_path / "aligned")
+    model, tuned = fine_tune("gpt2", kind, tmp_path)
+    assert_one_model(model, tuned, in_layers(random_deltas(base)), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "falcon_new", "bamba", "lfm2"])
+def test_an_adapter_computes_what_is_measured(name, kind, tmp_path):
+    base = wide_gpt2() if name == "gpt2" else make_architecture(name)
+    saved(base, tmp_path / "aligned")
+    model, tuned = fine_tune(name, kind, tmp_path)
+    deltas = in_layers(random_deltas(base))
+    attachment = attachment_of(model, deltas, "module")
+    values = torch.rand(len(attachment.space.names), generator=torch.Generator().manual_seed(1))
+    vector = ScaledVector(deltas, attachment.space.by_module(attachment.space.named(values)))
+    with attachment.applied(values):
+        attached = logits_of(model)
+    named = tuned if kind == "full" else tmp_path / "aligned"
+    save_adapter(model, vector, str(named), make_tokenizer(), tmp_path / "adapter", ALONE)
+    written = AutoModelForCausalLM.from_pretrained(named)
+    written = PeftModel.from_pretrained(written, tmp_path / "adapter").eval()
+    scale = float(attached.abs().max())
+    torch.testing.assert_close(logits_of(written), attached, atol=1e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "bamba"])
+def test_an_adapter_from_files_computes_what_is_measured(name, tmp_path):
+    base = wide_gpt2() if name == "gpt2" else make_architecture(name)
+    saved(base, tmp_path / "aligned")
+    deltas = in_layers(random_deltas(base))
+    save_vector(base, deltas, tmp_path / "vector")
+    model, tuned = fine_tune(name, "lora", tmp_path)
+    place = {"vector": str(tmp_path / "vector"), "output_dir": str(tmp_path / "out")}
+    config = config_of(**place, output_format="adapter", allow_other_base=True)
+    apply(config, tuned, coefficients=0.5)
+    attachment = attachment_of(model, deltas, "module")
+    with attachment.applied(torch.full((len(attachment.space.names),), 0.5)):
+        attached = logits_of(model)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
+    written = PeftModel.from_pretrained(written, tmp_path / "out").eval()
+    scale = float(attached.abs().max())
+    torch.testing.assert_close(logits_of(written), attached, atol=1e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_h1", "nemotron_h"])
+def test_an_adapter_that_peft_would_not_load_is_refused(name, tmp_path):
+    model = make_architecture(name)
+    deltas = random_deltas(model)
+    inside = {each: delta for each, delta in deltas.items() if each.endswith("out_proj")}
+    others = {each: delta for each, delta in deltas.items() if each.endswith("in_proj")}
+    check_adapter_layers(model, others)
+    with pytest.raises(UnsupportedModelError, match=r"out_proj`, on which .*output_format: merged"):
+        check_adapter_layers(model, inside)
+    for chosen, loads in ((others, True), (inside, False)):
+        vector, place = ScaledVector(chosen, dict.fromkeys(chosen, 0.5)), tmp_path / str(loads)
+        save_adapter(model, vector, "base", make_tokenizer(), place, ALONE)
+        with nullcontext() if loads else pytest.raises(ValueError, match="incompatible"):
+            PeftModel.from_pretrained(make_architecture(name), place)
+
+
+def test_what_a_step_on_state_space_layers_writes_as_an_adapter_is_checked(tmp_path):
+    base = saved(make_architecture("mamba2"), tmp_path / "aligned")
+    deltas = in_layers(random_deltas(make_architecture("mamba2")))
+    save_vector(make_architecture("mamba2"), deltas, tmp_path / "vector")
+    place = {"vector": str(tmp_path / "vector"), "output_dir": str(tmp_path / "out")}
+    config = config_of(**place, output_format="both", allow_other_base=True)
+    with pytest.raises(UnsupportedModelError, match="on which PEFT loads no LoRA"):
+        apply(config, base, coefficients=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_in_bfloat16_hold_what_was_measured(tmp_path):
     deltas, _ = difference("gpt_oss", tmp_path, torch.bfloat16)
     model, tuned = fine_tune("gpt_oss", "experts", tmp_path)
@@ -239,10 +329,7 @@ def test_an_experts_module_that_is_gone_around_is_refused():
 @pytest.mark.parametrize("coefficients", [None, 0.5], ids=["searched", "given"])
 def test_applied_to_a_mixture_whose_experts_were_trained(coefficients, tmp_path, task_file):
     deltas, _ = difference("mixtral", tmp_path)
-    tokenizer = make_tokenizer()
-    vector = make_vector(aligned("mixtral"), tokenizer, deltas)
-    vector.selection |= {"selected_layers": [0, 1], "scores": [0.0, 0.1]}
-    vector.save_pretrained(tmp_path / "vector")
+    save_vector(aligned("mixtral"), deltas, tmp_path / "vector")
     held = SafetyVector.from_pretrained(tmp_path / "vector").deltas
     assert held.keys() == deltas.keys()
     assert all(torch.equal(held[name].b, delta.b) for name, delta in deltas.items())
@@ -269,6 +356,27 @@ def test_applied_to_a_mixture_whose_experts_were_trained(coefficients, tmp_path,
 def sample_batch():
     sample = Sample(IDS[0].tolist(), [False] * 6 + [True] * 6)
     return batches([sample], 1, 0, torch.device("cpu"))[0]
+
+
+def wide_gpt2():
+    """GPT-2, whose layers hold their weights as `(d_in, d_out)`, with logits that can move."""
+    model = gpt2()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def save_vector(model, deltas, folder):
+    vector = make_vector(model, make_tokenizer(), deltas)
+    vector.selection |= {"selected_layers": [0, 1], "scores": [0.0, 0.1]}
+    vector.save_pretrained(folder)
+
+
+def in_layers(deltas):
+    return {name: delta for name, delta in deltas.items() if layer_index(name) is not None}
 
 
 def random_deltas(model):

@@ -143,7 +143,9 @@ def test_dora_is_folded(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["PiSSA", "biases"]
+    "options",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}],
+    ids=["PiSSA", "OLoRA", "biases"],
 )
 def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
     config = LoraConfig(
@@ -159,7 +161,7 @@ def test_other_kinds_of_lora_are_merged(options, tokenizer, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
     if "init_lora_weights" in options:
-        with pytest.raises(UnsupportedModelError, match="pissa"):
+        with pytest.raises(UnsupportedModelError, match=options["init_lora_weights"]):
             check_adapter_output(model)
 
 

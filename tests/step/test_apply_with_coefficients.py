@@ -19,6 +19,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.reporting.report import SCHEMA
 from safegene_trl.step.history import read_history
 
+from ..architectures import make_architecture
 from ..conftest import make_model, make_tokenizer, make_vector, with_lora
 
 
@@ -69,6 +70,45 @@ def test_one_number_for_all(apply, model_dir, vector_dir, tokenizer, capsys):
     )
     assert main(["inspect", str(target)]) == 0
     assert "λ = 0.500" in capsys.readouterr().out
+
+
+def test_a_full_fine_tune_is_the_base_of_its_adapter(apply, model_dir, vector_dir):
+    code, target = apply(model_dir, 0.5, "--safegene.output.output_format=adapter")
+    named = json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert code == 0 and named == str(model_dir)
+    written = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), target)
+    expected = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        for name, delta in SafetyVector.from_pretrained(vector_dir).deltas.items():
+            expected.get_submodule(name).weight += 0.5 * delta.dense()
+    torch.testing.assert_close(written(IDS).logits, expected(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+NO_ADAPTER = {  # the base model, and the LoRA on it
+    "DoRA": (lambda: make_model(), {"use_dora": True}),
+    "modules_to_save": (lambda: make_model(tied=False), {"modules_to_save": ["lm_head"]}),
+    "biases": (lambda: make_model("qwen2"), {"bias": "all"}),
+    "tokens": (lambda: make_model(), {"trainable_token_indices": [5, 7]}),
+    "embeddings": (lambda: make_model(tied=False), {"target_modules": ["embed_tokens"]}),
+    "experts": (
+        lambda: make_architecture("mixtral"),
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ADAPTER)
+def test_files_of_what_no_adapter_of_linear_layers_can_hold(kind, apply, tmp_path, capsys):
+    make, options = NO_ADAPTER[kind]
+    make().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = with_lora(make(), **options)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    code, target = apply(tmp_path / "adapter", 0.5, "--safegene.output.output_format=adapter")
+    assert code == 2 and not target.exists()
+    assert "set `output.output_format: merged`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output_format", ["merged", "adapter", "both"])

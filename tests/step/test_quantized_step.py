@@ -342,14 +342,17 @@ def test_a_base_to_merge_into_is_named_for_merging_into_it(base_dir, config, tok
         apply(config(**named), base_dir, coefficients=0.5)
 
 
-def test_a_quantised_base_that_is_sharded_is_refused(base_dir, config):
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_a_quantised_base_that_is_sharded_is_refused(backend, base_dir, config):
     class Sharded(Sharding):
-        """As under `fully_shard`."""
+        """As under `fully_shard`, or ZeRO-3."""
 
-        kind, collective_forward = "fsdp2", True
+        kind, collective_forward = backend, True
 
     given = InputModel(quantised(base_dir, 8), None, Origin(str(base_dir), None, "lora"))
-    with pytest.raises(UnsupportedModelError, match=r"8-bit base .* and fsdp2 shards it: launch"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"8-bit base .* and {backend} shards it: launch"
+    ):
         quantized_step.quantized_step(config(), given, Sharded(torch.device("cpu")))
     assert quantized_step.quantized_step(config(), given, ALONE).needed_bytes > 0
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from safegene_trl import FamilyError, SafeGeneCallback, UnsupportedModelError
@@ -112,6 +112,18 @@ def test_from_files(kind, base, tied, tmp_path):
     config = config_of(vector=str(tmp_path / "vector"), output_dir=str(target))
     report = apply(config, tmp_path / "tuned", coefficients=0.5)
     check_merged(report, target, model, tied)
+
+
+def test_a_full_fine_tune_is_the_base_of_its_adapter(base, tied, tmp_path):
+    model, target = stored("full", base, tied, tmp_path / "tuned"), tmp_path / "out"
+    place = {"vector": str(tmp_path / "vector"), "output_dir": str(target)}
+    config = config_of(**place, output_format="both")
+    report = apply(config, tmp_path / "tuned", coefficients=0.5)
+    check_merged(report, target, model, tied)  # to which it adds the vector
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    with torch.no_grad():
+        written = PeftModel.from_pretrained(tuned, target / "adapter")(IDS).logits
+        torch.testing.assert_close(written, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_that_would_lack_the_embeddings_is_refused(base, tied, tmp_path):

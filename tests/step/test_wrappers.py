@@ -13,7 +13,7 @@ from safegene_trl.extraction.delta import stored_difference
 from safegene_trl.models.parameters import canonical_modules, unadapted
 from safegene_trl.step.apply import apply
 
-from ..conftest import config_of, make_tokenizer
+from ..conftest import config_of, make_tokenizer, with_lora
 from ..test_callback import sft
 from ..wrappers import CONFIGS, gemma3_processor, make_wrapper, text_model, wrapper_vector
 
@@ -103,6 +103,25 @@ def test_the_difference_of_two_models_is_the_same_in_either_class(kind, saved):
         assert share.share == pytest.approx(coverage.share)
         for name, truncation in found.items():
             torch.testing.assert_close(truncation.delta.a, expected[name].delta.a)
+
+
+def test_an_adapter_from_files(saved, tokenizer, tmp_path):
+    from peft import PeftModel
+
+    wrapper = make_wrapper()
+    vector = wrapper_vector(wrapper, tokenizer)
+    vector.save_pretrained(tmp_path / "vector")
+    base = saved(wrapper, "base")
+    tuned = with_lora(make_wrapper(), target_modules=r".*language_model.*\.(q_proj|down_proj)")
+    tuned.peft_config["default"].base_model_name_or_path = base
+    place, target = saved(tuned, "tuned"), tmp_path / "out"
+    output = {"output_dir": str(target), "output_format": "adapter"}
+    apply(config_of(vector=str(tmp_path / "vector"), **output, **QUICK), place, coefficients=0.5)
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), target)
+    with torch.no_grad():
+        for name, delta in vector.deltas.items():
+            unadapted(canonical_modules(tuned)[name]).weight.add_(0.5 * delta.dense())
+        torch.testing.assert_close(logits(adapted), logits(tuned), rtol=1e-4, atol=1e-5)
 
 
 def logits(model):
