@@ -319,12 +319,12 @@ def _valid_targets(targets: Any, vocabulary: int) -> bool:
         all(isinstance(column, list) for column in columns)
         and 0 < len(columns[0]) <= _MOST_TOKENS
         and all(len(column) == len(columns[0]) for column in columns)
-        and all(_valid_place(*place, vocabulary) for place in zip(*columns, strict=True))
+        and all(_valid_place(*each, vocabulary=vocabulary) for each in zip(*columns, strict=True))
         and len({len(ids) for ids in targets["ids"]}) == 1
     )
 
 
-def _valid_place(token: Any, ids: Any, log_probs: Any, vocabulary: int) -> bool:
+def _valid_place(token: Any, ids: Any, log_probs: Any, *, vocabulary: int) -> bool:
     """Whether these are the likeliest tokens in a token's place, it being about the likeliest."""
     return (
         isinstance(ids, list)
