@@ -178,9 +178,7 @@ class SafeGeneCallback(TrainerCallback):
         plan = self._prepared.plan
         if sharding.widens and model not in self._loaded:
             plan.report.warnings += _unknown_dtypes(model, plan)
-        if sharding.is_main:
-            for warning in plan.report.warnings:
-                logger.warning(warning)
+        plan.warn()
         if self.config.dry_run:
             message = dry_run_message(plan.target)
             if sharding.is_main:

@@ -14,6 +14,7 @@ from ..errors import OutputError
 
 MARKER = "safegene_report.json"
 ADAPTER_CONFIG = "adapter_config.json"
+TRAINER_STATE = "trainer_state.json"  # in a checkpoint of a `Trainer`
 # what a fleet's folder holds beside its checkpoints
 FLEET_STATE, FLEET_WORKSHOP = "fleet.json", "fleet"
 

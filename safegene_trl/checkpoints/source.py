@@ -15,7 +15,8 @@ from huggingface_hub.errors import (
 
 from ..config.validation import repository
 from ..errors import UnsupportedModelError
-from .contents import ADAPTER_CONFIG
+from ..text import printable
+from .contents import ADAPTER_CONFIG, MARKER, TRAINER_STATE
 from .tensor_file import StoredTensor, stored_tensors
 
 
@@ -70,6 +71,27 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
             "model in its place."
         )
     return base
+
+
+def further_adapters(name_or_path: str) -> list[str]:
+    """A warning where the folder of an adapter holds others in folders of their own, as PEFT saves
+    several adapters of one model: only the first is read. A trainer's checkpoints and what this
+    package has written are not meant.
+    """
+    folder = Path(name_or_path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return []
+    others = sorted(
+        path.parent.name
+        for path in folder.glob(f"*/{ADAPTER_CONFIG}")
+        if not any((path.parent / other).exists() for other in (TRAINER_STATE, MARKER))
+    )
+    if not others:
+        return []
+    return [
+        f"{folder} holds further adapters ({', '.join(map(printable, others))}), and only its own is read: if they acted "
+        "together in the training, merge them into one first."
+    ]
 
 
 def snapshot(name_or_path: str, revision: str | None = None) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.loading import load_placed, load_processor
-from ..checkpoints.source import adapter_base
+from ..checkpoints.source import adapter_base, further_adapters
 from ..config.settings import SafeGeneConfig
 from ..distributed.processes import this_job
 from .lineage import check_not_safeguarded
@@ -48,6 +48,8 @@ def safeguard_loaded(
     with sharding.naming_rank():
         origin = Origin(base, None, "full" if base is None else "lora", {FINE_TUNE: name_or_path})
         prepared = prepare(config, InputModel(model, processor, origin), target, sharding)
+        prepared.plan.report.warnings += further_adapters(name_or_path)
+        prepared.plan.warn()
         if config.dry_run:
             return prepared.plan.report.to_dict()
         return safeguard(prepared, model, adapter_base=base or name_or_path)

@@ -3,6 +3,7 @@ stored on a disk.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from .history import base_warnings, history_warnings, read_history
 from .lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
 
 
+logger = logging.getLogger(__name__)
 TRAINERS_OUTPUT, FINE_TUNE = "the trainer's `output_dir`", "the fine-tune"
 _SHOWN_TOKENS = 8
 
@@ -125,6 +127,11 @@ class Plan:
         )
         self.report.warnings += self.carried.warnings
         self.report.base["carried"] = self.carried.record
+
+    def warn(self) -> None:
+        """Says on rank 0 what is right but surprising, as far as it is known; the report has it too."""
+        for warning in self.report.warnings if self.sharding.is_main else ():
+            logger.warning("%s", warning)
 
     @property
     def merges(self) -> bool:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from ..checkpoints.adapter_output import save_adapter
 from ..checkpoints.loading import load_processor
 from ..checkpoints.merge_terms import ScaledVector
-from ..checkpoints.source import adapter_base
+from ..checkpoints.source import adapter_base, further_adapters
 from ..checkpoints.stored_merge import write_merged
 from ..checkpoints.stored_model import StoredModel
 from ..checkpoints.tensor_file import StoredTensor
@@ -69,6 +69,8 @@ def merge_stored(
     fine_tune = StoredFineTune(plan, stored, name_or_path, started_from or name_or_path)
     with plan.clock.phase("prepare"):
         fine_tune.choose(given, base_model)
+    plan.report.warnings += further_adapters(name_or_path)
+    plan.warn()
     return plan.report.to_dict() if config.dry_run else run(plan, fine_tune)
 
 

@@ -9,7 +9,7 @@ import shutil
 import jsonschema
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 
@@ -286,3 +286,48 @@ def test_the_data_type_that_is_asked_for(apply, model_dir, capsys):
     assert AutoModelForCausalLM.from_pretrained(target, dtype="auto").dtype == torch.bfloat16
     assert apply(model_dir, 0.5, "--dtype=bfloat16")[0] == 2
     assert "name the type that is written as `output.dtype`" in capsys.readouterr().err
+
+
+def several_adapters(model_dir, folder, second="other"):
+    """A training with two LoRAs as PEFT saves it, and beside them a trainer's checkpoint and an
+    earlier output.
+    """
+    adapted = with_lora(make_model())
+    adapted.peft_config["default"].base_model_name_or_path = str(model_dir)
+    adapted.add_adapter(second, LoraConfig(r=2, target_modules=["up_proj"]))
+    adapted.peft_config[second].base_model_name_or_path = str(model_dir)
+    adapted.save_pretrained(folder)
+    for place, mark in (("checkpoint-2", "trainer_state.json"), ("old", "safegene_report.json")):
+        shutil.copytree(folder / second, folder / place)
+        (folder / place / mark).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_further_adapters_of_a_folder_are_warned_of(
+    search, apply, model_dir, vector_dir, task_file, tokenizer, tmp_path, caplog
+):
+    folder = several_adapters(model_dir, tmp_path / "tuned")
+    tokenizer.save_pretrained(folder)
+    if search:
+        options = [f"--safegene.vector={vector_dir}", f"--safegene.data.task_data={task_file}"]
+        words = ["apply", "--model_name_or_path", str(folder), "--safegene.dry_run=true"]
+        code = main([*words, *options])
+    else:
+        code, target = apply(folder, 0.5)
+        report = json.loads((target / "safegene_report.json").read_text())
+        assert any("further adapters (other)" in warning for warning in report["warnings"])
+    assert code == 0 and "holds further adapters (other), and only its own is read" in caplog.text
+    assert "checkpoint-2" not in caplog.text
+
+
+def test_what_is_right_but_surprising_is_said_by_apply(
+    apply, model_dir, tmp_path, caplog, monkeypatch
+):
+    """It is in the report, and said as well."""
+    told = ["This is surprising."]
+    monkeypatch.setattr("safegene_trl.step.plan.history_warnings", lambda path: list(told))
+    monkeypatch.setattr("safegene_trl.step.plan.base_warnings", lambda *given: [])
+    monkeypatch.setattr("safegene_trl.step.plan.read_history", lambda path: [])
+    code, _ = apply(model_dir, 0.5, f"--safegene.output.history={tmp_path / 'history.jsonl'}")
+    assert code == 0 and "This is surprising." in caplog.text
