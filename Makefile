@@ -73,7 +73,7 @@ build/llama.cpp/ready: $(VENV)/ready
 	tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C $(@D) --strip-components 3 llama_cpp_python-0.3.36/vendor/llama.cpp
 	touch $@
 
-# axolotl and LLaMA-Factory, each with the versions that it pins, in an environment of its own: 4 and 2 GB, some minutes the first time.
+# axolotl and LLaMA-Factory, each with the versions that it pins, in an environment of its own: 4 and 6 GB, some minutes the first time.
 test-integrations: test-axolotl test-llamafactory
 test-axolotl test-llamafactory: test-%: .venv-%/ready
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest tests/integrations/test_$*.py
@@ -81,12 +81,13 @@ test-axolotl test-llamafactory: test-%: .venv-%/ready
 # By uv, which is quicker; where that finds no way to the packages, by pip.
 AXOLOTL ?= axolotl==0.19.0
 LLAMAFACTORY ?= llamafactory==0.9.5
-.venv-axolotl/ready: HOST = $(AXOLOTL)
-.venv-llamafactory/ready: HOST = $(LLAMAFACTORY)
+.venv-axolotl/ready: PACKAGES = torch==2.13.0 $(AXOLOTL)
+# It imports torchaudio, whose build on PyPI is made for GPUs and needs a torch that is made for them as well; a CPU runs both.
+.venv-llamafactory/ready: PACKAGES = torch==2.11.0 torchaudio==2.11.0 $(LLAMAFACTORY)
 .venv-axolotl/ready .venv-llamafactory/ready: | $(VENV)/ready
 	$(PYTHON) -m venv $(@D)
-	$(BIN)/uv pip install --quiet --python $(@D)/bin/python torch==2.13.0 "$(HOST)" pytest pytest-timeout jsonschema \
-		|| $(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "$(HOST)" pytest pytest-timeout jsonschema
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python $(PACKAGES) pytest pytest-timeout jsonschema \
+		|| $(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES) pytest pytest-timeout jsonschema
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
