@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 from ..config.validation import repository
 from ..errors import UnsupportedModelError
 from ..text import printable
-from .contents import ADAPTER_CONFIG, MARKER, TRAINER_STATE
+from .contents import ADAPTER_CONFIG, MARKER, TRAINER_STATE, VECTOR
 from .tensor_file import StoredTensor, stored_tensors
 
 
@@ -51,12 +51,17 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     """The base model that an adapter directory or repository names, None if it is no adapter.
 
     Raises:
-        UnsupportedModelError: There is no such folder, or the adapter's config is damaged.
+        UnsupportedModelError: There is no such folder, the adapter's config is damaged, or it is a
+            safety vector. As a degraded model that would make its own opposite.
     """
     check_there(name_or_path)
     file = stored_file(name_or_path, revision, ADAPTER_CONFIG)
     if file is None:
         return None
+    if stored_file(name_or_path, revision, VECTOR.marker) is not None:
+        raise UnsupportedModelError(
+            f"{name_or_path} is a safety vector and no model: name a checkpoint, or the adapter of a fine-tune."
+        )
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:

@@ -77,6 +77,27 @@ def test_meaningless_selection_is_said(contrast, warned, extraction, monkeypatch
     assert ("means little" in caplog.text) == warned and "depend on the prompts" not in caplog.text
 
 
+@pytest.mark.parametrize("command", ["extract", "apply", "evaluate"])
+def test_a_vector_is_no_model(command, extraction, vector_dir, task_file, tmp_path, capsys):
+    """A vector as the degraded model would make its own opposite, which removes refusals."""
+    options = {
+        "extract": extraction | {"degraded_model": vector_dir},
+        "apply": {
+            "model_name_or_path": vector_dir,
+            "safegene.vector": vector_dir,
+            "safegene.data.task_data": task_file,
+        },
+        "evaluate": {
+            "model_name_or_path": vector_dir,
+            "harmful_data": extraction["harmful_data"],
+            "output_dir": tmp_path / "evaluation",
+        },
+    }[command]
+    assert main(argv(command, options)) == 2
+    assert f"{vector_dir} is a safety vector and no model" in capsys.readouterr().err
+    assert not (tmp_path / "vector").exists()
+
+
 def test_unstable_selection_is_said(extraction, monkeypatch, caplog):
     scores = LayerScores([(1.0, torch.eye(3).repeat(4, 1))])  # every prompt names another layer
     monkeypatch.setattr(

@@ -325,8 +325,9 @@ _SOFT: list[tuple[str, Mutation, Outcome]] = [
     ("soft targets of an earlier format", _soft(version=2), refused("row")),
     *((f"soft targets {value!r}", _soft_of(value), refused("targets"))
       for value in (None, True, 1, "x", [], {}, {"tokens": [7]}, SOFT | {"more": 1})),
+    *((f"no {key} of soft targets", _soft(**{key: DELETE}), refused("targets")) for key in SOFT),
     *((f"{key} {value!r}", _soft(**{key: value}), refused("targets"))
-      for key in SOFT for value in (DELETE, None, True, 1, "x", [], {}, [[]], [7], [None, None], [[7, 3, 5]])),
+      for key in SOFT for value in (None, True, 1, "x", [], {}, [[]], [7], [None, None], [[7, 3, 5]])),
     ("no place", _soft(tokens=[], ids=[], log_probs=[]), refused("targets")),
     ("too many places", _soft_of({key: value * 1000 for key, value in SOFT.items()}), refused("targets")),
     ("a token outside of the vocabulary", _soft(tokens=[7, 320], ids=[[7, 3, 5], [4, 320, 6]]), refused("targets")),
