@@ -20,7 +20,7 @@ from ..models.parameters import base_model
 from ..vectors.files import about_likeliest
 
 
-LIKELIEST = 16  # tokens of a place: of a refusal's first ones the others have about a hundredth
+LIKELIEST = 16  # tokens of a place; all others count as one
 DIGITS = 4  # of a log-probability, in nats: logits of 16 bits tell no more
 
 

@@ -120,7 +120,7 @@ def _token_losses(targets: _Targets, logits: torch.Tensor, tokens: slice) -> tor
     if reference is None or tokens.start >= len(reference):
         if targets.soft_ids is None or targets.soft_log_probs is None:
             return F.cross_entropy(logits, targets.next_ids[tokens], reduction="none")
-        return soft_divergence(logits, targets.soft_ids[tokens], targets.soft_log_probs[tokens])
+        return _soft_divergence(logits, targets.soft_ids[tokens], targets.soft_log_probs[tokens])
     log_probs = F.log_softmax(logits, dim=-1)
     before = _log_probs(reference[tokens].to(logits.device))
     terms = _kl(before, log_probs)
@@ -132,7 +132,7 @@ def _token_losses(targets: _Targets, logits: torch.Tensor, tokens: slice) -> tor
     return terms
 
 
-def soft_divergence(
+def _soft_divergence(
     logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor
 ) -> torch.Tensor:
     """`KL(p ‖ q)` of every token's place, in nats, (tokens,): over p's likeliest tokens and all others
@@ -150,7 +150,7 @@ def soft_divergence(
     rest = 1 - log_probs.exp().sum(dim=-1)
     seen = rest > LEAST_REST
     rest = rest.where(seen, 1.0)
-    return terms + (rest * (rest.log() - others.where(seen, 0.0)))
+    return terms + rest * (rest.log() - others.where(seen, 0.0))
 
 
 def _kl(reference: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
