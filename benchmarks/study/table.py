@@ -80,15 +80,22 @@ def rows(found: Mapping[str, Record], variant: str, tasks: Sequence[str]) -> lis
     return made
 
 
-def table(found: Mapping[str, Record], variants: Sequence[str]) -> list[str]:
-    """Markdown: a line for every variant and group of tasks."""
+# of fine-tunes, by the name that they have in the table
+MEANS = {"five harmless tasks": HARMLESS, "poisoned": ("poisoned",)}
+EACH = {TASKS[task].title: (task,) for task in HARMLESS}
+
+
+def table(
+    found: Mapping[str, Record],
+    variants: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Markdown: a line for every group of tasks and variant that was measured on all of them."""
     lines = [
         "| fine-tunes | | ASR | removed | over-refusal above the aligned model's | utility lost "
         "| same decision, harmful | same, benign |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    groups = {"five harmless tasks": HARMLESS}
-    groups |= {TASKS[task].title: (task,) for task in (*HARMLESS, "poisoned")}
     for group, tasks in groups.items():
         for variant in variants:
             if made := rows(found, variant, tasks):
@@ -105,13 +112,24 @@ def with_table(text: str, found: Mapping[str, Record], variants: Sequence[str]) 
     before, opening, rest = text.partition(OPENING)
     _, closing, after = rest.partition(CLOSING)
     assert opening and closing, "the page has no place for the table"
-    return before + opening + "\n" + "\n".join(table(found, variants)) + "\n\n" + closing + after
+    lines = "\n".join(table(found, variants, MEANS))
+    return before + opening + "\n" + lines + "\n\n" + closing + after
+
+
+def whole(found: Mapping[str, Record], variants: Sequence[str]) -> str:
+    """The table of all tasks, as a page."""
+    head = (
+        f"# What each choice of the recalibration is worth on {FAMILY}\n\n"
+        "Made by `python -m benchmarks.study table` from the records in `study.jsonl`; "
+        "[findings](../../docs/findings.md) say what they are. All numbers in % or points.\n\n"
+    )
+    return head + "\n".join(table(found, variants, {**MEANS, **EACH})) + "\n"
 
 
 def render(folder: Path, variants: Sequence[str]) -> None:
-    """Prints the table; that of the project's own records also goes into the findings."""
+    """Writes `study.md` beside the records; from the project's own also the findings' table."""
     found = records.load(KIND, folder)
-    print("\n".join(table(found, variants)))
+    replace_file(folder / f"{KIND}.md", whole(found, variants))
     if folder.resolve() == RESULTS:
         text = FINDINGS.read_text(encoding="utf-8")
         replace_file(FINDINGS, with_table(text, found, variants))
