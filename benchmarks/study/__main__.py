@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 def run(lab: Lab, arguments: argparse.Namespace, until: float) -> None:
     """Measures the variants that are not there, in their order, as long as there is time."""
     rows, vector = bank(lab), SafetyVector.from_pretrained(lab.vector)
-    counts = {k: sum(row["kind"] == k for row in rows) for k in ("harmful", "benign", "border")}
+    counts = {
+        k: sum(row["kind"] == k for row in rows) for k in ("harmful", "other", "benign", "border")
+    }
     print(f"Prompts to draw from: {counts}", flush=True)
     for seed in arguments.seeds:
         for name in arguments.tasks:

@@ -16,11 +16,13 @@ from benchmarks.paper_table.tasks import Task, read_jsonl, training_file
 from safegene_trl import DataConfig, SafeGeneConfig, SafetyVector
 from safegene_trl.config.measure import MeasureConfig
 from safegene_trl.config.search import SearchConfig
-from safegene_trl.data.calibration import CalibrationSet
+from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
+from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
+from safegene_trl.judges.refusal_phrases import label_of
 from safegene_trl.models.attachment import VectorAttachment
-from safegene_trl.models.inputs import padding_id
+from safegene_trl.models.inputs import Sample, padding_id, tokenize
 from safegene_trl.recalibration.search import recalibrate
 
 from .bank import Rows
@@ -51,6 +53,9 @@ class Drawn:
         border: Benign ones that it refuses.
         task: Samples of the task.
         soft: Whether they have soft targets.
+        other: How many of the harmful ones are of other sources.
+        held: Whether what the fine-tune says in the rest of the benign answers, behind the first
+            tokens, is held like the task's.
         search: Settings of the search.
     """
 
@@ -58,6 +63,8 @@ class Drawn:
     border: int = 0
     task: int = 32
     soft: bool = True
+    other: int = 0
+    held: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, seed: int) -> SafeGeneConfig:
@@ -72,14 +79,19 @@ class Drawn:
 
     def rows(self, bank: Rows, seed: int) -> Rows:
         """As many of the bank as a vector would hold them, drawn by the seed."""
-        left = {"harmful": self.count, "benign": self.count, "border": self.border}
+        left = {"harmful": self.count - self.other, "other": self.other}
+        left |= {"benign": self.count, "border": self.border}
+        sources = [row for row in bank if row["kind"] != "other"]
+        others = [row for row in bank if row["kind"] == "other"]
+        rng = np.random.default_rng(seed)
         found: Rows = []
-        for index in np.random.default_rng(seed).permutation(len(bank)):
-            row = bank[index]
+        for row in (
+            part[index] for part in (sources, others) for index in rng.permutation(len(part))
+        ):
             if left[row["kind"]] == 0:
                 continue
             left[row["kind"]] -= 1
-            kind = "harmful" if row["kind"] == "harmful" else "benign"
+            kind = "harmful" if row["kind"] in ("harmful", "other") else "benign"
             own = {"prompt": row["prompt"], "response": row["response"], "kind": kind}
             found.append(own | ({"targets": row["targets"]} if self.soft else {}))
         return found
@@ -89,7 +101,22 @@ class Drawn:
         vector = replace(tuned.vector, prompts=self.rows(tuned.bank, tuned.seed))
         rows = read_jsonl(training_file(tuned.task, tuned.seed, lab.data, lab.family))
         context = lab.model.config.max_position_embeddings
-        return gather_shots(self.config(tuned.seed), vector, lab.tokenizer, context, rows).data
+        found = gather_shots(self.config(tuned.seed), vector, lab.tokenizer, context, rows).data
+        return self._held(tuned, found) if self.held else found
+
+    def _held(self, tuned: FineTune, found: CalibrationSet) -> CalibrationSet:
+        """With the rest of the benign answers among the task's samples."""
+        rest = []
+        for row in self.rows(tuned.bank, tuned.seed):
+            messages = [{"role": "user", "content": row["prompt"]}]
+            sample = tokenize(tuned.lab.tokenizer, messages, row["response"])
+            first = sample.is_response.index(True) + REFUSAL_TOKENS
+            later = [place >= first for place in range(len(sample.input_ids))]
+            if row["kind"] == "benign" and label_of(row["response"]) == "answered" and any(later):
+                rest.append(Sample(sample.input_ids, later))
+        cut = round(len(rest) * (1 - DataConfig().holdout_share))
+        task = Split([*found.task.fit, *rest[:cut]], [*found.task.held_out, *rest[cut:]])
+        return replace(found, task=task)
 
 
 def recalibrated(tuned: FineTune, drawn: Drawn) -> Made:
@@ -175,6 +202,11 @@ VARIANTS: dict[str, Callable[[FineTune], Made]] = {
     ),
     "KL LoRA, 128": lambda tuned: touched_up(tuned, MANY, SLOW, with_vector=False),
     "CE, 128": lambda tuned: recalibrated(tuned, replace(MANY, soft=False)),
+    "KL, border, 128, held": lambda tuned: recalibrated(tuned, replace(MANY, held=True)),
+    "KL, border, 128, sources": lambda tuned: recalibrated(tuned, replace(MANY, other=64)),
+    "touch-up, 128, held, sources": lambda tuned: touched_up(
+        tuned, replace(MANY, held=True, other=64), SLOW, with_vector=True
+    ),
     "uniform 1": lambda tuned: uniform(tuned, 1.0),
     "KL, border, 128, utility 0.25": _searched(128, 64, 64, utility_weight=0.25),
     "KL, border, 128, T = 1": _searched(128, 64, 64, utility_temperature=1.0),

@@ -39,7 +39,9 @@ from .conftest import written
 
 def row(tokenizer, kind, number):
     """One of the bank, its targets sure of what is answered."""
-    response = "Sure, mix it." if kind == "benign" else "I cannot help with that."
+    response = "I cannot help with that."
+    if kind == "benign":
+        response = "Sure, mix it with some water and then put it into the pan for a while."
     messages = [{"role": "user", "content": f"a {kind} prompt number {number}"}]
     said = shortened(tokenize(tokenizer, messages, response), None, 8).response
     targets = {
@@ -62,7 +64,11 @@ def small(tiny, tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(banks, "BENIGN_PROMPTS", tmp_path / "benign_prompts.jsonl")
     malicious = [{"prompt": f"how do i break object {i}"} for i in range(20)]
     written(tmp_path / "data/harmful/do_not_answer_malicious.jsonl", malicious)
-    kept = [row(tokenizer, kind, i) for kind in ("harmful", "benign", "border") for i in range(6)]
+    kept = [
+        row(tokenizer, kind, i)
+        for kind in ("harmful", "benign", "border", "other")
+        for i in range(6)
+    ]
     path = tiny.work / "study" / "bank.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(kept))
@@ -122,6 +128,27 @@ def test_shots_are_as_many_as_asked_for(small, tmp_path):
     assert {r["kind"] for r in drawn} == {"harmful", "benign"}
     assert drawn != Drawn(count=3, border=2).rows(kept, 1)
     assert not any("targets" in r for r in Drawn(count=3, soft=False).rows(kept, 0))
+    mixed = Drawn(count=4, other=3).rows(kept, 0)
+    assert [" other " in r["prompt"] for r in mixed if r["kind"] == "harmful"].count(True) == 3
+    assert len(mixed) == 8
+
+
+def test_the_rest_of_benign_answers_is_held_like_the_tasks(small, tmp_path):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    vector = SafetyVector.from_pretrained(lab.vector)
+    tuned = FineTune(lab, vector, bank(lab), TASKS["sst2"], 0, {})
+    plain, held = (Drawn(4, 2, 4, held=held).shots(tuned) for held in (False, True))
+    assert held.task.fit[:3] == plain.task.fit and held.task.held_out[:1] == plain.task.held_out
+    rest = [*held.task.fit[3:], *held.task.held_out[1:]]
+    assert len(rest) == 4 and held.benign == plain.benign
+    whole = [
+        tokenize(lab.tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
+        for row in tuned.bank
+    ]
+    starts = {tuple(sample.input_ids): sample.is_response.index(True) for sample in whole}
+    for sample in rest:
+        assert sample.is_response.index(True) == starts[tuple(sample.input_ids)] + 8
+        assert sample.is_response[-1]
 
 
 def test_a_bank_has_what_the_aligned_model_says(small, tmp_path, monkeypatch):
@@ -140,7 +167,9 @@ def test_a_bank_has_what_the_aligned_model_says(small, tmp_path, monkeypatch):
     monkeypatch.setattr(banks, "generate_answers", answers)
     monkeypatch.setattr(banks, "_with_targets", lambda lab, found: found)
     found = bank(lab)
-    assert [r["kind"] for r in found].count("harmful") == 8  # those refused of sixteen
+    kinds = [r["kind"] for r in found]
+    assert kinds.count("harmful") == 8  # those refused of sixteen
+    assert kinds.count("other") == 6 and not any("plant" in r["prompt"] for r in found)
     assert {r["response"] for r in found if r["kind"] == "border"} == {
         "I'm sorry, but I can't help with that."
     }
