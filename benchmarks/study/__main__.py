@@ -1,7 +1,8 @@
 """What each choice of the recalibration is worth, on fine-tunes of a known model.
 
     python recipes/smollm2-135m/prepare.py --data-only
-    python -m benchmarks.study run --data DIR --family qwen2.5-coder-0.5b --minutes 9
+    python -m benchmarks.study prepare --data DIR --jobs 9           # the vector and the fine-tunes, many at once
+    python -m benchmarks.study run --data DIR --minutes 9
     python -m benchmarks.study table                                 # the findings' table from the records
 
 One fine-tune and variant is one record in `benchmarks/results/study.jsonl`; what is there is not
@@ -14,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,14 @@ from benchmarks import records
 from benchmarks.paper_table.families import FAMILIES, Family, device, dtype
 from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.tasks import TASKS, Task, fine_tuned
+from benchmarks.paper_table.vectors import WHOLE, vector
 from benchmarks.records import RESULTS
 from safegene_trl import SafetyVector
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.provenance import software_versions
 
 from .bank import BENIGN_PROMPTS, bank
-from .table import KIND, SETS, render, shares
+from .table import FAMILY, KIND, SETS, render, shares
 from .variants import VARIANTS, FineTune, Made
 
 
@@ -38,18 +41,20 @@ TEST_ROWS, FREE_ROWS = 1000, 200
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    until = time.monotonic()
+    begun = time.monotonic()
     arguments = _parser().parse_args(argv)
     if arguments.command == "table":
         render(arguments.results, list(VARIANTS))
         return
-    until += 60 * arguments.minutes
     family = FAMILIES[arguments.family]
     if arguments.aligned:
         family = replace(family, aligned=str(arguments.aligned.resolve()))
+    if arguments.command == "prepare":
+        prepare(arguments, family)
+        return
     lab = Lab(arguments.data, TEST_ROWS, FREE_ROWS, arguments.scale, family, SETS)
     lab.used = [BENIGN_PROMPTS]  # what the bank draws from; other data made the demonstration alone
-    run(lab, arguments, until)
+    run(lab, arguments, begun + 60 * arguments.minutes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,15 +64,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("prepare", help="make the vector and the fine-tunes")
     running = commands.add_parser("run", help="measure what is missing")
     drawing = commands.add_parser("table", help="the findings' table")
     for command in (running, drawing):
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    running.add_argument("--data", type=Path, help="folder with the data sets (default: the hub)")
-    running.add_argument("--family", choices=list(FAMILIES), default="qwen2.5-coder-0.5b")
-    running.add_argument("--aligned", type=Path, help="folder of the family's aligned model")
-    running.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    running.add_argument("--seeds", nargs="+", type=int, default=[0])
+    for command in (making, running):
+        command.add_argument(
+            "--data", type=Path, help="folder with the data sets (default: the hub)"
+        )
+        command.add_argument("--family", choices=list(FAMILIES), default=FAMILY)
+        command.add_argument("--aligned", type=Path, help="folder of the family's aligned model")
+        command.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+        command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    making.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     running.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     running.add_argument(
         "--minutes", type=float, default=float("inf"), help="begin no variant after this time"
@@ -78,9 +88,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def prepare(arguments: argparse.Namespace, family: Family) -> None:
+    """Makes what is not there of the vector's components and the fine-tunes, several at once, each in
+    processes of its own; what fails is said at the end, when the others are made.
+    """
+    with ThreadPoolExecutor(max(arguments.jobs, 1)) as pool:
+        made = [
+            pool.submit(vector, kind, arguments.data, family)
+            for kind in (() if family.vector else family.degradations)
+        ]
+        made += [
+            pool.submit(fine_tuned, TASKS[task], seed, arguments.data, family)
+            for seed in arguments.seeds
+            for task in arguments.tasks
+        ]
+        for done in as_completed(made):
+            print(done.exception() or f"made {done.result()}", flush=True)
+    for done in made:
+        done.result()
+    print(f"made {vector(WHOLE, arguments.data, family)}", flush=True)
+
+
 def run(lab: Lab, arguments: argparse.Namespace, until: float) -> None:
     """Measures the variants that are not there, in their order, as long as there is time."""
-    rows, vector = bank(lab), SafetyVector.from_pretrained(lab.vector)
+    rows, whole = bank(lab), SafetyVector.from_pretrained(lab.vector)
     counts = {
         k: sum(row["kind"] == k for row in rows) for k in ("harmful", "other", "benign", "border")
     }
@@ -90,7 +121,7 @@ def run(lab: Lab, arguments: argparse.Namespace, until: float) -> None:
             task = TASKS[name]
             cell(lab, task, record_name(lab.family, task), ({}, {}), arguments.results)
             update = lab.update_of(fine_tuned(task, seed, lab.data, lab.family))
-            tuned = FineTune(lab, vector, rows, task, seed, update)
+            tuned = FineTune(lab, whole, rows, task, seed, update)
             for variant in arguments.variants:
                 if time.monotonic() > until:
                     return

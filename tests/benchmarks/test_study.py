@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -94,6 +96,29 @@ def test_variants_are_measured_once(small, tmp_path, monkeypatch, capsys):
     assert (tmp_path / f"{KIND}.jsonl").read_bytes() == before
     command.main([*words[:-5], "--minutes", "0", "--variants", "KL"])  # no time is left
     assert (tmp_path / f"{KIND}.jsonl").read_bytes() == before
+
+
+def test_everything_is_made_several_at_once(tmp_path, monkeypatch, capsys):
+    asked, together = [], threading.Barrier(3, timeout=60)
+
+    def made(name, *rest):
+        asked.append(name if isinstance(name, str) else (name.name, rest[0]))
+        if len(asked) <= 3:
+            together.wait()  # nobody goes on before three are at work
+        if name == "openings":
+            raise SafeGeneError("no openings")
+        return Path(str(name))
+
+    monkeypatch.setattr(command, "vector", made)
+    monkeypatch.setattr(command, "fine_tuned", made)
+    words = ["prepare", "--jobs", "3", "--tasks", "sst2", "boolq", "--seeds", "0", "1"]
+    with pytest.raises(SafeGeneError, match="no openings"):
+        command.main(words)
+    tunes = [(task, seed) for task in ("sst2", "boolq") for seed in (0, 1)]
+    assert sorted(map(str, asked)) == sorted(
+        map(str, ["puzzles", "instructions", "openings", *tunes])
+    )
+    assert capsys.readouterr().out.count("made ") == 6
 
 
 def test_a_variant_that_diverges_leaves_no_record(small, tmp_path, monkeypatch, capsys):
