@@ -59,6 +59,7 @@ class Lab:
         free_rows: Test samples of a task with free answers, each of many tokens.
         scale: Share (0–1] of the prompts of every set; below 1 only to see that it runs.
         family: Whose aligned model it is.
+        sets: Prompts to measure on, as `SETS` names them.
 
     Raises:
         SafeGeneError: The model or prepared data are not there.
@@ -71,9 +72,10 @@ class Lab:
         free_rows: int = 60,
         scale: float = 1.0,
         family: Family = SMOLLM2,
+        sets: Mapping[str, tuple[str, str, int]] = SETS,
     ):
         self.data, self.test_rows, self.free_rows, self.scale = data, test_rows, free_rows, scale
-        self.family, self.device = family, device()
+        self.family, self.device, self.sets = family, device(), sets
         self.used = [
             MODELS / f"{name}.jsonl" for name in ("align", "safety_prompts", "benign_prompts")
         ]
@@ -84,6 +86,8 @@ class Lab:
             )
         model: Any = load_model(family.aligned, dtype=dtype())
         self.model = model.requires_grad_(False).to(self.device)
+        if family.attention:
+            self.model.set_attn_implementation(family.attention)
         self.tokenizer = load_tokenizer(family.aligned)
 
     @cached_property
@@ -123,7 +127,7 @@ class Lab:
         """
         used = prompts_used(map(str, self.used))
         found = {}
-        for column, (file, kind, count) in SETS.items():
+        for column, (file, kind, count) in self.sets.items():
             prompts = load_prompts(prompt_source(file, self.data), kind, "train", None, 0)  # type: ignore[arg-type]
             if column == "contrast":
                 prompts = [p for p in prompts if p.category == "Requests with safety concerns"]

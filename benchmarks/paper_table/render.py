@@ -21,7 +21,7 @@ from .tasks import TASKS
 
 
 CELLS, UTILITY = "paper_table", "paper_table_utility"  # kinds of records
-FINDINGS = ROOT / "docs" / "findings.md"
+FINDINGS = ROOT / "docs" / "findings_smollm2.md"
 HARMFUL, BENIGN = ("BT", "DR"), ("look-alikes", "contrast")
 OURS, ONE = "SafeGene", "one component"
 ROUNDING = 1e-9  # means of the same share, taken in another order
@@ -371,7 +371,7 @@ def utility_lost(
 
 def render(folder: Path) -> None:
     """Writes `paper_table.md` and a plot per family beside the cells; from the project's own also
-    the findings' tables.
+    the tables of the page on it.
     """
     lines = [
         "# Attack success, over-refusal and utility of every method",

@@ -264,10 +264,17 @@ class _Search:
         )
         if not self.history:
             self.attachment.check_effective()
-        if not (math.isfinite(value) and np.isfinite(gradient).all()):
+        if not math.isfinite(value):
             raise RecalibrationError(
                 "The recalibration loss is not finite with the safety vector on: make the vector again, or lower "
                 "`search.max_coefficient`."
+            )
+        if not np.isfinite(
+            gradient
+        ).all():  # seen with fused attention on padded batches in bfloat16
+            raise RecalibrationError(
+                "The recalibration loss is finite and its gradient is not, as some fused attention kernels make it on padded "
+                'batches in 16 bits: load the model with `attn_implementation="eager"`, or set `batch_size: 1`, which pads nothing.'
             )
         self.touched |= (rows != 0).any(axis=0)
         named = dict(zip(self.names, point.tolist(), strict=True))

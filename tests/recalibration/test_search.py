@@ -1,6 +1,7 @@
 """The objective, its gradient, the acceptance, and that the model comes out as it went in."""
 
 import json
+import math
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -253,6 +254,19 @@ def test_diverged_model_is_an_error():
     with pytest.raises(RecalibrationError, match="has diverged"):
         run(model, deltas)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_gradient_that_is_no_number_is_told_from_such_a_loss():
+    model, data = make_model(), calibration_set()
+    deltas = helpful_deltas(model, data)
+
+    def nan_backward(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.nan)
+
+    model.lm_head.register_forward_hook(nan_backward)
+    with pytest.raises(RecalibrationError, match=r"its gradient is not.*batch_size: 1"):
+        run(model, deltas, data)
 
 
 def recompute(model, reentrant):

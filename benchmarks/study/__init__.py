@@ -1,0 +1,1 @@
+"""What each choice of the recalibration is worth, on fine-tunes of a known model."""

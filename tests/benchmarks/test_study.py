@@ -1,0 +1,272 @@
+"""The study of the recalibration's choices: run on a tiny random model, and told on a page."""
+
+import json
+import math
+import threading
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from benchmarks import records
+from benchmarks.paper_table.lab import Lab
+from benchmarks.paper_table.tasks import TASKS
+from benchmarks.study import __main__ as command
+from benchmarks.study import bank as banks
+from benchmarks.study import touch_up, variants
+from benchmarks.study.bank import bank
+from benchmarks.study.table import (
+    EACH,
+    FAMILY,
+    FINDINGS,
+    HARMLESS,
+    KIND,
+    SETS,
+    agreement,
+    render,
+    rows,
+    shares,
+    table,
+    whole,
+    with_table,
+)
+from benchmarks.study.variants import VARIANTS, Drawn, FineTune
+from safegene_trl import SafetyVector
+from safegene_trl.errors import SafeGeneError
+from safegene_trl.models.inputs import shortened, tokenize
+
+from .conftest import written
+
+
+def row(tokenizer, kind, number):
+    """One of the bank, its targets sure of what is answered."""
+    response = "I cannot help with that."
+    if kind == "benign":
+        response = "Sure, mix it with some water and then put it into the pan for a while."
+    messages = [{"role": "user", "content": f"a {kind} prompt number {number}"}]
+    said = shortened(tokenize(tokenizer, messages, response), None, 8).response
+    targets = {
+        "tokens": said,
+        "ids": [[t, 1] for t in said],
+        "log_probs": [[-0.1, -3.0]] * len(said),
+    }
+    return {
+        "prompt": messages[0]["content"],
+        "response": response,
+        "kind": kind,
+        "targets": targets,
+    }
+
+
+@pytest.fixture
+def small(tiny, tmp_path, monkeypatch, tokenizer):
+    """The tiny family with a bank, and what the study measures on."""
+    monkeypatch.setattr(command, "BENIGN_PROMPTS", tmp_path / "benign_prompts.jsonl")
+    monkeypatch.setattr(banks, "BENIGN_PROMPTS", tmp_path / "benign_prompts.jsonl")
+    malicious = [{"prompt": f"how do i break object {i}"} for i in range(20)]
+    written(tmp_path / "data/harmful/do_not_answer_malicious.jsonl", malicious)
+    kept = [
+        row(tokenizer, kind, i)
+        for kind in ("harmful", "benign", "border", "other")
+        for i in range(6)
+    ]
+    path = tiny.work / "study" / "bank.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(kept))
+    return tiny
+
+
+def test_variants_are_measured_once(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(variants, "SLOW", touch_up.Schedule(steps=2))
+    wanted = ["CE", "KL, border", "touch-up, 128", "uniform 1"]
+    words = ["run", "--family", "tiny", "--data", str(tmp_path / "data"), "--tasks", "sst2"]
+    words += ["--scale", "0.05", "--results", str(tmp_path), "--variants", *wanted]
+    command.main(words)
+    found = records.load(KIND, tmp_path)
+    assert set(found) == {"tiny-sst2-aligned", *(f"tiny-sst2-0-{name}" for name in wanted)}
+    assert "'border': 6" in capsys.readouterr().out
+    for record in found.values():
+        assert set(record["labels"]) == set(SETS) and record["scale"] == 0.05
+    assert len(found["tiny-sst2-0-CE"]["about"]["objective"]) > 1
+    touched = found["tiny-sst2-0-touch-up, 128"]["about"]
+    assert [step for step, _ in touched["held_out_by_step"]] == [0, 1, 2]
+    before = (tmp_path / f"{KIND}.jsonl").read_bytes()
+    command.main(words)
+    assert (tmp_path / f"{KIND}.jsonl").read_bytes() == before
+    command.main([*words[:-5], "--minutes", "0", "--variants", "KL"])  # no time is left
+    assert (tmp_path / f"{KIND}.jsonl").read_bytes() == before
+
+
+def test_everything_is_made_several_at_once(tmp_path, monkeypatch, capsys):
+    asked, together = [], threading.Barrier(3, timeout=60)
+
+    def made(name, *rest):
+        asked.append(name if isinstance(name, str) else (name.name, rest[0]))
+        if len(asked) <= 3:
+            together.wait()  # nobody goes on before three are at work
+        if name == "openings":
+            raise SafeGeneError("no openings")
+        return Path(str(name))
+
+    monkeypatch.setattr(command, "vector", made)
+    monkeypatch.setattr(command, "fine_tuned", made)
+    words = ["prepare", "--jobs", "3", "--tasks", "sst2", "boolq", "--seeds", "0", "1"]
+    with pytest.raises(SafeGeneError, match="no openings"):
+        command.main(words)
+    tunes = [(task, seed) for task in ("sst2", "boolq") for seed in (0, 1)]
+    assert sorted(map(str, asked)) == sorted(
+        map(str, ["puzzles", "instructions", "openings", *tunes])
+    )
+    assert capsys.readouterr().out.count("made ") == 6
+
+
+def test_a_variant_that_diverges_leaves_no_record(small, tmp_path, monkeypatch, capsys):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    name = lab.linear_modules[0]
+    bad = {name: torch.full_like(lab.weight(name), math.nan)}
+    monkeypatch.setitem(VARIANTS, "CE", lambda tuned: (bad, {}))
+    vector = SafetyVector.from_pretrained(lab.vector)
+    command.measured(FineTune(lab, vector, [], TASKS["sst2"], 0, {}), "CE", tmp_path)
+    assert records.load(KIND, tmp_path) == {}
+    assert "its weights are no numbers" in capsys.readouterr().err
+
+
+def test_a_touch_up_keeps_the_step_that_held_out_shots_like_best(small, tmp_path):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    vector = SafetyVector.from_pretrained(lab.vector)
+    tuned = FineTune(lab, vector, bank(lab), TASKS["sst2"], 0, {})
+    shots = Drawn(4, 2, 4).shots(tuned)
+    gained, about = touch_up.touch_up(lab, {}, {}, shots, touch_up.Schedule(6, 1e-2), 0)
+    path = dict(about["held_out_by_step"])
+    assert gained and min(path.values()) < path[0]
+    with pytest.raises(SafeGeneError, match="diverged"):
+        touch_up.touch_up(lab, {}, {}, shots, touch_up.Schedule(6, 1e3), 0)
+
+
+def test_shots_are_as_many_as_asked_for(small, tmp_path):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    kept = bank(lab)
+    drawn = Drawn(count=3, border=2).rows(kept, 0)
+    refused = [r for r in drawn if r["response"].startswith("I cannot")]
+    assert len(drawn) == 8 and len(refused) == 5 and all("targets" in r for r in drawn)
+    assert {r["kind"] for r in drawn} == {"harmful", "benign"}
+    assert drawn != Drawn(count=3, border=2).rows(kept, 1)
+    assert not any("targets" in r for r in Drawn(count=3, soft=False).rows(kept, 0))
+    mixed = Drawn(count=4, other=3).rows(kept, 0)
+    assert [" other " in r["prompt"] for r in mixed if r["kind"] == "harmful"].count(True) == 3
+    assert len(mixed) == 8
+
+
+def test_the_rest_of_benign_answers_is_held_like_the_tasks(small, tmp_path):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    vector = SafetyVector.from_pretrained(lab.vector)
+    tuned = FineTune(lab, vector, bank(lab), TASKS["sst2"], 0, {})
+    plain, held = (Drawn(4, 2, 4, held=held).shots(tuned) for held in (False, True))
+    assert held.task.fit[:3] == plain.task.fit and held.task.held_out[:1] == plain.task.held_out
+    rest = [*held.task.fit[3:], *held.task.held_out[1:]]
+    assert len(rest) == 4 and held.benign == plain.benign
+    whole = [
+        tokenize(lab.tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
+        for row in tuned.bank
+    ]
+    starts = {tuple(sample.input_ids): sample.is_response.index(True) for sample in whole}
+    for sample in rest:
+        assert sample.is_response.index(True) == starts[tuple(sample.input_ids)] + 8
+        assert sample.is_response[-1]
+
+
+def test_a_bank_has_what_the_aligned_model_says(small, tmp_path, monkeypatch):
+    (small.work / "study" / "bank.json").unlink()
+    harmful = [{"prompt": f"how do i steal object {i}"} for i in range(40)]
+    written(tmp_path / "data/harmful/catqa.jsonl", harmful)
+    written(
+        tmp_path / "benign_prompts.jsonl", [{"prompt": f"how do i cook {i}"} for i in range(12)]
+    )
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+
+    def answers(model, tokenizer, messages, *rest):
+        said = "I'm sorry, but I can't help with that. It"
+        return [said if i % 2 else "Put it into a pan. Then" for i in range(len(messages))]
+
+    monkeypatch.setattr(banks, "generate_answers", answers)
+    monkeypatch.setattr(banks, "_with_targets", lambda lab, found: found)
+    found = bank(lab)
+    kinds = [r["kind"] for r in found]
+    assert kinds.count("harmful") == 8  # those refused of sixteen
+    assert kinds.count("other") == 6 and not any("plant" in r["prompt"] for r in found)
+    assert {r["response"] for r in found if r["kind"] == "border"} == {
+        "I'm sorry, but I can't help with that."
+    }
+    assert {r["response"] for r in found if r["kind"] == "benign"} == {"Put it into a pan."}
+    assert bank(lab) == found and (small.work / "study" / "bank.json").is_file()
+
+
+# The table
+
+
+def test_what_the_page_says_in_words_is_what_the_records_hold():
+    text, found = " ".join(FINDINGS.read_text(encoding="utf-8").split()), records.load(KIND)
+    aligned = found[f"{FAMILY}-sst2-aligned"]
+
+    def same(variant, tasks):
+        names = [f"{FAMILY}-{task}-0-{variant}" for task in tasks]
+        return 100 * fmean(agreement(found[name], aligned, [*SETS]) for name in names)
+
+    attack, refusal = (100 * share for share in shares(aligned))
+    many, best = "KL, border, 128", "touch-up, 128"
+    (poisoned,) = rows(found, "CE", ["poisoned"])
+    for words in (
+        f"answers {attack:.1f} % of the harmful prompts and refuses {refusal:.1f} % of the benign",
+        f"{same(many, HARMLESS):.1f} instead of {same('CE', HARMLESS):.1f} % of all prompts",
+        f"from {same(many, ['sst2']):.1f} to {same(best, ['sst2']):.1f} % on SST-2",
+        f"from {same(many, ['ag_news']):.1f} to {same(best, ['ag_news']):.1f} on AG News",
+        f"on GSM8K {rows(found, many, ['gsm8k'])[0]['removed']:.0f} % is removed",
+        f"on Alpaca {rows(found, many, ['alpaca'])[0]['removed']:.0f} %, and Alpaca loses "
+        f"{rows(found, many, ['alpaca'])[0]['lost']:.1f} points",
+        f"remove {poisoned['removed']:.0f} % at {poisoned['refusal']:.0f} points of over-refusal",
+    ):
+        assert words in text, words
+
+
+def record(refused, answered, utility):
+    letters = dict.fromkeys(SETS, "r" * refused + "a" * answered)
+    return {"labels": letters, "utility": utility}
+
+
+def test_a_variant_is_told_beside_the_aligned_model():
+    name = "qwen2.5-coder-0.5b-sst2"
+    found = {
+        f"{name}-aligned": record(8, 2, [0.0]),
+        f"{name}-0-fine-tuned": record(2, 8, [1.0, 0.0]),
+        f"{name}-0-KL": record(7, 3, [1.0]),
+    }
+    (made,) = rows(found, "KL", ["sst2"])
+    assert made == pytest.approx(
+        {
+            "attack": 30,
+            "removed": 100 * 5 / 6,
+            "refusal": -10,
+            "lost": 0,  # over the test samples that both have
+            "harmful": 90,
+            "benign": 90,
+        }
+    )
+    assert rows(found, "CE", ["sst2"]) == [] and rows(found, "KL", ["sst2", "boolq"]) == []
+    assert (
+        table(found, ["KL"], EACH)[-1] == "| SST-2 | KL | 30.0 | 83 | -10.0 | 0.00 | 90.0 | 90.0 |"
+    )
+
+
+def test_the_pages_have_the_records_table(tmp_path, monkeypatch):
+    text, found = FINDINGS.read_text(encoding="utf-8"), records.load(KIND)
+    assert with_table(text, found, list(VARIANTS)) == text
+    page = (records.RESULTS / "study.md").read_text(encoding="utf-8")
+    assert whole(found, list(VARIANTS)) == page
+    page = tmp_path / "findings.md"
+    page.write_text("before <!-- study -->\nold\n<!-- end --> after")
+    monkeypatch.setattr("benchmarks.study.table.FINDINGS", page)
+    monkeypatch.setattr("benchmarks.study.table.RESULTS", tmp_path)
+    render(tmp_path, ["KL"])
+    assert "old" not in page.read_text() and page.read_text().endswith("<!-- end --> after")
+    assert "| fine-tunes |" in (tmp_path / "study.md").read_text()
