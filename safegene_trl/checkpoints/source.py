@@ -12,11 +12,19 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from ..config.validation import repository
 from ..errors import UnsupportedModelError
 from ..text import printable
-from .contents import ADAPTER_CONFIG, MARKER, TRAINER_STATE, VECTOR
+from .contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MARKER,
+    SAFEGUARDED,
+    TRAINER_STATE,
+    VECTOR,
+)
 from .tensor_file import StoredTensor, stored_tensors
 
 
@@ -76,6 +84,20 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
             "model in its place."
         )
     return base
+
+
+def holds_vector(name_or_path: str, revision: str | None = None) -> bool:
+    """Whether the header of an adapter's weights says that a safety vector is folded into them."""
+    if stored_file(name_or_path, revision, ADAPTER_CONFIG) is None:
+        return False
+    file = stored_file(name_or_path, revision, ADAPTER_WEIGHTS)
+    if file is None:
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return SAFEGUARDED in (opened.metadata() or {})
+    except (OSError, SafetensorError):  # whoever reads the weights says so
+        return False
 
 
 def further_adapters(name_or_path: str) -> list[str]:
