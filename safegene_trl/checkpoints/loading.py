@@ -262,5 +262,7 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
                 raise not_loaded(f"The processor of {source}", source, error) from error
             if isinstance(processor, ProcessorMixin):
                 processor.tokenizer = tokenizer
+                if source != name_or_path and tokenizer.chat_template:  # that of the training
+                    processor.chat_template = tokenizer.chat_template
                 return processor
     return tokenizer
