@@ -738,4 +738,6 @@ def test_two_callbacks_of_a_training_do_not_write_to_one_place(config, tokenizer
     own["output_dir"] = str(tmp_path / "out" / "second")
     callbacks = [SafeGeneCallback(config()), SafeGeneCallback(config(**own))]
     sft(tmp_path / "out", callbacks, tokenizer).train()
-    assert all((tmp_path / "out" / name / "config.json").is_file() for name in ("safeguarded", "second"))
+    assert all(
+        (tmp_path / "out" / name / "config.json").is_file() for name in ("safeguarded", "second")
+    )

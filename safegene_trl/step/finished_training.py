@@ -103,7 +103,9 @@ class FinishedTraining:
             best = self.state.best_model_checkpoint
             return None if best is None else Path(best)
         step = self.state.global_step
-        return Path(str(self.args.output_dir)) / f"checkpoint-{step}" if step in self.saved else None
+        return (
+            Path(str(self.args.output_dir)) / f"checkpoint-{step}" if step in self.saved else None
+        )
 
     def _has_changed(self, model: nn.Module, place: Path, sharding: Sharding) -> bool:
         """Collective: whether the weights are others than when this checkpoint was saved, as those

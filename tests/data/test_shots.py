@@ -376,3 +376,19 @@ def test_the_trainings_arguments_are_those_of_trl_or_of_all_its_first_rows():
     assert trained_options(None, broken) == {}
     other = rows.add_column("chat_template_kwargs", [{"chat_template": "x"}] * len(rows))
     assert trained_options(None, other) == {}
+    # a row's own documents do not take away what all rows have
+    lists = [OFF | {"documents": [f"page {i}"], "chat_template": "x"} for i in range(len(rows))]
+    odd = rows.add_column("chat_template_kwargs", lists)
+    assert trained_options(None, odd) == OFF | {"documents": ["page 0"]}
+
+
+def test_arguments_that_no_setting_holds_are_left_out_and_said():
+    tokenizer = reasoning_tokenizer("hybrid")
+    vector = make_vector(make_model(), tokenizer)
+    vector.extraction["chat_template_kwargs"] = OFF
+    config = config_of(vector="v", num_test_prompts=4)
+    trained = OFF | {"documents": ["page"]}
+    found = gather_shots(config, vector, tokenizer, None, task_dataset(), None, trained)
+    assert found.record["chat_template_kwargs"] == OFF
+    (warning,) = found.warnings
+    assert "have `documents`, which is no text" in warning and "without" in warning
