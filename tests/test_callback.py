@@ -741,3 +741,16 @@ def test_two_callbacks_of_a_training_do_not_write_to_one_place(config, tokenizer
     assert all(
         (tmp_path / "out" / name / "config.json").is_file() for name in ("safeguarded", "second")
     )
+
+
+def test_float32_norms_beside_16_bits_are_no_reason_to_refuse(config, tokenizer, tmp_path):
+    """Only the training's autocast computes with both; who loads the checkpoint has 16 bits alone."""
+    model = make_model().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    callback = SafeGeneCallback(config())
+    sft(tmp_path, [callback], tokenizer, model, bf16=True).train()
+    held = load_file(tmp_path / "safeguarded" / "model.safetensors")
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32, torch.bfloat16}
+    assert callback.report["shipped"]["logit_distances"]["reloaded"] > 0  # what loading rounds
