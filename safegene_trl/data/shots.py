@@ -152,12 +152,12 @@ def within_vocabulary(shots: Shots, rows: int) -> Shots:
     model's may have been padded, and a fine-tune's cut to its tokenizer's.
     """
 
-    def of(split: Split | None) -> Split | None:
-        return split and Split(
-            *([_within(s, rows) for s in part] for part in (split.fit, split.held_out))
-        )
+    def of(split: Split) -> Split:
+        parts = (split.fit, split.held_out)
+        return Split(*([_within(sample, rows) for sample in part] for part in parts))
 
-    data = replace(shots.data, harmful=of(shots.data.harmful), benign=of(shots.data.benign))
+    benign = shots.data.benign and of(shots.data.benign)
+    data = replace(shots.data, harmful=of(shots.data.harmful), benign=benign)
     before, now = (_with_targets(each) for each in (shots.data, data))
     if before == now:
         return shots
