@@ -1,10 +1,9 @@
 """`SafeGeneCallback`: the safety step at the end of a `Trainer` or `SFTTrainer` run."""
 
 import logging
-import weakref
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import PeftModel
@@ -40,13 +39,15 @@ from .models.data_types import held_dtypes, name_of
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
-from .step.finished_training import FinishedTraining
+from .step.finished_training import FinishedTraining, fingerprint
 from .step.live_fine_tune import safeguard
 from .step.plan import TRAINERS_OUTPUT, InputModel, Origin, Plan, dry_run_message
 from .step.preparation import Preparation, prepare
 
 
 logger = logging.getLogger(__name__)
+# all that there are, of which one training may have two
+_CALLBACKS: "WeakSet[SafeGeneCallback]" = WeakSet()
 
 
 class DryRunComplete(SystemExit):
@@ -93,11 +94,15 @@ class SafeGeneCallback(TrainerCallback):
         self.report: dict[str, Any] | None = None
         self._prepared: Preparation | None = None
         # who keeps the callback for its report keeps no models, of which a trainer may have two
-        self._trainer_reference: weakref.ref[Trainer] | None = None
+        self._trainers: WeakSet[Trainer] = WeakSet()
         # in which data types models lay in memory before anything spread them over processes
         self._loaded: WeakKeyDictionary[nn.Module, dict[str, torch.dtype]] = WeakKeyDictionary()
-        self._saved_step: int | None = None
+        # by the step of each checkpoint, what the weights were
+        self._saved: dict[int, torch.Tensor] = {}
         self._begun: bool | None = None  # None: it has seen no training yet
+        self._state: TrainerState | None = None  # of the training that goes on
+        self._place: Path | None = None
+        _CALLBACKS.add(self)
 
     def attach(self, trainer: Trainer) -> "SafeGeneCallback":
         """Adds the callback to a trainer so that its metrics, under `safegene/`, reach the trackers
@@ -110,7 +115,7 @@ class SafeGeneCallback(TrainerCallback):
 
         Args:
             trainer: A `Trainer` that has not been started; also one whose `callbacks` hold this
-                callback already.
+                callback already. Several can take turns.
 
         Raises:
             ConfigError: It is no `Trainer`.
@@ -120,19 +125,19 @@ class SafeGeneCallback(TrainerCallback):
                 f"`attach` was given {shown(trainer)}: give it the trainer, before `trainer.train()`; the output folder is "
                 "`SafeGeneConfig.output.output_dir`."
             )
-        self._trainer_reference = weakref.ref(trainer)
-        self._stand_in_line()
+        self._trainers.add(trainer)
+        self._stand_in_line(trainer)
         self._note_dtypes(trainer.model)
         return self
 
-    @property
-    def _trainer(self) -> Trainer | None:
-        return self._trainer_reference() if self._trainer_reference is not None else None
+    def _trainer_of(self, state: TrainerState) -> Trainer | None:
+        """The trainer whose training this is, None where the callback is not attached to it."""
+        return next((trainer for trainer in self._trainers if trainer.state is state), None)
 
-    def _stand_in_line(self) -> None:
+    def _stand_in_line(self, trainer: Trainer | None) -> None:
         """Takes its place; in a new list, as the old one may be walked through just now."""
-        if self._trainer is not None:
-            handler = self._trainer.callback_handler
+        if trainer is not None:
+            handler = trainer.callback_handler
             others = [each for each in handler.callbacks if each is not self]
             handler.callbacks = sorted(
                 [*others, self], key=lambda each: (_is_tracker(each), each is self)
@@ -153,9 +158,10 @@ class SafeGeneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Checks vector, family, data and output place before the GPU hours."""
-        self._prepared = self._saved_step = None
-        self._begun = True
-        self._stand_in_line()
+        self._prepared, self._saved, self._begun = None, {}, True
+        self._state, self._place = state, self._target(args)
+        trainer = self._trainer_of(state)
+        self._stand_in_line(trainer)
         if state.is_hyper_param_search:
             logger.warning("SafeGene skips hyper-parameter trials: run it on the final training.")
             return
@@ -165,15 +171,16 @@ class SafeGeneCallback(TrainerCallback):
             self.config.check()
             check_parallelism(model, args)
             _check_output_dir(model, args)
+            self._check_alone()
             processor = _processor(kwargs.get("processing_class"), model)
-        prepared = getattr(self._trainer, "train_dataset", None)
+        prepared = getattr(trainer, "train_dataset", None)
         rows = None if loader is None else with_arguments(loader.dataset, prepared)
         with sharding.naming_rank():
             loaded = self._loaded.get(model, {}) if sharding.widens else {}
             input_model = InputModel(model, processor, _origin(model, args), loaded)
             options = trained_options(args, rows, prepared)
             self._prepared = prepare(
-                self.config, input_model, self._target(args), sharding, rows, _packed(args), options
+                self.config, input_model, self._place, sharding, rows, _packed(args), options
             )
         plan = self._prepared.plan
         if sharding.widens and model not in self._loaded:
@@ -203,8 +210,9 @@ class SafeGeneCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes which step the training has a checkpoint of."""
-        self._saved_step = state.global_step
+        """Notes which step the training has a checkpoint of, and what the weights are."""
+        if self._prepared is not None:
+            self._saved[state.global_step] = fingerprint(kwargs["model"], self._prepared.sharding)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -215,11 +223,12 @@ class SafeGeneCallback(TrainerCallback):
         if self._begun is None:
             self._check_begun()
         prepared, self._prepared = self._prepared, None
-        self._begun = False
+        self._begun, self._state = False, None
         if prepared is None:
             return
         plan, model = prepared.plan, uncompiled(kwargs["model"])
-        training = FinishedTraining(args, state, self._saved_step, self._trainer)
+        trainer = self._trainer_of(state)
+        training = FinishedTraining(args, state, self._saved, trainer)
         try:
             safeguard(prepared, model, _adapter_base(model), not args.disable_tqdm, training)
         except SafeGeneError as error:
@@ -236,8 +245,20 @@ class SafeGeneCallback(TrainerCallback):
                 print(announcement(plan.report.to_dict(), plan.target), flush=True)
         finally:
             self.report = plan.report.to_dict()
-            if self._trainer is not None:
-                self._trainer.log(scalars(self.report))
+            if trainer is not None:
+                trainer.log(scalars(self.report))
+
+    def _check_alone(self) -> None:
+        """Raises `ConfigError` where another callback of the training would write to the same place:
+        what is written last would stay.
+        """
+        for other in _CALLBACKS:
+            same = self._place is not None and other._place == self._place
+            if other is not self and same and other._state is self._state:
+                raise ConfigError(
+                    f"Two SafeGene callbacks of this training write to {self._place}: leave one of them out, give each an "
+                    "`output.output_dir` of its own, or make one vector of theirs by `safegene combine`."
+                )
 
     def _target(self, args: TrainingArguments) -> Path:
         if self.config.output.output_dir is not None:

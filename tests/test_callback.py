@@ -708,3 +708,49 @@ def test_weights_that_the_host_has_widened_are_written_as_they_were_loaded(
     )
     said = [text for text in callback.report["warnings"] if "Whether FSDP2 has widened" in text]
     assert len(said) == (way == "add_callback")
+
+
+def test_a_callback_of_two_trainers_keeps_the_one_that_trains(config, tokenizer, tmp_path):
+    callback, kept = SafeGeneCallback(config()), {}
+    trainers = [sft(tmp_path / name, [], tokenizer) for name in ("one", "other")]
+    for trainer in trainers:
+        callback.attach(trainer)
+    for trainer in trainers:
+        trainer.train()
+        saved = load_file(Path(trainer.args.output_dir) / "model.safetensors")
+        live = trainer.model.get_input_embeddings().weight.detach()
+        assert torch.equal(saved["model.embed_tokens.weight"], live)
+        # of the trainer's own data, in its own log
+        assert any("safegene/outcome" in entry for entry in trainer.state.log_history)
+        kept[trainer.args.output_dir] = callback.report["fine_tune"]
+    assert all(folder == place for folder, place in kept.items())
+
+
+def test_two_callbacks_of_a_training_do_not_write_to_one_place(config, tokenizer, tmp_path):
+    make_vector(make_model(), tokenizer, seed=9).save_pretrained(tmp_path / "vector")
+    own = {"vector": str(tmp_path / "vector")}
+    callbacks = [SafeGeneCallback(config()), SafeGeneCallback(config(**own))]
+    trainer = sft(tmp_path / "out", callbacks, tokenizer)
+    with pytest.raises(ConfigError, match=r"Two SafeGene callbacks .*safeguarded: leave one"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    sft(tmp_path / "out", callbacks[:1], tokenizer).train()  # what failed is forgotten
+    own["output_dir"] = str(tmp_path / "out" / "second")
+    callbacks = [SafeGeneCallback(config()), SafeGeneCallback(config(**own))]
+    sft(tmp_path / "out", callbacks, tokenizer).train()
+    assert all(
+        (tmp_path / "out" / name / "config.json").is_file() for name in ("safeguarded", "second")
+    )
+
+
+def test_float32_norms_beside_16_bits_are_no_reason_to_refuse(config, tokenizer, tmp_path):
+    """Only the training's autocast computes with both; who loads the checkpoint has 16 bits alone."""
+    model = make_model().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    callback = SafeGeneCallback(config())
+    sft(tmp_path, [callback], tokenizer, model, bf16=True).train()
+    held = load_file(tmp_path / "safeguarded" / "model.safetensors")
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32, torch.bfloat16}
+    assert callback.report["shipped"]["logit_distances"]["reloaded"] > 0  # what loading rounds

@@ -13,6 +13,7 @@ from ..distributed.layouts import Sharding
 from ..models.low_rank import LowRankDelta
 from ..models.names import without_wrapper
 from ..models.parameters import is_transposed, own_modules, task_factors
+from .contents import ADAPTER_WEIGHTS, SAFEGUARDED
 from .live_merge import check_finite, whole
 from .merge_terms import ScaledVector
 from .portable_files import save_processor
@@ -32,7 +33,8 @@ def save_adapter(
 
     It is relative to the base model of a LoRA fine-tune, or to the fine-tuned checkpoint of a full
     one. Ranks are padded with zeros to a single one and alpha = rank, because servers ignore
-    per-module ranks. Collective, as `save_merged` is.
+    per-module ranks. The weights' header says that a vector is in them, also where the file is
+    copied away from its report. Collective, as `save_merged` is.
     """
     modules = own_modules(model)  # PEFT looks for the model's own names
     stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -48,9 +50,9 @@ def save_adapter(
                 )
     with sharding.raising_together(), writing():
         if sharding.is_main:
-            _write_adapter(
-                stacked, any(is_transposed(modules[name]) for name in stacked), base_name, folder
-            )
+            transposed = any(is_transposed(modules[name]) for name in stacked)
+            header = {SAFEGUARDED: "safeguarded"} if vector.deltas else {}
+            _write_adapter(stacked, transposed, base_name, folder, header)
             with saving("the tokenizer"):
                 save_processor(tokenizer, folder, base_name)
 
@@ -60,6 +62,7 @@ def _write_adapter(
     transposed: bool,
     base_name: str,
     folder: Path,
+    header: Mapping[str, str],
 ) -> None:
     rank = max(a.shape[0] for a, _ in stacked.values())
     tensors = {}
@@ -74,7 +77,7 @@ def _write_adapter(
             b, (0, missing)
         ).contiguous()
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", **header})
     LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -88,7 +91,7 @@ def _write_adapter(
 
 def read_adapter(place: Path) -> dict[str, LowRankDelta]:
     """The low-rank deltas of an adapter folder of ours, by canonical module name."""
-    tensors = load_file(place / "adapter_model.safetensors")
+    tensors = load_file(place / ADAPTER_WEIGHTS)
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     names = [
         key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)

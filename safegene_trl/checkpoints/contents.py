@@ -13,7 +13,8 @@ from ..errors import OutputError
 
 
 MARKER = "safegene_report.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SAFEGUARDED = "safegene"  # in the header of an adapter's weights: a vector is folded into them
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint of a `Trainer`
 # what a fleet's folder holds beside its checkpoints
 FLEET_STATE, FLEET_WORKSHOP = "fleet.json", "fleet"

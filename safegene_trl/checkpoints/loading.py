@@ -35,7 +35,15 @@ from .completeness import (
     reads_images,
 )
 from .contents import ADAPTER_CONFIG
-from .source import adapter_base, check_there, is_due_to, snapshot, stored_file, unreadable
+from .source import (
+    adapter_base,
+    check_there,
+    holds_no_model,
+    is_due_to,
+    snapshot,
+    stored_file,
+    unreadable,
+)
 from .tensor_file import stored_tensors
 from .zero_shards import holds_only_zero_shards, zero_weights
 
@@ -212,20 +220,8 @@ def _check_holds_something(folder: Path) -> None:
     """Raises `UnsupportedModelError` for a folder without a model, e.g. a trainer's that holds only
     its checkpoints.
     """
-    if not folder.is_dir() or any((folder / name).is_file() for name in _OF_A_MODEL):
-        return
-    steps = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    checkpoints = sorted(steps, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    remedy = (
-        f"name {checkpoints[-1]}"
-        if checkpoints
-        else "name the folder that `save_model` or `save_pretrained` wrote"
-    )
-    raise UnsupportedModelError(f"{folder} holds no model: {remedy}.")
+    if folder.is_dir() and not any((folder / name).is_file() for name in _OF_A_MODEL):
+        raise holds_no_model(folder)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -262,5 +258,7 @@ def load_processor(name_or_path: str, revision: str | None = None) -> Any:
                 raise not_loaded(f"The processor of {source}", source, error) from error
             if isinstance(processor, ProcessorMixin):
                 processor.tokenizer = tokenizer
+                if source != name_or_path and tokenizer.chat_template:  # that of the training
+                    processor.chat_template = tokenizer.chat_template
                 return processor
     return tokenizer

@@ -248,7 +248,7 @@ def save_processor(processor: Any, folder: Path, base: str = "") -> None:
     if told == json.loads(saved):
         return
     file.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not _reads_as(tokenizer, folder):
+    if not _reads_as(tokenizer, written_template(processor), folder):
         file.write_text(saved, encoding="utf-8")
         if copied:
             (folder / SENTENCEPIECE).unlink()
@@ -319,8 +319,14 @@ def _in_version_4(config: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _reads_as(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether what lies in the folder is this tokenizer."""
+def written_template(processor: Any) -> Any:
+    """The chat template that lies beside what is saved: a processor's own, else its tokenizer's."""
+    own = getattr(processor, "chat_template", None)
+    return own or getattr(processor, "tokenizer", processor).chat_template
+
+
+def _reads_as(tokenizer: PreTrainedTokenizerBase, template: Any, folder: Path) -> bool:
+    """Whether what lies in the folder is this tokenizer, with this chat template."""
     try:
         read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # of any kind: then transformers' own form is kept
@@ -329,5 +335,5 @@ def _reads_as(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
         read.get_vocab() == tokenizer.get_vocab()
         and read.special_tokens_map == tokenizer.special_tokens_map
         and read.all_special_ids == tokenizer.all_special_ids
-        and read.chat_template == tokenizer.chat_template
+        and read.chat_template == template
     )

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..distributed.layouts import Sharding
 from ..errors import UnsupportedModelError
+from ..models.data_types import WrittenTypes, name_of
 from ..models.parameters import (
     base_model,
     canonical_parameters,
@@ -25,6 +26,7 @@ from ..models.parameters import (
 )
 from ..models.quantized import is_quantized
 from .completeness import causal_architecture
+from .tensor_file import commonest_dtype
 
 
 def can_reload(model: nn.Module, sharding: Sharding) -> bool:
@@ -34,10 +36,12 @@ def can_reload(model: nn.Module, sharding: Sharding) -> bool:
 
 
 def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model that `from_pretrained` makes of a config, in eval mode, on the live tensors:
-    nothing is copied.
+    """The model that `from_pretrained` makes of a config, in eval mode, on the live
+    tensors.
 
-    Adapters and hooks of the live model are not in it. Quantised layers are the live ones.
+    Adapters and hooks of the live model are not in it. Quantised layers are the live ones. What is
+    of another data type than most of the weights is cast to theirs, as by loading: only the autocast
+    of a training computes with both.
 
     Args:
         model: The live model, plain or PEFT-wrapped, on one device.
@@ -50,14 +54,17 @@ def reloaded(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
     config.__dict__.pop("quantization_config", None)
     config._attn_implementation = live.config._attn_implementation
     config._experts_implementation = live.config._experts_implementation
+    parameters = list(canonical_parameters(model))
+    dtype = commonest_dtype({each.name: (each.tensor.dtype, each.shape) for each in parameters})
+    types = WrittenTypes.of_model(model, name_of(dtype))
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        fresh: PreTrainedModel = _architecture(live, config)._from_config(config, dtype=live.dtype)
+        fresh: PreTrainedModel = _architecture(live, config)._from_config(config, dtype=dtype)
     for name, module in own_modules(model).items():
         if is_quantized(layer := unadapted(module)):
             fresh.set_submodule(name, layer)
-    for parameter in canonical_parameters(model):
+    for parameter in parameters:
         if not is_quantized(unadapted(parameter.module)):
-            _put(fresh, parameter.name, parameter.tensor.detach())
+            _put(fresh, parameter.name, parameter.tensor.detach().to(types.of(parameter)))
     fresh.tie_weights()
     missing = [name for name, tensor in fresh.named_parameters() if tensor.is_meta]
     if missing:

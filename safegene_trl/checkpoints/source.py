@@ -12,12 +12,24 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from ..config.validation import repository
 from ..errors import UnsupportedModelError
 from ..text import printable
-from .contents import ADAPTER_CONFIG, MARKER, TRAINER_STATE, VECTOR
+from .contents import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MARKER,
+    SAFEGUARDED,
+    TRAINER_STATE,
+    VECTOR,
+)
 from .tensor_file import StoredTensor, stored_tensors
+
+
+_OF_A_MODEL = ("config.json", "*.safetensors*", "*.bin*", "global_step*")  # whole or damaged
+_SHOWN = 3  # adapters in a message
 
 
 def check_there(name_or_path: str) -> None:
@@ -57,6 +69,7 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
     check_there(name_or_path)
     file = stored_file(name_or_path, revision, ADAPTER_CONFIG)
     if file is None:
+        _check_holds_model(Path(name_or_path))
         return None
     if stored_file(name_or_path, revision, VECTOR.marker) is not None:
         raise UnsupportedModelError(
@@ -76,6 +89,47 @@ def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
             "model in its place."
         )
     return base
+
+
+def _check_holds_model(folder: Path) -> None:
+    """Raises `UnsupportedModelError` for a folder that holds models in others at most."""
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _OF_A_MODEL):
+        raise holds_no_model(folder)
+
+
+def holds_no_model(folder: Path) -> UnsupportedModelError:
+    """Says where a model may be meant: in a trainer's last checkpoint, or in the folder of an
+    adapter's name, as PEFT saves one that is not called `default`.
+    """
+    steps = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    ]
+    adapters = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    named = [path for path in adapters if path not in steps]
+    if steps:
+        last = max(steps, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        remedy = f"name {last}"
+    elif named:
+        remedy = f"name the adapter in it, {' or '.join(map(str, named[:_SHOWN]))}"
+    else:
+        remedy = "name the folder that `save_model` or `save_pretrained` wrote"
+    return UnsupportedModelError(f"{printable(str(folder))} holds no model: {remedy}.")
+
+
+def holds_vector(name_or_path: str, revision: str | None = None) -> bool:
+    """Whether the header of an adapter's weights says that a safety vector is folded into them."""
+    if stored_file(name_or_path, revision, ADAPTER_CONFIG) is None:
+        return False
+    file = stored_file(name_or_path, revision, ADAPTER_WEIGHTS)
+    if file is None:
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return SAFEGUARDED in (opened.metadata() or {})
+    except (OSError, SafetensorError):  # whoever reads the weights says so
+        return False
 
 
 def further_adapters(name_or_path: str) -> list[str]:

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..models.reasoning import PROBE, Answering, PromptStyle, ReasoningFormat
 from ..models.template_names import check_names, unread_names
 from ..vectors.safety_vector import SafetyVector
-from .rows import UnreadableRowError, template_arguments
+from .rows import UnreadableRowError, sorted_arguments
 
 
 _COLUMN = "chat_template_kwargs"  # TRL's name
@@ -98,23 +98,32 @@ def _options(
         # They were set to measure otherwise than by default: nobody would see that it was not done.
         check_names(tokenizer, given, "`data.chat_template_kwargs`")
         return given, []
-    if trained:
+    warnings = []
+    if unread := unread_names(tokenizer, trained):
         # The training wrote its own prompts as if it were not there, and so are these written.
-        if not (unread := unread_names(tokenizer, trained)):
-            return trained, []
-        read = {name: v for name, v in trained.items() if not unread_names(tokenizer, [name])}
-        return read, [
+        warnings.append(
             f"The training's `chat_template_kwargs` have {unread}: it changes no prompt, of the training or here; correct the "
             "name if another was meant."
-        ]
+        )
+    read = {name: v for name, v in trained.items() if not unread_names(tokenizer, [name])}
+    held, others = sorted_arguments(read)
+    if others:
+        names = ", ".join(f"`{name}`" for name in others)
+        warnings.append(
+            f"The training's `chat_template_kwargs` have {names}, which is no text, number or truth value: the prompts that "
+            "refusals are taught and measured in are written without."
+        )
+    if held:
+        return held, warnings
     # nothing that the user of a vector can correct
     unread = unread_names(tokenizer, own)
-    return own, [f"The safety vector was made with {unread}."] if unread else []
+    return own, warnings + ([f"The safety vector was made with {unread}."] if unread else [])
 
 
 def trained_options(arguments: Any, *data_sets: Any) -> dict[str, Any]:
     """The arguments for the chat template that a training uses, as TRL names them; empty where that
-    is not known.
+    is not known. Those that no setting can hold, as documents, come along as the first row has
+    them: prompts are written without, which is said (`StepPrompts.of`).
 
     Args:
         arguments: The trainer's: those of GRPO, RLOO and distillation may have them.
@@ -126,12 +135,11 @@ def trained_options(arguments: Any, *data_sets: Any) -> dict[str, Any]:
         if not named[0] and isinstance(rows, Dataset) and _COLUMN in rows.column_names:
             named = rows.with_format(None)[:LOOKED_AT][_COLUMN] or named
     try:
-        read = [template_arguments(each) for each in named]
+        read = [sorted_arguments(each) for each in named]
     except UnreadableRowError:  # the rows that hold such are counted when they are read
         return {}
-    # Arrow fills up what other rows have
-    plain = [{k: v for k, v in each.items() if v is not None} for each in read]
-    return plain[0] if all(each == plain[0] for each in plain) else {}
+    held, others = read[0]
+    return (held if all(own == held for own, _ in read) else {}) | others
 
 
 def target_style(

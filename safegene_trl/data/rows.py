@@ -330,6 +330,21 @@ def _mapping(value: Any) -> Any:
     return value
 
 
+def sorted_arguments(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments for the chat template in a row's column, or of a trainer: those that the setting
+    of this name can hold, and the others, as lists and documents are. A template is neither.
+
+    Raises:
+        UnreadableRowError: It is no mapping, nor the JSON of one.
+    """
+    value = _mapping(value) or {}
+    if not isinstance(value, Mapping):
+        raise UnreadableRowError("`chat_template_kwargs` that are no arguments for a chat template")
+    given = {k: plain(v) for k, v in value.items() if v is not None and k != _TEMPLATE}
+    held = {k: v for k, v in given.items() if is_template_options({k: v})}
+    return held, {k: v for k, v in given.items() if k not in held}
+
+
 def template_arguments(value: Any) -> dict[str, Any]:
     """The arguments for the chat template in a row's column, or of a trainer: a mapping, its JSON,
     or nothing. A template among them is left out, see `own_template`.

@@ -147,6 +147,40 @@ def gather_shots(
     return Shots(data, unseen, record, warnings)
 
 
+def within_vocabulary(shots: Shots, rows: int) -> Shots:
+    """The shots without soft targets for tokens beyond a model's vocabulary of so many: the aligned
+    model's may have been padded, and a fine-tune's cut to its tokenizer's.
+    """
+
+    def of(split: Split) -> Split:
+        parts = (split.fit, split.held_out)
+        return Split(*([_within(sample, rows) for sample in part] for part in parts))
+
+    benign = shots.data.benign and of(shots.data.benign)
+    data = replace(shots.data, harmful=of(shots.data.harmful), benign=benign)
+    before, now = (_with_targets(each) for each in (shots.data, data))
+    if before == now:
+        return shots
+    record = dict(shots.record)
+    for name, split in (("safety", data.harmful), ("benign", data.benign)):
+        if split is not None:
+            record[name] = record[name] | _soft_record(split)
+    warning = (
+        f"The aligned model finds tokens likely in {before - now} answers of the safety vector which the fine-tune's vocabulary of "
+        f"{rows} tokens lacks: of these only the words are taught."
+    )
+    return replace(shots, data=data, record=record, warnings=(*shots.warnings, warning))
+
+
+def _within(sample: Sample, rows: int) -> Sample:
+    beyond = sample.soft is not None and max(map(max, sample.soft.ids)) >= rows
+    return replace(sample, soft=None) if beyond else sample
+
+
+def _with_targets(data: CalibrationSet) -> int:
+    return sum(sample.soft is not None for sample in data.samples)
+
+
 @dataclass(frozen=True)
 class _Read:
     """Rows with a prompt and a response, the sample of each, and what was left out; `unlike`: how many

@@ -137,7 +137,9 @@ class TrainingSamples:
             for sample in samples[: count - len(found)]:
                 cut = shortened(sample, max_length, max_response_tokens)
                 if cut is None:
-                    self.skipped.add(UnreadableRowError("no response within `data.max_length`"))
+                    some = shortened(sample, None, max_response_tokens) is not None
+                    within = " within `data.max_length`" if some else ""
+                    self.skipped.add(UnreadableRowError(f"no response{within}"))
                 else:
                     self.read_by[how] += 1
                     self.own_templates += own_template(row) is not None

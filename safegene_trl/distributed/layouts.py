@@ -105,6 +105,10 @@ class Sharding(Communicator):
         undo.callback(_restore, tensor, live.to("cpu", copy=True))
         live.copy_(whole)
 
+    def trained_parts(self, model: nn.Module) -> list[torch.Tensor]:
+        """What this rank holds of every trained tensor, to be read only."""
+        return [tensor.detach() for tensor in model.parameters() if tensor.requires_grad]
+
     def reshard(self) -> None:
         """After forward and backward passes: frees what they left gathered."""
 
@@ -184,6 +188,10 @@ class _Zero3(Sharding):
             if whole is not None:
                 tensor.detach().copy_(whole)
 
+    def trained_parts(self, model: nn.Module) -> list[torch.Tensor]:
+        trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
+        return [getattr(tensor, "ds_tensor", tensor).detach() for tensor in trained]
+
     def reshard(self) -> None:
         self._offload.release_backward_leftovers()
         self._offload.empty_partition_cache()
@@ -225,6 +233,11 @@ class _Fsdp2(Sharding):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         source = empty if whole is None else whole.to(empty)
         local.copy_(distribute_tensor(source, tensor.device_mesh, tensor.placements).to_local())
+
+    def trained_parts(self, model: nn.Module) -> list[torch.Tensor]:
+        self.reshard()  # an evaluation has left the outermost weights whole
+        parts = super().trained_parts(model)
+        return [part.to_local() if isinstance(part, DTensor) else part for part in parts]
 
     def reshard(self) -> None:
         # A forward pass without a backward leaves the outermost weights whole: plain parameters,

@@ -221,7 +221,8 @@ def _soft_targets(samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch
     ids, log_probs = [], []
     for sample in samples:
         soft = sample.soft or _certain(sample.response)
-        ids += [row + [0] * (width - len(row)) for row in soft.ids]
+        # filled up with their own first token: a further one would count as one of the likeliest
+        ids += [row + row[:1] * (width - len(row)) for row in soft.ids]
         log_probs += [row + [-math.inf] * (width - len(row)) for row in soft.log_probs]
     return torch.tensor(ids), torch.tensor(log_probs)
 

@@ -3,12 +3,13 @@ training is not lost.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainerState, TrainingArguments
@@ -26,6 +27,7 @@ from ..models.supported import check_held
 from ..text import one_line
 
 
+_LOOKED_AT = 8  # numbers of a tensor, at least, by which it is known again
 _FULL = ("model.safetensors", "model.safetensors.index.json")
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -42,13 +44,13 @@ class FinishedTraining:
     """A training at its end.
 
     Attributes:
-        saved_step: The step of its last checkpoint, None where it has saved none.
+        saved: What the weights were (see `fingerprint`) when it saved a checkpoint, by the step.
         trainer: Saves as it would itself; without it this package does.
     """
 
     args: TrainingArguments
     state: TrainerState
-    saved_step: int | None = None
+    saved: Mapping[int, torch.Tensor] = field(default_factory=dict)
     trainer: Trainer | None = None
 
     def keep(
@@ -71,8 +73,11 @@ class FinishedTraining:
         Raises:
             OutputError: It cannot be written.
         """
+        place = self._last_checkpoint()
+        if place is not None and self._has_changed(model, place, sharding):
+            place = None
         if found := sharding.broadcast_text(
-            self._checkpoint(model, loadable) if sharding.is_main else ""
+            _holding(model, place, loadable) if sharding.is_main and place else ""
         ):
             return _named(model, Path(found))
         folder = Path(str(self.args.output_dir))
@@ -92,20 +97,47 @@ class FinishedTraining:
                 _save(model, processor, folder, sharding)
         return _named(model, folder)
 
-    def _checkpoint(self, model: nn.Module, loadable: bool) -> str:
-        """The training's own checkpoint that holds the live weights; empty where there is none."""
-        place = None
+    def _last_checkpoint(self) -> Path | None:
+        """The training's own checkpoint of its end, None where it has saved none then."""
         if self.args.load_best_model_at_end:
-            place = self.state.best_model_checkpoint
-        elif self.saved_step == self.state.global_step:
-            place = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.saved_step}")
-        if place is None or (
-            not adapter_configs(model) and (Path(place) / _ADAPTER_CONFIG).is_file()
-        ):
-            return ""  # what an earlier training has left there would be read in the place of the full fine-tune
-        written = all(_written(model, part) for part in _places(model, Path(place)))
-        shards = not loadable and holds_only_zero_shards(Path(place))
-        return place if written or shards else ""
+            best = self.state.best_model_checkpoint
+            return None if best is None else Path(best)
+        step = self.state.global_step
+        return (
+            Path(str(self.args.output_dir)) / f"checkpoint-{step}" if step in self.saved else None
+        )
+
+    def _has_changed(self, model: nn.Module, place: Path, sharding: Sharding) -> bool:
+        """Collective: whether the weights are others than when this checkpoint was saved, as those
+        are that another callback averages when the training ends. Of a checkpoint from before the
+        training was resumed that is not known: they are what it was loaded from.
+        """
+        step = place.name.rpartition("-")[2]
+        before = self.saved.get(int(step)) if step.isdigit() else None
+        now = fingerprint(model, sharding)
+        changed = before is not None and not torch.allclose(before, now, 0, 0, equal_nan=True)
+        return bool(sharding.sum(torch.tensor([int(changed)])).item())
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, sharding: Sharding) -> torch.Tensor:
+    """By which weights that were changed are told from those that were saved: of every trained
+    tensor, or of this rank's shard of it, the sum and a few numbers; float32, on the CPU.
+    """
+    found = [torch.empty(0)]
+    for part in sharding.trained_parts(model):
+        few = part.flatten()[:: max(part.numel() // _LOOKED_AT, 1)].float()
+        found += [few.cpu(), part.sum(dtype=torch.float32).reshape(1).cpu()]
+    return torch.cat(found)
+
+
+def _holding(model: nn.Module, place: Path, loadable: bool) -> str:
+    """The checkpoint if the fine-tune lies in it whole, else an empty text."""
+    if not adapter_configs(model) and (place / _ADAPTER_CONFIG).is_file():
+        return ""  # what an earlier training has left there would be read in the place of the full fine-tune
+    written = all(_written(model, part) for part in _places(model, place))
+    shards = not loadable and holds_only_zero_shards(place)
+    return str(place) if written or shards else ""
 
 
 def check_finished(model: nn.Module, saves_config: bool) -> None:

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoints.contents import MARKER
+from ..checkpoints.source import holds_vector, stored_file
 from ..config.search import LARGEST_COEFFICIENT, Granularity
 from ..config.settings import SafeGeneConfig
 from ..errors import ConfigError, FamilyError
@@ -307,13 +308,9 @@ def _entry(model: "nn.Module") -> Any:
 
 def check_not_safeguarded(name_or_path: str, revision: str | None = None) -> None:
     """Raises `ConfigError` for a checkpoint or adapter that a safety step has written."""
-    path = Path(name_or_path)
-    if not path.is_dir():
-        try:
-            hf_hub_download(name_or_path, MARKER, revision=revision)
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
-            return
-    elif not (path / MARKER).is_file():
+    if stored_file(name_or_path, revision, MARKER) is None and not holds_vector(
+        name_or_path, revision
+    ):
         return
     raise ConfigError(
         f"{name_or_path} is a safeguarded checkpoint already: name the fine-tune that it was made from, or fine-tune it first."

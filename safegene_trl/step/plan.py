@@ -5,7 +5,9 @@ stored on a disk.
 import json
 import logging
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from ..checkpoints.contents import CHECKPOINT
 from ..checkpoints.hub import check_hub
 from ..checkpoints.loading import stored_vocabulary
 from ..checkpoints.places import check_places
+from ..checkpoints.portable_files import written_template
 from ..checkpoints.preflight import check_output, check_writable
 from ..checkpoints.renaming import moved_aside, temporary_folder
 from ..checkpoints.write_errors import writing
@@ -79,9 +82,17 @@ class InputModel:
     origin: Origin
     loaded: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return getattr(self.processor, "tokenizer", self.processor)
+        """The tokenizer, which writes prompts in the chat template that trainers and servers use:
+        a processor's own one, where it has one.
+        """
+        tokenizer: PreTrainedTokenizerBase = getattr(self.processor, "tokenizer", self.processor)
+        if (template := written_template(self.processor)) == tokenizer.chat_template:
+            return tokenizer
+        own = copy(tokenizer)  # the trainer's stays as it is
+        own.chat_template = template
+        return own
 
     def written_types(self, config: SafeGeneConfig) -> WrittenTypes:
         """In which data types its tensors are written."""

@@ -17,7 +17,7 @@ from ..checkpoints.reloaded import can_reload, reloaded
 from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..config.settings import SafeGeneConfig
 from ..data.rows import Row
-from ..data.shots import Shots, gather_shots
+from ..data.shots import Shots, gather_shots, within_vocabulary
 from ..distributed.layouts import Sharding
 from ..distributed.shapes import class_name
 from ..errors import ConfigError, UnsupportedModelError
@@ -26,7 +26,12 @@ from ..models.batch_size import NO_ROOM_TO_CHECK, check_room, naming_shortage
 from ..models.data_types import WrittenTypes
 from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import response_logits
-from ..models.parameters import base_model, canonical_parameters, context_length
+from ..models.parameters import (
+    base_model,
+    canonical_parameters,
+    context_length,
+    vocabulary_rows,
+)
 from ..models.replacement import without_adapters
 from ..models.supported import check_adapter_output, check_supported
 from ..text import one_line
@@ -117,6 +122,7 @@ def prepare(
         shots = gather_shots(
             config, plan.vector, plan.tokenizer, context, task_rows, packed, template_options
         )
+        shots = within_vocabulary(shots, vocabulary_rows(model))
         if config.gate:
             check_measurable(config.gate, shots.unseen.counts)
         start = first_coefficients(config, plan.vector)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import safegene_trl
+from safegene_trl import apply
 from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.loading import (
     check_complete,
@@ -32,7 +33,7 @@ from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.errors import CheckpointError, SafeGeneError, UnsupportedModelError
 from safegene_trl.models.parameters import canonical_parameters
 
-from ..conftest import make_model, with_lora
+from ..conftest import config_of, make_model, with_lora
 
 
 @pytest.fixture
@@ -388,3 +389,17 @@ def test_a_folder_without_a_model_is_named_with_what_it_holds(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     with pytest.raises(UnsupportedModelError, match=r"holds no model: name .*checkpoint-10\."):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("given", [None, 0.5])
+def test_a_named_adapters_folder_is_named(given, tokenizer, vector_dir, task_file, tmp_path):
+    """PEFT saves an adapter that is not called `default` in a folder of its name."""
+    folder, target = tmp_path / "tuned", tmp_path / "out"
+    with_lora(make_model(), adapter_name="mine").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = config_of(vector=str(vector_dir), task_data=str(task_file), output_dir=str(target))
+    with pytest.raises(UnsupportedModelError, match=f"holds no model: name .*{folder / 'mine'}\\."):
+        apply(config, folder, coefficients=given)
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UnsupportedModelError, match=r"holds no model: name .*checkpoint-2\."):
+        apply(config, tmp_path / "run", coefficients=given)

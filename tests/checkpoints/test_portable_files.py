@@ -11,6 +11,7 @@ from safegene_trl.checkpoints import portable_files
 from safegene_trl.checkpoints.portable_files import save_config, save_processor
 
 from ..sentencepiece_files import save_pieces
+from ..test_callback import Processor
 
 
 LLAMA_3 = {
@@ -302,6 +303,15 @@ def test_a_tokenizer_is_called_as_version_4_calls_it(tokenizer, tmp_path):
     read = AutoTokenizer.from_pretrained(folder)
     assert read.get_vocab() == tokenizer.get_vocab()
     assert read.all_special_ids == tokenizer.all_special_ids
+
+
+def test_a_processors_own_template_is_no_reason_for_another_form(tokenizer, tmp_path):
+    processor = Processor(tokenizer)
+    processor.chat_template = "another one"
+    save_processor(processor, tmp_path)
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "another one"
 
 
 def test_a_tokenizer_that_would_be_read_otherwise_stays_as_it_was(tokenizer, tmp_path, monkeypatch):

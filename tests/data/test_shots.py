@@ -7,7 +7,7 @@ import pytest
 
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.data.prompt_style import trained_options
-from safegene_trl.data.shots import gather_shots
+from safegene_trl.data.shots import gather_shots, within_vocabulary
 from safegene_trl.errors import CalibrationDataError, ConfigError
 from safegene_trl.models.inputs import tokenize
 
@@ -162,6 +162,22 @@ def test_targets_of_other_tokens_are_not_used_and_said(tokenizer):
     assert not any(sample.soft for sample in shots.data.harmful.fit)
     (warning,) = shots.warnings
     assert f"{len(HARMFUL)} answers" in warning and "only the words" in warning
+
+
+def test_targets_beyond_a_fine_tunes_vocabulary_are_not_used_and_said(tokenizer):
+    """The aligned model's was padded, and its fine-tune's is as long as the tokenizer."""
+    vector = targeted(make_vector(make_model(), tokenizer), tokenizer)
+    for row in vector.prompts:
+        if row["prompt"] in HARMFUL:
+            row["targets"]["ids"][1][1] = 330
+    shots = gather_shots(config_of(vector="v"), vector, tokenizer, 256, task_dataset())
+    assert within_vocabulary(shots, 331) is shots
+    cut = within_vocabulary(shots, 330)
+    harmful = [*cut.data.harmful.fit, *cut.data.harmful.held_out]
+    assert cut.record["safety"]["soft_targets"] == 0 < cut.record["benign"]["soft_targets"]
+    assert not any(sample.soft for sample in harmful) and cut.data.benign == shots.data.benign
+    (warning,) = cut.warnings
+    assert f"in {len(harmful)} answers" in warning and "330 tokens lacks" in warning
 
 
 def test_prompts_of_ones_own_have_no_soft_targets(tokenizer, tmp_path):
@@ -376,3 +392,19 @@ def test_the_trainings_arguments_are_those_of_trl_or_of_all_its_first_rows():
     assert trained_options(None, broken) == {}
     other = rows.add_column("chat_template_kwargs", [{"chat_template": "x"}] * len(rows))
     assert trained_options(None, other) == {}
+    # a row's own documents do not take away what all rows have
+    lists = [OFF | {"documents": [f"page {i}"], "chat_template": "x"} for i in range(len(rows))]
+    odd = rows.add_column("chat_template_kwargs", lists)
+    assert trained_options(None, odd) == OFF | {"documents": ["page 0"]}
+
+
+def test_arguments_that_no_setting_holds_are_left_out_and_said():
+    tokenizer = reasoning_tokenizer("hybrid")
+    vector = make_vector(make_model(), tokenizer)
+    vector.extraction["chat_template_kwargs"] = OFF
+    config = config_of(vector="v", num_test_prompts=4)
+    trained = OFF | {"documents": ["page"]}
+    found = gather_shots(config, vector, tokenizer, None, task_dataset(), None, trained)
+    assert found.record["chat_template_kwargs"] == OFF
+    (warning,) = found.warnings
+    assert "have `documents`, which is no text" in warning and "without" in warning

@@ -850,3 +850,19 @@ def test_a_row_may_name_one_of_several_templates_and_a_column_of_that_name_is_no
     samples = TrainingSamples([beside] * 2, tokenizer)
     texts = [tokenizer.decode(sample.input_ids) for sample in samples.take(2, 0, None, 99)]
     assert not any(text.startswith("[user]") for text in texts) and not samples.own_templates
+
+
+def test_a_row_without_a_reply_is_not_put_down_to_a_length(tokenizer):
+    """A template that leaves the replies out, and a limit that does."""
+    chat = [{"role": "user", "content": "sort"}, {"role": "assistant", "content": "box"}]
+    own = [
+        {"messages": chat, "chat_template_kwargs": {"chat_template": "{{ messages[0].content }}"}}
+    ]
+    for rows, length, reason in (
+        (own, None, "no response"),
+        ([{"messages": chat}], 3, "no response within `data.max_length`"),
+    ):
+        samples = TrainingSamples(rows * 3, tokenizer)
+        with pytest.raises(CalibrationDataError):
+            samples.take(2, 0, length, 8)
+        assert set(samples.skipped) == {reason}

@@ -1,5 +1,7 @@
 """Losses of a batch whose samples are of two kinds, and what working them out takes."""
 
+import math
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -188,6 +190,21 @@ def test_a_soft_target_is_the_divergence_over_its_tokens_and_all_others_as_one()
     torch.testing.assert_close(chunked[0], found, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(chunked[1], gradient, atol=1e-6, rtol=1e-5)
     assert gradient.isfinite().all()
+
+
+def test_what_fills_a_sample_up_changes_no_loss():
+    """Beside one with more likely tokens; the token 0 is likely here, or impossible."""
+    (narrow, _), (wide, _) = soft_samples(2, likeliest=2)[1], soft_samples(2, likeliest=5)[1]
+    certain = replace(wide, soft=None)
+    samples = [narrow, wide, certain]
+    for value in (9.0, -math.inf):
+        logits = made_of([wide]).repeat(3, 1, 1)
+        logits[..., 0] = value
+        together, gradient = soft_losses(samples, logits)
+        for row, sample in enumerate(samples):
+            alone, _ = soft_losses([sample], logits[row : row + 1])
+            torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+        assert together.isfinite().all() and gradient.isfinite().all()
 
 
 def rest(log_probs, ids):

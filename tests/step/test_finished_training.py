@@ -15,7 +15,7 @@ from safegene_trl import SafeGeneCallback, SafeGeneError
 from safegene_trl.checkpoints.loading import load_model
 
 from ..conftest import config_of, make_model, with_lora
-from ..test_callback import sft
+from ..test_callback import Averaging, sft
 
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -204,3 +204,19 @@ def test_a_training_that_diverged_is_told_from_a_bug_and_is_kept(lora, train, tm
     )
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     assert any(tensor.isnan().any() for tensor in load_file(tmp_path / "out" / name).values())
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_checkpoint_from_before_the_weights_were_changed_is_not_named(best, train, tmp_path):
+    """By another callback at the training's end: an adapter would be relative to other weights."""
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    if best:
+        saving |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    settings = {"output": {"output_format": "adapter"}}
+    trainer, report = train(make_model(), before=[Averaging()], settings=settings, **saving)
+    out = tmp_path / "out"
+    assert report["fine_tune"] == str(out) and (out / "checkpoint-2").is_dir()
+    config = json.loads((out / "safeguarded" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(out)
+    kept = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(kept, trainer.model.get_input_embeddings().weight.detach())

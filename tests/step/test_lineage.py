@@ -3,11 +3,14 @@ takes on.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from safegene_trl import apply
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.errors import ConfigError, FamilyError
@@ -377,3 +380,25 @@ def test_it_is_named_at_the_start(model_dir, vector_dir, task_file, tmp_path, ca
         assert main(["apply", *words, "--coefficients", number]) == 2
         assert "must be 0 or more" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_safeguarded_adapter_is_refused_wherever_it_lies(vector_dir, model_dir, tmp_path):
+    """Also in the folder of a merged checkpoint, and as a copy: no report lies beside it there."""
+    model = with_lora(make_model())
+    model.peft_config["default"].base_model_name_or_path = str(model_dir)
+    model.save_pretrained(tmp_path / "tuned")
+
+    def again(name, out, output_format="merged"):
+        output = {"output_dir": str(tmp_path / out), "output_format": output_format}
+        config = config_of(vector=str(vector_dir), output=output)
+        return apply(config, tmp_path / name, coefficients=0.5)["status"]
+
+    assert again("tuned", "both", "both") == again("tuned", "alone", "adapter") == "safeguarded"
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "alone" / name, copied)
+    for name in ("both/adapter", "alone", "copied"):
+        with pytest.raises(ConfigError, match=f"{name} is a safeguarded checkpoint already"):
+            again(name, "again")
+    PeftModel.from_pretrained(make_model(), copied)  # whoever serves it reads on

@@ -5,15 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from safegene_trl import SafeGeneCallback, UnsupportedModelError
+from safegene_trl.checkpoints.loading import load_processor
+from safegene_trl.checkpoints.portable_files import save_processor, written_template
 from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.extraction.delta import stored_difference
+from safegene_trl.models.inputs import prompt_text
 from safegene_trl.models.parameters import canonical_modules, unadapted
 from safegene_trl.step.apply import apply
+from safegene_trl.step.plan import InputModel, Origin
 
-from ..conftest import config_of, make_tokenizer, with_lora
+from ..conftest import CHAT_TEMPLATE, config_of, make_tokenizer, with_lora
 from ..test_callback import sft
 from ..wrappers import CONFIGS, gemma3_processor, make_wrapper, text_model, wrapper_vector
 
@@ -171,3 +175,35 @@ def test_training_on_text(lora, tmp_path):
             on_base = AutoModelForImageTextToText.from_pretrained(base)
             adapted = PeftModel.from_pretrained(on_base, target / "adapter")
             torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [CHAT_TEMPLATE, None])
+def test_prompts_are_written_in_the_template_of_the_processor(own, tmp_path):
+    """In which a trainer writes its rows, and which lies beside the checkpoint."""
+    processor = gemma3_processor()
+    processor.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
+    processor.tokenizer.chat_template = own
+    model = InputModel(make_wrapper(), processor, Origin(None, None, "full"))
+    assert model.tokenizer.chat_template == processor.chat_template
+    assert prompt_text(model.tokenizer, [{"role": "user", "content": "sort"}]).endswith(
+        "\n<|assistant|>"
+    )
+    assert processor.tokenizer.chat_template == own  # the trainer's is as it was
+    save_processor(processor, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == processor.chat_template
+
+
+def test_an_adapters_own_template_goes_before_that_of_its_bases_processor(tmp_path):
+    processor, base = gemma3_processor(), tmp_path / "base"
+    wrapper = make_wrapper()
+    wrapper.save_pretrained(base)
+    processor.save_pretrained(base)
+    adapted = with_lora(wrapper)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "tuned")
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    loaded = load_processor(str(tmp_path / "tuned"))
+    assert type(loaded) is type(processor)
+    assert written_template(loaded) == tokenizer.chat_template
