@@ -270,7 +270,8 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
         np.testing.assert_array_equal(found["gradients"][0]["gradient"], gradients[0])
         assert report["coefficients"] == alone.coefficients
     else:  # its own linear layer rounds differently
-        rtol, atol, apart = (2e-7, 2e-8, 2e-6) if dtype == "float32" else (1e-2, 1e-3, 0.1)
+        near = 2e-6 if Version(torch.__version__) >= Version("2.9") else 1e-5
+        rtol, atol, apart = (2e-7, 2e-8, near) if dtype == "float32" else (1e-2, 1e-3, 0.1)
         np.testing.assert_allclose(found["gradients"][0]["gradient"], gradients[0], rtol, atol)
         assert report["coefficients"] == pytest.approx(alone.coefficients, abs=apart)
         reached = [
