@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export UV_SYSTEM_CERTS ?= 1
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-serving test-integrations test-axolotl test-llamafactory test-gpu gpu fuzz mutants faults docs lint format clean
+.PHONY: environment quickstart quickstart-short package test test-fast test-all test-oldest test-serving test-integrations test-axolotl test-llamafactory test-gpu operators gpu fuzz mutants faults docs lint format clean
 
 environment: $(VENV)/ready
 
@@ -51,9 +51,14 @@ test: environment
 test-fast: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "fast and not exhaustive and not gpu"
 
-# Also what is marked `exhaustive`, the rest of the matrix of backends, failures and launchers: two processes each, so one at a time.
-test-all: test
-	$(BIN)/python -m pytest -m exhaustive
+# The same and what is marked `exhaustive`, the rest of the matrix of backends, failures and launchers, in one run: what is
+# launched for a quick test serves the others as well.
+test-all: environment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
+
+# DeepSpeed compiles two operators where a training first needs them on a CPU, minutes in which a test waits: now instead, by one core.
+operators: environment
+	DS_ACCELERATOR=cpu MAX_JOBS=1 nice $(BIN)/python -c "from deepspeed.accelerator import get_accelerator; [get_accelerator().create_op_builder(name).load(verbose=False) for name in ('CPUAdamBuilder', 'ShareMemCommBuilder')]"
 
 # The oldest versions that pyproject.toml admits, in an environment of its own: 7 GB, PyTorch's build for GPUs, which a CPU runs.
 test-oldest: environment

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+# Nothing is compiled; torch 2.8 starts a pool of compilers where it is imported, 10 s in each process.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import gc
 import json

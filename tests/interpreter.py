@@ -63,12 +63,15 @@ class Interpreter:
 
     Args:
         environment: What it and they have besides the tests' own.
+        imported: The modules that it imports.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ):
+    def __init__(
+        self, environment: Mapping[str, str] = os.environ, imported: Sequence[str] = IMPORTED
+    ):
         variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(IMPORTED)],
+            [sys.executable, "-c", SERVER, json.dumps(imported)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | variables | dict(environment),

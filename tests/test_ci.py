@@ -14,21 +14,22 @@ MAKE = """#!/usr/bin/env bash
 echo "$1" >> called
 case "$1" in
     .venv-*) mkdir -p "${1%/ready}"; echo "ERROR: No such package"; echo "make: *** Error 1"; exit $MADE ;;
+    operators) exit 2 ;;
     *) echo "tests: $1"; exit $PASSED ;;
 esac
 """
 
 
-def run(folder, made=0, passed=0):
-    """The script with a `make` that only says what it is asked for."""
-    (folder / ".ci").mkdir()
-    shutil.copy(SCRIPT, folder / ".ci")
-    (folder / "make").write_text(MAKE)
-    (folder / "make").chmod(0o755)
+def run(folder, made=0, passed=0, name="integrations"):
+    """A script with a `make` that only says what it is asked for."""
+    shutil.copytree(SCRIPT.parent, folder / ".ci")
+    for program, text in (("make", MAKE), ("chromium", "")):
+        (folder / program).write_text(text)
+        (folder / program).chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "MADE": str(made), "PASSED": str(passed)}
     done = subprocess.run(
-        ["bash", ".ci/integrations"],
+        ["bash", f".ci/{name}"],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -65,6 +66,14 @@ def test_what_cannot_be_had_is_left_out_in_one_line(made, whys, tmp_path):
 def test_tests_that_fail_are_an_error(tmp_path):
     code, _, called = run(tmp_path, passed=2)
     assert code == 2 and called == [".venv-axolotl/ready", "test-axolotl"]
+
+
+def test_operators_that_cannot_be_compiled_beforehand_stop_nothing(tmp_path):
+    code, _, called = run(tmp_path, name="run")
+    assert code == 0 and called.count("operators") == 1
+    called.remove("operators")  # begun beside the others
+    first = ["environment", "lint", "docs", "quickstart-short", "test-serving"]
+    assert called[:5] == first and called[-1] == "test-all"
 
 
 def test_pytest_has_the_last_word():

@@ -5,8 +5,6 @@ run.
 import ast
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -293,7 +291,7 @@ def test_an_adapter_on_an_adapter_is_refused(adapter):
         load_model(str(adapter))
 
 
-def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
+def test_remote_code_is_not_run_even_if_asked(model_dir, interpreter, tmp_path):
     """transformers asks on standard input whether it may run a checkpoint's own code; nobody is to
     be asked.
     """
@@ -315,7 +313,8 @@ def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
             },
         )
     script = (
-        "import sys\nfrom safegene_trl.errors import SafeGeneError\n"
+        "import io, sys\nfrom safegene_trl.errors import SafeGeneError\n"
+        "sys.stdin = io.StringIO('y\\n' * 40)\n"
         "from safegene_trl.checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype\n"
         "from safegene_trl.checkpoints.skeleton import load_skeleton\n"
         "from safegene_trl.distributed.processes import this_job\n"
@@ -324,10 +323,7 @@ def test_remote_code_is_not_run_even_if_asked(model_dir, tmp_path):
         "                 lambda name: load_placed(name, None, 'float32', this_job())):\n"
         "        try:\n            load(name)\n        except SafeGeneError as error:\n            print(name, type(error).__name__)\n"
     )
-    command = [sys.executable, "-c", script, *map(str, folders.values())]
-    done = subprocess.run(
-        command, input="y\n" * 40, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = interpreter.run(script, *folders.values())
     assert done.returncode == 0, done.stderr
     assert all(f"{folder} " in done.stdout for folder in folders.values())
     assert not mark.exists()

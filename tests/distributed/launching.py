@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+
+from ..interpreter import Interpreter
+from .forked import IMPORTED
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,27 +26,26 @@ DEVICE_VARIABLE = "SAFEGENE_WORKER_DEVICE"  # of the workers; default: the CPU
 ON_GPU = {DEVICE_VARIABLE: "cuda", "DS_ACCELERATOR": "cuda"}
 
 
-def torchrun(
-    arguments: list[str],
-    timeout: int,
-    processes: int = 2,
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> subprocess.CompletedProcess:
-    """A launch of `processes` ranks; both streams come back as `stdout`.
+Launch = Callable[[list[str], int], subprocess.CompletedProcess]
+
+
+def ranks(*words: str, processes: int = 2) -> list[str]:
+    """Python's arguments that launch a script, or a module after `-m`, by torchrun.
 
     On a free port: torch 2.8 takes 29500 for every launch else, and two files can launch at once.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        *arguments,
-    ]
+    group = ["--standalone", "--nproc_per_node", str(processes)]
+    return ["-m", "torch.distributed.run", *group, *words]
+
+
+def start(
+    arguments: list[str],
+    timeout: int,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` as a process of its own; both streams come back as `stdout`."""
     return subprocess.run(
-        command,
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
@@ -54,27 +56,49 @@ def torchrun(
 
 
 def run_plans(
-    folder: Path,
-    plans: list[dict],
-    timeout: int,
-    processes: int = 2,
-    environment: Mapping[str, str] = MappingProxyType({}),
+    launch: Launch, folder: Path, plans: list[dict], timeout: int, processes: int = 2
 ) -> None:
     """Runs all plans in one launch; fails with the launch's output if a worker fails."""
     file = folder / "plans.json"
     file.write_text(json.dumps(plans))
-    worker = ["-m", "tests.distributed.worker", str(file)]
-    done = torchrun(worker, timeout, processes, environment)
+    worker = ranks("-m", "tests.distributed.worker", str(file), processes=processes)
+    done = launch(worker, timeout)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-def run_together(commands, timeout=240):
-    """Starts all commands at once and waits for all; returns their exit codes and what they
-    printed.
+class Forked:
+    """Launches, by any launcher that is torchrun underneath, whose ranks have imported everything
+    when they start.
+    """
+
+    def __init__(self):
+        self._interpreter = Interpreter(ENVIRONMENT, IMPORTED)
+
+    def __call__(self, arguments: list[str], timeout: int = 240) -> subprocess.CompletedProcess:
+        """`python ARGUMENTS`; both streams come back as `stdout`."""
+        codes, printed = self.together([arguments], timeout)
+        return subprocess.CompletedProcess(arguments, codes[0], printed)
+
+    def together(self, commands: list[list[str]], timeout: int = 240) -> tuple[list[int], str]:
+        """As `run_together`."""
+        script = "import sys; from tests.distributed.forked import launch; launch(*sys.argv[1:])"
+        forks = [self._interpreter.start(script, timeout, *words) for words in commands]
+        ended = [fork.done() for fork in forks]
+        return [done.returncode for done in ended], "\n".join(
+            done.stdout + done.stderr for done in ended
+        )
+
+    def end(self) -> None:
+        self._interpreter.end()
+
+
+def run_together(commands: list[list[str]], timeout: int = 240) -> tuple[list[int], str]:
+    """Starts `python ARGUMENTS` for all at once and waits for all; returns their exit codes and
+    what they printed.
     """
     started = [
         subprocess.Popen(
-            command,
+            [sys.executable, *command],
             cwd=ROOT,
             env=os.environ | ENVIRONMENT | {"PATH": f"{BIN}:{os.environ['PATH']}"},
             stdout=subprocess.PIPE,

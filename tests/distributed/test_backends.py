@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import __version__ as accelerate_version
+from accelerate.utils import convert_outputs_to_fp32
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -113,7 +116,7 @@ def family(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launched(family, tmp_path_factory, request):
+def launched(forked, family, tmp_path_factory, request):
     """Runs a launch with all its selected scenarios when the first of them asks for it; gives a
     scenario's folder.
     """
@@ -134,7 +137,7 @@ def launched(family, tmp_path_factory, request):
                 for item in SCENARIOS
                 if item[0] == backend and item in selected
             ]
-            run_plans(root, [plan_of(family, root, *item) for item in ours], timeout=800)
+            run_plans(forked, root, [plan_of(family, root, *item) for item in ours], timeout=800)
         return folders[launch] / name_of(*scenario)
 
     return folder_of
@@ -172,32 +175,34 @@ def saved_fine_tune(base: Path, folder: Path, lora: bool):
     return model
 
 
-# of the fine-tune's weights as loaded; as they are live; what is asked for; what is written
+# accelerate 1.13 means to widen weights as well, and widens a copy of each.
+WIDENED = "float32" if Version(accelerate_version) >= Version("1.14") else "bfloat16"
+# the fine-tune's weights as loaded; how it is trained; as they are live; asked for; written
 TYPES = {
     "fsdp2": [
-        ("bfloat16", {"arguments": {"bf16": True}}, "auto", "bfloat16"),
-        ("float32", {"arguments": {"bf16": True}}, "auto", "float32"),
-        ("float32", {}, "float16", "float16"),
+        ("bfloat16", {"arguments": {"bf16": True}}, WIDENED, "auto", "bfloat16"),
+        ("float32", {"arguments": {"bf16": True}}, "float32", "auto", "float32"),
+        ("float32", {}, "float32", "float16", "float16"),
     ],
-    "zero3": [("float32", {}, "bfloat16", "bfloat16")],
+    "zero3": [("float32", {}, "float32", "bfloat16", "bfloat16")],
 }
 
 
 @pytest.mark.parametrize("backend", TYPES)
-def test_the_data_type_that_is_written(backend, family, tmp_path):
+def test_the_data_type_that_is_written(backend, forked, family, tmp_path):
     plans = []
-    for loaded, options, asked, written in TYPES[backend]:
+    for loaded, options, _, asked, written in TYPES[backend]:
         plan = plan_of(family, tmp_path, backend, False, False, loaded, False) | options
         plan["out"] = str(tmp_path / f"{loaded}-{written}")
         plan["config"] = {"output": {"dtype": asked}}
         plans.append(plan)
-    run_plans(tmp_path, plans, timeout=800)
-    for plan, (_, _, _, written) in zip(plans, TYPES[backend], strict=True):
+    run_plans(forked, tmp_path, plans, timeout=800)
+    for plan, (_, _, held_as, _, written) in zip(plans, TYPES[backend], strict=True):
         folder, dtype = Path(plan["out"]), getattr(torch, written)
         report = json.loads((folder / "result-0.json").read_text())["report"]
         live = LlamaForCausalLM.from_pretrained(folder / "with", dtype=torch.float32)
         held = load_file(folder / "with" / "model.safetensors")
-        assert {tensor.dtype for tensor in held.values()} == {torch.float32}
+        assert {tensor.dtype for tensor in held.values()} == {getattr(torch, held_as)}
         vector = SafetyVector.from_pretrained(plan["vector"])
         space = vector.space(report["config"]["search"]["granularity"])
         by_module = space.by_module(report["coefficients"])
@@ -256,15 +261,17 @@ def test_sharded_equals_one_process(scenario, launched, family, tmp_path, monkey
 
     monkeypatch.setattr(recalibration, "evaluate_objective", recorded)
     space = vector.space(config.search.granularity)
-    mixed = extra and EXTRA[backend]["arguments"].get("bf16", False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        attachment = VectorAttachment(model, vector.deltas, space, ALONE)
-        alone = recalibrate(attachment, shots.data, config, 0)
+    if extra and EXTRA[backend]["arguments"].get("bf16", False):  # as accelerate wraps it
+        mixed = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        model.forward = convert_outputs_to_fp32(mixed)
+    attachment = VectorAttachment(model, vector.deltas, space, ALONE)
+    alone = recalibrate(attachment, shots.data, config, 0)
     if report["launch"]["sharding"] != "zero3":
         np.testing.assert_array_equal(found["gradients"][0]["gradient"], gradients[0])
         assert report["coefficients"] == alone.coefficients
     else:  # its own linear layer rounds differently
-        rtol, atol, apart = (2e-7, 2e-8, 2e-6) if dtype == "float32" else (1e-2, 1e-3, 0.1)
+        near = 2e-6 if Version(torch.__version__) >= Version("2.9") else 1e-5
+        rtol, atol, apart = (2e-7, 2e-8, near) if dtype == "float32" else (1e-2, 1e-3, 0.1)
         np.testing.assert_allclose(found["gradients"][0]["gradient"], gradients[0], rtol, atol)
         assert report["coefficients"] == pytest.approx(alone.coefficients, abs=apart)
         reached = [

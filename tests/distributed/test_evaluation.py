@@ -3,7 +3,6 @@ one process.
 """
 
 import json
-import sys
 
 import pytest
 
@@ -11,7 +10,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.evaluation.evaluate import GENERATIONS, RESULT
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, save_utility_task
-from .launching import MODULE, run_together
+from .launching import MODULE
 
 
 pytestmark = pytest.mark.timeout(500)
@@ -39,23 +38,13 @@ def answers(folder):
 
 
 @pytest.mark.exhaustive
-def test_ranks_share_the_prompts(options, tmp_path):
+def test_ranks_share_the_prompts(forked, options, tmp_path):
     words, task = options
     assert main(["evaluate", *words, *task, "--output_dir", str(tmp_path / "alone")]) == 0
     for config, extra in (("ddp", task), ("zero3", [])):
-        launch = [
-            sys.executable,
-            *MODULE,
-            "evaluate",
-            "--accelerate_config",
-            config,
-            "--num_processes",
-            "2",
-        ]
-        codes, printed = run_together(
-            [[*launch, *words, *extra, "--output_dir", str(tmp_path / config)]]
-        )
-        assert codes == [0], printed[-4000:]
+        launch = [*MODULE, "evaluate", "--accelerate_config", config, "--num_processes", "2"]
+        done = forked([*launch, *words, *extra, "--output_dir", str(tmp_path / config)])
+        assert done.returncode == 0, done.stdout[-4000:]
         assert answers(tmp_path / config) == answers(tmp_path / "alone"), config
     results = [
         json.loads((tmp_path / name / RESULT).read_text()) for name in ("alone", "ddp", "zero3")
@@ -65,17 +54,9 @@ def test_ranks_share_the_prompts(options, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_utility_of_a_sharded_model_is_refused_by_name(options, tmp_path):
+def test_utility_of_a_sharded_model_is_refused_by_name(forked, options, tmp_path):
     words, task = options
-    launch = [
-        sys.executable,
-        *MODULE,
-        "evaluate",
-        "--accelerate_config",
-        "zero3",
-        "--num_processes",
-        "2",
-    ]
-    codes, printed = run_together([[*launch, *words, *task, "--output_dir", str(tmp_path / "out")]])
-    assert codes == [2], printed[-4000:]
-    assert "Utility tasks need the whole model in one process" in printed
+    launch = [*MODULE, "evaluate", "--accelerate_config", "zero3", "--num_processes", "2"]
+    done = forked([*launch, *words, *task, "--output_dir", str(tmp_path / "out")])
+    assert done.returncode == 2, done.stdout[-4000:]
+    assert "Utility tasks need the whole model in one process" in done.stdout

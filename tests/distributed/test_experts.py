@@ -57,7 +57,7 @@ def families(tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
-def test_sharded_experts_equal_one_process(backend, families, tmp_path, monkeypatch):
+def test_sharded_experts_equal_one_process(backend, forked, families, tmp_path, monkeypatch):
     plans = [
         {
             "backend": backend,
@@ -72,7 +72,7 @@ def test_sharded_experts_equal_one_process(backend, families, tmp_path, monkeypa
         }
         for kind, lora in FINE_TUNES
     ]
-    run_plans(tmp_path, plans, timeout=800)
+    run_plans(forked, tmp_path, plans, timeout=800)
     monkeypatch.setattr(recalibration, "objection", lambda before, after, budget: "")
     for kind, lora in FINE_TUNES:
         folder = tmp_path / kind

@@ -1,7 +1,6 @@
 """Distillation of a safety vector in two processes: whole models and ZeRO-3 shards give one vector."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safegene_trl.models.losses import cross_entropy
 from safegene_trl.vectors.safety_vector import SafetyVector
 
 from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, with_lora
-from .launching import MODULE, run_together
+from .launching import MODULE
 
 
 pytestmark = pytest.mark.timeout(500)
@@ -66,24 +65,11 @@ def extraction(tmp_path_factory):
 
 
 @pytest.mark.exhaustive
-def test_two_processes_make_one_vector(extraction, tmp_path):
-    launches = {
-        config: [
-            sys.executable,
-            *MODULE,
-            "extract",
-            "--accelerate_config",
-            config,
-            "--num_processes",
-            "2",
-        ]
-        for config in ("zero3", "ddp")
-    }
-    for config, launch in launches.items():
-        codes, printed = run_together(
-            [[*launch, *extraction, "--output_dir", str(tmp_path / config)]]
-        )
-        assert codes == [0], printed[-6000:]
+def test_two_processes_make_one_vector(extraction, forked, tmp_path):
+    for config in ("zero3", "ddp"):
+        launch = [*MODULE, "extract", "--accelerate_config", config, "--num_processes", "2"]
+        done = forked([*launch, *extraction, "--output_dir", str(tmp_path / config)])
+        assert done.returncode == 0, done.stdout[-6000:]
     assert main(["extract", *extraction, "--output_dir", str(tmp_path / "alone")]) == 0
     sharded, whole, alone = (
         SafetyVector.from_pretrained(tmp_path / name) for name in ("zero3", "ddp", "alone")
@@ -105,18 +91,10 @@ def test_two_processes_make_one_vector(extraction, tmp_path):
 
 
 @pytest.mark.exhaustive  # in one process: tests/extraction/test_linearization.py
-def test_linear_blocks_are_refused_under_zero3(extraction, tmp_path):
-    launch = [
-        sys.executable,
-        *MODULE,
-        "extract",
-        "--accelerate_config",
-        "zero3",
-        "--num_processes",
-        "2",
-    ]
+def test_linear_blocks_are_refused_under_zero3(extraction, forked, tmp_path):
+    launch = [*MODULE, "extract", "--accelerate_config", "zero3", "--num_processes", "2"]
     words = ["linearized" if word == "distill" else word for word in extraction]
     options = [*words, "--output_dir", str(tmp_path / "vector")]
-    codes, printed = run_together([[*launch, *options]])
-    assert codes == [2], printed[-6000:]
-    assert "launch with `ddp`" in printed and not (tmp_path / "vector").exists()
+    done = forked([*launch, *options])
+    assert done.returncode == 2, done.stdout[-6000:]
+    assert "launch with `ddp`" in done.stdout and not (tmp_path / "vector").exists()

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from ..conftest import make_model, make_tokenizer, make_vector
-from .launching import torchrun
+from .launching import ranks
 
 
 pytestmark = pytest.mark.timeout(400)
@@ -92,9 +92,10 @@ def plan_of(family, root, backend, fault, alone=False):
     }
 
 
-def launch(root, plans):
+def launch(forked, root, plans):
     (root / "plans.json").write_text(json.dumps(plans))
-    return torchrun(["-m", "tests.distributed.failing_worker", str(root / "plans.json")], TIMEOUT)
+    worker = ["-m", "tests.distributed.failing_worker", str(root / "plans.json")]
+    return forked(ranks(*worker), TIMEOUT)
 
 
 def agreed(backend):
@@ -113,7 +114,7 @@ def of_the_search(backend):
 
 
 @pytest.fixture(scope="module")
-def launched(family, tmp_path_factory):
+def launched(forked, family, tmp_path_factory):
     """One launch of a backend with all faults that both ranks survive; the folder of `agreed` and
     that of `of_the_search`.
     """
@@ -129,7 +130,7 @@ def launched(family, tmp_path_factory):
             plans += [
                 plan_of(family, places[1], backend, fault) for fault in of_the_search(backend)
             ]
-            done[backend] = (*places, launch(root, plans))
+            done[backend] = (*places, launch(forked, root, plans))
         assert done[backend][2].returncode == 0, done[backend][2].stdout[-6000:]
         return done[backend][:2]
 
@@ -179,8 +180,8 @@ def test_what_rank_0_meets_in_the_search_frees_the_others(backend, launched):
     ("backend", "fault"),
     [marked(b, f) for b in BACKENDS for f in ("recalibration", "gathering", "kill")],
 )
-def test_failure_among_collectives_ends_the_job(backend, fault, family, tmp_path):
-    done = launch(tmp_path, [plan_of(family, tmp_path, backend, fault, alone=True)])
+def test_failure_among_collectives_ends_the_job(backend, fault, forked, family, tmp_path):
+    done = launch(forked, tmp_path, [plan_of(family, tmp_path, backend, fault, alone=True)])
     assert done.returncode != 0
     if fault == "kill":
         assert "SIGKILL" in done.stdout

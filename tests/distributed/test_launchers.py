@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -19,15 +18,10 @@ from .launching import BIN, MODULE, ROOT, run_together
 
 
 pytestmark = pytest.mark.timeout(400)
-ACCELERATE = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.accelerate_cli",
-    "launch",
-    "--main_process_port",
-    "0",
-]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+TORCHRUN = ["-m", "torch.distributed.run"]
+SFT = [*MODULE, "sft"]
+TWO = ["--num_processes", "2"]
 CONFIGS = ROOT / "safegene_trl" / "accelerate_configs"
 
 
@@ -79,57 +73,22 @@ def node(rank, port):
 def accelerate_node(rank, port):
     group = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
     place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    return [sys.executable, *MODULE, "sft", "--accelerate_config", "zero3", *group, *place]
+    return [*SFT, "--accelerate_config", "zero3", *group, *place]
 
 
-LAUNCHERS = {  # what stands before the recipe, for every launcher started
-    "safegene zero3": lambda port: [
-        [sys.executable, *MODULE, "sft", "--accelerate_config", "zero3", "--num_processes", "2"]
-    ],
-    "safegene zero3_offload": lambda port: [
-        [
-            sys.executable,
-            *MODULE,
-            "sft",
-            "--accelerate_config=zero3_offload",
-            "--num_processes",
-            "2",
-        ]
-    ],
+LAUNCHERS = {  # Python's arguments before the recipe's, for every launcher started
+    "safegene zero3": lambda port: [[*SFT, "--accelerate_config", "zero3", *TWO]],
+    "safegene zero3_offload": lambda port: [[*SFT, "--accelerate_config=zero3_offload", *TWO]],
     "safegene zero2": lambda port: [
-        [
-            sys.executable,
-            *MODULE,
-            "sft",
-            "--accelerate_config",
-            str(CONFIGS / "zero2.yaml"),
-            "--num_processes",
-            "2",
-        ]
+        [*SFT, "--accelerate_config", str(CONFIGS / "zero2.yaml"), *TWO]
     ],
     "accelerate zero1": lambda port: [
-        [
-            *ACCELERATE,
-            "--config_file",
-            str(CONFIGS / "zero1.yaml"),
-            "--num_processes",
-            "2",
-            *MODULE,
-            "sft",
-        ]
+        [*ACCELERATE, "--config_file", str(CONFIGS / "zero1.yaml"), *TWO, *SFT]
     ],
     "accelerate ddp": lambda port: [
-        [
-            *ACCELERATE,
-            "--config_file",
-            str(CONFIGS / "ddp.yaml"),
-            "--num_processes",
-            "2",
-            *MODULE,
-            "sft",
-        ]
+        [*ACCELERATE, "--config_file", str(CONFIGS / "ddp.yaml"), *TWO, *SFT]
     ],
-    "torchrun ddp": lambda port: [[*TORCHRUN, "--nproc_per_node", "2", *MODULE, "sft"]],
+    "torchrun ddp": lambda port: [[*TORCHRUN, "--nproc_per_node", "2", *SFT]],
     "deepspeed zero3": lambda port: [
         [
             f"{BIN}/deepspeed",
@@ -142,10 +101,17 @@ LAUNCHERS = {  # what stands before the recipe, for every launcher started
             "sft",
         ]
     ],
-    "two nodes torchrun": lambda port: [[*node(rank, port), *MODULE, "sft"] for rank in (0, 1)],
+    "two nodes torchrun": lambda port: [[*node(rank, port), *SFT] for rank in (0, 1)],
     "two nodes safegene zero3": lambda port: [accelerate_node(rank, port) for rank in (0, 1)],
 }
 QUICK = ("safegene zero3",)
+# Every launcher is started once as users start it; where it only has other settings, its ranks are forks.
+OTHER_SETTINGS = (
+    "safegene zero3_offload",
+    "safegene zero2",
+    "accelerate ddp",
+    "two nodes safegene zero3",
+)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +121,7 @@ QUICK = ("safegene zero3",)
         for name in LAUNCHERS
     ],
 )
-def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkeypatch):
+def test_training_launches_and_is_safeguarded(launcher, forked, recipe, tmp_path, monkeypatch):
     options = ["--config", str(recipe / "sft.yaml"), "--output_dir", str(tmp_path / "out")]
     if launcher == "deepspeed zero3":
         options += [
@@ -166,7 +132,8 @@ def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkey
             "--save_steps",
             "2",
         ]
-    codes, printed = run_together(
+    together = forked.together if launcher in OTHER_SETTINGS else run_together
+    codes, printed = together(
         [[*command, *options] for command in LAUNCHERS[launcher](get_free_port())]
     )
     assert codes == [0] * len(codes), printed[-6000:]
@@ -193,7 +160,7 @@ def test_training_launches_and_is_safeguarded(launcher, recipe, tmp_path, monkey
 
 
 @pytest.mark.exhaustive
-def test_a_script_with_the_callback_under_zero3(recipe, tmp_path):
+def test_a_script_with_the_callback_under_zero3(forked, recipe, tmp_path):
     launch = [*ACCELERATE, "--config_file", str(CONFIGS / "zero3.yaml"), "--num_processes", "2"]
     script = [str(ROOT / "examples" / "trainers.py"), "sft", "--use_cpu", "--max_steps", "1"]
     files = [
@@ -206,8 +173,8 @@ def test_a_script_with_the_callback_under_zero3(recipe, tmp_path):
     ]
     settings = {key: value for key, value in block(recipe).items() if key != "vector"}
     words = [*files, "--output", tmp_path / "out", "--settings", json.dumps(settings)]
-    codes, printed = run_together([[*launch, *script, *map(str, words)]])
-    assert codes == [0], printed[-6000:]
+    done = forked([*launch, *script, *map(str, words)])
+    assert done.returncode == 0, done.stdout[-6000:]
     report = json.loads((tmp_path / "out" / "safeguarded" / "safegene_report.json").read_text())
     assert report["launch"] == {"sharding": "zero3", "processes": 2}
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -216,23 +183,13 @@ def test_a_script_with_the_callback_under_zero3(recipe, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("config", ["zero3", "ddp"])
 def test_finished_checkpoint_is_safeguarded_in_many_processes(
-    config, recipe, tmp_path, monkeypatch
+    config, forked, recipe, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
-    launch = [
-        sys.executable,
-        *MODULE,
-        "apply",
-        "--accelerate_config",
-        config,
-        "--num_processes",
-        "2",
-    ]
-    codes, printed = run_together(
-        [[*launch, *source, "--safegene.output.output_dir", str(tmp_path / "sharded")]]
-    )
-    assert codes == [0], printed[-6000:]
+    launch = [*MODULE, "apply", "--accelerate_config", config, "--num_processes", "2"]
+    done = forked([*launch, *source, "--safegene.output.output_dir", str(tmp_path / "sharded")])
+    assert done.returncode == 0, done.stdout[-6000:]
     assert main(["apply", *source, "--safegene.output.output_dir", "alone"]) == 0
     reports = [
         json.loads((tmp_path / name / "safegene_report.json").read_text())
@@ -253,16 +210,8 @@ def test_finished_checkpoint_is_safeguarded_in_many_processes(
 
 
 @pytest.mark.exhaustive
-def test_the_gate_rejects_in_many_processes(recipe, tmp_path):
-    launch = [
-        sys.executable,
-        *MODULE,
-        "apply",
-        "--accelerate_config",
-        "ddp",
-        "--num_processes",
-        "2",
-    ]
+def test_the_gate_rejects_in_many_processes(forked, recipe, tmp_path):
+    launch = [*MODULE, "apply", "--accelerate_config", "ddp", "--num_processes", "2"]
     source = ["--config", str(recipe / "apply.yaml"), "--model_name_or_path", str(recipe / "model")]
     gate = [
         "--safegene.gate.min_refusal_rate",
@@ -270,20 +219,17 @@ def test_the_gate_rejects_in_many_processes(recipe, tmp_path):
         "--safegene.output.history",
         str(tmp_path / "history.jsonl"),
     ]
-    codes, printed = run_together(
-        [[*launch, *source, *gate, "--safegene.output.output_dir", str(tmp_path / "out")]]
-    )
-    assert codes == [4], printed[-6000:]
+    place = ["--safegene.output.output_dir", str(tmp_path / "out")]
+    done = forked([*launch, *source, *gate, *place])
+    assert done.returncode == 4, done.stdout[-6000:]
     assert not (tmp_path / "out").exists() and (tmp_path / "out.failed.html").is_file()
     (release,) = read_history(tmp_path / "history.jsonl")
     assert release["outcome"] == "rejected"
 
 
-def test_bad_recipe_ends_the_launch_with_one_sentence(recipe, tmp_path):
+def test_bad_recipe_ends_the_launch_with_one_sentence(forked, recipe, tmp_path):
     shutil.copy(recipe / "sft.yaml", tmp_path / "sft.yaml")
-    launch = [sys.executable, *MODULE, "sft", "--accelerate_config", "ddp", "--num_processes", "2"]
-    codes, printed = run_together(
-        [[*launch, "--config", str(tmp_path / "sft.yaml"), "--safegene.vectr", "x"]]
-    )
-    assert codes == [2], printed[-6000:]
-    assert printed.count("safegene sft: Unknown key `safegene.vectr`") == 1
+    launch = [*MODULE, "sft", "--accelerate_config", "ddp", "--num_processes", "2"]
+    done = forked([*launch, "--config", str(tmp_path / "sft.yaml"), "--safegene.vectr", "x"])
+    assert done.returncode == 2, done.stdout[-6000:]
+    assert done.stdout.count("safegene sft: Unknown key `safegene.vectr`") == 1

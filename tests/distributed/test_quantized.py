@@ -14,7 +14,7 @@ from .launching import run_plans
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(300)
-def test_ddp_merges_into_the_16_bit_base(tokenizer, tmp_path):
+def test_ddp_merges_into_the_16_bit_base(forked, tokenizer, tmp_path):
     base, loaded, out = tmp_path / "base", tmp_path / "base-4bit", tmp_path / "out"
     wide_model().save_pretrained(base)
     quantised(base, 4).save_pretrained(loaded)
@@ -29,7 +29,7 @@ def test_ddp_merges_into_the_16_bit_base(tokenizer, tmp_path):
         "out": str(out),
         "config": {"merge_base": str(base), "granularity": "module", "num_test_prompts": 2},
     }
-    run_plans(tmp_path, [plan], timeout=240)
+    run_plans(forked, tmp_path, [plan], timeout=240)
     found = json.loads((out / "result-0.json").read_text())
     report, folder = found["report"], out / "with/safeguarded"
     assert found["same_on_all_ranks"] and report["launch"]["processes"] == 2

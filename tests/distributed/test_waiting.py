@@ -4,7 +4,7 @@ than two ranks.
 
 import pytest
 
-from .launching import torchrun
+from .launching import ranks
 
 
 pytestmark = pytest.mark.timeout(200)
@@ -38,9 +38,9 @@ dist.destroy_process_group()
 """
 
 
-def test_the_others_wait_for_rank_0_as_long_as_it_takes(tmp_path):
+def test_the_others_wait_for_rank_0_as_long_as_it_takes(forked, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = torchrun([str(tmp_path / "script.py")], 120, RANKS)
+    done = forked(ranks(str(tmp_path / "script.py"), processes=RANKS), 120)
     assert done.returncode == 0, done.stdout[-4000:]
     for rank in range(RANKS):
         said = "the hub is gone" if rank == 0 else "Rank 0 of 3 failed: the hub is gone"

@@ -3,6 +3,7 @@ CPU two processes over gloo.
 """
 
 import json
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -16,7 +17,7 @@ from safegene_trl.recalibration.search import recalibrate
 from safegene_trl.vectors.safety_vector import SafetyVector
 
 from ..conftest import make_model, make_tokenizer, make_vector, task_dataset
-from ..distributed.launching import ON_GPU, run_plans
+from ..distributed.launching import ON_GPU, run_plans, start
 from ..distributed.test_backends import SHARDED, name_of, plan_of, saved_fine_tune
 from .conftest import PHASES, check_report
 
@@ -53,7 +54,7 @@ def launched(family, device, tmp_path_factory):
             ]
             for plan in plans:
                 plan["config"] = {"num_test_prompts": 4}
-            run_plans(root, plans, 300, processes, environment)
+            run_plans(partial(start, environment=environment), root, plans, 300, processes)
         name = name_of(backend, True, True, DTYPES[backend])
         return roots[launch] / name, processes
 
