@@ -17,6 +17,7 @@ from ..errors import CalibrationDataError
 from ..models.inputs import Sample, SoftTargets, shortened
 from ..models.reasoning import Answering, PromptStyle, room_to_reason, split_stored
 from ..provenance import sha256_of_json
+from ..vectors.prompt_rows import rows_of
 from ..vectors.safety_vector import SafetyVector
 from .calibration import CalibrationSet, Split, check_context, split_samples
 from .prompt_style import StepPrompts
@@ -93,7 +94,7 @@ def gather_shots(
     written = StepPrompts.of(config, vector, tokenizer, template_options or {})
     read = partial(_readable, tokenizer=tokenizer, style=written.target)
     harmful, harmful_source = _safety_data(config, vector, read)
-    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
+    shipped: list[Row] = rows_of(vector.prompts, "benign")
     count = config.data.num_benign_shots + extra
     benign = read(drawn(shipped, count, config.seed), count, "benign prompts")
     for each in (harmful, benign):
@@ -118,8 +119,9 @@ def gather_shots(
         task[: config.data.num_task_shots], config.data.holdout_share, "task data", training.skipped
     )
     gate = _GatePrompts(config, tokenizer, context, written.answering)
-    harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
-    benign_prompts = gate.of("benign", list(vector.prompts), benign_left)
+    learned: list[Row] = rows_of(vector.prompts, "harmful", "benign", "border")
+    harmful_prompts = gate.of("harmful", [*harmful.rows, *learned], harmful_left)
+    benign_prompts = gate.of("benign", learned, benign_left)
     unseen = Unseen(
         {"harmful": harmful_prompts, "benign": benign_prompts},
         task[len(task_split.fit) :][:extra],
@@ -167,7 +169,7 @@ def _safety_data(
     one of the vector's. `read` is `_readable` with the tokenizer and the style.
     """
     count = config.data.num_safety_shots + config.measure.num_test_prompts
-    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
+    shipped: list[Row] = rows_of(vector.prompts, "harmful")
     if config.data.safety_data is None:
         if not shipped:
             raise CalibrationDataError(

@@ -15,6 +15,9 @@ from ..conftest import HARMFUL, config_of, make_model, make_vector, task_dataset
 from ..reasoning_templates import reasoning_tokenizer
 
 
+WORDS = ("lantern", "orchard", "granite", "whistle", "meadow")
+
+
 @pytest.fixture
 def gather(tokenizer):
     vector = make_vector(make_model(), tokenizer)
@@ -35,6 +38,27 @@ def test_defaults_come_from_the_vector_and_the_training_set(gather):
     ]
     assert (shots.record["safety"]["fit"], shots.record["safety"]["held_out"]) == (9, 3)
     assert all(len(shots.record[kind]["sha256"]) == 64 for kind in ("safety", "benign", "task"))
+
+
+def with_further_rows(vector):
+    """The vector with benign prompts that the aligned model refuses, and some to measure on."""
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    rows = [{"prompt": f"how do i kill process {i}", **border} for i in range(8)]
+    for number, kind in enumerate(["harmful", "benign"] * 10):
+        verdict = ("refused", "answered")[number % 3 == 0]
+        text = f"{WORDS[number // 5]} {WORDS[number % 5]} {number}"
+        rows.append({"prompt": text, "kind": kind, "verdict": verdict, "use": "measure"})
+    record = {"test_prompts": {"max_new_tokens": 32, "max_reasoning_tokens": 0}}
+    return replace(vector, prompts=[*vector.prompts, *rows], selection=vector.selection | record)
+
+
+def test_benign_shots_are_answers_and_prompts_to_measure_on_no_shots(gather, tokenizer):
+    before = gather(num_benign_shots=4)
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    config = config_of(vector="v", num_benign_shots=4)
+    after = gather_shots(config, vector, tokenizer, 256, task_dataset())
+    assert after.data.harmful == before.data.harmful and after.data.benign == before.data.benign
+    assert after.record["benign"] == before.record["benign"]
 
 
 def test_what_nothing_is_fitted_on_is_left_to_measure_on(gather, tokenizer):
