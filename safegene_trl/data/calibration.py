@@ -17,7 +17,9 @@ class Split:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What recalibration reads. `benign` may be None; the other two never are."""
+    """What recalibration reads. `benign` may be None; the other two never are. It holds the border
+    shots, too.
+    """
 
     harmful: Split
     task: Split
@@ -28,6 +30,17 @@ class CalibrationSet:
         """All of them."""
         splits = [split for split in (self.task, self.harmful, self.benign) if split]
         return [sample for split in splits for sample in (*split.fit, *split.held_out)]
+
+
+def joined(*splits: Split | None) -> Split | None:
+    """Several splits as one, each on its own side; None of none."""
+    found = [split for split in splits if split is not None]
+    if not found:
+        return None
+    return Split(
+        [sample for split in found for sample in split.fit],
+        [sample for split in found for sample in split.held_out],
+    )
 
 
 def check_context(samples: Iterable[Sample], context: int | None, what: str) -> None:

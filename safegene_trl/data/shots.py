@@ -19,7 +19,7 @@ from ..models.reasoning import Answering, PromptStyle, room_to_reason, split_sto
 from ..provenance import sha256_of_json
 from ..vectors.prompt_rows import rows_of
 from ..vectors.safety_vector import SafetyVector
-from .calibration import CalibrationSet, Split, check_context, split_samples
+from .calibration import CalibrationSet, Split, check_context, joined, split_samples
 from .prompt_style import StepPrompts
 from .prompts import Kind, Prompt, kept_apart, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation, drawn, prompt_of
@@ -27,6 +27,8 @@ from .sources import load_rows
 from .training_samples import TrainingSamples, templated
 
 
+NO_TARGETS = "no soft targets that are those of their refusals in the prompts here"
+NO_ROOM = "prompts that leave `data.max_length` no room for the refusal"
 REPEATED = "text that repeats, or nearly repeats, a prompt that was used"
 NO_RESPONSE, TOO_LONG = "no response", "more tokens than the model's context leaves room to answer"
 TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
@@ -71,11 +73,12 @@ def gather_shots(
     packed: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> Shots:
-    """Draws harmful, benign and task shots.
+    """Draws harmful, benign, border and task shots.
 
     Args:
         config: How many, and from where.
-        vector: Brings harmful prompts with refusals and benign prompts with answers.
+        vector: Brings harmful prompts with refusals and benign prompts with answers, and perhaps
+            benign ones that the aligned model refuses.
         tokenizer: The model's.
         context: The model's context length in tokens, None if it has no limit.
         task_rows: The training set, used where `config.data.task_data` names no other: as the
@@ -105,6 +108,7 @@ def gather_shots(
         benign_split, benign_left = _divided(
             benign, config.data.max_length, config.data.num_benign_shots, config
         )
+    border_split, border_record = _border_shots(config, vector, read, context)
     training, task_source = _training_samples(
         config, tokenizer, task_rows, packed, written.target.options
     )
@@ -136,10 +140,11 @@ def gather_shots(
         },
         "benign": benign_split
         and _record("vector", benign_split, benign.skipped) | _soft_record(benign_split),
+        **border_record,
         "unseen": gate.record(unseen, harmful_source, task_source),
         **written.record,
     }
-    data = CalibrationSet(harmful_split, task_split, benign_split)
+    data = CalibrationSet(harmful_split, task_split, joined(benign_split, border_split))
     warnings = (
         *written.warnings,
         *_skip_warnings(record),
@@ -186,6 +191,45 @@ def _safety_data(
             f"{config.data.safety_data} has prompts without refusals: add a column `response`."
         )
     return found, config.data.safety_data
+
+
+def _border_shots(
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    read: Callable[..., _Read],
+    context: int | None,
+) -> tuple[Split | None, dict[str, Any]]:
+    """Benign prompts that the aligned model refuses, held to what it finds likely there and never to
+    the words of its refusal, which would push past it; and their record. Nothing where there are
+    none, or none are wanted.
+    """
+    shipped: list[Row] = rows_of(vector.prompts, "border")
+    wanted = config.data.num_border_shots
+    if not shipped or not wanted:
+        return None, {}
+    found = read(drawn(shipped, wanted, config.seed), len(shipped), "border prompts")
+    check_context(found.samples, context, found.what)
+    cut = [
+        shortened(sample, config.data.max_length, config.data.max_refusal_tokens)
+        for sample in found.samples
+        if sample.soft is not None
+    ]
+    usable = [sample for sample in cut if sample is not None]
+    for reason, count in (
+        (NO_TARGETS, len(found.samples) - len(cut)),
+        (NO_ROOM, len(cut) - len(usable)),
+    ):
+        if count:
+            found.skipped[reason] = count
+    chosen = usable[:wanted]
+    split = (
+        split_samples(chosen, config.data.holdout_share, found.what)
+        if len(chosen) > 1
+        else Split(chosen, [])
+    )
+    return split if chosen else None, {
+        "border": _record("vector", split, found.skipped) | _soft_record(split)
+    }
 
 
 def _readable(
@@ -369,7 +413,9 @@ def _prompt(row: Row, kind: Kind) -> Prompt:
 def _skip_warnings(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each kind of shots of which rows were skipped."""
     found = []
-    for kind in ("safety", "task"):
+    for kind in ("safety", "task", "border"):
+        if kind not in record:
+            continue
         source, skipped = record[kind]["source"], record[kind].get("skipped", {})
         if skipped:
             reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())

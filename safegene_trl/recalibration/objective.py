@@ -7,7 +7,8 @@ here is
            + β·D(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
     λ_min ≤ λ ≤ λ_max,
 
-over the first tokens of the aligned model's own answers. What it finds likely there comes with the
+over the first tokens of the aligned model's own answers; among the benign ones are prompts near
+the border, which it refuses. What it finds likely there comes with the
 vector (`extraction/soft_targets.py`); where only its words do, as with data of the user's own, the
 KL divergence is the cross-entropy, whose least value lies beyond the aligned model. Every term is a
 mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it `T²·KL` of

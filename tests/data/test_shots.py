@@ -188,6 +188,63 @@ def test_targets_of_other_tokens_are_not_used_and_said(tokenizer):
     assert f"{len(HARMFUL)} answers" in warning and "only the words" in warning
 
 
+def bordered(tokenizer, count=12, unlike=(), **values):
+    """Shots of a vector with soft targets, and `count` benign prompts that the aligned model refuses."""
+    vector = make_vector(make_model(), tokenizer)
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    rows = [{"prompt": f"how do i kill process {i}", **border} for i in range(count)]
+    vector = targeted(replace(vector, prompts=[*vector.prompts, *rows]), tokenizer, unlike)
+    config = config_of(vector="v", **values)
+    return gather_shots(config, vector, tokenizer, 256, task_dataset())
+
+
+def is_border(sample, tokenizer):
+    return "kill process" in tokenizer.decode(sample.input_ids)
+
+
+def test_border_prompts_join_the_benign_ones(tokenizer):
+    without, shots = bordered(tokenizer, 0), bordered(tokenizer)
+    assert "border" not in without.record and without.data.harmful == shots.data.harmful
+    for side, count in (("fit", 9), ("held_out", 3)):
+        before, after = getattr(without.data.benign, side), getattr(shots.data.benign, side)
+        # benign answers are drawn as without
+        assert after[: len(before)] == before and len(after) == len(before) + count
+        assert all(is_border(sample, tokenizer) for sample in after[len(before) :])
+        assert all(sample.response == sample.soft.tokens for sample in after)
+    record = shots.record["border"]
+    assert len(record.pop("sha256")) == 64
+    assert record == {"source": "vector", "fit": 9, "held_out": 3, "soft_targets": 12}
+    assert shots.record["benign"] == without.record["benign"] and not shots.warnings
+    assert shots.unseen.counts == without.unseen.counts
+
+
+def test_there_are_as_many_border_shots_as_are_set(tokenizer):
+    assert bordered(tokenizer, num_border_shots=0).data == bordered(tokenizer, 0).data
+    assert "border" not in bordered(tokenizer, num_border_shots=0).record
+    some = bordered(tokenizer, 30)
+    assert some.record["border"]["fit"] + some.record["border"]["held_out"] == 16
+    alone = bordered(tokenizer, num_benign_shots=0, num_border_shots=5).data.benign
+    assert len(alone.fit) + len(alone.held_out) == 5
+    (one,) = bordered(tokenizer, 1, num_benign_shots=0).data.benign.fit
+    assert is_border(one, tokenizer)
+
+
+def test_border_prompts_are_held_to_no_words(tokenizer):
+    """Those whose targets are of other tokens are replaced by further ones, and counted."""
+    unlike = [f"how do i kill process {i}" for i in range(4)]
+    shots = bordered(tokenizer, unlike=unlike, num_border_shots=6)
+    samples = [*shots.data.benign.fit, *shots.data.benign.held_out]
+    border = [sample for sample in samples if is_border(sample, tokenizer)]
+    assert len(border) == 6 and all(sample.soft is not None for sample in border)
+    (reason,) = shots.record["border"]["skipped"]
+    assert reason.startswith("no soft targets") and shots.record["border"]["skipped"][reason] == 4
+    (warning,) = shots.warnings
+    assert "4 rows of the vector were skipped: 4 with no soft targets" in warning
+    none = bordered(tokenizer, 4, unlike=unlike)
+    assert none.record["border"]["fit"] == none.record["border"]["held_out"] == 0
+    assert none.data == bordered(tokenizer, 0).data
+
+
 def test_prompts_of_ones_own_have_no_soft_targets(tokenizer, tmp_path):
     """Whatever a column of that name holds."""
     rows = [{"prompt": f"forbidden {i}", "response": "no", "targets": "x"} for i in range(4)]
