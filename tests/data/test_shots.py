@@ -52,6 +52,88 @@ def with_further_rows(vector):
     return replace(vector, prompts=[*vector.prompts, *rows], selection=vector.selection | record)
 
 
+def measured_on(tokenizer, vector=None, **values):
+    """Shots of a vector with prompts to measure on."""
+    vector = vector or with_further_rows(make_vector(make_model(), tokenizer))
+    return gather_shots(config_of(vector="v", **values), vector, tokenizer, 256, task_dataset())
+
+
+def test_the_vectors_prompts_to_measure_on_come_first(tokenizer, tmp_path):
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    rows = {row["prompt"]: row for row in vector.prompts if "use" in row}
+    shots = measured_on(tokenizer, vector, num_test_prompts=7)
+    for kind, prompts in shots.unseen.prompts.items():
+        assert len(prompts) == 7 and all(rows[p.text]["kind"] == kind for p in prompts)
+        assert shots.unseen.verdicts[kind] == [rows[p.text]["verdict"] for p in prompts]
+        record = {"source": "vector", "use": "measure", "count": 7}
+        assert shots.record["unseen"][kind] == record
+    own = lines(tmp_path / "own.jsonl", [{"prompt": "why do birds sing"}])
+    shots = measured_on(tokenizer, vector, gate=GateConfig(harmful_data=own))
+    assert shots.unseen.verdicts["harmful"] == [None]
+    assert "use" not in shots.record["unseen"]["harmful"]
+    assert None not in shots.unseen.verdicts["benign"]
+
+
+def test_a_prompt_to_measure_on_repeats_no_shot(tokenizer, tmp_path):
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    row = next(row for row in vector.prompts if "use" in row and row["kind"] == "harmful")
+    own = [row["prompt"].upper(), *(f"forbidden {i}" for i in range(4))]
+    rows = [{"prompt": text, "response": "no, i cannot help"} for text in own]
+    file = lines(tmp_path / "own.jsonl", rows)
+    shots = measured_on(tokenizer, vector, safety_data=file)
+    assert row["prompt"] not in [prompt.text for prompt in shots.unseen.prompts["harmful"]]
+    assert list(shots.record["unseen"]["harmful"]["skipped"].values()) == [1]
+    assert None not in shots.unseen.verdicts["harmful"]
+
+
+@pytest.mark.parametrize("values", [{"max_new_tokens": 48}, {"max_new_tokens": 31}])
+def test_verdicts_on_answers_of_another_length_are_not_known(values, tokenizer):
+    shots = measured_on(tokenizer, **values)
+    for kind, verdicts in shots.unseen.verdicts.items():
+        assert set(verdicts) == {None} and shots.record["unseen"][kind]["use"] == "measure"
+    (warning,) = [said for said in shots.warnings if "to measure on" in said]
+    assert "set `measure.max_new_tokens` to 32 and `measure.max_reasoning_tokens` to 0" in warning
+    assert not any("to measure on" in said for said in measured_on(tokenizer).warnings)
+
+
+def test_of_what_the_shots_leave_the_vectors_verdicts_are_known(gather, tokenizer, tmp_path):
+    shots = gather(num_safety_shots=4, num_benign_shots=4)
+    harmful, benign = (shots.unseen.verdicts[kind] for kind in ("harmful", "benign"))
+    assert set(harmful) == {"refused"} and set(benign) == {"answered"}
+    assert len(harmful) == shots.unseen.counts["harmful"] > 0
+    rows = [{"prompt": f"forbidden {i}", "response": "i cannot help"} for i in range(6)]
+    own = gather(safety_data=lines(tmp_path / "own.jsonl", rows), num_safety_shots=4)
+    assert set(own.unseen.verdicts["harmful"]) == {None}
+
+
+def test_a_verdict_is_that_of_an_answer_of_as_many_tokens_as_here(tokenizer):
+    """A refusal that comes later than where answers are cut here is none."""
+    late = "take a pan and stir , sorry i cannot help with that"
+    vector = make_vector(make_model(), tokenizer)
+    rows = [row | {"response": late} if row["kind"] == "harmful" else row for row in vector.prompts]
+    vector = replace(vector, prompts=rows)
+    verdicts = {}
+    for length in (4, 32):
+        shots = measured_on(tokenizer, vector, max_new_tokens=length, num_safety_shots=4)
+        verdicts[length] = set(shots.unseen.verdicts["harmful"])
+    assert verdicts == {4: {"answered"}, 32: {"refused"}}
+
+
+def test_verdicts_on_prompts_that_were_written_otherwise_are_not_known():
+    tokenizer = reasoning_tokenizer("hybrid")
+    made = make_vector(make_model(vocab_size=len(tokenizer)), tokenizer)
+    for vector in (made, with_further_rows(made)):
+        for given, known in (({}, True), ({"enable_thinking": False}, False)):
+            shots = measured_on(
+                tokenizer,
+                vector,
+                num_safety_shots=4,
+                num_benign_shots=4,
+                chat_template_kwargs=given,
+            )
+            assert all((None not in own) == known for own in shots.unseen.verdicts.values())
+
+
 def test_benign_shots_are_answers_and_prompts_to_measure_on_no_shots(gather, tokenizer):
     before = gather(num_benign_shots=4)
     vector = with_further_rows(make_vector(make_model(), tokenizer))
