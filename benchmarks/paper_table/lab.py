@@ -30,6 +30,7 @@ from safegene_trl.models.generation import generate_answers
 from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
 from safegene_trl.models.losses import response_logits
 from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.vectors.prompt_rows import rows_of
 
 from .families import MODELS, SMOLLM2, Family, device, dtype
 from .tasks import Task, prompt_source, read_jsonl, splits, training_file, write_jsonl
@@ -155,8 +156,7 @@ class Lab:
         rows = SafetyVector.from_pretrained(self.vector).prompts
         return [
             tokenize(self.tokenizer, [{"role": "user", "content": row["prompt"]}], row["response"])
-            for row in rows
-            if row["kind"] == "harmful"
+            for row in rows_of(rows, "harmful")
         ]
 
     def moments(self, samples: Sequence[Sample], responses_only: bool) -> dict[str, torch.Tensor]:

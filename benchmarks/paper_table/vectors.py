@@ -11,6 +11,7 @@ import yaml
 from safegene_trl import SafetyVector
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.vectors.combination import combine, combined
+from safegene_trl.vectors.prompt_rows import rows_of
 
 from .families import MODELS, RECIPE, SMOLLM2, Family, device, dtype
 from .repair import repair
@@ -110,7 +111,7 @@ def safety_lora(data: Path | None, family: Family = SMOLLM2) -> Path:
     if not path.is_file():
         prompts = SafetyVector.from_pretrained(vector(WHOLE, data, family)).prompts
         write_jsonl(
-            [turn(row["prompt"], row["response"]) for row in prompts if row["kind"] == "harmful"],
+            [turn(row["prompt"], row["response"]) for row in rows_of(prompts, "harmful")],
             path,
         )
     folder = family.work / "degraded" / "safety"

@@ -82,7 +82,7 @@ class _Terms:
     """The recalibration's objective on a calibration set; `model` is the fine-tuned one."""
 
     def __init__(self, lab: Lab, model: nn.Module, shots: CalibrationSet):
-        splits = {"utility": shots.task, "safety": shots.harmful, "benign": shots.benign}
+        splits = {"utility": shots.task, "safety": shots.harmful, "benign": shots.all_benign}
         self._splits: dict[str, Split] = {term: own for term, own in splits.items() if own}
         self._pad, self._device = padding_id(lab.tokenizer), lab.device
         with torch.no_grad():

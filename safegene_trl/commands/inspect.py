@@ -3,9 +3,11 @@ it.
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from ..checkpoints.contents import ADAPTER_CONFIG, FLEET_STATE, MARKER
 from ..checkpoints.places import failure_path
@@ -17,6 +19,7 @@ from ..reporting.plots import selection_plot
 from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
 from ..vectors.files import CONFIG_FILE, read_files
+from ..vectors.prompt_rows import part_of, rows_of, verdict_of
 from ..vectors.record import VectorRecord, read_record
 from .plain_parser import PlainParser
 
@@ -173,16 +176,29 @@ def _other_folder(folder: Path) -> str:
     )
 
 
+def _tests(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line about the prompts to measure on, where there are any."""
+    if not rows:
+        return []
+    told = []
+    for kind in ("harmful", "benign"):
+        own = [verdict_of(row) for row in rows if row["kind"] == kind]
+        told.append(f"{len(own)} {kind} ones, {own.count('refused')} of them refused")
+    return [f"prompts to measure on, by what the aligned model does: {'; '.join(told)}"]
+
+
 def _describe_vector(vector: VectorRecord) -> str:
-    kinds = [row["kind"] for row in vector.prompts]
+    parts = Counter(map(part_of, vector.prompts))
     soft = sum("targets" in row for row in vector.prompts)
     scores = vector.selection.get("scores", [])
     lines = [
         f"safety vector for {vector.family.architecture}, aligned model {vector.aligned_model['name']}",
         f"rank {vector.rank}, {len(vector.modules)} modules in layers {layer_ranges(vector.layers)}",
         f"extracted by {vector.extraction['method']}, selected by {vector.selection['method']}",
-        f"{kinds.count('harmful')} harmful prompts with refusals, {kinds.count('benign')} benign prompts with answers"
+        f"{parts['harmful']} harmful prompts with refusals, {parts['benign']} benign prompts with answers"
+        + (f", {parts['border']} with refusals" if parts["border"] else "")
         + (f", {soft} of them with soft targets" if soft else ""),
+        *_tests(rows_of(vector.prompts, "measure")),
     ]
     if len(vector.components) > 1:
         lines.insert(

@@ -28,7 +28,8 @@ def measured_cells(measured: Mapping[str, Any]) -> list[str]:
     for metric in METRICS.values():
         before, after = (metric.measured(measured, side) for side in ("before", "after"))
         if metric.difference:
-            cells.append(_percent(after["share"], "+.1%") if after else "")
+            form = "+.1%" if metric.signed else ".0%"
+            cells.append(_percent(after["share"], form) if after else "")
         else:
             cells.append(
                 f"{_percent(before['share'])} → {_percent(after['share'])}"

@@ -39,6 +39,9 @@ class DataConfig:
         num_task_shots: Task samples used in all, held-out ones included.
         num_benign_shots: Benign prompts of the vector used in all to keep the model from
             over-refusing.
+        num_border_shots: Benign prompts of the vector that the aligned model itself refuses, used in
+            all and at most: they keep what the fine-tuned model refuses as near to the aligned
+            model as can be. Only those of which the vector has soft targets.
         holdout_share: Share (0–1) of the shots kept out of the optimisation, for the acceptance
             decision.
         max_length: Task and benign samples are cut to this many tokens. Harmful prompts are never
@@ -63,6 +66,7 @@ class DataConfig:
     num_safety_shots: int = 32
     num_task_shots: int = 32
     num_benign_shots: int = 32
+    num_border_shots: int = 16
     holdout_share: float = 0.25
     max_length: int = 512
     max_refusal_tokens: int = 8
@@ -74,6 +78,7 @@ class DataConfig:
         "num_safety_shots": _FITTED_AND_HELD_OUT,
         "num_task_shots": _FITTED_AND_HELD_OUT,
         "num_benign_shots": COUNT_OR_NONE,
+        "num_border_shots": COUNT_OR_NONE,
         "holdout_share": Rule(at_least=0.0),
         "max_length": COUNT,
         "max_refusal_tokens": COUNT,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import ConfigError
 from .metrics import by_limit
 from .validation import Rule, check_values, named_fields
 
@@ -24,16 +25,22 @@ class GateConfig:
             know. With or without it, such answers count against every other limit on answers.
         max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as
             it was (0.01 is one point).
-        harmful_data: Harmful prompts to measure on (local file or hub id). Default: those of the
-            calibration's that nothing was fitted on.
+        min_restored: Of the harmful prompts that the aligned model refuses and the fine-tune did
+            not, the least share that is refused afterwards. Kept where the fine-tune has lost none.
+        max_over_refusal_above_aligned: The most by which the share of benign prompts that it refuses
+            may lie above that of the aligned model (0.05 is five points).
+        harmful_data: Harmful prompts to measure on (local file or hub id). Default: the vector's
+            prompts for that, else those of the calibration's that nothing was fitted on. What the
+            aligned model does is not known of prompts that are named here.
         harmful_data_split: Split of `harmful_data` to read.
         benign_data: The same of benign prompts.
         benign_data_split: Split of `benign_data` to read.
         write_rejected: Write the checkpoint even if it is rejected. Its report says so.
 
     Raises:
-        ConfigError: A name is no setting (the nearest one is named), a limit is no share, or a
-            value is impossible.
+        ConfigError: A name is no setting (the nearest one is named), a limit is no share, a value is
+            impossible, or a limit against the aligned model is set beside prompts that nothing is
+            known of.
     """
 
     min_refusal_rate: float | None = None
@@ -41,6 +48,8 @@ class GateConfig:
     max_incoherent: float | None = None
     max_unjudged: float | None = None
     max_utility_loss: float | None = None
+    min_restored: float | None = None
+    max_over_refusal_above_aligned: float | None = None
     harmful_data: str | None = None
     harmful_data_split: str = "train"
     benign_data: str | None = None
@@ -51,6 +60,13 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         check_values(self, prefix="gate.")
+        for name, metric in by_limit().items():
+            source = f"{metric.items}_data"
+            if metric.relative and name in self.limits and getattr(self, source) is not None:
+                raise ConfigError(
+                    f"`gate.{name}` and `gate.{source}` are both set, and what the aligned model does with prompts that are named "
+                    "there is not known: leave one of them out."
+                )
 
     @property
     def limits(self) -> dict[str, float]:

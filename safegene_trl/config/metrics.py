@@ -27,7 +27,10 @@ class Metric:
         limit: The gate's limit on it: the least allowed where more is better, else the largest.
         heading: Its name over a column of a table.
         label: What the judge says of the answers that are counted. Empty for one number, of after
-            against before, which is measured in a way of its own.
+            against before or against the aligned model, which is measured in a way of its own.
+        signed: Whether it is a difference of two shares, which may be below 0.
+        relative: Whether it is held against what the aligned model does with the same prompts: it
+            is measured only where that is known of all of them.
 
     Raises:
         ConfigError: The safety step's judge never says that label: its share would always be 0.
@@ -40,6 +43,8 @@ class Metric:
     limit: str
     heading: str
     label: CountedLabel | Literal[""] = ""
+    signed: bool = False
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if self.label and self.label not in get_args(CountedLabel):
@@ -50,7 +55,7 @@ class Metric:
 
     @property
     def difference(self) -> bool:
-        """Whether it is one number, of after against before, rather than two."""
+        """Whether it is one number, of after against something else, rather than two."""
         return not self.label
 
     @property
@@ -115,6 +120,7 @@ METRICS: dict[str, Metric] = {
             better="less",
             limit="max_utility_loss",
             heading="utility lost",
+            signed=True,
         ),
         Metric(
             key="unjudged",
@@ -125,6 +131,25 @@ METRICS: dict[str, Metric] = {
             heading="unjudged",
             label="unjudged",
         ),
+        Metric(
+            key="restored",
+            title="Lost refusals restored",
+            items="harmful",
+            better="more",
+            limit="min_restored",
+            heading="restored",
+            relative=True,
+        ),
+        Metric(
+            key="over_refusal_above_aligned",
+            title="Over-refusal above the aligned model",
+            items="benign",
+            better="less",
+            limit="max_over_refusal_above_aligned",
+            heading="above aligned",
+            signed=True,
+            relative=True,
+        ),
     )
 }
 
@@ -132,6 +157,11 @@ METRICS: dict[str, Metric] = {
 def shares() -> list[Metric]:
     """The metrics that are a share before and a share after."""
     return [metric for metric in METRICS.values() if not metric.difference]
+
+
+def differences() -> list[Metric]:
+    """The metrics that are one number."""
+    return [metric for metric in METRICS.values() if metric.difference]
 
 
 def by_limit() -> dict[str, Metric]:

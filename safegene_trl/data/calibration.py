@@ -14,20 +14,50 @@ class Split:
     fit: list[Sample]
     held_out: list[Sample]
 
+    @property
+    def samples(self) -> list[Sample]:
+        """All of them."""
+        return [*self.fit, *self.held_out]
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What recalibration reads. `benign` may be None; the other two never are."""
+    """What recalibration reads. `benign` and `border` may be None; the other two never are.
+
+    Attributes:
+        harmful: Prompts with the aligned model's refusals.
+        task: The fine-tune's own samples.
+        benign: Prompts with the aligned model's answers.
+        border: Benign prompts that it refuses, all with soft targets: they are held to what it finds
+            likely there and never to the words of its refusal, which would push past it.
+    """
 
     harmful: Split
     task: Split
     benign: Split | None = None
+    border: Split | None = None
+
+    @property
+    def all_benign(self) -> Split | None:
+        """The prompts of the benign term, on the border or not."""
+        return joined(self.benign, self.border)
 
     @property
     def samples(self) -> list[Sample]:
         """All of them."""
-        splits = [split for split in (self.task, self.harmful, self.benign) if split]
-        return [sample for split in splits for sample in (*split.fit, *split.held_out)]
+        splits = [split for split in (self.task, self.harmful, self.all_benign) if split]
+        return [sample for split in splits for sample in split.samples]
+
+
+def joined(*splits: Split | None) -> Split | None:
+    """Several splits as one, each on its own side; None of none."""
+    found = [split for split in splits if split is not None]
+    if not found:
+        return None
+    return Split(
+        [sample for split in found for sample in split.fit],
+        [sample for split in found for sample in split.held_out],
+    )
 
 
 def check_context(samples: Iterable[Sample], context: int | None, what: str) -> None:

@@ -3,7 +3,7 @@ comes with the vector.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,42 +11,27 @@ from datasets import IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..config.gate import GateConfig
+from ..config.data import DataConfig
 from ..config.settings import SafeGeneConfig
 from ..errors import CalibrationDataError
 from ..models.inputs import Sample, SoftTargets, shortened
-from ..models.reasoning import Answering, PromptStyle, room_to_reason, split_stored
+from ..models.reasoning import PromptStyle, split_stored
 from ..provenance import sha256_of_json
+from ..vectors.prompt_rows import rows_of, verdict_of
 from ..vectors.safety_vector import SafetyVector
 from .calibration import CalibrationSet, Split, check_context, split_samples
 from .prompt_style import StepPrompts
-from .prompts import Kind, Prompt, kept_apart, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation, drawn, prompt_of
 from .sources import load_rows
 from .training_samples import TrainingSamples, templated
+from .unseen import GatePrompts, Unseen, skips
 
 
-REPEATED = "text that repeats, or nearly repeats, a prompt that was used"
-NO_RESPONSE, TOO_LONG = "no response", "more tokens than the model's context leaves room to answer"
+NO_TARGETS = "no soft targets that are those of their refusals in the prompts here"
+BEYOND = "tokens that the fine-tune's vocabulary lacks"
+NO_ROOM = "prompts that leave `data.max_length` no room for the refusal"
+NO_RESPONSE = "no response"
 TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
-
-
-@dataclass(frozen=True)
-class Unseen:
-    """What no coefficient is fitted on: `harmful` and `benign` prompts for answers, task samples
-    for token accuracy; `answering` says how those answers are asked for.
-    """
-
-    prompts: dict[str, list[Prompt]]
-    task: list[Sample]
-    answering: Answering = field(default_factory=Answering)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {
-            **{kind: len(prompts) for kind, prompts in self.prompts.items()},
-            "task": len(self.task),
-        }
 
 
 @dataclass(frozen=True)
@@ -70,11 +55,12 @@ def gather_shots(
     packed: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> Shots:
-    """Draws harmful, benign and task shots.
+    """Draws harmful, benign, border and task shots.
 
     Args:
         config: How many, and from where.
-        vector: Brings harmful prompts with refusals and benign prompts with answers.
+        vector: Brings harmful prompts with refusals and benign prompts with answers, and perhaps
+            benign ones that the aligned model refuses.
         tokenizer: The model's.
         context: The model's context length in tokens, None if it has no limit.
         task_rows: The training set, used where `config.data.task_data` names no other: as the
@@ -93,17 +79,10 @@ def gather_shots(
     written = StepPrompts.of(config, vector, tokenizer, template_options or {})
     read = partial(_readable, tokenizer=tokenizer, style=written.target)
     harmful, harmful_source = _safety_data(config, vector, read)
-    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "benign"]
-    count = config.data.num_benign_shots + extra
-    benign = read(drawn(shipped, count, config.seed), count, "benign prompts")
-    for each in (harmful, benign):
-        check_context(each.samples, context, each.what)
+    check_context(harmful.samples, context, harmful.what)
     harmful_split, harmful_left = _divided(harmful, context, config.data.num_safety_shots, config)
-    benign_split, benign_left = None, benign.rows
-    if min(len(benign.rows), config.data.num_benign_shots) > 1:
-        benign_split, benign_left = _divided(
-            benign, config.data.max_length, config.data.num_benign_shots, config
-        )
+    benign, benign_split, benign_left = _benign_shots(config, vector, read, context)
+    border_split, border_record = _border_shots(config, vector, read, context)
     training, task_source = _training_samples(
         config, tokenizer, task_rows, packed, written.target.options
     )
@@ -117,13 +96,15 @@ def gather_shots(
     task_split = split_samples(
         task[: config.data.num_task_shots], config.data.holdout_share, "task data", training.skipped
     )
-    gate = _GatePrompts(config, tokenizer, context, written.answering)
-    harmful_prompts = gate.of("harmful", [*harmful.rows, *vector.prompts], harmful_left)
-    benign_prompts = gate.of("benign", list(vector.prompts), benign_left)
+    gate = GatePrompts(config, vector, tokenizer, context, written.answering)
+    learned: list[Row] = rows_of(vector.prompts, "harmful", "benign", "border")
+    harmful_prompts = gate.of("harmful", [*harmful.rows, *learned], harmful_left)
+    benign_prompts = gate.of("benign", learned, benign_left)
     unseen = Unseen(
         {"harmful": harmful_prompts, "benign": benign_prompts},
         task[len(task_split.fit) :][:extra],
         written.answering,
+        gate.verdicts,
     )
     record = {
         "safety": _record(harmful_source, harmful_split, harmful.skipped)
@@ -134,15 +115,18 @@ def gather_shots(
         },
         "benign": benign_split
         and _record("vector", benign_split, benign.skipped) | _soft_record(benign_split),
+        **border_record,
         "unseen": gate.record(unseen, harmful_source, task_source),
         **written.record,
     }
-    data = CalibrationSet(harmful_split, task_split, benign_split)
+    data = CalibrationSet(harmful_split, task_split, benign_split, border_split)
     warnings = (
         *written.warnings,
+        *gate.warnings,
         *_skip_warnings(record),
         *_template_warnings(training, len(task)),
         *_target_warnings(harmful.unlike + benign.unlike),
+        *_length_warnings(config, harmful.samples + benign.samples),
     )
     return Shots(data, unseen, record, warnings)
 
@@ -157,7 +141,8 @@ def within_vocabulary(shots: Shots, rows: int) -> Shots:
         return Split(*([_within(sample, rows) for sample in part] for part in parts))
 
     benign = shots.data.benign and of(shots.data.benign)
-    data = replace(shots.data, harmful=of(shots.data.harmful), benign=benign)
+    border = shots.data.border and of(shots.data.border)
+    data = replace(shots.data, harmful=of(shots.data.harmful), benign=benign, border=border)
     before, now = (_with_targets(each) for each in (shots.data, data))
     if before == now:
         return shots
@@ -165,9 +150,16 @@ def within_vocabulary(shots: Shots, rows: int) -> Shots:
     for name, split in (("safety", data.harmful), ("benign", data.benign)):
         if split is not None:
             record[name] = record[name] | _soft_record(split)
+    if border is not None:  # which are nothing without them
+        kept = Split(*([s for s in part if s.soft] for part in (border.fit, border.held_out)))
+        skipped = Skipped(record["border"].get("skipped", {}))
+        if lost := len(border.samples) - len(kept.samples):
+            skipped[BEYOND] = lost
+        record["border"] = _record("vector", kept, skipped) | _soft_record(kept)
+        data = replace(data, border=kept if kept.samples else None)
     warning = (
         f"The aligned model finds tokens likely in {before - now} answers of the safety vector which the fine-tune's vocabulary of "
-        f"{rows} tokens lacks: of these only the words are taught."
+        f"{rows} tokens lacks: of these only the words are taught, and benign prompts that it refuses are left out."
     )
     return replace(shots, data=data, record=record, warnings=(*shots.warnings, warning))
 
@@ -201,7 +193,7 @@ def _safety_data(
     one of the vector's. `read` is `_readable` with the tokenizer and the style.
     """
     count = config.data.num_safety_shots + config.measure.num_test_prompts
-    shipped: list[Row] = [row for row in vector.prompts if row["kind"] == "harmful"]
+    shipped: list[Row] = rows_of(vector.prompts, "harmful")
     if config.data.safety_data is None:
         if not shipped:
             raise CalibrationDataError(
@@ -218,6 +210,64 @@ def _safety_data(
             f"{config.data.safety_data} has prompts without refusals: add a column `response`."
         )
     return found, config.data.safety_data
+
+
+def _benign_shots(
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    read: Callable[..., _Read],
+    context: int | None,
+) -> tuple[_Read, Split | None, list[Row]]:
+    """Benign prompts with the aligned model's answers: all that were read, the shots among them, of
+    which there are none where there are too few, and those that nothing will be fitted on.
+    """
+    shipped: list[Row] = rows_of(vector.prompts, "benign")
+    wanted = config.data.num_benign_shots
+    count = wanted + config.measure.num_test_prompts
+    found = read(drawn(shipped, count, config.seed), count, "benign prompts")
+    check_context(found.samples, context, found.what)
+    if min(len(found.rows), wanted) < 2:
+        return found, None, found.rows
+    return found, *_divided(found, config.data.max_length, wanted, config)
+
+
+def _border_shots(
+    config: SafeGeneConfig,
+    vector: SafetyVector,
+    read: Callable[..., _Read],
+    context: int | None,
+) -> tuple[Split | None, dict[str, Any]]:
+    """Benign prompts that the aligned model refuses, held to what it finds likely there and never to
+    the words of its refusal, which would push past it; and their record. Nothing where there are
+    none, or none are wanted.
+    """
+    shipped: list[Row] = rows_of(vector.prompts, "border")
+    wanted = config.data.num_border_shots
+    if not shipped or not wanted:
+        return None, {}
+    found = read(drawn(shipped, wanted, config.seed), len(shipped), "border prompts")
+    check_context(found.samples, context, found.what)
+    cut = [
+        shortened(sample, config.data.max_length, config.data.max_refusal_tokens)
+        for sample in found.samples
+        if sample.soft is not None
+    ]
+    usable = [sample for sample in cut if sample is not None]
+    for reason, count in (
+        (NO_TARGETS, len(found.samples) - len(cut)),
+        (NO_ROOM, len(cut) - len(usable)),
+    ):
+        if count:
+            found.skipped[reason] = count
+    chosen = usable[:wanted]
+    split = (
+        split_samples(chosen, config.data.holdout_share, found.what)
+        if len(chosen) > 1
+        else Split(chosen, [])
+    )
+    return split if chosen else None, {
+        "border": _record("vector", split, found.skipped) | _soft_record(split)
+    }
 
 
 def _readable(
@@ -250,7 +300,11 @@ def _readable(
         except UnreadableRowError as error:
             skipped.add(error)
             continue
-        found.append({"prompt": messages, "response": response, "category": row.get("category")})
+        verdict = verdict_of(row) if from_vector else None
+        category = row.get("category")
+        found.append(
+            {"prompt": messages, "response": response, "category": category, "verdict": verdict}
+        )
         soft = SoftTargets(**row["targets"]) if from_vector and "targets" in row else None
         fits = soft is not None and sample.response[: len(soft.tokens)] == soft.tokens
         unlike += soft is not None and not fits
@@ -292,116 +346,12 @@ def _training_samples(
     ), "training set"
 
 
-class _GatePrompts:
-    """Prompts to measure on, each short enough for the model to answer, and what was left out of
-    each kind.
-    """
-
-    def __init__(
-        self,
-        config: SafeGeneConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        context: int | None,
-        answering: Answering,
-    ):
-        self.settings = config.gate or GateConfig()
-        self.skipped: dict[str, Skipped] = {}
-        self._config, self._tokenizer, self._context = config, tokenizer, context
-        self._answering = answering
-        self._new_tokens = config.measure.max_new_tokens
-
-    def record(self, unseen: Unseen, harmful: str, task: str) -> dict[str, Any]:
-        """Of every kind that is measured on: its source, how many, and what was left out."""
-        sources = {
-            "harmful": self.settings.harmful_data or harmful,
-            "benign": self.settings.benign_data or "vector",
-            "task": task,
-        }
-        return {
-            kind: {
-                "source": source,
-                "count": unseen.counts[kind],
-                **_skips(self.skipped.get(kind, Skipped())),
-            }
-            for kind, source in sources.items()
-        }
-
-    def of(self, kind: Kind, used: Sequence[Row], left: Sequence[Row]) -> list[Prompt]:
-        """Prompts of the data that the gate names, those near a used one left out; else what the
-        shots' data has left.
-
-        Raises:
-            CalibrationDataError: The gate names data, and none of its prompts can be used.
-        """
-        limit, settings = self._config.measure.num_test_prompts, self.settings
-        source = settings.harmful_data if kind == "harmful" else settings.benign_data
-        split = settings.harmful_data_split if kind == "harmful" else settings.benign_data_split
-        skipped = self.skipped[kind] = Skipped()
-        if source is None or not limit:
-            return self._answerable([_prompt(row, kind) for row in left], limit, skipped)
-        prompts, unread = read_prompts(source, kind, split, None, self._config.seed)
-        skipped.update(unread)
-        prompts = self._answerable(
-            spread(prompts, len(prompts), self._config.seed), 2 * limit, skipped
-        )
-        if not prompts:
-            raise CalibrationDataError(
-                f"No prompt of {source} can be answered{skipped}: name other prompts."
-            )
-        kept = kept_apart(prompts, [conversation(row)[0][-1]["content"] for row in used])[0]
-        if repeated := len(prompts) - len(kept):
-            skipped[REPEATED] = repeated
-        if len(kept) < min(limit, len(prompts) / 2):
-            raise CalibrationDataError(
-                f"{repeated} of {len(prompts)} prompts of {source} repeat, or nearly repeat, prompts that the coefficients are "
-                f"fitted on or that come with the vector: name other prompts for the gate."
-            )
-        return kept[:limit]
-
-    def _answerable(self, prompts: Sequence[Prompt], count: int, skipped: Skipped) -> list[Prompt]:
-        """The first `count` prompts that the template accepts and the model has room to answer.
-
-        Raises:
-            ConfigError: It would have room for some if it had less to reason.
-        """
-        left: list[Prompt] = []
-        room = 0  # for reasoning, after the shortest of the prompts that are too long with it
-        for prompt in prompts:
-            if len(left) == count:
-                break
-            try:
-                sample = templated(
-                    self._tokenizer, list(prompt.messages), "", self._answering.style
-                )
-                length = sum(not said for said in sample.is_response)
-                spare = room_to_reason(length, self._context, self._new_tokens)
-                if spare < self._answering.max_reasoning_tokens:
-                    room = max(room, int(spare))
-                    raise UnreadableRowError(TOO_LONG)
-            except UnreadableRowError as error:
-                skipped.add(error)
-                continue
-            left.append(prompt)
-        if room and not left and self._context is not None:
-            setting = "measure.max_reasoning_tokens"
-            raise self._answering.no_room(room, self._context, setting, "test prompt")
-        return left
-
-
-def _prompt(row: Row, kind: Kind) -> Prompt:
-    category = row.get("category")
-    return Prompt(
-        "calibration",
-        kind,
-        None if category is None else str(category),
-        tuple(conversation(row)[0]),
-    )
-
-
 def _skip_warnings(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each kind of shots of which rows were skipped."""
     found = []
-    for kind in ("safety", "task"):
+    for kind in ("safety", "task", "border"):
+        if kind not in record:
+            continue
         source, skipped = record[kind]["source"], record[kind].get("skipped", {})
         if skipped:
             reasons = ", ".join(f"{count} with {reason}" for reason, count in skipped.items())
@@ -438,6 +388,18 @@ def _target_warnings(unlike: int) -> list[str]:
     ]
 
 
+def _length_warnings(config: SafeGeneConfig, samples: Sequence[Sample]) -> list[str]:
+    """A sentence where more tokens of the answers are asked for than have soft targets."""
+    known = max((len(sample.soft.tokens) for sample in samples if sample.soft), default=0)
+    wanted = config.data.max_refusal_tokens
+    if not known or wanted <= max(known, DataConfig.max_refusal_tokens):
+        return []
+    return [
+        f"`data.max_refusal_tokens` is {wanted}, and the safety vector tells what the aligned model finds likely in the first "
+        f"{known} tokens of its answers: no more than those are taught."
+    ]
+
+
 def _named(source: str) -> str:
     """What a sentence calls a source: the training set, the vector, or a data set by its name."""
     return source if source in ("training set", "vector") else f"data set {source}"
@@ -449,14 +411,10 @@ def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:
         "sha256": sha256_of_json([sample.input_ids for sample in (*split.fit, *split.held_out)]),
         "fit": len(split.fit),
         "held_out": len(split.held_out),
-        **_skips(skipped),
+        **skips(skipped),
     }
 
 
 def _soft_record(split: Split) -> dict[str, int]:
     """How many shots are held to the aligned model's own distribution; the others, to its words."""
     return {"soft_targets": sum(s.soft is not None for s in (*split.fit, *split.held_out))}
-
-
-def _skips(skipped: Skipped) -> dict[str, dict[str, int]]:
-    return {"skipped": dict(skipped)} if skipped else {}

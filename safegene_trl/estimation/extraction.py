@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.stored_model import StoredModel
+from ..config.measure import MeasureConfig
 from ..extraction.config import ExtractionConfig
 from ..extraction.delta import adapter_delta, stored_delta
 from ..extraction.distillation import (
@@ -105,6 +106,13 @@ def estimate_extraction(
     turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
     samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
     seconds, memory = run.answers(turns, new_tokens, config.samples_per_step, False)
+    if prompts.tests:
+        tests = [
+            [[{"role": "user", "content": text}] for text in own] for own in prompts.tests.values()
+        ]
+        most = MeasureConfig.max_new_tokens + config.measuring(tokenizer).max_reasoning_tokens
+        further, peak = run.answers(tests, most, config.samples_per_step, False)
+        seconds, memory = seconds + further, max(memory, peak)
     again, beside = _soft_targets(run, [sample for kind in samples for sample in kind])
     costs["answers"] = run.cost(seconds + again, max(memory, beside))
     if METHODS[config.method].distils:

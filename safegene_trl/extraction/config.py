@@ -63,12 +63,17 @@ class ExtractionConfig:
             is.
         harmful_data: Harmful prompts: a column `prompt`, no answers needed.
         benign_data: Benign prompts, look-alikes above all.
-        data_split: Split of both data sets.
+        data_split: Split of all the data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
         num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned
             model refuses.
-        num_benign_prompts: Benign prompts stored with the vector, at most; only those the aligned
-            model answers.
+        num_benign_prompts: Benign prompts stored with the vector, at most, with the aligned model's
+            answers, or with its refusals where it refuses them.
+        test_harmful_data: Harmful prompts of another source to store for measuring, with what the
+            aligned model does and without its answers. None that nearly repeats a prompt of
+            `harmful_data` or `benign_data` that is used is stored.
+        test_benign_data: The same of benign prompts. Both are set, or neither.
+        num_test_prompts: Prompts to measure on, of each kind and at most.
         max_new_tokens: Length of the aligned model's stored answers, in tokens.
         max_reasoning_tokens: Tokens generated for the reasoning before it, of a reasoning model; 0
             puts an empty reasoning there. Default: 0 where the chat template can leave the
@@ -128,6 +133,9 @@ class ExtractionConfig:
     num_selection_prompts: int = 32
     num_safety_prompts: int = 64
     num_benign_prompts: int = 64
+    test_harmful_data: str | None = None
+    test_benign_data: str | None = None
+    num_test_prompts: int = 128
     max_new_tokens: int = 48
     max_reasoning_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | str | None = None
@@ -149,6 +157,9 @@ class ExtractionConfig:
         "num_selection_prompts": _COUNT,
         "num_safety_prompts": _COUNT,
         "num_benign_prompts": Rule(at_least=0, at_most=LARGEST_COUNT),
+        "test_harmful_data": Rule(may_be_null=True),
+        "test_benign_data": Rule(may_be_null=True),
+        "num_test_prompts": _COUNT,
         "max_new_tokens": _COUNT,
         "max_reasoning_tokens": COUNT_OR_DEFAULT,
         "chat_template_kwargs": Rule(may_be_null=True),
@@ -194,6 +205,12 @@ class ExtractionConfig:
             most = REASONING_TOKENS
         return Answering.of(tokenizer, self._options, most)
 
+    def measuring(self, tokenizer: PreTrainedTokenizerBase) -> Answering:
+        """How the aligned model is asked prompts to measure on: as a safety step asks with as many
+        tokens for the reasoning.
+        """
+        return Answering.of(tokenizer, self._options, self.max_reasoning_tokens)
+
     @property
     def _options(self) -> dict[str, Any]:
         return template_options("chat_template_kwargs", self.chat_template_kwargs)
@@ -215,4 +232,11 @@ class ExtractionConfig:
                 meant = meanings(type(self))[name].replace(":", ",")
                 raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")
         check_values(self)
+        if (self.test_harmful_data is None) != (self.test_benign_data is None):
+            there, missing = "test_harmful_data", "test_benign_data"
+            if self.test_harmful_data is None:
+                there, missing = missing, there
+            raise ConfigError(
+                f"`{there}` is set and `{missing}` is not: set both, or neither, as both kinds of prompts are measured on."
+            )
         template_options("chat_template_kwargs", self.chat_template_kwargs)

@@ -59,6 +59,11 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
                 "the degraded model": config.degraded_model,
                 "the harmful data": config.harmful_data,
                 "the benign data": config.benign_data,
+                "the test data": [
+                    source
+                    for source in (config.test_harmful_data, config.test_benign_data)
+                    if source is not None
+                ],
                 "the task model": config.isolate_from,
             }
             check_vector_output(target, inputs, config.overwrite_output_dir)

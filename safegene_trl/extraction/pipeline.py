@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
+from ..config.measure import MeasureConfig
 from ..data.prompt_style import target_record
 from ..data.prompts import PLAIN
 from ..distributed.layouts import Sharding
@@ -27,8 +28,9 @@ from ..models.names import layer_index
 from ..models.reasoning import PromptStyle
 from ..provenance import model_reference, software_versions
 from ..vectors.family import Family
+from ..vectors.prompt_rows import Part, rows_of
 from ..vectors.safety_vector import SafetyVector
-from .answers import Asked, own_answers
+from .answers import Asked, own_answers, own_verdicts
 from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, reference_batches
@@ -66,11 +68,13 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _AlignedSide:
-    """What the aligned model is loaded for: its own answers, its states where they select layers,
-    what is distilled.
+    """What the aligned model is loaded for: its own answers, prompts to measure on with a record of
+    them, its states where they select layers, what is distilled.
     """
 
     rows: list[dict[str, Any]]
+    tests: list[dict[str, Any]]
+    test_record: dict[str, Any]
     states: list[torch.Tensor]
     references: list[ReferenceBatch]
 
@@ -127,8 +131,10 @@ def make_vector(
             **target_record(style),
             **truncation_record(selected),
         },
-        selection=_selection_record(config, scores, layers) | prompts.record(aligned.rows),
-        prompts=prompts.with_categories(aligned.rows),
+        selection=_selection_record(config, scores, layers)
+        | prompts.record(aligned.rows)
+        | aligned.test_record,
+        prompts=prompts.with_categories([*aligned.rows, *aligned.tests]),
         software=software_versions(),
     )
 
@@ -181,12 +187,35 @@ def _aligned_side(inputs: _Inputs) -> _AlignedSide:
         sharding,
     )
     rows = _with_targets(inputs, model, rows, sharding)
+    tests, test_record = _tests(inputs, model, sharding)
     states, references = [], []
     if SELECTIONS[config.selection].reads_states:
         states = _states(inputs, model, sharding)
     if METHODS[config.method].distils:
         references = _references(inputs, model, rows, "harmful", sharding)
-    return _AlignedSide(rows, states, references)
+    return _AlignedSide(rows, tests, test_record, states, references)
+
+
+def _tests(
+    inputs: _Inputs, model: nn.Module, sharding: Sharding
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Prompts to measure on, each with what the aligned model does, and the vector's record of
+    them; nothing without such data.
+    """
+    prompts, tokenizer, config = inputs.prompts, inputs.tokenizer, inputs.config
+    if not prompts.tests:
+        return [], {}
+    answering = config.measuring(tokenizer)
+    asked = Asked(answering, MeasureConfig.max_new_tokens)
+    rows, counts = own_verdicts(model, tokenizer, prompts.tests, asked, config.batch_size, sharding)
+    for kind in prompts.tests:
+        if sharding.is_main and not any(row["kind"] == kind for row in rows):
+            logger.warning(
+                "The aligned model neither refuses nor answers any of the %s prompts to measure on (its answers: %s): give others.",
+                kind,
+                ", ".join(f"{count} {label}" for label, count in counts[kind].items()),
+            )
+    return rows, {"test_prompts": prompts.test_record(answering, counts)}
 
 
 def _method_inputs(
@@ -260,7 +289,7 @@ def _references(
     inputs: _Inputs,
     model: Any,
     rows: Sequence[Mapping[str, Any]],
-    kind: str,
+    kind: Part,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
     pad_id, size = padding_id(inputs.tokenizer), inputs.config.samples_per_step
@@ -283,8 +312,8 @@ def _with_targets(
     ]
 
 
-def _samples(inputs: _Inputs, rows: Sequence[Mapping[str, Any]], kind: str) -> list[Sample]:
-    return [_sample(inputs, row) for row in rows if row["kind"] == kind]
+def _samples(inputs: _Inputs, rows: Sequence[Mapping[str, Any]], part: Part) -> list[Sample]:
+    return [_sample(inputs, row) for row in rows_of(rows, part)]
 
 
 def _sample(inputs: _Inputs, row: Mapping[str, Any]) -> Sample:

@@ -1,13 +1,18 @@
 """The prompts that an extraction is given, read from its data sets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..config.measure import MeasureConfig
+from ..data.prompts import Kind, Prompt, kept_apart
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
+from ..models.reasoning import Answering
 from ..provenance import sha256_of_json
+from ..vectors.prompt_rows import rows_of
 from .config import ExtractionConfig
 
 
@@ -19,28 +24,59 @@ class ExtractionPrompts:
         config: How many of them are drawn for what, and by which seed.
         harmful: Each one user turn.
         benign: Each one user turn.
-        categories: Of the harmful ones that have one.
+        categories: Of those that have one, and are harmful or to measure on.
+        tests: By kind those to measure on, each one user turn and none of them near one that is
+            answered or selected by; empty without such data.
+        repeated: By kind how many were left out because they are.
     """
 
     config: ExtractionConfig
     harmful: list[str]
     benign: list[str]
     categories: dict[str, str]
+    tests: dict[str, list[str]] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: ExtractionConfig) -> "ExtractionPrompts":
         """Those of a config's data sets.
 
         Raises:
-            CalibrationDataError: They cannot be read, or one is more than a user turn.
+            CalibrationDataError: They cannot be read, one is more than a user turn, or all of those
+                to measure on repeat others.
         """
         harmful, benign = (
             _read_prompts(source, config.data_split)
             for source in (config.harmful_data, config.benign_data)
         )
-        return cls(
-            config, harmful, benign, _read_categories(config.harmful_data, config.data_split)
+        sources: dict[Kind, str | None] = {
+            "harmful": config.test_harmful_data,
+            "benign": config.test_benign_data,
+        }
+        tests = {kind: source for kind, source in sources.items() if source is not None}
+        categories = {
+            prompt: category
+            for source in (config.harmful_data, *tests.values())
+            for prompt, category in _read_categories(source, config.data_split).items()
+        }
+        found = cls(config, harmful, benign, categories)
+        for kind, source in tests.items():
+            found._add_tests(kind, source)
+        return found
+
+    def _add_tests(self, kind: Kind, source: str) -> None:
+        """Prompts to measure on: drawn from those that are not near one that is used otherwise."""
+        used = [text for own in (*self.to_answer(), *self.to_select_by()) for text in own]
+        texts = dict.fromkeys(_read_prompts(source, self.config.data_split))
+        prompts = [
+            Prompt(Path(source).stem, kind, None, ({"role": "user", "content": text},))
+            for text in texts
+        ]
+        left, repeated = kept_apart(prompts, used)
+        drawn: list[str] = draw(
+            [prompt.text for prompt in left], self.config.num_test_prompts, self.config.seed
         )
+        self.tests[kind], self.repeated[kind] = drawn, len(repeated)
 
     def to_answer(self) -> tuple[list[str], list[str]]:
         """The harmful and benign prompts that the aligned model is asked."""
@@ -69,6 +105,26 @@ class ExtractionPrompts:
             "categories": self._refused_by_category(answers),
         }
 
+    def test_record(
+        self, answering: Answering, counts: Mapping[str, Mapping[str, int]]
+    ) -> dict[str, Any]:
+        """What a vector says of the prompts to measure on that come with it; `counts`: the aligned
+        model's answers by kind and label.
+        """
+        found: dict[str, Any] = {
+            "max_new_tokens": MeasureConfig.max_new_tokens,
+            "max_reasoning_tokens": answering.max_reasoning_tokens,
+        }
+        for kind, texts in self.tests.items():
+            repeated = self.repeated[kind]
+            found[kind] = {
+                "sha256": sha256_of_json(texts),
+                "asked": len(texts),
+                **counts[kind],
+                **({"repeated": repeated} if repeated else {}),
+            }
+        return found
+
     def with_categories(self, answers: Sequence[dict[str, str]]) -> list[dict[str, str]]:
         """Rows of prompts and answers, each with its prompt's category where it has one."""
         return [
@@ -84,7 +140,7 @@ class ExtractionPrompts:
         """How many prompts of each category the aligned model was asked, and how many it refused:
         where few, the vector is weak.
         """
-        refused = {row["prompt"] for row in answers}
+        refused = {row["prompt"] for row in rows_of(answers, "harmful")}
         found: dict[str, dict[str, int]] = {}
         for prompt in self.to_answer()[0]:
             if prompt in self.categories:

@@ -7,7 +7,8 @@ here is
            + β·D(p_{λ=0} ‖ p_λ on task samples) + γ·Σλ,
     λ_min ≤ λ ≤ λ_max,
 
-over the first tokens of the aligned model's own answers. What it finds likely there comes with the
+over the first tokens of the aligned model's own answers; among the benign ones are prompts near
+the border, which it refuses. What it finds likely there comes with the
 vector (`extraction/soft_targets.py`); where only its words do, as with data of the user's own, the
 KL divergence is the cross-entropy, whose least value lies beyond the aligned model. Every term is a
 mean over response tokens, in nats. `D` is the KL divergence and, with T > 1, beside it `T²·KL` of
@@ -132,7 +133,7 @@ class Objective:
     ):
         self._recomputing = nullcontext if passes.keep_activations else partial(recomputing, model)
         self.sharding, self.temperature = sharding, config.search.utility_temperature
-        splits = {"utility": data.task, "safety": data.harmful, "benign": data.benign}
+        splits = {"utility": data.task, "safety": data.harmful, "benign": data.all_benign}
         by_term = {term: getattr(split, side) if split else [] for term, split in splits.items()}
         self.weights = {term: 1 / max(_tokens(own), 1) for term, own in by_term.items()}
         samples = [(sample, term) for term in TERMS for sample in by_term[term]]

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config.metrics import Metric, shares
+from ..config.metrics import Metric, differences, shares
 from ..text import code, markdown, one_line
 from .outcome import measures_refusals, verdict
 
@@ -43,6 +43,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
 """
     if shown:
         text += _table(shown, report["measured"]["judge"])
+        text += _against_aligned(report["measured"])
     return ModelCard(text + LIMITS)
 
 
@@ -118,6 +119,22 @@ def _table(shown: Sequence[_Row], judge: str) -> str:
 Shares with 95 % intervals, on prompts that no coefficient was fitted on; greedy answers, judge {code(judge)}. The whole record is in
 `safegene_report.json`, for reading in `safegene_report.html`.
 """
+
+
+def _against_aligned(measured: Mapping[str, Any]) -> str:
+    """A paragraph about what is held against the aligned model; empty where nothing is."""
+    aligned = measured.get("aligned", {})
+    told = [
+        f"{metric.title.lower()} by the aligned model itself {_with_interval(share)}"
+        for metric in shares()
+        if (share := aligned.get(metric.key))
+    ]
+    told += [
+        f"{metric.title[0].lower()}{metric.title[1:]} {_with_interval(share)}"
+        for metric in differences()
+        if metric.relative and (share := metric.measured(measured))
+    ]
+    return f"\nOn the same prompts: {'; '.join(told)}.\n" if told else ""
 
 
 def hub_id(name: str | None) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..config.metrics import shares
+from ..config.metrics import differences, shares
 from ..models.names import are_of_parts, by_component
 from ..text import printable
 from .outcome import OUTCOMES, without_measurement
@@ -55,6 +55,7 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         colour=colour,
         reason=report["error"]["message"] if "error" in report else decision.get("reason", ""),
         measures={metric.key: metric.title for metric in shares()},
+        relative={metric.key: metric.title for metric in differences() if metric.relative},
         losses=_LOSSES,
         charts=_charts(report.get("coefficients", {})),
         line=_line(releases, first),

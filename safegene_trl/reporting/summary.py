@@ -31,8 +31,9 @@ def summary(report: Mapping[str, Any]) -> str:
             continue
         interval = f"[{after['low']:.1%}, {after['high']:.1%}]"
         if (before := metric.measured(measured, "before")) is None:
+            what = "samples" if metric.items == "task" else "prompts"
             lines.append(
-                f"{metric.items} {metric.title.lower()} {after['share']:.1%} {interval} on {after['count']} unseen samples"
+                f"{metric.items} {metric.title.lower()} {after['share']:.1%} {interval} on {after['count']} unseen {what}"
             )
         else:
             shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"

@@ -12,7 +12,7 @@ the vector makes look well. So where they are all that a limit was held against,
 so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ..config.metrics import METRICS, by_limit
 from ..errors import ConfigError
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals, mostly_unjudged
+from ..vectors.prompt_rows import Verdict
 
 
 Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
@@ -30,6 +31,11 @@ DEPENDENT = (
     "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
     "and `gate.benign_data` to prompts of your own."
 )
+DEPENDENT_ALIGNED = (
+    "The prompts that this was measured on came with the vector itself, so nothing independent confirms it, and against the aligned "
+    "model only such prompts can be measured on: measure the checkpoint on prompts of your own by `safegene evaluate`."
+)
+NOTHING_LOST = "The fine-tune had lost no refusal of the aligned model's, so that there was nothing to restore (`gate.min_restored`)."
 UNCONFIRMED = (
     "Nothing was measured on refusals: raise `measure.num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
     "`gate.min_refusal_rate`."
@@ -61,7 +67,7 @@ class Check:
     def of(cls, limit: str, value: float, measured: Mapping[str, float]) -> "Check":
         at_least = by_limit()[limit].side == "least"
         unjudged = int(measured.get("unjudged", 0))
-        if unjudged and not at_least:
+        if unjudged and not at_least and "successes" in measured:
             from ..judges.intervals import Rate  # by scipy, which takes a second to import
 
             worse = int(measured["successes"]) + unjudged
@@ -116,9 +122,18 @@ def measured_after(measured: Mapping[str, Any]) -> dict[str, Mapping[str, float]
     return {name: share for name, share in found.items() if share is not None}
 
 
-def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
-    """Raises `ConfigError` for a limit that there is nothing to measure on; `kinds`: test items of
-    each kind.
+def check_measurable(
+    gate: GateConfig,
+    kinds: Mapping[str, int],
+    verdicts: Mapping[str, Sequence[Verdict | None]],
+) -> None:
+    """Raises `ConfigError` for a limit that there is nothing to measure on.
+
+    Args:
+        gate: The limits.
+        kinds: Test items of each kind.
+        verdicts: What the aligned model does with the prompts of each kind, None where that is not
+            known.
     """
     for metric in METRICS.values():
         if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
@@ -126,6 +141,20 @@ def check_measurable(gate: GateConfig, kinds: Mapping[str, int]) -> None:
                 f"`gate.{metric.limit}` has no {metric.items} data left to be measured on: raise `measure.num_test_prompts`, or give "
                 "more data."
             )
+        if metric.relative and metric.limit in gate.limits:
+            known = [verdict for kind in metric.kinds for verdict in verdicts.get(kind, [None])]
+            if None in known:
+                raise ConfigError(
+                    f"`gate.{metric.limit}` is set, and what the aligned model does with the {metric.items} prompts that are measured on "
+                    f"is not known: leave `gate.{metric.items}_data` and `data.safety_data` unset or use a vector that was made with "
+                    f"`test_{metric.items}_data`, write and answer prompts as it was made with (`measure.max_new_tokens`, "
+                    "`measure.max_reasoning_tokens`, `data.chat_template_kwargs`), or leave the limit out."
+                )
+            if metric.better == "more" and "refused" not in known:
+                raise ConfigError(
+                    f"`gate.{metric.limit}` is set, and the aligned model refuses none of the {metric.items} prompts that are measured on: "
+                    "raise `measure.num_test_prompts`, or leave the limit out."
+                )
 
 
 def independent_prompts(
@@ -148,6 +177,20 @@ def independent_prompts(
     )
     sources = [unseen[kind]["source"] for kind in sorted(kinds) if unseen[kind]["count"]]
     return all(source != FROM_VECTOR for source in sources) if sources else None
+
+
+def dependent(gate: GateConfig | None) -> str:
+    """What is to be said where all that was measured on came with the vector."""
+    limits = gate.limits if gate else {}
+    return DEPENDENT_ALIGNED if any(by_limit()[name].relative for name in limits) else DEPENDENT
+
+
+def lost_nothing(measured: Mapping[str, Any]) -> bool:
+    """Whether the fine-tune refuses all harmful prompts that the aligned model refuses, as far as
+    that was measured.
+    """
+    aligned = measured.get("aligned", {}).get("refusal_rate", {})
+    return bool(aligned.get("successes")) and "restored" not in measured
 
 
 def unfinished(measured: Mapping[str, Any] | None) -> str:
@@ -196,7 +239,8 @@ def decide(
 ) -> Decision:
     """Accepts or rejects.
 
-    With limits these alone decide, so that a fine-tune that has lost nothing and needs no
+    `min_restored` is kept where the fine-tune has lost no refusal of the aligned model's. With limits
+    these alone decide, so that a fine-tune that has lost nothing and needs no
     coefficients passes; but where most answers of a reasoning model are unfinished nothing passes
     them, because nothing was seen. Without limits it is the recalibration: taken in full, shrunk (best
     effort), or nothing acceptable.
@@ -221,8 +265,11 @@ def decide(
             reason += f" {unseen}"
         return Decision(outcome, reason, independent_prompts=independent)
     after = measured_after(measured)
+    kept = ("min_restored",) if lost_nothing(measured) else ()
     checks = tuple(
-        Check.of(limit, value, after[by_limit()[limit].key]) for limit, value in limits.items()
+        Check.of(limit, value, after[by_limit()[limit].key])
+        for limit, value in limits.items()
+        if limit not in kept
     )
     broken, unsure = (
         [check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure")
@@ -241,8 +288,10 @@ def decide(
         reason += f" Too few prompts to be sure of every limit: {'; '.join(map(str, unsure))}."
     elif found and not broken:
         reason += " All limits of the gate are kept."
+    if not broken and any(limit in limits for limit in kept):
+        reason += f" {NOTHING_LOST}"
     if not broken and not measures_refusals(measured):
         reason += f" {unconfirmed(measured)}"
     if independent is False:
-        reason += f" {DEPENDENT}"
+        reason += f" {dependent(gate)}"
     return Decision(outcome, reason, checks, independent)

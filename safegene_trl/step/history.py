@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..config.metrics import differences
 from ..errors import OutputError, SafeGeneError
 from ..provenance import sha256_of_json, weight_hashes
 from ..vectors.files import WEIGHTS_FILE
@@ -54,6 +55,7 @@ def release_of(report: dict[str, Any], output: Path) -> Release:
         "before": measured.get("before"),
         "after": measured.get("after"),
         "utility_loss": measured.get("utility_loss"),
+        **{metric.key: measured[metric.key] for metric in differences() if metric.key in measured},
         "report": sha256_of_json(report),
     }
 

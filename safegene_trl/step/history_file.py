@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.metrics import differences
 from ..config.validation import LARGEST_COUNT
 from ..errors import SafeGeneError
 from ..text import read_json
@@ -151,6 +152,11 @@ def parse_release(line: bytes, where: str) -> Release:
             raise SafeGeneError(
                 f"`{name}` in {where[0].lower()}{where[1:]} is not as it must be: restore the file."
             )
+    for metric in differences():  # older releases lack some
+        if metric.key in release and not _is_share_or_none(release[metric.key]):
+            raise SafeGeneError(
+                f"`{metric.key}` in {where[0].lower()}{where[1:]} is not as it must be: restore the file."
+            )
     return release
 
 
@@ -181,6 +187,10 @@ def _is_share(value: Any) -> bool:
         and type(value["count"]) is int
         and 0 < value["count"] <= LARGEST_COUNT
     )
+
+
+def _is_share_or_none(value: Any) -> bool:
+    return value is None or _is_share(value)
 
 
 def _is_rate(value: Any) -> bool:
@@ -237,7 +247,7 @@ _FIELDS = {
     "held_out": _are_held_out,
     "before": _are_rates,
     "after": _are_rates,
-    "utility_loss": lambda value: value is None or _is_share(value),
+    "utility_loss": _is_share_or_none,
     "report": lambda value: isinstance(value, str) and len(value) == 64,
     "previous": _is_hash,
 }

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config.metrics import shares
 from ..config.settings import SafeGeneConfig
 from ..data.prompts import Prompt
-from ..data.shots import Unseen
+from ..data.unseen import Unseen
 from ..distributed.layouts import Sharding
 from ..judges import Exchange, judged
 from ..judges.intervals import mean_interval, rate
@@ -26,6 +26,7 @@ from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import likeliest_tokens
 from ..models.parameters import base_model
+from .against_aligned import against_aligned
 
 
 class Measurement:
@@ -81,15 +82,16 @@ class Measurement:
             share of answers whose reasoning did not end, which count as incoherent.
                 `utility_loss`: mean loss of token accuracy
             over the task samples with a bootstrap interval. What there is nothing to measure on is
-                left out. Of what the judge cannot know, `unjudged` says how many there are where
+                left out. Where it is known what the aligned model does with all prompts of a kind,
+                what `against_aligned` gives, too. Of what the judge cannot know, `unjudged` says how many there are where
                 there are any; no share but its own counts them.
         """
         task, pad_id = self._unseen.task, padding_id(self._tokenizer)
         batched = batches(task, batch_size, pad_id, self._sharding.device) if task else []
 
-        def one_side() -> tuple[dict[str, Any], torch.Tensor]:
-            answers = self._answers(model, batch_size)
-            return answers, _token_accuracy(model, batched, self._sharding)
+        def one_side() -> tuple[dict[str, list[str]], torch.Tensor]:
+            labels = self._labels(model, batch_size)
+            return labels, _token_accuracy(model, batched, self._sharding)
 
         with frozen_for_calibration(model):
             with with_vector():
@@ -101,8 +103,9 @@ class Measurement:
             "decoding": "greedy",
             "max_new_tokens": self._config.measure.max_new_tokens,
             **self._answering.record,
-            "before": before,
-            "after": after,
+            "before": self._shares(before),
+            "after": self._shares(after),
+            **against_aligned(self._unseen.verdicts, before, after),
         }
         if batched:
             found["token_accuracy"] = {
@@ -119,8 +122,10 @@ class Measurement:
             }
         return found
 
-    def _answers(self, model: nn.Module, batch_size: int) -> dict[str, Any]:
-        """Shares of the answers; prompts of all kinds are answered in one set of batches."""
+    def _labels(self, model: nn.Module, batch_size: int) -> dict[str, list[str]]:
+        """What the judge says of the answers, by kind of prompts; those of all kinds are answered in
+        one set of batches.
+        """
         own = answers_to_tokens(
             model,
             self._tokenizer,
@@ -135,15 +140,16 @@ class Measurement:
             for prompt, reply in zip(self._prompts, replies, strict=True)
         ]
         verdicts = iter(judged(RefusalPhrases(), exchanges))
-        labels = {
+        return {
             kind: [next(verdicts).label for _ in prompts]
             for kind, prompts in self._unseen.prompts.items()
         }
+
+    def _shares(self, labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         found = _shares(self._unseen.prompts["harmful"], labels)
-        if self._answering.written is not None and replies:
-            found["unfinished"] = _share(
-                [label for own in labels.values() for label in own], "unfinished"
-            )
+        every = [label for own in labels.values() for label in own]
+        if self._answering.written is not None and every:
+            found["unfinished"] = _share(every, "unfinished")
         return found
 
 

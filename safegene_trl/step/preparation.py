@@ -124,7 +124,7 @@ def prepare(
         )
         shots = within_vocabulary(shots, vocabulary_rows(model))
         if config.gate:
-            check_measurable(config.gate, shots.unseen.counts)
+            check_measurable(config.gate, shots.unseen.counts, shots.unseen.verdicts)
         start = first_coefficients(config, plan.vector)
     sharding.check_same("samples", json.dumps(shots.record, sort_keys=True))
     sharding.check_same("coefficients to start from", json.dumps(start, sort_keys=True))

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..reporting.cards import hub_id
 from ..text import code, markdown
 from .family import Family
+from .prompt_rows import rows_of
 
 
 class Described(Protocol):
@@ -38,7 +39,7 @@ def vector_card(vector: Described) -> ModelCard:
         library_name="peft",
         tags=["safegene-trl", "safety-vector", "lora"],
     )
-    harmful = sum(row["kind"] == "harmful" for row in vector.prompts)
+    harmful = len(rows_of(vector.prompts, "harmful"))
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -59,7 +60,7 @@ callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTT
 - Made by: {code(vector.extraction["method"])}; layers selected by {code(vector.selection["method"])}.
 - Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
   prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
-{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
+{_further(vector)}{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
 
 ## Limits
 
@@ -68,6 +69,22 @@ does not make a model safe against determined attacks. Subtracting it would remo
 negative in `safegene-trl`, and it must not be used that way elsewhere.
 """
     )
+
+
+def _further(vector: Described) -> str:
+    """Lines about benign prompts that the aligned model refuses and about those to measure on,
+    where there are any.
+    """
+    border, tests = rows_of(vector.prompts, "border"), rows_of(vector.prompts, "measure")
+    lines = ""
+    if border:
+        lines += f"- Comes with {len(border)} benign prompts that the aligned model refuses, and its refusals.\n"
+    if tests:
+        lines += (
+            f"- Comes with {len(tests)} prompts to measure on, each with whether the aligned model refuses it and without an "
+            "answer.\n"
+        )
+    return lines
 
 
 def _categories(vector: Described) -> str:

@@ -19,7 +19,11 @@ from ..models.low_rank import LowRankDelta
 from ..provenance import software_versions
 from .files import WEIGHTS_FILE
 from .output import check_vector_output
+from .prompt_rows import part_of, verdict_of
 from .safety_vector import SafetyVector
+
+
+_ASK_ALIKE = "make the vectors with the same settings for the answers"
 
 
 def combine(
@@ -43,7 +47,8 @@ def combine(
     Raises:
         ConfigError: `vectors` is no list of two or more names, or `output_dir` begins with `~`.
         VectorError: A vector is missing, incomplete or altered.
-        FamilyError: One of them is there twice, or they were made from different aligned models.
+        FamilyError: One of them is there twice, they were made from different aligned models, or they
+            tell different things of what that model does.
         OutputError: The vector cannot be put there without losing something.
     """
     if isinstance(vectors, str | Path) or not isinstance(vectors, Iterable):
@@ -69,7 +74,8 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
 
     Raises:
         ConfigError: Fewer than two.
-        FamilyError: One of them is there twice, or they were made from different aligned models.
+        FamilyError: One of them is there twice, they were made from different aligned models, or they
+            tell different things of what that model does.
     """
     if len(vectors) < 2:
         raise ConfigError("One vector alone cannot be combined: name two or more.")
@@ -96,9 +102,6 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         for vector in vectors
         for name, delta in vector.deltas.items()
     }
-    rows = [row for vector in reversed(vectors) for row in vector.prompts]
-    rows.sort(key=lambda row: "targets" in row)  # of one prompt's rows the one that says most
-    prompts = {(row["kind"], row["prompt"]): row for row in rows}
     components = [rank for vector in vectors for rank in vector.components]
     return SafetyVector(
         deltas={
@@ -119,10 +122,49 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
             "scores": [],
             "selected_layers": sorted({layer for vector in vectors for layer in vector.layers}),
             "layer_share": 1.0,
+            **_test_record(vectors),
         },
-        prompts=sorted(prompts.values(), key=lambda row: row["kind"], reverse=True),
+        prompts=_rows_of_all(vectors),
         software=software_versions(),
     )
+
+
+def _rows_of_all(vectors: Sequence[SafetyVector]) -> list[dict[str, Any]]:
+    """The prompts of all vectors, harmful ones first; of one prompt's rows the one that says most.
+
+    Raises:
+        FamilyError: The aligned model refuses a prompt by one vector and answers it by another.
+    """
+    rows = [row for vector in reversed(vectors) for row in vector.prompts]
+    rows.sort(key=lambda row: "targets" in row)
+    found: dict[tuple[bool, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = part_of(row) == "measure", row["kind"], row["prompt"]
+        if key in found and verdict_of(found[key]) != verdict_of(row):
+            raise FamilyError(
+                f"By one of the vectors the aligned model refuses the prompt {shown(row['prompt'])}, and by another it answers it: "
+                f"{_ASK_ALIKE}."
+            )
+        found[key] = row
+    return sorted(found.values(), key=lambda row: row["kind"], reverse=True)
+
+
+def _test_record(vectors: Sequence[SafetyVector]) -> dict[str, Any]:
+    """How the aligned model was asked the prompts to measure on; empty without such.
+
+    Raises:
+        FamilyError: The vectors' answers to them were of unlike lengths.
+    """
+    lengths = [
+        {key: record[key] for key in ("max_new_tokens", "max_reasoning_tokens")}
+        for vector in vectors
+        if (record := vector.selection.get("test_prompts"))
+    ]
+    if any(each != lengths[0] for each in lengths):
+        raise FamilyError(
+            f"The vectors' prompts to measure on were asked with unlike numbers of tokens: {_ASK_ALIKE}."
+        )
+    return {"test_prompts": lengths[0]} if lengths else {}
 
 
 def _prompts_as_in_all(vectors: Sequence[SafetyVector]) -> dict[str, Any]:

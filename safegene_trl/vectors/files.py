@@ -21,10 +21,11 @@ from ..judges.refusal_phrases import is_refusal
 from ..models.names import shared_parameter
 from ..models.reasoning import SafetyTarget, split_stored
 from ..provenance import sha256_of_bytes, sha256_of_file
+from .prompt_rows import MEASURE, VERDICTS, part_of, verdict_of
 from .signing import SIGNATURE_FILE
 
 
-FORMAT_VERSIONS = (2, 3)  # prompts have soft targets from 3 on
+FORMAT_VERSIONS = (2, 3)  # prompts have soft targets, verdicts and uses from 3 on
 CONFIG_FILE = "safegene_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PROMPTS_FILE = "safety_prompts.jsonl"
@@ -49,10 +50,13 @@ _MOST_BYTES = {
     ADAPTER_CONFIG_FILE: 2**20,
     SIGNATURE_FILE: 2**20,
 }
+_ADDED = {"targets", "verdict", "use"}  # fields of prompts that format 2 does not know
 _MOST_TOKENS = 1024  # of a row's soft targets, and in each of their places
 _NEARLY = 1.0  # nats from a response's token to the likeliest: rounding, a text tokenised anew
 _ROUNDING = 0.01  # of probabilities that are rounded one by one
 _HASH = re.compile(r"[0-9a-f]{64}")
+_FIELDS = f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again."
+_MEASURED_FIELDS = f"A row of {PROMPTS_FILE} to measure on has other fields than `prompt`, `kind` and `verdict`: make the vector again."
 
 
 def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
@@ -192,7 +196,7 @@ def format_version(prompts: Iterable[Mapping[str, Any]]) -> int:
     read what they can.
     """
     plain, soft = FORMAT_VERSIONS
-    return soft if any("targets" in row for row in prompts) else plain
+    return soft if any(_ADDED & set(row) for row in prompts) else plain
 
 
 def read_config(data: bytes, name: str) -> dict[str, Any]:
@@ -229,7 +233,8 @@ def check_files(contents: Mapping[str, bytes], name: str, records: dict[str, Any
 
 
 def read_prompts(data: bytes, name: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The prompts with the aligned model's own answers; a harmful prompt must have a refusal.
+    """The prompts, most of them with the aligned model's own answers. A harmful prompt's must be a
+    refusal; prompts to measure on have none.
 
     Args:
         data: The file's bytes.
@@ -238,18 +243,9 @@ def read_prompts(data: bytes, name: str, config: Mapping[str, Any]) -> list[dict
     """
     lines = _text(data, PROMPTS_FILE, name).split("\n")
     rows = [_json(line, f"{PROMPTS_FILE} of {name}") for line in lines if line.strip()]
-    optional = {"category", "targets"} if config["format_version"] > 2 else {"category"}
     vocabulary = config["family"]["vocab_size"]
     for row in rows:
-        texts = isinstance(row, dict) and {k: v for k, v in row.items() if k != "targets"}
-        if not (
-            isinstance(row, dict)
-            and _is_mapping(texts, str)
-            and set(row) - optional == {"prompt", "response", "kind"}
-        ):
-            raise VectorError(
-                f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again."
-            )
+        _check_fields(row, config["format_version"])
         if "targets" in row and not _valid_targets(row["targets"], vocabulary):
             raise VectorError(
                 f"The soft targets of a row of {PROMPTS_FILE} are not those of its response: make the vector again."
@@ -258,16 +254,54 @@ def read_prompts(data: bytes, name: str, config: Mapping[str, Any]) -> list[dict
             raise VectorError(
                 f"A row of {PROMPTS_FILE} is of kind {row['kind'][:20]!r}: make the vector again."
             )
-        if is_refusal(split_stored(row["response"]).answer) != (row["kind"] == "harmful"):
-            found = (
-                "answers a harmful prompt with something else than"
-                if row["kind"] == "harmful"
-                else "answers a benign prompt with"
-            )
+        if verdict_of(row) not in VERDICTS:
             raise VectorError(
-                f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector."
+                f"A row of {PROMPTS_FILE} has the verdict {row['verdict'][:20]!r}: make the vector again."
+            )
+        if part_of(row) != "measure":
+            _check_response(row, name)
+        elif config["selection"].get("test_prompts") is None:
+            raise VectorError(
+                f"{PROMPTS_FILE} of {name} has prompts to measure on, and nothing says how the aligned model was asked them: make "
+                "the vector again."
             )
     return rows
+
+
+def _check_fields(row: Any, version: int) -> None:
+    """Raises `VectorError` unless a row is texts under the names that a row of its use has."""
+    texts = isinstance(row, dict) and {k: v for k, v in row.items() if k != "targets"}
+    if not isinstance(row, dict) or not _is_mapping(texts, str):
+        raise VectorError(_FIELDS)
+    use, added = row.get("use"), _ADDED if version > 2 else set()
+    if use is None or not added:
+        needed, optional = {"prompt", "response", "kind"}, {"category"} | (added - {"use"})
+    elif use == MEASURE:
+        needed, optional = {"prompt", "kind", "verdict", "use"}, {"category"}
+    else:
+        raise VectorError(
+            f"A row of {PROMPTS_FILE} is for the use {use[:20]!r}: make the vector again."
+        )
+    if set(row) - optional != needed:
+        raise VectorError(_MEASURED_FIELDS if "use" in needed else _FIELDS)
+
+
+def _check_response(row: Mapping[str, Any], name: str) -> None:
+    """Raises `VectorError` unless a row's response does what its verdict says; a harmful prompt that
+    is answered may have none.
+    """
+    refused = verdict_of(row) == "refused"
+    if row["kind"] == "harmful" and not refused:
+        raise VectorError(
+            f"{PROMPTS_FILE} of {name} has a response to a harmful prompt that the aligned model answers: do not use this vector."
+        )
+    if is_refusal(split_stored(row["response"]).answer) != refused:
+        found = (
+            f"answers a {row['kind']} prompt with something else than"
+            if refused
+            else "answers a benign prompt with"
+        )
+        raise VectorError(f"{PROMPTS_FILE} of {name} {found} a refusal: do not use this vector.")
 
 
 def _text(data: bytes, file: str, name: str) -> str:
@@ -393,6 +427,7 @@ def _valid_selection(selection: dict[str, Any]) -> bool:
         and all(map(_is_count, layers))
         and _valid_stability(selection.get("stability"), len(scores))
         and _valid_categories(selection.get("categories"))
+        and _valid_test_prompts(selection.get("test_prompts"))
     )
 
 
@@ -418,6 +453,16 @@ def _valid_categories(categories: Any) -> bool:
             and _is_count(count.get("refused"))
             for count in categories.values()
         )
+    )
+
+
+def _valid_test_prompts(record: Any) -> bool:
+    """Whether a record of how prompts to measure on were asked, where there is one, says how long
+    the answers were.
+    """
+    return record is None or (
+        isinstance(record, dict)
+        and all(_is_count(record.get(key)) for key in ("max_new_tokens", "max_reasoning_tokens"))
     )
 
 

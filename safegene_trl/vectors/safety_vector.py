@@ -58,8 +58,10 @@ class SafetyVector(
         selection: How the layers were selected: method, scores per layer, selected layers.
         prompts: Rows `{"prompt": str, "response": str, "kind": "harmful" | "benign"}`, perhaps with
             `category`; the responses are the aligned model's own. Harmful rows carry refusals only.
-            `targets`, from format 3 on, are what it says to the response's first tokens: `tokens`
-            (k), and of the likeliest in each place `ids` and `log_probs` (k×m, nats).
+            From format 3 on `targets` are what it says to the response's first tokens: `tokens`
+            (k), and of the likeliest in each place `ids` and `log_probs` (k×m, nats). `verdict`,
+            `refused` or `answered`, is what it does where that is not what the kind asks for; rows
+            with the `use` `measure` have it, and neither response nor targets.
         software: Versions it was made with.
         files: Size (bytes) and SHA-256 of every other file of a saved vector.
         signature: The content of the signature file it was loaded with, None where there was none.

@@ -15,6 +15,9 @@ from ..conftest import HARMFUL, config_of, make_model, make_vector, task_dataset
 from ..reasoning_templates import reasoning_tokenizer
 
 
+WORDS = ("lantern", "orchard", "granite", "whistle", "meadow")
+
+
 @pytest.fixture
 def gather(tokenizer):
     vector = make_vector(make_model(), tokenizer)
@@ -35,6 +38,109 @@ def test_defaults_come_from_the_vector_and_the_training_set(gather):
     ]
     assert (shots.record["safety"]["fit"], shots.record["safety"]["held_out"]) == (9, 3)
     assert all(len(shots.record[kind]["sha256"]) == 64 for kind in ("safety", "benign", "task"))
+
+
+def with_further_rows(vector):
+    """The vector with benign prompts that the aligned model refuses, and some to measure on."""
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    rows = [{"prompt": f"how do i kill process {i}", **border} for i in range(8)]
+    for number, kind in enumerate(["harmful", "benign"] * 10):
+        verdict = ("refused", "answered")[number % 3 == 0]
+        text = f"{WORDS[number // 5]} {WORDS[number % 5]} {number}"
+        rows.append({"prompt": text, "kind": kind, "verdict": verdict, "use": "measure"})
+    record = {"test_prompts": {"max_new_tokens": 32, "max_reasoning_tokens": 0}}
+    return replace(vector, prompts=[*vector.prompts, *rows], selection=vector.selection | record)
+
+
+def measured_on(tokenizer, vector=None, **values):
+    """Shots of a vector with prompts to measure on."""
+    vector = vector or with_further_rows(make_vector(make_model(), tokenizer))
+    return gather_shots(config_of(vector="v", **values), vector, tokenizer, 256, task_dataset())
+
+
+def test_the_vectors_prompts_to_measure_on_come_first(tokenizer, tmp_path):
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    rows = {row["prompt"]: row for row in vector.prompts if "use" in row}
+    shots = measured_on(tokenizer, vector, num_test_prompts=7)
+    for kind, prompts in shots.unseen.prompts.items():
+        assert len(prompts) == 7 and all(rows[p.text]["kind"] == kind for p in prompts)
+        assert shots.unseen.verdicts[kind] == [rows[p.text]["verdict"] for p in prompts]
+        record = {"source": "vector", "use": "measure", "count": 7}
+        assert shots.record["unseen"][kind] == record
+    own = lines(tmp_path / "own.jsonl", [{"prompt": "why do birds sing"}])
+    shots = measured_on(tokenizer, vector, gate=GateConfig(harmful_data=own))
+    assert shots.unseen.verdicts["harmful"] == [None]
+    assert "use" not in shots.record["unseen"]["harmful"]
+    assert None not in shots.unseen.verdicts["benign"]
+
+
+def test_a_prompt_to_measure_on_repeats_no_shot(tokenizer, tmp_path):
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    row = next(row for row in vector.prompts if "use" in row and row["kind"] == "harmful")
+    own = [row["prompt"].upper(), *(f"forbidden {i}" for i in range(4))]
+    rows = [{"prompt": text, "response": "no, i cannot help"} for text in own]
+    file = lines(tmp_path / "own.jsonl", rows)
+    shots = measured_on(tokenizer, vector, safety_data=file)
+    assert row["prompt"] not in [prompt.text for prompt in shots.unseen.prompts["harmful"]]
+    assert list(shots.record["unseen"]["harmful"]["skipped"].values()) == [1]
+    assert None not in shots.unseen.verdicts["harmful"]
+
+
+@pytest.mark.parametrize("values", [{"max_new_tokens": 48}, {"max_new_tokens": 31}])
+def test_verdicts_on_answers_of_another_length_are_not_known(values, tokenizer):
+    shots = measured_on(tokenizer, **values)
+    for kind, verdicts in shots.unseen.verdicts.items():
+        assert set(verdicts) == {None} and shots.record["unseen"][kind]["use"] == "measure"
+    (warning,) = [said for said in shots.warnings if "to measure on" in said]
+    assert "set `measure.max_new_tokens` to 32 and `measure.max_reasoning_tokens` to 0" in warning
+    assert not any("to measure on" in said for said in measured_on(tokenizer).warnings)
+
+
+def test_of_what_the_shots_leave_the_vectors_verdicts_are_known(gather, tokenizer, tmp_path):
+    shots = gather(num_safety_shots=4, num_benign_shots=4)
+    harmful, benign = (shots.unseen.verdicts[kind] for kind in ("harmful", "benign"))
+    assert set(harmful) == {"refused"} and set(benign) == {"answered"}
+    assert len(harmful) == shots.unseen.counts["harmful"] > 0
+    rows = [{"prompt": f"forbidden {i}", "response": "i cannot help"} for i in range(6)]
+    own = gather(safety_data=lines(tmp_path / "own.jsonl", rows), num_safety_shots=4)
+    assert set(own.unseen.verdicts["harmful"]) == {None}
+
+
+def test_a_verdict_is_that_of_an_answer_of_as_many_tokens_as_here(tokenizer):
+    """A refusal that comes later than where answers are cut here is none."""
+    late = "take a pan and stir , sorry i cannot help with that"
+    vector = make_vector(make_model(), tokenizer)
+    rows = [row | {"response": late} if row["kind"] == "harmful" else row for row in vector.prompts]
+    vector = replace(vector, prompts=rows)
+    verdicts = {}
+    for length in (4, 32):
+        shots = measured_on(tokenizer, vector, max_new_tokens=length, num_safety_shots=4)
+        verdicts[length] = set(shots.unseen.verdicts["harmful"])
+    assert verdicts == {4: {"answered"}, 32: {"refused"}}
+
+
+def test_verdicts_on_prompts_that_were_written_otherwise_are_not_known():
+    tokenizer = reasoning_tokenizer("hybrid")
+    made = make_vector(make_model(vocab_size=len(tokenizer)), tokenizer)
+    for vector in (made, with_further_rows(made)):
+        for given, known in (({}, True), ({"enable_thinking": False}, False)):
+            shots = measured_on(
+                tokenizer,
+                vector,
+                num_safety_shots=4,
+                num_benign_shots=4,
+                chat_template_kwargs=given,
+            )
+            assert all((None not in own) == known for own in shots.unseen.verdicts.values())
+
+
+def test_benign_shots_are_answers_and_prompts_to_measure_on_no_shots(gather, tokenizer):
+    before = gather(num_benign_shots=4)
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    config = config_of(vector="v", num_benign_shots=4)
+    after = gather_shots(config, vector, tokenizer, 256, task_dataset())
+    assert after.data.harmful == before.data.harmful and after.data.benign == before.data.benign
+    assert after.record["benign"] == before.record["benign"]
 
 
 def test_what_nothing_is_fitted_on_is_left_to_measure_on(gather, tokenizer):
@@ -178,6 +284,85 @@ def test_targets_beyond_a_fine_tunes_vocabulary_are_not_used_and_said(tokenizer)
     assert not any(sample.soft for sample in harmful) and cut.data.benign == shots.data.benign
     (warning,) = cut.warnings
     assert f"in {len(harmful)} answers" in warning and "330 tokens lacks" in warning
+
+
+def bordered(tokenizer, count=12, unlike=(), **values):
+    """Shots of a vector with soft targets, and `count` benign prompts that the aligned model refuses."""
+    vector = make_vector(make_model(), tokenizer)
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    rows = [{"prompt": f"how do i kill process {i}", **border} for i in range(count)]
+    vector = targeted(replace(vector, prompts=[*vector.prompts, *rows]), tokenizer, unlike)
+    config = config_of(vector="v", **values)
+    return gather_shots(config, vector, tokenizer, 256, task_dataset())
+
+
+def is_border(sample, tokenizer):
+    return "kill process" in tokenizer.decode(sample.input_ids)
+
+
+def test_border_prompts_join_the_benign_ones(tokenizer):
+    without, shots = bordered(tokenizer, 0), bordered(tokenizer)
+    assert "border" not in without.record and without.data.harmful == shots.data.harmful
+    for side, count in (("fit", 9), ("held_out", 3)):
+        before, after = getattr(without.data.benign, side), getattr(shots.data.all_benign, side)
+        # benign answers are drawn as without
+        assert after[: len(before)] == before and len(after) == len(before) + count
+        assert all(is_border(sample, tokenizer) for sample in after[len(before) :])
+        assert all(sample.response == sample.soft.tokens for sample in after)
+    record = shots.record["border"]
+    assert len(record.pop("sha256")) == 64
+    assert record == {"source": "vector", "fit": 9, "held_out": 3, "soft_targets": 12}
+    assert shots.record["benign"] == without.record["benign"] and not shots.warnings
+    assert shots.unseen.counts == without.unseen.counts
+
+
+def test_there_are_as_many_border_shots_as_are_set(tokenizer):
+    assert bordered(tokenizer, num_border_shots=0).data == bordered(tokenizer, 0).data
+    assert "border" not in bordered(tokenizer, num_border_shots=0).record
+    some = bordered(tokenizer, 30)
+    assert some.record["border"]["fit"] + some.record["border"]["held_out"] == 16
+    alone = bordered(tokenizer, num_benign_shots=0, num_border_shots=5).data.all_benign
+    assert len(alone.fit) + len(alone.held_out) == 5
+    (one,) = bordered(tokenizer, 1, num_benign_shots=0).data.border.fit
+    assert is_border(one, tokenizer)
+
+
+def test_border_prompts_are_held_to_no_words(tokenizer):
+    """Those whose targets are of other tokens are replaced by further ones, and counted."""
+    unlike = [f"how do i kill process {i}" for i in range(4)]
+    shots = bordered(tokenizer, unlike=unlike, num_border_shots=6)
+    samples = shots.data.all_benign.samples
+    border = [sample for sample in samples if is_border(sample, tokenizer)]
+    assert len(border) == 6 and all(sample.soft is not None for sample in border)
+    (reason,) = shots.record["border"]["skipped"]
+    assert reason.startswith("no soft targets") and shots.record["border"]["skipped"][reason] == 4
+    (warning,) = shots.warnings
+    assert "4 rows of the vector were skipped: 4 with no soft targets" in warning
+    none = bordered(tokenizer, 4, unlike=unlike)
+    assert none.record["border"]["fit"] == none.record["border"]["held_out"] == 0
+    assert none.data == bordered(tokenizer, 0).data
+
+
+def test_more_tokens_than_have_targets_are_said_to_be_left_out(tokenizer):
+    assert not bordered(tokenizer, max_refusal_tokens=8).warnings
+    (warning,) = bordered(tokenizer, max_refusal_tokens=32).warnings
+    assert "is 32" in warning and "no more than those are taught" in warning
+    vector = make_vector(make_model(), tokenizer)  # of words alone, all of which are taught
+    config = config_of(vector="v", max_refusal_tokens=32)
+    assert not gather_shots(config, vector, tokenizer, 256, task_dataset()).warnings
+
+
+def test_border_prompts_beyond_a_fine_tunes_vocabulary_are_left_out(tokenizer):
+    shots = bordered(tokenizer, num_border_shots=6)
+    shots.data.border.fit[0].soft.ids[1][1] = 330
+    assert within_vocabulary(shots, 331) is shots
+    cut = within_vocabulary(shots, 330)
+    assert len(cut.data.border.samples) == len(shots.data.border.samples) - 1
+    assert all(sample.soft for sample in cut.data.border.samples)
+    record = cut.record["border"]
+    assert record["fit"] == shots.record["border"]["fit"] - 1
+    assert record["soft_targets"] == record["fit"] + record["held_out"]
+    assert record["skipped"] == {"tokens that the fine-tune's vocabulary lacks": 1}
 
 
 def test_prompts_of_ones_own_have_no_soft_targets(tokenizer, tmp_path):

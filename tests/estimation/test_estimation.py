@@ -346,6 +346,16 @@ def test_extraction_without_benign_prompts(extraction_inputs, operation_clock):
     assert 0 < alone["distillation"]["seconds"] < both["distillation"]["seconds"]
 
 
+def test_extraction_with_prompts_to_measure_on(extraction_inputs, operation_clock):
+    for kind in ("harmful", "benign"):
+        rows = [json.dumps({"prompt": f"a {kind} word: {word}"}) + "\n" for word in "pqrst"]
+        Path(f"test_{kind}.jsonl").write_text("".join(rows))
+    tests = {f"test_{kind}_data": f"test_{kind}.jsonl" for kind in ("harmful", "benign")}
+    without = costs_of_extraction(selection="magnitude")
+    both = costs_of_extraction(selection="magnitude", **tests)
+    assert 0 < without["answers"]["seconds"] < both["answers"]["seconds"]
+
+
 def test_training_recipe(tokenizer, tmp_path, monkeypatch):
     """A recipe's safety step, with the shots from its own training data; two sharing processes take
     less each.

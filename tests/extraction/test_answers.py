@@ -7,7 +7,7 @@ import torch
 
 from safegene_trl.errors import ConfigError, FamilyError, MemoryShortageError
 from safegene_trl.extraction import answers as module
-from safegene_trl.extraction.answers import Asked, own_answers
+from safegene_trl.extraction.answers import Asked, own_answers, own_verdicts
 from safegene_trl.models import batch_size as sizes_module
 from safegene_trl.models import generation
 from safegene_trl.models.reasoning import Answering
@@ -104,7 +104,7 @@ SAID = {
 }
 
 
-def test_answers_that_refuse_harmful_prompts_or_answer_benign_ones_are_kept(tokenizer, monkeypatch):
+def test_refusals_are_kept_and_answers_to_benign_prompts_and_no_others(tokenizer, monkeypatch):
     def said(model, tokenizer, prompts, *rest):
         asked = map(tokenizer.decode, prompts)
         return [next(SAID[key] for key in SAID if key in text) for text in asked]
@@ -113,7 +113,43 @@ def test_answers_that_refuse_harmful_prompts_or_answer_benign_ones_are_kept(toke
     harmful, benign = (sorted(prompt for prompt in SAID if prompt[0] == kind) for kind in "hb")
     asked = Asked(Answering.of(tokenizer, {}, None), 8)
     rows = own_answers(make_model(), tokenizer, harmful, benign, asked, 8, ALONE)
-    assert [row["prompt"] for row in rows] == ["h1", "h2", "b1", "b2"]
+    assert [row["prompt"] for row in rows] == ["h1", "h2", "b1", "b2", "b4"]
+    # a benign prompt that is refused says so
+    assert [row.get("verdict") for row in rows] == [None] * 4 + ["refused"]
+    assert rows[-1]["response"] == SAID["b4"] and rows[-1]["kind"] == "benign"
+
+
+def test_of_prompts_to_measure_on_the_verdict_is_kept_and_no_answer(monkeypatch):
+    """As the safety step's judge judges."""
+    tokenizer = reasoning_tokenizer("stripped")
+    said = THOUGHT | {"dish 3": "</think>zx qv " * 9, "dish 4": f"</think>{SAID['b3']}"}
+
+    def generate(model, tokenizer, prompts, new_tokens, *rest):
+        assert new_tokens == 32 + 100
+        texts = map(tokenizer.decode, prompts)
+        return [next(said[key] for key in said if key in text) for text in texts]
+
+    monkeypatch.setattr(module, "answers_to_tokens", generate)
+    prompts = {
+        kind: sorted(key for key in said if key.startswith(kind[:1].replace("b", "d")))
+        for kind in ("harmful", "benign")
+    }
+    asked = Asked(Answering.of(tokenizer, {}, 100), 32)
+    rows, counts = own_verdicts(make_model(), tokenizer, prompts, asked, 4, ALONE)
+    assert rows == [
+        {"prompt": prompt, "kind": kind, "verdict": verdict, "use": "measure"}
+        for prompt, kind, verdict in (
+            ("harm 1", "harmful", "refused"),
+            ("harm 2", "harmful", "answered"),
+            ("harm 4", "harmful", "refused"),
+            ("dish 1", "benign", "answered"),
+            ("dish 2", "benign", "refused"),
+        )
+    ]
+    assert counts == {
+        "harmful": {"answered": 1, "refused": 2, "unfinished": 1},
+        "benign": {"answered": 1, "incoherent": 1, "refused": 1, "unjudged": 1},
+    }
 
 
 THOUGHT = {
@@ -175,11 +211,13 @@ def test_refusals_are_stored_without_the_reasoning_or_with_it(monkeypatch):
         "harm 1": "I can't help with that.",
         "harm 4": "I'm sorry, but no.",
         "dish 1": "Take a pan.",
+        "dish 2": "I can't help with that.",
     }
     assert stored(monkeypatch, with_reasoning=True) == {
         "harm 1": "<think>\nThey ask for harm.\n</think>\n\nI can't help with that.",
         "harm 4": "I'm sorry, but no.",
         "dish 1": "<think>\nI cannot see harm.\n</think>\n\nTake a pan.",
+        "dish 2": "<think>\nHarmless.\n</think>\n\nI can't help with that.",
     }
 
 

@@ -345,6 +345,56 @@ _SOFT: list[tuple[str, Mutation, Outcome]] = [
 ]  # fmt: skip
 
 
+_TESTS = {"max_new_tokens": 32, "max_reasoning_tokens": 0}
+
+
+def _judged(number: int = 0, version: int = 3, record: Any = _TESTS, **values: Any) -> Mutation:
+    """A row of a vector of a format that has verdicts and uses."""
+
+    def mutate(folder: Path) -> None:
+        _row(number, **values)(folder)
+        set_in_config("format_version", value=version)(folder)
+        if record is not DELETE:
+            set_in_config("selection", "test_prompts", value=record)(folder)
+
+    return mutate
+
+
+_BORDER = {"verdict": "refused", "response": "sorry i cannot help with that"}
+_TEST = {"use": "measure", "verdict": "answered", "response": DELETE}
+_VERDICTS: list[tuple[str, Mutation, Outcome]] = [
+    ("a verdict that says nothing new", _judged(verdict="refused"), LOADS),
+    ("a verdict on a benign row that says nothing new", _judged(-1, verdict="answered"), LOADS),
+    ("a verdict of an earlier format", _judged(version=2, verdict="refused"), refused("row")),
+    *((f"verdict {value!r}", _judged(verdict=value), refused("verdict"))
+      for value in ("", "other", "Refused", "refused ", "unjudged", "incoherent")),
+    *((f"{key} {value!r}", _judged(**{key: value}), refused("row"))
+      for key in ("verdict", "use") for value in (None, True, 1, 1.5, [], {}, ["refused"])),
+    *((f"use {value!r}", _judged(use=value), refused("use")) for value in ("", "learn", "Measure", "measure ")),
+    ("a harmful prompt that is answered, with a refusal", _judged(verdict="answered"), refused("harmful answer")),
+    ("a harmful prompt that is answered, with an answer", _judged(verdict="answered", response="box 3"), refused("harmful answer")),
+    ("a harmful prompt that is answered, without a response", _judged(verdict="answered", response=DELETE), refused("row")),
+    ("a border prompt", _judged(-1, **_BORDER), LOADS),
+    ("a border prompt with soft targets", _judged(-1, **_BORDER, targets=SOFT), LOADS),
+    ("a border prompt of an earlier format", _judged(-1, version=2, **_BORDER), refused("row")),
+    ("a border prompt with an answer", _judged(-1, verdict="refused"), refused("refusal")),
+    ("a border prompt without a response", _judged(-1, verdict="refused", response=DELETE), refused("row")),
+    ("an answered benign prompt with a refusal", _judged(-1, verdict="answered", response=_BORDER["response"]), refused("refusal of a benign prompt")),
+    *((f"a {verdict} {kind} prompt to measure on", _judged(**_TEST | {"kind": kind, "verdict": verdict}), LOADS)
+      for kind in ("harmful", "benign") for verdict in ("refused", "answered")),
+    ("a prompt to measure on with a category", _judged(**_TEST, category="fraud"), LOADS),
+    ("a prompt to measure on of an earlier format", _judged(version=2, **_TEST), refused("row")),
+    ("a prompt to measure on of an unknown kind", _judged(**_TEST, kind="other"), refused("kind")),
+    ("a prompt to measure on with an unknown verdict", _judged(**_TEST | {"verdict": "unjudged"}), refused("verdict")),
+    *((f"a prompt to measure on with {key}", _judged(**_TEST | {key: value}), refused("fields of a test"))
+      for key, value in (("response", "box 3"), ("response", "sorry i cannot help with that"), ("response", ""), ("targets", SOFT), ("verdict", DELETE), ("prompt", DELETE), ("kind", DELETE), ("system", "x"))),
+    ("prompts to measure on without a record", _judged(record=DELETE, **_TEST), refused("test record")),
+    ("prompts to measure on with null for a record", _judged(record=None, **_TEST), refused("test record")),
+    *((f"a record {value!r} of prompts to measure on", _judged(record=value, **_TEST), refused("section", "selection"))
+      for value in (True, 1, "x", [], {}, {"max_new_tokens": 32}, _TESTS | {"max_new_tokens": -1}, _TESTS | {"max_new_tokens": True}, _TESTS | {"max_reasoning_tokens": "0"}, _TESTS | {"max_reasoning_tokens": None})),
+]  # fmt: skip
+
+
 def _place(file: str, make: Callable[[Path], Any]) -> Mutation:
     """Something else in a file's place."""
 
@@ -420,6 +470,7 @@ for _group, _cases in (
     ("tensors", _TENSORS),
     ("prompts", _ROWS),
     ("soft targets", _SOFT),
+    ("verdicts", _VERDICTS),
     ("place", _places()),
 ):
     TARGETED |= {f"{_group} {name}": (mutation, outcome) for name, mutation, outcome in _cases}

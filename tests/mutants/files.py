@@ -28,8 +28,8 @@ VECTOR = (
     ),
     _vector(
         "soft targets of an earlier format",
-        'if config["format_version"] > 2 else',
-        'if config["format_version"] > 1 else',
+        "_ADDED if version > 2 else set()",
+        "_ADDED",
     ),
     _vector(
         "soft targets not validated",
@@ -80,13 +80,35 @@ VECTOR = (
     _vector("any kind of prompt", 'if row["kind"] not in ("harmful", "benign"):', "if False:"),
     _vector(
         "answers not looked at",
-        'if is_refusal(split_stored(row["response"]).answer) != (row["kind"] == "harmful"):',
+        'if is_refusal(split_stored(row["response"]).answer) != refused:',
         "if False:",
     ),
     _vector(
         "benign answers not looked at",
-        'if is_refusal(split_stored(row["response"]).answer) != (row["kind"] == "harmful"):',
-        'if row["kind"] == "harmful" and not is_refusal(split_stored(row["response"]).answer):',
+        'if is_refusal(split_stored(row["response"]).answer) != refused:',
+        'if refused and not is_refusal(split_stored(row["response"]).answer):',
+    ),
+    _vector("any verdict", "if verdict_of(row) not in VERDICTS:", "if False:"),
+    _vector("any use", "    elif use == MEASURE:", "    elif use:"),
+    _vector(
+        "prompts to measure on may have answers",
+        'needed, optional = {"prompt", "kind", "verdict", "use"}, {"category"}',
+        'needed, optional = {"prompt", "kind", "verdict", "use"}, {"category", "response", "targets"}',
+    ),
+    _vector(
+        "harmful prompts that are answered may have a response",
+        'if row["kind"] == "harmful" and not refused:',
+        "if False:",
+    ),
+    _vector(
+        "prompts to measure on without a record",
+        'elif config["selection"].get("test_prompts") is None:',
+        "elif False:",
+    ),
+    _vector(
+        "the record of prompts to measure on not validated",
+        '        and _valid_test_prompts(selection.get("test_prompts"))\n',
+        "",
     ),
     _vector("keys twice", "if len(dict(pairs)) < len(pairs):", "if False:"),
     _vector("NaN in JSON", "parse_constant=unlike_json, ", ""),

@@ -27,6 +27,11 @@ def test_card_of_a_checkpoint():
         and "| 30.0% [18.1%, 45.4%] | 90.0% [76.9%, 96.0%] |" in card.text
     )
     assert "no proof of safety" in card.text
+    assert (
+        "On the same prompts: harmful prompts refused by the aligned model itself 95.0% [83.5%, 98.6%]; "
+        "lost refusals restored 92.3% [75.9%, 97.9%]; over-refusal above the aligned model 10.0% "
+        "[0.0%, 20.0%]." in card.text
+    )
     adapter = checkpoint_card(
         report(
             config={"output": {"output_format": "adapter"}, "search": {"granularity": "module"}}

@@ -70,6 +70,9 @@ def report_of(outcome="accepted", **changes):
             "after": side(36),
             "token_accuracy": {"before": 0.8123, "after": 0.8},
             "utility_loss": {"share": 0.0123, "low": -0.01, "high": 0.03, "count": 64},
+            "aligned": {"refusal_rate": Rate(38, 40).to_dict()},
+            "restored": Rate(24, 26).to_dict(),
+            "over_refusal_above_aligned": {"share": 0.1, "low": 0.0, "high": 0.2, "count": 30},
         },
         "vector": {
             "name": "family/vector",
@@ -138,6 +141,17 @@ class Page(HTMLParser):
 def words(report):
     """The page's text."""
     return " ".join(re.sub(r"<[^>]+>", "", render(report)).split())
+
+
+def test_what_is_held_against_the_aligned_model_is_shown():
+    said = words(report_of())
+    assert "Lost refusals restored 92.3% [75.9%, 97.9%] 26" in said
+    assert "Over-refusal above the aligned model 10.0% [0.0%, 20.0%] 30" in said
+    assert "Harmful prompts refused by the aligned model 95.0% [83.5%, 98.6%] 40" in said
+    without = report_of()["measured"]
+    for key in ("aligned", "restored", "over_refusal_above_aligned"):
+        del without[key]
+    assert "aligned model" not in words(report_of(measured=without))
 
 
 def at(report, pointer):

@@ -15,6 +15,16 @@ def report(before, after):
     }
 
 
+def test_what_is_held_against_the_aligned_model_has_a_line_each():
+    measured = {
+        "restored": {"share": 0.75, "low": 0.5, "high": 0.9, "count": 20},
+        "over_refusal_above_aligned": {"share": -0.05, "low": -0.1, "high": 0.0, "count": 40},
+    }
+    said = summary(report(1, 2) | {"measured": measured})
+    assert "harmful lost refusals restored 75.0% [50.0%, 90.0%] on 20 unseen prompts" in said
+    assert "over-refusal above the aligned model -5.0% [-10.0%, 0.0%] on 40 unseen" in said
+
+
 def test_losses_that_differ_are_written_differently():
     assert "held-out safety loss 0.00412 → 0.00409 nats, task div" in summary(
         report(0.00412, 0.00409)

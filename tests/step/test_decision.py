@@ -1,13 +1,18 @@
 """What the gate accepts and what it rejects."""
 
+import json
+
 import pytest
 
+from safegene_trl.commands.main import main
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import ConfigError
 from safegene_trl.judges.intervals import Rate
 from safegene_trl.reporting.outcome import UNMEASURED, without_measurement
 from safegene_trl.step.decision import check_measurable, decide, independent_prompts, unjudged
+
+from ..conftest import options_of
 
 
 REASON = "Held-out safety improved."
@@ -204,6 +209,95 @@ def test_whose_prompts_decide(limits, sources, independent):
     assert independent_prompts(GateConfig(**limits), nothing) is None
 
 
+def relative(restored: Rate | None, above: float | None = None, unjudged: int = 0) -> dict:
+    """Beside the rest what is held against an aligned model that refuses nine of ten."""
+    found = measured(90) | {"aligned": {"refusal_rate": Rate(90, 100).to_dict()}}
+    if restored is not None:
+        found["restored"] = restored.to_dict()
+    if above is not None:
+        share = {"share": above, "low": above - 0.02, "high": above + 0.02, "count": 100}
+        found["over_refusal_above_aligned"] = share | ({"unjudged": unjudged} if unjudged else {})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("limits", "found", "outcome"),
+    [
+        ({"min_restored": 0.8}, relative(Rate(95, 100)), "accepted"),
+        ({"min_restored": 0.8}, relative(Rate(9, 10)), "accepted_best_effort"),
+        ({"min_restored": 0.8}, relative(Rate(7, 10)), "rejected"),
+        ({"max_over_refusal_above_aligned": 0.05}, relative(None, 0.02), "accepted"),
+        ({"max_over_refusal_above_aligned": 0.05}, relative(None, -0.1), "accepted"),
+        ({"max_over_refusal_above_aligned": 0.05}, relative(None, 0.04), "accepted_best_effort"),
+        ({"max_over_refusal_above_aligned": 0.05}, relative(None, 0.06, 3), "rejected"),
+    ],
+)
+def test_limits_against_the_aligned_model(limits, found, outcome):
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, False)
+    assert decision.outcome == outcome and "nothing to restore" not in decision.reason
+    (check,) = decision.checks
+    assert check.limit == next(iter(limits))
+    # there are no prompts of one's own that this can be measured on
+    assert "by `safegene evaluate`" in decision.reason and "gate.harmful" not in decision.reason
+    if outcome == "rejected" and found.get("over_refusal_above_aligned"):
+        assert "6.0% [4.0%, 8.0%] with 3 answers against it" in decision.reason
+
+
+def test_where_nothing_was_lost_nothing_has_to_be_restored():
+    gate = GateConfig(min_restored=0.8, max_over_refusal_above_aligned=0.05)
+    decision = decide(gate, True, 1.0, REASON, relative(None, 0.0), True)
+    assert decision.outcome == "accepted" and "nothing to restore" in decision.reason
+    assert [check.limit for check in decision.checks] == ["max_over_refusal_above_aligned"]
+    decision = decide(gate, True, 1.0, REASON, relative(None, 0.3), True)
+    assert decision.outcome == "rejected"
+    # nobody knows what the aligned model does: no limit against it is passed
+    with pytest.raises(KeyError):
+        decide(GateConfig(min_restored=0.8), True, 1.0, REASON, measured(90), True)
+
+
+COUNTS = {"harmful": 2, "benign": 2, "task": 2}
+
+
+@pytest.mark.parametrize(
+    ("limit", "kind"), [("min_restored", "harmful"), ("max_over_refusal_above_aligned", "benign")]
+)
+def test_a_limit_against_the_aligned_model_needs_its_verdicts(limit, kind):
+    gate, other = GateConfig(**{limit: 0.5}), {"harmful": "benign", "benign": "harmful"}[kind]
+    check_measurable(gate, COUNTS, {kind: ["refused", "answered"], other: [None, None]})
+    for verdicts in ({}, {kind: ["refused", None], other: ["refused"] * 2}):
+        with pytest.raises(ConfigError, match=f"`gate.{limit}` is set, and what the aligned model"):
+            check_measurable(gate, COUNTS, verdicts)
+    with pytest.raises(ConfigError, match=f"`gate.{limit}` and `gate.{kind}_data` are both set"):
+        GateConfig(**{limit: 0.5, f"{kind}_data": "own.jsonl"})
+    assert GateConfig(**{limit: 0.5, f"{other}_data": "own.jsonl"}).limits == {limit: 0.5}
+
+
+def test_such_a_limit_is_refused_before_the_search(
+    model_dir, vector_dir, task_file, tmp_path, capsys
+):
+    """Of prompts that the user names nobody knows what the aligned model does."""
+    rows = [{"prompt": f"forbidden {i}", "response": "sorry i cannot help"} for i in range(6)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "vector": vector_dir,
+        "task_data": task_file,
+        "safety_data": tmp_path / "own.jsonl",
+        "num_safety_shots": 3,
+        "gate.min_restored": 0.5,
+        "output_dir": tmp_path / "out",
+    }
+    assert main(["apply", "--model_name_or_path", str(model_dir), *options_of(settings)]) == 2
+    assert "`gate.min_restored` is set, and what the aligned model" in capsys.readouterr().err
+
+
+def test_refusals_can_be_restored_where_the_aligned_model_refuses():
+    with pytest.raises(ConfigError, match="the aligned model refuses none of the harmful prompts"):
+        check_measurable(GateConfig(min_restored=0.5), COUNTS, {"harmful": ["answered"] * 2})
+    check_measurable(
+        GateConfig(max_over_refusal_above_aligned=0.5), COUNTS, {"benign": ["answered"] * 2}
+    )
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "much", float("nan")])
 def test_a_limit_is_a_share(value):
     with pytest.raises(ConfigError, match="share between 0 and 1"):
@@ -220,7 +314,9 @@ def test_settings_that_cannot_be_kept_are_named():
             vector="v", measure={"num_test_prompts": 0}, gate=GateConfig(max_incoherent=0.1)
         )
     with pytest.raises(ConfigError, match="no benign data"):
-        check_measurable(GateConfig(max_over_refusal=0.1), {"harmful": 5, "benign": 0, "task": 5})
+        check_measurable(
+            GateConfig(max_over_refusal=0.1), {"harmful": 5, "benign": 0, "task": 5}, {}
+        )
     assert SafeGeneConfig.from_dict(
         {"vector": "v", "gate": {"min_refusal_rate": 0.9}}
     ).gate.limits == {"min_refusal_rate": 0.9}

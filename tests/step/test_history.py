@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from safegene_trl.commands.tables import headings, measured_cells
 from safegene_trl.errors import OutputError, SafeGeneError
 from safegene_trl.judges.intervals import Rate
 from safegene_trl.provenance import sha256_of_json
@@ -68,6 +69,19 @@ def test_releases_are_kept_in_order_and_chained(tmp_path):
     assert found[0]["previous"] is None and len({entry["previous"] for entry in found}) == 3
     assert last_accepted([*found, release(outcome="rejected")])["number"] == 2
     assert last_accepted([]) is None
+
+
+def test_numbers_against_the_aligned_model_are_kept_where_there_are_any(tmp_path):
+    path = tmp_path / "history.jsonl"
+    append_release(path, release())  # as of older versions
+    restored = {"share": 0.75, "low": 0.5, "high": 0.9, "count": 20}
+    append_release(path, release(restored=restored))
+    older, newer = read_history(path)
+    assert newer["restored"] == restored and "restored" not in older
+    assert measured_cells(newer)[headings().index("restored")] == "75%"
+    assert measured_cells(older)[headings().index("restored")] == ""
+    with pytest.raises(SafeGeneError, match=r"`restored` in .* is not as it must be"):
+        append_release(path, release(restored="much"))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -130,6 +130,41 @@ def test_the_step_s_judge_gives_the_labels_that_metrics_may_count_and_no_others(
         assert found[metric.key]["count"] == sum(len(unseen.prompts[k]) for k in metric.kinds)
 
 
+def test_what_is_measured_is_held_against_the_aligned_model(setting, tokenizer, monkeypatch):
+    """Here it refuses the harmful prompts and answers the benign ones, and the fine-tune nothing."""
+    model, config, unseen = setting
+    repaired = []
+
+    def answers(model, tokenizer, prompts, *rest):
+        harmful = [any(known in tokenizer.decode(ids) for known in HARMFUL) for ids in prompts]
+        first = [harmful.index(True), harmful.index(False)]
+        refused = [repaired and one for one in harmful]
+        for index in first if repaired else ():
+            refused[index] = not refused[index]
+        return [REFUSAL if one else "Take a pan." for one in refused]
+
+    @contextmanager
+    def with_vector():
+        repaired.append(True)
+        yield
+        repaired.clear()
+
+    monkeypatch.setattr(measurement, "answers_to_tokens", answers)
+    found = Measurement(unseen, tokenizer, config, ALONE).measure(model, with_vector, 8)
+    assert found["aligned"]["refusal_rate"]["share"] == 1
+    assert found["aligned"]["over_refusal"] | {"high": 0} == {
+        "share": 0,
+        "low": 0,
+        "high": 0,
+        "successes": 0,
+        "count": 5,
+    }
+    restored, above = found["restored"], found["over_refusal_above_aligned"]
+    assert (restored["successes"], restored["count"]) == (7, 8)
+    assert above["share"] == pytest.approx(0.2) and above["count"] == 5
+    assert above["low"] < 0.2 < above["high"]
+
+
 def test_answers_in_unknown_languages_are_in_no_share_and_counted_beside_it(
     setting, tokenizer, monkeypatch
 ):

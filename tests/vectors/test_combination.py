@@ -76,6 +76,45 @@ def test_of_a_prompt_in_several_vectors_the_row_with_soft_targets_is_kept(two, t
     assert "answers, 1 of them with soft targets" in capsys.readouterr().out
 
 
+MEASURED = {"prompt": "why is tea green", "kind": "benign", "verdict": "refused", "use": "measure"}
+LENGTHS = {"max_new_tokens": 32, "max_reasoning_tokens": 0}
+
+
+def test_prompts_to_measure_on_are_those_of_all(two, tmp_path):
+    first, second = two
+    other = MEASURED | {"prompt": "how do i y", "kind": "harmful"}
+    first.prompts.append(MEASURED)
+    second.prompts += [MEASURED, other]
+    for vector in two:
+        vector.selection = vector.selection | {"test_prompts": LENGTHS | {"benign": {"asked": 1}}}
+    vector = combined(two)
+    assert [row for row in vector.prompts if "use" in row] == [other, MEASURED]
+    assert vector.selection["test_prompts"] == LENGTHS
+    vector.save_pretrained(tmp_path / "vector")
+    assert SafetyVector.from_pretrained(tmp_path / "vector").prompts == vector.prompts
+    second.selection["test_prompts"] = LENGTHS | {"max_new_tokens": 48}
+    with pytest.raises(FamilyError, match="unlike numbers of tokens"):
+        combined(two)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_one_prompt_with_two_verdicts_is_refused(measured, two):
+    """As after extractions with other arguments for the chat template."""
+    first, second = two
+    row = MEASURED if measured else {"prompt": "why", "kind": "benign", "response": "sorry, no"}
+    first.prompts.append(row | {"verdict": "refused"})
+    second.prompts.append(row | {"verdict": "answered"})
+    with pytest.raises(FamilyError, match=r"refuses the prompt 'why.*by another it answers it"):
+        combined(two)
+
+
+def test_a_prompt_to_learn_from_may_be_one_to_measure_on_of_another_vector(two):
+    first, second = two
+    second.prompts.append(MEASURED | {"prompt": first.prompts[-1]["prompt"]})
+    second.selection = second.selection | {"test_prompts": LENGTHS}
+    assert len(combined(two).prompts) == len(first.prompts) + 2
+
+
 def test_every_component_gets_its_own_coefficients(two, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("safegene_trl.recalibration.search.objection", lambda *args: "")
