@@ -20,7 +20,7 @@ def check_there(source: str) -> None:
     """
     if Path(source).suffix in FILES and not Path(source).exists():
         raise CalibrationDataError(
-            f"The data file {source} is not there: check its path, which begins at {Path.cwd()} unless it begins with a slash."
+            f"The data file {source} is not there: check its path; a relative one begins at {Path.cwd()}."
         )
 
 
