@@ -3,6 +3,7 @@ line.
 """
 
 import importlib
+import logging
 import os
 import select
 import signal
@@ -34,6 +35,8 @@ COMMANDS = {
     "inspect": "say what a safety vector or a safeguarded checkpoint holds",
 }
 
+_BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # DeepSpeed's launcher puts it first
     argv = [word for word in words if not word.startswith("--local_rank=")]
     name = " ".join(["safegene", *(word for word in argv[:1] if word in COMMANDS)])
+    logging.getLogger(_BITSANDBYTES).addFilter(_is_no_missing_kernel)
     try:
         with interruptible():
             code = _run(argv)
@@ -90,6 +94,13 @@ def _run(argv: Sequence[str]) -> int:
             f"There is no command `{argv[0]}`{nearest(argv[0], COMMANDS)} `safegene --help` lists the commands."
         )
     return importlib.import_module(f".{argv[0]}", package=__package__).main(argv[1:])
+
+
+def _is_no_missing_kernel(record: logging.LogRecord) -> bool:
+    """False for what bitsandbytes says on some CPUs as PEFT imports it: that it uses kernels of its
+    own. Before a command's own lines that reads as if something were broken.
+    """
+    return "gemm_4bit_forward from kernels-community" not in record.getMessage()
 
 
 def _say(text: str) -> None:

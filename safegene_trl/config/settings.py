@@ -81,7 +81,7 @@ class SafeGeneConfig:
             for. Halved where memory runs out.
         dry_run: Check everything before the first training step, then stop the training.
         on_failure: `raise` stops the script; `warn` ends the fine-tune normally, the report says
-            what failed.
+            what failed. `safegene apply` has no training to end, and always raises.
         seed: Seed for drawing shots.
 
     Raises:

@@ -11,6 +11,17 @@ from ..errors import CalibrationDataError
 
 
 T = TypeVar("T")
+FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
+
+
+def check_there(source: str) -> None:
+    """Raises `CalibrationDataError` for the name of a data file that is not there. What else is not
+    there may be a hub id.
+    """
+    if Path(source).suffix in FILES and not Path(source).exists():
+        raise CalibrationDataError(
+            f"The data file {source} is not there: check its path; a relative one begins at {Path.cwd()}."
+        )
 
 
 def load_rows(source: str, split: str) -> Dataset:
@@ -22,6 +33,7 @@ def load_rows(source: str, split: str) -> Dataset:
             which may be left out.
         split: Split to read where `source` names none.
     """
+    check_there(source)
     path = Path(source)
     name, config, split = (source, None, split) if path.exists() else _parts(source, split)
     try:

@@ -107,9 +107,12 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> list[str
 
 @contextmanager
 def plain_decoding(model: Any) -> Iterator[None]:
-    """While the block is open the model has a generation config in which nothing is set.
+    """While the block is open the model has a generation config in which nothing is set, and a
+    mixture returns no router logits.
 
-    `generate` takes whatever its argument leaves open from the model's own config.
+    `generate` takes whatever its argument leaves open from the model's own config. TRL sets
+    `output_router_logits` in that of a mixture, which then computes its load-balancing loss with
+    the mask of the whole text and the router logits of the new token, and fails.
     """
     # A PEFT model may have a config of its own, which it hands to its base model before it
     # generates.
@@ -117,11 +120,21 @@ def plain_decoding(model: Any) -> Iterator[None]:
         id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)
     }
     kept = [(each, each.generation_config) for each in holders.values()]
+    config = base_model(model).config
+    routed = [
+        each
+        for each in {id(each): each for each in (config, config.get_text_config())}.values()
+        if getattr(each, "output_router_logits", False)
+    ]
     try:
         for each, _ in kept:
             each.generation_config = GenerationConfig()
+        for each in routed:
+            each.output_router_logits = False
         yield
     finally:
+        for each in routed:
+            each.output_router_logits = True
         for each, config in kept:
             each.generation_config = config
 

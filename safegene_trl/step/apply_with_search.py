@@ -8,6 +8,7 @@ from typing import Any
 from ..checkpoints.loading import load_placed, load_processor
 from ..checkpoints.source import adapter_base, further_adapters
 from ..config.settings import SafeGeneConfig
+from ..data.sources import check_there
 from ..distributed.processes import this_job
 from .lineage import check_not_safeguarded
 from .live_fine_tune import safeguard
@@ -39,6 +40,8 @@ def safeguard_loaded(
     """
     job = this_job()
     with job.raising_together():
+        for source in _data_sources(config):  # before a large model is loaded
+            check_there(source)
         check_not_safeguarded(name_or_path, revision)
         processor, base = (
             load_processor(name_or_path, revision),
@@ -53,3 +56,11 @@ def safeguard_loaded(
         if config.dry_run:
             return prepared.plan.report.to_dict()
         return safeguard(prepared, model, adapter_base=base or name_or_path)
+
+
+def _data_sources(config: SafeGeneConfig) -> list[str]:
+    """The data sets that the step will read."""
+    data, gate = config.data, config.gate
+    named = [data.task_data, data.safety_data]
+    named += [gate.harmful_data, gate.benign_data] if gate is not None else []
+    return [source for source in named if source is not None]

@@ -1,5 +1,6 @@
 """How a command ends: errors, signals and closed pipes, each with its exit code and without noise."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -175,3 +176,22 @@ def test_estimate_has_help_and_names_the_nearest_command(capsys):
         "estimate: `aply` cannot be estimated; did you mean `apply`? `safegene"
         in capsys.readouterr().err
     )
+
+
+def test_that_bitsandbytes_uses_kernels_of_its_own_is_not_said(command, caplog):
+    cpu = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def run(argv):
+        cpu.warning(
+            "Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no `kernels`"
+        )
+        cpu.warning("something else")
+        return 0
+
+    command(run)
+    kept = list(cpu.filters)
+    try:
+        assert main(["inspect"]) == 0
+    finally:
+        cpu.filters[:] = kept
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

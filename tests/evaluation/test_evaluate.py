@@ -340,7 +340,7 @@ def test_prompts_of_the_vector_are_left_out(config, sets, vector_dir, capsys):
         ({"harmful_data": [], "benign_data": []}, "nothing to evaluate on"),
         ({"judges": ["nobody"]}, "no judge `nobody`"),
         ({"batch_size": 0}, "`batch_size` is 0"),
-        ({"harmful_data": ["nowhere.jsonl"]}, "cannot be read"),
+        ({"harmful_data": ["nowhere.jsonl"]}, "is not there"),
         (
             {"model_name_or_path": "nowhere/at-all"},
             "neither a local directory nor a readable hub repository",

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from safegene_trl.models.generation import generate_answers, plain_decoding, prompt_tokens
 
+from ..architectures import make_architecture
 from ..conftest import make_model, make_tokenizer, with_lora
 
 
@@ -171,3 +172,11 @@ def test_the_generation_config_comes_back_after_an_error():
         assert model.generation_config is not own
         raise ZeroDivisionError
     assert model.generation_config is own
+
+
+def test_a_mixture_that_returns_router_logits_as_trl_trains_it_answers(tokenizer):
+    model = make_architecture("qwen3_moe")
+    expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=3, batch_size=4)
+    model.config.output_router_logits = True
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=3, batch_size=4) == expected
+    assert model.config.output_router_logits
