@@ -107,9 +107,11 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> list[str
 
 @contextmanager
 def plain_decoding(model: Any) -> Iterator[None]:
-    """While the block is open the model has a generation config in which nothing is set.
+    """While the block is open the model has a generation config in which nothing is set, and a
+    mixture gives no router's logits.
 
-    `generate` takes whatever its argument leaves open from the model's own config.
+    `generate` takes whatever its argument leaves open from the model's own config. TRL asks for the
+    router's logits for its loss, and older transformers cannot make that of one token at a time.
     """
     # A PEFT model may have a config of its own, which it hands to its base model before it
     # generates.
@@ -117,13 +119,23 @@ def plain_decoding(model: Any) -> Iterator[None]:
         id(each): each for each in (base_model(model), model) if "generation_config" in vars(each)
     }
     kept = [(each, each.generation_config) for each in holders.values()]
+    config = base_model(model).config
+    routed = [
+        each
+        for each in {id(own): own for own in (config, config.get_text_config())}.values()
+        if getattr(each, "output_router_logits", False)
+    ]
     try:
         for each, _ in kept:
             each.generation_config = GenerationConfig()
+        for each in routed:
+            each.output_router_logits = False
         yield
     finally:
-        for each, config in kept:
-            each.generation_config = config
+        for each, own in kept:
+            each.generation_config = own
+        for each in routed:
+            each.output_router_logits = True
 
 
 def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

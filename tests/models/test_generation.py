@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from safegene_trl.models.generation import generate_answers, plain_decoding, prompt_tokens
 
+from ..architectures import make_architecture
 from ..conftest import make_model, make_tokenizer, with_lora
 
 
@@ -24,6 +25,17 @@ def test_batching_does_not_change_answers(tokenizer):
     ]
     assert together == alone and any(together)
     assert tokenizer.padding_side == side
+
+
+def test_a_mixture_that_was_trained_with_its_router_s_logits_answers_without(tokenizer):
+    model = make_architecture("mixtral")
+    answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=2)
+    model.config.output_router_logits = True  # as TRL leaves it
+    asked = []
+    model.register_forward_pre_hook(lambda *_: asked.append(model.config.output_router_logits))
+    again = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=2)
+    assert again == answers and asked and not any(asked)
+    assert model.config.output_router_logits is True
 
 
 @pytest.fixture
