@@ -68,6 +68,10 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     use_cache = original.get("use_cache", True)
     if "use_cache" in saved:
         saved["use_cache"] = use_cache
+    # TRL switches it on in a mixture, which answers no batch of prompts then
+    for part, own in ((saved, original), (saved.get("text_config"), original.get("text_config"))):
+        if part and "output_router_logits" in part:
+            part["output_router_logits"] = (own or {}).get("output_router_logits", False)
     kind = type(config)
     wanted = _read(kind, saved)
     forms = (_with_rotary_names(_in_its_words(saved, original, kind)), _with_rotary_names(saved))

@@ -58,6 +58,16 @@ def saved(tmp_path):
     return save
 
 
+@pytest.mark.parametrize("original", [{}, {"output_router_logits": True}])
+def test_router_logits_that_trl_asks_for_stay_with_the_training(original, saved, tmp_path):
+    folder = tmp_path / "mixture"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **original}))
+    live = AutoConfig.from_pretrained(folder)
+    live.output_router_logits = True
+    assert saved(live)[0].get("output_router_logits", False) == bool(original)
+
+
 def test_what_a_fine_tune_left_stays_in_the_words_of_its_own_file(released, saved):
     live = AutoConfig.from_pretrained(released)
     live.use_cache = False  # as a training does
