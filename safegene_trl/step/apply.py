@@ -130,7 +130,7 @@ def check_arguments(
         return name, str(given)
     if config.data.task_data is None:
         raise ConfigError(
-            "`data.task_data` is not set: name the data the model was fine-tuned on, to measure utility."
+            "`data.task_data` is not set: name the data the model was fine-tuned on (`--safegene.data.task_data FILE`), to measure utility."
         )
     return name, None
 
