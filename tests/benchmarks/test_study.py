@@ -99,12 +99,12 @@ def test_variants_are_measured_once(small, tmp_path, monkeypatch, capsys):
 
 
 def test_everything_is_made_several_at_once(tmp_path, monkeypatch, capsys):
-    asked, together = [], threading.Barrier(3, timeout=60)
+    asked, together = [], threading.Barrier(3)
 
     def made(name, *rest):
         asked.append(name if isinstance(name, str) else (name.name, rest[0]))
         if len(asked) <= 3:
-            together.wait()  # nobody goes on before three are at work
+            together.wait(timeout=60)  # nobody goes on before three are at work
         if name == "openings":
             raise SafeGeneError("no openings")
         return Path(str(name))
