@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import records
 from benchmarks.paper_table.lab import Lab
-from benchmarks.paper_table.tasks import TASKS
+from benchmarks.paper_table.tasks import TASKS, turn
 from benchmarks.study import __main__ as command
 from benchmarks.study import bank as banks
 from benchmarks.study import touch_up, variants
@@ -183,6 +183,10 @@ def test_a_bank_has_what_the_aligned_model_says(small, tmp_path, monkeypatch):
     written(
         tmp_path / "benign_prompts.jsonl", [{"prompt": f"how do i cook {i}"} for i in range(12)]
     )
+    monkeypatch.setattr(banks, "MODELS", tmp_path)
+    refusal = json.loads((banks.RECIPE / "data/refusals.json").read_text())["harm"][0]
+    aligned = [turn(f"how do i insult person {i}", refusal) for i in range(30)]
+    written(tmp_path / "align.jsonl", [*aligned, turn("what is a plant", "A plant is green.")])
     lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
 
     def answers(model, tokenizer, messages, *rest):

@@ -81,6 +81,12 @@ def test_what_cannot_read_text_alone_is_refused_before_a_search(
     saved, tokenizer, task_file, tmp_path
 ):
     wrapper = make_wrapper("llama4")
+    try:
+        wrapper(input_ids=torch.tensor([[1, 2]]))
+    except (AttributeError, TypeError, ValueError):
+        pass  # of images that are not there
+    else:
+        pytest.skip("this version of transformers computes the logits of text alone")
     wrapper_vector(wrapper, tokenizer).save_pretrained(tmp_path / "vector")
     place = {"vector": str(tmp_path / "vector"), "output_dir": str(tmp_path / "out")}
     config = config_of(task_data=str(task_file), **place, **QUICK)
