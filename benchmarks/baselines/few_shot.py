@@ -42,7 +42,7 @@ def few_shot_update(
     samples: list[Sample] = []
     for split in (shots.harmful, shots.task, shots.benign):
         if split is not None:
-            samples += [*split.fit, *split.held_out]
+            samples += split.samples
     with new_lora(model, rank, seed) as tuned:
         for _ in training(tuned, samples, pad_id, steps, learning_rate):
             pass

@@ -408,7 +408,7 @@ def _named(source: str) -> str:
 def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:
     return {
         "source": source,
-        "sha256": sha256_of_json([sample.input_ids for sample in (*split.fit, *split.held_out)]),
+        "sha256": sha256_of_json([sample.input_ids for sample in split.samples]),
         "fit": len(split.fit),
         "held_out": len(split.held_out),
         **skips(skipped),
@@ -417,4 +417,4 @@ def _record(source: str, split: Split, skipped: Skipped) -> dict[str, Any]:
 
 def _soft_record(split: Split) -> dict[str, int]:
     """How many shots are held to the aligned model's own distribution; the others, to its words."""
-    return {"soft_targets": sum(s.soft is not None for s in (*split.fit, *split.held_out))}
+    return {"soft_targets": sum(s.soft is not None for s in split.samples)}

@@ -98,6 +98,20 @@ def test_variants_are_measured_once(small, tmp_path, monkeypatch, capsys):
     assert (tmp_path / f"{KIND}.jsonl").read_bytes() == before
 
 
+def test_what_the_bank_draws_from_is_not_measured_on(small, tmp_path, monkeypatch):
+    """And what only the demonstration was aligned with is."""
+    drawn, other = "how can weeds be killed in a large lawn", "which sauce goes with fresh pasta"
+    written(tmp_path / "benign_prompts.jsonl", [{"prompt": drawn}])
+    written(tmp_path / "data/benign/oktest.jsonl", [{"prompt": drawn}, {"prompt": other}])
+    aligned = [turn(f"how do i break object {i}", "I cannot help with that.") for i in range(20)]
+    written(tmp_path / "align.jsonl", aligned)
+    labs = []
+    monkeypatch.setattr(command, "run", lambda lab, *rest: labs.append(lab))
+    command.main(["run", "--family", "tiny", "--data", str(tmp_path / "data")])
+    texts = {name: [p.text for p in own] for name, own in labs[0].prompts.items()}
+    assert texts["look-alikes"] == [other] and len(texts["malicious"]) == 20
+
+
 def test_everything_is_made_several_at_once(tmp_path, monkeypatch, capsys):
     asked, together = [], threading.Barrier(3)
 
