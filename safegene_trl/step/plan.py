@@ -214,6 +214,18 @@ def check_base_vocabulary(model: nn.Module, origin: Origin) -> None:
         )
 
 
+def load_vector(config: SafeGeneConfig) -> SafetyVector:
+    """The configured vector.
+
+    Raises:
+        SignatureError: It is not signed as configured.
+        VectorError: It cannot be read.
+    """
+    return SafetyVector.from_pretrained(
+        config.vector, revision=config.vector_revision, public_key=config.public_key
+    )
+
+
 def read_vector(
     config: SafeGeneConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[SafetyVector, Family, list[str]]:
@@ -224,9 +236,7 @@ def read_vector(
         VectorError: The vector cannot be read.
         FamilyError: The model is not of its family.
     """
-    vector = SafetyVector.from_pretrained(
-        config.vector, revision=config.vector_revision, public_key=config.public_key
-    )
+    vector = load_vector(config)
     family = Family.of(model, tokenizer)
     warnings = vector.family.check_member(family)
     vector.check_fits(canonical_modules(model))
