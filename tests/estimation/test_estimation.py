@@ -426,6 +426,16 @@ def test_the_disk_follows_the_data_type_that_is_asked(
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
 
 
+def test_a_machine_too_busy_to_start_a_process_is_said(monkeypatch):
+    def slow(*arguments, **options):
+        raise stored_merge.subprocess.TimeoutExpired("python", 120)
+
+    stored_merge._bytes_of_merging_process.cache_clear()
+    monkeypatch.setattr(stored_merge.subprocess, "run", slow)
+    with pytest.raises(SafeGeneError, match="again when the machine is less busy"):
+        stored_merge._bytes_of_merging_process()
+
+
 def test_bad_use(capsys):
     assert main(["estimate"]) == 2 and main(["estimate", "inspect"]) == 2
     assert "followed by sft, apply, extract" in capsys.readouterr().err
