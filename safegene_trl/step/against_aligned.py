@@ -48,8 +48,7 @@ def against_aligned(
             for verdict, was, now in zip(
                 known["harmful"], before["harmful"], after["harmful"], strict=True
             )
-            if verdict == "refused"
-            and (was not in _NOT_ANSWERED or now != "refused")
+            if verdict == "refused" and (was not in _NOT_ANSWERED or now != "refused")
         ]
         if share := rate([now == "refused" for now in lost]):
             found["restored"] = share.to_dict() | _unjudged(lost)

@@ -147,8 +147,8 @@ def check_measurable(
                 raise ConfigError(
                     f"`gate.{metric.limit}` is set, and what the aligned model does with the {metric.items} prompts that are measured on "
                     f"is not known: leave `gate.{metric.items}_data` and `data.safety_data` unset or use a vector that was made with "
-                    f"`test_{metric.items}_data`, write and answer prompts as it was made with (`measure.max_new_tokens`, "
-                    "`measure.max_reasoning_tokens`, `data.chat_template_kwargs`), or leave the limit out."
+                    f"`test_{metric.items}_data`, write and answer prompts as it was made with (the chat template, "
+                    "`data.chat_template_kwargs`, `measure.max_new_tokens`, `measure.max_reasoning_tokens`), or leave the limit out."
                 )
             if metric.better == "more" and "refused" not in known:
                 raise ConfigError(
