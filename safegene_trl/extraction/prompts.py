@@ -67,7 +67,7 @@ class ExtractionPrompts:
     def _add_tests(self, kind: Kind, source: str) -> None:
         """Prompts to measure on: drawn from those that are not near one that is used otherwise."""
         used = [text for own in (*self.to_answer(), *self.to_select_by()) for text in own]
-        texts = dict.fromkeys(_read_prompts(source, self.config.data_split))
+        texts = _read_prompts(source, self.config.data_split)
         prompts = [
             Prompt(Path(source).stem, kind, None, ({"role": "user", "content": text},))
             for text in texts
@@ -151,16 +151,18 @@ class ExtractionPrompts:
 
 
 def _read_prompts(source: str, split: str) -> list[str]:
-    """The prompts of a data set, each one user turn."""
+    """The prompts of a data set, each one user turn, and each once."""
     prompts = []
     for row in load_rows(source, split):
+        if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
+            raise CalibrationDataError(f"A prompt of {source} is empty: remove its row.")
         messages, _ = conversation(row)
         if [message["role"] for message in messages] != ["user"]:
             raise CalibrationDataError(
                 f"A prompt of {source} is not a single user turn: give single-turn prompts."
             )
         prompts.append(messages[0]["content"])
-    return prompts
+    return list(dict.fromkeys(prompts))
 
 
 def _read_categories(source: str, split: str) -> dict[str, str]:
