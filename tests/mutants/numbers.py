@@ -220,7 +220,7 @@ NUMBERS = (
     ),
     simple(
         "extraction: border prompts taken for benign answers",
-        "extraction/pipeline.py",
+        "extraction/aligned_rows.py",
         "for row in rows_of(rows, part)]",
         'for row in rows if row["kind"] == part]',
         "tests/extraction/test_prompts.py",
