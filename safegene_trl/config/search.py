@@ -55,8 +55,7 @@ class SearchConfig:
             samples, in nats per response token.
         repair: How far the repair goes. `vector` is the vector alone. `vector+touch-up` trains a
             low-rank touch-up beside it where the vector alone does not surely keep every limit of
-            the `gate`, or no limit is set; on a GPU, as it takes several times as long as the
-            search.
+            the `gate`, or no limit is set. It takes several times as long as the search.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.

@@ -62,6 +62,17 @@ class TouchUp:
     held_out: Losses | None = None
 
 
+def drawn(data: CalibrationSet, generator: torch.Generator) -> CalibrationSet:
+    """Of every term a few samples to fit on: those of one step."""
+
+    def some(split: Split) -> Split:
+        order = torch.randperm(len(split.fit), generator=generator)[:PER_TERM]
+        return Split([split.fit[index] for index in order.tolist()], [])
+
+    benign = data.all_benign
+    return CalibrationSet(some(data.harmful), some(data.task), benign and some(benign))
+
+
 class _Diverged(Exception):
     """A loss or a gradient is no number, in all ranks alike."""
 
@@ -163,24 +174,12 @@ class _Training:
         self._look(0, trained, held_out)
         for step in range(1, STEPS + 1):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (step - 1) / STEPS)
-            self._set_gradient(trained, self._objective(self._drawn(generator), "fit", passes))
+            self._set_gradient(trained, self._objective(drawn(self.data, generator), "fit", passes))
             optimizer.step()
             self.on_step()
             if step % EVERY == 0 and self._look(step, trained, held_out):
                 best = trained.values
         return best
-
-    def _drawn(self, generator: torch.Generator) -> CalibrationSet:
-        """A few of the samples of every term to fit on."""
-
-        def some(split: Split) -> Split:
-            order = torch.randperm(len(split.fit), generator=generator)[:PER_TERM]
-            return Split([split.fit[index] for index in order.tolist()], [])
-
-        benign = self.data.all_benign
-        return CalibrationSet(
-            some(self.data.harmful), some(self.data.task), benign and some(benign)
-        )
 
     def _set_gradient(self, trained: TrainedDeltas, fit: Objective) -> None:
         with self._attached(trained):
