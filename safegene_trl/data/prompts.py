@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unicodedata import category, normalize
 
 from transformers import PreTrainedTokenizerBase
 
@@ -238,6 +239,8 @@ def kept_apart(
 
 
 def _grams(text: str) -> set[str]:
+    """However the letters are encoded, and whatever invisible characters stand between them."""
+    text = "".join(c for c in normalize("NFKC", text) if category(c) != "Cf")
     words = re.findall(r"[^\W_]+", text.lower())
     plain = f" {' '.join(words)} "
     return {plain[i : i + GRAM] for i in range(max(1, len(plain) - GRAM + 1))}

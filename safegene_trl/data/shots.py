@@ -98,8 +98,9 @@ def gather_shots(
     )
     gate = GatePrompts(config, vector, tokenizer, context, written.answering)
     learned: list[Row] = rows_of(vector.prompts, "harmful", "benign", "border")
-    harmful_prompts = gate.of("harmful", [*harmful.rows, *learned], harmful_left)
-    benign_prompts = gate.of("benign", learned, benign_left)
+    used = [*harmful.rows, *learned]
+    harmful_prompts = gate.of("harmful", used, harmful_left)
+    benign_prompts = gate.of("benign", used, benign_left)
     unseen = Unseen(
         {"harmful": harmful_prompts, "benign": benign_prompts},
         task[len(task_split.fit) :][:extra],
@@ -227,7 +228,7 @@ def _benign_shots(
     found = read(drawn(shipped, count, config.seed), count, "benign prompts")
     check_context(found.samples, context, found.what)
     if min(len(found.rows), wanted) < 2:
-        return found, None, found.rows
+        return found, None, _unlike(found.rows, [])
     return found, *_divided(found, config.data.max_length, wanted, config)
 
 
@@ -315,15 +316,27 @@ def _readable(
 def _divided(
     read: _Read, max_length: int | None, count: int, config: SafeGeneConfig
 ) -> tuple[Split, list[Row]]:
-    """The first `count` samples with a response left as shots, and the rows that nothing will be
-    fitted on.
+    """The first `count` samples with a response left as shots, and the rows whose prompts nothing
+    will be fitted on, each once.
     """
     cut = [shortened(sample, max_length, config.data.max_refusal_tokens) for sample in read.samples]
     usable = [(row, sample) for row, sample in zip(read.rows, cut, strict=True) if sample]
     split = split_samples(
         [sample for _, sample in usable[:count]], config.data.holdout_share, read.what, read.skipped
     )
-    return split, [row for row, _ in usable[len(split.fit) :]]
+    rows = [row for row, _ in usable]
+    return split, _unlike(rows[len(split.fit) :], rows[: len(split.fit)])
+
+
+def _unlike(rows: Sequence[Row], fitted: Sequence[Row]) -> list[Row]:
+    """Rows with other prompts than those that are fitted on, of each prompt the first."""
+    seen = [row["prompt"] for row in fitted]
+    found: list[Row] = []
+    for row in rows:
+        if row["prompt"] not in seen:
+            found.append(row)
+            seen.append(row["prompt"])
+    return found
 
 
 def _training_samples(

@@ -11,6 +11,7 @@ from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.stored_merge import write_merged
 from ..config.settings import SafeGeneConfig
+from ..errors import UnexpectedError
 from ..models.data_types import WrittenTypes
 from ..vectors.safety_vector import SafetyVector
 from .cost import Cost
@@ -46,7 +47,13 @@ def _bytes_of_merging_process() -> int:
         "import psutil, safegene_trl.step.stored_fine_tune; "
         "print(psutil.Process().memory_info().rss)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UnexpectedError(
+            "A process that only imports this package took more than two minutes, so that its memory is not known: run the estimate "
+            "again when the machine is less busy."
+        ) from error
     return int(done.stdout)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..config.settings import SafeGeneConfig
 from ..data.calibration import CalibrationSet
@@ -129,6 +130,21 @@ def _batch_size(attachment: VectorAttachment, data: CalibrationSet, config: Safe
     )
 
 
+def _not_finite(model: nn.Module) -> str:
+    """What to say of a fine-tune whose own losses are not finite: numbers overflow in float16 that no
+    training has made so large.
+    """
+    if next(base_model(model).parameters()).dtype is torch.float16:
+        return (
+            "The fine-tune's losses are not finite before anything is added to it: its numbers may be too large for float16, so "
+            "load it in bfloat16 or float32; if they are not finite there either, its training has diverged."
+        )
+    return (
+        "The fine-tune has diverged: its losses are not finite before anything is added to it. Train it again, with a lower "
+        "learning rate or in float32."
+    )
+
+
 class _Search:
     """One recalibration, which can be run from its start with other batch sizes."""
 
@@ -179,10 +195,7 @@ class _Search:
             )
             before = held_out.losses(self.model)
             if not all(map(math.isfinite, before.to_dict().values())):
-                raise RecalibrationError(
-                    "The fine-tune has diverged: its losses are not finite before anything is added to it. Train it again, "
-                    "with a lower learning rate or in float32."
-                )
+                raise RecalibrationError(_not_finite(self.model))
             best = self._minimize(fit)
             found = self._accept(held_out, best, before)
             recomputed = not keep and bool(recomputed_layers(self.model))

@@ -12,7 +12,7 @@ from ..data.sources import check_there
 from ..distributed.processes import this_job
 from .lineage import check_not_safeguarded
 from .live_fine_tune import safeguard
-from .plan import FINE_TUNE, InputModel, Origin
+from .plan import FINE_TUNE, InputModel, Origin, load_vector
 from .preparation import prepare
 
 
@@ -43,6 +43,7 @@ def safeguard_loaded(
         for source in _data_sources(config):  # before a large model is loaded
             check_there(source)
         check_not_safeguarded(name_or_path, revision)
+        load_vector(config)
         processor, base = (
             load_processor(name_or_path, revision),
             adapter_base(name_or_path, revision),

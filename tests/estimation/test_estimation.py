@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from safegene_trl import SafetyVector
 from safegene_trl.commands.estimate import table
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
@@ -27,7 +29,9 @@ from safegene_trl.estimation.planned_run import PlannedRun
 from safegene_trl.estimation.probe import Probe, _Allocations
 from safegene_trl.estimation.safeguard import estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment, recomputed_layers
+from safegene_trl.recalibration import touch_up
 from safegene_trl.recalibration.search import recalibrate
+from safegene_trl.recalibration.touch_up import train_touch_up
 from safegene_trl.step.live_fine_tune import safeguard
 from safegene_trl.step.plan import InputModel, Origin
 from safegene_trl.step.preparation import prepare
@@ -40,6 +44,7 @@ from ..conftest import (
     config_of,
     make_model,
     make_vector,
+    refusing,
     small_shape,
     with_lora,
 )
@@ -142,6 +147,36 @@ def test_work_is_what_the_step_does(
     assert sum(cost.seconds for cost in costs.values()) == pytest.approx(whole, rel=0.1)
     written = sum(path.stat().st_size for path in plan.target.glob("*.safetensors"))
     assert costs["save"].disk == pytest.approx(written, rel=0.01)
+
+
+def test_a_touch_up_is_counted(model, tokenizer, settings, operation_clock, monkeypatch):
+    """Its passes in operations, and the bytes that its tensors hold."""
+    settings.search.repair = "vector+touch-up"
+    vector = vector_for(model, tokenizer, settings, range(LAYERS // 2, LAYERS))
+    for module in (estimation_of_safeguard, touch_up):
+        monkeypatch.setattr(module, "STEPS", 16)
+    plan, probe = prepared(model, tokenizer, settings), Probe(model, "float32")
+    costs = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)
+    assert list(costs) == ["recalibrate", "touch_up", "measure", "save"]
+    settings.search.repair = "vector"
+    plain = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)
+    assert "touch_up" not in plain
+    assert costs["measure"].seconds == pytest.approx(plain["measure"].seconds * 1.5, rel=0.01)
+    space = vector.space(settings.search.granularity)
+    attachment = VectorAttachment(model, vector.deltas, space, ALONE)
+    found = recalibrate(attachment, plan.shots.data, settings, 0)
+
+    def train():
+        train_touch_up(
+            attachment, plan.shots.data, settings, 0, found, lambda deltas: nullcontext()
+        )
+
+    assert costs["touch_up"].seconds == pytest.approx(operations(train), rel=0.1)
+    with _Allocations() as allocations:
+        train()
+    held = sum(t.nbytes for delta in vector.deltas.values() for t in (delta.a, delta.b))
+    extra = costs["touch_up"].memory - probe.process - probe.weights - held
+    assert extra == pytest.approx(allocations.peak, rel=0.25)
 
 
 @pytest.mark.parametrize("place", ["resident", "fetched"])
@@ -356,6 +391,32 @@ def test_extraction_with_prompts_to_measure_on(extraction_inputs, operation_cloc
     assert 0 < without["answers"]["seconds"] < both["answers"]["seconds"]
 
 
+def test_new_prompts_for_a_vector(extraction_inputs, monkeypatch, operation_clock, capsys):
+    """No difference and no selection; without further prompts there are the targets alone."""
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
+    words = ["--degraded_model", "degraded", "--harmful_data", "harmful.jsonl"]
+    words += ["--benign_data", "benign.jsonl", "--selection", "magnitude"]
+    made = ["--aligned_model", "aligned", "--output_dir", "old"]
+    assert main(["extract", *made, *words]) == 0
+    size = sum(file["bytes"] for file in SafetyVector.from_pretrained("old").files.values())
+
+    def costs(*further):
+        command = ["--aligned_model", "aligned", "--vector", "old", "--output_dir", "new"]
+        command += ["--max_new_tokens", "4", "--json", "costs.json", *further]
+        assert main(["estimate", "extract", *command]) == 0
+        return json.loads(Path("costs.json").read_text())
+
+    targets = costs()
+    assert set(targets) == {"answers", "save"} and targets["save"]["disk"] == size
+    Path("further.jsonl").write_text(json.dumps({"prompt": "say how one forbids a bell"}) + "\n")
+    both = costs("--harmful_data", "further.jsonl")
+    assert 0 < targets["answers"]["seconds"] < both["answers"]["seconds"]
+    with pytest.raises(SystemExit):
+        main(["estimate", "extract", *made, *words, "--vector", "old"])
+    assert "`degraded_model` is set and so is `vector`" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
 def test_training_recipe(tokenizer, tmp_path, monkeypatch):
     """A recipe's safety step, with the shots from its own training data; two sharing processes take
     less each.
@@ -424,6 +485,16 @@ def test_the_disk_follows_the_data_type_that_is_asked(
             costs = {"save": estimation_of_safeguard._saving(run, settings)}
         sizes.append(costs["save"].disk)
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
+
+
+def test_a_machine_too_busy_to_start_a_process_is_said(monkeypatch):
+    def slow(*arguments, **options):
+        raise stored_merge.subprocess.TimeoutExpired("python", 120)
+
+    stored_merge._bytes_of_merging_process.cache_clear()
+    monkeypatch.setattr(stored_merge.subprocess, "run", slow)
+    with pytest.raises(SafeGeneError, match="again when the machine is less busy"):
+        stored_merge._bytes_of_merging_process()
 
 
 def test_bad_use(capsys):

@@ -95,6 +95,21 @@ def test_prompts_that_all_repeat_others_are_refused(options):
         made(options)
 
 
+def test_a_prompt_that_is_there_twice_is_asked_once(options):
+    for name, prompts in (("harmful_data", HARMFUL), ("benign_data", BENIGN)):
+        add(options[name], *prompts, *prompts)
+    asked = ExtractionPrompts.read(ExtractionConfig(**options)).to_answer()
+    assert [sorted(own) for own in asked] == [sorted(HARMFUL), sorted(BENIGN)]
+
+
+@pytest.mark.parametrize("name", ["harmful_data", "benign_data", "test_benign_data"])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_prompt_is_refused_with_its_file(text, name, options):
+    add(options[name], text)
+    with pytest.raises(CalibrationDataError, match=r"A prompt of .*\.jsonl is empty: remove"):
+        made(options)
+
+
 @pytest.mark.parametrize("missing", ["test_harmful_data", "test_benign_data"])
 def test_one_kind_alone_is_refused(missing, options):
     del options[missing]

@@ -246,13 +246,20 @@ def test_bounds_are_kept():
     assert all(0.1 <= value <= 0.2 for value in result.coefficients.values())
 
 
-def test_diverged_model_is_an_error():
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.float32, "^The fine-tune has diverged"),
+        (torch.float16, "may be too large for float16, so load it in bfloat16 or float32"),
+    ],
+)
+def test_diverged_model_is_an_error(dtype, said):
     model = make_model()
     deltas = make_deltas(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
-    with pytest.raises(RecalibrationError, match="has diverged"):
-        run(model, deltas)
+    with pytest.raises(RecalibrationError, match=said):
+        run(model.to(dtype), deltas)
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -3,11 +3,22 @@
 import pytest
 
 from safegene_trl import SafeGeneConfig
-from safegene_trl.errors import CalibrationDataError
+from safegene_trl.errors import CalibrationDataError, VectorError
 from safegene_trl.step import apply_with_search
 from safegene_trl.step.apply import apply
 
 
+@pytest.fixture
+def unloaded(monkeypatch):
+    """No model is loaded in the test."""
+
+    def loaded(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(apply_with_search, "load_placed", loaded)
+
+
+@pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
     ("group", "key"),
     [
@@ -18,12 +29,8 @@ from safegene_trl.step.apply import apply
     ],
 )
 def test_a_data_file_that_is_not_there_is_named_before_the_model_is_loaded(
-    group, key, vector_dir, model_dir, task_file, tmp_path, monkeypatch
+    group, key, vector_dir, model_dir, task_file, tmp_path
 ):
-    def loaded(*arguments):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(apply_with_search, "load_placed", loaded)
     groups = {
         "data": {"task_data": str(task_file)},
         "output": {"output_dir": str(tmp_path / "out")},
@@ -31,4 +38,17 @@ def test_a_data_file_that_is_not_there_is_named_before_the_model_is_loaded(
     groups.setdefault(group, {})[key] = str(tmp_path / "nowhere.jsonl")
     config = SafeGeneConfig(vector=str(vector_dir), **groups)
     with pytest.raises(CalibrationDataError, match=r"nowhere\.jsonl is not there: check its path"):
+        apply(config, model_dir)
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_vector_that_is_not_there_is_named_before_the_model_is_loaded(
+    model_dir, task_file, tmp_path
+):
+    config = SafeGeneConfig(
+        vector=str(tmp_path / "nowhere"),
+        data={"task_data": str(task_file)},
+        output={"output_dir": str(tmp_path / "out")},
+    )
+    with pytest.raises(VectorError, match="nowhere"):
         apply(config, model_dir)
