@@ -9,6 +9,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.errors import CalibrationDataError, ConfigError
 from safegene_trl.extraction import pipeline
 from safegene_trl.extraction.prompts import ExtractionPrompts
+from safegene_trl.provenance import sha256_of_json
 
 from ..conftest import BENIGN, HARMFUL
 
@@ -146,3 +147,27 @@ def test_border_prompts_are_stored_and_no_benign_answers(options, monkeypatch, c
     assert main(["inspect", options["output_dir"]]) == 0
     assert f"{len(BENIGN)} benign prompts with answers, 1 with refusals" in capsys.readouterr().out
     assert "1 benign prompts that the aligned model refuses" in str(vector.generate_model_card())
+
+
+@pytest.mark.parametrize("kind", ["to answer", "to measure on"])
+def test_few_prompts_are_of_every_category(kind, tmp_path):
+    """However many more of one there are."""
+    sources = {}
+    for name in ("harmful", "benign", "test_harmful", "test_benign"):
+        rows = [
+            {
+                "prompt": f"{sha256_of_json([name, subject, i])} of {subject}",  # none near another
+                "category": subject,
+            }
+            for subject, count in (("arson", 90), ("fraud", 3), ("theft", 3))
+            for i in range(count)
+        ]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources[f"{name}_data"] = str(file)
+    config = ExtractionConfig(**sources, num_safety_prompts=6, num_test_prompts=6)
+    found = ExtractionPrompts.read(config)
+    chosen = found.to_answer()[0] if kind == "to answer" else found.tests["harmful"]
+    assert len(chosen) == 6
+    for subject in ("arson", "fraud", "theft"):
+        assert sum(text.endswith(subject) for text in chosen) == 2, chosen
