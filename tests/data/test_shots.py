@@ -151,6 +151,9 @@ def test_verdicts_in_another_chat_template_are_not_known(tokenizer):
         for own, known in ((tokenizer, True), (other, False)):
             shots = measured_on(own, vector, num_safety_shots=4, num_benign_shots=4)
             assert all((None not in each) == known for each in shots.unseen.verdicts.values())
+    assert any("in another chat template" in said for said in shots.warnings)
+    shots = measured_on(tokenizer, vector)
+    assert not any("in another chat template" in said for said in shots.warnings)
 
 
 def test_verdicts_of_vectors_whose_prompts_were_written_in_unlike_ways_are_not_known():
