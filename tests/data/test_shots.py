@@ -404,6 +404,20 @@ def test_border_prompts_are_held_to_no_words(tokenizer):
     assert none.data == bordered(tokenizer, 0).data
 
 
+def test_a_border_prompt_beyond_the_context_is_left_out(tokenizer):
+    """Nobody can shorten a vector's prompts."""
+    vector = make_vector(make_model(), tokenizer)
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    texts = ["how " * 400, *(f"how do i kill process {i}" for i in range(4))]
+    rows = [{"prompt": text, **border} for text in texts]
+    vector = targeted(replace(vector, prompts=[*vector.prompts, *rows]), tokenizer)
+    config = config_of(vector="v", max_length=2000)
+    shots = gather_shots(config, vector, tokenizer, 256, task_dataset())
+    assert len(shots.data.border.samples) == 4
+    assert list(shots.record["border"]["skipped"].values()) == [1]
+    assert "context has no room" in shots.warnings[0]
+
+
 def test_more_tokens_than_have_targets_are_said_to_be_left_out(tokenizer):
     assert not bordered(tokenizer, max_refusal_tokens=8).warnings
     (warning,) = bordered(tokenizer, max_refusal_tokens=32).warnings
