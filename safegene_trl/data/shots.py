@@ -30,6 +30,7 @@ from .unseen import GatePrompts, Unseen, skips
 NO_TARGETS = "no soft targets that are those of their refusals in the prompts here"
 BEYOND = "tokens that the fine-tune's vocabulary lacks"
 NO_ROOM = "prompts that leave `data.max_length` no room for the refusal"
+BEYOND_CONTEXT = "prompts that the model's context has no room for"
 NO_RESPONSE = "no response"
 TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
 
@@ -247,16 +248,17 @@ def _border_shots(
     if not shipped or not wanted:
         return None, {}
     found = read(drawn(shipped, wanted, config.seed), len(shipped), "border prompts")
-    check_context(found.samples, context, found.what)
     cut = [
         shortened(sample, config.data.max_length, config.data.max_refusal_tokens)
         for sample in found.samples
         if sample.soft is not None
     ]
-    usable = [sample for sample in cut if sample is not None]
+    left = [sample for sample in cut if sample is not None]
+    usable = [s for s in left if context is None or len(s.input_ids) <= context]
     for reason, count in (
         (NO_TARGETS, len(found.samples) - len(cut)),
-        (NO_ROOM, len(cut) - len(usable)),
+        (NO_ROOM, len(cut) - len(left)),
+        (BEYOND_CONTEXT, len(left) - len(usable)),
     ):
         if count:
             found.skipped[reason] = count

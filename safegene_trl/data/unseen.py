@@ -93,8 +93,13 @@ class GatePrompts:
     @property
     def warnings(self) -> list[str]:
         """A sentence where the vector's prompts are measured on, and its verdicts on them are of
-        answers of another length.
+        answers of another length, or to prompts that were written otherwise.
         """
+        if self._shipped and not self._same_prompts:
+            return [
+                "The aligned model was asked the vector's prompts to measure on in another chat template, or with other arguments for "
+                "it, so that nothing is measured against it: write prompts as the vector was made with, or make it again."
+            ]
         if not self._shipped or self._same_lengths:
             return []
         asked, thought = (self._asked[f"max_{what}_tokens"] for what in ("new", "reasoning"))

@@ -151,6 +151,9 @@ def test_verdicts_in_another_chat_template_are_not_known(tokenizer):
         for own, known in ((tokenizer, True), (other, False)):
             shots = measured_on(own, vector, num_safety_shots=4, num_benign_shots=4)
             assert all((None not in each) == known for each in shots.unseen.verdicts.values())
+    assert any("in another chat template" in said for said in shots.warnings)
+    shots = measured_on(tokenizer, vector)
+    assert not any("in another chat template" in said for said in shots.warnings)
 
 
 def test_verdicts_of_vectors_whose_prompts_were_written_in_unlike_ways_are_not_known():
@@ -399,6 +402,20 @@ def test_border_prompts_are_held_to_no_words(tokenizer):
     none = bordered(tokenizer, 4, unlike=unlike)
     assert none.record["border"]["fit"] == none.record["border"]["held_out"] == 0
     assert none.data == bordered(tokenizer, 0).data
+
+
+def test_a_border_prompt_beyond_the_context_is_left_out(tokenizer):
+    """Nobody can shorten a vector's prompts."""
+    vector = make_vector(make_model(), tokenizer)
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    texts = ["how " * 400, *(f"how do i kill process {i}" for i in range(4))]
+    rows = [{"prompt": text, **border} for text in texts]
+    vector = targeted(replace(vector, prompts=[*vector.prompts, *rows]), tokenizer)
+    config = config_of(vector="v", max_length=2000)
+    shots = gather_shots(config, vector, tokenizer, 256, task_dataset())
+    assert len(shots.data.border.samples) == 4
+    assert list(shots.record["border"]["skipped"].values()) == [1]
+    assert "context has no room" in shots.warnings[0]
 
 
 def test_more_tokens_than_have_targets_are_said_to_be_left_out(tokenizer):
