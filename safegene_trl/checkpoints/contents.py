@@ -15,6 +15,7 @@ from ..errors import OutputError
 MARKER = "safegene_report.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAFEGUARDED = "safegene"  # in the header of an adapter's weights: a vector is folded into them
+TOUCH_UP = "touch_up/safegene_touch_up.safetensors"  # what was learned beside the vector
 TRAINER_STATE = "trainer_state.json"  # in a checkpoint of a `Trainer`
 # what a fleet's folder holds beside its checkpoints
 FLEET_STATE, FLEET_WORKSHOP = "fleet.json", "fleet"
@@ -47,7 +48,9 @@ class FolderKind:
 
 CHECKPOINT = FolderKind(
     MARKER,
-    re.compile(f"{_EVIDENCE}|(adapter/)?({_WEIGHTS}|{_CONFIGS}|{_TOKENIZER}|README\\.md)"),
+    re.compile(
+        f"{_EVIDENCE}|{re.escape(TOUCH_UP)}|(adapter/)?({_WEIGHTS}|{_CONFIGS}|{_TOKENIZER}|README\\.md)"
+    ),
     recorded=True,
 )
 VECTOR = FolderKind(

@@ -14,6 +14,7 @@ from .validation import (
 
 
 Granularity = Literal["layer", "module", "rank"]  # from coarse to fine
+Repair = Literal["vector", "vector+touch-up"]  # from cheap to dear
 # of any coefficient, wherever it comes from; ten times the vector is far beyond use already
 LARGEST_COEFFICIENT = 100.0
 INTERFERENCE = "interference"  # EnchTable's rule, in the place of coefficients
@@ -52,6 +53,9 @@ class SearchConfig:
         sparsity_weight: γ, weight of Σλ in the objective.
         max_utility_loss: Largest KL divergence from the fine-tuned model accepted on held-out task
             samples, in nats per response token.
+        repair: How far the repair goes. `vector` is the vector alone. `vector+touch-up` trains a
+            low-rank touch-up beside it where the vector alone does not surely keep every limit of
+            the `gate`, or no limit is set. It takes several times as long as the search.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
@@ -68,6 +72,7 @@ class SearchConfig:
     utility_temperature: float = 2.0
     sparsity_weight: float = 0.0
     max_utility_loss: float = 0.1
+    repair: Repair = "vector"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "initial_coefficient": Rule(may_be_null=True),

@@ -93,8 +93,8 @@ class ExtractionConfig:
         benign_data: Benign prompts, look-alikes above all. With `vector` it may be left out.
         data_split: Split of all the data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
-        num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned
-            model refuses.
+        num_safety_prompts: Harmful prompts that the aligned model is asked, as many of every
+            category; those that it refuses are stored with the vector.
         num_benign_prompts: Benign prompts stored with the vector, at most, with the aligned model's
             answers, or with its refusals where it refuses them.
         test_harmful_data: Harmful prompts of another source to store for measuring, with what the
@@ -162,8 +162,8 @@ class ExtractionConfig:
     benign_data: str = ""
     data_split: str = "train"
     num_selection_prompts: int = 32
-    num_safety_prompts: int = 64
-    num_benign_prompts: int = 64
+    num_safety_prompts: int = 256
+    num_benign_prompts: int = 256
     test_harmful_data: str | None = None
     test_benign_data: str | None = None
     num_test_prompts: int = 128

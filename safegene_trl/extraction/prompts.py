@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.measure import MeasureConfig
-from ..data.prompts import Kind, Prompt, kept_apart, near_duplicates
+from ..data.prompts import Kind, Prompt, in_turn, kept_apart, near_duplicates
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
@@ -78,30 +78,34 @@ class ExtractionPrompts:
         """Prompts to measure on: drawn from those that are not near one that is used otherwise."""
         asked = [text for own in (*self.to_answer(), *self.to_select_by()) for text in own]
         used = [*self.stored, *asked]
-        texts = dict.fromkeys(_read_prompts(source, self.config.data_split))
+        texts = _read_prompts(source, self.config.data_split)
         prompts = [
             Prompt(Path(source).stem, kind, None, ({"role": "user", "content": text},))
             for text in texts
         ]
         left, repeated = kept_apart(prompts, used)
-        drawn: list[str] = draw(
-            [prompt.text for prompt in left], self.config.num_test_prompts, self.config.seed
+        self.tests[kind] = self._covering(
+            [prompt.text for prompt in left], self.config.num_test_prompts
         )
-        self.tests[kind], self.repeated[kind] = drawn, len(repeated)
+        self.repeated[kind] = len(repeated)
 
     def to_answer(self) -> tuple[list[str], list[str]]:
         """The harmful and benign prompts that the aligned model is asked."""
-        counts = self.config.num_safety_prompts, self.config.num_benign_prompts
-        return self._drawn(*counts)
+        return (
+            self._covering(self.harmful, self.config.num_safety_prompts),
+            self._covering(self.benign, self.config.num_benign_prompts),
+        )
 
     def to_select_by(self) -> tuple[list[str], list[str]]:
         """The harmful and benign prompts that layers are selected by."""
-        count = self.config.num_selection_prompts
-        return self._drawn(count, count)
+        count, seed = self.config.num_selection_prompts, self.config.seed
+        return draw(self.harmful, count, seed), draw(self.benign, count, seed)
 
-    def _drawn(self, harmful: int, benign: int) -> tuple[list[str], list[str]]:
-        seed = self.config.seed
-        return draw(self.harmful, harmful, seed), draw(self.benign, benign, seed)
+    def _covering(self, texts: Sequence[str], count: int) -> list[str]:
+        """Up to `count` of them in seeded order, in turn of the categories where they have any."""
+        if self.categories.keys().isdisjoint(texts):
+            return draw(texts, count, self.config.seed)
+        return in_turn(texts, count, self.config.seed, self.categories.get)
 
     def record(self, answers: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """What a vector says of the prompts that it was selected by, `answers` being stored with
@@ -180,16 +184,18 @@ def _unlike(texts: Sequence[str], stored: Sequence[str], measured: Sequence[str]
 
 
 def _read_prompts(source: str, split: str) -> list[str]:
-    """The prompts of a data set, each one user turn."""
+    """The prompts of a data set, each one user turn, and each once."""
     prompts = []
     for row in load_rows(source, split):
+        if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
+            raise CalibrationDataError(f"A prompt of {source} is empty: remove its row.")
         messages, _ = conversation(row)
         if [message["role"] for message in messages] != ["user"]:
             raise CalibrationDataError(
                 f"A prompt of {source} is not a single user turn: give single-turn prompts."
             )
         prompts.append(messages[0]["content"])
-    return prompts
+    return list(dict.fromkeys(prompts))
 
 
 def _read_categories(source: str, split: str) -> dict[str, str]:

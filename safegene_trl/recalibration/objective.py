@@ -19,7 +19,7 @@ the fine-tune is sure, and enough shifts of that kind tip those samples of which
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -184,14 +184,14 @@ class Objective:
         return sample_losses(model, self.jobs[index].batch, self.reference.get(index), temperature)
 
     @torch.no_grad()
-    def losses(self, model: nn.Module) -> Losses:
-        """The losses of the model as it is."""
+    def losses(self, model: nn.Module, temperature: float = 1.0) -> Losses:
+        """The losses of the model as it is; `temperature` is that of the task's divergence."""
         sums, places = self._rows(), self._places()
 
         def keep(index: int, found: torch.Tensor) -> None:
             sums[places[index]] = found.double().cpu()
 
-        self._share_out(len(self.jobs), lambda index: self.loss(model, index), keep)
+        self._share_out(len(self.jobs), lambda index: self.loss(model, index, temperature), keep)
         return self._means(self._by_term(self.sharding.sum(sums)))
 
     def gradients(
@@ -236,6 +236,42 @@ class Objective:
             for term in TERMS
         }
 
+    def gradient_by(
+        self, model: nn.Module, parameters: Sequence[torch.Tensor], weights: Mapping[str, float]
+    ) -> tuple[float, torch.Tensor]:
+        """The objective's value, and its gradient by all numbers of some tensors, one after another:
+        float32, on the CPU, the same on every rank.
+
+        Args:
+            model: The model, which they act on already.
+            parameters: The tensors, float32, all on this rank's device.
+            weights: Of the terms.
+        """
+        of_samples = {term: weights[term] * self.weights[term] for term in TERMS}
+        # what goes backward is no smaller than one sample's own loss: float16 would lose it
+        largest = max(of_samples.values())
+        total, value = [torch.zeros_like(each) for each in parameters], torch.zeros(1)
+
+        def work(index: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+            losses = self.loss(model, index, self.temperature)
+            shares = [of_samples[term] / largest for term in self.jobs[index].terms]
+            loss = (losses * torch.tensor(shares, device=losses.device)).sum()
+            if not loss.requires_grad:  # no sample was sent to any of their modules
+                return loss, total[:0]
+            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            return loss.detach(), found
+
+        def keep(index: int, found: tuple[torch.Tensor, Sequence[torch.Tensor]]) -> None:
+            value.add_(found[0].float().cpu())
+            for whole, own in zip(total, found[1], strict=False):
+                whole.add_(own)
+
+        with self._recomputing():
+            self._share_out(len(self.jobs), work, keep)
+        parts = [value.to(self.sharding.device), *(each.flatten() for each in total)]
+        summed = self.sharding.sum(torch.cat(parts)) * largest
+        return float(summed[0]), summed[1:]
+
     def _rows(self, *width: int) -> torch.Tensor:
         """Zeros for every sample."""
         count = sum(len(job.terms) for job in self.jobs)
@@ -256,6 +292,15 @@ class Objective:
         )
 
 
+def term_weights(config: SafeGeneConfig) -> dict[str, float]:
+    """Of the objective's terms."""
+    return {
+        "safety": 1.0,
+        "benign": config.search.benign_weight,
+        "utility": config.search.utility_weight,
+    }
+
+
 def evaluate_objective(
     model: nn.Module,
     fit: Objective,
@@ -272,11 +317,7 @@ def evaluate_objective(
     line to that minimum while `k_i` is quadratic.
     """
     losses, terms = fit.gradients(model, attach, point)
-    weights = {
-        "safety": 1.0,
-        "benign": config.search.benign_weight,
-        "utility": config.search.utility_weight,
-    }
+    weights = term_weights(config)
     value = sum(weights[term] * loss for term, loss in losses.to_dict().items())
     value += config.search.sparsity_weight * float(point.sum())
     gradient, matrix = np.full(len(point), config.search.sparsity_weight), []

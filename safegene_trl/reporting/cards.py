@@ -93,7 +93,22 @@ def _what_was_done(report: Mapping[str, Any]) -> str:
 named {markdown(vector["name"])} ({markdown(vector["aligned_model"]["name"])}), by [safegene-trl](https://arxiv.org/abs/2606.06519): low-rank weight deltas, with one learned
 coefficient per {"rank-one part" if granularity == "rank" else markdown(granularity)}, {purpose} it refusals back which the fine-tune had weakened.
 
-Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}{_on_what(report)}"""
+Outcome: **{markdown(verdict(report))}**. {markdown(decision["reason"])}{_touched_up(report)}{_on_what(report)}"""
+
+
+def _touched_up(report: Mapping[str, Any]) -> str:
+    """What else its weights hold: a touch-up of this release, and of earlier ones."""
+    repair, earlier = report.get("repair", {}), report["base"].get("touch_ups", [])
+    said = []
+    if repair.get("rung", "vector") != "vector":
+        learned = repair["touch_up"]
+        said.append(
+            f"Beside the vector its weights hold a low-rank touch-up of rank {learned['rank']}, learned from the same few samples "
+            f"(`safegene_touch_up.safetensors`, SHA-256 {code(learned['sha256'])})."
+        )
+    if earlier:
+        said.append(f"They hold what was learned so for earlier releases, too ({len(earlier)}).")
+    return f"\n\n{' '.join(said)}" if said else ""
 
 
 def _on_what(report: Mapping[str, Any]) -> str:

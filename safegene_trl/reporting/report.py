@@ -45,6 +45,7 @@ class Report:
         search: How the search's passes were made: size of the batches, and what stayed in memory
             between them.
         untouched: Names of coefficients that no sample reached.
+        repair: How far the repair went, and why; None where no touch-up was asked for.
         measured: Answers and accuracy before and after (see `metrics.METRICS`).
         decision: Outcome and reason.
         shipped: How the shipped weights differ from what was intended and from what was measured.
@@ -68,6 +69,7 @@ class Report:
     history: list[dict[str, Any]] | None = None
     search: dict[str, Any] | None = None
     untouched: list[str] | None = None
+    repair: dict[str, Any] | None = None
     measured: dict[str, Any] | None = None
     decision: dict[str, Any] | None = None
     shipped: dict[str, Any] | None = None

@@ -25,6 +25,8 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(
             f"held-out safety loss {was} → {now} nats, task divergence {after['utility']:.4f} nats"
         )
+    if repair := report.get("repair"):
+        lines.append(f"repair by {printable(repair['rung'])}: {printable(repair['reason'])}")
     measured = report.get("measured", {})
     for metric in METRICS.values():
         if (after := metric.measured(measured)) is None:

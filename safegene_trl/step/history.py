@@ -56,6 +56,7 @@ def release_of(report: dict[str, Any], output: Path) -> Release:
         "after": measured.get("after"),
         "utility_loss": measured.get("utility_loss"),
         **{metric.key: measured[metric.key] for metric in differences() if metric.key in measured},
+        **({"repair": report["repair"]["rung"]} if "repair" in report else {}),
         "report": sha256_of_json(report),
     }
 

@@ -2,7 +2,9 @@
 
 A safeguarded checkpoint's `config.json` names its vector and coefficients, and a fine-tune of it
 inherits that entry. Such a fine-tune is *re-based*: its coefficients stay those of the whole
-vector, bounds included, and only their change is added.
+vector, bounds included, and only their change is added. A touch-up that was released with a vector
+is named there too and stays: it is a part of the weights that the fine-tune started from, and
+nothing of it is ever taken out.
 
 The entry is a claim, and −V removes refusals. So it is held against what is known of the earlier
 release: the report beside the checkpoint that the fine-tune started from, the report that
@@ -13,7 +15,7 @@ may never have been put in.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "safegene"
 Coefficients = dict[str, float]
+TouchUpMark = dict[str, Any]  # `rank`, and `sha256` of the factors' file
 # Coefficients pass through float32 (2⁻²⁴ of their size) and JSON: taking the same ones again gives
 # changes of about 1e-7 times them.
 ROUNDING = 1e-5
@@ -56,11 +59,17 @@ class Carried(dict[str, float]):
     Attributes:
         source: What confirms them, e.g. the report beside the checkpoint; None where nothing does,
             or nothing is carried.
+        touch_ups: What the weights say that they hold of touch-ups, the oldest first.
     """
 
-    def __init__(self, coefficients: Mapping[str, float], source: str | None = None):
+    def __init__(
+        self,
+        coefficients: Mapping[str, float],
+        source: str | None = None,
+        touch_ups: Sequence[TouchUpMark] = (),
+    ):
         super().__init__(coefficients)
-        self.source = source
+        self.source, self.touch_ups = source, list(touch_ups)
 
     @property
     def verified(self) -> bool | None:
@@ -97,12 +106,17 @@ class _Evidence:
     coefficients: Coefficients
 
 
-def mark(vector: SafetyVector, coefficients: Mapping[str, float]) -> dict[str, Any]:
+def mark(
+    vector: SafetyVector,
+    coefficients: Mapping[str, float],
+    touch_ups: Sequence[TouchUpMark] = (),
+) -> dict[str, Any]:
     """What goes into the `config.json` of a checkpoint that holds the vector with these
-    coefficients.
+    coefficients, and touch-ups, the oldest first.
     """
     entry = {"vector": vector_id(vector), "coefficients": dict(coefficients)}
-    return {CONFIG_KEY: entry | {"sha256": sha256_of_json(entry)}}
+    entry |= {"sha256": sha256_of_json(entry)}  # as it was before there were touch-ups
+    return {CONFIG_KEY: entry | ({"touch_ups": list(touch_ups)} if touch_ups else {})}
 
 
 def vector_id(vector: SafetyVector) -> str | None:
@@ -142,7 +156,7 @@ def carried_coefficients(
     entry = _entry(model)
     if entry is None:
         return Carried(dict.fromkeys(space.names, 0.0))
-    claimed = _claimed(entry, vector)
+    claimed, touch_ups = _claimed(entry, vector), _claimed_touch_ups(entry)
     fitting = space.refined(claimed)
     if fitting is None:
         raise FamilyError(
@@ -167,7 +181,7 @@ def carried_coefficients(
                 f"The model's config.json and {evidence.source} do not say the same about the vector in its weights"
                 f"{f' (`{difference}`)' if difference else ''}: fine-tune the checkpoint as it was released."
             )
-    return Carried(fitting, source)
+    return Carried(fitting, source, touch_ups)
 
 
 def check_verified(carried: Carried) -> None:
@@ -228,6 +242,22 @@ def _claimed(entry: Any, vector: SafetyVector) -> Coefficients:
     return canonical(found)
 
 
+def _claimed_touch_ups(entry: Mapping[str, Any]) -> list[TouchUpMark]:
+    """The touch-ups in an entry of a `config.json`; an older one has none."""
+    found = entry.get("touch_ups", [])
+    sound = isinstance(found, list) and all(
+        isinstance(each, dict)
+        and each.keys() == {"rank", "sha256"}
+        and type(each["rank"]) is int
+        and isinstance(each["sha256"], str)
+        and len(each["sha256"]) == 64
+        for each in found
+    )
+    if not sound:
+        raise _damaged()
+    return list(found)
+
+
 def canonical(coefficients: Mapping[str, float]) -> Coefficients:
     """Their names as they are today: earlier versions kept the wrapper's part of a module's name."""
     return {without_wrapper(name): value for name, value in coefficients.items()}
@@ -262,7 +292,7 @@ def _evidence(
     """What is known of earlier releases, the nearest first."""
     report = None if base_name is None else _report_beside(base_name, base_revision)
     if report is not None:
-        yield _Evidence(f"{_BESIDE} {base_name}", *_report_content(report))
+        yield _Evidence(f"{_BESIDE} {base_name}", *_report_content(report)[:2])
     if config is not None and config.search.warm_start is not None:
         yield _Evidence(
             f"the report {config.search.warm_start}",
@@ -324,8 +354,8 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
     Raises:
         ConfigError: There is no such report, or it is about another vector.
     """
-    path = Path(given) / MARKER if Path(given).is_dir() else Path(given)
-    weights, found = _report_content(path)
+    path = _report_path(given)
+    weights, found, _ = _report_content(path)
     if weights != vector_id(vector):
         raise ConfigError(
             f"{path} is about another safety vector: coefficients mean nothing beside another vector."
@@ -333,8 +363,23 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
     return found
 
 
-def _report_content(path: Path) -> tuple[str | None, Coefficients]:
-    """The vector's id and the coefficients in a report.
+def check_coefficients_are_all(given: str) -> None:
+    """Raises `ConfigError` for the report of a release that its coefficients alone do not make."""
+    path = _report_path(given)
+    if _report_content(path)[2]:
+        raise ConfigError(
+            f"{path} is of a release with a touch-up, which its coefficients alone do not make: leave out `coefficients` and name "
+            "it as `search.warm_start`, with `search.repair: vector+touch-up` if a touch-up is to be learned again."
+        )
+
+
+def _report_path(given: str) -> Path:
+    return Path(given) / MARKER if Path(given).is_dir() else Path(given)
+
+
+def _report_content(path: Path) -> tuple[str | None, Coefficients, bool]:
+    """The vector's id and the coefficients in a report, and whether something was learned beside
+    them.
 
     Raises:
         ConfigError: It is none, or a coefficient is no finite number from 0 to the largest that
@@ -344,6 +389,7 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients]:
         report = json.loads(path.read_text(encoding="utf-8"))
         found = dict(report["coefficients"].items())
         weights = report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256")
+        touched_up = report.get("repair", {"rung": "vector"})["rung"] != "vector"
     except OSError as error:
         raise ConfigError(
             f"{path} is no readable report of a safety step: name a {MARKER} or its folder."
@@ -358,4 +404,4 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients]:
                 f"The coefficient of `{name}` in {path} is {value!r}: it must be a number from 0 to {LARGEST_COEFFICIENT:g}; name "
                 "another report."
             )
-    return weights, canonical(found)
+    return weights, canonical(found), touched_up

@@ -20,19 +20,24 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..checkpoints.adapter_output import save_adapter
+from ..checkpoints.contents import TOUCH_UP
 from ..checkpoints.live_merge import check_ranges, save_merged
 from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.reloaded import can_reload, reloaded
+from ..checkpoints.write_errors import writing
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.batch_size import halving
 from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
+from ..models.low_rank import LowRankDelta
 from ..models.replacement import without_adapters
+from ..recalibration.objective import Losses
 from ..recalibration.search import Recalibration, recalibrate
+from ..recalibration.touch_up import RANK, STEPS, TouchUp, train_touch_up
 from .decision import decide, independent_prompts, unfinished, unjudged
 from .finished_training import FinishedTraining, check_finished
 from .measurement import Measurement
-from .plan import Found
+from .plan import Found, LearnedTouchUp
 from .preparation import Preparation
 from .probe import (
     ADAPTER_TOLERANCE,
@@ -44,6 +49,17 @@ from .probe import (
 )
 from .quantized_step import MergedIntoBase
 from .read_back import as_written, with_adapter
+from .repair import (
+    BOTH,
+    TOUCHED_UP,
+    Rung,
+    file_content,
+    is_worse,
+    record_of,
+    suffices,
+    with_touch_up,
+    words_of,
+)
 from .run import run
 from .shipped_weights import ShippedWeights, TriedRounding, beside_weights, merged_weights
 
@@ -93,6 +109,7 @@ class LiveFineTune:
         self._on_base: MergedIntoBase | None = None  # on rank 0, once it is written
         self._rounding = TriedRounding()
         self._weights = ShippedWeights(self._shipped)
+        self._measurement: Measurement | None = None
         self._probe = Probe(
             self.shots.data.harmful.held_out, padding_id(self.plan.tokenizer), self.sharding
         )
@@ -126,23 +143,19 @@ class LiveFineTune:
                 "before": result.held_out_before.to_dict(),
                 "after": result.held_out_after.to_dict(),
             }
-            by_module = self._lacking(result.coefficients)
-            with plan.clock.phase("measure"):
-                report.measured = self._measured(result, by_module)
-        gate, independent = (
-            plan.config.gate,
-            independent_prompts(plan.config.gate, self.shots.record["unseen"]),
-        )
-        decision = decide(
-            gate, result.accepted, result.scale, result.reason, report.measured, independent
-        )
+            rung, learned = self._climbed(result)
+        decision, self._probe.measured = rung.decision, rung.logits
+        report.measured = rung.measured
+        report.held_out["after"] = rung.held_out.to_dict()
+        if rung.rounding is not None:
+            report.shipped = {"rounding": rung.rounding}
         for unseen in filter(None, (unfinished(report.measured), unjudged(report.measured))):
             report.warnings.append(unseen)
             if self.sharding.is_main:
                 logger.warning("%s", unseen)
-        if not result.accepted and decision.outcome != "rejected":  # nothing was changed
+        if not rung.taken and decision.outcome != "rejected":  # nothing was changed
             report.held_out["after"] = report.held_out["before"]
-        return Found(result.coefficients, decision, by_module, result.scale)
+        return Found(result.coefficients, decision, rung.added, result.scale, learned)
 
     def _recalibrate(self) -> Recalibration:
         config = self.plan.config
@@ -166,9 +179,84 @@ class LiveFineTune:
                     self.shipped_with,
                 )
 
-    def _lacking(self, coefficients: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    def _climbed(self, result: Recalibration) -> tuple[Rung, LearnedTouchUp | None]:
+        """The vector's rung, or the one above it where that is asked for, needed and better."""
+        added = self._lacking(result.coefficients)
+        rung = self._rung(result, added, result.accepted, result.held_out_after)
+        if self.plan.config.search.repair != BOTH:
+            return rung, None
+        if suffices(self.plan.config.gate, rung.decision):
+            self._say_repair("vector", "The vector alone keeps every limit of the gate for sure.")
+            return rung, None
+        found, added = self._touch_up(result, rung)
+        seconds = self.plan.clock.phases["touch_up"]["seconds"]
+        record = record_of(found, rung.held_out, seconds)
+        if not found.accepted or found.held_out is None:
+            self._say_repair("vector", f"No touch-up is taken: {found.reason}.", record)
+            return rung, None
+        higher = self._rung(result, added, True, found.held_out)
+        if is_worse(higher.decision, rung.decision):
+            why = (
+                f"No touch-up is taken: the outcome with it is {words_of(higher.decision)}, and with the vector alone "
+                f"{words_of(rung.decision)}."
+            )
+            self._say_repair("vector", why, record)
+            return rung, None
+        learned = LearnedTouchUp(RANK, file_content(found.deltas))
+        why = f"The touch-up is taken: {found.reason}."
+        self._say_repair(BOTH, why, record | {"sha256": learned.mark["sha256"]})
+        return higher, learned
+
+    def _rung(
+        self, result: Recalibration, added: ScaledVector, taken: bool, held_out: Losses
+    ) -> Rung:
+        """What comes of adding something, measured and decided."""
+        plan, gate = self.plan, self.plan.config.gate
+        with plan.clock.phase("measure"):
+            plan.report.measured, rounding = self._measured(taken, added)
+        reason = result.reason if added.deltas is self.vector.deltas else TOUCHED_UP
+        independent = independent_prompts(gate, self.shots.record["unseen"])
+        decision = decide(gate, taken, result.scale, reason, plan.report.measured, independent)
+        measured, logits = plan.report.measured, self._probe.measured
+        return Rung(added, taken, held_out, measured, decision, rounding, logits)
+
+    def _say_repair(self, rung: str, why: str, record: dict[str, Any] | None = None) -> None:
+        trained = {} if record is None else {"touch_up": record}
+        self.plan.report.repair = {"rung": rung, "reason": why, **trained}
+        if self.sharding.is_main:
+            logger.info("%s", why)
+
+    def _touch_up(self, result: Recalibration, rung: Rung) -> tuple[TouchUp, ScaledVector]:
+        """Trains a touch-up beside the vector; what the weights then lack, together with the
+        vector.
+        """
+        self._weights.close()
+        added = rung.added
+
+        def ship(deltas: Mapping[str, LowRankDelta]) -> AbstractContextManager[None]:
+            nonlocal added
+            added = with_touch_up(rung.added, deltas) if deltas else rung.added
+            return self._weights.of(added)
+
+        hidden = not (self.show_progress and self.sharding.is_main)
+        with (
+            tqdm(total=STEPS, desc="Touching up", disable=hidden, leave=False) as bar,
+            self.plan.clock.phase("touch_up"),
+        ):
+            found = train_touch_up(
+                self.attachment,
+                self.shots.data,
+                self.plan.config,
+                padding_id(self.plan.tokenizer),
+                result,
+                ship,
+                bar.update,
+            )
+        return found, added
+
+    def _lacking(self, coefficients: Mapping[str, float]) -> ScaledVector:
         change = {name: value - self.plan.carried[name] for name, value in coefficients.items()}
-        return self.space.by_module(change)
+        return ScaledVector(self.vector.deltas, self.space.by_module(change))
 
     def shipped_with(self, values: np.ndarray) -> AbstractContextManager[None]:
         """While open, the model is the one that would be shipped with these coefficients, shape
@@ -176,47 +264,50 @@ class LiveFineTune:
         """
         return self._weights.of(self._lacking(self.space.named(values)))
 
-    def _shipped(self, by_module: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
+    def _shipped(self, added: ScaledVector) -> AbstractContextManager[None]:
         """While open, the model is the one that is shipped: merged, or with its adapter beside the
         weights; of a quantised base the latter in any case.
         """
         if self._merges_live:
-            vector = ScaledVector(self.vector.deltas, by_module)
             self._rounding = TriedRounding()
             types = self.plan.types
-            return merged_weights(self.model, vector, self.sharding, self._rounding, types)
-        return beside_weights(self.model, self.vector.deltas, by_module, self.sharding)
+            return merged_weights(self.model, added, self.sharding, self._rounding, types)
+        return beside_weights(self.model, added, self.sharding)
 
     def _measured(
-        self, result: Recalibration, by_module: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any] | None:
+        self, taken: bool, added: ScaledVector
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """What was measured with it, and what is left of it by the data types."""
         plan = self.plan
-        if not (result.accepted or plan.config.gate):  # it will be rejected
-            return None
+        if not (taken or plan.config.gate):  # it will be rejected
+            return None, None
 
         @contextmanager
         def shipped() -> Iterator[None]:
-            with self._weights.of(by_module):
+            with self._weights.of(added):
                 self._probe.measured = self._probe.logits(self.model)
                 yield
             self._weights.close()
 
-        measured = None
+        measured = rounding = None
         if any(self.shots.unseen.counts.values()):
-            measurement = Measurement(self.shots.unseen, plan.tokenizer, plan.config, self.sharding)
+            if self._measurement is None:
+                unseen = self.shots.unseen
+                self._measurement = Measurement(unseen, plan.tokenizer, plan.config, self.sharding)
             measured = halving(
-                measurement.at_once(self.model),
-                partial(measurement.measure, self.model, shipped),
+                self._measurement.at_once(self.model),
+                partial(self._measurement.measure, self.model, shipped),
                 self.sharding,
             )
         else:
             with frozen_for_calibration(self.model), shipped():
                 pass
-        if self._merges_live and any(bool(value.any()) for value in by_module.values()):
+        changes = map(torch.as_tensor, added.coefficients.values())
+        if self._merges_live and any(bool(value.any()) for value in changes):
             with self.sharding.raising_together():
                 if self.sharding.is_main:
-                    plan.report.shipped = {"rounding": self._rounding.check()}
-        return measured
+                    rounding = self._rounding.check()
+        return measured, rounding
 
     @property
     def _merges_live(self) -> bool:
@@ -225,10 +316,10 @@ class LiveFineTune:
 
     def write(self, folder: Path, found: Found) -> dict[str, str]:
         """Writes the merged checkpoint, the adapter, or both."""
-        plan, vector = self.plan, ScaledVector(self.vector.deltas, found.by_module)
+        plan, vector = self.plan, found.added
         digests: dict[str, str] = {}
         if plan.merges:
-            checkpoint = plan.merged_folder(folder, found.coefficients)
+            checkpoint = plan.merged_folder(folder, found)
             if self.quantized is None:
                 save_merged(self.model, vector, checkpoint, self.sharding, plan.types)
             else:
@@ -238,6 +329,11 @@ class LiveFineTune:
                             self.model, vector, checkpoint, self.show_progress
                         )
             digests = checkpoint.digests
+        with self.sharding.raising_together(), writing():
+            if self.sharding.is_main and found.touch_up is not None:
+                # servers take every safetensors file beside the weights for weights
+                (folder / TOUCH_UP).parent.mkdir()
+                (folder / TOUCH_UP).write_bytes(found.touch_up.content)
         if place := plan.adapter_place(folder):
             save_adapter(
                 self.model, vector, self.adapter_base, plan.processor, place, self.sharding

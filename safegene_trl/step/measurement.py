@@ -54,6 +54,7 @@ class Measurement:
         self._answering = unseen.answering
         self._new_tokens = config.measure.max_new_tokens + self._answering.max_reasoning_tokens
         self._tokens = prompt_tokens(tokenizer, messages, self._answering.style)
+        self._before: tuple[dict[str, list[str]], torch.Tensor] | None = None
 
     def at_once(self, model: nn.Module) -> int:
         """Collective: prompts, or task samples, that are measured in one forward pass."""
@@ -73,6 +74,7 @@ class Measurement:
         """Collective: measures the model as it is and with the vector on; it is left as it was.
 
         The side with the vector comes first: where it is on already, it need not be put on again.
+        The model as it is is measured once, however often it is called.
 
         Returns:
             `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign
@@ -96,7 +98,8 @@ class Measurement:
         with frozen_for_calibration(model):
             with with_vector():
                 after, right_after = one_side()
-            before, right_before = one_side()
+            self._before = self._before or one_side()
+        before, right_before = self._before
         found: dict[str, Any] = {
             "judge": "refusal_phrases",
             "languages": list(LANGUAGES),

@@ -19,6 +19,7 @@ from ..checkpoints.checkpoint_folder import CheckpointFolder
 from ..checkpoints.contents import CHECKPOINT
 from ..checkpoints.hub import check_hub
 from ..checkpoints.loading import stored_vocabulary
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.places import check_places
 from ..checkpoints.portable_files import written_template
 from ..checkpoints.preflight import check_output, check_writable
@@ -31,14 +32,21 @@ from ..errors import UnsupportedModelError
 from ..models.data_types import WrittenTypes
 from ..models.parameters import canonical_modules, vocabulary_rows
 from ..models.supported import check_adapter_layers, check_experts, check_untied
-from ..provenance import check_base, sha256_of_file, software_versions
+from ..provenance import check_base, sha256_of_bytes, sha256_of_file, software_versions
 from ..reporting.clock import PhaseClock
 from ..reporting.report import Report
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector
 from .decision import Decision
 from .history import base_warnings, history_warnings, read_history
-from .lineage import Carried, Coefficients, carried_coefficients, carries_vector, mark
+from .lineage import (
+    Carried,
+    Coefficients,
+    TouchUpMark,
+    carried_coefficients,
+    carries_vector,
+    mark,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -138,6 +146,8 @@ class Plan:
         )
         self.report.warnings += self.carried.warnings
         self.report.base["carried"] = self.carried.record
+        if self.carried.touch_ups:
+            self.report.base["touch_ups"] = self.carried.touch_ups
 
     def warn(self) -> None:
         """Says on rank 0 what is right but surprising, as far as it is known; the report has it too."""
@@ -154,10 +164,30 @@ class Plan:
         places = {"adapter": folder, "both": folder / "adapter"}
         return places.get(self.config.output.output_format)
 
-    def merged_folder(self, folder: Path, coefficients: Coefficients) -> CheckpointFolder:
-        """The full checkpoint that holds the whole vector with these coefficients."""
+    def merged_folder(self, folder: Path, found: "Found") -> CheckpointFolder:
+        """The full checkpoint that holds what was found, and what its weights held before."""
         size = self.config.output.max_shard_size
-        return CheckpointFolder(folder, self.processor, size, mark(self.vector, coefficients))
+        touch_ups = [*self.carried.touch_ups, *([found.touch_up.mark] if found.touch_up else [])]
+        says = mark(self.vector, found.coefficients, touch_ups)
+        return CheckpointFolder(folder, self.processor, size, says)
+
+
+@dataclass(frozen=True)
+class LearnedTouchUp:
+    """A touch-up that is released.
+
+    Attributes:
+        rank: Of its factors.
+        content: Its factors as a safetensors file.
+    """
+
+    rank: int
+    content: bytes
+
+    @cached_property
+    def mark(self) -> TouchUpMark:
+        """What `config.json` and the report say of it."""
+        return {"rank": self.rank, "sha256": sha256_of_bytes(self.content)}
 
 
 @dataclass
@@ -167,15 +197,16 @@ class Found:
     Attributes:
         coefficients: λ by name, of the whole vector.
         decision: What becomes of the fine-tune.
-        by_module: By module name, what the weights still lack of each of its r rank-one parts:
-            float32, `(r,)`.
+        added: What the weights still lack: of the vector, and of a touch-up.
         scale: Share (0–1) of what the search found that was kept.
+        touch_up: What was learned beside the vector; None where nothing was.
     """
 
     coefficients: Coefficients
     decision: Decision
-    by_module: dict[str, torch.Tensor]
+    added: ScaledVector
     scale: float = 1.0
+    touch_up: LearnedTouchUp | None = None
 
 
 class FineTune(Protocol):

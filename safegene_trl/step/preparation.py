@@ -42,6 +42,7 @@ from .lineage import Coefficients, canonical, check_verified, reported_coefficie
 from .plan import FINE_TUNE, InputModel, Origin, Plan, check_base_vocabulary, plan_step
 from .probe import MORE_THAN_WEIGHTS, RELOADED_TOLERANCE
 from .quantized_step import QuantizedStep, quantized_step
+from .repair import check_repair
 
 
 @dataclass
@@ -116,6 +117,7 @@ def prepare(
             if working:
                 quantized.check(model, plan)
     with plan.clock.phase("prepare"), sharding.raising_together():
+        check_repair(config, plan.vector.deltas)
         plan.find_carried(model, config.search.granularity)
         check_verified(plan.carried)
         context = context_length(model)

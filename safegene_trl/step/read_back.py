@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoints.adapter_output import read_adapter
 from ..checkpoints.live_merge import OWN_TYPES
+from ..checkpoints.merge_terms import ScaledVector
 from ..checkpoints.read_ahead import ReadAhead
 from ..checkpoints.tensor_file import stored_tensors
 from ..distributed.layouts import Sharding
@@ -113,5 +114,5 @@ def with_adapter(model: nn.Module, place: Path, sharding: Sharding) -> Iterator[
         deltas = read_adapter(place) if sharding.is_main else {}
     deltas = broadcast_deltas(deltas, sharding)
     ones = {name: torch.ones(delta.a.shape[0]) for name, delta in deltas.items()}
-    with without_adapters(model), beside_weights(model, deltas, ones, sharding):
+    with without_adapters(model), beside_weights(model, ScaledVector(deltas, ones), sharding):
         yield

@@ -2,7 +2,7 @@
 measured.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -17,39 +17,36 @@ from ..models.attachment import VectorAttachment
 from ..models.coefficients import CoefficientSpace
 from ..models.data_types import WrittenTypes
 from ..models.experts import factors_on
-from ..models.low_rank import LowRankDelta
 from ..models.names import shared_parameter
 from ..models.parameters import Parameter, canonical_parameters, trained_rows
 from ..models.replacement import replaced, without_adapters
 from ..models.rounding import Rounding
 
 
-ByModule = Mapping[str, torch.Tensor]  # coefficients of every module's rank-one parts
-
-
 class ShippedWeights:
-    """The weights that are shipped with some coefficients, in the live ones' place from one use to
+    """The weights that are shipped with something added, in the live ones' place from one use to
     the next.
 
     What is accepted is measured next: its weights are worked out once for both. They make way for
-    those of other coefficients, or when they are closed; after an error at once.
+    those with something else added, or when they are closed; after an error at once.
 
     Args:
-        put: Puts the weights of coefficients into the live ones' place for as long as it is open.
+        put: Puts the weights with what is added into the live ones' place for as long as it is
+            open.
     """
 
-    def __init__(self, put: Callable[[ByModule], AbstractContextManager[None]]):
+    def __init__(self, put: Callable[[ScaledVector], AbstractContextManager[None]]):
         self._put, self._held = put, ExitStack()
-        self._by_module: ByModule | None = None
+        self._added: ScaledVector | None = None
 
     @contextmanager
-    def of(self, by_module: ByModule) -> Iterator[None]:
-        """While open, and until they are closed, the weights are those of these coefficients."""
+    def of(self, added: ScaledVector) -> Iterator[None]:
+        """While open, and until they are closed, the weights are those with this added."""
         try:
-            if not self._are_of(by_module):
+            if not self._are_of(added):
                 self.close()
-                self._held.enter_context(self._put(by_module))
-                self._by_module = by_module
+                self._held.enter_context(self._put(added))
+                self._added = added
             yield
         except BaseException:
             self.close()
@@ -57,14 +54,15 @@ class ShippedWeights:
 
     def close(self) -> None:
         """Puts the live weights back."""
-        self._by_module = None
+        self._added = None
         self._held.close()
 
-    def _are_of(self, by_module: ByModule) -> bool:
-        held = self._by_module
-        return held is not None and all(
-            torch.equal(held[name], values) for name, values in by_module.items()
-        )
+    def _are_of(self, added: ScaledVector) -> bool:
+        held = self._added
+        if held is None or held.deltas is not added.deltas:
+            return False
+        pairs = zip(held.coefficients.values(), added.coefficients.values(), strict=True)
+        return all(torch.equal(*map(torch.as_tensor, pair)) for pair in pairs)
 
 
 class TriedRounding(Rounding):
@@ -131,25 +129,35 @@ def merged_weights(
 
 
 @contextmanager
-def beside_weights(
-    model: nn.Module, deltas: Mapping[str, LowRankDelta], by_module: ByModule, sharding: Sharding
-) -> Iterator[None]:
+def beside_weights(model: nn.Module, added: ScaledVector, sharding: Sharding) -> Iterator[None]:
     """While open, deltas act beside the weights, as an adapter does.
 
     Args:
         model: The live fine-tune.
-        deltas: By canonical module name.
-        by_module: The coefficients of every module's rank-one parts.
+        added: What acts, with a coefficient of every rank-one part.
         sharding: How the model is spread over ranks.
     """
-    rank = next(iter(deltas.values())).a.shape[0]
+    ranks = {name: delta.a.shape[0] for name, delta in added.deltas.items()}
+    with ExitStack() as attached:
+        for rank in sorted(set(ranks.values())):
+            own = {name: delta for name, delta in added.deltas.items() if ranks[name] == rank}
+            one = ScaledVector(own, added.coefficients)
+            attached.enter_context(_of_one_rank(model, one, rank, sharding))
+        yield
+
+
+def _of_one_rank(
+    model: nn.Module, added: ScaledVector, rank: int, sharding: Sharding
+) -> AbstractContextManager[None]:
+    deltas = added.deltas
     space = CoefficientSpace.of(deltas, [rank], "rank")
     # experts of one parameter share theirs
     by_name = {
         name: value
         for module, names in space.modules.items()
-        for name, value in zip(names, by_module[module].tolist(), strict=True)
+        for name, value in zip(
+            names, torch.as_tensor(added.coefficients[module]).tolist(), strict=True
+        )
     }
     values = space.values(by_name).to(sharding.device)
-    with VectorAttachment(model, deltas, space, sharding).applied(values):
-        yield
+    return VectorAttachment(model, deltas, space, sharding).applied(values)

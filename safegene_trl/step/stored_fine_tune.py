@@ -31,6 +31,7 @@ from .lineage import (
     ROUNDING,
     Carried,
     Coefficients,
+    check_coefficients_are_all,
     check_no_subtraction,
     reported_coefficients,
 )
@@ -112,14 +113,15 @@ class StoredFineTune:
             name: value - self.plan.carried[name] for name, value in self.coefficients.items()
         }
         decision = Decision("accepted", "The coefficients were given: nothing was measured.")
-        return Found(self.coefficients, decision, space.by_module(change))
+        added = ScaledVector(self.plan.vector.deltas, space.by_module(change))
+        return Found(self.coefficients, decision, added)
 
     def write(self, folder: Path, found: Found) -> dict[str, str]:
         """Writes the merged checkpoint, the adapter, or both."""
-        plan, vector = self.plan, ScaledVector(self.plan.vector.deltas, found.by_module)
+        plan, vector = self.plan, found.added
         digests: dict[str, str] = {}
         if plan.merges:
-            checkpoint = plan.merged_folder(folder, found.coefficients)
+            checkpoint = plan.merged_folder(folder, found)
             self._rounding = write_merged(self.stored, vector, checkpoint)
             digests = checkpoint.digests
             # not even by the float32 sum: else `write_merged` has refused it
@@ -175,6 +177,7 @@ def _given_coefficients(
         value = float(given)
     except ValueError:
         coefficients = reported_coefficients(given, vector)
+        check_coefficients_are_all(given)
     else:
         coefficients = dict.fromkeys(vector.space(granularity).names, value)
     for name, coefficient in coefficients.items():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from safegene_trl.estimation.planned_run import PlannedRun
 from safegene_trl.estimation.probe import Probe, _Allocations
 from safegene_trl.estimation.safeguard import estimate_safeguard
 from safegene_trl.models.attachment import VectorAttachment, recomputed_layers
+from safegene_trl.recalibration import touch_up
 from safegene_trl.recalibration.search import recalibrate
+from safegene_trl.recalibration.touch_up import train_touch_up
 from safegene_trl.step.live_fine_tune import safeguard
 from safegene_trl.step.plan import InputModel, Origin
 from safegene_trl.step.preparation import prepare
@@ -144,6 +147,36 @@ def test_work_is_what_the_step_does(
     assert sum(cost.seconds for cost in costs.values()) == pytest.approx(whole, rel=0.1)
     written = sum(path.stat().st_size for path in plan.target.glob("*.safetensors"))
     assert costs["save"].disk == pytest.approx(written, rel=0.01)
+
+
+def test_a_touch_up_is_counted(model, tokenizer, settings, operation_clock, monkeypatch):
+    """Its passes in operations, and the bytes that its tensors hold."""
+    settings.search.repair = "vector+touch-up"
+    vector = vector_for(model, tokenizer, settings, range(LAYERS // 2, LAYERS))
+    for module in (estimation_of_safeguard, touch_up):
+        monkeypatch.setattr(module, "STEPS", 16)
+    plan, probe = prepared(model, tokenizer, settings), Probe(model, "float32")
+    costs = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)
+    assert list(costs) == ["recalibrate", "touch_up", "measure", "save"]
+    settings.search.repair = "vector"
+    plain = estimate_safeguard(probe, settings, vector, tokenizer, plan.shots, ONE)
+    assert "touch_up" not in plain
+    assert costs["measure"].seconds == pytest.approx(plain["measure"].seconds * 1.5, rel=0.01)
+    space = vector.space(settings.search.granularity)
+    attachment = VectorAttachment(model, vector.deltas, space, ALONE)
+    found = recalibrate(attachment, plan.shots.data, settings, 0)
+
+    def train():
+        train_touch_up(
+            attachment, plan.shots.data, settings, 0, found, lambda deltas: nullcontext()
+        )
+
+    assert costs["touch_up"].seconds == pytest.approx(operations(train), rel=0.1)
+    with _Allocations() as allocations:
+        train()
+    held = sum(t.nbytes for delta in vector.deltas.values() for t in (delta.a, delta.b))
+    extra = costs["touch_up"].memory - probe.process - probe.weights - held
+    assert extra == pytest.approx(allocations.peak, rel=0.25)
 
 
 @pytest.mark.parametrize("place", ["resident", "fetched"])

@@ -7,6 +7,9 @@ from ..conftest import make_model, make_vector
 from .test_html import report_of
 
 
+FILE = "safegene_touch_up.safetensors"
+
+
 def report(**changes):
     return report_of(
         **{"config": {"output": {"output_format": "merged"}, "search": {"granularity": "layer"}}}
@@ -106,3 +109,13 @@ def test_names_in_the_card_of_a_vector_are_text(tokenizer):
     vector.aligned_model["name"] = vector.extraction["method"] = HOSTILE
     vector.selection["categories"] = {HOSTILE: {"asked": 8, "refused": 3}}
     check_inert(vector_card(vector), before)
+
+
+def test_a_touch_up_is_named_as_a_part_of_the_weights():
+    card = checkpoint_card(report(), "nightly").text
+    assert f"a low-rank touch-up of rank 8, learned from the same few samples (`{FILE}`" in card
+    assert "ab" * 32 in card and "earlier releases" not in card
+    found = report(repair={"rung": "vector", "reason": "enough"})
+    assert "touch-up" not in checkpoint_card(found, "nightly").text
+    found["base"] = found["base"] | {"touch_ups": [{"rank": 8, "sha256": "cd" * 32}]}
+    assert "learned so for earlier releases, too (1)" in checkpoint_card(found, "nightly").text

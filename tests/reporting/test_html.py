@@ -62,6 +62,25 @@ def report_of(outcome="accepted", **changes):
             "activations": "recomputed",
             "factors": {"place": "fetched", "mib": 12.5, "allowed_mib": 3.25},
         },
+        "repair": {
+            "rung": "vector+touch-up",
+            "reason": "The touch-up is taken: it is better.",
+            "touch_up": {
+                "accepted": True,
+                "reason": "it is better",
+                "rank": 8,
+                "modules": 6,
+                "steps": 48,
+                "every": 8,
+                "held_out_by_step": [
+                    {"step": 0, "objective": 1.2345},
+                    {"step": 8, "objective": 0.9876},
+                ],
+                "held_out": {"before": losses, "after": losses},
+                "seconds": 12.5,
+                "sha256": "ab" * 32,
+            },
+        },
         "measured": {
             "judge": "refusal_phrases",
             "decoding": "greedy",
@@ -183,6 +202,7 @@ def test_numbers_are_the_reports_and_nothing_is_loaded():
         "Before and after",
         "The gate",
         "Held-out losses",
+        "The repair",
         "Refusals by category",
         "Coefficients",
         "The model line",

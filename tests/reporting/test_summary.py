@@ -30,3 +30,10 @@ def test_losses_that_differ_are_written_differently():
         report(0.00412, 0.00409)
     )
     assert "held-out safety loss 3.100 → 0.412 nats" in summary(report(3.1, 0.412))
+
+
+def test_how_far_the_repair_went_has_a_line_where_more_was_asked_for():
+    repair = {"rung": "vector", "reason": "No touch-up is taken: it is too dear."}
+    said = summary(report(1, 2) | {"repair": repair})
+    assert "repair by vector: No touch-up is taken: it is too dear." in said
+    assert "repair" not in summary(report(1, 2))

@@ -95,11 +95,11 @@ def test_prompts_of_all_kinds_share_batches_and_are_tokenised_once(
         measurement, "judged", lambda judge, own: exchanges.append(own) or judged(judge, own)
     )
     measured = Measurement(unseen, tokenizer, config, ALONE)
-    for _ in range(2):  # as after memory has run out
+    for _ in range(2):  # as with a touch-up: the model as it is is measured once
         measured.measure(model, nullcontext, batch_size)
     count = sum(map(len, messages.values()))
     assert count == 13 and len(texts) == count
-    assert len(calls) == 2 * 2 * math.ceil(count / batch_size)
+    assert len(calls) == 3 * math.ceil(count / batch_size)
     for own in exchanges:
         assert [exchange.answer for exchange in own] == expected
         assert [exchange.prompt for exchange in own] == [

@@ -20,18 +20,22 @@ def told():
 @pytest.fixture
 def weights(told):
     @contextmanager
-    def put(by_module):
-        told.append(("put", *by_module["layer"].tolist()))
+    def put(added):
+        values = added.coefficients["layer"].tolist()
+        told.append(("put", *values))
         try:
             yield
         finally:
-            told.append(("back", *by_module["layer"].tolist()))
+            told.append(("back", *values))
 
     return ShippedWeights(put)
 
 
-def at(value):
-    return {"layer": torch.tensor([value])}
+DELTAS = {}
+
+
+def at(value, deltas=DELTAS):
+    return ScaledVector(deltas, {"layer": torch.tensor([value])})
 
 
 def test_the_same_coefficients_are_put_once(weights, told):
@@ -47,6 +51,8 @@ def test_the_same_coefficients_are_put_once(weights, told):
     with weights.of(at(2.0)):
         pass
     assert told[4:] == [("put", 2)]
+    with weights.of(at(2.0, deltas=dict(DELTAS))):  # something else, with the same coefficients
+        assert told[5:] == [("back", 2), ("put", 2)]
     weights.close()
 
 

@@ -1,0 +1,119 @@
+"""How far a repair goes: the vector alone, or the vector and a low-rank touch-up.
+
+The cheap rung is always tried, measured and decided first. The dear one is tried where the first
+leaves something to be asked for, and stands only where it is better.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from ..checkpoints.merge_terms import ScaledVector
+from ..config.gate import GateConfig
+from ..config.settings import SafeGeneConfig
+from ..errors import ConfigError
+from ..models.low_rank import LowRankDelta
+from ..models.trained_deltas import plain_modules
+from ..recalibration.objective import Losses
+from ..recalibration.touch_up import EVERY, RANK, STEPS, TouchUp
+from .decision import EXIT_CODES, Decision
+
+
+BOTH = "vector+touch-up"
+TOUCHED_UP = "With a touch-up beside the vector held-out safety improved within the utility budget."
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to repair a fine-tune: what it adds to the weights, and what came of that.
+
+    Attributes:
+        added: What the weights still lack.
+        taken: Whether the held-out losses speak for it.
+        held_out: Held-out losses with it.
+        measured: What was measured with it; None where nothing was.
+        decision: What becomes of the fine-tune with it.
+        rounding: What the data types leave of it; None where nothing is merged into live weights.
+        logits: Of the probe, where it was measured.
+    """
+
+    added: ScaledVector
+    taken: bool
+    held_out: Losses
+    measured: dict[str, Any] | None
+    decision: Decision
+    rounding: dict[str, Any] | None
+    logits: torch.Tensor
+
+
+def check_repair(config: SafeGeneConfig, deltas: Mapping[str, LowRankDelta]) -> None:
+    """Raises `ConfigError` where a touch-up is asked for and there is no module to train one on."""
+    if config.search.repair == BOTH and not plain_modules(deltas):
+        raise ConfigError(
+            f"`search.repair` is `{BOTH}`, and the vector is on nothing but experts that lie in one parameter, which get no "
+            "touch-up: set it to `vector`, or use a vector that is on linear layers as well."
+        )
+
+
+def suffices(gate: GateConfig | None, decision: Decision) -> bool:
+    """Whether a rung reaches what the gate asks: every limit is kept for sure. Where there is no
+    limit, nothing says that it does.
+    """
+    return bool(gate and gate.limits) and decision.outcome == "accepted"
+
+
+def is_worse(one: Decision, other: Decision) -> bool:
+    """Whether the first outcome is worse than the second."""
+    return EXIT_CODES[one.outcome] > EXIT_CODES[other.outcome]
+
+
+def words_of(decision: Decision) -> str:
+    """A decision's outcome, like `accepted best effort`."""
+    return decision.outcome.replace("_", " ")
+
+
+def with_touch_up(vector: ScaledVector, deltas: Mapping[str, LowRankDelta]) -> ScaledVector:
+    """A vector and a touch-up as one: rank-one parts of the touch-up stand after the vector's, with
+    coefficient 1.
+    """
+    stacked, coefficients = dict(vector.deltas), dict(vector.coefficients)
+    for name, more in deltas.items():
+        own = vector.deltas[name]
+        stacked[name] = LowRankDelta(
+            torch.cat([own.a.float(), more.a]), torch.cat([own.b.float(), more.b], dim=1)
+        )
+        ones = torch.ones(more.a.shape[0])
+        coefficients[name] = torch.cat([torch.as_tensor(vector.coefficients[name]), ones])
+    return ScaledVector(stacked, coefficients)
+
+
+def file_content(deltas: Mapping[str, LowRankDelta]) -> bytes:
+    """A touch-up's factors as a safetensors file."""
+    tensors = {}
+    for name, delta in deltas.items():
+        tensors[f"{name}.lora_A.weight"] = delta.a.contiguous()
+        tensors[f"{name}.lora_B.weight"] = delta.b.contiguous()
+    return save(tensors, metadata={"format": "pt"})
+
+
+def record_of(found: TouchUp, before: Losses, seconds: float) -> dict[str, Any]:
+    """What the report says of a touch-up that was trained."""
+    held_out = {"before": before.to_dict()}
+    if found.held_out is not None:
+        held_out["after"] = found.held_out.to_dict()
+    return {
+        "accepted": found.accepted,
+        "reason": found.reason,
+        "rank": RANK,
+        "modules": len(found.deltas),
+        "steps": STEPS,
+        "every": EVERY,
+        "held_out_by_step": [
+            {"step": step, "objective": value} for step, value in found.held_out_by_step
+        ],
+        "held_out": held_out,
+        "seconds": round(seconds, 3),
+    }
