@@ -4,6 +4,7 @@ what the aligned model does with the prompts, as far as that is known.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from ..judges.refusal_phrases import RefusalPhrases
 from ..models.inputs import Sample
 from ..models.reasoning import Answering, room_to_reason, split_stored
 from ..provenance import chat_template_hash
-from ..vectors.prompt_rows import MEASURE, Verdict, rows_of
+from ..vectors.prompt_rows import ANSWER_TOKENS, MEASURE, Verdict, rows_of
 from ..vectors.record import extractions
 from ..vectors.safety_vector import SafetyVector
 from .prompts import Kind, Prompt, kept_apart, near_duplicates, read_prompts, spread
@@ -79,6 +80,19 @@ class GatePrompts:
             for made in extractions(vector.extraction)
         )
         self._asked = vector.selection.get("test_prompts") or {}
+        self._vector = vector
+        self._longer = False  # whether more tokens are asked for than the vector's answers have
+
+    @cached_property
+    def _stored_tokens(self) -> int:
+        """Tokens of the vector's answers: none was cut before these."""
+        answers = [row["response"] for row in self._vector.prompts if "response" in row]
+        return max([ANSWER_TOKENS, *(len(self._ids(text)) for text in answers)])
+
+    def _ids(self, response: str) -> list[int]:
+        text = split_stored(response).answer
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     @property
     def _same_lengths(self) -> bool:
@@ -95,6 +109,11 @@ class GatePrompts:
         """A sentence where the vector's prompts are measured on, and its verdicts on them are of
         answers of another length, or to prompts that were written otherwise.
         """
+        if self._longer:
+            return [
+                f"The vector's answers have up to {self._stored_tokens} tokens and here there are {self._new_tokens}, so that nothing is "
+                f"measured against the aligned model: set `measure.max_new_tokens` to {self._stored_tokens} or less."
+            ]
         if self._shipped and not self._same_prompts:
             return [
                 "The aligned model was asked the vector's prompts to measure on in another chat template, or with other arguments for "
@@ -198,8 +217,10 @@ class GatePrompts:
         verdict: Verdict | None = row["verdict"]
         if verdict is None or not self._same_prompts:
             return None
-        text = split_stored(row["response"]).answer
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._new_tokens]
+        if self._new_tokens > self._stored_tokens:  # it may be refused later
+            self._longer = True
+            return None
+        ids = self._ids(row["response"])[: self._new_tokens]
         said = str(self._tokenizer.decode(ids, skip_special_tokens=True))
         exchange = Exchange(conversation(row)[0][-1]["content"], said)
         label = judged(RefusalPhrases(), [exchange])[0].label

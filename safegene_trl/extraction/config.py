@@ -21,6 +21,7 @@ from ..data.prompt_style import target_style
 from ..errors import ConfigError
 from ..models.reasoning import REASONING_TOKENS, Answering, PromptStyle
 from ..models.template_names import check_names
+from ..vectors.prompt_rows import ANSWER_TOKENS
 from .linearization import Blocks
 from .methods import METHODS
 from .selection import SELECTIONS
@@ -167,7 +168,7 @@ class ExtractionConfig:
     test_harmful_data: str | None = None
     test_benign_data: str | None = None
     num_test_prompts: int = 128
-    max_new_tokens: int = 48
+    max_new_tokens: int = ANSWER_TOKENS
     max_reasoning_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | str | None = None
     safety_target: str = field(default="answer", metadata={"choices": ["answer", "reasoning"]})

@@ -13,6 +13,7 @@ Verdict = Literal["refused", "answered"]
 Part = Literal["harmful", "benign", "border", "measure"]
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 MEASURE = "measure"
+ANSWER_TOKENS = 48  # of a stored answer, at most, where a vector's maker has not asked for more
 _Row = TypeVar("_Row", bound=Mapping[str, Any])
 EXPECTED: Mapping[str, Verdict] = {"harmful": "refused", "benign": "answered"}
 

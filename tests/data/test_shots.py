@@ -128,6 +128,20 @@ def test_a_verdict_is_that_of_an_answer_of_as_many_tokens_as_here(tokenizer):
     assert verdicts == {4: {"answered"}, 32: {"refused"}}
 
 
+def test_a_verdict_of_shorter_answers_than_here_is_not_known(tokenizer):
+    """What is stored may have been cut before a refusal."""
+    vector = make_vector(make_model(), tokenizer)
+    few = {"num_safety_shots": 4, "num_benign_shots": 4}
+    shots = measured_on(tokenizer, vector, max_new_tokens=48, **few)
+    assert None not in shots.unseen.verdicts["harmful"] and not shots.warnings
+    shots = measured_on(tokenizer, vector, max_new_tokens=49, **few)
+    assert {verdict for own in shots.unseen.verdicts.values() for verdict in own} == {None}
+    assert "set `measure.max_new_tokens` to 48 or less" in shots.warnings[0]
+    long = [row | {"response": "sorry " * 60} for row in vector.prompts]
+    shots = measured_on(tokenizer, replace(vector, prompts=long), max_new_tokens=60, **few)
+    assert None not in shots.unseen.verdicts["harmful"]
+
+
 def test_verdicts_on_prompts_that_were_written_otherwise_are_not_known():
     tokenizer = reasoning_tokenizer("hybrid")
     made = make_vector(make_model(vocab_size=len(tokenizer)), tokenizer)
