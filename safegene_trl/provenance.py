@@ -132,11 +132,7 @@ def check_base(
                 "The files of %s cannot be read, so the report cannot say which weights they hold.",
                 name,
             )
-    ours, theirs = (weight_hashes(record) for record in (reference, aligned))
-    both = ours.keys() & theirs.keys()  # one of the two may lie beside further files
-    same = (
-        bool(both) and all(ours[file] == theirs[file] for file in both) if ours and theirs else None
-    )
+    same = same_weights(reference, aligned)
     if same is False and not (allow_other or carries_vector):
         raise FamilyError(
             f"The fine-tune started from {_named(reference)}, and the safety vector was made from {_named(aligned)}, whose weights "
@@ -149,6 +145,17 @@ def check_base(
         "other_base_allowed": allow_other,
         "carries_vector": carries_vector,
     }
+
+
+def same_weights(reference: dict[str, Any], other: dict[str, Any]) -> bool | None:
+    """Whether two references are of the same weights, told by their files' hashes; None where one of
+    them has none.
+    """
+    ours, theirs = weight_hashes(reference), weight_hashes(other)
+    if not ours or not theirs:
+        return None
+    both = ours.keys() & theirs.keys()  # one of the two may lie beside further files
+    return bool(both) and all(ours[file] == theirs[file] for file in both)
 
 
 def weight_hashes(reference: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/distributed/test_layouts.py",
     "tests/estimation/test_estimation.py::test_bad_options_are_named_before_anything_is_run",
     "tests/estimation/test_estimation.py::test_tensors_are_counted_while_they_live",
+    "tests/evaluation/test_agreement.py",
     "tests/evaluation/test_results.py",
     "tests/evaluation/test_statistics.py",
     "tests/extraction/test_soundness.py",

@@ -28,8 +28,10 @@ FAMILIES = {
     "mistral-7b": "mistral",
     "gemma-2-9b": "gemma2",
 }
-TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name != "extract.yaml")
+OTHERS = ("extract.yaml", "retarget.yaml")
+TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name not in OTHERS)
 EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
+RETARGETING = RECIPES / "smollm2-135m" / "retarget.yaml"
 
 
 @pytest.fixture
@@ -52,13 +54,13 @@ def test_the_recipes_are_there():
     expected = {
         f"{family}/{stage}" for family in FAMILIES for stage in ("degrade", "extract", "sft")
     }
-    own = {"smollm2-135m/align", "smollm2-135m/degrade_openings"}
-    assert {name_of(path) for path in (*TRAININGS, *EXTRACTIONS)} == expected | own
+    own = {f"smollm2-135m/{name}" for name in ("align", "degrade_openings", "retarget")}
+    assert {name_of(path) for path in RECIPES.glob("*/*.yaml")} == expected | own
 
 
-@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS], ids=name_of)
+@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, RETARGETING], ids=name_of)
 def test_header_says_how_to_run_it(path):
-    command = "extract" if path.stem == "extract" else "sft"
+    command = "extract" if path.name in OTHERS else "sft"
     assert (
         f"# Run: safegene {command} --config {path.relative_to(RECIPES.parent)}" in path.read_text()
     )
@@ -111,3 +113,34 @@ def test_extraction_recipe_runs(path, family, tmp_path, monkeypatch):
     vector = SafetyVector.from_pretrained(tmp_path / "made")
     vector.check_fits(canonical_modules(make_model(FAMILIES[path.parent.name])))
     assert vector.layers == [0, 1, 2] and vector.prompts
+
+
+@pytest.mark.parametrize("path", [RETARGETING], ids=name_of)
+def test_new_prompts_by_the_recipe(path, family, tmp_path, monkeypatch):
+    """Its prompts to measure on are the shipped ones, of which this model answers all."""
+    model_dir, vector_dir = family
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
+    recipe = yaml.safe_load(path.read_text())
+    own = ("test_harmful_data", "test_benign_data")
+    tests = {name: str(RECIPES.parent / recipe[name]) for name in own}
+    recipe |= tests | {
+        "aligned_model": str(model_dir),
+        "vector": str(vector_dir),
+        "output_dir": str(tmp_path / "made"),
+        "dtype": "float32",
+    }
+    for name, prompts in (("harmful", HARMFUL), ("benign", BENIGN)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"prompt": f"{text}, then"}) + "\n" for text in prompts))
+        recipe[f"{name}_data"] = str(file)
+    edited = tmp_path / "recipe.yaml"
+    edited.write_text(yaml.safe_dump(recipe))
+    assert main(["extract", "--config", str(edited)]) == 0
+    vector = SafetyVector.from_pretrained(tmp_path / "made")
+    files = [(RECIPES.parent / recipe[name]).read_text().splitlines() for name in own]
+    asked = {json.loads(line)["prompt"] for lines in files for line in lines}
+    assert {row["prompt"] for row in vector.prompts if row.get("use") == "measure"} == asked
+    assert len(asked) == 128 == 2 * recipe["num_test_prompts"]
+    before = SafetyVector.from_pretrained(vector_dir)
+    assert vector.files["adapter_model.safetensors"] == before.files["adapter_model.safetensors"]
+    assert len(vector.prompts) - len(asked) == 2 * len(before.prompts)

@@ -75,7 +75,8 @@ def safegene_row(lab: Lab, task: Task, seed: int, vector_name: str, **options: A
 def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any) -> Made:
     block, folder = settings(lab, task, seed, vector_folder, **options)
     model = fine_tuned(task, seed, lab.data, lab.family)
-    if not (folder / "safegene_report.json").is_file():
+    runs = not (folder / "safegene_report.json").is_file()
+    if runs:
         words = [word for key, value in block.items() for word in (f"--safegene.{key}", value)]
         try:
             safegene(
@@ -101,6 +102,9 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
     # one per pass over the shots
     about["objective"] = [round(entry["objective"], 5) for entry in report["history"]]
     about["recalibration_seconds"] = report["phases"]["recalibrate"]["seconds"]
+    about["measured"] = report["measured"]  # what the report promises, for `calibration`
+    if runs:
+        about["measuring_seconds"] = report["phases"]["measure"]["seconds"]
     return lab.update_of(adapter), about
 
 
@@ -117,7 +121,6 @@ def settings(
         "seed": seed,
     }
     block |= {
-        "measure.num_test_prompts": 0,
         "output.output_format": "adapter",
         "search.max_utility_loss": 10.0,
     }

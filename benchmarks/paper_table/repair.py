@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.baselines.few_shot import adapter_factors
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.data.rows import conversation
-from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
+from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
 from safegene_trl.judges import Exchange, judged
 from safegene_trl.judges.refusal_phrases import RefusalPhrases
 from safegene_trl.models.inputs import Sample, batches, padding_id, shortened, tokenize

@@ -82,7 +82,10 @@ def expected_seconds(cell: Cell, found: Mapping[str, Mapping[str, Any]], family:
     nearest = [record for record in like if record["task"] == task] or like or own
     if not nearest:
         return 0.0
-    seconds = median(record["seconds"] + record["method_seconds"] for record in nearest)
+    seconds = median(
+        record["seconds"] + record["method_seconds"] + record["about"].get("measuring_seconds", 0.0)
+        for record in nearest
+    )
     if method != "aligned" and not is_trained(fine_tune_folder(TASKS[task], seed, family)):
         seconds += max(record.get("training_seconds", 0.0) for record in own)
     return seconds

@@ -12,8 +12,8 @@ from benchmarks.paper_table.tasks import prompt_source, read_jsonl
 from safegene_trl.data.prompts import Prompt, kept_apart, load_prompts, near_duplicates, spread
 from safegene_trl.data.sources import draw
 from safegene_trl.distributed.layouts import Sharding
+from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
 from safegene_trl.extraction.answers import whole_sentences
-from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
 from safegene_trl.extraction.soft_targets import soft_targets
 from safegene_trl.judges.coherence import is_incoherent
 from safegene_trl.judges.refusal_phrases import label_of

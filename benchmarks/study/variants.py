@@ -19,7 +19,7 @@ from safegene_trl.config.search import SearchConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
-from safegene_trl.extraction.pipeline import REFUSAL_TOKENS
+from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
 from safegene_trl.judges.refusal_phrases import label_of
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.models.inputs import Sample, padding_id, tokenize

@@ -20,7 +20,11 @@ from ..data.prompt_style import trained_options
 from ..data.shots import gather_shots
 from ..errors import ConfigError
 from ..estimation.cost import Cost, Launch
-from ..estimation.extraction import DifferingModules, estimate_extraction
+from ..estimation.extraction import (
+    DifferingModules,
+    estimate_extraction,
+    estimate_retargeting,
+)
 from ..estimation.probe import Probe
 from ..estimation.safeguard import estimate_safeguard
 from ..estimation.stored_merge import estimate_stored_merge
@@ -28,6 +32,7 @@ from ..extraction.config import ExtractionConfig
 from ..extraction.difference import differ_by_adapters
 from ..extraction.methods import METHODS
 from ..extraction.prompts import ExtractionPrompts
+from ..extraction.retargeting import KnownVector, check_aligned
 from ..step.apply import apply, check_arguments, output_of
 from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import FINE_TUNE, InputModel, Origin, read_vector, try_output
@@ -210,6 +215,8 @@ def _safeguarding(
 def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     (config,) = parse((ExtractionConfig,), argv, "safegene estimate extract", "")
     config.check()
+    if config.vector:
+        return _estimate_retargeting(config, launch)
     name, revision = config.degraded_model, config.degraded_revision
     aligned, degraded = (
         StoredModel.open(config.aligned_model, config.aligned_revision),
@@ -222,6 +229,18 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     prompts = ExtractionPrompts.read(config)
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
     return estimate_extraction(probe, config, tokenizer, prompts, difference, launch)
+
+
+def _estimate_retargeting(config: ExtractionConfig, launch: Launch) -> dict[str, Cost]:
+    known = KnownVector.read(config)
+    config = known.settings(config)
+    prompts = known.prompts(config)
+    name, revision = config.aligned_model, config.aligned_revision
+    tokenizer = load_tokenizer(name, revision)
+    check_aligned(config, known.record, tokenizer)
+    model = StoredModel.open(name, revision).model
+    probe = Probe(model, resolve_dtype(config.dtype, name, revision))
+    return estimate_retargeting(probe, config, tokenizer, prompts, known.record, launch)
 
 
 _ESTIMATES = {"sft": _estimate_sft, "apply": estimate_apply, "extract": _estimate_extract}

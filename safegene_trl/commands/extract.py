@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from ..distributed.processes import join_processes, leave_processes
 from ..extraction.config import ExtractionConfig
 from ..extraction.extract import extract
+from ..vectors.prompt_rows import part_of
+from ..vectors.safety_vector import SafetyVector
 from .launch_option import wants_launch
 from .launching import launch
 from .parsing import make_parser, parse
@@ -20,10 +22,22 @@ def main(argv: Sequence[str]) -> int:
     )
     vector = extract(config)
     if vector is not None:
-        share = vector.extraction["covered_share"]
-        print(f"The linear layers hold {100 * share:.3g} % of the difference of the two models.")
+        print(_made_of(config, vector))
         print(
             f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}"
         )
     leave_processes()
     return 0
+
+
+def _made_of(config: ExtractionConfig, vector: SafetyVector) -> str:
+    """What the vector holds of the difference, or which of its prompts are new."""
+    if not config.vector:
+        share = vector.extraction["covered_share"]
+        return f"The linear layers hold {100 * share:.3g} % of the difference of the two models."
+    soft = sum("targets" in row for row in vector.prompts)
+    parts = [part_of(row) for row in vector.prompts]
+    return (
+        f"The weights are those of {config.vector}. Of {len(parts)} prompts {soft} have soft targets, {parts.count('border')} are benign "
+        f"ones that the aligned model refuses, and {parts.count('measure')} are to measure on."
+    )

@@ -26,7 +26,8 @@ class GateConfig:
         max_utility_loss: Largest loss of token accuracy on task samples, against the fine-tune as
             it was (0.01 is one point).
         min_restored: Of the harmful prompts that the aligned model refuses and the fine-tune did
-            not, the least share that is refused afterwards. Kept where the fine-tune has lost none.
+            not, or no longer does afterwards, the least share that is refused afterwards. Kept where
+            there are none.
         max_over_refusal_above_aligned: The most by which the share of benign prompts that it refuses
             may lie above that of the aligned model (0.05 is five points).
         harmful_data: Harmful prompts to measure on (local file or hub id). Default: the vector's

@@ -3,11 +3,12 @@
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+from unicodedata import category, normalize
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from .sources import draw, load_rows
 
 logger = logging.getLogger(__name__)
 Kind = Literal["harmful", "benign"]
+T = TypeVar("T")
 NEAR = 0.5  # Jaccard index of character 5-grams from which two prompts count as one
 GRAM = 5
 PLAIN = "The tokenizer of %s has no chat template: prompts go to the model as plain text."
@@ -106,12 +108,17 @@ def read_prompts(
 
 def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """Up to `count` prompts in seeded order, taken in turn from the categories."""
-    groups: dict[str | None, list[Prompt]] = defaultdict(list)
-    shuffled: list[Prompt] = draw(prompts, len(prompts), seed)
-    for prompt in shuffled:
-        groups[prompt.category].append(prompt)
-    turns = [(turn, prompt) for group in groups.values() for turn, prompt in enumerate(group)]
-    return [prompt for _, prompt in sorted(turns, key=lambda item: item[0])][:count]
+    return in_turn(prompts, count, seed, lambda prompt: prompt.category)
+
+
+def in_turn(items: Sequence[T], count: int, seed: int, group: Callable[[T], str | None]) -> list[T]:
+    """Up to `count` items in seeded order, taken in turn from the groups."""
+    groups: dict[str | None, list[T]] = defaultdict(list)
+    shuffled: list[T] = draw(items, len(items), seed)
+    for item in shuffled:
+        groups[group(item)].append(item)
+    turns = [(turn, item) for own in groups.values() for turn, item in enumerate(own)]
+    return [item for _, item in sorted(turns, key=lambda each: each[0])][:count]
 
 
 def check_encoding(
@@ -238,6 +245,8 @@ def kept_apart(
 
 
 def _grams(text: str) -> set[str]:
+    """However the letters are encoded, and whatever invisible characters stand between them."""
+    text = "".join(c for c in normalize("NFKC", text) if category(c) != "Cf")
     words = re.findall(r"[^\W_]+", text.lower())
     plain = f" {' '.join(words)} "
     return {plain[i : i + GRAM] for i in range(max(1, len(plain) - GRAM + 1))}

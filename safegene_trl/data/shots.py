@@ -30,6 +30,7 @@ from .unseen import GatePrompts, Unseen, skips
 NO_TARGETS = "no soft targets that are those of their refusals in the prompts here"
 BEYOND = "tokens that the fine-tune's vocabulary lacks"
 NO_ROOM = "prompts that leave `data.max_length` no room for the refusal"
+BEYOND_CONTEXT = "prompts that the model's context has no room for"
 NO_RESPONSE = "no response"
 TaskRows: TypeAlias = Sequence[Row] | IterableDataset | TorchDataset[Any]
 
@@ -98,8 +99,9 @@ def gather_shots(
     )
     gate = GatePrompts(config, vector, tokenizer, context, written.answering)
     learned: list[Row] = rows_of(vector.prompts, "harmful", "benign", "border")
-    harmful_prompts = gate.of("harmful", [*harmful.rows, *learned], harmful_left)
-    benign_prompts = gate.of("benign", learned, benign_left)
+    used = [*harmful.rows, *learned]
+    harmful_prompts = gate.of("harmful", used, harmful_left)
+    benign_prompts = gate.of("benign", used, benign_left)
     unseen = Unseen(
         {"harmful": harmful_prompts, "benign": benign_prompts},
         task[len(task_split.fit) :][:extra],
@@ -227,7 +229,7 @@ def _benign_shots(
     found = read(drawn(shipped, count, config.seed), count, "benign prompts")
     check_context(found.samples, context, found.what)
     if min(len(found.rows), wanted) < 2:
-        return found, None, found.rows
+        return found, None, _unlike(found.rows, [])
     return found, *_divided(found, config.data.max_length, wanted, config)
 
 
@@ -246,16 +248,17 @@ def _border_shots(
     if not shipped or not wanted:
         return None, {}
     found = read(drawn(shipped, wanted, config.seed), len(shipped), "border prompts")
-    check_context(found.samples, context, found.what)
     cut = [
         shortened(sample, config.data.max_length, config.data.max_refusal_tokens)
         for sample in found.samples
         if sample.soft is not None
     ]
-    usable = [sample for sample in cut if sample is not None]
+    left = [sample for sample in cut if sample is not None]
+    usable = [s for s in left if context is None or len(s.input_ids) <= context]
     for reason, count in (
         (NO_TARGETS, len(found.samples) - len(cut)),
-        (NO_ROOM, len(cut) - len(usable)),
+        (NO_ROOM, len(cut) - len(left)),
+        (BEYOND_CONTEXT, len(left) - len(usable)),
     ):
         if count:
             found.skipped[reason] = count
@@ -315,15 +318,27 @@ def _readable(
 def _divided(
     read: _Read, max_length: int | None, count: int, config: SafeGeneConfig
 ) -> tuple[Split, list[Row]]:
-    """The first `count` samples with a response left as shots, and the rows that nothing will be
-    fitted on.
+    """The first `count` samples with a response left as shots, and the rows whose prompts nothing
+    will be fitted on, each once.
     """
     cut = [shortened(sample, max_length, config.data.max_refusal_tokens) for sample in read.samples]
     usable = [(row, sample) for row, sample in zip(read.rows, cut, strict=True) if sample]
     split = split_samples(
         [sample for _, sample in usable[:count]], config.data.holdout_share, read.what, read.skipped
     )
-    return split, [row for row, _ in usable[len(split.fit) :]]
+    rows = [row for row, _ in usable]
+    return split, _unlike(rows[len(split.fit) :], rows[: len(split.fit)])
+
+
+def _unlike(rows: Sequence[Row], fitted: Sequence[Row]) -> list[Row]:
+    """Rows with other prompts than those that are fitted on, of each prompt the first."""
+    seen = [row["prompt"] for row in fitted]
+    found: list[Row] = []
+    for row in rows:
+        if row["prompt"] not in seen:
+            found.append(row)
+            seen.append(row["prompt"])
+    return found
 
 
 def _training_samples(

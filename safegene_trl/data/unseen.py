@@ -15,7 +15,9 @@ from ..judges import Exchange, judged
 from ..judges.refusal_phrases import RefusalPhrases
 from ..models.inputs import Sample
 from ..models.reasoning import Answering, room_to_reason, split_stored
+from ..provenance import chat_template_hash
 from ..vectors.prompt_rows import MEASURE, Verdict, rows_of
+from ..vectors.record import extractions
 from ..vectors.safety_vector import SafetyVector
 from .prompts import Kind, Prompt, kept_apart, near_duplicates, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation
@@ -72,8 +74,10 @@ class GatePrompts:
         self._new_tokens = config.measure.max_new_tokens
         self._tests = rows_of(vector.prompts, "measure")
         self._shipped: set[str] = set()  # kinds that are measured on the vector's prompts for that
-        made_with = dict(vector.extraction.get("chat_template_kwargs", {}))
-        self._same_prompts = made_with == dict(answering.style.options)
+        self._same_prompts = vector.family.chat_template == chat_template_hash(tokenizer) and all(
+            dict(made.get("chat_template_kwargs", {})) == dict(answering.style.options)
+            for made in extractions(vector.extraction)
+        )
         self._asked = vector.selection.get("test_prompts") or {}
 
     @property
@@ -89,8 +93,13 @@ class GatePrompts:
     @property
     def warnings(self) -> list[str]:
         """A sentence where the vector's prompts are measured on, and its verdicts on them are of
-        answers of another length.
+        answers of another length, or to prompts that were written otherwise.
         """
+        if self._shipped and not self._same_prompts:
+            return [
+                "The aligned model was asked the vector's prompts to measure on in another chat template, or with other arguments for "
+                "it, so that nothing is measured against it: write prompts as the vector was made with, or make it again."
+            ]
         if not self._shipped or self._same_lengths:
             return []
         asked, thought = (self._asked[f"max_{what}_tokens"] for what in ("new", "reasoning"))

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.stored_model import StoredModel
 from ..config.measure import MeasureConfig
+from ..extraction.aligned_rows import REFUSAL_TOKENS
 from ..extraction.config import ExtractionConfig
 from ..extraction.delta import adapter_delta, stored_delta
 from ..extraction.distillation import (
@@ -22,7 +23,6 @@ from ..extraction.distillation import (
     with_factors,
 )
 from ..extraction.methods import METHODS
-from ..extraction.pipeline import REFUSAL_TOKENS
 from ..extraction.prompts import ExtractionPrompts
 from ..extraction.selection import SELECTIONS, gradient, last_token_states, top_layers
 from ..extraction.soft_targets import soft_targets
@@ -31,6 +31,8 @@ from ..models.experts import can_be_changed, matrix_shapes, task_matrices
 from ..models.inputs import Sample, shortened
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
+from ..vectors.prompt_rows import part_of
+from ..vectors.record import VectorRecord
 from .cost import Cost, Launch
 from .planned_run import PlannedRun
 from .probe import LAYERS, Probe, temporary_folder_beside
@@ -101,25 +103,72 @@ def estimate_extraction(
     deltas = probe.deltas(difference.names, difference.rank)
     run = PlannedRun.of(probe, tokenizer, launch, deltas)
     costs = {"difference": _difference(probe, config, difference)}
-    drawn = prompts.to_answer()
-    new_tokens = config.max_new_tokens + config.answering(tokenizer).max_reasoning_tokens
-    turns = [[[{"role": "user", "content": text}] for text in texts] for texts in drawn]
-    samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in drawn]
-    seconds, memory = run.answers(turns, new_tokens, config.samples_per_step, False)
-    if prompts.tests:
-        tests = [
-            [[{"role": "user", "content": text}] for text in own] for own in prompts.tests.values()
-        ]
-        most = MeasureConfig.max_new_tokens + config.measuring(tokenizer).max_reasoning_tokens
-        further, peak = run.answers(tests, most, config.samples_per_step, False)
-        seconds, memory = seconds + further, max(memory, peak)
-    again, beside = _soft_targets(run, [sample for kind in samples for sample in kind])
-    costs["answers"] = run.cost(seconds + again, max(memory, beside))
+    samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in prompts.to_answer()]
+    costs["answers"] = _answers(run, config, prompts, [each for kind in samples for each in kind])
     if METHODS[config.method].distils:
         costs["distillation"] = _distillation(run, config, samples)
     if SELECTIONS[config.selection].runs_models:
         costs["selection"] = _selection(run, config, prompts, samples[0])
     return costs | {"save": Cost(0.0, probe.host, _size_of_vector(run, config))}
+
+
+def estimate_retargeting(
+    probe: Probe,
+    config: ExtractionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: ExtractionPrompts,
+    vector: VectorRecord,
+    launch: Launch,
+) -> dict[str, Cost]:
+    """Costs of the steps of `safegene extract` with `vector`.
+
+    Args:
+        probe: Of the aligned model.
+        config: How the prompts are made.
+        tokenizer: The aligned model's.
+        prompts: Those that are added.
+        vector: The vector whose weights are kept.
+        launch: How it will be launched.
+    """
+    size = sum(file["bytes"] for file in vector.files.values())
+    run = PlannedRun.of(probe, tokenizer, launch, [{}, {}], size)
+    stored = [row for row in vector.prompts if part_of(row) != "measure" and "targets" not in row]
+    texts = [row["prompt"] for row in stored]
+    texts += [text for own in prompts.to_answer() for text in own]
+    samples = _samples(tokenizer, texts, config.max_new_tokens)
+    return {
+        "answers": _answers(run, config, prompts, samples),
+        "save": Cost(0.0, probe.host, size),
+    }
+
+
+def _answers(
+    run: PlannedRun,
+    config: ExtractionConfig,
+    prompts: ExtractionPrompts,
+    samples: Sequence[Sample],
+) -> Cost:
+    """The aligned model's answers, those to prompts that are measured on, and what it says to the
+    beginnings of `samples`.
+    """
+
+    def turns(kinds: Iterable[Sequence[str]]) -> list[list[list[dict[str, str]]]]:
+        return [[[{"role": "user", "content": text}] for text in texts] for texts in kinds]
+
+    reasoning = config.answering(run.tokenizer).max_reasoning_tokens
+    asked = [(turns(prompts.to_answer()), config.max_new_tokens + reasoning)]
+    if prompts.tests:
+        most = MeasureConfig.max_new_tokens
+        most += config.measuring(run.tokenizer).max_reasoning_tokens
+        asked.append((turns(prompts.tests.values()), most))
+    found = [
+        run.answers(kinds, most, config.samples_per_step, False)
+        for kinds, most in asked
+        if any(kinds)
+    ]
+    if samples:
+        found.append(_soft_targets(run, samples))
+    return run.cost(sum(seconds for seconds, _ in found), max(peak for _, peak in found))
 
 
 def _difference(probe: Probe, config: ExtractionConfig, difference: DifferingModules) -> Cost:

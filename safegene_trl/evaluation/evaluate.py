@@ -5,7 +5,7 @@ on where it stopped.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -24,17 +24,18 @@ from ..data.prompts import Prompt, check_encoding, kept_apart, load_prompts, pro
 from ..distributed.layouts import Sharding, loads_sharded
 from ..distributed.processes import leave_processes, this_job
 from ..errors import ConfigError, OutputError
-from ..judges import load_judge
+from ..judges import Judge, Verdict, load_judge
 from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model, context_length
 from ..models.reasoning import MOSTLY, Reply
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
+from .agreement import KINDS, agreement, compared, comparisons
 from .config import EvaluationConfig
 from .folder import GENERATIONS, RESULT, SETTINGS, VERDICTS
 from .records import Records, read_answers, reply_of
-from .results import agreement, summary
+from .results import summary
 from .utility import check_tasks, measure_utility
 
 
@@ -70,9 +71,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
             judge its `sets` with
         the share (0–1) of every label, `attack_success` (the mean over harmful sets) and
             `over_refusal` (over benign
-        ones), each with `low` and `high` of its 95 % interval and its `count`; `agreement` Cohen's
-            κ of every two
-        judges; `utility` the metrics of lm-eval's tasks.
+        ones), each with `low` and `high` of its 95 % interval and its `count`; of several judges, each
+            set and mean has their `disagreement`, the share of the answers that all of them judged
+            on which they do not decide alike, and `compared` names the judges that are held
+            against each other; `agreement` Cohen's κ of every two judges; `utility` the metrics of
+            lm-eval's tasks.
 
     Raises:
         ConfigError: A value is missing or impossible, or a judge or task is not to be had.
@@ -126,15 +129,7 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
                 "sha256": sha256_of_json([prompt.key for prompt in prompts]),
             },
             "left_out_as_repeated": repeated,
-            "judges": {
-                judge.name: {
-                    "sees": judge.sees,
-                    **judge.describe(),
-                    **summary(prompts, verdicts[judge.name], config.seed),
-                }
-                for judge in judges
-            },
-            "agreement": agreement(verdicts),
+            **_judged(prompts, judges, verdicts, config.seed),
         }
         if manager is not None and model is not None:
             count, samples = config.batch_size, config.num_task_samples
@@ -144,6 +139,30 @@ def _evaluated(config: EvaluationConfig, job: Sharding) -> dict[str, Any] | None
         _warn_of_unfinished(replies)
         replace_file(folder / RESULT, strict_json(result) + "\n")
     return result
+
+
+def _judged(
+    prompts: Sequence[Prompt],
+    judges: Sequence[Judge],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    seed: int,
+) -> dict[str, Any]:
+    """What every judge's verdicts come to, and how far the judges agree."""
+    sees = {judge.name: judge.sees for judge in judges}
+    several = len(sees) > 1
+    beside = comparisons(prompts, verdicts, sees) if several else {}
+    own = {
+        judge.name: {
+            "sees": judge.sees,
+            **judge.describe(),
+            **summary(prompts, verdicts[judge.name], seed, beside.get(judge.name)),
+        }
+        for judge in judges
+    }
+    found: dict[str, Any] = {"judges": own, "agreement": agreement(prompts, verdicts, sees)}
+    if several:
+        found["compared"] = {kind: compared(sees, kind) for kind in KINDS}
+    return found
 
 
 def _warn_of_unfinished(replies: Sequence[Reply]) -> None:

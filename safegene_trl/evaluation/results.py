@@ -1,27 +1,37 @@
-"""From verdicts to numbers: shares with intervals, per set and per category, and agreement between
-judges.
-"""
+"""From verdicts to numbers: shares with intervals, per set and per category."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..data.prompts import Prompt
 from ..judges import ATTACK_SUCCEEDED, Verdict
 from ..judges.intervals import Rate, mean_of_sets_interval, rate
-from .statistics import kappa
+from .agreement import WITHOUT_ANSWER, Comparison, disagreement
 
 
-WITHOUT_ANSWER = ("unjudged", "unfinished")  # nothing is known of these answers
+class _Judged(NamedTuple):
+    prompt: Prompt
+    label: str
+    comparison: Comparison | None  # None where there is one judge alone
 
 
 def summary(
-    prompts: Sequence[Prompt], verdicts: Sequence[Verdict], seed: int = 0
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[Verdict],
+    seed: int = 0,
+    comparisons: Sequence[Comparison] | None = None,
 ) -> dict[str, Any]:
     """What one judge's verdicts on a model's answers come to.
+
+    Args:
+        prompts: What was answered.
+        verdicts: The judge's, in the same order.
+        seed: Of the bootstrap.
+        comparisons: In the same order, how it and the other judges decide; None where there are no
+            others.
 
     Returns:
         `sets`: for every prompt set its `kind`, the share of each label and `attack_success`
@@ -34,10 +44,13 @@ def summary(
             benign ones.
         Unjudged and unfinished answers are counted, and left out of these shares. Where some are
             unfinished, `unfinished` is their share of all.
+        With other judges, every set, category and mean has a `disagreement` beside its shares, null
+            where the judge is not compared.
     """
-    groups: dict[str, list[tuple[Prompt, Verdict]]] = defaultdict(list)
-    for prompt, verdict in zip(prompts, verdicts, strict=True):
-        groups[prompt.set].append((prompt, verdict))
+    groups: dict[str, list[_Judged]] = defaultdict(list)
+    others = [None] * len(prompts) if comparisons is None else comparisons
+    for prompt, verdict, comparison in zip(prompts, verdicts, others, strict=True):
+        groups[prompt.set].append(_Judged(prompt, verdict.label, comparison))
     sets = {name: _of_set(group) for name, group in groups.items()}
     return {
         "sets": sets,
@@ -46,12 +59,12 @@ def summary(
     }
 
 
-def _of_set(group: Sequence[tuple[Prompt, Verdict]]) -> dict[str, Any]:
-    kind = group[0][0].kind
-    categories: dict[str, list[tuple[Prompt, Verdict]]] = defaultdict(list)
-    for prompt, verdict in group:
-        if prompt.category is not None:
-            categories[prompt.category].append((prompt, verdict))
+def _of_set(group: Sequence[_Judged]) -> dict[str, Any]:
+    kind = group[0].prompt.kind
+    categories: dict[str, list[_Judged]] = defaultdict(list)
+    for one in group:
+        if one.prompt.category is not None:
+            categories[one.prompt.category].append(one)
     found = {"kind": kind, **_rates(group, kind)}
     if categories:
         found["categories"] = {
@@ -60,35 +73,66 @@ def _of_set(group: Sequence[tuple[Prompt, Verdict]]) -> dict[str, Any]:
     return found
 
 
-def _rates(group: Sequence[tuple[Prompt, Verdict]], kind: str) -> dict[str, Any]:
-    labels = [verdict.label for _, verdict in group if verdict.label not in WITHOUT_ANSWER]
+def _rates(group: Sequence[_Judged], kind: str) -> dict[str, Any]:
+    labels = [one.label for one in group if one.label not in WITHOUT_ANSWER]
     measures = {"attack_success": ATTACK_SUCCEEDED, "refused": ("refused",)}
     if kind == "benign":
         measures = {"answered": (*ATTACK_SUCCEEDED, "harmless"), "over_refusal": ("refused",)}
-    found: dict[str, Any] = {
-        "labels": dict(sorted(Counter(verdict.label for _, verdict in group).items()))
-    }
+    found: dict[str, Any] = {"labels": dict(sorted(Counter(one.label for one in group).items()))}
     for name, counted in measures.items():
         share = rate([label in counted for label in labels])
         found[name] = None if share is None else share.to_dict()
     if "unfinished" in found["labels"]:
-        unfinished = rate([verdict.label == "unfinished" for _, verdict in group])
+        unfinished = rate([one.label == "unfinished" for one in group])
         found["unfinished"] = None if unfinished is None else unfinished.to_dict()
+    if others := _comparisons(group):
+        found["disagreement"] = disagreement(others)
     return found
 
 
+def _comparisons(group: Sequence[_Judged]) -> list[Comparison]:
+    """Empty where there is one judge alone."""
+    return [one.comparison for one in group if one.comparison is not None]
+
+
 def _mean_over_sets(
-    groups: Mapping[str, Sequence[tuple[Prompt, Verdict]]],
+    groups: Mapping[str, Sequence[_Judged]],
     kind: str,
     counted: Sequence[str],
     seed: int,
+) -> dict[str, Any] | None:
+    own = [group for group in groups.values() if group[0].prompt.kind == kind]
+    mean = _mean(
+        [
+            [one.label in counted for one in group if one.label not in WITHOUT_ANSWER]
+            for group in own
+        ],
+        seed,
+    )
+    others = [_comparisons(group) for group in own]
+    if mean is None or not all(others):
+        return mean
+    return mean | {"disagreement": _mean_disagreement(others, seed)}
+
+
+def _mean_disagreement(
+    sets: Sequence[Sequence[Comparison]], seed: int
 ) -> dict[str, float | None] | None:
-    outcomes = [
-        [verdict.label in counted for _, verdict in group if verdict.label not in WITHOUT_ANSWER]
-        for group in groups.values()
-        if group[0][0].kind == kind
-    ]
-    outcomes = [values for values in outcomes if len(values)]
+    """The mean over sets of the share of answers on which judges do not all decide alike."""
+    every = [one for group in sets for one in group]
+    own = disagreement(every)
+    if own is None:
+        return None
+    judged = [[one == "different" for one in group if one != "not judged"] for group in sets]
+    mean = _mean(judged, seed) or own
+    return {key: mean[key] for key in ("share", "low", "high")} | {
+        key: own[key] for key in ("count", "left_out")
+    }
+
+
+def _mean(sets: Sequence[Sequence[bool]], seed: int) -> dict[str, float | None] | None:
+    """The mean over the sets that are not empty, with its interval; None of none."""
+    outcomes = [values for values in sets if len(values)]
     if not outcomes:
         return None
     low: float | None
@@ -101,22 +145,3 @@ def _mean_over_sets(
         low, high = mean_of_sets_interval(outcomes, seed)
     share, count = float(np.mean([np.mean(values) for values in outcomes])), sum(map(len, outcomes))
     return {"share": share, "low": low, "high": high, "sets": len(outcomes), "count": count}
-
-
-def agreement(verdicts: Mapping[str, Sequence[Verdict]]) -> list[dict[str, Any]]:
-    """Cohen's κ between every two judges, on whether the attack succeeded, over the answers that
-    both judged.
-    """
-    table = []
-    for first, second in combinations(verdicts, 2):
-        pairs = [
-            (a.label in ATTACK_SUCCEEDED, b.label in ATTACK_SUCCEEDED)
-            for a, b in zip(verdicts[first], verdicts[second], strict=True)
-            if not {a.label, b.label} & set(WITHOUT_ANSWER)
-        ]
-        same = sum(a == b for a, b in pairs) / len(pairs) if pairs else None
-        value = kappa([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
-        table.append(
-            {"judges": [first, second], "answers": len(pairs), "agreement": same, "kappa": value}
-        )
-    return table

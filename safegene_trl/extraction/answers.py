@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asked:
-    """How the aligned model is asked, and what is stored of its answers."""
+    """How the aligned model is asked, and what is stored of its answers; `may_refuse_none`: whether
+    it is no error that it refuses none of the harmful prompts.
+    """
 
     answering: Answering
     max_new_tokens: int
     with_reasoning: bool = False
+    may_refuse_none: bool = False
 
 
 def own_answers(
@@ -62,7 +65,7 @@ def own_answers(
 
     Raises:
         ConfigError: The context has no room for the reasoning.
-        FamilyError: It refuses none of the harmful prompts.
+        FamilyError: It refuses none of the harmful prompts, and has to.
         MemoryShortageError: Memory runs out with one prompt at a time.
     """
     rows: list[dict[str, str]] = []
@@ -73,7 +76,7 @@ def own_answers(
             for prompt, reply in zip(kinds[kind], replies, strict=True)
             if (row := _stored(prompt, reply, kind, asked.with_reasoning))
         ]
-        if kind == "harmful" and not rows:
+        if kind == "harmful" and not rows and not asked.may_refuse_none:
             raise _refuses_none(replies)
     return rows
 

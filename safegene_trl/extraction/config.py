@@ -1,7 +1,7 @@
 """`ExtractionConfig`: everything that can be set about making a safety vector."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,27 @@ from .selection import SELECTIONS
 
 BATCH = 16  # of prompts on a CPU; of a step's samples anywhere, as what is learned depends on it
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
+_FOR_WEIGHTS = ("degraded_model", "harmful_data", "benign_data")  # not needed with `vector`
+_OF_THE_VECTOR = (  # what `vector` has settled
+    "degraded_model",
+    "degraded_revision",
+    "method",
+    "linearized_blocks",
+    "distill_steps",
+    "distill_learning_rate",
+    "anchor_weight",
+    "rank",
+    "exact_svd",
+    "isolate_from",
+    "isolation_rank",
+    "selection",
+    "layer_share",
+    "bootstrap_resamples",
+    "num_selection_prompts",
+    "chat_template_kwargs",
+    "safety_target",
+    "weights_dtype",
+)
 
 
 @with_help
@@ -42,6 +63,12 @@ class ExtractionConfig:
         degraded_model: The same model with weakened refusals, or a LoRA on `aligned_model` that
             weakens them.
         degraded_revision: Its branch, tag or commit on the hub.
+        vector: A safety vector of the aligned model (directory or hub id) whose weights, layers and
+            record of both are kept, in place of a degraded model; what is made anew are the prompts
+            that come with it. They are its own, with soft targets, and those of the data sets here.
+        vector_revision: Its branch, tag or commit on the hub.
+        allow_other_base: Take an aligned model whose weight files are others than those that
+            `vector` was made from.
         output_dir: Where the vector goes.
         overwrite_output_dir: Replace a vector that is there.
         method: How the deltas are made: `delta` is the plain weight difference, `distill` learns
@@ -61,12 +88,13 @@ class ExtractionConfig:
         layer_share: Share (0–1] of the layers that are kept.
         bootstrap_resamples: How often the prompts are drawn again to see how stable the selection
             is.
-        harmful_data: Harmful prompts: a column `prompt`, no answers needed.
-        benign_data: Benign prompts, look-alikes above all.
+        harmful_data: Harmful prompts: a column `prompt`, no answers needed. With `vector` it may
+            be left out.
+        benign_data: Benign prompts, look-alikes above all. With `vector` it may be left out.
         data_split: Split of all the data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
-        num_safety_prompts: Harmful prompts stored with the vector, at most; only those the aligned
-            model refuses.
+        num_safety_prompts: Harmful prompts that the aligned model is asked, as many of every
+            category; those that it refuses are stored with the vector.
         num_benign_prompts: Benign prompts stored with the vector, at most, with the aligned model's
             answers, or with its refusals where it refuses them.
         test_harmful_data: Harmful prompts of another source to store for measuring, with what the
@@ -100,6 +128,9 @@ class ExtractionConfig:
     aligned_revision: str | None = None
     degraded_model: str = ""
     degraded_revision: str | None = None
+    vector: str = ""
+    vector_revision: str | None = None
+    allow_other_base: bool = False
     output_dir: str = ""
     overwrite_output_dir: bool = False
     method: str = field(
@@ -131,8 +162,8 @@ class ExtractionConfig:
     benign_data: str = ""
     data_split: str = "train"
     num_selection_prompts: int = 32
-    num_safety_prompts: int = 64
-    num_benign_prompts: int = 64
+    num_safety_prompts: int = 256
+    num_benign_prompts: int = 256
     test_harmful_data: str | None = None
     test_benign_data: str | None = None
     num_test_prompts: int = 128
@@ -228,10 +259,11 @@ class ExtractionConfig:
             "harmful_data",
             "benign_data",
         ):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (self.vector and name in _FOR_WEIGHTS):
                 meant = meanings(type(self))[name].replace(":", ",")
                 raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")
         check_values(self)
+        self._check_vector()
         if (self.test_harmful_data is None) != (self.test_benign_data is None):
             there, missing = "test_harmful_data", "test_benign_data"
             if self.test_harmful_data is None:
@@ -240,3 +272,21 @@ class ExtractionConfig:
                 f"`{there}` is set and `{missing}` is not: set both, or neither, as both kinds of prompts are measured on."
             )
         template_options("chat_template_kwargs", self.chat_template_kwargs)
+
+    def _check_vector(self) -> None:
+        """Raises `ConfigError` for what says nothing with `vector`, or nothing without it."""
+        named = [
+            each.name
+            for each in fields(self)
+            if getattr(self, each.name) != (each.default if each.default is not MISSING else [])
+        ]
+        for name in named:
+            if self.vector and name in _OF_THE_VECTOR:
+                raise ConfigError(
+                    f"`{name}` is set and so is `vector`, which keeps its weights, its layers and the way its prompts are written: leave "
+                    f"out `{name}`."
+                )
+            if not self.vector and name in ("vector_revision", "allow_other_base"):
+                raise ConfigError(
+                    f"`{name}` is set and `vector` is not: set both, or leave out `{name}`."
+                )

@@ -12,6 +12,7 @@ from ..vectors.output import check_vector_output
 from ..vectors.safety_vector import SafetyVector
 from .config import ExtractionConfig
 from .pipeline import make_vector
+from .retargeting import retarget
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     For every linear layer `m` of the selected layers `V_m = B_m A_m`: the difference `W_aligned −
     W_degraded` cut to rank r, or what is learned from there (SafeGene, arXiv 2606.06519;
     `linearized` after EnchTable, arXiv 2511.09880). A selection that means little, and a difference
-    that lies mostly outside of the linear layers, are warned of. Collective: every process of a
-    launch calls it.
+    that lies mostly outside of the linear layers, are warned of. With `config.vector` there is no
+    degraded model: that vector's weights are kept and its prompts made anew. Collective: every
+    process of a launch calls it.
 
     Args:
         config: From which models and prompts, how, and where to.
@@ -41,7 +43,9 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
 
     Raises:
         ConfigError: A value is missing, impossible, or contradicts another one.
-        FamilyError: The two models are not of one family, or only one of them has a chat template.
+        FamilyError: The two models are not of one family, or only one of them has a chat template;
+            or the aligned model is not that of `config.vector`.
+        VectorError: `config.vector` is missing, altered or truncated.
         UnsupportedModelError: A model is not to be had, or of a kind that cannot be read.
         CheckpointError: Weight files are missing, damaged, or hold NaN or infinity.
         CalibrationDataError: Prompts are missing or no single user turns, or the aligned model
@@ -57,6 +61,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
             inputs = {
                 "the aligned model": config.aligned_model,
                 "the degraded model": config.degraded_model,
+                "the safety vector": config.vector,
                 "the harmful data": config.harmful_data,
                 "the benign data": config.benign_data,
                 "the test data": [
@@ -68,14 +73,14 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
             }
             check_vector_output(target, inputs, config.overwrite_output_dir)
     with job.naming_rank(), naming_shortage(_TOO_SMALL):
-        vector = make_vector(config, job, show_progress)
+        made = retarget(config, job) if config.vector else make_vector(config, job, show_progress)
     with atomic_directory(target, VECTOR, job) as folder, job.raising_together():
-        if vector is not None:
-            vector.save_pretrained(folder)
-    if vector is not None:
-        for warning in selection_warnings(vector):
+        if made is not None:
+            made.save_pretrained(folder)
+    if made is not None and not config.vector:
+        for warning in selection_warnings(made):
             logger.warning(warning)
-    return vector
+    return made
 
 
 def selection_warnings(vector: SafetyVector) -> list[str]:

@@ -9,7 +9,7 @@ asks for it.
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,20 +17,25 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resolve_dtype
-from ..config.measure import MeasureConfig
 from ..data.prompt_style import target_record
 from ..data.prompts import PLAIN
 from ..distributed.layouts import Sharding
 from ..errors import FamilyError, UnsupportedModelError
-from ..models.inputs import Sample, padding_id, shortened, tokenize
+from ..models.inputs import padding_id, shortened
 from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.names import layer_index
-from ..models.reasoning import PromptStyle
 from ..provenance import model_reference, software_versions
 from ..vectors.family import Family
-from ..vectors.prompt_rows import Part, rows_of
+from ..vectors.prompt_rows import Part
 from ..vectors.safety_vector import SafetyVector
-from .answers import Asked, own_answers, own_verdicts
+from .aligned_rows import (
+    REFUSAL_TOKENS,
+    Inputs,
+    answered,
+    prompts_to_measure_on,
+    samples_of,
+    with_targets,
+)
 from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, reference_batches
@@ -45,25 +50,10 @@ from .selection import (
     last_token_states,
     top_layers,
 )
-from .soft_targets import soft_targets
 from .soundness import check_runs, in_dtype
 
 
 logger = logging.getLogger(__name__)
-REFUSAL_TOKENS = 8  # whether a model refuses is settled there (arXiv 2406.05946)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What the two models are asked with, and by which processes; `style` is that of prompts whose
-    answer is known.
-    """
-
-    config: ExtractionConfig
-    tokenizer: PreTrainedTokenizerBase
-    prompts: ExtractionPrompts
-    job: Sharding
-    style: PromptStyle
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,7 @@ def make_vector(
         if job.is_main:
             _check_template(config, tokenizer)
             difference = take_difference(config, show_progress)
-    inputs = _Inputs(config, tokenizer, prompts, job, style)
+    inputs = Inputs(config, tokenizer, prompts, job, style)
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)
     found = _method_inputs(inputs, deltas, aligned, show_progress)
@@ -168,26 +158,14 @@ def _check_template(config: ExtractionConfig, tokenizer: PreTrainedTokenizerBase
     logger.warning(PLAIN, config.aligned_model)
 
 
-def _aligned_side(inputs: _Inputs) -> _AlignedSide:
+def _aligned_side(inputs: Inputs) -> _AlignedSide:
     config, tokenizer = inputs.config, inputs.tokenizer
     model, sharding = load_placed(
         config.aligned_model, config.aligned_revision, config.dtype, inputs.job
     )
     check_runs(model, tokenizer, inputs.prompts.harmful[0], sharding, config.aligned_model)
-    answering = config.answering(tokenizer)
-    ignored = answering.ignores(config.max_reasoning_tokens, "max_reasoning_tokens")
-    if ignored and sharding.is_main:
-        logger.warning(ignored)
-    rows = own_answers(
-        model,
-        tokenizer,
-        *inputs.prompts.to_answer(),
-        Asked(answering, config.max_new_tokens, config.safety_target == "reasoning"),
-        config.batch_size,
-        sharding,
-    )
-    rows = _with_targets(inputs, model, rows, sharding)
-    tests, test_record = _tests(inputs, model, sharding)
+    rows = with_targets(inputs, model, answered(inputs, model, sharding), sharding)
+    tests, test_record = prompts_to_measure_on(inputs, model, sharding)
     states, references = [], []
     if SELECTIONS[config.selection].reads_states:
         states = _states(inputs, model, sharding)
@@ -196,30 +174,8 @@ def _aligned_side(inputs: _Inputs) -> _AlignedSide:
     return _AlignedSide(rows, tests, test_record, states, references)
 
 
-def _tests(
-    inputs: _Inputs, model: nn.Module, sharding: Sharding
-) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """Prompts to measure on, each with what the aligned model does, and the vector's record of
-    them; nothing without such data.
-    """
-    prompts, tokenizer, config = inputs.prompts, inputs.tokenizer, inputs.config
-    if not prompts.tests:
-        return [], {}
-    answering = config.measuring(tokenizer)
-    asked = Asked(answering, MeasureConfig.max_new_tokens)
-    rows, counts = own_verdicts(model, tokenizer, prompts.tests, asked, config.batch_size, sharding)
-    for kind in prompts.tests:
-        if sharding.is_main and not any(row["kind"] == kind for row in rows):
-            logger.warning(
-                "The aligned model neither refuses nor answers any of the %s prompts to measure on (its answers: %s): give others.",
-                kind,
-                ", ".join(f"{count} {label}" for label, count in counts[kind].items()),
-            )
-    return rows, {"test_prompts": prompts.test_record(answering, counts)}
-
-
 def _method_inputs(
-    inputs: _Inputs,
+    inputs: Inputs,
     deltas: Mapping[str, LowRankDelta],
     aligned: _AlignedSide,
     show_progress: bool,
@@ -252,7 +208,7 @@ def _method_inputs(
     )
 
 
-def _degraded(inputs: _Inputs, prompt: str) -> tuple[nn.Module, Sharding]:
+def _degraded(inputs: Inputs, prompt: str) -> tuple[nn.Module, Sharding]:
     """Collective: the degraded model, which has been seen to run on a prompt."""
     name, revision = inputs.config.degraded_model, inputs.config.degraded_revision
     model, sharding = load_placed(name, revision, inputs.config.dtype, inputs.job)
@@ -261,10 +217,10 @@ def _degraded(inputs: _Inputs, prompt: str) -> tuple[nn.Module, Sharding]:
 
 
 def _scores(
-    inputs: _Inputs, deltas: Mapping[str, LowRankDelta], aligned: _AlignedSide
+    inputs: Inputs, deltas: Mapping[str, LowRankDelta], aligned: _AlignedSide
 ) -> LayerScores:
     config, tokenizer = inputs.config, inputs.tokenizer
-    samples = _samples(inputs, aligned.rows, "harmful")[: config.num_selection_prompts]
+    samples = samples_of(inputs, aligned.rows, "harmful")[: config.num_selection_prompts]
     evidence = Evidence(
         deltas,
         [cut for sample in samples if (cut := shortened(sample, None, REFUSAL_TOKENS))],
@@ -277,7 +233,7 @@ def _scores(
     return SELECTIONS[config.selection].scores(evidence)
 
 
-def _states(inputs: _Inputs, model: Any, sharding: Sharding) -> list[torch.Tensor]:
+def _states(inputs: Inputs, model: Any, sharding: Sharding) -> list[torch.Tensor]:
     """States on the prompts of each kind that layers are selected by."""
     return [
         last_token_states(model, inputs.tokenizer, prompts, sharding, inputs.style)
@@ -286,36 +242,12 @@ def _states(inputs: _Inputs, model: Any, sharding: Sharding) -> list[torch.Tenso
 
 
 def _references(
-    inputs: _Inputs,
+    inputs: Inputs,
     model: Any,
     rows: Sequence[Mapping[str, Any]],
     kind: Part,
     sharding: Sharding,
 ) -> list[ReferenceBatch]:
     pad_id, size = padding_id(inputs.tokenizer), inputs.config.samples_per_step
-    samples = _samples(inputs, rows, kind)
+    samples = samples_of(inputs, rows, kind)
     return reference_batches(model, samples, size, pad_id, kind == "benign", sharding)
-
-
-def _with_targets(
-    inputs: _Inputs, model: Any, rows: Sequence[dict[str, Any]], sharding: Sharding
-) -> list[dict[str, Any]]:
-    """Rows with what the aligned model itself says to the first tokens of its answers."""
-    cut = [shortened(_sample(inputs, row), None, REFUSAL_TOKENS) for row in rows]
-    samples = [sample for sample in cut if sample]
-    pad_id, size = padding_id(inputs.tokenizer), inputs.config.batch_size
-    found = iter(soft_targets(model, samples, pad_id, sharding, size))
-    targets = [next(found) if sample else None for sample in cut]
-    return [
-        row | {"targets": asdict(own)} if own and own.tokens else row
-        for row, own in zip(rows, targets, strict=True)
-    ]
-
-
-def _samples(inputs: _Inputs, rows: Sequence[Mapping[str, Any]], part: Part) -> list[Sample]:
-    return [_sample(inputs, row) for row in rows_of(rows, part)]
-
-
-def _sample(inputs: _Inputs, row: Mapping[str, Any]) -> Sample:
-    messages = [{"role": "user", "content": row["prompt"]}]
-    return tokenize(inputs.tokenizer, messages, row["response"], inputs.style)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.measure import MeasureConfig
-from ..data.prompts import Kind, Prompt, kept_apart
+from ..data.prompts import Kind, Prompt, in_turn, kept_apart, near_duplicates
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
@@ -28,6 +28,7 @@ class ExtractionPrompts:
         tests: By kind those to measure on, each one user turn and none of them near one that is
             answered or selected by; empty without such data.
         repeated: By kind how many were left out because they are.
+        stored: Those of a vector whose prompts these are added to.
     """
 
     config: ExtractionConfig
@@ -36,17 +37,25 @@ class ExtractionPrompts:
     categories: dict[str, str]
     tests: dict[str, list[str]] = field(default_factory=dict)
     repeated: dict[str, int] = field(default_factory=dict)
+    stored: Sequence[str] = ()
 
     @classmethod
-    def read(cls, config: ExtractionConfig) -> "ExtractionPrompts":
+    def read(
+        cls, config: ExtractionConfig, stored: Sequence[str] = (), measured: Sequence[str] = ()
+    ) -> "ExtractionPrompts":
         """Those of a config's data sets.
+
+        Args:
+            config: It names them; none of a kind where it names no data set.
+            stored: Prompts of a vector, which are not asked again.
+            measured: Others of it, which it measures on: none that nearly repeats one is asked.
 
         Raises:
             CalibrationDataError: They cannot be read, one is more than a user turn, or all of those
                 to measure on repeat others.
         """
         harmful, benign = (
-            _read_prompts(source, config.data_split)
+            _unlike(_read_prompts(source, config.data_split), stored, measured) if source else []
             for source in (config.harmful_data, config.benign_data)
         )
         sources: dict[Kind, str | None] = {
@@ -57,40 +66,46 @@ class ExtractionPrompts:
         categories = {
             prompt: category
             for source in (config.harmful_data, *tests.values())
+            if source
             for prompt, category in _read_categories(source, config.data_split).items()
         }
-        found = cls(config, harmful, benign, categories)
+        found = cls(config, harmful, benign, categories, stored=stored)
         for kind, source in tests.items():
             found._add_tests(kind, source)
         return found
 
     def _add_tests(self, kind: Kind, source: str) -> None:
         """Prompts to measure on: drawn from those that are not near one that is used otherwise."""
-        used = [text for own in (*self.to_answer(), *self.to_select_by()) for text in own]
-        texts = dict.fromkeys(_read_prompts(source, self.config.data_split))
+        asked = [text for own in (*self.to_answer(), *self.to_select_by()) for text in own]
+        used = [*self.stored, *asked]
+        texts = _read_prompts(source, self.config.data_split)
         prompts = [
             Prompt(Path(source).stem, kind, None, ({"role": "user", "content": text},))
             for text in texts
         ]
         left, repeated = kept_apart(prompts, used)
-        drawn: list[str] = draw(
-            [prompt.text for prompt in left], self.config.num_test_prompts, self.config.seed
+        self.tests[kind] = self._covering(
+            [prompt.text for prompt in left], self.config.num_test_prompts
         )
-        self.tests[kind], self.repeated[kind] = drawn, len(repeated)
+        self.repeated[kind] = len(repeated)
 
     def to_answer(self) -> tuple[list[str], list[str]]:
         """The harmful and benign prompts that the aligned model is asked."""
-        counts = self.config.num_safety_prompts, self.config.num_benign_prompts
-        return self._drawn(*counts)
+        return (
+            self._covering(self.harmful, self.config.num_safety_prompts),
+            self._covering(self.benign, self.config.num_benign_prompts),
+        )
 
     def to_select_by(self) -> tuple[list[str], list[str]]:
         """The harmful and benign prompts that layers are selected by."""
-        count = self.config.num_selection_prompts
-        return self._drawn(count, count)
+        count, seed = self.config.num_selection_prompts, self.config.seed
+        return draw(self.harmful, count, seed), draw(self.benign, count, seed)
 
-    def _drawn(self, harmful: int, benign: int) -> tuple[list[str], list[str]]:
-        seed = self.config.seed
-        return draw(self.harmful, harmful, seed), draw(self.benign, benign, seed)
+    def _covering(self, texts: Sequence[str], count: int) -> list[str]:
+        """Up to `count` of them in seeded order, in turn of the categories where they have any."""
+        if self.categories.keys().isdisjoint(texts):
+            return draw(texts, count, self.config.seed)
+        return in_turn(texts, count, self.config.seed, self.categories.get)
 
     def record(self, answers: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """What a vector says of the prompts that it was selected by, `answers` being stored with
@@ -102,7 +117,7 @@ class ExtractionPrompts:
             "seed": config.seed,
             "harmful_data": sha256_of_json(self.harmful),
             "benign_data": sha256_of_json(self.benign),
-            "categories": self._refused_by_category(answers),
+            "categories": self.refused_by_category(answers),
         }
 
     def test_record(
@@ -134,7 +149,17 @@ class ExtractionPrompts:
             for row in answers
         ]
 
-    def _refused_by_category(
+    def further_record(self) -> dict[str, Any]:
+        """What a vector says of the prompts that were added to its own."""
+        harmful, benign = self.to_answer()
+        return {
+            "seed": self.config.seed,
+            "harmful_data": sha256_of_json(self.harmful),
+            "benign_data": sha256_of_json(self.benign),
+            "asked": {"harmful": len(harmful), "benign": len(benign)},
+        }
+
+    def refused_by_category(
         self, answers: Sequence[Mapping[str, str]]
     ) -> dict[str, dict[str, int]]:
         """How many prompts of each category the aligned model was asked, and how many it refused:
@@ -150,17 +175,27 @@ class ExtractionPrompts:
         return dict(sorted(found.items()))
 
 
+def _unlike(texts: Sequence[str], stored: Sequence[str], measured: Sequence[str]) -> list[str]:
+    """The texts that are none of the stored ones and not near one that is measured on."""
+    known = set(stored)
+    left = [text for text in texts if text not in known]
+    near = near_duplicates(left, measured)
+    return [text for index, text in enumerate(left) if index not in near]
+
+
 def _read_prompts(source: str, split: str) -> list[str]:
-    """The prompts of a data set, each one user turn."""
+    """The prompts of a data set, each one user turn, and each once."""
     prompts = []
     for row in load_rows(source, split):
+        if isinstance(row.get("prompt"), str) and not row["prompt"].strip():
+            raise CalibrationDataError(f"A prompt of {source} is empty: remove its row.")
         messages, _ = conversation(row)
         if [message["role"] for message in messages] != ["user"]:
             raise CalibrationDataError(
                 f"A prompt of {source} is not a single user turn: give single-turn prompts."
             )
         prompts.append(messages[0]["content"])
-    return prompts
+    return list(dict.fromkeys(prompts))
 
 
 def _read_categories(source: str, split: str) -> dict[str, str]:

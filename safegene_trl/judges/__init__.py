@@ -65,7 +65,8 @@ class Judge(Protocol):
 
     Attributes:
         name: As the user wrote it, for the record.
-        sees: `refusals` or `harm`: what its numbers may be called.
+        sees: `refusals` or `harm`: what its numbers may be called, and what it is compared on with
+            other judges.
         batch: Exchanges that it is best asked about at a time: where it fails, what it said of
             earlier ones is kept.
     """

@@ -1,10 +1,11 @@
 """Shares and means with 95 % intervals, by scipy. All shares are 0–1."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, norm
 
 
 CONFIDENCE = 0.95
@@ -54,6 +55,19 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     )
     low, high = found.confidence_interval
     return float(low), float(high)
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of paired differences of two shares, each -1, 0 or 1, as wide as it
+    has to be where there are few pairs, or few that differ (the adjusted Wald
+    interval of Bonett and Price, 2012). A bootstrap has no width where all pairs are alike.
+    """
+    count = len(differences) + 2
+    more = (sum(value > 0 for value in differences) + 1) / count
+    less = (sum(value < 0 for value in differences) + 1) / count
+    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    half = z * math.sqrt((more + less - (more - less) ** 2) / count)
+    return max(more - less - half, -1.0), min(more - less + half, 1.0)
 
 
 def mean_of_sets_interval(sets: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:

@@ -223,7 +223,8 @@ def _soft_targets(samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch
         soft = sample.soft or _certain(sample.response)
         # filled up with their own first token: a further one would count as one of the likeliest
         ids += [row + row[:1] * (width - len(row)) for row in soft.ids]
-        log_probs += [row + [-math.inf] * (width - len(row)) for row in soft.log_probs]
+        missing = [-math.inf]
+        log_probs += [[*map(float, row), *missing * (width - len(row))] for row in soft.log_probs]
     return torch.tensor(ids), torch.tensor(log_probs)
 
 

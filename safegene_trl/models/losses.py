@@ -148,7 +148,7 @@ def _soft_divergence(
     known = log_probs.clamp(min=LEAST_LOG_PROB)
     terms = (known.exp() * (known - own.gather(-1, ids))).sum(dim=-1)
     rest = 1 - log_probs.exp().sum(dim=-1)
-    seen = rest > LEAST_REST
+    seen = (rest > LEAST_REST) & others.isfinite()  # there are no others of a whole vocabulary
     rest = rest.where(seen, 1.0)
     return terms + rest * (rest.log() - others.where(seen, 0.0))
 

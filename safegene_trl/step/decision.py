@@ -35,7 +35,7 @@ DEPENDENT_ALIGNED = (
     "The prompts that this was measured on came with the vector itself, so nothing independent confirms it, and against the aligned "
     "model only such prompts can be measured on: measure the checkpoint on prompts of your own by `safegene evaluate`."
 )
-NOTHING_LOST = "The fine-tune had lost no refusal of the aligned model's, so that there was nothing to restore (`gate.min_restored`)."
+NOTHING_LOST = "No refusal of the aligned model's is known to have been lost, so that there was nothing to restore (`gate.min_restored`)."
 UNCONFIRMED = (
     "Nothing was measured on refusals: raise `measure.num_test_prompts`, or set `gate.harmful_data` to prompts of your own, and "
     "`gate.min_refusal_rate`."
@@ -147,8 +147,8 @@ def check_measurable(
                 raise ConfigError(
                     f"`gate.{metric.limit}` is set, and what the aligned model does with the {metric.items} prompts that are measured on "
                     f"is not known: leave `gate.{metric.items}_data` and `data.safety_data` unset or use a vector that was made with "
-                    f"`test_{metric.items}_data`, write and answer prompts as it was made with (`measure.max_new_tokens`, "
-                    "`measure.max_reasoning_tokens`, `data.chat_template_kwargs`), or leave the limit out."
+                    f"`test_{metric.items}_data`, write and answer prompts as it was made with (the chat template, "
+                    "`data.chat_template_kwargs`, `measure.max_new_tokens`, `measure.max_reasoning_tokens`), or leave the limit out."
                 )
             if metric.better == "more" and "refused" not in known:
                 raise ConfigError(
@@ -186,8 +186,8 @@ def dependent(gate: GateConfig | None) -> str:
 
 
 def lost_nothing(measured: Mapping[str, Any]) -> bool:
-    """Whether the fine-tune refuses all harmful prompts that the aligned model refuses, as far as
-    that was measured.
+    """Whether no refusal of the aligned model's is known to have been lost, in the fine-tune or by
+    the step, where that was measured.
     """
     aligned = measured.get("aligned", {}).get("refusal_rate", {})
     return bool(aligned.get("successes")) and "restored" not in measured
@@ -239,8 +239,8 @@ def decide(
 ) -> Decision:
     """Accepts or rejects.
 
-    `min_restored` is kept where the fine-tune has lost no refusal of the aligned model's. With limits
-    these alone decide, so that a fine-tune that has lost nothing and needs no
+    `min_restored` is kept where no refusal of the aligned model's is known to have been lost. With
+    limits these alone decide, so that a fine-tune that has lost nothing and needs no
     coefficients passes; but where most answers of a reasoning model are unfinished nothing passes
     them, because nothing was seen. Without limits it is the recalibration: taken in full, shrunk (best
     effort), or nothing acceptable.

@@ -89,9 +89,8 @@ def _further(vector: Described) -> str:
 
 def _categories(vector: Described) -> str:
     """A line about the harm categories that it was made from, where they are known."""
-    records = [record["selection"] for record in vector.extraction.get("vectors", [])] or [
-        vector.selection
-    ]
+    records = [record["selection"] for record in vector.extraction.get("vectors", [])]
+    records.append(vector.selection)  # of components it has those that were added to them
     found: dict[str, list[int]] = {}
     for counts in (record.get("categories", {}) for record in records):
         for name, count in counts.items():

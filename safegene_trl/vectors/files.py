@@ -258,6 +258,10 @@ def read_prompts(data: bytes, name: str, config: Mapping[str, Any]) -> list[dict
             raise VectorError(
                 f"A row of {PROMPTS_FILE} has the verdict {row['verdict'][:20]!r}: make the vector again."
             )
+        if not row["prompt"].strip():
+            raise VectorError(
+                f"A row of {PROMPTS_FILE} has an empty prompt: make the vector again without it."
+            )
         if part_of(row) != "measure":
             _check_response(row, name)
         elif config["selection"].get("test_prompts") is None:
@@ -265,6 +269,11 @@ def read_prompts(data: bytes, name: str, config: Mapping[str, Any]) -> list[dict
                 f"{PROMPTS_FILE} of {name} has prompts to measure on, and nothing says how the aligned model was asked them: make "
                 "the vector again."
             )
+    measured = [(row["kind"], row["prompt"]) for row in rows if part_of(row) == "measure"]
+    if len(set(measured)) < len(measured):
+        raise VectorError(
+            f"{PROMPTS_FILE} of {name} has a prompt to measure on twice, which would count twice: make the vector again."
+        )
     return rows
 
 
@@ -359,8 +368,10 @@ def _valid_targets(targets: Any, vocabulary: int) -> bool:
 
 
 def _valid_place(token: Any, ids: Any, log_probs: Any, *, vocabulary: int) -> bool:
-    """Whether these are the likeliest tokens in a token's place, it being about the likeliest."""
-    return (
+    """Whether these are the likeliest tokens in a token's place, it being about the likeliest: no
+    other token of the vocabulary can have more of what they leave than the least of them.
+    """
+    if not (
         isinstance(ids, list)
         and isinstance(log_probs, list)
         and 0 < len(ids) == len(log_probs) <= _MOST_TOKENS
@@ -368,8 +379,11 @@ def _valid_place(token: Any, ids: Any, log_probs: Any, *, vocabulary: int) -> bo
         and len(set(ids)) == len(ids)
         and all(_is_number(value) and value <= 0 for value in log_probs)
         and about_likeliest(token, ids, log_probs)
-        and sum(map(math.exp, log_probs)) <= 1 + _ROUNDING
-    )
+    ):
+        return False
+    known = [math.exp(value) for value in log_probs]
+    most = (vocabulary - len(ids)) * min(known) * (1 + _ROUNDING)
+    return -_ROUNDING <= 1 - sum(known) <= most + _ROUNDING
 
 
 def about_likeliest(token: int, ids: Sequence[int], log_probs: Sequence[float]) -> bool:
@@ -414,7 +428,27 @@ def _valid_extraction(extraction: dict[str, Any]) -> bool:
         and isinstance(components, list)
         and all(_is_count(part) and part > 0 for part in components)
         and sum(components) == rank
+        and _valid_parts(extraction.get("vectors", []))
     )
+
+
+def _valid_parts(parts: Any) -> bool:
+    """Whether the records of combined vectors, where there are any, say how each was made, those of
+    their own parts included.
+    """
+    left = [parts]
+    while left:
+        own = left.pop()
+        if not isinstance(own, list) or not all(isinstance(part, dict) for part in own):
+            return False
+        made = [part.get("extraction") for part in own]
+        if not all(
+            isinstance(each, dict) and is_template_options(each.get("chat_template_kwargs", {}))
+            for each in made
+        ):
+            return False
+        left += [each.get("vectors", []) for each in made if each]
+    return True
 
 
 def _valid_selection(selection: dict[str, Any]) -> bool:

@@ -60,6 +60,18 @@ def components_of(extraction: Mapping[str, Any], rank: int) -> list[int]:
     return list(extraction.get("components", [rank]))
 
 
+def extractions(extraction: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How a vector, or each of those that were combined to it, was made."""
+    found, left = [], [extraction]
+    while left:
+        made = left.pop()
+        if parts := made.get("vectors"):
+            left += [part["extraction"] for part in parts]
+        else:
+            found.append(made)
+    return found
+
+
 def read_record(
     contents: Mapping[str, bytes], name: str, public_key: Path | None = None
 ) -> VectorRecord:

@@ -17,7 +17,7 @@ from ..errors import FamilyError
 from ..models.coefficients import CoefficientSpace
 from ..models.low_rank import LowRankDelta
 from ..models.names import layer_ranges, layers_of, without_wrapper
-from ..provenance import sha256_of_bytes, sha256_of_file
+from ..provenance import sha256_of_bytes, sha256_of_file, software_versions
 from . import files as vector_files
 from .card import vector_card
 from .family import Family
@@ -82,6 +82,8 @@ class SafetyVector(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    _weights: bytes | None = field(default=None, init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         self._hub_mixin_config = (
             None  # the mixin's config.json would duplicate safegene_config.json
@@ -144,11 +146,7 @@ class SafetyVector(
     # `push_to_hub`.
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {}
-        for name, delta in self.deltas.items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
-        save_file(tensors, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        self._save_weights(save_directory / WEIGHTS_FILE)
         adapter_config = vector_files.adapter_config(
             self.deltas, self.rank, self.aligned_model["name"]
         )
@@ -167,6 +165,46 @@ class SafetyVector(
         )
         vector_files.check_consistent(config, self.rank, self.layers, str(save_directory))
         self._save_signature(save_directory)
+
+    def _save_weights(self, path: Path) -> None:
+        if self._weights is not None:
+            path.write_bytes(self._weights)
+            return
+        tensors = {}
+        for name, delta in self.deltas.items():
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.a.contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.b.contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    def with_prompts(
+        self,
+        weights: bytes,
+        prompts: list[dict[str, Any]],
+        extraction: dict[str, Any],
+        selection: dict[str, Any],
+    ) -> "SafetyVector":
+        """The same vector with other prompts. Its weights file is saved as it was, byte for byte,
+        so that what refers to its hash (coefficients, histories, checkpoints) refers to the new one
+        as well; a signature is not carried over.
+
+        Args:
+            weights: The bytes of that file, which the deltas were read from.
+            prompts: The rows.
+            extraction: The record, with what is to be said of the prompts.
+            selection: The same.
+        """
+        found = SafetyVector(
+            self.deltas,
+            self.family,
+            self.aligned_model,
+            self.degraded_model,
+            extraction,
+            selection,
+            prompts,
+            software_versions(),
+        )
+        found._weights = weights
+        return found
 
     def _save_signature(self, folder: Path) -> None:
         """Only with the very files that were signed; an earlier one in the folder is of other

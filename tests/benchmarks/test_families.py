@@ -11,6 +11,7 @@ import torch
 from benchmarks import records
 from benchmarks.paper_table import __main__ as command
 from benchmarks.paper_table import families, lab, methods, schedule, vectors
+from benchmarks.paper_table.calibration import promises
 from benchmarks.paper_table.families import FAMILIES, SMOLLM2
 from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.render import CELLS, load, of_family, render
@@ -188,6 +189,9 @@ def test_seconds_are_expected_by_the_nearest_records(tmp_path, monkeypatch):
     assert expected_seconds(("boolq", 0, "aligned"), found, SMOLLM2) == 25.0
     assert expected_seconds(("sst2", 0, "SafeGene"), found, SMOLLM2) == 25.0
     assert expected_seconds(("sst2", 0, "SafeGene"), {}, SMOLLM2) == 0.0
+    # the method's own seconds, and those of the step's measurement
+    measuring = cell("SafeGene", seconds=20.0, about={"measuring_seconds": 7.0})
+    assert expected_seconds(("sst2", 0, "SafeGene"), {"a": measuring}, SMOLLM2) == 28.0
 
 
 def test_a_run_ends_before_a_cell_that_does_not_fit(tmp_path, monkeypatch, capsys):
@@ -259,6 +263,12 @@ def test_the_whole_command_on_a_tiny_model(tiny, tmp_path, monkeypatch, capsys):
     assert [m for m, record in cells.items() if "training_seconds" in record] == ["fine-tuned"]
     assert cells["WiSE-FT, α = 0.5"]["update"]["norm_ratio"] == pytest.approx(0.5, rel=1e-3)
     assert cells["one-shot patch"]["about"]["steps"] >= 1
+    # the step's own report beside what the table found of the same weights
+    promised = cells["SafeGene"]["about"]["measured"]
+    assert promised["after"]["refusal_rate"]["count"] > 0
+    assert cells["SafeGene"]["about"]["measuring_seconds"] > 0
+    sides = {(one.run, one.side) for one in promises(tmp_path)}
+    assert sides == {("tiny-sst2-0-safegene", side) for side in ("before", "after")}
     assert set(cells["LSSF"]["about"]["ranks"]) <= set(
         SafetyVector.from_pretrained(tiny.work / "vectors" / "puzzles").deltas
     )

@@ -234,6 +234,17 @@ def test_a_run_measures_only_the_cells_that_are_missing(tmp_path, monkeypatch):
     }
 
 
+def test_the_steps_own_measurement_is_none_of_the_methods_seconds(tmp_path, monkeypatch):
+    measured = {"labels": {"BT": "ra"}, "utility": [1.0]}
+    table = SimpleNamespace(scale=1.0, prompts={}, measure=lambda *words: measured)
+    monkeypatch.setattr(command, "plain", lambda lab, task, seed: ({}, {}))
+    about = {"measuring_seconds": 1000.0}
+    monkeypatch.setitem(command.ROWS, "SafeGene", lambda lab, task, seed: ({}, about))
+    command.cell(table, "sst2", 0, "SafeGene", tmp_path)
+    (found,) = records.load(KIND, tmp_path).values()
+    assert -1000 < found["method_seconds"] < -900 and found["about"] == about
+
+
 def test_every_cell_stands_under_its_own_name():
     for kind in (KIND, UTILITY):
         for name, cell in records.load(kind).items():

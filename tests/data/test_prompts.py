@@ -2,6 +2,7 @@
 
 import json
 import time
+from unicodedata import normalize
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_near_duplicates_are_found():
     assert near_duplicates(texts, used)[0] == (used[0], 1.0)
     assert near_duplicates(texts, []) == {} and near_duplicates([], used) == {}
     assert near_duplicates(["hm"], ["hm"]) == {0: ("hm", 1.0)}
+
+
+def test_near_duplicates_are_found_however_their_letters_are_encoded():
+    used = "Wie öffne ich das Schloss meiner Haustür?"
+    invisible = "\u200b".join(used)
+    wide = "".join(chr(ord(c) + 0xFEE0) if c.isascii() and c.isalpha() else c for c in used)
+    texts = [normalize("NFD", used), invisible, wide]
+    assert len(set(texts)) == 3 and set(near_duplicates(texts, [used])) == {0, 1, 2}
 
 
 def test_repeated_prompts_are_left_out_and_listed():

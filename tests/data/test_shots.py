@@ -1,6 +1,7 @@
 """Where the shots come from, and what they are cut to."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,16 @@ from safegene_trl.data.prompt_style import trained_options
 from safegene_trl.data.shots import gather_shots, within_vocabulary
 from safegene_trl.errors import CalibrationDataError, ConfigError
 from safegene_trl.models.inputs import tokenize
+from safegene_trl.vectors.combination import combined
 
-from ..conftest import HARMFUL, config_of, make_model, make_vector, task_dataset
+from ..conftest import (
+    HARMFUL,
+    config_of,
+    make_deltas,
+    make_model,
+    make_vector,
+    task_dataset,
+)
 from ..reasoning_templates import reasoning_tokenizer
 
 
@@ -132,6 +141,58 @@ def test_verdicts_on_prompts_that_were_written_otherwise_are_not_known():
                 chat_template_kwargs=given,
             )
             assert all((None not in own) == known for own in shots.unseen.verdicts.values())
+
+
+def test_verdicts_in_another_chat_template_are_not_known(tokenizer):
+    other = deepcopy(tokenizer)
+    other.chat_template = "<|system|>be brief" + tokenizer.chat_template
+    made = make_vector(make_model(), tokenizer)
+    for vector in (made, with_further_rows(made)):
+        for own, known in ((tokenizer, True), (other, False)):
+            shots = measured_on(own, vector, num_safety_shots=4, num_benign_shots=4)
+            assert all((None not in each) == known for each in shots.unseen.verdicts.values())
+    assert any("in another chat template" in said for said in shots.warnings)
+    shots = measured_on(tokenizer, vector)
+    assert not any("in another chat template" in said for said in shots.warnings)
+
+
+def test_verdicts_of_vectors_whose_prompts_were_written_in_unlike_ways_are_not_known():
+    tokenizer = reasoning_tokenizer("hybrid")
+    model = make_model(vocab_size=len(tokenizer))
+    first = with_further_rows(make_vector(model, tokenizer))
+    second = replace(first, deltas=make_deltas(model, seed=5))
+    for thinks in (False, True):
+        written = {"chat_template_kwargs": {"enable_thinking": thinks}}
+        parts = [
+            replace(first, extraction=first.extraction | written),
+            replace(second, extraction=second.extraction | {"chat_template_kwargs": {}}),
+        ]
+        shots = measured_on(tokenizer, combined(parts))
+        assert all(set(own) == {None} for own in shots.unseen.verdicts.values())
+    shots = measured_on(tokenizer, combined([first, second]))
+    assert all(None not in own for own in shots.unseen.verdicts.values())
+
+
+def test_a_benign_prompt_to_measure_on_repeats_no_shot_of_ones_own(tokenizer, tmp_path):
+    vector = with_further_rows(make_vector(make_model(), tokenizer))
+    row = next(row for row in vector.prompts if "use" in row and row["kind"] == "benign")
+    own = [row["prompt"], *(f"forbidden {i}" for i in range(4))]
+    rows = [{"prompt": text, "response": "no, i cannot help"} for text in own]
+    shots = measured_on(tokenizer, vector, safety_data=lines(tmp_path / "own.jsonl", rows))
+    assert row["prompt"] not in [prompt.text for prompt in shots.unseen.prompts["benign"]]
+
+
+def test_what_is_there_twice_is_not_fitted_and_measured_on(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+    rows = [row for row in vector.prompts for _ in range(5)]
+    shots = measured_on(
+        tokenizer, replace(vector, prompts=rows), num_safety_shots=8, num_benign_shots=8
+    )
+    for kind, split in (("harmful", shots.data.harmful), ("benign", shots.data.benign)):
+        texts = [prompt.text for prompt in shots.unseen.prompts[kind]]
+        fitted = " ".join(tokenizer.decode(sample.input_ids) for sample in split.fit)
+        assert texts and len(set(texts)) == len(texts)
+        assert not any(f"{text}<|end|>" in fitted for text in texts)
 
 
 def test_benign_shots_are_answers_and_prompts_to_measure_on_no_shots(gather, tokenizer):
@@ -341,6 +402,20 @@ def test_border_prompts_are_held_to_no_words(tokenizer):
     none = bordered(tokenizer, 4, unlike=unlike)
     assert none.record["border"]["fit"] == none.record["border"]["held_out"] == 0
     assert none.data == bordered(tokenizer, 0).data
+
+
+def test_a_border_prompt_beyond_the_context_is_left_out(tokenizer):
+    """Nobody can shorten a vector's prompts."""
+    vector = make_vector(make_model(), tokenizer)
+    border = {"response": "sorry i cannot help", "kind": "benign", "verdict": "refused"}
+    texts = ["how " * 400, *(f"how do i kill process {i}" for i in range(4))]
+    rows = [{"prompt": text, **border} for text in texts]
+    vector = targeted(replace(vector, prompts=[*vector.prompts, *rows]), tokenizer)
+    config = config_of(vector="v", max_length=2000)
+    shots = gather_shots(config, vector, tokenizer, 256, task_dataset())
+    assert len(shots.data.border.samples) == 4
+    assert list(shots.record["border"]["skipped"].values()) == [1]
+    assert "context has no room" in shots.warnings[0]
 
 
 def test_more_tokens_than_have_targets_are_said_to_be_left_out(tokenizer):

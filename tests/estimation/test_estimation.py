@@ -17,6 +17,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from safegene_trl import SafetyVector
 from safegene_trl.commands.estimate import table
 from safegene_trl.commands.main import main
 from safegene_trl.data.shots import gather_shots
@@ -43,6 +44,7 @@ from ..conftest import (
     config_of,
     make_model,
     make_vector,
+    refusing,
     small_shape,
     with_lora,
 )
@@ -387,6 +389,32 @@ def test_extraction_with_prompts_to_measure_on(extraction_inputs, operation_cloc
     without = costs_of_extraction(selection="magnitude")
     both = costs_of_extraction(selection="magnitude", **tests)
     assert 0 < without["answers"]["seconds"] < both["answers"]["seconds"]
+
+
+def test_new_prompts_for_a_vector(extraction_inputs, monkeypatch, operation_clock, capsys):
+    """No difference and no selection; without further prompts there are the targets alone."""
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
+    words = ["--degraded_model", "degraded", "--harmful_data", "harmful.jsonl"]
+    words += ["--benign_data", "benign.jsonl", "--selection", "magnitude"]
+    made = ["--aligned_model", "aligned", "--output_dir", "old"]
+    assert main(["extract", *made, *words]) == 0
+    size = sum(file["bytes"] for file in SafetyVector.from_pretrained("old").files.values())
+
+    def costs(*further):
+        command = ["--aligned_model", "aligned", "--vector", "old", "--output_dir", "new"]
+        command += ["--max_new_tokens", "4", "--json", "costs.json", *further]
+        assert main(["estimate", "extract", *command]) == 0
+        return json.loads(Path("costs.json").read_text())
+
+    targets = costs()
+    assert set(targets) == {"answers", "save"} and targets["save"]["disk"] == size
+    Path("further.jsonl").write_text(json.dumps({"prompt": "say how one forbids a bell"}) + "\n")
+    both = costs("--harmful_data", "further.jsonl")
+    assert 0 < targets["answers"]["seconds"] < both["answers"]["seconds"]
+    with pytest.raises(SystemExit):
+        main(["estimate", "extract", *made, *words, "--vector", "old"])
+    assert "`degraded_model` is set and so is `vector`" in capsys.readouterr().err
+    assert not Path("new").exists()
 
 
 def test_training_recipe(tokenizer, tmp_path, monkeypatch):

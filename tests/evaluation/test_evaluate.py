@@ -658,3 +658,42 @@ def test_the_templates_arguments_are_part_of_what_decides_an_answer(config, sets
     config.chat_template_kwargs = "{enable_thinking}"
     with pytest.raises(ConfigError, match="names that the chat template knows"):
         evaluate(config)
+
+
+class _Contrary:
+    """Sees refusals, and says the contrary of the first judge of every other answer."""
+
+    name, sees, batch = "contrary", "refusals", 8
+
+    def __call__(self, exchanges):
+        labels = ["refused" if "help" in one.answer else "answered" for one in exchanges]
+        labels[::2] = ["answered" if label == "refused" else "refused" for label in labels[::2]]
+        return [Verdict(label) for label in labels]
+
+    def describe(self):
+        return {}
+
+
+def test_two_judges_have_their_disagreement_beside_every_share(config, sets, monkeypatch, capsys):
+    monkeypatch.setattr(
+        module, "answers_to_tokens", lambda *given: ["I can't help."] * len(given[2])
+    )
+    load = module.load_judge
+    monkeypatch.setattr(
+        module, "load_judge", lambda spec: _Contrary() if spec == "contrary" else load(spec)
+    )
+    config.judges = ["refusal_phrases", "contrary"]
+    assert main(["evaluate", *words(config)]) == 0
+    result = json.loads((sets / "out" / RESULT).read_text())
+    for judge in result["judges"].values():
+        for own in judge["sets"].values():
+            assert own["disagreement"]["share"] == 0.5
+            assert own["disagreement"]["count"] == sum(own["labels"].values())
+        for mean in ("attack_success", "over_refusal"):
+            assert judge[mean]["disagreement"]["share"] == 0.5
+    both = ["refusal_phrases", "contrary"]
+    assert result["compared"] == {"harmful": both, "benign": both}
+    assert capsys.readouterr().out.count("judges disagree 50.0 [") == 4
+    config.judges = ["refusal_phrases"]
+    alone = evaluate(config)
+    assert "compared" not in alone and "disagreement" not in json.dumps(alone)

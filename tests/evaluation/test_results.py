@@ -4,7 +4,7 @@ import pytest
 
 from safegene_trl.commands.evaluate import text
 from safegene_trl.data.prompts import Prompt
-from safegene_trl.evaluation.results import agreement, summary
+from safegene_trl.evaluation.results import summary
 from safegene_trl.judges import Verdict
 
 
@@ -113,11 +113,3 @@ def test_per_category():
     )
     found = summary([*one[0], *two[0]], [*one[1], *two[1]])["sets"]["a"]["categories"]
     assert found["x"]["attack_success"]["share"] == 1 and found["y"]["attack_success"]["share"] == 0
-
-
-def test_agreement_of_judges():
-    phrases = [Verdict(label) for label in ["refused", "answered", "answered", "refused"]]
-    harm = [Verdict(label) for label in ["harmless", "harmful", "harmless", "unjudged"]]
-    (pair,) = agreement({"phrases": phrases, "harm": harm})
-    assert pair["answers"] == 3 and pair["agreement"] == pytest.approx(2 / 3)
-    assert pair["kappa"] == pytest.approx(0.4)

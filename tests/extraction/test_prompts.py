@@ -9,6 +9,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.errors import CalibrationDataError, ConfigError
 from safegene_trl.extraction import pipeline
 from safegene_trl.extraction.prompts import ExtractionPrompts
+from safegene_trl.provenance import sha256_of_json
 
 from ..conftest import BENIGN, HARMFUL
 
@@ -95,6 +96,21 @@ def test_prompts_that_all_repeat_others_are_refused(options):
         made(options)
 
 
+def test_a_prompt_that_is_there_twice_is_asked_once(options):
+    for name, prompts in (("harmful_data", HARMFUL), ("benign_data", BENIGN)):
+        add(options[name], *prompts, *prompts)
+    asked = ExtractionPrompts.read(ExtractionConfig(**options)).to_answer()
+    assert [sorted(own) for own in asked] == [sorted(HARMFUL), sorted(BENIGN)]
+
+
+@pytest.mark.parametrize("name", ["harmful_data", "benign_data", "test_benign_data"])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_prompt_is_refused_with_its_file(text, name, options):
+    add(options[name], text)
+    with pytest.raises(CalibrationDataError, match=r"A prompt of .*\.jsonl is empty: remove"):
+        made(options)
+
+
 @pytest.mark.parametrize("missing", ["test_harmful_data", "test_benign_data"])
 def test_one_kind_alone_is_refused(missing, options):
     del options[missing]
@@ -131,3 +147,27 @@ def test_border_prompts_are_stored_and_no_benign_answers(options, monkeypatch, c
     assert main(["inspect", options["output_dir"]]) == 0
     assert f"{len(BENIGN)} benign prompts with answers, 1 with refusals" in capsys.readouterr().out
     assert "1 benign prompts that the aligned model refuses" in str(vector.generate_model_card())
+
+
+@pytest.mark.parametrize("kind", ["to answer", "to measure on"])
+def test_few_prompts_are_of_every_category(kind, tmp_path):
+    """However many more of one there are."""
+    sources = {}
+    for name in ("harmful", "benign", "test_harmful", "test_benign"):
+        rows = [
+            {
+                "prompt": f"{sha256_of_json([name, subject, i])} of {subject}",  # none near another
+                "category": subject,
+            }
+            for subject, count in (("arson", 90), ("fraud", 3), ("theft", 3))
+            for i in range(count)
+        ]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources[f"{name}_data"] = str(file)
+    config = ExtractionConfig(**sources, num_safety_prompts=6, num_test_prompts=6)
+    found = ExtractionPrompts.read(config)
+    chosen = found.to_answer()[0] if kind == "to answer" else found.tests["harmful"]
+    assert len(chosen) == 6
+    for subject in ("arson", "fraud", "theft"):
+        assert sum(text.endswith(subject) for text in chosen) == 2, chosen

@@ -59,6 +59,8 @@ MESSAGES = {
     "other weights": "describes other weights",
     "row": "A row of .* lacks `prompt`",
     "targets": "The soft targets of a row",
+    "empty prompt": "A row of .* has an empty prompt",
+    "twice": "has a prompt to measure on twice",
     "kind": "A row of .* is of kind",
     "use": "A row of .* is for the use",
     "verdict": "A row of .* has the verdict",

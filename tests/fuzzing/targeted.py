@@ -65,6 +65,8 @@ def _config_edits() -> list[tuple[tuple[str, ...], list[Any], Outcome]]:
         (("extraction", "rank"), [1, 3], refused("other weights")),
         (("extraction", "components"), [*_not(list), [1], [2, 0], [3, -1], [1, True], [1.0, 1.0], ["2"]], refused("section", "extraction")),
         (("extraction", "components"), [[2], [1, 1]], LOADS),
+        (("extraction", "vectors"), [*_not(list), [1], [{}], [{"extraction": []}], [{"extraction": {"chat_template_kwargs": 1}}], [{"extraction": {"vectors": 1}}]], refused("section", "extraction")),
+        (("extraction", "vectors"), [[{"extraction": {}}], _nested(250)], LOADS),
         (("extraction", "steps"), [12], LOADS),
         (("family", "vocab_size"), [*_not(int), -1, 2**40, 320.0], refused("section", "family")),
         (("family", "vocab_size"), [321], LOADS),
@@ -300,6 +302,14 @@ SOFT: dict[str, Any] = {
 }
 
 
+def _nested(depth: int) -> list[Any]:
+    """Records of vectors that were combined of vectors, and so on."""
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [{"extraction": {"vectors": found}}]
+    return found
+
+
 def _soft(version: int = 3, **values: Any) -> Mutation:
     """Soft targets in a row of a vector of a format that has them; `values` are others."""
 
@@ -341,6 +351,8 @@ _SOFT: list[tuple[str, Mutation, Outcome]] = [
     ("a probability above 1", _soft(log_probs=[[0.1, -3.0, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
     ("probabilities above 1 together", _soft(log_probs=[[-0.1, -0.1, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
     ("a log-probability of text", _soft(log_probs=[["a", -3.0, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("more than others can have is left", _soft(log_probs=[[-29.0, -29.0, -29.0], [-0.5, -1.2, -4.0]]), refused("targets")),
+    ("as much as others can have is left", _soft(log_probs=[[-5.0, -5.0, -5.2], [-0.5, -1.2, -4.0]]), LOADS),
     ("an infinite log-probability", _soft(log_probs=[[-0.1, -1e30, -5.0], [-0.5, -1.2, -4.0]]), refused("targets")),
 ]  # fmt: skip
 
@@ -356,6 +368,17 @@ def _judged(number: int = 0, version: int = 3, record: Any = _TESTS, **values: A
         set_in_config("format_version", value=version)(folder)
         if record is not DELETE:
             set_in_config("selection", "test_prompts", value=record)(folder)
+
+    return mutate
+
+
+def _twice(**values: Any) -> Mutation:
+    """Two rows of one prompt to measure on; `values` are others of the second."""
+
+    def mutate(folder: Path) -> None:
+        test = _TEST | {"prompt": "say how", "kind": "harmful"}
+        _judged(**test)(folder)
+        _judged(1, **test | values)(folder)
 
     return mutate
 
@@ -382,6 +405,11 @@ _VERDICTS: list[tuple[str, Mutation, Outcome]] = [
     ("an answered benign prompt with a refusal", _judged(-1, verdict="answered", response=_BORDER["response"]), refused("refusal of a benign prompt")),
     *((f"a {verdict} {kind} prompt to measure on", _judged(**_TEST | {"kind": kind, "verdict": verdict}), LOADS)
       for kind in ("harmful", "benign") for verdict in ("refused", "answered")),
+    *((f"an empty prompt {text!r}", _judged(prompt=text), refused("empty prompt")) for text in ("", " \n")),
+    ("an empty prompt to measure on", _judged(**_TEST, prompt=" "), refused("empty prompt")),
+    ("a prompt to measure on twice", _twice(verdict="answered"), refused("twice")),
+    ("a prompt to measure on with two verdicts", _twice(verdict="refused"), refused("twice")),
+    ("a prompt to measure on of two kinds", _twice(kind="benign"), LOADS),
     ("a prompt to measure on with a category", _judged(**_TEST, category="fraud"), LOADS),
     ("a prompt to measure on of an earlier format", _judged(version=2, **_TEST), refused("row")),
     ("a prompt to measure on of an unknown kind", _judged(**_TEST, kind="other"), refused("kind")),

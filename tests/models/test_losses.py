@@ -192,6 +192,24 @@ def test_a_soft_target_is_the_divergence_over_its_tokens_and_all_others_as_one()
     assert gradient.isfinite().all()
 
 
+def test_targets_of_a_whole_vocabulary_leave_nothing_to_others():
+    """What their rounding leaves is no reason for an infinite loss."""
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    own = logits.detach().log_softmax(dim=-1)
+    ids = torch.arange(4).expand(3, 4)
+    loss = losses._soft_divergence(logits, ids, own - 1e-4)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.abs().max() < 1e-3 and gradient.abs().max() < 1e-3
+
+
+def test_log_probabilities_may_be_whole_numbers():
+    """JSON has no other type for them, and what they are is not bounded by 64 bits."""
+    soft = SoftTargets([7], [[7, 3]], [[0, -(10**25)]])
+    batch = collate([Sample([5, 7], [False, True], soft)], 0, torch.device("cpu"))
+    assert batch.soft_log_probs.tolist()[0][0] == 0.0
+    assert batch.soft_log_probs.dtype == torch.float32
+
+
 def test_what_fills_a_sample_up_changes_no_loss():
     """Beside one with more likely tokens; the token 0 is likely here, or impossible."""
     (narrow, _), (wide, _) = soft_samples(2, likeliest=2)[1], soft_samples(2, likeliest=5)[1]

@@ -39,6 +39,8 @@ VECTOR = (
     _vector(
         "soft targets of another answer", "        and about_likeliest(token, ids, log_probs)\n", ""
     ),
+    _vector("soft targets that leave more than others can have", " <= most + _ROUNDING", " <= 1"),
+    _vector("a prompt to measure on twice", "if len(set(measured)) < len(measured):", "if False:"),
     _vector(
         "unknown sections taken",
         'if set(config) != {"format_version", *SECTIONS}:',

@@ -172,9 +172,30 @@ NUMBERS = (
     simple(
         "gate: what the judge does not know counts as restored",
         "step/against_aligned.py",
-        'or (was == "unjudged" and now != "refused")',
+        ' or now != "refused"',
         "",
         "tests/step/test_against_aligned.py",
+    ),
+    simple(
+        "gate: sure by few prompts",
+        "judges/intervals.py",
+        "count = len(differences) + 2",
+        "count = 100 * len(differences) + 2",
+        "tests/step/test_against_aligned.py",
+    ),
+    simple(
+        "shots: verdicts in another chat template",
+        "data/unseen.py",
+        "vector.family.chat_template == chat_template_hash(tokenizer)",
+        "True",
+        "tests/data/test_shots.py",
+    ),
+    simple(
+        "shots: what is fitted on is measured on where it is there twice",
+        "data/shots.py",
+        '        if row["prompt"] not in seen:\n',
+        "        if True:\n",
+        "tests/data/test_shots.py",
     ),
     simple(
         "gate: some verdicts are enough",
@@ -199,7 +220,7 @@ NUMBERS = (
     ),
     simple(
         "extraction: border prompts taken for benign answers",
-        "extraction/pipeline.py",
+        "extraction/aligned_rows.py",
         "for row in rows_of(rows, part)]",
         'for row in rows if row["kind"] == part]',
         "tests/extraction/test_prompts.py",

@@ -59,7 +59,7 @@ STEP = (
     _step(
         "the rounding is not looked at",
         "step/live_fine_tune.py",
-        "if self._merges_live and any(bool(value.any()) for value in by_module.values()):",
+        "if self._merges_live and any(bool(value.any()) for value in changes):",
         "if False:",
     ),
     _step(
