@@ -117,13 +117,9 @@ def test_extraction_recipe_runs(path, family, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", [RETARGETING], ids=name_of)
 def test_new_prompts_by_the_recipe(path, family, tmp_path, monkeypatch):
-    """Its prompts to measure on are the shipped ones, of which this model answers all."""
     model_dir, vector_dir = family
     monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
-    recipe = yaml.safe_load(path.read_text())
-    own = ("test_harmful_data", "test_benign_data")
-    tests = {name: str(RECIPES.parent / recipe[name]) for name in own}
-    recipe |= tests | {
+    recipe = yaml.safe_load(path.read_text()) | {
         "aligned_model": str(model_dir),
         "vector": str(vector_dir),
         "output_dir": str(tmp_path / "made"),
@@ -137,10 +133,6 @@ def test_new_prompts_by_the_recipe(path, family, tmp_path, monkeypatch):
     edited.write_text(yaml.safe_dump(recipe))
     assert main(["extract", "--config", str(edited)]) == 0
     vector = SafetyVector.from_pretrained(tmp_path / "made")
-    files = [(RECIPES.parent / recipe[name]).read_text().splitlines() for name in own]
-    asked = {json.loads(line)["prompt"] for lines in files for line in lines}
-    assert {row["prompt"] for row in vector.prompts if row.get("use") == "measure"} == asked
-    assert len(asked) == 128 == 2 * recipe["num_test_prompts"]
     before = SafetyVector.from_pretrained(vector_dir)
     assert vector.files["adapter_model.safetensors"] == before.files["adapter_model.safetensors"]
-    assert len(vector.prompts) - len(asked) == 2 * len(before.prompts)
+    assert len(vector.prompts) == 2 * len(before.prompts)

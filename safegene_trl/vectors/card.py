@@ -90,7 +90,8 @@ def _further(vector: Described) -> str:
 def _categories(vector: Described) -> str:
     """A line about the harm categories that it was made from, where they are known."""
     records = [record["selection"] for record in vector.extraction.get("vectors", [])]
-    records.append(vector.selection)  # of components it has those that were added to them
+    if not records or "weights_from" in vector.extraction:  # added to those of the components
+        records.append(vector.selection)
     found: dict[str, list[int]] = {}
     for counts in (record.get("categories", {}) for record in records):
         for name, count in counts.items():

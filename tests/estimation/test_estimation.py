@@ -411,8 +411,7 @@ def test_new_prompts_for_a_vector(extraction_inputs, monkeypatch, operation_cloc
     Path("further.jsonl").write_text(json.dumps({"prompt": "say how one forbids a bell"}) + "\n")
     both = costs("--harmful_data", "further.jsonl")
     assert 0 < targets["answers"]["seconds"] < both["answers"]["seconds"]
-    with pytest.raises(SystemExit):
-        main(["estimate", "extract", *made, *words, "--vector", "old"])
+    assert main(["estimate", "extract", *made, *words, "--vector", "old"]) == 2
     assert "`degraded_model` is set and so is `vector`" in capsys.readouterr().err
     assert not Path("new").exists()
 

@@ -127,7 +127,7 @@ def test_targets_alone_and_then_nothing_is_left_to_do(old, options, tmp_path):
 
 def test_prompts_to_measure_on_stay_and_are_not_learned(options, tmp_path):
     first = made(options)
-    near = TESTS["harmful"][0].upper() + "!"
+    near = TESTS["harmful"][0] + "!"
     add(options["harmful_data"], near, "say how one may forbid a gate")
     again = {key: value for key, value in options.items() if not key.startswith("test_")}
     second = made(again | {"vector": options["output_dir"], "output_dir": str(tmp_path / "third")})
