@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.baselines import Update
 from benchmarks.baselines.few_shot import few_shot_update
@@ -14,6 +17,7 @@ from benchmarks.baselines.few_shot_tuned import tuned_few_shot_update
 from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.tasks import Task, read_jsonl, training_file
 from safegene_trl import DataConfig, SafeGeneConfig, SafetyVector
+from safegene_trl.checkpoints.merge_terms import ScaledVector
 from safegene_trl.config.measure import MeasureConfig
 from safegene_trl.config.search import SearchConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
@@ -23,10 +27,13 @@ from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
 from safegene_trl.judges.refusal_phrases import label_of
 from safegene_trl.models.attachment import VectorAttachment
 from safegene_trl.models.inputs import Sample, padding_id, tokenize
-from safegene_trl.recalibration.search import recalibrate
+from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.recalibration.search import Recalibration, recalibrate
+from safegene_trl.recalibration.touch_up import TouchUp, train_touch_up
+from safegene_trl.step.repair import with_touch_up as with_deltas
+from safegene_trl.step.shipped_weights import beside_weights
 
 from .bank import Rows
-from .touch_up import Schedule, touch_up
 
 
 Made = tuple[Update, dict[str, Any]]
@@ -121,21 +128,56 @@ class Drawn:
 
 def recalibrated(tuned: FineTune, drawn: Drawn) -> Made:
     """The fine-tune with the vector, its coefficients found on the shots."""
+    return _made(tuned, drawn, with_vector=True, with_touch_up=False)
+
+
+def touched_up(tuned: FineTune, drawn: Drawn, with_vector: bool = True) -> Made:
+    """The step's touch-up on the same objective, after the vector or in its place."""
+    return _made(tuned, drawn, with_vector, with_touch_up=True)
+
+
+def _made(tuned: FineTune, drawn: Drawn, with_vector: bool, with_touch_up: bool) -> Made:
     lab, config, data = tuned.lab, drawn.config(tuned.seed), drawn.shots(tuned)
-    deltas, began = tuned.vector.deltas, time.perf_counter()
-    space = tuned.vector.space(config.search.granularity)
+    vector, pad_id, sharding = tuned.vector, padding_id(lab.tokenizer), Sharding(lab.device)
+    space = vector.space(config.search.granularity)
+    about: dict[str, Any] = {}
     with lab.updated(tuned.update) as model:
-        attachment = VectorAttachment(model, deltas, space, Sharding(lab.device))
-        found = recalibrate(attachment, data, config, padding_id(lab.tokenizer))
-    values = space.values(found.coefficients)
-    new = dict(tuned.update)
-    for name, delta in deltas.items():
-        a, b = (factor.to(lab.device).float() for factor in (delta.a, delta.b))
-        scale = torch.as_tensor(values[space.index(name)], device=lab.device).float()
-        new[name] = new.get(name, 0) + (b * scale) @ a
+        attachment = VectorAttachment(model, vector.deltas, space, sharding)
+        began = time.perf_counter()
+        if with_vector:
+            found = recalibrate(attachment, data, config, pad_id)
+            about = _about(found, time.perf_counter() - began, config)
+        else:
+            short = replace(config, search=replace(config.search, max_evaluations=1))
+            found = recalibrate(attachment, data, short, pad_id)  # for its losses before
+            found = replace(found, coefficients=dict.fromkeys(space.names, 0.0))
+        added = ScaledVector(vector.deltas, space.by_module(found.coefficients))
+        if with_touch_up:
+            began = time.perf_counter()
+            ship = partial(_beside, model, added, sharding)
+            learned = train_touch_up(attachment, data, config, pad_id, found, ship)
+            about |= _about_touch_up(learned, time.perf_counter() - began)
+            if learned.accepted:
+                added = with_deltas(added, learned.deltas)
+    return _sum(tuned.update, _dense(added, lab.device)), about
+
+
+def _beside(
+    model: nn.Module, added: ScaledVector, sharding: Sharding, more: Mapping[str, LowRankDelta]
+) -> AbstractContextManager[None]:
+    return beside_weights(model, with_deltas(added, more), sharding)
+
+
+def _dense(added: ScaledVector, device: torch.device) -> Update:
+    """What is added to each module's weight, float32."""
+    pairs = {name: added.factors(name) for name in added.deltas}
+    return {name: b.to(device) @ a.to(device) for name, (a, b) in pairs.items()}
+
+
+def _about(found: Recalibration, seconds: float, config: SafeGeneConfig) -> dict[str, Any]:
     own, top = np.array(list(found.coefficients.values())), config.search.max_coefficient
-    return new, {
-        "seconds_found": round(time.perf_counter() - began, 1),
+    return {
+        "seconds_found": round(seconds, 1),
         "objective": [round(float(entry["objective"]), 4) for entry in found.history],
         "held_out_before": found.held_out_before.to_dict(),
         "held_out_after": found.held_out_after.to_dict(),
@@ -145,14 +187,13 @@ def recalibrated(tuned: FineTune, drawn: Drawn) -> Made:
     }
 
 
-def touched_up(tuned: FineTune, drawn: Drawn, schedule: Schedule, with_vector: bool) -> Made:
-    """A LoRA on the same objective, after the vector or in its place."""
-    start, about = recalibrated(tuned, drawn) if with_vector else (tuned.update, {})
-    began = time.perf_counter()
-    shots = drawn.shots(tuned)
-    gained, more = touch_up(tuned.lab, tuned.update, start, shots, schedule, tuned.seed)
-    about |= more | {"seconds_touched_up": round(time.perf_counter() - began, 1)}
-    return _sum(start, gained), about
+def _about_touch_up(learned: TouchUp, seconds: float) -> dict[str, Any]:
+    return {
+        "touch_up": learned.reason,
+        "touch_up_accepted": learned.accepted,
+        "held_out_by_step": [[step, round(value, 4)] for step, value in learned.held_out_by_step],
+        "seconds_touched_up": round(seconds, 1),
+    }
 
 
 def few_shot(tuned: FineTune, drawn: Drawn, searched: bool) -> Made:
@@ -171,9 +212,9 @@ def few_shot(tuned: FineTune, drawn: Drawn, searched: bool) -> Made:
 
 def uniform(tuned: FineTune, value: float) -> Made:
     """The vector with one coefficient."""
-    lab = tuned.lab
-    dense = {n: value * d.dense().to(lab.device) for n, d in tuned.vector.deltas.items()}
-    return _sum(tuned.update, dense), {}
+    deltas = tuned.vector.deltas
+    added = ScaledVector(deltas, dict.fromkeys(deltas, value))
+    return _sum(tuned.update, _dense(added, tuned.lab.device)), {}
 
 
 def _sum(one: Update, other: Update) -> Update:
@@ -188,24 +229,23 @@ def _searched(count: int, border: int, task: int, **search: Any) -> Callable[[Fi
 
 
 MANY = Drawn(128, 64, 64)
-SLOW = Schedule()
 VARIANTS: dict[str, Callable[[FineTune], Made]] = {
     "fine-tuned": lambda tuned: (tuned.update, {}),
     "CE": lambda tuned: recalibrated(tuned, Drawn(soft=False)),
     "KL": lambda tuned: recalibrated(tuned, Drawn()),
     "KL, border": lambda tuned: recalibrated(tuned, Drawn(border=16)),
     "KL, border, 128": lambda tuned: recalibrated(tuned, MANY),
-    "touch-up, 128": lambda tuned: touched_up(tuned, MANY, SLOW, with_vector=True),
+    "touch-up, 128": lambda tuned: touched_up(tuned, MANY),
     "few-shot LoRA": lambda tuned: few_shot(tuned, Drawn(soft=False), searched=False),
     "few-shot LoRA, tuned, 128": lambda tuned: few_shot(
         tuned, replace(MANY, soft=False), searched=True
     ),
-    "KL LoRA, 128": lambda tuned: touched_up(tuned, MANY, SLOW, with_vector=False),
+    "KL LoRA, 128": lambda tuned: touched_up(tuned, MANY, with_vector=False),
     "CE, 128": lambda tuned: recalibrated(tuned, replace(MANY, soft=False)),
     "KL, border, 128, held": lambda tuned: recalibrated(tuned, replace(MANY, held=True)),
     "KL, border, 128, sources": lambda tuned: recalibrated(tuned, replace(MANY, other=64)),
     "touch-up, 128, held, sources": lambda tuned: touched_up(
-        tuned, replace(MANY, held=True, other=64), SLOW, with_vector=True
+        tuned, replace(MANY, held=True, other=64)
     ),
     "uniform 1": lambda tuned: uniform(tuned, 1.0),
     "KL, border, 128, utility 0.25": _searched(128, 64, 64, utility_weight=0.25),

@@ -14,7 +14,7 @@ from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.tasks import TASKS, turn
 from benchmarks.study import __main__ as command
 from benchmarks.study import bank as banks
-from benchmarks.study import touch_up, variants
+from benchmarks.study import variants
 from benchmarks.study.bank import bank
 from benchmarks.study.table import (
     EACH,
@@ -78,7 +78,6 @@ def small(tiny, tmp_path, monkeypatch, tokenizer):
 
 
 def test_variants_are_measured_once(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(variants, "SLOW", touch_up.Schedule(steps=2))
     wanted = ["CE", "KL, border", "touch-up, 128", "uniform 1"]
     words = ["run", "--family", "tiny", "--data", str(tmp_path / "data"), "--tasks", "sst2"]
     words += ["--scale", "0.05", "--results", str(tmp_path), "--variants", *wanted]
@@ -90,7 +89,7 @@ def test_variants_are_measured_once(small, tmp_path, monkeypatch, capsys):
         assert set(record["labels"]) == set(SETS) and record["scale"] == 0.05
     assert len(found["tiny-sst2-0-CE"]["about"]["objective"]) > 1
     touched = found["tiny-sst2-0-touch-up, 128"]["about"]
-    assert [step for step, _ in touched["held_out_by_step"]] == [0, 1, 2]
+    assert [step for step, _ in touched["held_out_by_step"]] == list(range(0, 49, 8))
     before = (tmp_path / f"{KIND}.jsonl").read_bytes()
     command.main(words)
     assert (tmp_path / f"{KIND}.jsonl").read_bytes() == before
@@ -146,16 +145,28 @@ def test_a_variant_that_diverges_leaves_no_record(small, tmp_path, monkeypatch, 
     assert "its weights are no numbers" in capsys.readouterr().err
 
 
-def test_a_touch_up_keeps_the_step_that_held_out_shots_like_best(small, tmp_path):
+@pytest.mark.parametrize("with_vector", [True, False])
+def test_a_touch_up_is_the_steps_own(with_vector, small, tmp_path, monkeypatch):
+    """Beside the vector, or without it; what is measured has all of it where it is taken."""
     lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
     vector = SafetyVector.from_pretrained(lab.vector)
     tuned = FineTune(lab, vector, bank(lab), TASKS["sst2"], 0, {})
-    shots = Drawn(4, 2, 4).shots(tuned)
-    gained, about = touch_up.touch_up(lab, {}, {}, shots, touch_up.Schedule(6, 1e-2), 0)
+    alone = variants.recalibrated(tuned, Drawn(4, 2, 4))[0]
+    learned, train = [], variants.train_touch_up
+
+    def watched(*arguments):
+        learned.append(train(*arguments))
+        return learned[-1]
+
+    monkeypatch.setattr(variants, "train_touch_up", watched)
+    made, about = variants.touched_up(tuned, Drawn(4, 2, 4), with_vector)
+    (found,) = learned
+    assert found.accepted is about["touch_up_accepted"] is True, about
     path = dict(about["held_out_by_step"])
-    assert gained and min(path.values()) < path[0]
-    with pytest.raises(SafeGeneError, match="diverged"):
-        touch_up.touch_up(lab, {}, {}, shots, touch_up.Schedule(6, 1e3), 0)
+    assert min(path.values()) < path[0]
+    for name, delta in found.deltas.items():
+        without = alone[name] if with_vector else torch.zeros_like(alone[name])
+        torch.testing.assert_close(made[name], without + delta.dense(), atol=1e-6, rtol=1e-5)
 
 
 def test_shots_are_as_many_as_asked_for(small, tmp_path):
