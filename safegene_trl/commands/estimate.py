@@ -37,6 +37,7 @@ from ..step.apply import apply, check_arguments, output_of
 from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import FINE_TUNE, InputModel, Origin, read_vector, try_output
 from ..step.preparation import first_coefficients
+from ..step.repair import check_repair
 from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
@@ -204,6 +205,7 @@ def _safeguarding(
     probe: Probe, config: SafeGeneConfig, tokenizer: Any, launch: Launch, rows: Any
 ) -> dict[str, Cost]:
     vector, _, _ = read_vector(config, probe.skeleton, tokenizer)
+    check_repair(config, vector.deltas)
     first_coefficients(config, vector)
     options = trained_options(None, rows)
     shots = gather_shots(config, vector, tokenizer, None, rows, template_options=options)

@@ -23,6 +23,7 @@ from ..models.factors import Factors, allowed_of, describe_place
 from ..models.trained_deltas import TrainedDeltas, plain_modules
 from ..recalibration.objective import Objective, Passes, term_weights
 from ..recalibration.touch_up import EVERY, RANK, STEPS, drawn
+from ..step.repair import BOTH
 from ..vectors.safety_vector import SafetyVector
 from .cost import Cost, Launch
 from .planned_run import PlannedRun, slightly
@@ -56,7 +57,7 @@ def estimate_safeguard(
     passes, lowest = _Passes(run, config, shots), min(vector.layers)
     search = _recalibration(run, config, passes, lowest)
     costs = {"recalibrate": replace(search, factors=_place_of_factors(run, vector))}
-    touches_up = config.search.repair == "vector+touch-up"
+    touches_up = config.search.repair == BOTH
     if touches_up:
         costs["touch_up"] = _touch_up(run, vector, passes, lowest)
     # of all kinds together, as they are measured

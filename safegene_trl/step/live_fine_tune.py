@@ -33,11 +33,11 @@ from ..models.low_rank import LowRankDelta
 from ..models.replacement import without_adapters
 from ..recalibration.objective import Losses
 from ..recalibration.search import Recalibration, recalibrate
-from ..recalibration.touch_up import RANK, STEPS, TouchUp, train_touch_up
+from ..recalibration.touch_up import STEPS, TouchUp, train_touch_up
 from .decision import decide, independent_prompts, unfinished, unjudged
 from .finished_training import FinishedTraining, check_finished
 from .measurement import Measurement
-from .plan import Found, LearnedTouchUp
+from .plan import Found
 from .preparation import Preparation
 from .probe import (
     ADAPTER_TOLERANCE,
@@ -49,17 +49,7 @@ from .probe import (
 )
 from .quantized_step import MergedIntoBase
 from .read_back import as_written, with_adapter
-from .repair import (
-    BOTH,
-    TOUCHED_UP,
-    Rung,
-    file_content,
-    is_worse,
-    record_of,
-    suffices,
-    with_touch_up,
-    words_of,
-)
+from .repair import TOUCHED_UP, Rung, climbed, with_touch_up
 from .run import run
 from .shipped_weights import ShippedWeights, TriedRounding, beside_weights, merged_weights
 
@@ -143,7 +133,14 @@ class LiveFineTune:
                 "before": result.held_out_before.to_dict(),
                 "after": result.held_out_after.to_dict(),
             }
-            rung, learned = self._climbed(result)
+            added = self._lacking(result.coefficients)
+            vector = self._rung(result, added, result.accepted, result.held_out_after)
+            rung, learned = climbed(
+                plan,
+                vector,
+                partial(self._touch_up, result, vector),
+                lambda both, held_out: self._rung(result, both, True, held_out),
+            )
         decision, self._probe.measured = rung.decision, rung.logits
         report.measured = rung.measured
         report.held_out["after"] = rung.held_out.to_dict()
@@ -179,34 +176,6 @@ class LiveFineTune:
                     self.shipped_with,
                 )
 
-    def _climbed(self, result: Recalibration) -> tuple[Rung, LearnedTouchUp | None]:
-        """The vector's rung, or the one above it where that is asked for, needed and better."""
-        added = self._lacking(result.coefficients)
-        rung = self._rung(result, added, result.accepted, result.held_out_after)
-        if self.plan.config.search.repair != BOTH:
-            return rung, None
-        if suffices(self.plan.config.gate, rung.decision):
-            self._say_repair("vector", "The vector alone keeps every limit of the gate for sure.")
-            return rung, None
-        found, added = self._touch_up(result, rung)
-        seconds = self.plan.clock.phases["touch_up"]["seconds"]
-        record = record_of(found, rung.held_out, seconds)
-        if not found.accepted or found.held_out is None:
-            self._say_repair("vector", f"No touch-up is taken: {found.reason}.", record)
-            return rung, None
-        higher = self._rung(result, added, True, found.held_out)
-        if is_worse(higher.decision, rung.decision):
-            why = (
-                f"No touch-up is taken: the outcome with it is {words_of(higher.decision)}, and with the vector alone "
-                f"{words_of(rung.decision)}."
-            )
-            self._say_repair("vector", why, record)
-            return rung, None
-        learned = LearnedTouchUp(RANK, file_content(found.deltas))
-        why = f"The touch-up is taken: {found.reason}."
-        self._say_repair(BOTH, why, record | {"sha256": learned.mark["sha256"]})
-        return higher, learned
-
     def _rung(
         self, result: Recalibration, added: ScaledVector, taken: bool, held_out: Losses
     ) -> Rung:
@@ -219,12 +188,6 @@ class LiveFineTune:
         decision = decide(gate, taken, result.scale, reason, plan.report.measured, independent)
         measured, logits = plan.report.measured, self._probe.measured
         return Rung(added, taken, held_out, measured, decision, rounding, logits)
-
-    def _say_repair(self, rung: str, why: str, record: dict[str, Any] | None = None) -> None:
-        trained = {} if record is None else {"touch_up": record}
-        self.plan.report.repair = {"rung": rung, "reason": why, **trained}
-        if self.sharding.is_main:
-            logger.info("%s", why)
 
     def _touch_up(self, result: Recalibration, rung: Rung) -> tuple[TouchUp, ScaledVector]:
         """Trains a touch-up beside the vector; what the weights then lack, together with the

@@ -4,7 +4,8 @@ The cheap rung is always tried, measured and decided first. The dear one is trie
 leaves something to be asked for, and stands only where it is better.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ from ..models.trained_deltas import plain_modules
 from ..recalibration.objective import Losses
 from ..recalibration.touch_up import EVERY, RANK, STEPS, TouchUp
 from .decision import EXIT_CODES, Decision
+from .plan import LearnedTouchUp, Plan
 
 
+logger = logging.getLogger(__name__)
 BOTH = "vector+touch-up"
 TOUCHED_UP = "With a touch-up beside the vector held-out safety improved within the utility budget."
 
@@ -56,6 +59,52 @@ def check_repair(config: SafeGeneConfig, deltas: Mapping[str, LowRankDelta]) -> 
             f"`search.repair` is `{BOTH}`, and the vector is on nothing but experts that lie in one parameter, which get no "
             "touch-up: set it to `vector`, or use a vector that is on linear layers as well."
         )
+
+
+def climbed(
+    plan: Plan,
+    vector: Rung,
+    train: Callable[[], tuple[TouchUp, ScaledVector]],
+    weigh: Callable[[ScaledVector, Losses], Rung],
+) -> tuple[Rung, LearnedTouchUp | None]:
+    """The rung that stands, and what was learned for it: the vector's, or the one above it where
+    that is asked for, needed and better. The report says which, and why.
+
+    Args:
+        plan: With the settings, and the report.
+        vector: The vector's rung.
+        train: Trains a touch-up beside the vector; gives what the weights then lack, too.
+        weigh: Makes a rung of what is added, with its held-out losses.
+    """
+    if plan.config.search.repair != BOTH:
+        return vector, None
+    if suffices(plan.config.gate, vector.decision):
+        _say(plan, "vector", "The vector alone keeps every limit of the gate for sure.")
+        return vector, None
+    found, added = train()
+    record = record_of(found, vector.held_out, plan.clock.phases["touch_up"]["seconds"])
+    if not found.accepted or found.held_out is None:
+        _say(plan, "vector", f"No touch-up is taken: {found.reason}.", record)
+        return vector, None
+    both = weigh(added, found.held_out)
+    if is_worse(both.decision, vector.decision):
+        why = (
+            f"No touch-up is taken: the outcome with it is {words_of(both.decision)}, and with the vector alone "
+            f"{words_of(vector.decision)}."
+        )
+        _say(plan, "vector", why, record)
+        return vector, None
+    learned = LearnedTouchUp(RANK, file_content(found.deltas))
+    why = f"The touch-up is taken: {found.reason}."
+    _say(plan, BOTH, why, record | {"sha256": learned.mark["sha256"]})
+    return both, learned
+
+
+def _say(plan: Plan, rung: str, why: str, record: dict[str, Any] | None = None) -> None:
+    trained = {} if record is None else {"touch_up": record}
+    plan.report.repair = {"rung": rung, "reason": why, **trained}
+    if plan.sharding.is_main:
+        logger.info("%s", why)
 
 
 def suffices(gate: GateConfig | None, decision: Decision) -> bool:

@@ -12,6 +12,7 @@ from safegene_trl.checkpoints.checkpoint_folder import CheckpointFolder
 from safegene_trl.checkpoints.contents import (
     CHECKPOINT,
     MARKER,
+    TOUCH_UP,
     VECTOR,
     check_replaceable,
     foreign_file,
@@ -131,3 +132,12 @@ def test_without_its_marker_a_folder_is_not_ours(checkpoint, vector_dir, tmp_pat
     (vector / VECTOR.marker).unlink()
     with pytest.raises(OutputError, match="did not write"):
         check_replaceable(vector, VECTOR)
+
+
+def test_a_touch_up_is_ours_where_the_record_of_files_is_damaged(tmp_path):
+    (tmp_path / "safegene_report.json").write_text("{")
+    (tmp_path / TOUCH_UP).parent.mkdir()
+    (tmp_path / TOUCH_UP).touch()
+    assert foreign_file(tmp_path, CHECKPOINT) is None
+    (tmp_path / TOUCH_UP).with_name("mine.safetensors").touch()
+    assert foreign_file(tmp_path, CHECKPOINT) == "touch_up/mine.safetensors"

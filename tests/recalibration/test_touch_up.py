@@ -84,7 +84,7 @@ def test_it_lowers_the_held_out_objective_and_is_what_is_shipped():
 
 
 def test_runs_are_deterministic_and_leave_the_model_alone():
-    data, model = learnable(), with_lora(make_model())
+    data, model = learnable(), with_lora(make_model(), lora_dropout=0.5)
     deltas = helpful_deltas(make_model(), data)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -244,8 +244,11 @@ def test_layers_are_recomputed_where_the_training_did_so():
         if checkpointing:
             recompute(model, True)
         model.train()
+        attachment, found = searched(model, deltas, data)
         with model.model.layers[1].mlp.register_forward_pre_hook(lambda *args: passes.append(1)):
-            _, made = trained(model, deltas, data)
+            made = train_touch_up(
+                attachment, data, settings(), 0, found, lambda more: both(attachment, found, more)
+            )
         return made.held_out_by_step, len(passes)
 
     data = learnable()

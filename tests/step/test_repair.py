@@ -253,6 +253,9 @@ def test_a_touch_up_can_repair_where_no_coefficients_are_accepted(
     assert set(report["coefficients"].values()) == {0.0}
     assert report["repair"]["rung"] == BOTH and (folder / FILE).is_file()
     assert report["decision"]["outcome"] == "accepted_best_effort"
+    # trained on the live weights, where those that were tried last stood before
+    losses, path = report["held_out"]["before"], report["repair"]["touch_up"]["held_out_by_step"]
+    assert path[0]["objective"] == pytest.approx(losses["safety"] + losses["benign"], rel=1e-5)
 
 
 def test_a_vector_on_nothing_but_shared_experts_is_refused_before_the_training(
