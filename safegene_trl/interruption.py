@@ -19,6 +19,9 @@ class Interrupted(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number).name
 
+    def __str__(self) -> str:
+        return f"The run was ended by {self.signal}."
+
 
 @contextmanager
 def interruptible() -> Iterator[None]:

@@ -25,7 +25,8 @@ def safeguard_stored(
     """Merges the vector into a finished checkpoint or adapter from its files; returns the report.
 
     Args:
-        config: What to do; all about shots and the search is ignored.
+        config: What to do; all about shots and the search is ignored, but that a touch-up is
+            refused.
         name_or_path: Directory or hub id of the checkpoint or adapter.
         revision: Its branch, tag or commit on the hub.
         given: One number (the coefficient of every layer), or the report of an earlier safety step
@@ -51,9 +52,14 @@ def safeguard_stored(
 
 
 def check_measures_nothing(config: SafeGeneConfig) -> None:
-    """Raises `ConfigError` for limits of a gate: with given coefficients nothing is measured that
-    could keep them.
+    """Raises `ConfigError` for limits of a gate, and for a touch-up: with given coefficients nothing
+    is measured that could keep them, and nothing is learned.
     """
+    if config.search.repair != "vector":
+        raise ConfigError(
+            f"`search.repair: {config.search.repair}` is set beside `coefficients`, with which nothing is learned: set it to "
+            "`vector`, or leave out `coefficients`."
+        )
     if config.gate and config.gate.limits:
         raise ConfigError(
             f"`gate.{next(iter(config.gate.limits))}` is set beside `coefficients`, with which nothing is measured that could be held "

@@ -15,6 +15,7 @@ may never have been put in.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ TouchUpMark = dict[str, Any]  # `rank`, and `sha256` of the factors' file
 # changes of about 1e-7 times them.
 ROUNDING = 1e-5
 _BESIDE = "the report beside"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Carried(dict[str, float]):
@@ -99,11 +101,31 @@ class Carried(dict[str, float]):
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What an earlier release says that it has put into its weights."""
+    """What an earlier release says that it has put into its weights; a history's record does not
+    say which touch-ups (None).
+    """
 
     source: str
     vector: str | None
     coefficients: Coefficients
+    touch_ups: list[TouchUpMark] | None
+
+
+@dataclass(frozen=True)
+class _Reported:
+    """What the report of a release says of its weights.
+
+    Attributes:
+        vector: SHA-256 of the vector's weights.
+        coefficients: By name.
+        touch_ups: Those in its weights, the oldest first.
+        is_touched_up: Whether the last of them was learned for this release.
+    """
+
+    vector: str | None
+    coefficients: Coefficients
+    touch_ups: list[TouchUpMark]
+    is_touched_up: bool
 
 
 def mark(
@@ -173,6 +195,8 @@ def carried_coefficients(
     source = None
     for evidence in _evidence(vector, config, base_name, base_revision):
         difference = _difference(claimed, evidence.coefficients)
+        if difference is None and evidence.touch_ups not in (None, touch_ups):
+            difference = "touch_ups"
         if evidence.vector == vector_id(vector) and difference is None:
             source = evidence.source
             break
@@ -249,8 +273,9 @@ def _claimed_touch_ups(entry: Mapping[str, Any]) -> list[TouchUpMark]:
         isinstance(each, dict)
         and each.keys() == {"rank", "sha256"}
         and type(each["rank"]) is int
+        and each["rank"] > 0
         and isinstance(each["sha256"], str)
-        and len(each["sha256"]) == 64
+        and _SHA256.fullmatch(each["sha256"])
         for each in found
     )
     if not sound:
@@ -292,20 +317,22 @@ def _evidence(
     """What is known of earlier releases, the nearest first."""
     report = None if base_name is None else _report_beside(base_name, base_revision)
     if report is not None:
-        yield _Evidence(f"{_BESIDE} {base_name}", *_report_content(report)[:2])
+        yield _evidence_of(f"{_BESIDE} {base_name}", _report_content(report))
     if config is not None and config.search.warm_start is not None:
-        yield _Evidence(
-            f"the report {config.search.warm_start}",
-            vector_id(vector),
-            reported_coefficients(config.search.warm_start, vector),
-        )
+        given = config.search.warm_start
+        yield _evidence_of(f"the report {given}", _report_about(given, vector))
     if config is not None and config.output.history is not None:
         for release in reversed(read_history(Path(config.output.history))):
             yield _Evidence(
                 f"the history {config.output.history}",
                 release["vector"]["sha256"],
                 canonical(release["coefficients"]),
+                None,
             )
+
+
+def _evidence_of(source: str, found: _Reported) -> _Evidence:
+    return _Evidence(source, found.vector, found.coefficients, found.touch_ups)
 
 
 def _report_beside(name_or_path: str, revision: str | None) -> Path | None:
@@ -354,9 +381,13 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
     Raises:
         ConfigError: There is no such report, or it is about another vector.
     """
+    return _report_about(given, vector).coefficients
+
+
+def _report_about(given: str, vector: SafetyVector) -> _Reported:
     path = _report_path(given)
-    weights, found, _ = _report_content(path)
-    if weights != vector_id(vector):
+    found = _report_content(path)
+    if found.vector != vector_id(vector):
         raise ConfigError(
             f"{path} is about another safety vector: coefficients mean nothing beside another vector."
         )
@@ -366,7 +397,7 @@ def reported_coefficients(given: str, vector: SafetyVector) -> Coefficients:
 def check_coefficients_are_all(given: str) -> None:
     """Raises `ConfigError` for the report of a release that its coefficients alone do not make."""
     path = _report_path(given)
-    if _report_content(path)[2]:
+    if _report_content(path).is_touched_up:
         raise ConfigError(
             f"{path} is of a release with a touch-up, which its coefficients alone do not make: leave out `coefficients` and name "
             "it as `search.warm_start`, with `search.repair: vector+touch-up` if a touch-up is to be learned again."
@@ -377,9 +408,8 @@ def _report_path(given: str) -> Path:
     return Path(given) / MARKER if Path(given).is_dir() else Path(given)
 
 
-def _report_content(path: Path) -> tuple[str | None, Coefficients, bool]:
-    """The vector's id and the coefficients in a report, and whether something was learned beside
-    them.
+def _report_content(path: Path) -> _Reported:
+    """What a report says of the weights of its release.
 
     Raises:
         ConfigError: It is none, or a coefficient is no finite number from 0 to the largest that
@@ -390,6 +420,10 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients, bool]:
         found = dict(report["coefficients"].items())
         weights = report["vector"]["files"].get(WEIGHTS_FILE, {}).get("sha256")
         touched_up = report.get("repair", {"rung": "vector"})["rung"] != "vector"
+        touch_ups = list(report.get("base", {}).get("touch_ups", []))
+        if touched_up:
+            learned = report["repair"]["touch_up"]
+            touch_ups.append({key: learned[key] for key in ("rank", "sha256")})
     except OSError as error:
         raise ConfigError(
             f"{path} is no readable report of a safety step: name a {MARKER} or its folder."
@@ -404,4 +438,4 @@ def _report_content(path: Path) -> tuple[str | None, Coefficients, bool]:
                 f"The coefficient of `{name}` in {path} is {value!r}: it must be a number from 0 to {LARGEST_COEFFICIENT:g}; name "
                 "another report."
             )
-    return weights, canonical(found), touched_up
+    return _Reported(weights, canonical(found), touch_ups, touched_up)

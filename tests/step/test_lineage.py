@@ -325,6 +325,43 @@ def test_what_confirms_a_claim(safeguarded, vector_dir, tmp_path):
     assert carried_coefficients(make_model(), vector, "module").verified is None
 
 
+def test_touch_ups_are_held_against_the_earlier_release(safeguarded, vector_dir):
+    """A `config.json` that has lost one, or names another, is not the release's."""
+    first, _ = safeguarded
+    vector, report = SafetyVector.from_pretrained(vector_dir), report_of(first)
+    held = report["coefficients"]
+    marks = [{"rank": 8, "sha256": letter * 64} for letter in "ab"]
+    report["base"]["touch_ups"] = marks[:1]
+    report["repair"] = {"rung": "vector+touch-up", "reason": "r", "touch_up": marks[1]}
+    (first / "safegene_report.json").write_text(json.dumps(report))
+    model = make_model()
+
+    def found(touch_ups, base=None, **values):
+        model.config.safegene = mark(vector, held, touch_ups)["safegene"]
+        return carried_coefficients(
+            model, vector, "module", config_of(vector="v", **values), base and str(base)
+        )
+
+    for sure in (found(marks, first), found(marks, warm_start=str(first))):
+        assert sure.verified and sure.touch_ups == marks
+    for other in (marks[:1], marks[::-1], []):
+        with pytest.raises(FamilyError, match="report beside .* do not say the same.*`touch_ups`"):
+            found(other, first)
+        assert found(other, warm_start=str(first)).verified is False
+
+
+@pytest.mark.parametrize(
+    "touch_up",
+    [{"rank": 0, "sha256": "a" * 64}, {"rank": 8, "sha256": "z" * 64}, {"rank": 8}, "x"],
+)
+def test_touch_ups_that_cannot_be_are_damage(vector_dir, touch_up):
+    """What a report could not hold by its schema is not taken on."""
+    vector, model = SafetyVector.from_pretrained(vector_dir), make_model()
+    model.config.safegene = mark(vector, dict.fromkeys(vector.deltas, 0.5), [touch_up])["safegene"]
+    with pytest.raises(FamilyError, match="`safegene` in the model's config.json is damaged"):
+        carried_coefficients(model, vector, "module")
+
+
 def test_nothing_is_subtracted_that_may_not_be_there():
     claimed = {"a": 0.5, "b": 0.0}
     sure, unsure = Carried(claimed, "the report"), Carried(claimed)

@@ -296,6 +296,14 @@ def test_coefficients_alone_do_not_make_such_a_release(
     assert started["history"][0]["coefficients"] == pytest.approx(report["coefficients"])
 
 
+def test_a_touch_up_is_refused_beside_coefficients(config, model_dir, tmp_path):
+    """Nothing is learned with given ones: a release without would say nothing of that."""
+    options = config(output_dir=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"`search.repair: vector\+touch-up` is set beside"):
+        apply(options, str(model_dir), coefficients=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fine_tune_of_such_a_release_keeps_its_touch_up(config, tokenizer, tmp_path, vector_dir):
     """It is a part of the weights that the next one starts from: the change of λ is added, and the
     new touch-up.
