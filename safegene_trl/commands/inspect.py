@@ -19,7 +19,7 @@ from ..reporting.plots import selection_plot
 from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
 from ..vectors.files import CONFIG_FILE, read_files
-from ..vectors.prompt_rows import part_of, rows_of, verdict_of
+from ..vectors.prompt_rows import Part, part_of, rows_of, verdict_of
 from ..vectors.record import VectorRecord, read_record
 from .plain_parser import PlainParser
 
@@ -187,7 +187,7 @@ def _tests(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"prompts to measure on, by what the aligned model does: {'; '.join(told)}"]
 
 
-def _lacking(soft: int, parts: Mapping[str, int]) -> list[str]:
+def _lacking(soft: int, parts: Mapping[Part, int]) -> list[str]:
     """A line about what vectors of today have and this one lacks, where it lacks any."""
     found = {"soft targets": soft, "prompts to measure on": parts["measure"]}
     lacks = [what for what, count in found.items() if not count]

@@ -27,6 +27,8 @@ def summary(report: Mapping[str, Any]) -> str:
         )
     if repair := report.get("repair"):
         lines.append(f"repair by {printable(repair['rung'])}: {printable(repair['reason'])}")
+    if earlier := (report.get("base") or {}).get("touch_ups"):
+        lines.append(f"the weights also hold {len(earlier)} touch-up(s) of earlier releases")
     measured = report.get("measured", {})
     for metric in METRICS.values():
         if (after := metric.measured(measured)) is None:

@@ -47,3 +47,9 @@ def test_how_far_the_repair_went_has_a_line_where_more_was_asked_for():
     said = summary(report(1, 2) | {"repair": repair})
     assert "repair by vector: No touch-up is taken: it is too dear." in said
     assert "repair" not in summary(report(1, 2))
+
+
+def test_touch_ups_of_earlier_releases_are_told():
+    held = {"base": {"touch_ups": [{"rank": 8, "sha256": "a"}]}}
+    assert "also hold 1 touch-up(s) of earlier releases" in summary(report(1, 2) | held)
+    assert "touch-up" not in summary(report(1, 2) | {"base": {"touch_ups": []}})
