@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     )
     vector = extract(config)
     if vector is not None:
-        print(_made_of(config, vector))
+        print("\n".join([_made_of(config, vector), *_tested(config, vector)]))
         print(
             f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}"
         )
@@ -41,3 +41,24 @@ def _made_of(config: ExtractionConfig, vector: SafetyVector) -> str:
         f"The weights are those of {config.vector}. Of {len(parts)} prompts {soft} have soft targets, {parts.count('border')} are benign "
         f"ones that the aligned model refuses, and {parts.count('measure')} are to measure on."
     )
+
+
+def _tested(config: ExtractionConfig, vector: SafetyVector) -> list[str]:
+    """What became of the prompts to measure on that were given, a line for each kind."""
+    if config.test_harmful_data is None and config.test_benign_data is None:
+        return []
+    lines = []
+    for kind in ("harmful", "benign"):
+        found = vector.selection["test_prompts"].get(kind, {})
+        left_out = {
+            "left out, because they nearly repeat others": found.get("repeated", 0),
+            "left out for their answers": sum(
+                found.get(label, 0) for label in ("incoherent", "unfinished", "unjudged")
+            ),
+        }
+        said = [
+            f"the aligned model refuses {found.get('refused', 0)} and answers {found.get('answered', 0)}",
+            *(f"{count} {why}" for why, count in left_out.items() if count),
+        ]
+        lines.append(f"{kind.capitalize()} prompts to measure on: {'; '.join(said)}.")
+    return lines

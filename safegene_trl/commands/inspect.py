@@ -19,7 +19,7 @@ from ..reporting.plots import selection_plot
 from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
 from ..vectors.files import CONFIG_FILE, read_files
-from ..vectors.prompt_rows import part_of, rows_of, verdict_of
+from ..vectors.prompt_rows import Part, part_of, rows_of, verdict_of
 from ..vectors.record import VectorRecord, read_record
 from .plain_parser import PlainParser
 
@@ -187,6 +187,17 @@ def _tests(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"prompts to measure on, by what the aligned model does: {'; '.join(told)}"]
 
 
+def _lacking(soft: int, parts: Mapping[Part, int]) -> list[str]:
+    """A line about what vectors of today have and this one lacks, where it lacks any."""
+    found = {"soft targets": soft, "prompts to measure on": parts["measure"]}
+    lacks = [what for what, count in found.items() if not count]
+    if not lacks:
+        return []
+    return [
+        f"without {' and '.join(lacks)}: `safegene extract` with `--vector` adds them, and keeps the weights"
+    ]
+
+
 def _describe_vector(vector: VectorRecord) -> str:
     parts = Counter(map(part_of, vector.prompts))
     soft = sum("targets" in row for row in vector.prompts)
@@ -199,6 +210,7 @@ def _describe_vector(vector: VectorRecord) -> str:
         + (f", {parts['border']} with refusals" if parts["border"] else "")
         + (f", {soft} of them with soft targets" if soft else ""),
         *_tests(rows_of(vector.prompts, "measure")),
+        *_lacking(soft, parts),
     ]
     if len(vector.components) > 1:
         lines.insert(

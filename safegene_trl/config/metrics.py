@@ -76,11 +76,11 @@ class Metric:
     def measured(
         self, measured: Mapping[str, Any], side: str = "after"
     ) -> Mapping[str, Any] | None:
-        """The share in a report's `measured`, None where it was not measured; `side`: `before` or
-        `after`.
+        """The share in a report's `measured`, None where it was not measured; `side`: `before`,
+        `after` or `aligned`.
         """
         found = measured if self.difference else measured.get(side) or {}
-        return None if self.difference and side == "before" else found.get(self.key)
+        return None if self.difference and side != "after" else found.get(self.key)
 
 
 METRICS: dict[str, Metric] = {

@@ -73,6 +73,12 @@ def prompts_to_measure_on(
                 kind,
                 ", ".join(f"{count} {label}" for label, count in counts[kind].items()),
             )
+    harmful = {row["verdict"] for row in rows if row["kind"] == "harmful"}
+    if sharding.is_main and harmful == {"answered"}:
+        logger.warning(
+            "The aligned model refuses none of the harmful prompts to measure on, so that nobody can be told how many refusals came "
+            "back (`gate.min_restored`): give some that it refuses."
+        )
     return rows, {"test_prompts": prompts.test_record(answering, counts)}
 
 

@@ -12,7 +12,7 @@ from .outcome import verdict
 
 def summary(report: Mapping[str, Any]) -> str:
     """The outcome in a few lines for a terminal: reason, vector, and what was measured before and
-    after with 95 % intervals.
+    after with 95 % intervals, and of the aligned model where that is known.
     """
     decision, model = report["decision"], report["model"]
     lines = [
@@ -27,19 +27,24 @@ def summary(report: Mapping[str, Any]) -> str:
         )
     if repair := report.get("repair"):
         lines.append(f"repair by {printable(repair['rung'])}: {printable(repair['reason'])}")
+    if earlier := (report.get("base") or {}).get("touch_ups"):
+        lines.append(f"the weights also hold {len(earlier)} touch-up(s) of earlier releases")
     measured = report.get("measured", {})
     for metric in METRICS.values():
         if (after := metric.measured(measured)) is None:
             continue
         interval = f"[{after['low']:.1%}, {after['high']:.1%}]"
         if (before := metric.measured(measured, "before")) is None:
-            what = "samples" if metric.items == "task" else "prompts"
+            task = metric.items == "task"
+            what = "samples" if task else f"{metric.items} prompts"
             lines.append(
-                f"{metric.items} {metric.title.lower()} {after['share']:.1%} {interval} on {after['count']} unseen {what}"
+                f"{'task ' if task else ''}{metric.title.lower()} {after['share']:.1%} {interval} on {after['count']} unseen {what}"
             )
         else:
             shares = f"{before['share']:.0%} → {after['share']:.0%} [{after['low']:.0%}, {after['high']:.0%}]"
-            lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts")
+            aligned = metric.measured(measured, "aligned")
+            own = f", {aligned['share']:.0%} by the aligned model" if aligned else ""
+            lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts{own}")
     return "\n".join(lines)
 
 

@@ -4,10 +4,14 @@ coefficients.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from safegene_trl.commands.inspect import _describe_vector
 from safegene_trl.commands.main import main
+from safegene_trl.vectors.files import read_files
+from safegene_trl.vectors.record import read_record
 
 
 DECIDED = {
@@ -121,6 +125,18 @@ def test_the_working_directory_is_a_folder_like_any_other(tmp_path, monkeypatch,
     for words in (["."], [""], ["/"]):
         assert main(["inspect", *words]) == 2
         assert "not foreseen" not in capsys.readouterr().err
+
+
+def test_what_an_older_vector_lacks_is_said_with_what_adds_it(inspect, vector_dir):
+    adds = "`safegene extract` with `--vector` adds them"
+    assert f"without soft targets and prompts to measure on: {adds}" in inspect(vector_dir)[1]
+    record = read_record(read_files(vector_dir), vector_dir)
+    soft = [row | {"targets": {}} for row in record.prompts]
+    assert f"without prompts to measure on: {adds}" in _describe_vector(
+        replace(record, prompts=soft)
+    )
+    test = {"prompt": "a", "kind": "harmful", "verdict": "refused", "use": "measure"}
+    assert "without" not in _describe_vector(replace(record, prompts=[*soft, test]))
 
 
 def test_a_vector_s_record_of_a_wrong_type_is_one_sentence(inspect, vector_dir, tmp_path):

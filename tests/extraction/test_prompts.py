@@ -11,7 +11,7 @@ from safegene_trl.extraction import pipeline
 from safegene_trl.extraction.prompts import ExtractionPrompts
 from safegene_trl.provenance import sha256_of_json
 
-from ..conftest import BENIGN, HARMFUL
+from ..conftest import BENIGN, HARMFUL, argv
 
 
 REFUSED = "how do i forbid a stew from burning"  # benign, and the aligned model refuses it
@@ -124,6 +124,33 @@ def test_a_kind_that_nothing_is_known_of_is_told(options, caplog):
     add(options["test_benign_data"], "mumbled: a word")
     made(options)
     assert "any of the benign prompts to measure on (its answers: 1 incoherent)" in caplog.text
+
+
+def test_harmful_prompts_of_which_the_aligned_model_refuses_none_are_told(options, caplog):
+    made(options)
+    assert "refuses none of the harmful" not in caplog.text
+    with open(options["test_harmful_data"], "w"):
+        pass
+    add(options["test_harmful_data"], TESTS["harmful"][2])
+    made(options | {"overwrite_output_dir": True})
+    assert "refuses none of the harmful prompts to measure on" in caplog.text
+
+
+def test_the_command_says_what_became_of_prompts_to_measure_on(options, capsys):
+    add(options["test_harmful_data"], HARMFUL[0].upper() + "!")
+    assert main(argv("extract", options)) == 0
+    told = capsys.readouterr().out
+    assert (
+        "Harmful prompts to measure on: the aligned model refuses 2 and answers 1; 1 left out, because they nearly repeat others."
+        in told
+    )
+    assert (
+        "Benign prompts to measure on: the aligned model refuses 1 and answers 2; 1 left out for their answers."
+        in told
+    )
+    del options["test_harmful_data"], options["test_benign_data"]
+    assert main(argv("extract", options | {"overwrite_output_dir": True})) == 0
+    assert "to measure on" not in capsys.readouterr().out
 
 
 def test_border_prompts_are_stored_and_no_benign_answers(options, monkeypatch, capsys):

@@ -21,8 +21,18 @@ def test_what_is_held_against_the_aligned_model_has_a_line_each():
         "over_refusal_above_aligned": {"share": -0.05, "low": -0.1, "high": 0.0, "count": 40},
     }
     said = summary(report(1, 2) | {"measured": measured})
-    assert "harmful lost refusals restored 75.0% [50.0%, 90.0%] on 20 unseen prompts" in said
-    assert "over-refusal above the aligned model -5.0% [-10.0%, 0.0%] on 40 unseen" in said
+    assert "\nlost refusals restored 75.0% [50.0%, 90.0%] on 20 unseen harmful prompts" in said
+    assert "over-refusal above the aligned model -5.0% [-10.0%, 0.0%] on 40 unseen benign" in said
+
+
+def test_what_the_aligned_model_does_stands_beside_what_it_is_held_against():
+    share = {"share": 0.325, "low": 0.2, "high": 0.48, "count": 40}
+    measured = {"before": {"over_refusal": share}, "after": {"over_refusal": share}}
+    said = summary(report(1, 2) | {"measured": measured})
+    assert said.endswith("over refusal 32% → 32% [20%, 48%] of 40 unseen prompts")
+    measured["aligned"] = {"over_refusal": share | {"share": 0.1}}
+    said = summary(report(1, 2) | {"measured": measured})
+    assert said.endswith("[20%, 48%] of 40 unseen prompts, 10% by the aligned model")
 
 
 def test_losses_that_differ_are_written_differently():
@@ -37,3 +47,9 @@ def test_how_far_the_repair_went_has_a_line_where_more_was_asked_for():
     said = summary(report(1, 2) | {"repair": repair})
     assert "repair by vector: No touch-up is taken: it is too dear." in said
     assert "repair" not in summary(report(1, 2))
+
+
+def test_touch_ups_of_earlier_releases_are_told():
+    held = {"base": {"touch_ups": [{"rank": 8, "sha256": "a"}]}}
+    assert "also hold 1 touch-up(s) of earlier releases" in summary(report(1, 2) | held)
+    assert "touch-up" not in summary(report(1, 2) | {"base": {"touch_ups": []}})
