@@ -95,9 +95,21 @@ def climbed(
         _say(plan, "vector", why, record)
         return vector, None
     learned = LearnedTouchUp(RANK, file_content(found.deltas))
-    why = f"The touch-up is taken: {found.reason}."
+    why = (
+        f"{_why_needed(plan.config.gate, vector.decision)}; the touch-up is taken: {found.reason}."
+    )
     _say(plan, BOTH, why, record | {"sha256": learned.mark["sha256"]})
     return both, learned
+
+
+def _why_needed(gate: GateConfig | None, alone: Decision) -> str:
+    """Why the vector alone was not enough, the beginning of a sentence."""
+    lacking = [f"`{check.limit}`" for check in alone.checks if check.verdict != "kept"]
+    if gate and gate.limits and lacking:
+        return f"The vector alone did not keep {' and '.join(lacking)} for sure"
+    if gate and gate.limits:
+        return f"The outcome with the vector alone is {words_of(alone)}"
+    return "No limit of the gate says that the vector alone is enough"
 
 
 def _say(plan: Plan, rung: str, why: str, record: dict[str, Any] | None = None) -> None:

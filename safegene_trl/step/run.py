@@ -23,6 +23,7 @@ from .decision import Decision, dependent, unfinished
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
 from .plan import FineTune, Found, Plan
+from .repair import BOTH
 
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,8 @@ def _rejection(plan: Plan, decision: Decision) -> str:
     if broken:
         why = f"the gate's limits are not kept ({'; '.join(map(str, broken))})"
         remedy = "give more safety data, use a stronger vector, or set `gate.write_rejected`"
+        if plan.config.search.repair != BOTH:
+            remedy = f"set `search.repair: {BOTH}`, {remedy}"
     elif unseen := unfinished(plan.report.measured):
         why, _, remedy = unseen.rstrip(".").partition(": ")
     else:

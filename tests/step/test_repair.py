@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from safegene_trl import SafeGeneCallback
 from safegene_trl.checkpoints.merge_terms import ScaledVector
-from safegene_trl.errors import ConfigError
+from safegene_trl.errors import ConfigError, RejectedError
 from safegene_trl.recalibration import search
 from safegene_trl.recalibration import touch_up as touching
 from safegene_trl.recalibration.objective import Objective
@@ -131,6 +131,7 @@ def test_what_is_released_is_the_fine_tune_with_vector_and_touch_up(
         assert torch.allclose(loaded(IDS).logits, expected, atol=1e-3)
     repair = report["repair"]
     assert repair["rung"] == BOTH and repair["touch_up"]["accepted"]
+    assert repair["reason"].startswith("No limit of the gate says that the vector alone is enough;")
     assert report["files"][FILE] == repair["touch_up"]["sha256"]
     path = [entry["objective"] for entry in repair["touch_up"]["held_out_by_step"]]
     assert min(path) < path[0]
@@ -216,6 +217,27 @@ def test_where_a_limit_is_not_kept_for_sure_a_touch_up_is_tried(
     _, report, _ = made(tokenizer, tmp_path, config(gate=LIMIT))
     assert report["repair"]["rung"] == BOTH and passes["steps"] == 16
     assert report["decision"]["outcome"] == "accepted"
+    alone = first.replace("_", " ")
+    why = f"The outcome with the vector alone is {alone}; the touch-up is taken: "
+    assert report["repair"]["reason"].startswith(why)
+
+
+LIMITS = {"min_refusal_rate": 1.0, "max_over_refusal": 1.0}
+
+
+def test_the_limit_that_the_vector_alone_did_not_keep_is_named(config, tokenizer, tmp_path):
+    report = made(tokenizer, tmp_path, config(gate=LIMITS | {"write_rejected": True}))[1]
+    assert report["repair"]["rung"] == BOTH
+    assert report["repair"]["reason"].startswith(
+        "The vector alone did not keep `min_refusal_rate` for sure; the touch-up is taken: "
+    )
+
+
+@pytest.mark.parametrize("repair", ["vector", BOTH])
+def test_a_rejection_names_the_rung_that_was_not_tried(repair, config, tokenizer, tmp_path):
+    with pytest.raises(RejectedError) as rejected:
+        made(tokenizer, tmp_path, config(gate=LIMITS, repair=repair))
+    assert ("set `search.repair: vector+touch-up`" in str(rejected.value)) == (repair == "vector")
 
 
 def test_where_the_outcome_is_worse_the_vectors_rung_stands(config, tokenizer, tmp_path, gate):
