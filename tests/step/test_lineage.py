@@ -345,7 +345,7 @@ def test_touch_ups_are_held_against_the_earlier_release(safeguarded, vector_dir)
     for sure in (found(marks, first), found(marks, warm_start=str(first))):
         assert sure.verified and sure.touch_ups == marks
     for other in (marks[:1], marks[::-1], []):
-        with pytest.raises(FamilyError, match="report beside .* do not say the same.*`touch_ups`"):
+        with pytest.raises(FamilyError, match=r"report beside .* do not say the same.*`touch_ups`"):
             found(other, first)
         assert found(other, warm_start=str(first)).verified is False
 
@@ -358,7 +358,7 @@ def test_touch_ups_that_cannot_be_are_damage(vector_dir, touch_up):
     """What a report could not hold by its schema is not taken on."""
     vector, model = SafetyVector.from_pretrained(vector_dir), make_model()
     model.config.safegene = mark(vector, dict.fromkeys(vector.deltas, 0.5), [touch_up])["safegene"]
-    with pytest.raises(FamilyError, match="`safegene` in the model's config.json is damaged"):
+    with pytest.raises(FamilyError, match=r"`safegene` in the model's config\.json is damaged"):
         carried_coefficients(model, vector, "module")
 
 
