@@ -2,8 +2,8 @@
 commands do.
 """
 
-from argparse import ArgumentParser
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from subprocess import CalledProcessError
 from typing import Any, cast
 
@@ -34,10 +34,6 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
     path, rest = take_config(argv)
     launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
     to_launcher, to_command = _split(rest, launcher_options)
-    if "--num_processes" not in to_launcher and "num_processes" not in read_yaml(
-        path, "The launch configuration"
-    ):
-        to_launcher += ["--num_processes", str(max(1, torch.cuda.device_count()))]
     arguments = [
         "--config_file",
         str(path),
@@ -47,14 +43,31 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
         command,
         *to_command,
     ]
+    settings = parser.parse_args(arguments)
+    _fill_in(settings, read_yaml(path, "The launch configuration"))
     try:
-        launch_command(parser.parse_args(arguments))
+        launch_command(settings)
     except ChildFailedError as failure:  # the failing process has said why
         _, first = failure.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1
     except CalledProcessError as failure:  # a launcher of one process
         return failure.returncode if failure.returncode > 0 else 1
     return 0
+
+
+def _fill_in(settings: Namespace, config: Mapping[str, Any]) -> None:
+    """Sets what neither the words nor the file say: as many processes as GPUs, and on one machine a
+    free port, where accelerate would take 29500 for every launch, and a second one at a time fail.
+    """
+
+    def is_open(name: str) -> bool:
+        return getattr(settings, name) is None and config.get(name) is None
+
+    if is_open("num_processes"):
+        settings.num_processes = max(1, torch.cuda.device_count())
+    machines = settings.num_machines or config.get("num_machines") or 1
+    if machines == 1 and is_open("main_process_port"):
+        settings.main_process_port = 0
 
 
 def _split(argv: Sequence[str], launcher_options: set[str]) -> tuple[list[str], list[str]]:

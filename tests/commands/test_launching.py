@@ -62,6 +62,22 @@ def test_as_many_processes_as_gpus_unless_said_otherwise(launched, monkeypatch, 
     own.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "num_processes": 3}))
     args = launched("--accelerate_config", str(own), "--config", "r.yaml")
     assert args.num_processes is None and args.config_file == str(own)  # the file says 3
+    assert launched("--accelerate_config", "zero2", "--num_processes=4").num_processes == 4
+
+
+def test_every_launch_on_one_machine_gets_a_free_port_unless_said_otherwise(launched, tmp_path):
+    """By accelerate's default two at a time would ask for one port, and the second would fail."""
+
+    def port(*words, **settings):
+        own = tmp_path / "own.yaml"
+        own.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **settings}))
+        return launched("--accelerate_config", str(own), *words).main_process_port
+
+    assert port() == port(num_machines=1, main_process_port=None) == 0
+    assert launched("--accelerate_config", "zero3").main_process_port == 0
+    assert port("--main_process_port=1234") == 1234
+    assert port(main_process_port=1234) is None  # the file says it
+    assert port("--num_machines", "2") is None and port(num_machines=2) is None
 
 
 @pytest.mark.parametrize(
