@@ -37,8 +37,9 @@ def _made_of(config: ExtractionConfig, vector: SafetyVector) -> str:
         return f"The linear layers hold {100 * share:.3g} % of the difference of the two models."
     soft = sum("targets" in row for row in vector.prompts)
     parts = [part_of(row) for row in vector.prompts]
+    kept = ", split by category" if config.by_category else ""
     return (
-        f"The weights are those of {config.vector}. Of {len(parts)} prompts {soft} have soft targets, {parts.count('border')} are benign "
+        f"The weights are those of {config.vector}{kept}. Of {len(parts)} prompts {soft} have soft targets, {parts.count('border')} are benign "
         f"ones that the aligned model refuses, and {parts.count('measure')} are to measure on."
     )
 

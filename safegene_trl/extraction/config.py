@@ -85,6 +85,9 @@ class ExtractionConfig:
         isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are
             taken out of the vector.
         isolation_rank: Dimension of the task models' subspace in every module.
+        by_category: Make a component of every harm category, with coefficients of its own, and one
+            of what they share. Categories are those of the column `category` in the harmful prompts
+            that are asked, eight or more of each; `vector` is split where it is set.
         selection: How layers are selected.
         layer_share: Share (0–1] of the layers that are kept.
         bootstrap_resamples: How often the prompts are drawn again to see how stable the selection
@@ -153,6 +156,7 @@ class ExtractionConfig:
     exact_svd: bool = False
     isolate_from: list[str] = field(default_factory=list)
     isolation_rank: int = 8
+    by_category: bool = False
     selection: str = field(
         default="activation_contrast",
         metadata={"choices": SELECTIONS.keys()},

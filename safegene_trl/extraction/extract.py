@@ -10,6 +10,7 @@ from ..distributed.processes import this_job
 from ..models.batch_size import naming_shortage
 from ..vectors.output import check_vector_output
 from ..vectors.safety_vector import SafetyVector
+from .by_category import tell
 from .config import ExtractionConfig
 from .pipeline import make_vector
 from .retargeting import retarget
@@ -31,8 +32,9 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     W_degraded` cut to rank r, or what is learned from there (SafeGene, arXiv 2606.06519;
     `linearized` after EnchTable, arXiv 2511.09880). A selection that means little, and a difference
     that lies mostly outside of the linear layers, are warned of. With `config.vector` there is no
-    degraded model: that vector's weights are kept and its prompts made anew. Collective: every
-    process of a launch calls it.
+    degraded model: that vector's weights are kept and its prompts made anew. With
+    `config.by_category` the deltas are the sum of a shared component and one for every harm category.
+    Collective: every process of a launch calls it.
 
     Args:
         config: From which models and prompts, how, and where to.
@@ -44,12 +46,13 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     Raises:
         ConfigError: A value is missing, impossible, or contradicts another one.
         FamilyError: The two models are not of one family, or only one of them has a chat template;
-            or the aligned model is not that of `config.vector`.
+            or the aligned model is not that of `config.vector`, or the rank is too low for the
+            categories.
         VectorError: `config.vector` is missing, altered or truncated.
         UnsupportedModelError: A model is not to be had, or of a kind that cannot be read.
         CheckpointError: Weight files are missing, damaged, or hold NaN or infinity.
         CalibrationDataError: Prompts are missing or no single user turns, or the aligned model
-            refuses none of them.
+            refuses none of them; or they have too few categories, or too few prompts of one.
         OutputError: The vector cannot be put where it was asked for.
         MemoryShortageError: The device is too small.
     """
@@ -77,6 +80,8 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     with atomic_directory(target, VECTOR, job) as folder, job.raising_together():
         if made is not None:
             made.save_pretrained(folder)
+    if made is not None and config.by_category:
+        tell(made.extraction["by_category"])
     if made is not None and not config.vector:
         for warning in selection_warnings(made):
             logger.warning(warning)

@@ -36,6 +36,7 @@ from .aligned_rows import (
     samples_of,
     with_targets,
 )
+from .by_category import CategoryPrompts, split_by_category
 from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, reference_batches
@@ -87,26 +88,26 @@ def make_vector(
     with job.raising_together():
         config.check()
         prompts = ExtractionPrompts.read(config)
+        by = prompts.by_category()
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         style = config.target(tokenizer)
         if job.is_main:
             _check_template(config, tokenizer)
             difference = take_difference(config, show_progress)
+            if by is not None:
+                by.check_rank(difference.rank)
     inputs = Inputs(config, tokenizer, prompts, job, style)
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)
     found = _method_inputs(inputs, deltas, aligned, show_progress)
     deltas, distillation = METHODS[config.method].make(found)
     scores = _scores(inputs, deltas, aligned)
+    layers = top_layers(scores.mean().tolist(), config.selected_share)
+    chosen = {name: delta for name, delta in deltas.items() if layer_index(name) in layers}
+    chosen, components = _components(inputs, chosen, by)
     if difference is None:
         return None
-    layers = top_layers(scores.mean().tolist(), config.selected_share)
-    selected = {
-        name: truncation
-        for name, truncation in difference.truncations.items()
-        if layer_index(name) in layers
-    }
-    chosen = {name: deltas[name] for name in selected}
+    selected = {name: difference.truncations[name] for name in chosen}
     return SafetyVector(
         deltas=in_dtype(chosen, getattr(torch, config.weights_dtype)),
         family=Family.of(difference.aligned.model, tokenizer),
@@ -120,6 +121,7 @@ def make_vector(
             **({"chat_template_kwargs": dict(style.options)} if style.options else {}),
             **target_record(style),
             **truncation_record(selected),
+            **components,
         },
         selection=_selection_record(config, scores, layers)
         | prompts.record(aligned.rows)
@@ -127,6 +129,22 @@ def make_vector(
         prompts=prompts.with_categories([*aligned.rows, *aligned.tests]),
         software=software_versions(),
     )
+
+
+def _components(
+    inputs: Inputs, deltas: dict[str, LowRankDelta], prompts: CategoryPrompts | None
+) -> tuple[dict[str, LowRankDelta], dict[str, Any]]:
+    """Collective: the deltas by category and the record of it; as they are without categories. The
+    aligned model is loaded again, as what is split is known only here.
+    """
+    if prompts is None:
+        return deltas, {}
+    config = inputs.config
+    model, sharding = load_placed(
+        config.aligned_model, config.aligned_revision, config.dtype, inputs.job
+    )
+    made = split_by_category(deltas, prompts, model, inputs.tokenizer, inputs.style, sharding)
+    return made.deltas, made.record
 
 
 def _selection_record(

@@ -13,6 +13,7 @@ from ..errors import CalibrationDataError
 from ..models.reasoning import Answering
 from ..provenance import sha256_of_json
 from ..vectors.prompt_rows import rows_of
+from .by_category import CategoryPrompts, categories_of
 from .config import ExtractionConfig
 
 
@@ -106,6 +107,24 @@ class ExtractionPrompts:
         if self.categories.keys().isdisjoint(texts):
             return draw(texts, count, self.config.seed)
         return in_turn(texts, count, self.config.seed, self.categories.get)
+
+    def by_category(self, stored: Sequence[Mapping[str, Any]] = ()) -> CategoryPrompts | None:
+        """Those that tell the categories of a vector that is made by category, None for any other.
+
+        Args:
+            stored: A vector's rows with answers, to which these are added.
+
+        Raises:
+            CalibrationDataError: They do not tell them.
+        """
+        if not self.config.by_category:
+            return None
+        harmful, benign = self.to_answer()
+        return CategoryPrompts.of(
+            [*(row["prompt"] for row in rows_of(stored, "harmful")), *harmful],
+            [*(row["prompt"] for row in rows_of(stored, "benign", "border")), *benign],
+            categories_of(stored) | self.categories,
+        )
 
     def record(self, answers: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """What a vector says of the prompts that it was selected by, `answers` being stored with

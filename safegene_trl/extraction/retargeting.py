@@ -1,5 +1,6 @@
 """New prompts for a safety vector that is there already: soft targets, border prompts and prompts to
-measure on, by its aligned model alone. Its weights stay as they are, byte for byte.
+measure on, by its aligned model alone. Its weights stay as they are, byte for byte, unless it is
+split by category.
 """
 
 import json
@@ -13,16 +14,18 @@ from ..checkpoints.loading import load_placed, load_tokenizer
 from ..checkpoints.stored_model import StoredModel
 from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError, FamilyError
+from ..models.low_rank import LowRankDelta
 from ..provenance import model_reference, same_weights, sha256_of_bytes
 from ..vectors.family import Family
 from ..vectors.files import CONFIG_FILE, WEIGHTS_FILE, read_files
 from ..vectors.prompt_rows import rows_of
-from ..vectors.record import VectorRecord, read_record
+from ..vectors.record import VectorRecord, extractions, read_record
 from ..vectors.safety_vector import SafetyVector
 from .aligned_rows import Inputs, answered, prompts_to_measure_on, with_targets
+from .by_category import ByCategory, CategoryPrompts, split_by_category
 from .config import ExtractionConfig
 from .prompts import ExtractionPrompts
-from .soundness import check_runs
+from .soundness import check_runs, in_dtype
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,15 @@ class KnownVector:
         measured = [] if config.test_harmful_data else rows_of(record.prompts, "measure")
         return cls(contents, record, learned, measured)
 
+    def check_splittable(self, config: ExtractionConfig, prompts: CategoryPrompts) -> None:
+        """Raises `FamilyError` unless the vector can be split by the categories of these prompts."""
+        made = self.record.extraction
+        if any("by_category" in each for each in (made, *extractions(made))):
+            raise FamilyError(
+                f"{config.vector} is by category already: split the vector that it was made from, or leave out `by_category`."
+            )
+        prompts.check_rank(self.record.rank)
+
     def settings(self, config: ExtractionConfig) -> ExtractionConfig:
         """The config with prompts written as the vector's own were.
 
@@ -86,7 +98,7 @@ class KnownVector:
         )
         found = ExtractionPrompts.read(config, stored, measured)
         if all("targets" in row for row in self.learned) and not (
-            any(found.to_answer()) or found.tests
+            any(found.to_answer()) or found.tests or config.by_category
         ):
             raise CalibrationDataError(
                 f"Every prompt of {config.vector} has soft targets, and there are no others: name further prompts as `harmful_data`, "
@@ -122,6 +134,9 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
         known = KnownVector.read(config)
         config = known.settings(config)
         prompts = known.prompts(config)
+        by = prompts.by_category(known.learned)
+        if by is not None:
+            known.check_splittable(config, by)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         style = config.target(tokenizer)
         asked = check_aligned(config, known.record, tokenizer) if job.is_main else {}
@@ -137,17 +152,32 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
         further = answered(inputs, model, sharding, may_refuse_none=True)
     rows = with_targets(inputs, model, [*known.learned, *further], sharding)
     tests, test_record = prompts_to_measure_on(inputs, model, sharding)
+    vector = SafetyVector.from_files(known.contents, config.vector)
+    if by is not None:
+        deltas = {name: LowRankDelta(d.a.float(), d.b.float()) for name, d in vector.deltas.items()}
+        made = split_by_category(deltas, by, model, tokenizer, style, sharding)
+        vector = _by_category(vector, made)
     if not job.is_main:
         return None
     count = len(known.learned)
     _tell(config, known, rows[:count])
     added = prompts.with_categories([*rows[count:], *tests])
     origin = _origin(config, known, asked) | {"prompts": prompts.further_record()}
-    return SafetyVector.from_files(known.contents, config.vector).with_prompts(
-        known.contents[WEIGHTS_FILE],
+    return vector.with_prompts(
+        known.contents[WEIGHTS_FILE] if by is None else None,
         _in_order([*rows[:count], *known.measured, *added]),
-        known.record.extraction | {"weights_from": origin},
+        vector.extraction | {"weights_from": origin},
         _selection(known, prompts, further) | test_record,
+    )
+
+
+def _by_category(vector: SafetyVector, made: ByCategory) -> SafetyVector:
+    """The vector with the deltas by category, in its own data type."""
+    dtype = next(iter(vector.deltas.values())).a.dtype
+    return replace(
+        vector,
+        deltas=in_dtype(made.deltas, dtype),
+        extraction=vector.extraction | made.record,
     )
 
 

@@ -25,21 +25,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..distributed.layouts import Sharding
 from ..errors import ConfigError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
-from ..models.batch_size import EXTRACTION, fitting_answers, halving
 from ..models.coefficients import CoefficientSpace
-from ..models.generation import prompt_tokens
-from ..models.inputs import Sample, batches, padding_id
+from ..models.inputs import Sample, batches
 from ..models.losses import cross_entropy
 from ..models.low_rank import LowRankDelta
 from ..models.names import layer_index
-from ..models.parameters import base_model
 from ..models.reasoning import AS_TEMPLATE, PromptStyle
+from .prompt_passes import Places, read_prompts
 
 
 @dataclass(frozen=True)
@@ -78,49 +75,15 @@ def last_token_states(
     """Residual stream after every layer at the last prompt token: float32, prompts×layers×hidden.
     Collective.
 
-    transformers gives the last layer's state after the final norm, so does this. On a CPU prompts
-    are read one by one, on a GPU as many together as its free memory is for.
+    transformers gives the last layer's state after the final norm, so does this.
     """
-    messages = [[{"role": "user", "content": text}] for text in prompts]
-    tokens = prompt_tokens(tokenizer, messages, style)
-    longest = max(map(len, tokens))
-    first = fitting_answers(None, base_model(model), longest, longest, sharding, on_cpu=1)
-    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
-    model.eval()
 
-    def states(batch_size: int) -> list[torch.Tensor]:
-        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        with torch.no_grad(), sharding.forward_passes():
-            return [
-                _states_of([tokens[index] for index in group], model, tokenizer, sharding)
-                for group in groups
-            ]
+    def states(tokens: dict[str, torch.Tensor], places: Places) -> torch.Tensor:
+        output = model(**tokens, output_hidden_states=True, use_cache=False)
+        hidden_states = [hidden[places].float().cpu() for hidden in output.hidden_states[1:]]
+        return torch.stack(hidden_states, dim=1)
 
-    found = torch.cat(halving(first, states, sharding, EXTRACTION))
-    return found[torch.tensor(order).argsort()]
-
-
-def _states_of(
-    prompts: Sequence[Sequence[int]],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    sharding: Sharding,
-) -> torch.Tensor:
-    """Of prompts that are read together: they are padded on the right, where none of their tokens
-    looks.
-    """
-    rows = [torch.tensor(ids) for ids in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(tokenizer))
-    attention = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    output = model(
-        input_ids=ids.to(sharding.device),
-        attention_mask=attention.to(sharding.device),
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    sharding.reshard()
-    places = torch.arange(len(rows)), [len(row) - 1 for row in rows]
-    return torch.stack([hidden[places].float().cpu() for hidden in output.hidden_states[1:]], dim=1)
+    return read_prompts(model, tokenizer, prompts, sharding, style, states)
 
 
 def activation_contrast(

@@ -3,13 +3,16 @@ of a model of text and images they are in.
 """
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from itertools import count, groupby
 from statistics import fmean
 
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_LABEL = re.compile(r"[\w-]+")  # neither `/` nor `#`, which coefficients' names are read by
+_LONGEST_LABEL = 60
 
 
 # where classes of text and images keep their text model
@@ -87,3 +90,25 @@ def by_component(coefficients: Mapping[str, float]) -> dict[str, dict[str, float
 def are_of_parts(coefficients: Iterable[str]) -> bool:
     """Whether these are names of rank-one parts' coefficients."""
     return any("#" in name for name in coefficients)
+
+
+def component_labels(names: Iterable[str]) -> list[str]:
+    """What components of these names are called in the names of their coefficients: letters, digits,
+    `-` and `_` of each, with a number after those that would be alike: `Illegal_Activity`.
+    """
+    labels: list[str] = []
+    for name in names:
+        words = _LABEL.findall(unicodedata.normalize("NFKC", name))
+        label = "_".join(words)[:_LONGEST_LABEL].strip("_") or "unnamed"
+        numbered = (f"{label}_{number}" for number in count(2))
+        labels.append(
+            label if label not in labels else next(n for n in numbered if n not in labels)
+        )
+    return labels
+
+
+def is_label(text: object) -> bool:
+    """Whether a component can be called so in the names of its coefficients."""
+    return (
+        isinstance(text, str) and len(text) <= 2 * _LONGEST_LABEL and bool(_LABEL.fullmatch(text))
+    )

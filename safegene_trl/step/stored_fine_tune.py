@@ -186,7 +186,9 @@ def _given_coefficients(
                 f"The coefficient of `{name}` is {coefficient}: it must be 0 or more (−V removes refusals) and at most "
                 f"{LARGEST_COEFFICIENT:g}."
             )
-    kind = CoefficientSpace.granularity_of(coefficients, vector.deltas, vector.components)
+    kind = CoefficientSpace.granularity_of(
+        coefficients, vector.deltas, vector.components, vector.component_names
+    )
     if kind is None:
         raise ConfigError(
             f"The coefficients in {given} are not those of this vector's layers, modules or rank-one parts: name another "

@@ -16,6 +16,7 @@ from ..checkpoints.contents import VECTOR
 from ..config.validation import Rule, check_value, folder, shown
 from ..errors import ConfigError, FamilyError
 from ..models.low_rank import LowRankDelta
+from ..models.names import component_labels
 from ..provenance import software_versions
 from .files import WEIGHTS_FILE
 from .output import check_vector_output
@@ -114,6 +115,7 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
             "method": "combined",
             "rank": sum(components),
             "components": components,
+            **_names_of_all(vectors),
             "vectors": [vector.describe() for vector in vectors],
             **_prompts_as_in_all(vectors),
         },
@@ -127,6 +129,18 @@ def combined(vectors: Sequence[SafetyVector]) -> SafetyVector:
         prompts=_rows_of_all(vectors),
         software=software_versions(),
     )
+
+
+def _names_of_all(vectors: Sequence[SafetyVector]) -> dict[str, Any]:
+    """What the vectors call their components; nothing where none names any."""
+    if not any("component_names" in vector.extraction for vector in vectors):
+        return {}
+    names = [
+        name if "component_names" in vector.extraction else f"vector_{number}_{name}"
+        for number, vector in enumerate(vectors, start=1)
+        for name in vector.component_names
+    ]
+    return {"component_names": component_labels(names)}
 
 
 def _rows_of_all(vectors: Sequence[SafetyVector]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from ..config.validation import is_template_options
 from ..errors import SafeGeneError, VectorError
 from ..judges.refusal_phrases import is_refusal
-from ..models.names import shared_parameter
+from ..models.names import is_label, shared_parameter
 from ..models.reasoning import SafetyTarget, split_stored
 from ..provenance import sha256_of_bytes, sha256_of_file
 from .prompt_rows import MEASURE, VERDICTS, part_of, verdict_of
@@ -428,7 +428,33 @@ def _valid_extraction(extraction: dict[str, Any]) -> bool:
         and isinstance(components, list)
         and all(_is_count(part) and part > 0 for part in components)
         and sum(components) == rank
+        and _valid_names(extraction.get("component_names"), len(components))
+        and _valid_by_category(extraction.get("by_category"))
         and _valid_parts(extraction.get("vectors", []))
+    )
+
+
+def _valid_names(names: Any, components: int) -> bool:
+    """Whether names of components, where there are any, can stand in names of coefficients."""
+    return names is None or (
+        isinstance(names, list)
+        and len(names) == components
+        and all(map(is_label, names))
+        and len(set(names)) == components
+    )
+
+
+def _valid_by_category(record: Any) -> bool:
+    """Whether a record of a split by category, where there is one, can be shown."""
+    if record is None:
+        return True
+    categories = record.get("categories") if isinstance(record, dict) else None
+    return isinstance(categories, dict) and all(
+        isinstance(own, dict)
+        and is_label(own.get("component"))
+        and _is_count(own.get("prompts"))
+        and all(_is_number(own.get(key)) for key in ("reads_own", "reads_others", "reads_benign"))
+        for own in categories.values()
     )
 
 

@@ -54,10 +54,23 @@ class VectorRecord:
         """Ranks of its components, which have coefficients of their own; as a rule there is one."""
         return components_of(self.extraction, self.rank)
 
+    @property
+    def component_names(self) -> list[str]:
+        """What they are called in the names of their coefficients."""
+        return component_names_of(self.extraction, self.rank)
+
 
 def components_of(extraction: Mapping[str, Any], rank: int) -> list[int]:
     """Ranks of a vector's components, by its record of how it was made."""
     return list(extraction.get("components", [rank]))
+
+
+def component_names_of(extraction: Mapping[str, Any], rank: int) -> list[str]:
+    """What a vector's components are called in the names of their coefficients: their numbers, where
+    its record names none.
+    """
+    numbers = map(str, range(len(components_of(extraction, rank))))
+    return list(extraction.get("component_names", numbers))
 
 
 def extractions(extraction: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -30,7 +30,7 @@ from .files import (
     SIGNED_FILES,
     WEIGHTS_FILE,
 )
-from .record import components_of, read_record
+from .record import component_names_of, components_of, read_record
 from .signing import SIGNATURE_FILE
 
 
@@ -109,13 +109,20 @@ class SafetyVector(
         """Ranks of its components, which have coefficients of their own; as a rule there is one."""
         return components_of(self.extraction, self.rank)
 
+    @property
+    def component_names(self) -> list[str]:
+        """What they are called in the names of their coefficients: `shared` and the categories in a
+        vector by category, else numbers from 0.
+        """
+        return component_names_of(self.extraction, self.rank)
+
     def space(self, granularity: Granularity) -> CoefficientSpace:
         """Its coefficients at one granularity.
 
         Args:
             granularity: `layer`, `module` or `rank`.
         """
-        return CoefficientSpace(self.deltas, self.components, granularity)
+        return CoefficientSpace(self.deltas, self.components, granularity, self.component_names)
 
     def check_fits(self, modules: dict[str, torch.nn.Module]) -> None:
         """Checks that every delta has a linear layer, or an expert, of its name and shape in a
@@ -178,7 +185,7 @@ class SafetyVector(
 
     def with_prompts(
         self,
-        weights: bytes,
+        weights: bytes | None,
         prompts: list[dict[str, Any]],
         extraction: dict[str, Any],
         selection: dict[str, Any],
@@ -188,7 +195,8 @@ class SafetyVector(
         as well; a signature is not carried over.
 
         Args:
-            weights: The bytes of that file, which the deltas were read from.
+            weights: The bytes of that file, which the deltas were read from; None where they were not
+                read from one.
             prompts: The rows.
             extraction: The record, with what is to be said of the prompts.
             selection: The same.
