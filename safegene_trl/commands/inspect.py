@@ -198,6 +198,24 @@ def _lacking(soft: int, parts: Mapping[Part, int]) -> list[str]:
     ]
 
 
+def _components(vector: VectorRecord) -> list[str]:
+    """Lines about the components of a vector of several, and about those of categories."""
+    if len(vector.components) < 2:
+        return []
+    ranks = " + ".join(map(str, vector.components))
+    lines = [f"{len(vector.components)} components with coefficients of their own, of rank {ranks}"]
+    names = vector.extraction.get("component_names")
+    record = vector.extraction.get("by_category")
+    if names and record is None:
+        lines.append(f"components: {', '.join(names)}")
+    for category, own in record["categories"].items() if record else ():
+        lines.append(
+            f"  {own['component']}: category {category}, {own['prompts']} prompts, reads {own['reads_own']:.2f} of its own prompts, "
+            f"{own['reads_others']:.2f} of other categories', {own['reads_benign']:.2f} of benign ones"
+        )
+    return lines
+
+
 def _describe_vector(vector: VectorRecord) -> str:
     parts = Counter(map(part_of, vector.prompts))
     soft = sum("targets" in row for row in vector.prompts)
@@ -212,11 +230,7 @@ def _describe_vector(vector: VectorRecord) -> str:
         *_tests(rows_of(vector.prompts, "measure")),
         *_lacking(soft, parts),
     ]
-    if len(vector.components) > 1:
-        lines.insert(
-            2,
-            f"{len(vector.components)} components with coefficients of their own, of rank {' + '.join(map(str, vector.components))}",
-        )
+    lines[2:2] = _components(vector)
     if stability := vector.selection.get("stability"):
         lines.append(
             f"selection over resampled prompts: mean Jaccard index {stability['mean_jaccard']:.2f}"

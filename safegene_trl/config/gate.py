@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import ConfigError
-from .metrics import by_limit
-from .validation import Rule, check_values, named_fields
+from .metrics import by_category_limit, by_limit
+from .validation import Rule, check_value, check_values, named_fields, shown
 
 
 SHARE = Rule(at_least=0.0, at_most=1.0, share=True)
+CategoryLimit = float | dict[str, float]
 
 
 @named_fields
@@ -19,6 +20,8 @@ class GateConfig:
 
     Args:
         min_refusal_rate: Least share of harmful prompts that it refuses.
+        min_refusal_rate_by_category: The same for the prompts of each category that is measured on:
+            one share for all, or a block of shares by category.
         max_over_refusal: Largest share of benign prompts that it refuses.
         max_incoherent: Largest share of incoherent answers among all.
         max_unjudged: Largest share of answers, among all, in languages that the judge does not
@@ -45,6 +48,7 @@ class GateConfig:
     """
 
     min_refusal_rate: float | None = None
+    min_refusal_rate_by_category: float | dict[str, float] | None = None
     max_over_refusal: float | None = None
     max_incoherent: float | None = None
     max_unjudged: float | None = None
@@ -57,10 +61,12 @@ class GateConfig:
     benign_data_split: str = "train"
     write_rejected: bool = False
 
-    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys(by_limit(), SHARE)
+    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys([*by_limit(), *by_category_limit()], SHARE)
 
     def __post_init__(self) -> None:
         check_values(self, prefix="gate.")
+        for name, value in self.category_limits.items():
+            _check_categories(f"gate.{name}", value)
         for name, metric in by_limit().items():
             source = f"{metric.items}_data"
             if metric.relative and name in self.limits and getattr(self, source) is not None:
@@ -71,5 +77,30 @@ class GateConfig:
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are set."""
+        """The limits that are set, but those for each category."""
         return {name: value for name in by_limit() if (value := getattr(self, name)) is not None}
+
+    @property
+    def category_limits(self) -> dict[str, CategoryLimit]:
+        """The limits for each category that are set: one for all, or by category."""
+        found = {name: getattr(self, name) for name in by_category_limit()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all limits that are set."""
+        return [*self.limits, *self.category_limits]
+
+
+def _check_categories(name: str, value: CategoryLimit) -> None:
+    """Raises `ConfigError` for a block of limits by category that has none, or one that is no share."""
+    if not isinstance(value, dict):
+        return
+    if not value:
+        raise ConfigError(f"`{name}` is empty: give each category its share, or leave it out.")
+    for category, share in value.items():
+        if not isinstance(category, str):
+            raise ConfigError(
+                f"`{name}` has {shown(category)} for a category: write its name in quotes."
+            )
+        check_value(f"{name}.{category}", share, float, SHARE)

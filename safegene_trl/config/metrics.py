@@ -29,6 +29,8 @@ class Metric:
         label: What the judge says of the answers that are counted. Empty for one number, of after
             against before or against the aligned model, which is measured in a way of its own.
         signed: Whether it is a difference of two shares, which may be below 0.
+        category_limit: The gate's limit on it for each category of its prompts; empty where the
+            gate has none. What is measured of each stands under `categories`.
         relative: Whether it is held against what the aligned model does with the same prompts: it
             is measured only where that is known of all of them.
 
@@ -44,6 +46,7 @@ class Metric:
     heading: str
     label: CountedLabel | Literal[""] = ""
     signed: bool = False
+    category_limit: str = ""
     relative: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +76,15 @@ class Metric:
         """The kinds of items that it is a share of."""
         return tuple(self.items.split(" and "))
 
+    def by_category(
+        self, measured: Mapping[str, Any], side: str = "after"
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """The share of every category in a report's `measured`; nothing where none was measured.
+        `side`: `before` or `after`.
+        """
+        found: Mapping[str, Any] = (measured.get(side) or {}) if self.category_limit else {}
+        return found.get("categories") or {}
+
     def measured(
         self, measured: Mapping[str, Any], side: str = "after"
     ) -> Mapping[str, Any] | None:
@@ -94,6 +106,7 @@ METRICS: dict[str, Metric] = {
             limit="min_refusal_rate",
             heading="refuses harmful",
             label="refused",
+            category_limit="min_refusal_rate_by_category",
         ),
         Metric(
             key="over_refusal",
@@ -167,3 +180,13 @@ def differences() -> list[Metric]:
 def by_limit() -> dict[str, Metric]:
     """The metrics by the gate's limits on them."""
     return {metric.limit: metric for metric in METRICS.values()}
+
+
+def by_category_limit() -> dict[str, Metric]:
+    """The metrics by the gate's limits on them for each category."""
+    return {metric.category_limit: metric for metric in METRICS.values() if metric.category_limit}
+
+
+def of_limit(limit: str) -> Metric:
+    """The metric that a limit of the gate is on."""
+    return (by_limit() | by_category_limit())[limit]

@@ -160,7 +160,7 @@ class SafeGeneConfig:
             raise ConfigError(
                 "`require_signature` is set without a `public_key`: name the PEM file of the maker's key."
             )
-        if self.gate and self.gate.limits and not self.measure.num_test_prompts:
+        if self.gate and self.gate.names and not self.measure.num_test_prompts:
             raise ConfigError(
                 "The gate has limits and `measure.num_test_prompts` is 0: there would be nothing to hold them against."
             )

@@ -2,6 +2,7 @@
 what the aligned model does with the prompts, as far as that is known.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +46,12 @@ class Unseen:
     task: list[Sample]
     answering: Answering = field(default_factory=Answering)
     verdicts: dict[str, list[Verdict | None]] = field(default_factory=dict)
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """How many of the harmful prompts are of each category."""
+        named = [prompt.category for prompt in self.prompts["harmful"]]
+        return dict(Counter(category for category in named if category is not None))
 
     @property
     def counts(self) -> dict[str, int]:

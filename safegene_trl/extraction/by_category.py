@@ -3,7 +3,7 @@ each module reads of them, and the split of its delta (`category_split.py`).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +19,17 @@ from ..models.low_rank import LowRankDelta
 from ..models.names import component_labels
 from ..models.parameters import canonical_modules
 from ..models.reasoning import PromptStyle
-from .category_split import Basis, Split, split, told_apart, whole
+from .category_split import Reading, Split, split, told_apart, whole
 from .prompt_passes import Places, read_prompts
 
 
 logger = logging.getLogger(__name__)
 LEAST = 8  # prompts of a category
+MOST_BYTES = 2**30  # of inputs that are kept at a time
 SHARED = "shared"
 MUTE = (
     "The components of these categories act on other prompts as much as on their own, so that their coefficients say little: %s. "
-    "Give more prompts of them, put categories together that are alike, or make the vector with a larger `rank`."
+    "Give more prompts of them, put categories together that are alike, or leave out `by_category`."
 )
 
 
@@ -83,15 +84,6 @@ class CategoryPrompts:
         without = len(harmful) - sum(map(len, named.values()))
         return cls(dict(sorted(named.items())), list(benign), without)
 
-    def check_rank(self, rank: int) -> None:
-        """Raises `FamilyError` unless deltas of this rank have room for every category."""
-        needed = len(self.harmful) + 1
-        if rank < needed:
-            raise FamilyError(
-                f"There are {len(self.harmful)} categories and the deltas are of rank {rank}, of which they need {needed}: set `rank: "
-                f"{needed}` or more (the difference of two LoRAs has no more than theirs), or put categories together."
-            )
-
     @property
     def texts(self) -> list[str]:
         """All of them, category after category, benign ones last."""
@@ -128,9 +120,9 @@ def split_by_category(
     """Deltas of one rank as the components `shared`, of that rank, and one of rank one for every
     category. Collective.
 
-    Of a prompt and module the at most r numbers are kept that the delta reads of it, so that memory
-    does not grow with the model's width. A module that is no linear layer on all tokens (an expert),
-    or whose delta has no rank for all categories, stays in what is shared.
+    A module that is no linear layer on all tokens, or has no more inputs than there are categories,
+    stays in what is shared. The inputs of as many modules are kept at a time as `MOST_BYTES` are for,
+    in float32; the prompts are read again for the next ones.
 
     Args:
         deltas: By module, float32; the same in all processes.
@@ -144,17 +136,24 @@ def split_by_category(
         FamilyError: No module can be split.
     """
     count, classes = len(prompts.harmful), prompts.classes
-    bases = {name: Basis.of(delta) for name, delta in deltas.items()}
-    wide = {name: basis for name, basis in bases.items() if basis.rank > count}
-    if not wide:
-        prompts.check_rank(max(basis.rank for basis in bases.values()))
-    states = _states(wide, prompts.texts, model, tokenizer, style, sharding)
-    splits = {
-        name: split(deltas[name], bases[name], own, classes, count) for name, own in states.items()
+    modules = canonical_modules(model)
+    wide = {
+        name: delta.a.shape[1]
+        for name, delta in deltas.items()
+        if name in modules and delta.a.shape[1] > count
     }
+    splits: dict[str, Split] = {}
+    for group in _groups(wide, len(prompts.texts)):
+        reader = _Reader({name: modules[name] for name in group}, model)
+        rows = read_prompts(model, tokenizer, prompts.texts, sharding, style, reader.read)
+        readings: dict[str, Reading] = {}
+        for name, source, states in reader.by_module(rows):
+            if source not in readings:
+                readings[source] = Reading.of(states, classes, count)
+            splits[name] = split(deltas[name], readings[source])
     if not splits:
         raise FamilyError(
-            "None of the vector's modules reads every token of a prompt, so that it cannot be made by category: leave out "
+            f"No module of the vector reads every token and has inputs for {count} categories: put categories together, or leave out "
             "`by_category`."
         )
     found = {
@@ -207,68 +206,71 @@ def acts_on_its_own(category: Mapping[str, float]) -> bool:
     return category["reads_own"] > max(category["reads_others"], category["reads_benign"])
 
 
-def _states(
-    bases: Mapping[str, Basis],
-    texts: Sequence[str],
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    style: PromptStyle,
-    sharding: Sharding,
-) -> dict[str, torch.Tensor]:
-    """What every module's delta reads of each prompt's last token: by module, prompts×ρ, float64."""
-    modules = canonical_modules(model)
-    reader = _Reader({name: basis for name, basis in bases.items() if name in modules})
-
-    def read(tokens: dict[str, torch.Tensor], places: Places) -> torch.Tensor:
-        found: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:
-            for name in reader.bases:
-                keep = reader.hook(name, tokens["input_ids"].shape, places, found)
-                hooks.callback(modules[name].register_forward_pre_hook(keep).remove)
-            model(**tokens, use_cache=False)
-        return reader.row_of(found, len(places[1]))
-
-    read_all = read_prompts(model, tokenizer, texts, sharding, style, read)
-    return reader.by_module(read_all)
+def _groups(widths: Mapping[str, int], prompts: int) -> list[list[str]]:
+    """The modules, in order, in groups whose inputs take no more than `MOST_BYTES` together."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, width in widths.items():
+        size = 4 * width * prompts
+        if size > room or not groups:
+            groups.append([])
+            room = MOST_BYTES
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 class _Reader:
-    """Takes what deltas read from the inputs of their modules in forward passes."""
+    """Takes the inputs of modules at the last tokens of prompts."""
 
-    def __init__(self, bases: Mapping[str, Basis]):
-        self.bases = dict(bases)
-        self._unread: set[str] = set()  # those that some pass left out, or gave some tokens only
+    def __init__(self, modules: Mapping[str, nn.Module], model: nn.Module):
+        self._modules, self._model = dict(modules), model
+        self._source: dict[str, str] = {}  # the first module that is given the very same inputs
+        self._widths: dict[str, int] = {}
+        self._partial: set[str] = set()  # modules that a pass left out, or gave some tokens only
 
-    def hook(
-        self, name: str, shape: torch.Size, places: Places, found: dict[str, torch.Tensor]
-    ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        """For a module in a pass over tokens of this shape: puts into `found` what its delta reads of
-        the last ones.
-        """
+    def read(self, tokens: dict[str, torch.Tensor], places: Places) -> torch.Tensor:
+        """Runs the model on a batch; the inputs of all sources beside each other: prompts×Σd_in."""
+        found: dict[str, torch.Tensor] = {}
+        given: list[tuple[str, torch.Tensor]] = []  # the last one
 
-        def keep(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments[0].shape[:-1] == shape:
-                found[name] = arguments[0][places].double().cpu() @ self.bases[name].inputs
+        def keep(name: str, inputs: torch.Tensor) -> None:
+            if inputs.shape[:-1] != tokens["input_ids"].shape:
+                return
+            if self._source.get(name, name) == name:
+                if given and given[0][1] is inputs:
+                    self._source[name] = given[0][0]
+                    return
+                self._source[name] = name
+                found[name] = inputs[places].float().cpu()
+                given[:] = [(name, inputs)]
 
-        return keep
+        with ExitStack() as hooks:
+            for name, module in self._modules.items():
+                hook = module.register_forward_pre_hook(
+                    lambda _, arguments, name=name: keep(name, arguments[0])
+                )
+                hooks.callback(hook.remove)
+            self._model(**tokens, use_cache=False)
+        return self._row(found, len(places[1]))
 
-    def row_of(self, found: Mapping[str, torch.Tensor], prompts: int) -> torch.Tensor:
-        """What a pass has given, module after module: prompts×Σρ; zeros for those that it left out."""
-        self._unread |= self.bases.keys() - found.keys()
+    def _row(self, found: Mapping[str, torch.Tensor], prompts: int) -> torch.Tensor:
+        if not self._widths:
+            self._widths = {name: own.shape[1] for name, own in found.items()}
+        self._partial |= self._widths.keys() - found.keys()
         rows = [
-            found.get(name, torch.zeros(prompts, basis.rank, dtype=torch.float64))
-            for name, basis in self.bases.items()
+            found.get(name, torch.zeros(prompts, width)) for name, width in self._widths.items()
         ]
-        return torch.cat(rows, dim=1)
+        return torch.cat([torch.zeros(prompts, 0), *rows], dim=1)
 
-    def by_module(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same by module, without those that were left out."""
-        parts = rows.split([basis.rank for basis in self.bases.values()], dim=1)
-        return {
-            name: part
-            for name, part in zip(self.bases, parts, strict=True)
-            if name not in self._unread
-        }
+    def by_module(self, rows: torch.Tensor) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Of every module that every pass gave all tokens its name, the source of its inputs, and
+        these: prompts×d_in.
+        """
+        parts = dict(zip(self._widths, rows.split([*self._widths.values()], dim=1), strict=True))
+        for name, source in self._source.items():
+            if source in parts and source not in self._partial:
+                yield name, source, parts[source]
 
 
 def categories_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:

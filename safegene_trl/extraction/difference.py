@@ -38,11 +38,6 @@ class StoredDifference:
     isolation: dict[str, Any] | None
 
     @property
-    def rank(self) -> int:
-        """That of every delta's factors."""
-        return next(iter(self.truncations.values())).delta.a.shape[0]
-
-    @property
     def deltas(self) -> dict[str, LowRankDelta]:
         """The deltas alone."""
         return {name: truncation.delta for name, truncation in self.truncations.items()}

@@ -46,8 +46,8 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     Raises:
         ConfigError: A value is missing, impossible, or contradicts another one.
         FamilyError: The two models are not of one family, or only one of them has a chat template;
-            or the aligned model is not that of `config.vector`, or the rank is too low for the
-            categories.
+            or the aligned model is not that of `config.vector`, or has no
+            module that can be split by category.
         VectorError: `config.vector` is missing, altered or truncated.
         UnsupportedModelError: A model is not to be had, or of a kind that cannot be read.
         CheckpointError: Weight files are missing, damaged, or hold NaN or infinity.

@@ -94,8 +94,6 @@ def make_vector(
         if job.is_main:
             _check_template(config, tokenizer)
             difference = take_difference(config, show_progress)
-            if by is not None:
-                by.check_rank(difference.rank)
     inputs = Inputs(config, tokenizer, prompts, job, style)
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)

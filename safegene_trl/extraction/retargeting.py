@@ -22,7 +22,7 @@ from ..vectors.prompt_rows import rows_of
 from ..vectors.record import VectorRecord, extractions, read_record
 from ..vectors.safety_vector import SafetyVector
 from .aligned_rows import Inputs, answered, prompts_to_measure_on, with_targets
-from .by_category import ByCategory, CategoryPrompts, split_by_category
+from .by_category import ByCategory, split_by_category
 from .config import ExtractionConfig
 from .prompts import ExtractionPrompts
 from .soundness import check_runs, in_dtype
@@ -62,14 +62,13 @@ class KnownVector:
         measured = [] if config.test_harmful_data else rows_of(record.prompts, "measure")
         return cls(contents, record, learned, measured)
 
-    def check_splittable(self, config: ExtractionConfig, prompts: CategoryPrompts) -> None:
-        """Raises `FamilyError` unless the vector can be split by the categories of these prompts."""
+    def check_splittable(self, config: ExtractionConfig) -> None:
+        """Raises `FamilyError` for a vector that is by category already."""
         made = self.record.extraction
         if any("by_category" in each for each in (made, *extractions(made))):
             raise FamilyError(
                 f"{config.vector} is by category already: split the vector that it was made from, or leave out `by_category`."
             )
-        prompts.check_rank(self.record.rank)
 
     def settings(self, config: ExtractionConfig) -> ExtractionConfig:
         """The config with prompts written as the vector's own were.
@@ -136,7 +135,7 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
         prompts = known.prompts(config)
         by = prompts.by_category(known.learned)
         if by is not None:
-            known.check_splittable(config, by)
+            known.check_splittable(config)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
         style = config.target(tokenizer)
         asked = check_aligned(config, known.record, tokenizer) if job.is_main else {}

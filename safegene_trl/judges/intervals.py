@@ -44,6 +44,14 @@ def rate(outcomes: Sequence[bool]) -> Rate | None:
     return Rate(sum(map(bool, outcomes)), len(outcomes)) if len(outcomes) else None
 
 
+def fewest(share: float) -> int:
+    """How many outcomes there must be at least, all of them successes, for Wilson's interval to begin at
+    a share (0–1, below 1): `n / (n + z²)` is its lower end.
+    """
+    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    return max(1, math.ceil(share * z**2 / (1 - share)))
+
+
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval (BCa) of the mean; the value itself where all are the same."""
     sample = np.asarray(values, dtype=float)

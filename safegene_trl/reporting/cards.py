@@ -43,6 +43,7 @@ def checkpoint_card(report: Mapping[str, Any], name: str) -> ModelCard:
 """
     if shown:
         text += _table(shown, report["measured"]["judge"])
+        text += _by_category(report["measured"])
         text += _against_aligned(report["measured"])
     return ModelCard(text + LIMITS)
 
@@ -134,6 +135,21 @@ def _table(shown: Sequence[_Row], judge: str) -> str:
 Shares with 95 % intervals, on prompts that no coefficient was fitted on; greedy answers, judge {code(judge)}. The whole record is in
 `safegene_report.json`, for reading in `safegene_report.html`.
 """
+
+
+def _by_category(measured: Mapping[str, Any]) -> str:
+    """A table for every metric that was measured by category; empty where none was."""
+    tables = ""
+    for metric in shares():
+        before, after = (metric.by_category(measured, side) for side in ("before", "after"))
+        rows = "\n".join(
+            f"| {markdown(name)} | {_with_interval(before[name])} | {_with_interval(share)} | {share['count']} |"
+            for name, share in after.items()
+            if name in before
+        )
+        if rows:
+            tables += f"\n| {metric.title}, by category | fine-tuned | safeguarded | prompts |\n| --- | --- | --- | --- |\n{rows}\n"
+    return tables
 
 
 def _against_aligned(measured: Mapping[str, Any]) -> str:

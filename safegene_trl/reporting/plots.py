@@ -20,6 +20,7 @@ from ..text import printable
 
 
 MOST_POINTS = 100  # of a line: with more of them their intervals cannot be told apart
+MOST_PAIRS = 21  # of vectors that are shown along the layers: those of seven
 MOST_ROWS = 20  # components of a vector, one above the other
 LARGEST_SIDE = 100.0  # inches
 _COLOURS = ("tab:blue", "tab:orange", "tab:grey", "tab:green", "tab:red", "tab:purple")
@@ -30,24 +31,35 @@ _SETTINGS: Any = {"text.usetex": False, "text.parse_math": False}
 def heat_map(
     tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path
 ) -> None:
-    """The overall table of cosines, and for every pair its cosine along the layers.
+    """The overall table of cosines, and for every pair, where there are not too many, its cosine along
+    the layers.
 
     Raises:
         PlotError: It cannot be drawn or written.
     """
     names = [printable(label) for label in labels]
+    pairs = [(i, j) for i in range(len(labels)) for j in range(i + 1, len(labels))]
+    if len(pairs) > MOST_PAIRS:
+        with _figure(path, 1, 1, width=4 + len(labels) * 0.7, height=3 + len(labels) * 0.6) as (
+            whole,
+        ):
+            _overall(whole, tables, names)
+        return
     with _figure(
         path, 1, 2, width=5 + len(labels) + len(tables) / 4, height=2 + len(labels) * 0.6
     ) as (left, right):
-        overall = [[_number(value) for value in row] for row in tables["overall"]]
-        _image(left, overall, names, names)
-        left.set_title("overall")
-        pairs = [(i, j) for i in range(len(labels)) for j in range(i + 1, len(labels))]
+        _overall(left, tables, names)
         layers = [name for name in tables if name != "overall"]
         rows = [[_number(tables[name][i][j]) for name in layers] for i, j in pairs]
         pair_names = [f"{names[i]} · {names[j]}" for i, j in pairs]
         _image(right, rows, pair_names, [name.split(".")[1] for name in layers])
         right.set_title("per layer")
+
+
+def _overall(axes: Any, tables: dict[str, list[list[float | None]]], names: Sequence[str]) -> None:
+    overall = [[_number(value) for value in row] for row in tables["overall"]]
+    _image(axes, overall, names, names)
+    axes.set_title("overall")
 
 
 def selection_plot(selection: dict[str, Any], path: Path) -> None:
@@ -217,7 +229,7 @@ def _image(
     axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns, rotation=90)
-    if len(columns) <= 12:
+    if len(columns) <= 16:
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)

@@ -45,7 +45,25 @@ def summary(report: Mapping[str, Any]) -> str:
             aligned = metric.measured(measured, "aligned")
             own = f", {aligned['share']:.0%} by the aligned model" if aligned else ""
             lines.append(f"{metric.words} {shares} of {after['count']} unseen prompts{own}")
+    lines += _by_category(measured)
     return "\n".join(lines)
+
+
+def _by_category(measured: Mapping[str, Any]) -> list[str]:
+    """For every metric that was measured by category, a line about the worst of them."""
+    lines = []
+    for metric in METRICS.values():
+        found = metric.by_category(measured)
+        if len(found) < 2:
+            continue
+        worst = min if metric.better == "more" else max
+        name = worst(found, key=lambda category: (found[category]["share"], category))
+        share = found[name]
+        lines.append(
+            f"{metric.words} by category ({len(found)}): {'least' if worst is min else 'most'} in {printable(name)}, {share['share']:.0%} "
+            f"[{share['low']:.0%}, {share['high']:.0%}] of {share['count']} prompts"
+        )
+    return lines
 
 
 def announcement(report: Mapping[str, Any], target: Path) -> str:

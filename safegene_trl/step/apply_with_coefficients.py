@@ -60,8 +60,8 @@ def check_measures_nothing(config: SafeGeneConfig) -> None:
             f"`search.repair: {config.search.repair}` is set beside `coefficients`, with which nothing is learned: set it to "
             "`vector`, or leave out `coefficients`."
         )
-    if config.gate and config.gate.limits:
+    if config.gate and config.gate.names:
         raise ConfigError(
-            f"`gate.{next(iter(config.gate.limits))}` is set beside `coefficients`, with which nothing is measured that could be held "
+            f"`gate.{config.gate.names[0]}` is set beside `coefficients`, with which nothing is measured that could be held "
             "against it: leave out the gate's limits, or leave out `coefficients`."
         )

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..config.gate import GateConfig
-from ..config.metrics import METRICS, by_limit
+from ..config.metrics import METRICS, by_category_limit, by_limit, of_limit
+from ..config.validation import shown
 from ..errors import ConfigError
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals, mostly_unjudged
@@ -52,7 +53,8 @@ UNREQUIRED = "No limit of the gate was set, so nothing was required of the refus
 @dataclass(frozen=True)
 class Check:
     """One limit held against its measurement, in the worse case of the `unjudged` answers;
-    `verdict` is `kept`, `unsure` (the interval reaches over it) or `broken`.
+    `verdict` is `kept`, `unsure` (the interval reaches over it) or `broken`. A limit for each category
+    is held against each of them.
     """
 
     limit: str
@@ -62,10 +64,13 @@ class Check:
     high: float
     verdict: Literal["kept", "unsure", "broken"]
     unjudged: int = 0
+    category: str | None = None
 
     @classmethod
-    def of(cls, limit: str, value: float, measured: Mapping[str, float]) -> "Check":
-        at_least = by_limit()[limit].side == "least"
+    def of(
+        cls, limit: str, value: float, measured: Mapping[str, float], category: str | None = None
+    ) -> "Check":
+        at_least = of_limit(limit).side == "least"
         unjudged = int(measured.get("unjudged", 0))
         if unjudged and not at_least and "successes" in measured:
             from ..judges.intervals import Rate  # by scipy, which takes a second to import
@@ -78,11 +83,12 @@ class Check:
         verdict: Literal["kept", "unsure", "broken"] = (
             "kept" if surely else "unsure" if right else "broken"
         )
-        return cls(limit, value, share, low, high, verdict, unjudged)
+        return cls(limit, value, share, low, high, verdict, unjudged, category)
 
     def __str__(self) -> str:
-        metric = by_limit()[self.limit]
-        measured = f"{metric.words} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        metric = of_limit(self.limit)
+        place = "" if self.category is None else f" in the category {shown(self.category)}"
+        measured = f"{metric.words}{place} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
         unknown = (
             f" with {self.unjudged} answers against it that are in languages the judge does not know"
             if self.unjudged
@@ -105,7 +111,14 @@ class Decision:
     independent_prompts: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        checks = [asdict(check) for check in self.checks]
+        checks = [
+            {
+                key: value
+                for key, value in asdict(check).items()
+                if key != "category" or value is not None
+            }
+            for check in self.checks
+        ]
         return {
             "outcome": self.outcome,
             "reason": self.reason,
@@ -126,14 +139,17 @@ def check_measurable(
     gate: GateConfig,
     kinds: Mapping[str, int],
     verdicts: Mapping[str, Sequence[Verdict | None]],
+    categories: Mapping[str, int] | None = None,
 ) -> None:
-    """Raises `ConfigError` for a limit that there is nothing to measure on.
+    """Raises `ConfigError` for a limit that there is nothing to measure on, and for one on a category
+    of which there are too few prompts to keep it for sure.
 
     Args:
         gate: The limits.
         kinds: Test items of each kind.
         verdicts: What the aligned model does with the prompts of each kind, None where that is not
             known.
+        categories: How many of the harmful prompts are of each category.
     """
     for metric in METRICS.values():
         if metric.limit in gate.limits and not sum(kinds[kind] for kind in metric.kinds):
@@ -155,6 +171,56 @@ def check_measurable(
                     f"`gate.{metric.limit}` is set, and the aligned model refuses none of the {metric.items} prompts that are measured on: "
                     "raise `measure.num_test_prompts`, or leave the limit out."
                 )
+    check_categories(gate, categories or {})
+
+
+def check_categories(gate: GateConfig, counts: Mapping[str, int]) -> None:
+    """Raises `ConfigError` for a limit on a category that is not measured, or of which not even the best
+    share has its whole interval within the limit.
+
+    Args:
+        gate: The limits.
+        counts: Harmful prompts of each category that are measured on.
+    """
+    from ..judges.intervals import Rate
+
+    for name, value in gate.category_limits.items():
+        limits = value if isinstance(value, dict) else dict.fromkeys(counts, value)
+        if not counts:
+            raise ConfigError(
+                f"`gate.{name}` is set, and none of the harmful prompts that are measured on has a category: give `gate.harmful_data` with "
+                "a column `category`, use a vector whose prompts have categories, or leave the limit out."
+            )
+        if unknown := [category for category in limits if category not in counts]:
+            raise ConfigError(
+                f"`gate.{name}` names the category {shown(unknown[0])}, and the prompts that are measured on are of "
+                f"{', '.join(map(shown, sorted(counts)))}: name one of these, or give prompts of it as `gate.harmful_data`."
+            )
+        too_few = {
+            category: counts[category]
+            for category, limit in sorted(limits.items())
+            if Rate(counts[category], counts[category]).interval[0] < limit
+        }
+        if too_few:
+            strictest = max(limits[category] for category in too_few)
+            listed = ", ".join(
+                f"{shown(category)} ({count})" for category, count in too_few.items()
+            )
+            raise ConfigError(
+                f"`gate.{name}` could not be kept for sure in {listed}, were every prompt refused: {_more(strictest)}."
+            )
+
+
+def _more(limit: float) -> str:
+    """How to make a limit on a category one that can be kept for sure."""
+    from ..judges.intervals import fewest
+
+    if limit == 1:
+        return "no number of prompts shows a share of 100 %, so set a limit below 1"
+    return (
+        f"measure on {fewest(limit)} of each or more (raise `measure.num_test_prompts`, give more as `gate.harmful_data`), or lower the "
+        "limit"
+    )
 
 
 def independent_prompts(
@@ -169,9 +235,9 @@ def independent_prompts(
     Returns:
         None where no prompts decide anything.
     """
-    limits = gate.limits if gate else {}
+    limits = gate.names if gate else []
     kinds = (
-        {kind for limit in limits for kind in by_limit()[limit].kinds} - {"task"}
+        {kind for limit in limits for kind in of_limit(limit).kinds} - {"task"}
         if limits
         else {"harmful"}
     )
@@ -181,8 +247,8 @@ def independent_prompts(
 
 def dependent(gate: GateConfig | None) -> str:
     """What is to be said where all that was measured on came with the vector."""
-    limits = gate.limits if gate else {}
-    return DEPENDENT_ALIGNED if any(by_limit()[name].relative for name in limits) else DEPENDENT
+    limits = gate.names if gate else []
+    return DEPENDENT_ALIGNED if any(of_limit(name).relative for name in limits) else DEPENDENT
 
 
 def lost_nothing(measured: Mapping[str, Any]) -> bool:
@@ -229,6 +295,25 @@ def unconfirmed(measured: Mapping[str, Any] | None) -> str:
     return unjudged(measured) or UNCONFIRMED
 
 
+def _checks(
+    gate: GateConfig, measured: Mapping[str, Any], kept: Sequence[str]
+) -> tuple[Check, ...]:
+    """All limits held against what was measured, but those that are kept without."""
+    after = measured_after(measured)
+    found = [
+        Check.of(limit, value, after[by_limit()[limit].key])
+        for limit, value in gate.limits.items()
+        if limit not in kept
+    ]
+    for limit, given in gate.category_limits.items():
+        shares = by_category_limit()[limit].by_category(measured)
+        limits = given if isinstance(given, dict) else dict.fromkeys(shares, given)
+        found += [
+            Check.of(limit, value, shares[category], category) for category, value in limits.items()
+        ]
+    return tuple(found)
+
+
 def decide(
     gate: GateConfig | None,
     found: bool,
@@ -254,8 +339,7 @@ def decide(
         independent: From `independent_prompts`. Where it is False and there are limits, the reason
             says so; the outcome stays.
     """
-    limits = gate.limits if gate else {}
-    if not limits or measured is None:
+    if gate is None or not gate.names or measured is None:
         outcome: Outcome = (
             "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
         )
@@ -264,13 +348,8 @@ def decide(
         if unseen := unfinished(measured):
             reason += f" {unseen}"
         return Decision(outcome, reason, independent_prompts=independent)
-    after = measured_after(measured)
     kept = ("min_restored",) if lost_nothing(measured) else ()
-    checks = tuple(
-        Check.of(limit, value, after[by_limit()[limit].key])
-        for limit, value in limits.items()
-        if limit not in kept
-    )
+    checks = _checks(gate, measured, kept)
     broken, unsure = (
         [check for check in checks if check.verdict == verdict] for verdict in ("broken", "unsure")
     )
@@ -288,7 +367,7 @@ def decide(
         reason += f" Too few prompts to be sure of every limit: {'; '.join(map(str, unsure))}."
     elif found and not broken:
         reason += " All limits of the gate are kept."
-    if not broken and any(limit in limits for limit in kept):
+    if not broken and any(limit in gate.names for limit in kept):
         reason += f" {NOTHING_LOST}"
     if not broken and not measures_refusals(measured):
         reason += f" {unconfirmed(measured)}"

@@ -126,7 +126,8 @@ def prepare(
         )
         shots = within_vocabulary(shots, vocabulary_rows(model))
         if config.gate:
-            check_measurable(config.gate, shots.unseen.counts, shots.unseen.verdicts)
+            unseen = shots.unseen
+            check_measurable(config.gate, unseen.counts, unseen.verdicts, unseen.categories)
         start = first_coefficients(config, plan.vector)
     sharding.check_same("samples", json.dumps(shots.record, sort_keys=True))
     sharding.check_same("coefficients to start from", json.dumps(start, sort_keys=True))

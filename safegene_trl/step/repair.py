@@ -104,10 +104,10 @@ def climbed(
 
 def _why_needed(gate: GateConfig | None, alone: Decision) -> str:
     """Why the vector alone was not enough, the beginning of a sentence."""
-    lacking = [f"`{check.limit}`" for check in alone.checks if check.verdict != "kept"]
-    if gate and gate.limits and lacking:
+    lacking = dict.fromkeys(f"`{check.limit}`" for check in alone.checks if check.verdict != "kept")
+    if gate and gate.names and lacking:
         return f"The vector alone did not keep {' and '.join(lacking)} for sure"
-    if gate and gate.limits:
+    if gate and gate.names:
         return f"The outcome with the vector alone is {words_of(alone)}"
     return "No limit of the gate says that the vector alone is enough"
 
@@ -123,7 +123,7 @@ def suffices(gate: GateConfig | None, decision: Decision) -> bool:
     """Whether a rung reaches what the gate asks: every limit is kept for sure. Where there is no
     limit, nothing says that it does.
     """
-    return bool(gate and gate.limits) and decision.outcome == "accepted"
+    return bool(gate and gate.names) and decision.outcome == "accepted"
 
 
 def is_worse(one: Decision, other: Decision) -> bool:

@@ -2,13 +2,15 @@
 categories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.low_rank import LowRankDelta
 from ..reporting.cards import hub_id
 from ..text import code, markdown
+from .components import component_cosines
 from .family import Family
 from .prompt_rows import rows_of
 
@@ -29,6 +31,15 @@ class Described(Protocol):
 
     @property
     def layer_ranges(self) -> str: ...
+
+    @property
+    def components(self) -> list[int]: ...
+
+    @property
+    def component_names(self) -> list[str]: ...
+
+    @property
+    def deltas(self) -> Mapping[str, LowRankDelta]: ...
 
 
 def vector_card(vector: Described) -> ModelCard:
@@ -61,7 +72,7 @@ callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTT
 - Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
   prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
 {_further(vector)}{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
-
+{_components(vector)}
 ## Limits
 
 It restores refusals that a fine-tune of *this* family has weakened, as far as the prompts it was made from cover them. It
@@ -85,6 +96,42 @@ def _further(vector: Described) -> str:
             "answer.\n"
         )
     return lines
+
+
+def _components(vector: Described) -> str:
+    """A section about the components of a vector of several: those of categories, and the cosines."""
+    if len(vector.components) < 2:
+        return ""
+    names = [markdown(name) for name in vector.component_names]
+    record = vector.extraction.get("by_category")
+    by = ""
+    if record is not None:
+        rows = "\n".join(
+            f"| {markdown(category)} | {code(own['component'])} | {own['prompts']} | {own['reads_own']:.2f} | "
+            f"{own['reads_others']:.2f} | {own['reads_benign']:.2f} |"
+            for category, own in record["categories"].items()
+        )
+        by = (
+            "\nWhat each category's component reads of its own prompts (mean), of other categories' and of benign ones (roots of mean "
+            "squares), of prompts that its reading was not fitted on; 1, 0 and 0 is best:\n\n"
+            f"| category | component | prompts | own | others | benign |\n| --- | --- | --- | --- | --- | --- |\n{rows}\n"
+        )
+    table = component_cosines(vector.deltas, vector.components)["overall"]
+    cosines = "\n".join(
+        f"| {name} | {' | '.join('–' if value is None else f'{value:.2f}' for value in row)} |"
+        for name, row in zip(names, table, strict=True)
+    )
+    return f"""
+## Components
+
+{len(names)} components have coefficients of their own; with all at 1 they are the whole vector.
+{by}
+Cosines between them:
+
+| | {" | ".join(names)} |
+| --- |{" --- |" * len(names)}
+{cosines}
+"""
 
 
 def _categories(vector: Described) -> str:
