@@ -54,6 +54,7 @@ _ADDED = {"targets", "verdict", "use"}  # fields of prompts that format 2 does n
 _MOST_TOKENS = 1024  # of a row's soft targets, and in each of their places
 _NEARLY = 1.0  # nats from a response's token to the likeliest: rounding, a text tokenised anew
 _ROUNDING = 0.01  # of probabilities that are rounded one by one
+_NONE = object()  # in place of what a record need not have
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = f"A row of {PROMPTS_FILE} lacks `prompt`, `response` or `kind`: make the vector again."
 _MEASURED_FIELDS = f"A row of {PROMPTS_FILE} to measure on has other fields than `prompt`, `kind` and `verdict`: make the vector again."
@@ -428,15 +429,15 @@ def _valid_extraction(extraction: dict[str, Any]) -> bool:
         and isinstance(components, list)
         and all(_is_count(part) and part > 0 for part in components)
         and sum(components) == rank
-        and _valid_names(extraction.get("component_names"), len(components))
-        and _valid_by_category(extraction.get("by_category"))
+        and _valid_names(extraction.get("component_names", _NONE), len(components))
+        and _valid_by_category(extraction.get("by_category", _NONE))
         and _valid_parts(extraction.get("vectors", []))
     )
 
 
 def _valid_names(names: Any, components: int) -> bool:
     """Whether names of components, where there are any, can stand in names of coefficients."""
-    return names is None or (
+    return names is _NONE or (
         isinstance(names, list)
         and len(names) == components
         and all(map(is_label, names))
@@ -446,7 +447,7 @@ def _valid_names(names: Any, components: int) -> bool:
 
 def _valid_by_category(record: Any) -> bool:
     """Whether a record of a split by category, where there is one, can be shown."""
-    if record is None:
+    if record is _NONE:
         return True
     categories = record.get("categories") if isinstance(record, dict) else None
     return isinstance(categories, dict) and all(

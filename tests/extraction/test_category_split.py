@@ -25,7 +25,7 @@ def planted(noise=0.03, seed=0):
     directions = torch.linalg.qr(torch.randn(WIDTH, CATEGORIES + 2, generator=generator)).Q.T
     states = noise * torch.randn(len(CLASSES), WIDTH, generator=generator) + directions[-1]
     for category in range(CATEGORIES):
-        states[CLASSES == category] += directions[category] + 2 * directions[-2]
+        states[category == CLASSES] += directions[category] + 2 * directions[-2]
     return states
 
 
@@ -48,13 +48,13 @@ def test_a_component_acts_on_its_own_category_and_no_other_prompts(delta):
     fresh = _again(states)  # prompts that nothing was fitted on
     for category, component in enumerate(components(made)[1:]):
         sizes = (fresh @ component.T).norm(dim=1)
-        own, others = sizes[CLASSES == category], sizes[CLASSES != category]
+        own, others = sizes[category == CLASSES], sizes[category != CLASSES]
         assert others.mean() < 0.1 * own.mean() and others.max() < own.min()
 
 
 def _again(states):
     """Other prompts of the same classes: their means, and other noise."""
-    means = torch.stack([states[CLASSES == each].mean(dim=0) for each in range(CATEGORIES + 1)])
+    means = torch.stack([states[each == CLASSES].mean(dim=0) for each in range(CATEGORIES + 1)])
     noise = 0.03 * torch.randn(states.shape, generator=torch.Generator().manual_seed(9))
     return means[CLASSES] + noise
 
@@ -62,7 +62,7 @@ def _again(states):
 def test_what_the_categories_share_is_in_the_shared_component_alone(delta):
     states = planted()
     shared, *own = components(split(delta, Reading.of(states, CLASSES, CATEGORIES)).delta)
-    means = torch.stack([states[CLASSES == each].mean(dim=0) for each in range(CATEGORIES + 1)])
+    means = torch.stack([states[each == CLASSES].mean(dim=0) for each in range(CATEGORIES + 1)])
     middle = means[:CATEGORIES].mean(dim=0)
     whole_delta = delta.dense()
     for category in range(CATEGORIES):
@@ -137,7 +137,7 @@ def test_noise_is_not_read():
     states = torch.randn(len(CLASSES), WIDTH, generator=torch.Generator().manual_seed(2))
     reading = Reading.of(states, CLASSES, CATEGORIES)
     for category in range(CATEGORIES):
-        own = reading.left_out[CLASSES == category, category].mean()
+        own = reading.left_out[category == CLASSES, category].mean()
         assert abs(float(own)) < 0.3
 
 

@@ -42,6 +42,7 @@ from .oracle import (
 
 ODD_VALUES = [None, True, -1, 10**30, 1.5, "", "..", [], {}, [[]]]
 HASH = "0" * 64
+_READS = {"component": "a", "prompts": 9, "reads_own": 1.0, "reads_others": 0, "reads_benign": 0}
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
 
 
@@ -65,6 +66,10 @@ def _config_edits() -> list[tuple[tuple[str, ...], list[Any], Outcome]]:
         (("extraction", "rank"), [1, 3], refused("other weights")),
         (("extraction", "components"), [*_not(list), [1], [2, 0], [3, -1], [1, True], [1.0, 1.0], ["2"]], refused("section", "extraction")),
         (("extraction", "components"), [[2], [1, 1]], LOADS),
+        (("extraction", "component_names"), [*_not(), ["a", "b"], [1], ["a/b"], ["a#"], [""], ["a\n"], ["x" * 121]], refused("section", "extraction")),
+        (("extraction", "component_names"), [["a"], ["Ünï-1"]], LOADS),
+        (("extraction", "by_category"), [*_not(), {"categories": []}, {"categories": {"a": 1}}, {"categories": {"a": _READS | {"component": "a b"}}}, {"categories": {"a": _READS | {"prompts": -1}}}, {"categories": {"a": _READS | {"reads_own": "1"}}}], refused("section", "extraction")),
+        (("extraction", "by_category"), [{"categories": {}}, {"categories": {"a\n/#": _READS}}], LOADS),
         (("extraction", "vectors"), [*_not(list), [1], [{}], [{"extraction": []}], [{"extraction": {"chat_template_kwargs": 1}}], [{"extraction": {"vectors": 1}}]], refused("section", "extraction")),
         (("extraction", "vectors"), [[{"extraction": {}}], _nested(250)], LOADS),
         (("extraction", "steps"), [12], LOADS),

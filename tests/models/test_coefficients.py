@@ -82,3 +82,17 @@ def test_a_coarser_coefficient_is_that_of_all_it_stands_for(coarse, fine, compon
     assert wanted.refined(values | {"other": 1.0}) is None
     assert CoefficientSpace.granularity_of(given.names, MODULES, components) == coarse
     assert CoefficientSpace.granularity_of(given.names[1:], MODULES, components) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_components_that_have_names_give_them_to_their_coefficients(kind):
+    space = CoefficientSpace.of(MODULES, [2, 1], kind, ["shared", "fraud"])
+    place = "layers.3" if kind == "layer" else MODULES[0]
+    marks = ["shared#0", "shared#1", "fraud#0"] if kind == "rank" else ["shared"] * 2 + ["fraud"]
+    assert space.modules[MODULES[0]] == [f"{place}/{mark}" for mark in marks]
+    assert set(by_component(dict.fromkeys(space.names, 1.0))) == {"shared", "fraud"}
+    found = CoefficientSpace.granularity_of(space.names, MODULES, [2, 1], ["shared", "fraud"])
+    assert found == kind
+    assert CoefficientSpace.granularity_of(space.names, MODULES, [2, 1]) is None
+    fine = CoefficientSpace.of(MODULES, [2, 1], "rank", ["shared", "fraud"])
+    assert list(fine.refined(dict.fromkeys(space.names, 0.5))) == fine.names

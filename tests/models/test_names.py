@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from safegene_trl.models.names import layers_of, text_names, without_wrapper
+from safegene_trl.models.names import (
+    component_labels,
+    is_label,
+    layers_of,
+    text_names,
+    without_wrapper,
+)
 from safegene_trl.models.parameters import canonical_modules, own_names, text_modules
 from safegene_trl.vectors.family import Family
 
@@ -69,3 +75,24 @@ def test_a_wrapper_computes_what_its_text_model_does(kind):
     torch.testing.assert_close(*logits)
     alone = wrapper(input_ids=ids[:1, 2:], use_cache=False).logits[0]
     torch.testing.assert_close(logits[0][:4], alone)
+
+
+def test_labels_of_components_can_stand_in_names_of_coefficients():
+    names = [
+        "shared",
+        "Fraud/Deception",
+        "Fraud#Deception",
+        "fraud",
+        "shared",
+        "Müll 1",
+        "中文",
+        "/#",
+    ]
+    labels = component_labels([*names, "\x1b[2J\n\ud800", "a" * 99, "a" * 98, "../..", "_"])
+    assert labels == [
+        *("shared", "Fraud_Deception", "Fraud_Deception_2", "fraud", "shared_2", "Müll_1", "中文"),
+        *("unnamed", "2J", "a" * 60, "a" * 60 + "_2", "unnamed_2", "unnamed_3"),
+    ]
+    assert all(map(is_label, labels)) and len(set(labels)) == len(labels)
+    assert component_labels(["a_2", "a", "a"]) == ["a_2", "a", "a_3"]
+    assert not any(map(is_label, ["", "a/b", "a#0", "a b", "a\n", "a" * 121, 3, None]))

@@ -89,6 +89,9 @@ def check_inert(card, before):
 
 def test_names_in_the_card_of_a_checkpoint_are_text():
     plain = report()
+    for side in ("before", "after"):
+        own = plain["measured"][side]["categories"]
+        own[HOSTILE] = own["weapons/explosives"]
     hostile = report(
         vector={"name": HOSTILE, "aligned_model": {"name": HOSTILE}},
         base={"name": HOSTILE},
@@ -99,6 +102,7 @@ def test_names_in_the_card_of_a_checkpoint_are_text():
     check_inert(card, str(checkpoint_card(plain, "x")))
     assert card.data.base_model is None  # the hub would refuse the card
     cells = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert any("\\<script\\>" in line for line in cells)
     columns = [line.replace("\\|", "").count("|") - 1 for line in cells]
     assert columns == [3] * 5 + [4] * (len(columns) - 5)  # shares, and refusals by category
 
@@ -120,3 +124,31 @@ def test_a_touch_up_is_named_as_a_part_of_the_weights():
     assert "touch-up" not in checkpoint_card(found, "nightly").text
     found["base"] = found["base"] | {"touch_ups": [{"rank": 8, "sha256": "cd" * 32}]}
     assert "learned so for earlier releases, too (1)" in checkpoint_card(found, "nightly").text
+
+
+def test_a_checkpoints_card_has_refusals_by_category():
+    text = checkpoint_card(report(), "nightly").text
+    assert "| Harmful prompts refused, by category | fine-tuned | safeguarded | prompts |" in text
+    assert "| weapons/explosives | 30.0% [14.5%, 51.9%] | 90.0% [69.9%, 97.2%] | 20 |" in text
+    plain = report()
+    for side in ("before", "after"):
+        del plain["measured"][side]["categories"]
+    assert "by category" not in checkpoint_card(plain, "nightly").text
+
+
+def test_a_vectors_card_tells_of_its_components(tokenizer):
+    vector = make_vector(make_model(), tokenizer)
+    assert "## Components" not in vector_card(vector).text
+    vector.extraction |= {"components": [1, 1]}
+    text = vector_card(vector).text
+    assert "\n| 0 | 1.00 | " in text and "2 components have coefficients of their own" in text
+    own = {"component": "a", "prompts": 9, "reads_own": 0.8, "reads_others": 0.1}
+    vector.extraction |= {
+        "component_names": ["shared", "a"],
+        "by_category": {"categories": {"a": own | {"reads_benign": 0.25}}},
+    }
+    before = str(vector_card(vector))
+    assert "| a | `a` | 9 | 0.80 | 0.10 | 0.25 |" in before and "\n| shared | 1.00 | " in before
+    vector.extraction["by_category"]["categories"] = {HOSTILE: own | {"reads_benign": 0.25}}
+    vector.aligned_model["name"] = HOSTILE
+    check_inert(vector_card(vector), before)

@@ -349,3 +349,15 @@ def test_in_a_browser(tmp_path):
         )
         assert taken.returncode == 0 and "CONSOLE" not in taken.stderr
         assert picture.stat().st_size > 10_000
+
+
+def test_a_limit_for_a_category_names_it():
+    report = report_of()
+    (check,) = report["decision"]["checks"]
+    report["decision"]["checks"] = [
+        check,
+        check | {"limit": "min_refusal_rate_by_category", "category": "fraud <b>"},
+    ]
+    page = render(report)
+    assert "<code>min_refusal_rate</code></th>" in page
+    assert "<code>min_refusal_rate_by_category</code> fraud &lt;b&gt;</th>" in page

@@ -53,3 +53,16 @@ def test_touch_ups_of_earlier_releases_are_told():
     held = {"base": {"touch_ups": [{"rank": 8, "sha256": "a"}]}}
     assert "also hold 1 touch-up(s) of earlier releases" in summary(report(1, 2) | held)
     assert "touch-up" not in summary(report(1, 2) | {"base": {"touch_ups": []}})
+
+
+def test_the_worst_category_has_a_line():
+    def share(value):
+        return {"share": value, "low": value - 0.1, "high": value + 0.1, "count": 20}
+
+    categories = {"fraud": share(0.9), "odd\x1b": share(0.4), "theft": share(0.5)}
+    found = summary(report(1, 2) | {"measured": {"after": {"categories": categories}}})
+    expected = "refusal rate by category (3): least in odd\\x1b, 40% [30%, 50%] of 20 prompts"
+    assert found.splitlines()[-1] == expected
+    del categories["fraud"], categories["theft"]
+    again = summary(report(1, 2) | {"measured": {"after": {"categories": categories}}})
+    assert "by category" not in again  # one says nothing beside the whole

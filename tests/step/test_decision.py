@@ -8,7 +8,7 @@ from safegene_trl.commands.main import main
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import ConfigError
-from safegene_trl.judges.intervals import Rate
+from safegene_trl.judges.intervals import Rate, fewest
 from safegene_trl.reporting.outcome import UNMEASURED, without_measurement
 from safegene_trl.step.decision import check_measurable, decide, independent_prompts, unjudged
 
@@ -296,6 +296,131 @@ def test_refusals_can_be_restored_where_the_aligned_model_refuses():
     check_measurable(
         GateConfig(max_over_refusal_above_aligned=0.5), COUNTS, {"benign": ["answered"] * 2}
     )
+
+
+BY_CATEGORY = "min_refusal_rate_by_category"
+
+
+def by_category(**refused) -> dict:
+    """Measured, of 40 harmful prompts of each category."""
+    found = measured(sum(refused.values()), count=40 * len(refused))
+    found["after"]["categories"] = {
+        name: Rate(count, 40).to_dict() for name, count in refused.items()
+    }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("limit", "outcome", "verdicts"),
+    [
+        (0.7, "accepted", ["kept", "kept"]),
+        (0.85, "accepted_best_effort", ["kept", "unsure"]),
+        ({"fraud": 0.9}, "accepted", ["kept"]),
+        ({"fraud": 0.9, "theft": 0.95}, "rejected", ["kept", "broken"]),
+    ],
+)
+def test_a_limit_for_each_category_is_held_against_each(limit, outcome, verdicts):
+    gate = GateConfig(**{BY_CATEGORY: limit})
+    decision = decide(gate, True, 1.0, REASON, by_category(fraud=40, theft=36), True)
+    assert decision.outcome == outcome
+    checks = decision.to_dict()["checks"]
+    assert [check["verdict"] for check in checks] == verdicts
+    assert [check["category"] for check in checks] == ["fraud", "theft"][: len(checks)]
+    said = "refusal rate in the category 'theft' 90.0% [76.9%, 96.0%], least allowed"
+    assert (said in decision.reason) == (outcome != "accepted")
+    assert gate.limits == {} and gate.names == [BY_CATEGORY]
+
+
+def test_the_whole_and_its_categories_have_limits_beside_each_other():
+    gate = GateConfig(min_refusal_rate=0.4, min_refusal_rate_by_category={"theft": 0.5})
+    found = by_category(fraud=40, theft=4)
+    decision = decide(gate, True, 1.0, REASON, found, True)
+    assert decision.outcome == "rejected" and [c.verdict for c in decision.checks] == [
+        "kept",
+        "broken",
+    ]
+    first, second = decision.to_dict()["checks"]
+    assert "category" not in first and second["category"] == "theft"
+    alone = decide(GateConfig(min_refusal_rate=0.4), True, 1.0, REASON, found, True)
+    assert alone.outcome == "accepted"
+
+
+def test_what_a_category_rests_on_counts_for_independence():
+    gate = GateConfig(min_refusal_rate_by_category=0.5)
+    unseen = {kind: {"source": "vector", "count": 3} for kind in ("harmful", "benign")}
+    assert independent_prompts(gate, unseen) is False
+
+
+MANY = {"harmful": 64, "benign": 8, "task": 8}
+
+
+@pytest.mark.parametrize(
+    ("limit", "categories", "message"),
+    [
+        (0.5, {}, "none of the harmful prompts that are measured on has a category"),
+        ({"arson": 0.5}, {"theft": 40}, "names the category 'arson', .* are of 'theft': name one"),
+        (0.8, {"theft": 40, "fraud": 15}, r"sure in 'fraud' \(15\), .*: measure on 16 of each"),
+        ({"theft": 0.9}, {"theft": 34, "fraud": 1}, "measure on 35 of each or more"),
+        (1.0, {"theft": 1000}, "no number of prompts shows a share of 100 %"),
+    ],
+)
+def test_a_category_that_cannot_be_judged_stops_before_the_training(limit, categories, message):
+    with pytest.raises(ConfigError, match=message):
+        check_measurable(GateConfig(**{BY_CATEGORY: limit}), MANY, {}, categories)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.5, 0.8, 0.9, 0.99])
+def test_so_many_prompts_are_just_enough(limit):
+    count = fewest(limit)
+    gate = GateConfig(**{BY_CATEGORY: {"theft": limit}})
+    check_measurable(gate, MANY, {}, {"theft": count, "fraud": 1})
+    assert Rate(count, count).interval[0] >= limit
+    if count > 1:
+        with pytest.raises(ConfigError, match=f"measure on {count} of each"):
+            check_measurable(gate, MANY, {}, {"theft": count - 1})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.5, "share between 0 and 1"),
+        ("0.8", "a finite number, without quotes"),
+        ([0.8], "share between 0 and 1"),
+        ({}, "is empty: give each category its share"),
+        ({"a": 2}, r"by_category.a` is 2: it must be a share"),
+        ({"a": None}, r"by_category.a` is None: it must be a share"),
+        ({1: 0.5}, "has 1 for a category: write its name in quotes"),
+    ],
+)
+def test_limits_for_each_category_are_shares(value, message):
+    with pytest.raises(ConfigError, match=message):
+        GateConfig(**{BY_CATEGORY: value})
+
+
+@pytest.mark.parametrize("given", ["0.5", '{"no such": 0.5}'])
+def test_such_a_limit_on_a_command_line_is_refused_before_the_search(
+    given, model_dir, vector_dir, task_file, tmp_path, capsys
+):
+    """The vector's prompts have no categories."""
+    settings = {
+        "vector": vector_dir,
+        "task_data": task_file,
+        f"gate.{BY_CATEGORY}": given,
+        "output_dir": tmp_path / "out",
+    }
+    assert main(["apply", "--model_name_or_path", str(model_dir), *options_of(settings)]) == 2
+    assert "none of the harmful prompts that are measured on has" in capsys.readouterr().err
+    del settings["task_data"]
+    words = [*options_of(settings), "--coefficients", "0.5"]
+    assert main(["apply", "--model_name_or_path", str(model_dir), *words]) == 2
+    assert f"`gate.{BY_CATEGORY}` is set beside `coefficients`" in capsys.readouterr().err
+
+
+def test_such_a_limit_needs_something_to_be_measured():
+    with pytest.raises(ConfigError, match="there would be nothing to hold them against"):
+        SafeGeneConfig.from_dict(
+            {"vector": "v", "measure": {"num_test_prompts": 0}, "gate": {BY_CATEGORY: 0.5}}
+        )
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "much", float("nan")])

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
+from safegene_trl.reporting.plots import heat_map
+from safegene_trl.vectors.components import component_cosines
 from safegene_trl.vectors.similarity import cosine
 
 from ..conftest import make_model, make_vector
@@ -66,3 +69,59 @@ def test_selection_is_plotted(vectors, tmp_path, capsys, vector_dir):
     assert "keeps no stability" in capsys.readouterr().err
     assert main(["inspect", str(vectors[0]), "--plot", str(tmp_path / "no" / "such.png")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.fixture
+def of_components(tokenizer, tmp_path):
+    """A vector of a component of rank 2 and two of rank 1, the last of which is zero in layer 2."""
+    model = make_model()
+    vector = make_vector(model, tokenizer, rank=4)
+    vector.extraction = {
+        "method": "delta",
+        "rank": 4,
+        "components": [2, 1, 1],
+        "component_names": ["shared", "fraud", "weapons"],
+    }
+    for name, delta in vector.deltas.items():
+        if ".2." in name:
+            delta.a[3] = 0
+    vector.save_pretrained(tmp_path / "components")
+    return vector
+
+
+def test_cosines_of_components_are_those_of_the_matrices(of_components):
+    deltas, parts = of_components.deltas, [slice(0, 2), slice(2, 3), slice(3, 4)]
+    tables = component_cosines(deltas, of_components.components)
+    assert list(tables) == ["overall", "layers.1", "layers.2"]
+    flat = [
+        torch.cat([(d.b[:, part] @ d.a[part]).flatten() for d in deltas.values()]) for part in parts
+    ]
+    for i, one in enumerate(flat):
+        for j, two in enumerate(flat):
+            expected = torch.nn.functional.cosine_similarity(one, two, dim=0)
+            assert tables["overall"][i][j] == pytest.approx(float(expected), abs=1e-5)
+    assert tables["layers.2"][2] == [None] * 3 and tables["layers.2"][0][2] is None
+    assert tables["layers.1"][2][2] == pytest.approx(1)
+
+
+def test_command_on_one_vector_compares_its_components(of_components, tmp_path, capsys, vectors):
+    files = ["--plot", str(tmp_path / "heat.png"), "--json", str(tmp_path / "table.json")]
+    assert main(["similarity", str(tmp_path / "components"), *files]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["0", "1", "2"]
+    assert printed[1].startswith("0 shared") and printed[3].startswith("2 weapons")
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert found["components"] == ["shared", "fraud", "weapons"]
+    assert f"{found['cosines']['overall'][0][1]:.3f}" in printed[1]
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["similarity", str(vectors[0])]) == 2
+    assert "one of several components" in capsys.readouterr().err
+
+
+def test_many_components_are_plotted_as_one_table(tmp_path):
+    table = [[1.0 if i == j else 0.1 for j in range(15)] for i in range(15)]
+    heat_map(
+        {"overall": table, "layers.1": table}, [f"c{i}" for i in range(15)], tmp_path / "p.png"
+    )
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width < 2500 and image.height < 2500
