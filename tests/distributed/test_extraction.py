@@ -98,3 +98,28 @@ def test_linear_blocks_are_refused_under_zero3(extraction, forked, tmp_path):
     done = forked([*launch, *options])
     assert done.returncode == 2, done.stdout[-6000:]
     assert "launch with `ddp`" in done.stdout and not (tmp_path / "vector").exists()
+
+
+@pytest.mark.exhaustive  # in one process: tests/extraction/test_by_category.py
+def test_two_processes_make_one_vector_by_category(extraction, forked, tmp_path):
+    rows = [{"prompt": text, "category": "things"} for text in HARMFUL]
+    rows += [{"prompt": f"how do i forge paper {i}", "category": "a/b"} for i in range(9)]
+    (tmp_path / "by.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = extraction.index("--harmful_data") + 1
+    words = [*extraction[:place], str(tmp_path / "by.jsonl"), *extraction[place + 1 :]]
+    words[words.index("--method") + 1] = "delta"
+    words += ["--by_category", "true"]
+    launch = [*MODULE, "extract", "--accelerate_config", "zero3", "--num_processes", "2"]
+    done = forked([*launch, *words, "--output_dir", str(tmp_path / "zero3")])
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert main(["extract", *words, "--output_dir", str(tmp_path / "alone")]) == 0
+    sharded, alone = (SafetyVector.from_pretrained(tmp_path / name) for name in ("zero3", "alone"))
+    assert sharded.component_names == ["shared", "a_b", "things"] == alone.component_names
+    assert sharded.layers == alone.layers and sharded.rank == 4
+    records = [vector.extraction["by_category"] for vector in (sharded, alone)]
+    assert (
+        records[0]["modules"] == records[1]["modules"] == {"split": len(alone.deltas), "whole": 0}
+    )
+    for name, delta in alone.deltas.items():
+        assert torch.allclose(sharded.deltas[name].a, delta.a, atol=1e-3)
+        assert torch.allclose(sharded.deltas[name].b, delta.b, atol=1e-3)

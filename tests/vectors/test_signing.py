@@ -273,3 +273,19 @@ def test_a_file_that_is_no_public_key_says_nothing_about_the_vector(key, signed,
     assert main(["verify", str(signed), "--public_key", str(keys / key)]) == 2
     said = capsys.readouterr().err
     assert f"{keys / key} is no public key" in said and "do not use it" not in said
+
+
+def test_names_of_components_are_signed(vector_dir, keys, tmp_path):
+    """Who moves a name moves the coefficients of one category to another."""
+    vector = SafetyVector.from_pretrained(vector_dir)
+    own = {"components": [1, 1], "component_names": ["shared", "fraud"]}
+    vector.extraction = vector.extraction | own
+    vector.save_pretrained(tmp_path / "vector")
+    sign(tmp_path / "vector", SIGNED_FILES, keys / "maker.pem")
+    found = SafetyVector.from_pretrained(tmp_path / "vector", public_key=keys / "maker.pub")
+    assert found.component_names == ["shared", "fraud"]
+    config = json.loads((tmp_path / "vector" / "safegene_config.json").read_text())
+    config["extraction"]["component_names"] = ["fraud", "shared"]
+    (tmp_path / "vector" / "safegene_config.json").write_text(json.dumps(config))
+    with pytest.raises(SignatureError):
+        SafetyVector.from_pretrained(tmp_path / "vector", public_key=keys / "maker.pub")
