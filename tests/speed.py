@@ -17,6 +17,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/evaluation/test_agreement.py",
     "tests/evaluation/test_results.py",
     "tests/evaluation/test_statistics.py",
+    "tests/extraction/test_category_split.py",
     "tests/extraction/test_soundness.py",
     "tests/extraction/test_svd.py",
     "tests/integrations/test_axolotl.py",

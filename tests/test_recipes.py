@@ -28,10 +28,11 @@ FAMILIES = {
     "mistral-7b": "mistral",
     "gemma-2-9b": "gemma2",
 }
-OTHERS = ("extract.yaml", "retarget.yaml")
+OTHERS = ("extract.yaml", "retarget.yaml", "by_category.yaml")
 TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name not in OTHERS)
 EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
 RETARGETING = RECIPES / "smollm2-135m" / "retarget.yaml"
+BY_CATEGORY = RECIPES / "smollm2-135m" / "by_category.yaml"
 
 
 @pytest.fixture
@@ -54,11 +55,13 @@ def test_the_recipes_are_there():
     expected = {
         f"{family}/{stage}" for family in FAMILIES for stage in ("degrade", "extract", "sft")
     }
-    own = {f"smollm2-135m/{name}" for name in ("align", "degrade_openings", "retarget")}
+    own = {
+        f"smollm2-135m/{name}" for name in ("align", "degrade_openings", "retarget", "by_category")
+    }
     assert {name_of(path) for path in RECIPES.glob("*/*.yaml")} == expected | own
 
 
-@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, RETARGETING], ids=name_of)
+@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, RETARGETING, BY_CATEGORY], ids=name_of)
 def test_header_says_how_to_run_it(path):
     command = "extract" if path.name in OTHERS else "sft"
     assert (
@@ -136,3 +139,31 @@ def test_new_prompts_by_the_recipe(path, family, tmp_path, monkeypatch):
     before = SafetyVector.from_pretrained(vector_dir)
     assert vector.files["adapter_model.safetensors"] == before.files["adapter_model.safetensors"]
     assert len(vector.prompts) == 2 * len(before.prompts)
+
+
+@pytest.mark.parametrize("path", [BY_CATEGORY], ids=name_of)
+def test_a_vector_by_category_by_the_recipe(path, family, tmp_path, monkeypatch):
+    model_dir, vector_dir = family
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
+    recipe = yaml.safe_load(path.read_text()) | {
+        "aligned_model": str(model_dir),
+        "vector": str(vector_dir),
+        "output_dir": str(tmp_path / "made"),
+        "dtype": "float32",
+    }
+    harmful = [
+        {"prompt": f"{text}, by {name}", "category": name}
+        for text in HARMFUL
+        for name in ("a", "b")
+    ]
+    benign = [{"prompt": f"{text}, then"} for text in BENIGN]
+    for name, rows in (("harmful", harmful), ("benign", benign)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe[f"{name}_data"] = str(file)
+    edited = tmp_path / "recipe.yaml"
+    edited.write_text(yaml.safe_dump(recipe))
+    assert main(["extract", "--config", str(edited)]) == 0
+    vector = SafetyVector.from_pretrained(tmp_path / "made")
+    assert vector.component_names == ["shared", "a", "b"]
+    assert vector.extraction["by_category"]["without_category"] == len(HARMFUL)  # the vector's own

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.stored_model import StoredModel
 from ..config.measure import MeasureConfig
 from ..extraction.aligned_rows import REFUSAL_TOKENS
+from ..extraction.by_category import CategoryPrompts
 from ..extraction.config import ExtractionConfig
 from ..extraction.delta import adapter_delta, stored_delta
 from ..extraction.distillation import (
@@ -31,7 +32,7 @@ from ..models.experts import can_be_changed, matrix_shapes, task_matrices
 from ..models.inputs import Sample, shortened
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
-from ..vectors.prompt_rows import part_of
+from ..vectors.prompt_rows import part_of, rows_of
 from ..vectors.record import VectorRecord
 from .cost import Cost, Launch
 from .planned_run import PlannedRun
@@ -109,6 +110,7 @@ def estimate_extraction(
         costs["distillation"] = _distillation(run, config, samples)
     if SELECTIONS[config.selection].runs_models:
         costs["selection"] = _selection(run, config, prompts, samples[0])
+    costs |= _categories(run, prompts.by_category())
     return costs | {"save": Cost(0.0, probe.host, _size_of_vector(run, config))}
 
 
@@ -136,8 +138,10 @@ def estimate_retargeting(
     texts = [row["prompt"] for row in stored]
     texts += [text for own in prompts.to_answer() for text in own]
     samples = _samples(tokenizer, texts, config.max_new_tokens)
+    learned = rows_of(vector.prompts, "harmful", "benign", "border")
     return {
         "answers": _answers(run, config, prompts, samples),
+        **_categories(run, prompts.by_category(learned)),
         "save": Cost(0.0, probe.host, size),
     }
 
@@ -292,6 +296,21 @@ def _selection(
         passes = 2 * sum(min(most, len(texts)) for texts in (prompts.harmful, prompts.benign))
     seconds, memory = probe.measure(scores).at(probe.layers)
     return run.cost(seconds * passes / SAMPLED_PROMPTS, memory)
+
+
+def _categories(run: PlannedRun, prompts: CategoryPrompts | None) -> dict[str, Cost]:
+    """The passes that tell a vector's categories, on a few prompts, times their number; nothing for a
+    vector that is not by category.
+    """
+    if prompts is None:
+        return {}
+    probe, texts = run.probe, prompts.texts
+
+    def passes(index: int) -> None:
+        last_token_states(probe.models[index], run.tokenizer, texts[:SAMPLED_PROMPTS], probe.alone)
+
+    seconds, memory = probe.measure(passes).at(probe.layers)
+    return {"categories": run.cost(seconds * len(texts) / SAMPLED_PROMPTS, memory)}
 
 
 def _size_of_vector(run: PlannedRun, config: ExtractionConfig) -> int:

@@ -302,6 +302,16 @@ def test_two_of_them_combined_keep_their_names(options, tmp_path, capsys):
     assert line.split()[2] == line.split()[5] == "1.000"
 
 
+def test_the_estimate_has_the_passes_that_tell_the_categories(options, tmp_path, capsys):
+    assert main(["estimate", *argv("extract", options)]) == 0
+    assert "categories" in capsys.readouterr().out
+    assert main(["estimate", *argv("extract", options | {"by_category": False})]) == 0
+    assert "categories" not in capsys.readouterr().out
+    few = options | {"harmful_data": write(tmp_path / "few.jsonl", rows_of(TEXTS[3:]))}
+    assert main(["estimate", *argv("extract", few)]) == 2
+    assert "needs 8 prompts of every category" in capsys.readouterr().err
+
+
 def test_categories_of_rows():
     rows = [{"prompt": "a", "category": "x"}, {"prompt": "b"}]
     assert categories_of(rows) == {"a": "x"}
