@@ -9,9 +9,9 @@ from typing import Any
 from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.preflight import check_writable
 from ..config.validation import written_path
-from ..reporting.plots import heat_map
+from ..reporting.plots import component_maps, heat_map
 from ..text import printable, strict_json
-from ..vectors.components import component_cosines
+from ..vectors.components import category_cosines, component_cosines
 from ..vectors.safety_vector import SafetyVector
 from ..vectors.similarity import cosine_table
 from .plain_parser import PlainParser
@@ -33,32 +33,51 @@ def main(argv: Sequence[str]) -> int:
     for path in filter(None, (arguments.json, arguments.plot)):
         check_writable(path)
     vectors = [SafetyVector.from_pretrained(name) for name in arguments.vectors]
-    record: dict[str, Any] = {"vectors": arguments.vectors}
     if len(vectors) == 1:
-        (vector,) = vectors
-        labels = [printable(name) for name in vector.component_names]
-        if len(labels) < 2:
+        if len(vectors[0].components) < 2:
             parser.error("name two or more vectors, or one of several components")
-        tables = component_cosines(vector.deltas, vector.components)
-        print(_square(tables["overall"], labels))
-        record["components"] = vector.component_names
+        found = _components(vectors[0], arguments.plot)
     else:
-        tables = cosine_table(vectors)
-        labels = [printable(Path(name).name) for name in arguments.vectors]
-        print(_text(tables, labels))
+        found = _pairs(vectors, arguments)
     if arguments.json:
-        record["cosines"] = tables
+        record = {"vectors": arguments.vectors, **found}
         replace_file(arguments.json, strict_json(record) + "\n")
+    return 0
+
+
+def _pairs(vectors: Sequence[SafetyVector], arguments: Any) -> dict[str, Any]:
+    """Compares vectors with each other; what goes into the JSON file."""
+    tables = cosine_table(vectors)
+    labels = [printable(Path(name).name) for name in arguments.vectors]
+    print(_text(tables, labels))
     if arguments.plot:
         heat_map(tables, labels, arguments.plot)
-    return 0
+    return {"cosines": tables}
+
+
+def _components(vector: SafetyVector, plot: Path | None) -> dict[str, Any]:
+    """Compares the components of a vector, of one by category also what these write; what goes into
+    the JSON file.
+    """
+    names = vector.component_names
+    tables = component_cosines(vector.deltas, vector.components)
+    found: dict[str, Any] = {"components": names, "cosines": tables}
+    panels = {"weights": (tables["overall"], names)}
+    if "by_category" in vector.extraction:
+        found["written"] = category_cosines(vector.deltas, len(names) - 1)
+        panels["what categories write"] = found["written"], names[1:]
+    for title, (table, labels) in panels.items():
+        print(f"{title}\n{_square(table, list(map(printable, labels)))}")
+    if plot:
+        component_maps(panels, plot)
+    return found
 
 
 def _square(table: Sequence[Sequence[float | None]], labels: Sequence[str]) -> str:
     """The cosines of all components with each other; columns have the rows' numbers."""
-    numbered = [f"{number} {label}" for number, label in enumerate(labels)]
+    numbered = [f"{number} {label}" for number, label in enumerate(labels, start=1)]
     width = max(map(len, numbered))
-    heads = "".join(f"{number:>8}" for number in range(len(labels)))
+    heads = "".join(f"{number:>8}" for number in range(1, len(labels) + 1))
     rows = [
         f"{name:<{width}}" + "".join(f"{_cell(value):>8}" for value in row)
         for name, row in zip(numbered, table, strict=True)

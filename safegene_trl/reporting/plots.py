@@ -6,7 +6,7 @@ can go on without the picture.
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from itertools import cycle
@@ -20,9 +20,9 @@ from ..text import printable
 
 
 MOST_POINTS = 100  # of a line: with more of them their intervals cannot be told apart
-MOST_PAIRS = 21  # of vectors that are shown along the layers: those of seven
 MOST_ROWS = 20  # components of a vector, one above the other
 LARGEST_SIDE = 100.0  # inches
+Table = list[list[float | None]]
 _COLOURS = ("tab:blue", "tab:orange", "tab:grey", "tab:green", "tab:red", "tab:purple")
 # Names may hold what matplotlib takes for formulas, and a person's own settings may ask for LaTeX.
 _SETTINGS: Any = {"text.usetex": False, "text.parse_math": False}
@@ -31,24 +31,19 @@ _SETTINGS: Any = {"text.usetex": False, "text.parse_math": False}
 def heat_map(
     tables: dict[str, list[list[float | None]]], labels: Sequence[str], path: Path
 ) -> None:
-    """The overall table of cosines, and for every pair, where there are not too many, its cosine along
-    the layers.
+    """The overall table of cosines, and for every pair its cosine along the layers.
 
     Raises:
         PlotError: It cannot be drawn or written.
     """
     names = [printable(label) for label in labels]
-    pairs = [(i, j) for i in range(len(labels)) for j in range(i + 1, len(labels))]
-    if len(pairs) > MOST_PAIRS:
-        with _figure(path, 1, 1, width=4 + len(labels) * 0.7, height=3 + len(labels) * 0.6) as (
-            whole,
-        ):
-            _overall(whole, tables, names)
-        return
     with _figure(
         path, 1, 2, width=5 + len(labels) + len(tables) / 4, height=2 + len(labels) * 0.6
     ) as (left, right):
-        _overall(left, tables, names)
+        overall = [[_number(value) for value in row] for row in tables["overall"]]
+        _image(left, overall, names, names)
+        left.set_title("overall")
+        pairs = [(i, j) for i in range(len(labels)) for j in range(i + 1, len(labels))]
         layers = [name for name in tables if name != "overall"]
         rows = [[_number(tables[name][i][j]) for name in layers] for i, j in pairs]
         pair_names = [f"{names[i]} · {names[j]}" for i, j in pairs]
@@ -56,10 +51,23 @@ def heat_map(
         right.set_title("per layer")
 
 
-def _overall(axes: Any, tables: dict[str, list[list[float | None]]], names: Sequence[str]) -> None:
-    overall = [[_number(value) for value in row] for row in tables["overall"]]
-    _image(axes, overall, names, names)
-    axes.set_title("overall")
+def component_maps(panels: Mapping[str, tuple[Table, Sequence[str]]], path: Path) -> None:
+    """Tables of cosines between components of one vector, side by side.
+
+    Args:
+        panels: By title a table and the names of its rows.
+        path: The PNG file.
+
+    Raises:
+        PlotError: It cannot be drawn or written.
+    """
+    most = max(len(labels) for _, labels in panels.values())
+    width, height = (3 + 0.6 * most) * len(panels), 3 + 0.5 * most
+    with _figure(path, 1, len(panels), width=width, height=height) as axes:
+        for one, (title, (table, labels)) in zip(axes, panels.items(), strict=True):
+            names = [printable(label) for label in labels]
+            _image(one, [[_number(value) for value in row] for row in table], names, names)
+            one.set_title(title)
 
 
 def selection_plot(selection: dict[str, Any], path: Path) -> None:

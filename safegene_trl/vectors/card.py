@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..models.low_rank import LowRankDelta
 from ..reporting.cards import hub_id
 from ..text import code, markdown
-from .components import component_cosines
+from .components import category_cosines, component_cosines
 from .family import Family
 from .prompt_rows import rows_of
 
@@ -116,22 +116,28 @@ def _components(vector: Described) -> str:
             "squares), of prompts that its reading was not fitted on; 1, 0 and 0 is best:\n\n"
             f"| category | component | prompts | own | others | benign |\n| --- | --- | --- | --- | --- | --- |\n{rows}\n"
         )
-    table = component_cosines(vector.deltas, vector.components)["overall"]
-    cosines = "\n".join(
-        f"| {name} | {' | '.join('–' if value is None else f'{value:.2f}' for value in row)} |"
-        for name, row in zip(names, table, strict=True)
-    )
+    cosines = _table(component_cosines(vector.deltas, vector.components)["overall"], names)
+    if record is not None:
+        written = category_cosines(vector.deltas, len(names) - 1)
+        cosines += f"\nCosines between what they do to their categories beyond what all do:\n\n{_table(written, names[1:])}"
     return f"""
 ## Components
 
 {len(names)} components have coefficients of their own; with all at 1 they are the whole vector.
 {by}
-Cosines between them:
+Cosines between their weights:
 
-| | {" | ".join(names)} |
-| --- |{" --- |" * len(names)}
-{cosines}
-"""
+{cosines}"""
+
+
+def _table(table: Sequence[Sequence[float | None]], names: Sequence[str]) -> str:
+    """A table of cosines; columns have the rows' numbers."""
+    rows = "\n".join(
+        f"| {number} {name} | {' | '.join('–' if value is None else f'{value:.2f}' for value in row)} |"
+        for number, (name, row) in enumerate(zip(names, table, strict=True), start=1)
+    )
+    numbers = " | ".join(str(number) for number in range(1, len(names) + 1))
+    return f"| | {numbers} |\n| --- |{' --- |' * len(names)}\n{rows}\n"
 
 
 def _categories(vector: Described) -> str:

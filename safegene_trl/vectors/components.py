@@ -2,7 +2,8 @@
 
 `cos(V_c, V_k) = Σ_m ⟨V_{m,c}, V_{m,k}⟩ / (‖V_c‖ ‖V_k‖)` in the Frobenius inner product, over the
 modules of a layer or of all. With the stacked factors, `⟨V_{m,c}, V_{m,k}⟩` is the sum of the block
-(c, k) of `BᵀB ∘ AAᵀ`.
+(c, k) of `BᵀB ∘ AAᵀ`. Of categories (`extraction/category_split.py`) it says little how they are read,
+as each is told from all others; `category_cosines` are of what they write.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,26 @@ def component_cosines(
     return {"overall": _cosines(whole)} | {
         f"layers.{layer}": _cosines(products) for layer, products in layers.items()
     }
+
+
+def category_cosines(deltas: Mapping[str, LowRankDelta], count: int) -> Table:
+    """Pairwise cosines of what a vector does to the prompts of its categories beyond what it does to
+    all, `V (m_c − m̄)`: the mean over the modules that are split. These sum to zero over the
+    categories, so that C of them that have nothing in common have −1/(C − 1).
+
+    Args:
+        deltas: Those of a vector by category.
+        count: C, the number of its last parts of rank one.
+    """
+    found = []
+    for delta in deltas.values():
+        written = torch.nn.functional.normalize(delta.b[:, -count:].double(), dim=0)
+        if bool(written.any(dim=0).all()):
+            found.append(written.T @ written)
+    if not found:
+        return [[None] * count for _ in range(count)]
+    table: Table = torch.stack(found).mean(dim=0).tolist()
+    return table
 
 
 def _cosines(products: torch.Tensor) -> Table:

@@ -94,7 +94,7 @@ def test_a_vector_by_category(options, tmp_path, capsys):
     assert f"Fraud_Deception: category {FRAUD}, 9 prompts, reads " in said
     card = (Path(options["output_dir"]) / "README.md").read_text()
     assert "| Fraud/Deception | `Fraud_Deception` | 9 |" in card.replace("\\/", "/")
-    assert "Cosines between them" in card
+    assert "Cosines between their weights" in card
 
 
 def test_the_order_of_rows_does_not_matter(options, tmp_path):
@@ -297,8 +297,8 @@ def test_two_of_them_combined_keep_their_names(options, tmp_path, capsys):
     capsys.readouterr()
     assert main(["similarity", str(tmp_path / "both"), "--plot", str(tmp_path / "c.png")]) == 0
     table = capsys.readouterr().out
-    assert "3 shared_2" in table and (tmp_path / "c.png").stat().st_size
-    line = next(line for line in table.splitlines() if line.startswith("0 shared"))
+    assert "4 shared_2" in table and (tmp_path / "c.png").stat().st_size
+    line = next(line for line in table.splitlines() if line.startswith("1 shared"))
     assert line.split()[2] == line.split()[5] == "1.000"
 
 

@@ -141,14 +141,14 @@ def test_a_vectors_card_tells_of_its_components(tokenizer):
     assert "## Components" not in vector_card(vector).text
     vector.extraction |= {"components": [1, 1]}
     text = vector_card(vector).text
-    assert "\n| 0 | 1.00 | " in text and "2 components have coefficients of their own" in text
+    assert "\n| 1 0 | 1.00 | " in text and "2 components have coefficients of their own" in text
     own = {"component": "a", "prompts": 9, "reads_own": 0.8, "reads_others": 0.1}
     vector.extraction |= {
         "component_names": ["shared", "a"],
         "by_category": {"categories": {"a": own | {"reads_benign": 0.25}}},
     }
     before = str(vector_card(vector))
-    assert "| a | `a` | 9 | 0.80 | 0.10 | 0.25 |" in before and "\n| shared | 1.00 | " in before
+    assert "| a | `a` | 9 | 0.80 | 0.10 | 0.25 |" in before and "\n| 1 shared | 1.00 | " in before
     vector.extraction["by_category"]["categories"] = {HOSTILE: own | {"reads_benign": 0.25}}
     vector.aligned_model["name"] = HOSTILE
     check_inert(vector_card(vector), before)

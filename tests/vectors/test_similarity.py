@@ -8,8 +8,9 @@ from PIL import Image
 
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
-from safegene_trl.reporting.plots import heat_map
-from safegene_trl.vectors.components import component_cosines
+from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.reporting.plots import component_maps
+from safegene_trl.vectors.components import category_cosines, component_cosines
 from safegene_trl.vectors.similarity import cosine
 
 from ..conftest import make_model, make_vector
@@ -108,20 +109,51 @@ def test_command_on_one_vector_compares_its_components(of_components, tmp_path, 
     files = ["--plot", str(tmp_path / "heat.png"), "--json", str(tmp_path / "table.json")]
     assert main(["similarity", str(tmp_path / "components"), *files]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["0", "1", "2"]
-    assert printed[1].startswith("0 shared") and printed[3].startswith("2 weapons")
+    assert printed[0] == "weights" and printed[1].split() == ["1", "2", "3"] and len(printed) == 5
+    assert printed[2].startswith("1 shared") and printed[4].startswith("3 weapons")
     found = json.loads((tmp_path / "table.json").read_text())
     assert found["components"] == ["shared", "fraud", "weapons"]
-    assert f"{found['cosines']['overall'][0][1]:.3f}" in printed[1]
+    assert f"{found['cosines']['overall'][0][1]:.3f}" in printed[2]
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
     assert main(["similarity", str(vectors[0])]) == 2
     assert "one of several components" in capsys.readouterr().err
 
 
-def test_many_components_are_plotted_as_one_table(tmp_path):
-    table = [[1.0 if i == j else 0.1 for j in range(15)] for i in range(15)]
-    heat_map(
-        {"overall": table, "layers.1": table}, [f"c{i}" for i in range(15)], tmp_path / "p.png"
-    )
+def test_many_components_are_plotted_as_tables(tmp_path):
+    table = [[1.0 if i == j else None for j in range(15)] for i in range(15)]
+    labels = [f"a $name$ {i}" for i in range(15)]
+    component_maps({"weights": (table, labels), "written": (table, labels)}, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
-        assert image.width < 2500 and image.height < 2500
+        assert image.width < 3500 and image.height < 2000
+
+
+def test_what_categories_write_is_compared_by_direction_over_modules(
+    of_components, tmp_path, capsys
+):
+    deltas = of_components.deltas
+    own = {"component": "a", "prompts": 9, "reads_own": 0, "reads_others": 0, "reads_benign": 0}
+    record = {"categories": dict.fromkeys(("fraud", "weapons"), own)}
+    of_components.extraction |= {"by_category": record}
+    of_components.save_pretrained(tmp_path / "by")
+    expected = torch.stack(
+        [
+            torch.nn.functional.cosine_similarity(d.b[:, 2], d.b[:, 3], dim=0)
+            for d in deltas.values()
+        ]
+    ).mean()
+    table = category_cosines(deltas, 2)
+    assert table[0][1] == pytest.approx(float(expected), abs=1e-6)
+    assert table[0][0] == pytest.approx(1) and table[0][1] == table[1][0]
+    # a module that stays in what is shared has no say
+    name = next(iter(deltas))
+    kept = LowRankDelta(deltas[name].a, torch.nn.functional.pad(deltas[name].b[:, :2], (0, 2)))
+    others = {key: delta for key, delta in deltas.items() if key != name}
+    assert category_cosines(deltas | {name: kept}, 2) == category_cosines(others, 2)
+    assert category_cosines({name: kept}, 2) == [[None] * 2] * 2
+    files = ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "t.json")]
+    assert main(["similarity", str(tmp_path / "by"), *files]) == 0
+    assert "what categories write\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "t.json").read_text())["written"] == [
+        pytest.approx(row) for row in table
+    ]
+    assert "beyond what all do" in (tmp_path / "by" / "README.md").read_text()
