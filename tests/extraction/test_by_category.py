@@ -305,8 +305,6 @@ def test_two_of_them_combined_keep_their_names(options, tmp_path, capsys):
 def test_the_estimate_has_the_passes_that_tell_the_categories(options, tmp_path, capsys):
     assert main(["estimate", *argv("extract", options)]) == 0
     assert "categories" in capsys.readouterr().out
-    assert main(["estimate", *argv("extract", options | {"by_category": False})]) == 0
-    assert "categories" not in capsys.readouterr().out
     few = options | {"harmful_data": write(tmp_path / "few.jsonl", rows_of(TEXTS[3:]))}
     assert main(["estimate", *argv("extract", few)]) == 2
     assert "needs 8 prompts of every category" in capsys.readouterr().err
