@@ -101,6 +101,7 @@ def estimate_extraction(
         difference: In what the two models differ.
         launch: How it will be launched.
     """
+    by_category = prompts.by_category()
     deltas = probe.deltas(difference.names, difference.rank)
     run = PlannedRun.of(probe, tokenizer, launch, deltas)
     costs = {"difference": _difference(probe, config, difference)}
@@ -110,7 +111,7 @@ def estimate_extraction(
         costs["distillation"] = _distillation(run, config, samples)
     if SELECTIONS[config.selection].runs_models:
         costs["selection"] = _selection(run, config, prompts, samples[0])
-    costs |= _categories(run, prompts.by_category())
+    costs |= _categories(run, by_category)
     return costs | {"save": Cost(0.0, probe.host, _size_of_vector(run, config))}
 
 
@@ -132,16 +133,17 @@ def estimate_retargeting(
         vector: The vector whose weights are kept.
         launch: How it will be launched.
     """
+    learned = rows_of(vector.prompts, "harmful", "benign", "border")
+    by_category = prompts.by_category(learned)
     size = sum(file["bytes"] for file in vector.files.values())
     run = PlannedRun.of(probe, tokenizer, launch, [{}, {}], size)
     stored = [row for row in vector.prompts if part_of(row) != "measure" and "targets" not in row]
     texts = [row["prompt"] for row in stored]
     texts += [text for own in prompts.to_answer() for text in own]
     samples = _samples(tokenizer, texts, config.max_new_tokens)
-    learned = rows_of(vector.prompts, "harmful", "benign", "border")
     return {
         "answers": _answers(run, config, prompts, samples),
-        **_categories(run, prompts.by_category(learned)),
+        **_categories(run, by_category),
         "save": Cost(0.0, probe.host, size),
     }
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from safegene_trl import ExtractionConfig, SafetyVector, combine, extract
 from safegene_trl.commands.main import main
 from safegene_trl.errors import CalibrationDataError, FamilyError
+from safegene_trl.estimation import extraction as estimation
 from safegene_trl.extraction import by_category
 from safegene_trl.extraction.by_category import (
     CategoryPrompts,
@@ -302,12 +304,33 @@ def test_two_of_them_combined_keep_their_names(options, tmp_path, capsys):
     assert line.split()[2] == line.split()[5] == "1.000"
 
 
-def test_the_estimate_has_the_passes_that_tell_the_categories(options, tmp_path, capsys):
-    assert main(["estimate", *argv("extract", options)]) == 0
-    assert "categories" in capsys.readouterr().out
+def test_the_estimate_refuses_what_the_extraction_would(options, tmp_path, capsys, monkeypatch):
+    """Before anything is measured."""
+    monkeypatch.setattr("safegene_trl.estimation.extraction.PlannedRun", None)
     few = options | {"harmful_data": write(tmp_path / "few.jsonl", rows_of(TEXTS[3:]))}
     assert main(["estimate", *argv("extract", few)]) == 2
     assert "needs 8 prompts of every category" in capsys.readouterr().err
+
+
+def test_the_estimate_counts_a_pass_for_every_prompt(tokenizer, monkeypatch):
+    model, read = make_model(), []
+    monkeypatch.setattr(
+        estimation, "last_token_states", lambda model, tokenizer, texts, job: read.append(texts)
+    )
+
+    class Measured:
+        def at(self, layers):
+            return 3.0, 7
+
+    def measure(passes):
+        passes(0)
+        return Measured()
+
+    probe = SimpleNamespace(models=[model], alone=ALONE, layers=3, measure=measure)
+    run = SimpleNamespace(probe=probe, tokenizer=tokenizer, cost=lambda *found: found)
+    found = estimation._categories(run, PROMPTS)
+    assert found == {"categories": (3.0 * len(PROMPTS.texts) / len(read[0]), 7)}
+    assert estimation._categories(run, None) == {}
 
 
 def test_categories_of_rows():
