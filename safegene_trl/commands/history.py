@@ -7,7 +7,6 @@ from ..checkpoints.atomic_writes import replace_file
 from ..config.validation import written_path
 from ..errors import SafeGeneError
 from ..reporting.cells import headings, measured_cells
-from ..reporting.html import render_history
 from ..reporting.plots import history_plot
 from ..reporting.prometheus import exposition
 from ..step.drift import drift_warnings
@@ -56,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.plot:
         history_plot(releases, arguments.plot)
     if arguments.html:
+        from ..reporting.html import render_history  # jinja takes as long as all else
+
         replace_file(arguments.html, render_history(releases, warnings))
     if arguments.prometheus:
         replace_file(arguments.prometheus, exposition(releases, len(drifts)))

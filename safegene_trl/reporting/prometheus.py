@@ -48,7 +48,7 @@ def exposition(releases: Sequence[Mapping[str, Any]], drifts: int) -> str:
             samples = [
                 _sample(name, found[key], **({} if metric.difference else {"side": side}))
                 for side, found in sides.items()
-                if found and found.get(key) is not None
+                if found and math.isfinite(found[key])
             ]
             what = {"": "share", "_count": "number of items"}.get(
                 ending, "end of its 95 % interval"
@@ -63,6 +63,5 @@ def _family(name: str, words: str) -> Iterator[str]:
 
 
 def _sample(name: str, value: float, **labels: str) -> str:
-    assert math.isfinite(value)
     said = ",".join(f'{key}="{own}"' for key, own in labels.items())
     return f"{name}{{{said}}} {value}" if said else f"{name} {value}"
