@@ -10,12 +10,13 @@ from ..checkpoints.contents import FLEET_STATE, FLEET_WORKSHOP, MARKER
 from ..checkpoints.locking import alone_in
 from ..errors import SafeGeneError
 from ..interruption import Interrupted
+from ..reporting.cells import headings, measured_cells
 from ..step.decision import EXIT_CODES
 from ..text import one_line
 from .fleet_file import Fleet
 from .fleet_member import FAILED, Member, member_of, newest_report, read_state, save_state
 from .fleet_pool import Pool
-from .tables import aligned, headings, measured_cells
+from .tables import aligned
 
 
 __all__ = ["Fleet", "run_fleet"]

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.atomic_writes import replace_file
 from ..config.validation import written_path
 from ..errors import SafeGeneError
+from ..reporting.cells import headings, measured_cells
 from ..reporting.plots import history_plot
+from ..reporting.prometheus import exposition
 from ..step.drift import drift_warnings
 from ..step.history import Release, history_warnings, read_history, seal_history
 from ..step.history_file import seal_path
 from .plain_parser import PlainParser
-from .tables import aligned, headings, measured_cells
+from .tables import aligned
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,6 +25,12 @@ def main(argv: Sequence[str]) -> int:
         "file", type=Path, help="The file that `output.history` names in the `safegene` block."
     )
     parser.add_argument("--plot", type=written_path, help="PNG file for the line.")
+    parser.add_argument("--html", type=written_path, help="HTML file of the line, for people.")
+    parser.add_argument(
+        "--prometheus",
+        type=written_path,
+        help="Text file of the newest release's numbers, for Prometheus' node exporter.",
+    )
     parser.add_argument(
         "--seal",
         action="store_true",
@@ -39,14 +48,19 @@ def main(argv: Sequence[str]) -> int:
     if not releases:
         raise SafeGeneError(f"The history {arguments.file} holds no releases yet.")
     print(describe(releases))
-    for warning in history_warnings(arguments.file):
-        print(f"warning: {warning}")
-    warnings = drift_warnings(releases)
+    drifts = drift_warnings(releases)
+    warnings = [*history_warnings(arguments.file), *drifts]
     for warning in warnings:
         print(f"warning: {warning}")
     if arguments.plot:
         history_plot(releases, arguments.plot)
-    return 3 if warnings else 0
+    if arguments.html:
+        from ..reporting.html import render_history  # jinja takes as long as all else
+
+        replace_file(arguments.html, render_history(releases, warnings))
+    if arguments.prometheus:
+        replace_file(arguments.prometheus, exposition(releases, len(drifts)))
+    return 3 if drifts else 0
 
 
 def _check_holds_releases(path: Path) -> None:
@@ -70,7 +84,7 @@ def describe(releases: Sequence[Release]) -> str:
     rows = [["", "time (UTC)", "outcome", *headings(), "output"]]
     for number, release in enumerate(releases, start=1):
         time = release["time"][:16].replace("T", " ")
-        rows.append(
-            [str(number), time, release["outcome"], *measured_cells(release), release["output"]]
-        )
+        rung = release.get("repair", "vector")
+        outcome = release["outcome"] + (f" ({rung})" if rung != "vector" else "")
+        rows.append([str(number), time, outcome, *measured_cells(release), release["output"]])
     return aligned(rows)

@@ -1,9 +1,7 @@
 """Text tables."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from ..config.metrics import METRICS
 from ..text import printable
 
 
@@ -15,30 +13,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-
-
-def headings() -> list[str]:
-    """Over what `measured_cells` gives."""
-    return [metric.heading for metric in METRICS.values()]
-
-
-def measured_cells(measured: Mapping[str, Any]) -> list[str]:
-    """Under `headings`: shares before → after the safety step, where they were measured."""
-    cells = []
-    for metric in METRICS.values():
-        before, after = (metric.measured(measured, side) for side in ("before", "after"))
-        if metric.difference:
-            form = "+.1%" if metric.signed else ".0%"
-            cells.append(_percent(after["share"], form) if after else "")
-        else:
-            cells.append(
-                f"{_percent(before['share'])} → {_percent(after['share'])}"
-                if before and after
-                else ""
-            )
-    return cells
-
-
-def _percent(share: float | None, form: str = ".0%") -> str:
-    """A share; a dash for null, which stands in reports for a number that is not finite."""
-    return "–" if share is None else format(share, form)

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no scripts, no fonts, no images from
+"""The report, and a model line's history, each as one HTML file that needs nothing else: no scripts, no fonts, no images from
 elsewhere.
 """
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, FunctionLoader, Template
 from markupsafe import Markup
 
 from ..config.metrics import differences, shares
 from ..models.names import are_of_parts, by_component
 from ..text import printable
+from .cells import headings, measured_cells
 from .outcome import OUTCOMES, without_measurement
 
 
@@ -33,23 +34,13 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         report: As in `safegene_report.json`.
         releases: The model line, the oldest first, this one last.
     """
-    # whatever is not markup of the template's own is shown character by character, after which
-    # jinja escapes it
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert
-    )
-    environment.filters |= {"percent": _percent, "decimals": _decimals}
-    template = environment.from_string(
-        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    first = max(0, len(releases) - MOST_RELEASES)
     decision = report.get("decision") or {}
     verdict, colour = OUTCOMES.get(str(decision.get("outcome")), ("Failed", "bad"))
     if without := without_measurement(report):
         verdict, colour = verdict + without, "fair"
     if "error" in report and decision.get("outcome") != "rejected":
         verdict, colour = "Failed", "bad"
-    return template.render(
+    return _template("report.html.jinja").render(
         report=report,
         verdict=verdict,
         colour=colour,
@@ -58,11 +49,57 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         relative={metric.key: metric.title for metric in differences() if metric.relative},
         losses=_LOSSES,
         charts=_charts(report.get("coefficients", {})),
-        line=_line(releases, first),
-        releases=releases[first:],
-        left_out=first,
-        outcomes={name: words for name, (words, _) in OUTCOMES.items()},
+        **_of_line(releases),
     )
+
+
+def render_history(releases: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> str:
+    """The page of a model line.
+
+    Args:
+        releases: At least one, the oldest first.
+        warnings: What is to be said above them.
+    """
+    outcome, colour = OUTCOMES[releases[-1]["outcome"]]
+    line = _of_line(releases)
+    return _template("history.html.jinja").render(
+        verdict=f"Newest release: {outcome[0].lower()}{outcome[1:]}",
+        colour=colour,
+        warnings=warnings,
+        count=len(releases),
+        headings=headings(),
+        cells=[measured_cells(release) for release in line["releases"]],
+        **line,
+    )
+
+
+def _template(name: str) -> Template:
+    # whatever is not markup of the template's own is shown character by character, after which
+    # jinja escapes it
+    environment = Environment(
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_inert,
+    )
+    environment.filters |= {"percent": _percent, "decimals": _decimals}
+    return environment.get_template(name)
+
+
+def _source(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _of_line(releases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the section on the model line reads."""
+    first = max(0, len(releases) - MOST_RELEASES)
+    return {
+        "line": _line(releases, first),
+        "releases": releases[first:],
+        "left_out": first,
+        "outcomes": {name: words for name, (words, _) in OUTCOMES.items()},
+    }
 
 
 def _inert(value: Any) -> Any:

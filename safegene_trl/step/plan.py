@@ -47,6 +47,7 @@ from .lineage import (
     carries_vector,
     mark,
 )
+from .notification import check_webhook
 
 
 logger = logging.getLogger(__name__)
@@ -305,6 +306,7 @@ def plan_step(
         with sharding.raising_together():
             vector, family, warnings = read_vector(config, input_model.model, input_model.tokenizer)
             if sharding.is_main:
+                check_webhook()
                 try_output(config, input_model, target, needed_bytes)
         # the hub is asked, and a large local checkpoint is hashed
         with sharding.on_main_rank() as working:

@@ -22,6 +22,7 @@ from ..text import one_line
 from .decision import Decision, dependent, unfinished
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
+from .notification import notify
 from .plan import FineTune, Found, Plan
 from .repair import BOTH
 
@@ -229,3 +230,4 @@ def _write_failure(plan: Plan, error: BaseException) -> None:
         write_report(plan.report.to_dict(), failure_path(plan.target), _releases(plan))
     except Exception as unwritten:  # a full disk may be what failed
         logger.warning("%s cannot be written: %s", failure_path(plan.target), unwritten)
+    notify(plan.report.to_dict(), failure_path(plan.target))

@@ -76,3 +76,46 @@ def test_a_history_whose_seal_is_gone_is_sealed_on_demand(tmp_path, capsys):
     (tmp_path / "history.jsonl.seal").unlink()
     capsys.readouterr()
     assert main(["history", str(path)]) == 0 and "warning: The history" in capsys.readouterr().out
+
+
+def test_a_page_for_people(tmp_path, capsys):
+    path, page = tmp_path / "history.jsonl", tmp_path / "pages" / "line.html"
+    hostile = {"output": "out/<script>alert(1)</script>\u202e", "repair": "vector+touch-up"}
+    for extra, outcome in (({}, "accepted"), (hostile, "accepted"), ({}, "rejected")):
+        append_release(path, release(90, outcome) | extra)
+    assert main(["history", str(path), "--html", str(page)]) == 0
+    assert "accepted (vector+touch-up)" in capsys.readouterr().out
+    text = page.read_text()
+    assert "Newest release: rejected" in text and "3 releases" in text
+    assert text.count("<td>vector+touch-up</td>") == 1 and text.count("30% → 90%") == 3
+    assert "<script" not in text and "\u202e" not in text and "polyline" in text
+    append_release(path, release(10))
+    assert main(["history", str(path), "--html", str(page)]) == 3
+    assert "Warning: The newest release refuses 10% of 100" in page.read_text()
+
+
+def test_numbers_for_prometheus(tmp_path):
+    path, numbers = tmp_path / "history.jsonl", tmp_path / "safegene.prom"
+    unmeasured = {"restored": None}
+    for outcome in ("rejected", "accepted"):
+        append_release(path, release(92, outcome) | unmeasured)
+    assert main(["history", str(path), "--prometheus", str(numbers)]) == 0
+    text = numbers.read_text()
+    found = {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if not line.startswith("#")
+    }
+    assert found['safegene_releases{outcome="rejected"}'] == 1
+    assert found['safegene_release_outcome{outcome="accepted"}'] == 1
+    assert found['safegene_release_outcome{outcome="rejected"}'] == 0
+    assert found["safegene_release_time_seconds"] == 1893456000
+    assert found['safegene_refusal_rate{side="before"}'] == 0.3
+    assert found['safegene_refusal_rate{side="after"}'] == 0.92
+    assert found['safegene_refusal_rate_low{side="after"}'] < 0.92
+    assert found['safegene_refusal_rate_count{side="after"}'] == 100
+    assert found["safegene_utility_loss"] == 0.012 and found["safegene_drift_warnings"] == 0
+    assert not any("restored" in key for key in found)
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
+    assert {key.partition("{")[0] for key in found} == set(names)

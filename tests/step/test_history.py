@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from safegene_trl.commands.tables import headings, measured_cells
 from safegene_trl.errors import OutputError, SafeGeneError
 from safegene_trl.judges.intervals import Rate
 from safegene_trl.provenance import sha256_of_json
+from safegene_trl.reporting.cells import headings, measured_cells
 from safegene_trl.step import history, history_file
 from safegene_trl.step.history import (
     append_release,
