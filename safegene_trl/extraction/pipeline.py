@@ -20,7 +20,7 @@ from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resol
 from ..data.prompt_style import target_record
 from ..data.prompts import PLAIN
 from ..distributed.layouts import Sharding
-from ..errors import FamilyError, UnsupportedModelError
+from ..errors import ConfigError, FamilyError, UnsupportedModelError
 from ..models.inputs import padding_id, shortened
 from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.names import layer_index
@@ -83,7 +83,11 @@ def make_vector(
         SafeGeneError: One of its kinds: data, models or settings do not fit.
     """
     show_progress = show_progress and job.is_main
-    difference = None
+    difference, make = None, METHODS[config.method].make
+    if make is None:
+        raise ConfigError(
+            f"`method` is `{config.method}`, which takes no difference of two models: call `extract`."
+        )
     with job.raising_together():
         config.check()
         prompts = ExtractionPrompts.read(config)
@@ -96,7 +100,7 @@ def make_vector(
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)
     found = _method_inputs(inputs, deltas, aligned, show_progress)
-    deltas, distillation = METHODS[config.method].make(found)
+    deltas, distillation = make(found)
     scores = _scores(inputs, deltas, aligned)
     if difference is None:
         return None
