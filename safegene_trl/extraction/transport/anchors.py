@@ -4,6 +4,7 @@ import logging
 
 from ...config.validation import shown
 from ...data.prompts import near_duplicates, read_prompts
+from ...data.sources import draw
 from ...errors import CalibrationDataError
 from ..config import ExtractionConfig
 
@@ -36,7 +37,7 @@ def read_anchors(config: ExtractionConfig, harmful: list[str]) -> list[str]:
             source,
             LONGEST,
         )
-    anchors = short[: config.num_anchors]
+    anchors: list[str] = draw(short, config.num_anchors, config.seed)
     if len(anchors) < FEWEST:
         raise CalibrationDataError(
             f"`anchor_data` gives {len(anchors)} anchors to fit a map on: give about 1000 benign sentences, and at least {FEWEST}."

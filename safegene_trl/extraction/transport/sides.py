@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,7 +181,6 @@ def read_source(
         values = torch.full((len(space.names),), 1 / len(vector.components))
         with torch.no_grad(), attachment.applied(values.to(reader.sharding.device)):
             other = _states(reader, prompts, folder / "with_vector", config.state_pooling)
-        attachment.factors.release()
     elif config.source_degraded_model:
         del reader
         gc.collect()

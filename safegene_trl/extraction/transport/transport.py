@@ -29,6 +29,7 @@ from ...checkpoints.stored_model import StoredModel
 from ...data.prompt_style import target_record
 from ...data.prompts import PLAIN
 from ...distributed.layouts import Sharding
+from ...errors import VectorError
 from ...models.low_rank import LowRankDelta
 from ...models.names import layer_index
 from ...provenance import model_reference, sha256_of_json, software_versions
@@ -49,6 +50,7 @@ from .anchors import read_anchors
 from .carry import CarriedLayer, carry, scores
 from .detectors import POOR, Detector, detector
 from .directions import check_enough
+from .maps import split
 from .refusals import StoredRows, stored_rows, with_refusals
 from .sides import (
     SourceStates,
@@ -128,7 +130,7 @@ def make_transported(config: ExtractionConfig, job: Sharding) -> SafetyVector | 
         return None
     record = {
         **_source_record(config, vector),
-        "anchors": {"sha256": sha256_of_json(texts.anchors), "count": len(texts.anchors)},
+        "anchors": _anchor_record(texts),
         **_record(carried, written),
         "refusals": stored.record,
     }
@@ -243,6 +245,15 @@ def _source_record(config: ExtractionConfig, vector: SafetyVector | None) -> dic
     return {"source": source, **{name: getattr(config, name) for name in kept}}
 
 
+def _anchor_record(texts: Texts) -> dict[str, Any]:
+    fitted, held_out = split(len(texts.anchors))
+    return {
+        "sha256": sha256_of_json(texts.anchors),
+        "fitted": len(fitted),
+        "held_out": len(held_out),
+    }
+
+
 def _record(carried: Sequence[CarriedLayer], written: _Written) -> dict[str, Any]:
     """What the vector says of every layer, and of every module's detector."""
     return {
@@ -305,8 +316,6 @@ def steering_directions(vector: SafetyVector) -> dict[int, torch.Tensor]:
     Raises:
         VectorError: It was made in another way, and holds no directions.
     """
-    from ...errors import VectorError
-
     layers = (vector.extraction.get("transport") or {}).get("layers")
     if not layers:
         raise VectorError(
