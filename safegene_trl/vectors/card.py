@@ -75,7 +75,9 @@ negative in `safegene-trl`, and it must not be used that way elsewhere.
 def _pointing(vector: Described) -> str:
     if not any("transport" in made for made in extractions(vector.extraction)):
         return "pointing from a mildly degraded model to the aligned one"
-    return "writing a direction that was carried over from another model (no degraded model was made)"
+    return (
+        "writing a direction that was carried over from another model (no degraded model was made)"
+    )
 
 
 def _whose(vector: Described) -> str:

@@ -18,7 +18,9 @@ from .sides import SourceStates, TargetStates
 
 
 logger = logging.getLogger(__name__)
-LEAST_AGREEMENT = 0.5  # cosine of the directions of two halves of the prompts, below which it is chance
+LEAST_AGREEMENT = (
+    0.5  # cosine of the directions of two halves of the prompts, below which it is chance
+)
 
 
 @dataclass(frozen=True)

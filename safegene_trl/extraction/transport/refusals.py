@@ -20,7 +20,9 @@ from ..config import ExtractionConfig
 
 
 logger = logging.getLogger(__name__)
-OWN_SHARE = 0.25  # of the harmful prompts asked, that a target refuses whose own refusals are stored
+OWN_SHARE = (
+    0.25  # of the harmful prompts asked, that a target refuses whose own refusals are stored
+)
 
 
 @dataclass(frozen=True)

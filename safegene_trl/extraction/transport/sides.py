@@ -121,7 +121,7 @@ def check_other_family(config: ExtractionConfig) -> None:
         )
 
 
-def read_vector(config: ExtractionConfig) -> SafetyVector:
+def read_source_vector(config: ExtractionConfig) -> SafetyVector:
     """The source's safety vector, which is seen to be of the source.
 
     Raises:
@@ -201,7 +201,9 @@ def _check_pair(config: ExtractionConfig, own: Sequence[Rows], other: Sequence[R
         )
 
 
-def read_target(config: ExtractionConfig, reader: Reader, texts: Texts, folder: Path) -> TargetStates:
+def read_target(
+    config: ExtractionConfig, reader: Reader, texts: Texts, folder: Path
+) -> TargetStates:
     """What the target has in mind of the texts. Collective.
 
     Args:

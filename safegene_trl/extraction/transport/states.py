@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Rows:
     count: int
     width: int
 
-    def open(self, mode: str = "r") -> np.memmap:
+    def open(self, mode: Literal["r", "r+", "w+"] = "r") -> np.memmap:
         """The matrix; its pages are read when they are used."""
         return np.memmap(self.path, np.float32, mode, shape=(self.count, self.width))
 

@@ -59,7 +59,7 @@ from .sides import (
     check_other_family,
     read_source,
     read_target,
-    read_vector,
+    read_source_vector,
 )
 from .states import Reader
 
@@ -119,7 +119,7 @@ def make_transported(config: ExtractionConfig, job: Sharding) -> SafetyVector | 
             if not tokenizer.chat_template:
                 logger.warning(PLAIN, config.aligned_model)
         if config.source_vector:
-            vector = read_vector(config)
+            vector = read_source_vector(config)
     inputs = Inputs(config, tokenizer, prompts, job, style)
     with scratch_folder("the hidden states of a transport") as place:
         source = read_source(config, texts, vector, Path(place), job)

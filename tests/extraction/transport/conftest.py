@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from safegene_trl.provenance import model_reference
+
 from ...conftest import make_vector, refusing
 from . import planted
 
@@ -24,6 +26,7 @@ def pair(tmp_path_factory):
     vector = make_vector(degraded, tokenizer, deltas)
     vector.selection["selected_layers"] = [0]
     vector.extraction["rank"] = 1
+    vector.aligned_model = model_reference(str(root / "source"))
     vector.save_pretrained(root / "vector")
     target = planted.planted_model("qwen2", other, 48, 5, seed=6)
     planted.save(target, other, root / "target")

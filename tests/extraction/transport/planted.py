@@ -26,18 +26,18 @@ from ...conftest import BENIGN, HARMFUL, make_tokenizer, small_shape, write_prom
 
 
 LATENT = 12
-WORDS = (
-    "sun tree river stone bread table cloud music paper garden winter orange silver window quiet "
-    "jazz vivid maple fox lamp hedge kettle yellow bridge pond crown velvet owl thick zebra"
-).split()
+WORDS = """
+    sun tree river stone bread table cloud music paper garden winter orange silver window quiet
+    jazz vivid maple fox lamp hedge kettle yellow bridge pond crown velvet owl thick zebra
+"""
 
 
 def anchors(count: int = 200, seed: int = 0) -> list[str]:
     """Benign sentences, no two alike, and without numbers, which the two tokenizers cut otherwise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, known = torch.Generator().manual_seed(seed), WORDS.split()
     found: dict[str, None] = {}
     while len(found) < count:
-        words = [WORDS[i] for i in torch.randint(len(WORDS), (7,), generator=generator).tolist()]
+        words = [known[i] for i in torch.randint(len(known), (7,), generator=generator).tolist()]
         found.setdefault(" ".join(words))
     return list(found)
 
