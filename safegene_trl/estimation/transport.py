@@ -116,7 +116,9 @@ def _maps(
             for side in sides:
                 side.open("w+")[:] = draw.standard_normal((side.count, side.width))
             fitted = split(len(texts.anchors))[0]
-            MAPS[config.transport_map](Fit(*sides, fitted, config.map_penalty or 1.0, 0))
+            MAPS[config.transport_map](
+                Fit(sides[0], sides[1], fitted, config.map_penalty or 1.0, 0)
+            )
 
     def detectors() -> None:
         for width in target.inputs():

@@ -7,6 +7,7 @@ so is the first token of all, on which many models put states of a thousand time
 (arXiv 2402.17762).
 """
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from ...distributed.layouts import Sharding
 from ...errors import FamilyError, OutputError
@@ -132,11 +134,14 @@ def record(
     reader.model.eval()
 
     def passes(batch_size: int) -> None:
-        with sharding.forward_passes(), watched(outputs, inputs, files.add):
+        with sharding.forward_passes():
+            begun = _begun(reader, tokens, around[0])
             for start in range(0, len(order), batch_size):
                 group = order[start : start + batch_size]
-                files.begin(group, [len(tokens[index]) for index in group], around)
-                _pass(reader, [tokens[index] for index in group])
+                rest = [tokens[index][begun.length :] for index in group]
+                files.begin(group, list(map(len, rest)), (around[0] - begun.length, around[1]))
+                with watched(outputs, inputs, files.add):
+                    _pass(reader, begun, rest)
                 sharding.reshard()
 
     halving(first, passes, sharding, EXTRACTION)
@@ -145,16 +150,49 @@ def record(
     return files.rows
 
 
-def _pass(reader: Reader, group: Sequence[Sequence[int]]) -> None:
-    """Puts prompts through the layers, and not through the head; they are padded on the right, where
-    none of their tokens looks.
+@dataclass(frozen=True)
+class _Begun:
+    """What the template puts before every text, and what the model keeps of it: half of a sentence's
+    tokens, which are read once.
+    """
+
+    length: int = 0
+    cache: DynamicCache | None = None
+
+
+def _begun(reader: Reader, tokens: Sequence[Sequence[int]], length: int) -> _Begun:
+    """Nothing where texts begin otherwise, or the model keeps something else than keys and values of
+    all tokens.
+    """
+    first = list(tokens[0][:length])
+    if any(len(ids) <= length or list(ids[:length]) != first for ids in tokens):
+        return _Begun()
+    kept = base_model(reader.model).base_model(
+        input_ids=torch.tensor([first]).to(reader.sharding.device), use_cache=True
+    )
+    reader.sharding.reshard()
+    cache = getattr(kept, "past_key_values", None)
+    plain = type(cache) is DynamicCache and all(type(own) is DynamicLayer for own in cache.layers)
+    return _Begun(length, cache) if plain else _Begun()
+
+
+def _pass(reader: Reader, begun: _Begun, group: Sequence[Sequence[int]]) -> None:
+    """Puts prompts, without what they all begin with, through the layers, and not through the head;
+    they are padded on the right, where none of their tokens looks.
     """
     rows = [torch.tensor(ids) for ids in group]
     ids = pad_sequence(rows, batch_first=True, padding_value=padding_id(reader.tokenizer))
-    attention = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    whole = [torch.ones(begun.length + len(row), dtype=torch.long) for row in rows]
+    attention = pad_sequence(whole, batch_first=True)
+    cache = copy.deepcopy(begun.cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(rows))
     device = reader.sharding.device
     base_model(reader.model).base_model(
-        input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False
+        input_ids=ids.to(device),
+        attention_mask=attention.to(device),
+        past_key_values=cache,
+        use_cache=cache is not None,
     )
 
 

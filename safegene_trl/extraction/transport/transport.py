@@ -58,8 +58,8 @@ from .sides import (
     Texts,
     check_other_family,
     read_source,
-    read_target,
     read_source_vector,
+    read_target,
 )
 from .states import Reader
 

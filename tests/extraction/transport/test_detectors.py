@@ -16,7 +16,6 @@ def inputs(shift, width=60, seed=0):
 def test_a_detector_is_one_on_harmful_prompts_and_nothing_on_others():
     harmful, benign, others, _ = inputs(1.0)
     found = detector(harmful, benign, [others])
-    again, more, _, _ = inputs(1.0)
     assert found.auc > 0.98
     draw = np.random.default_rng(7)
     direction = np.random.default_rng(0).standard_normal(60)

@@ -13,7 +13,9 @@ def layers(tmp_path):
     """States of four layers of a source, and of three of a target that sees what 3, 0 and 2 see."""
     draw = np.random.default_rng(0)
     seen = [draw.standard_normal((200, 8)) for _ in range(4)]
-    source = [rows(tmp_path, f"s{i}", s @ draw.standard_normal((8, 30))) for i, s in enumerate(seen)]
+    source = [
+        rows(tmp_path, f"s{i}", s @ draw.standard_normal((8, 30))) for i, s in enumerate(seen)
+    ]
     rotations = [np.linalg.qr(draw.standard_normal((50, 30)))[0].T for _ in range(3)]
     target = [
         rows(tmp_path, f"t{i}", source[origin].read() @ rotation * 5 + 1)

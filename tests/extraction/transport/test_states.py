@@ -26,9 +26,7 @@ def reader(tokenizer):
 
 def read(reader, folder, pooling="last", texts=TEXTS, inputs_of=3):
     layers = {str(index): layer for index, layer in decoder_layers(reader.model).items()}
-    return record(
-        reader, texts, folder, layers, residual_writers(reader.model), pooling, inputs_of
-    )
+    return record(reader, texts, folder, layers, residual_writers(reader.model), pooling, inputs_of)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -93,11 +91,26 @@ def test_texts_are_not_held_in_memory(reader, tmp_path, monkeypatch):
     alive, most = [], []
     passed = states._pass
 
-    def counted(own, group):
+    def counted(own, begun, group):
         most.append(len(group))
         alive.append(len(group))
-        passed(own, group)
+        passed(own, begun, group)
 
     monkeypatch.setattr(states, "_pass", counted)
     read(reader, tmp_path, texts=TEXTS * 4)
     assert max(most) == 2 and sum(alive) == 28
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_what_all_texts_begin_with_is_read_once(kind, tokenizer, tmp_path, monkeypatch):
+    """Where a model keeps the keys and values of all tokens; a sliding window does not."""
+    reader = Reader(kind, make_model(kind), tokenizer, ALONE, AS_TEMPLATE)
+    read_tokens = []
+    reader.model.model.register_forward_pre_hook(
+        lambda _, args, given: read_tokens.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    monkeypatch.setattr(states, "fitting_answers", lambda *_: 1)
+    read(reader, tmp_path)
+    whole = sum(map(len, reader.tokens(TEXTS)))
+    once = 1 if kind == "gemma2" else 1 - len(TEXTS)
+    assert sum(read_tokens) == whole + once
