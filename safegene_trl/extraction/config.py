@@ -58,6 +58,7 @@ _OF_A_TRANSPORT = (
     "min_transport_quality",
 )
 _OF_THE_VECTOR = (  # what `vector` has settled
+    *_OF_A_TRANSPORT,
     "degraded_model",
     "degraded_revision",
     "method",

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.atomic_writes import atomic_directory
 from ..checkpoints.contents import VECTOR
@@ -61,22 +62,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     with job.raising_together():
         config.check()
         if job.is_main:
-            inputs = {
-                "the aligned model": config.aligned_model,
-                "the degraded model": [config.degraded_model, config.source_degraded_model],
-                "the source model": config.source_model,
-                "the safety vector": [config.vector, config.source_vector],
-                "the harmful data": config.harmful_data,
-                "the benign data": config.benign_data,
-                "the anchors": config.anchor_data,
-                "the test data": [
-                    source
-                    for source in (config.test_harmful_data, config.test_benign_data)
-                    if source is not None
-                ],
-                "the task model": config.isolate_from,
-            }
-            check_vector_output(target, inputs, config.overwrite_output_dir)
+            check_vector_output(target, _inputs(config), config.overwrite_output_dir)
     with job.naming_rank(), naming_shortage(_TOO_SMALL):
         if config.transports:
             made = make_transported(config, job)
@@ -91,6 +77,25 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         for warning in selection_warnings(made):
             logger.warning(warning)
     return made
+
+
+def _inputs(config: ExtractionConfig) -> dict[str, Any]:
+    """All that is read, by what it is."""
+    return {
+        "the aligned model": config.aligned_model,
+        "the degraded model": [config.degraded_model, config.source_degraded_model],
+        "the source model": config.source_model,
+        "the safety vector": [config.vector, config.source_vector],
+        "the harmful data": config.harmful_data,
+        "the benign data": config.benign_data,
+        "the anchors": config.anchor_data,
+        "the test data": [
+            source
+            for source in (config.test_harmful_data, config.test_benign_data)
+            if source is not None
+        ],
+        "the task model": config.isolate_from,
+    }
 
 
 def selection_warnings(vector: SafetyVector) -> list[str]:

@@ -7,7 +7,7 @@ asks for it.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,7 +40,7 @@ from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, reference_batches
 from .linearization import Blocks
-from .methods import METHODS, MethodInputs
+from .methods import METHODS, Made, MethodInputs
 from .prompts import ExtractionPrompts
 from .selection import (
     SELECTIONS,
@@ -83,11 +83,7 @@ def make_vector(
         SafeGeneError: One of its kinds: data, models or settings do not fit.
     """
     show_progress = show_progress and job.is_main
-    difference, make = None, METHODS[config.method].make
-    if make is None:
-        raise ConfigError(
-            f"`method` is `{config.method}`, which takes no difference of two models: call `extract`."
-        )
+    difference, make = None, _made_by(config)
     with job.raising_together():
         config.check()
         prompts = ExtractionPrompts.read(config)
@@ -131,6 +127,16 @@ def make_vector(
         prompts=prompts.with_categories([*aligned.rows, *aligned.tests]),
         software=software_versions(),
     )
+
+
+def _made_by(config: ExtractionConfig) -> Callable[[MethodInputs], Made]:
+    """What makes deltas of a difference; raises `ConfigError` for a method without one."""
+    make = METHODS[config.method].make
+    if make is None:
+        raise ConfigError(
+            f"`method` is `{config.method}`, which takes no difference of two models: call `extract`."
+        )
+    return make
 
 
 def _selection_record(
