@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .extraction.config import ExtractionConfig
     from .extraction.extract import extract
+    from .extraction.transport.transport import steering_directions
     from .judges import Exchange, Judge, Verdict, load_judge
+    from .models.residual import steered
     from .step.apply import apply
     from .vectors.combination import combine
     from .vectors.safety_vector import SafetyVector
@@ -75,6 +77,8 @@ __all__ = [
     "evaluate",
     "extract",
     "load_judge",
+    "steered",
+    "steering_directions",
 ]
 _MODULES = {
     "CalibrationDataError": "errors",
@@ -110,6 +114,8 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",
     "load_judge": "judges",
+    "steered": "models.residual",
+    "steering_directions": "extraction.transport.transport",
 }
 
 

@@ -322,6 +322,12 @@ def prompt_files(tmp_path):
     return files
 
 
+def write_prompts(file: Path, prompts) -> Path:
+    """A data set of prompts alone."""
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return file
+
+
 def refusing(model, tokenizer, prompts, *rest) -> list[str]:
     """Answers of an aligned model, in the place of a tiny one's own."""
     harmful = [any(known in tokenizer.decode(ids) for known in HARMFUL) for ids in prompts]

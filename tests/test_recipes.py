@@ -15,6 +15,7 @@ from safegene_trl.extraction.config import ExtractionConfig
 from safegene_trl.models.parameters import canonical_modules
 
 from .conftest import BENIGN, HARMFUL, make_model, make_vector, refusing, with_lora
+from .extraction.transport import planted
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -28,11 +29,12 @@ FAMILIES = {
     "mistral-7b": "mistral",
     "gemma-2-9b": "gemma2",
 }
-OTHERS = ("extract.yaml", "retarget.yaml", "by_category.yaml")
+OTHERS = ("extract.yaml", "retarget.yaml", "by_category.yaml", "transport.yaml")
 TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name not in OTHERS)
 EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
 RETARGETING = RECIPES / "smollm2-135m" / "retarget.yaml"
 BY_CATEGORY = RECIPES / "smollm2-135m" / "by_category.yaml"
+TRANSPORT = RECIPES / "qwen2.5-1.5b" / "transport.yaml"
 
 
 @pytest.fixture
@@ -58,10 +60,14 @@ def test_the_recipes_are_there():
     own = {
         f"smollm2-135m/{name}" for name in ("align", "degrade_openings", "retarget", "by_category")
     }
+    own.add("qwen2.5-1.5b/transport")
     assert {name_of(path) for path in RECIPES.glob("*/*.yaml")} == expected | own
 
 
-@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, RETARGETING, BY_CATEGORY], ids=name_of)
+ALONE = [RETARGETING, BY_CATEGORY, TRANSPORT]
+
+
+@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, *ALONE], ids=name_of)
 def test_header_says_how_to_run_it(path):
     command = "extract" if path.name in OTHERS else "sft"
     assert (
@@ -116,6 +122,32 @@ def test_extraction_recipe_runs(path, family, tmp_path, monkeypatch):
     vector = SafetyVector.from_pretrained(tmp_path / "made")
     vector.check_fits(canonical_modules(make_model(FAMILIES[path.parent.name])))
     assert vector.layers == [0, 1, 2] and vector.prompts
+
+
+@pytest.mark.parametrize("path", [TRANSPORT], ids=name_of)
+def test_a_transport_by_the_recipe(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
+    source, tokenizer = planted.source_tokenizer(), planted.target_tokenizer()
+    model = planted.planted_model("llama", source, 32, 3, seed=5)
+    planted.save(model, source, tmp_path / "source")
+    vector = make_vector(model, source, planted.planted_delta(model, source, seed=5)[0])
+    vector.selection["selected_layers"], vector.extraction["rank"] = [0], 1
+    vector.save_pretrained(tmp_path / "vector")
+    target = planted.planted_model("qwen2", tokenizer, 48, 4, seed=6)
+    planted.save(target, tokenizer, tmp_path / "target")
+    places = planted.prompt_files(tmp_path) | {
+        "aligned_model": tmp_path / "target",
+        "source_model": tmp_path / "source",
+        "source_vector": tmp_path / "vector",
+        "output_dir": tmp_path / "made",
+    }
+    recipe = yaml.safe_load(path.read_text()) | {key: str(value) for key, value in places.items()}
+    edited = tmp_path / "recipe.yaml"
+    edited.write_text(yaml.safe_dump(recipe | {"dtype": "float32"}))
+    assert main(["extract", "--config", str(edited)]) == 0
+    made = SafetyVector.from_pretrained(tmp_path / "made")
+    made.check_fits(canonical_modules(target))
+    assert made.extraction["method"] == "transport" and len(made.layers) == 2
 
 
 @pytest.mark.parametrize("path", [RETARGETING], ids=name_of)

@@ -28,11 +28,14 @@ from ..estimation.extraction import (
 from ..estimation.probe import Probe
 from ..estimation.safeguard import estimate_safeguard
 from ..estimation.stored_merge import estimate_stored_merge
+from ..estimation.transport import Side, estimate_transport
 from ..extraction.config import ExtractionConfig
 from ..extraction.difference import differ_by_adapters
 from ..extraction.methods import METHODS
 from ..extraction.prompts import ExtractionPrompts
 from ..extraction.retargeting import KnownVector, check_aligned
+from ..extraction.transport.anchors import read_anchors
+from ..extraction.transport.sides import Texts, check_other_family, read_source_vector
 from ..step.apply import apply, check_arguments, output_of
 from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import FINE_TUNE, InputModel, Origin, read_vector, try_output
@@ -215,6 +218,8 @@ def _safeguarding(
 def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     (config,) = parse((ExtractionConfig,), argv, "safegene estimate extract", "")
     config.check()
+    if config.transports:
+        return _estimate_transport(config, launch)
     if config.vector:
         return _estimate_retargeting(config, launch)
     name, revision = config.degraded_model, config.degraded_revision
@@ -229,6 +234,23 @@ def _estimate_extract(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
     prompts = ExtractionPrompts.read(config)
     tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
     return estimate_extraction(probe, config, tokenizer, prompts, difference, launch)
+
+
+def _estimate_transport(config: ExtractionConfig, launch: Launch) -> dict[str, Cost]:
+    check_other_family(config)
+    prompts = ExtractionPrompts.read(config)
+    texts = Texts(read_anchors(config, prompts.harmful), *prompts.to_answer())
+    if config.source_vector:
+        read_source_vector(config)
+    sides = []
+    for name, revision in (
+        (config.source_model, config.source_revision),
+        (config.aligned_model, config.aligned_revision),
+    ):
+        skeleton = StoredModel.open(name, revision).model
+        probe = Probe(skeleton, resolve_dtype(config.dtype, name, revision))
+        sides.append(Side(probe, load_tokenizer(name, revision)))
+    return estimate_transport(sides[0], sides[1], config, prompts, texts, launch)
 
 
 def _estimate_retargeting(config: ExtractionConfig, launch: Launch) -> dict[str, Cost]:

@@ -1,10 +1,13 @@
-"""`safegene extract`: a safety vector from an aligned and a degraded model."""
+"""`safegene extract`: a safety vector from an aligned and a degraded model, or from another model's
+direction.
+"""
 
 from collections.abc import Sequence
 
 from ..distributed.processes import join_processes, leave_processes
 from ..extraction.config import ExtractionConfig
 from ..extraction.extract import extract
+from ..models.names import layer_index
 from ..vectors.prompt_rows import part_of
 from ..vectors.safety_vector import SafetyVector
 from .launch_option import wants_launch
@@ -31,7 +34,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _made_of(config: ExtractionConfig, vector: SafetyVector) -> str:
-    """What the vector holds of the difference, or which of its prompts are new."""
+    """What the vector holds of the difference, how well a direction was carried over, or which of its
+    prompts are new.
+    """
+    if config.transports:
+        return "\n".join(_carried(vector))
     if not config.vector:
         share = vector.extraction["covered_share"]
         return f"The linear layers hold {100 * share:.3g} % of the difference of the two models."
@@ -42,6 +49,30 @@ def _made_of(config: ExtractionConfig, vector: SafetyVector) -> str:
         f"The weights are those of {config.vector}{kept}. Of {len(parts)} prompts {soft} have soft targets, {parts.count('border')} are benign "
         f"ones that the aligned model refuses, and {parts.count('measure')} are to measure on."
     )
+
+
+def _carried(vector: SafetyVector) -> list[str]:
+    """A line for every layer of the target."""
+    record = vector.extraction["transport"]
+    lines = [
+        f"Directions carried over by {record['transport_map']}, fitted on {record['anchors']['fitted']} anchors and measured on "
+        f"{record['anchors']['held_out']} others:"
+    ]
+    for index, layer in enumerate(record["layers"]):
+        aucs = [
+            own["auc"] for name, own in record["detectors"].items() if layer_index(name) == index
+        ]
+        lines.append(
+            f"  layer {index:>3} from {layer['source_layer']:>3}  R² {layer['explained']:+.2f}  cosine {layer['cosine']:+.2f}  "
+            f"halves {layer['agreement']:+.2f}  own {layer['own_cosine']:+.2f}"
+            + (f"  detectors' AUC {min(aucs):.2f}" if aucs else "")
+        )
+    refusals = record["refusals"]
+    whose = "its own" if refusals["from"] == "target" else "the source's"
+    lines.append(
+        f"The target refuses {refusals['refused']} of {refusals['asked']} harmful prompts: the stored refusals are {whose}."
+    )
+    return lines
 
 
 def _tested(config: ExtractionConfig, vector: SafetyVector) -> list[str]:

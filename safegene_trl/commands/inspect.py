@@ -20,7 +20,7 @@ from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
 from ..vectors.files import CONFIG_FILE, read_files
 from ..vectors.prompt_rows import Part, part_of, rows_of, verdict_of
-from ..vectors.record import VectorRecord, read_record
+from ..vectors.record import VectorRecord, extractions, read_record, refuses_as_another
 from .plain_parser import PlainParser
 
 
@@ -216,6 +216,22 @@ def _components(vector: VectorRecord) -> list[str]:
     return lines
 
 
+def _transported(extraction: Mapping[str, Any]) -> list[str]:
+    """Lines about where directions were carried over from, where they were."""
+    lines = []
+    for made in extractions(extraction):
+        if record := made.get("transport"):
+            cosines = [layer["cosine"] for layer in record["layers"]]
+            separation = [own["auc"] for own in record["detectors"].values()]
+            lines.append(
+                f"carried over from {record['source']['model']['name']} by {record['transport_map']}: cosine on texts held out "
+                f"{min(cosines):.2f} to {max(cosines):.2f} by layer, detectors' AUC {min(separation):.2f} to {max(separation):.2f}"
+            )
+    if refuses_as_another(extraction):
+        lines.append("the refusals are those of the model it was carried over from")
+    return lines
+
+
 def _describe_vector(vector: VectorRecord) -> str:
     parts = Counter(map(part_of, vector.prompts))
     soft = sum("targets" in row for row in vector.prompts)
@@ -227,6 +243,7 @@ def _describe_vector(vector: VectorRecord) -> str:
         f"{parts['harmful']} harmful prompts with refusals, {parts['benign']} benign prompts with answers"
         + (f", {parts['border']} with refusals" if parts["border"] else "")
         + (f", {soft} of them with soft targets" if soft else ""),
+        *_transported(vector.extraction),
         *_tests(rows_of(vector.prompts, "measure")),
         *_lacking(soft, parts),
     ]

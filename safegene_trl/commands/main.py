@@ -23,7 +23,7 @@ from ..text import one_line
 
 COMMANDS = {
     "sft": "fine-tune with TRL's SFTTrainer and the safety step at its end",
-    "extract": "make a safety vector from an aligned and a degraded model",
+    "extract": "make a safety vector: of an aligned and a degraded model, or of another model's direction",
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
     "evaluate": "measure refusals, over-refusal and utility of a checkpoint or adapter",
     "estimate": "tell a command's time, memory and disk before it runs",

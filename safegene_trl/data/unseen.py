@@ -19,7 +19,7 @@ from ..models.inputs import Sample
 from ..models.reasoning import Answering, room_to_reason, split_stored
 from ..provenance import chat_template_hash
 from ..vectors.prompt_rows import ANSWER_TOKENS, MEASURE, Verdict, rows_of
-from ..vectors.record import extractions
+from ..vectors.record import extractions, refuses_as_another
 from ..vectors.safety_vector import SafetyVector
 from .prompts import Kind, Prompt, kept_apart, near_duplicates, read_prompts, spread
 from .rows import Row, Skipped, UnreadableRowError, conversation
@@ -88,6 +88,8 @@ class GatePrompts:
         )
         self._asked = vector.selection.get("test_prompts") or {}
         self._vector = vector
+        self._others_refusals = refuses_as_another(vector.extraction)
+        self._unknown = False  # whether such a refusal is measured on
         self._longer = False  # whether more tokens are asked for than the vector's answers have
 
     @cached_property
@@ -116,6 +118,11 @@ class GatePrompts:
         """A sentence where the vector's prompts are measured on, and its verdicts on them are of
         answers of another length, or to prompts that were written otherwise.
         """
+        if self._unknown:
+            return [
+                "The vector was carried over from another model and its refusals are that model's: what its aligned model does with the "
+                "harmful prompts is not known, so that nothing is measured against it."
+            ]
         if self._longer:
             return [
                 f"The vector's answers have up to {self._stored_tokens} tokens and here there are {self._new_tokens}, so that nothing is "
@@ -223,6 +230,9 @@ class GatePrompts:
         """
         verdict: Verdict | None = row["verdict"]
         if verdict is None or not self._same_prompts:
+            return None
+        if self._others_refusals and verdict == "refused":  # the aligned model may answer
+            self._unknown = True
             return None
         if self._new_tokens > self._stored_tokens:  # it may be refused later
             self._longer = True

@@ -105,8 +105,12 @@ def estimate_extraction(
     deltas = probe.deltas(difference.names, difference.rank)
     run = PlannedRun.of(probe, tokenizer, launch, deltas)
     costs = {"difference": _difference(probe, config, difference)}
-    samples = [_samples(tokenizer, texts, config.max_new_tokens) for texts in prompts.to_answer()]
-    costs["answers"] = _answers(run, config, prompts, [each for kind in samples for each in kind])
+    samples = [
+        samples_to_answer(tokenizer, texts, config.max_new_tokens) for texts in prompts.to_answer()
+    ]
+    costs["answers"] = answers_cost(
+        run, config, prompts, [each for kind in samples for each in kind]
+    )
     if METHODS[config.method].distils:
         costs["distillation"] = _distillation(run, config, samples)
     if SELECTIONS[config.selection].runs_models:
@@ -140,15 +144,15 @@ def estimate_retargeting(
     stored = [row for row in vector.prompts if part_of(row) != "measure" and "targets" not in row]
     texts = [row["prompt"] for row in stored]
     texts += [text for own in prompts.to_answer() for text in own]
-    samples = _samples(tokenizer, texts, config.max_new_tokens)
+    samples = samples_to_answer(tokenizer, texts, config.max_new_tokens)
     return {
-        "answers": _answers(run, config, prompts, samples),
+        "answers": answers_cost(run, config, prompts, samples),
         **_categories(run, by_category),
         "save": Cost(0.0, probe.host, size),
     }
 
 
-def _answers(
+def answers_cost(
     run: PlannedRun,
     config: ExtractionConfig,
     prompts: ExtractionPrompts,
@@ -322,7 +326,7 @@ def _size_of_vector(run: PlannedRun, config: ExtractionConfig) -> int:
     return numbers // LAYERS[0] * kept * getattr(torch, config.weights_dtype).itemsize
 
 
-def _samples(
+def samples_to_answer(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], response_tokens: int
 ) -> list[Sample]:
     """Prompts with answers as long as they may become."""

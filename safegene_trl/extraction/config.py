@@ -30,7 +30,35 @@ from .selection import SELECTIONS
 BATCH = 16  # of prompts on a CPU; of a step's samples anywhere, as what is learned depends on it
 _COUNT = Rule(at_least=1, at_most=LARGEST_COUNT)
 _FOR_WEIGHTS = ("degraded_model", "harmful_data", "benign_data")  # not needed with `vector`
+_OF_A_DIFFERENCE = (  # what only a difference of two models has
+    "degraded_model",
+    "degraded_revision",
+    "linearized_blocks",
+    "distill_steps",
+    "distill_learning_rate",
+    "anchor_weight",
+    "rank",
+    "exact_svd",
+    "isolate_from",
+    "isolation_rank",
+)
+_OF_A_TRANSPORT = (
+    "source_model",
+    "source_revision",
+    "source_degraded_model",
+    "source_degraded_revision",
+    "source_vector",
+    "source_vector_revision",
+    "anchor_data",
+    "num_anchors",
+    "transport_map",
+    "map_penalty",
+    "layer_matching",
+    "state_pooling",
+    "min_transport_quality",
+)
 _OF_THE_VECTOR = (  # what `vector` has settled
+    *_OF_A_TRANSPORT,
     "degraded_model",
     "degraded_revision",
     "method",
@@ -69,17 +97,41 @@ class ExtractionConfig:
             that come with it. They are its own, with soft targets, and those of the data sets here.
         vector_revision: Its branch, tag or commit on the hub.
         allow_other_base: Take an aligned model whose weight files are others than those that
-            `vector` was made from.
+            `vector`, or a source model than those that `source_vector`, was made from.
         output_dir: Where the vector goes.
         overwrite_output_dir: Replace a vector that is there.
         method: How the deltas are made: `delta` is the plain weight difference, `distill` learns
             them from there (see docs/vectors.md), and so does `linearized`, on blocks that are
-            linear in their weights.
+            linear in their weights. `transport` carries the safety direction of `source_model`, of
+            any architecture, over to the aligned model, which needs no degraded one then (see
+            docs/transport.md).
         linearized_blocks: Blocks that `linearized` expands.
         distill_steps: Optimiser steps of `distill` and `linearized`.
         distill_learning_rate: Learning rate of `distill` and `linearized`.
         anchor_weight: Weight of the term in `distill` and `linearized` that keeps benign answers as
             they are.
+        source_model: The aligned model that `transport` carries the direction from: directory or
+            hub id. `aligned_model` is the one that gets the vector, aligned or not.
+        source_revision: Its branch, tag or commit on the hub.
+        source_degraded_model: The source model with weakened refusals, where the direction is the
+            difference of the two.
+        source_degraded_revision: Its branch, tag or commit on the hub.
+        source_vector: A safety vector of the source model, where the direction is what it adds.
+        source_vector_revision: Its branch, tag or commit on the hub.
+        anchor_data: Benign texts, about 1000 sentences, that the map from the source's states to
+            the target's is fitted on: prompts without answers. None may nearly repeat a harmful
+            prompt.
+        num_anchors: How many of them are read, at most.
+        transport_map: The map: `procrustes` (a rotation), `ridge` (a regression) or `mlp` (the same
+            with a hidden layer on top).
+        map_penalty: Ridge penalty of `ridge` and `mlp`, in the mean variance of the source's
+            states.
+        layer_matching: Which layer of the source a layer of the target takes its direction from:
+            that of the same relative `depth`, or that of the most similar states (`cka`).
+        state_pooling: The state of a text: at the `last` token of the prompt, or the `mean` over
+            what the user says.
+        min_transport_quality: Mean cosine (0–1) of mapped and true states of anchors held out, below
+            which a layer takes no direction on; where no layer reaches it nothing is made.
         rank: Rank of every delta. Default: the LoRA's own rank, else 8.
         exact_svd: Truncate by the exact SVD instead of the randomised one.
         isolate_from: Fine-tunes of the aligned model (checkpoints or LoRAs) whose directions are
@@ -152,6 +204,21 @@ class ExtractionConfig:
     distill_steps: int = 60
     distill_learning_rate: float = 1e-4
     anchor_weight: float = 1.0
+    source_model: str = ""
+    source_revision: str | None = None
+    source_degraded_model: str = ""
+    source_degraded_revision: str | None = None
+    source_vector: str = ""
+    source_vector_revision: str | None = None
+    anchor_data: str = ""
+    num_anchors: int = 1000
+    transport_map: str = field(
+        default="ridge", metadata={"choices": ["procrustes", "ridge", "mlp"]}
+    )
+    map_penalty: float = 0.1
+    layer_matching: str = field(default="depth", metadata={"choices": ["depth", "cka"]})
+    state_pooling: str = field(default="last", metadata={"choices": ["last", "mean"]})
+    min_transport_quality: float = 0.3
     rank: int | None = None
     exact_svd: bool = False
     isolate_from: list[str] = field(default_factory=list)
@@ -186,6 +253,9 @@ class ExtractionConfig:
         "distill_steps": _COUNT,
         "distill_learning_rate": Rule(at_least=0.0),
         "anchor_weight": Rule(at_least=0.0),
+        "num_anchors": _COUNT,
+        "map_penalty": Rule(at_least=0.0),
+        "min_transport_quality": Rule(at_least=0.0, at_most=1.0),
         "rank": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "isolation_rank": _COUNT,
         "layer_share": Rule(above=0.0, at_most=1.0),
@@ -257,18 +327,14 @@ class ExtractionConfig:
         Raises:
             ConfigError: One is missing or impossible.
         """
-        for name in (
-            "aligned_model",
-            "degraded_model",
-            "output_dir",
-            "harmful_data",
-            "benign_data",
-        ):
+        origin = ("source_model", "anchor_data") if self.transports else ("degraded_model",)
+        for name in ("aligned_model", *origin, "output_dir", "harmful_data", "benign_data"):
             if not getattr(self, name) and not (self.vector and name in _FOR_WEIGHTS):
                 meant = meanings(type(self))[name].replace(":", ",")
                 raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")
         check_values(self)
         self._check_vector()
+        self._check_transport()
         if (self.test_harmful_data is None) != (self.test_benign_data is None):
             there, missing = "test_harmful_data", "test_benign_data"
             if self.test_harmful_data is None:
@@ -278,19 +344,55 @@ class ExtractionConfig:
             )
         template_options("chat_template_kwargs", self.chat_template_kwargs)
 
-    def _check_vector(self) -> None:
-        """Raises `ConfigError` for what says nothing with `vector`, or nothing without it."""
-        named = [
+    @property
+    def transports(self) -> bool:
+        """Whether the direction of another model is carried over, and there is no difference."""
+        return self.method == "transport" and not self.vector
+
+    def _named(self) -> list[str]:
+        """The settings that are not as they are by default."""
+        return [
             each.name
             for each in fields(self)
             if getattr(self, each.name) != (each.default if each.default is not MISSING else [])
         ]
-        for name in named:
+
+    def _check_transport(self) -> None:
+        """Raises `ConfigError` for what says nothing with `method: transport`, or nothing without
+        it.
+        """
+        unread = _OF_A_DIFFERENCE if self.transports else _OF_A_TRANSPORT
+        for name in self._named():
+            if name in unread:
+                raise ConfigError(
+                    f"`{name}` is set and `method` is `{self.method}`, which does not read it: leave out `{name}`."
+                )
+        if self.transports and SELECTIONS[self.selection].takes_gradients:
+            raise ConfigError(
+                f"`selection` is `{self.selection}`, which takes gradients of a degraded model, and a transport has none: use "
+                "`activation_contrast` or `all`."
+            )
+        if self.source_vector and self.source_degraded_model:
+            raise ConfigError(
+                "`source_vector` and `source_degraded_model` are both set: leave out one, as the direction is taken from either."
+            )
+        for name in ("source_vector", "source_degraded_model"):
+            revision = name.removesuffix("_model") + "_revision"
+            if getattr(self, revision) is not None and not getattr(self, name):
+                raise ConfigError(
+                    f"`{revision}` is set and `{name}` is not: set both, or leave out `{revision}`."
+                )
+
+    def _check_vector(self) -> None:
+        """Raises `ConfigError` for what says nothing with `vector`, or nothing without it."""
+        for name in self._named():
             if self.vector and name in _OF_THE_VECTOR:
                 raise ConfigError(
                     f"`{name}` is set and so is `vector`, which keeps its weights, its layers and the way its prompts are written: leave "
                     f"out `{name}`."
                 )
+            if name == "allow_other_base" and self.source_vector:
+                continue
             if not self.vector and name in ("vector_revision", "allow_other_base"):
                 raise ConfigError(
                     f"`{name}` is set and `vector` is not: set both, or leave out `{name}`."

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.atomic_writes import atomic_directory
 from ..checkpoints.contents import VECTOR
@@ -14,6 +15,7 @@ from .by_category import tell
 from .config import ExtractionConfig
 from .pipeline import make_vector
 from .retargeting import retarget
+from .transport.transport import make_transported
 
 
 logger = logging.getLogger(__name__)
@@ -32,9 +34,10 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     W_degraded` cut to rank r, or what is learned from there (SafeGene, arXiv 2606.06519;
     `linearized` after EnchTable, arXiv 2511.09880). A selection that means little, and a difference
     that lies mostly outside of the linear layers, are warned of. With `config.vector` there is no
-    degraded model: that vector's weights are kept and its prompts made anew. With
-    `config.by_category` the deltas are the sum of a shared component and one for every harm category.
-    Collective: every process of a launch calls it.
+    degraded model: that vector's weights are kept and its prompts made anew. Nor is there one with
+    `method: transport`, which carries the direction of another model over (arXiv 2606.05290) and
+    writes it as `V_m = T(v) uᵀ`. With `config.by_category` the deltas are the sum of a shared
+    component and one for every harm category. Collective: every process of a launch calls it.
 
     Args:
         config: From which models and prompts, how, and where to.
@@ -46,8 +49,8 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     Raises:
         ConfigError: A value is missing, impossible, or contradicts another one.
         FamilyError: The two models are not of one family, or only one of them has a chat template;
-            or the aligned model is not that of `config.vector`, or has no
-            module that can be split by category.
+            or the aligned model is not that of `config.vector`, or has no module that can be split
+            by category; or nothing can be carried over from the source model.
         VectorError: `config.vector` is missing, altered or truncated.
         UnsupportedModelError: A model is not to be had, or of a kind that cannot be read.
         CheckpointError: Weight files are missing, damaged, or hold NaN or infinity.
@@ -61,22 +64,14 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
     with job.raising_together():
         config.check()
         if job.is_main:
-            inputs = {
-                "the aligned model": config.aligned_model,
-                "the degraded model": config.degraded_model,
-                "the safety vector": config.vector,
-                "the harmful data": config.harmful_data,
-                "the benign data": config.benign_data,
-                "the test data": [
-                    source
-                    for source in (config.test_harmful_data, config.test_benign_data)
-                    if source is not None
-                ],
-                "the task model": config.isolate_from,
-            }
-            check_vector_output(target, inputs, config.overwrite_output_dir)
+            check_vector_output(target, _inputs(config), config.overwrite_output_dir)
     with job.naming_rank(), naming_shortage(_TOO_SMALL):
-        made = retarget(config, job) if config.vector else make_vector(config, job, show_progress)
+        if config.transports:
+            made = make_transported(config, job)
+        elif config.vector:
+            made = retarget(config, job)
+        else:
+            made = make_vector(config, job, show_progress)
     with atomic_directory(target, VECTOR, job) as folder, job.raising_together():
         if made is not None:
             made.save_pretrained(folder)
@@ -86,6 +81,25 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         for warning in selection_warnings(made):
             logger.warning(warning)
     return made
+
+
+def _inputs(config: ExtractionConfig) -> dict[str, Any]:
+    """All that is read, by what it is."""
+    return {
+        "the aligned model": config.aligned_model,
+        "the degraded model": [config.degraded_model, config.source_degraded_model],
+        "the source model": config.source_model,
+        "the safety vector": [config.vector, config.source_vector],
+        "the harmful data": config.harmful_data,
+        "the benign data": config.benign_data,
+        "the anchors": config.anchor_data,
+        "the test data": [
+            source
+            for source in (config.test_harmful_data, config.test_benign_data)
+            if source is not None
+        ],
+        "the task model": config.isolate_from,
+    }
 
 
 def selection_warnings(vector: SafetyVector) -> list[str]:

@@ -46,12 +46,13 @@ class Method:
     """A way to make deltas.
 
     Attributes:
-        make: The deltas, and what the vector is to record of them. Collective.
+        make: The deltas, and what the vector is to record of them. Collective. None where they are
+            made of no difference, but of directions (`transport/`).
         distils: Whether it reads what both models answer.
         expands: Whether it does so on blocks that are linear in their weights.
     """
 
-    make: Callable[[MethodInputs], Made]
+    make: Callable[[MethodInputs], Made] | None
     distils: bool = False
     expands: bool = False
 
@@ -89,4 +90,5 @@ METHODS: dict[str, Method] = {
     "delta": Method(plain),
     "distill": Method(distil, distils=True),
     "linearized": Method(linearize, distils=True, expands=True),
+    "transport": Method(None),
 }

@@ -7,7 +7,7 @@ asks for it.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +20,7 @@ from ..checkpoints.loading import load_model, load_placed, load_tokenizer, resol
 from ..data.prompt_style import target_record
 from ..data.prompts import PLAIN
 from ..distributed.layouts import Sharding
-from ..errors import FamilyError, UnsupportedModelError
+from ..errors import ConfigError, FamilyError, UnsupportedModelError
 from ..models.inputs import padding_id, shortened
 from ..models.low_rank import LowRankDelta, broadcast_deltas
 from ..models.names import layer_index
@@ -41,7 +41,7 @@ from .config import ExtractionConfig
 from .difference import take_difference, truncation_record
 from .distillation import DistillationSettings, ReferenceBatch, reference_batches
 from .linearization import Blocks
-from .methods import METHODS, MethodInputs
+from .methods import METHODS, Made, MethodInputs
 from .prompts import ExtractionPrompts
 from .selection import (
     SELECTIONS,
@@ -84,7 +84,7 @@ def make_vector(
         SafeGeneError: One of its kinds: data, models or settings do not fit.
     """
     show_progress = show_progress and job.is_main
-    difference = None
+    difference, make = None, _made_by(config)
     with job.raising_together():
         config.check()
         prompts = ExtractionPrompts.read(config)
@@ -98,7 +98,7 @@ def make_vector(
     deltas = broadcast_deltas(difference.deltas if difference else {}, job)
     aligned = _aligned_side(inputs)
     found = _method_inputs(inputs, deltas, aligned, show_progress)
-    deltas, distillation = METHODS[config.method].make(found)
+    deltas, distillation = make(found)
     scores = _scores(inputs, deltas, aligned)
     layers = top_layers(scores.mean().tolist(), config.selected_share)
     chosen = {name: delta for name, delta in deltas.items() if layer_index(name) in layers}
@@ -143,6 +143,16 @@ def _components(
     )
     made = split_by_category(deltas, prompts, model, inputs.tokenizer, inputs.style, sharding)
     return made.deltas, made.record
+
+
+def _made_by(config: ExtractionConfig) -> Callable[[MethodInputs], Made]:
+    """What makes deltas of a difference; raises `ConfigError` for a method without one."""
+    make = METHODS[config.method].make
+    if make is None:
+        raise ConfigError(
+            f"`method` is `{config.method}`, which takes no difference of two models: call `extract`."
+        )
+    return make
 
 
 def _selection_record(

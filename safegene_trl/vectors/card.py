@@ -13,6 +13,7 @@ from ..text import code, markdown
 from .components import category_cosines, component_cosines
 from .family import Family
 from .prompt_rows import rows_of
+from .record import extractions, refuses_as_another
 
 
 class Described(Protocol):
@@ -59,7 +60,7 @@ def vector_card(vector: Described) -> ModelCard:
 # Safety vector for {markdown(vector.aligned_model["name"])}
 
 Low-rank weight deltas (rank {vector.rank}) in layers {vector.layer_ranges} of {code(vector.family.architecture)},
-pointing from a mildly degraded model to the aligned one. A fine-tune of the same family takes them on with learned
+{_pointing(vector)}. A fine-tune of the same family takes them on with learned
 coefficients, one per module:
 
 ```python
@@ -69,9 +70,9 @@ callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTT
 ```
 
 - Made by: {code(vector.extraction["method"])}; layers selected by {code(vector.selection["method"])}.
-- Comes with {harmful} harmful prompts and the aligned model's own refusals. It holds no harmful answers. Answers to benign
+- Comes with {harmful} harmful prompts and {_whose(vector)} refusals. It holds no harmful answers. Answers to benign
   prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
-{_further(vector)}{_categories(vector)}- Files, hashes and scores: `safegene_config.json`.
+{_further(vector)}{_categories(vector)}{_transport(vector)}- Files, hashes and scores: `safegene_config.json`.
 {_components(vector)}
 ## Limits
 
@@ -80,6 +81,35 @@ does not make a model safe against determined attacks. Subtracting it would remo
 negative in `safegene-trl`, and it must not be used that way elsewhere.
 """
     )
+
+
+def _pointing(vector: Described) -> str:
+    if not any("transport" in made for made in extractions(vector.extraction)):
+        return "pointing from a mildly degraded model to the aligned one"
+    return (
+        "writing a direction that was carried over from another model (no degraded model was made)"
+    )
+
+
+def _whose(vector: Described) -> str:
+    other = refuses_as_another(vector.extraction)
+    return "another model's" if other else "the aligned model's own"
+
+
+def _transport(vector: Described) -> str:
+    """Lines about where a direction was carried over from, and how well that went."""
+    lines = ""
+    for made in extractions(vector.extraction):
+        if (record := made.get("transport")) is None:
+            continue
+        cosines = [layer["cosine"] for layer in record["layers"]]
+        separation = [own["auc"] for own in record["detectors"].values()]
+        lines += (
+            f"- Carried over from {markdown(record['source']['model']['name'])} by {code(record['transport_map'])} on benign texts: on texts "
+            f"held out, mapped and true states have a cosine of {min(cosines):.2f} to {max(cosines):.2f} by layer; its modules tell harmful from "
+            f"benign prompts with an AUC of {min(separation):.2f} to {max(separation):.2f}.\n"
+        )
+    return lines
 
 
 def _further(vector: Described) -> str:

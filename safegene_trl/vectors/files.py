@@ -432,6 +432,7 @@ def _valid_extraction(extraction: dict[str, Any]) -> bool:
         and _valid_names(extraction.get("component_names", _NONE), len(components))
         and _valid_by_category(extraction.get("by_category", _NONE))
         and _valid_parts(extraction.get("vectors", []))
+        and _valid_transport(extraction)
     )
 
 
@@ -459,6 +460,37 @@ def _valid_by_category(record: Any) -> bool:
     )
 
 
+def _valid_transport(extraction: dict[str, Any]) -> bool:
+    """Whether a vector that was carried over from another model, and no other, says from which one,
+    how well and whose refusals it brings.
+    """
+    record = extraction.get("transport")
+    if (extraction.get("method") == "transport") != (record is not None):
+        return False
+    if record is None:
+        return True
+    if not isinstance(record, dict) or not isinstance(record.get("refusals"), dict):
+        return False
+    source, layers, detectors = (record.get(key) for key in ("source", "layers", "detectors"))
+    return (
+        isinstance(source, dict)
+        and {"model"} <= set(source) <= {"model", "vector", "degraded_model"}
+        and all(isinstance(each, dict) and _valid_reference(each) for each in source.values())
+        and isinstance(record.get("transport_map"), str)
+        and isinstance(layers, list)
+        and layers != []
+        and all(_are_numbers(layer, "cosine", "length") for layer in layers)
+        and isinstance(detectors, dict)
+        and detectors != {}
+        and all(_are_numbers(own, "auc") for own in detectors.values())
+        and record["refusals"].get("from") in ("target", "source")
+    )
+
+
+def _are_numbers(record: Any, *keys: str) -> bool:
+    return isinstance(record, dict) and all(_is_number(record.get(key)) for key in keys)
+
+
 def _valid_parts(parts: Any) -> bool:
     """Whether the records of combined vectors, where there are any, say how each was made, those of
     their own parts included.
@@ -470,7 +502,9 @@ def _valid_parts(parts: Any) -> bool:
             return False
         made = [part.get("extraction") for part in own]
         if not all(
-            isinstance(each, dict) and is_template_options(each.get("chat_template_kwargs", {}))
+            isinstance(each, dict)
+            and is_template_options(each.get("chat_template_kwargs", {}))
+            and _valid_transport(each)
             for each in made
         ):
             return False

@@ -85,6 +85,16 @@ def extractions(extraction: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
+def refuses_as_another(extraction: Mapping[str, Any]) -> bool:
+    """Whether the refusals that come with a vector, or with one of its components, are those of the
+    model that its direction was carried over from, and not its aligned model's own.
+    """
+    return any(
+        made.get("transport", {}).get("refusals", {}).get("from") == "source"
+        for made in extractions(extraction)
+    )
+
+
 def read_record(
     contents: Mapping[str, bytes], name: str, public_key: Path | None = None
 ) -> VectorRecord:

@@ -18,6 +18,9 @@ from safegene_trl.config.settings import BLOCKS
 from safegene_trl.config.validation import hint_of, names_of, nearest
 from safegene_trl.evaluation.config import EvaluationConfig
 from safegene_trl.extraction.config import ExtractionConfig
+from safegene_trl.extraction.transport.maps import MAPS
+from safegene_trl.extraction.transport.matching import MATCHINGS
+from safegene_trl.extraction.transport.states import POOLINGS
 
 from ..conftest import config_of, in_groups
 
@@ -345,11 +348,47 @@ def test_every_setting_says_what_it_means(kind):
         ({"weights_dtype": "auto"}, "use one of float32"),
         ({"output_dir": "."}, "a folder of its own"),
         ({"degraded_model": ""}, "`degraded_model` is not set"),
+        ({"source_model": "s"}, "`source_model` is set and `method` is `delta`"),
+        ({"transport_map": "linear"}, "use one of procrustes, ridge, mlp"),
+        ({"layer_matching": "none"}, "use one of depth, cka"),
+        ({"min_transport_quality": 1.5}, "at most 1"),
     ],
 )
 def test_impossible_extractions(values, message):
     with pytest.raises(SafeGeneError, match=message):
         extraction(**values)
+
+
+TRANSPORT = {"method": "transport", "degraded_model": "", "source_model": "s", "anchor_data": "a"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"degraded_model": "x"}, "`degraded_model` is set and `method` is `transport`"),
+        ({"rank": 4}, "`rank` is set and `method` is `transport`"),
+        ({"isolate_from": ["x"]}, "`isolate_from` is set and `method` is `transport`"),
+        ({"source_model": ""}, "`source_model` is not set: give the aligned model that"),
+        ({"anchor_data": ""}, "`anchor_data` is not set: give benign texts"),
+        ({"selection": "gradient"}, "a transport has none: use `activation_contrast`"),
+        ({"source_vector": "v", "source_degraded_model": "d"}, "are both set: leave out one"),
+        ({"source_vector_revision": "r"}, "`source_vector` is not: set both"),
+        ({"source_degraded_revision": "r"}, "`source_degraded_model` is not: set both"),
+        ({"vector": "v"}, "`method` is set and so is `vector`"),
+        ({"allow_other_base": True}, "`allow_other_base` is set and `vector` is not"),
+    ],
+)
+def test_impossible_transports(values, message):
+    extraction(**TRANSPORT)
+    with pytest.raises(SafeGeneError, match=message):
+        extraction(**TRANSPORT | values)
+
+
+def test_the_choices_of_a_transport_are_those_of_its_tables():
+    tables = {"transport_map": MAPS, "layer_matching": MATCHINGS, "state_pooling": POOLINGS}
+    for name, table in tables.items():
+        field = ExtractionConfig.__dataclass_fields__[name]
+        assert sorted(field.metadata["choices"]) == sorted(table)
 
 
 def test_what_is_set_after_a_config_was_made_is_not_lost():

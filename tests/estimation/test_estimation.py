@@ -48,6 +48,7 @@ from ..conftest import (
     small_shape,
     with_lora,
 )
+from ..extraction.transport import planted
 
 
 LAYERS = 4
@@ -372,6 +373,36 @@ def test_extraction(method, degraded, extraction_inputs, capsys):
     assert costs["save"]["disk"] == LAYERS // 2 * per_layer * rank * 2
     assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
     assert "GiB" in capsys.readouterr().out and not Path("vector").exists()
+
+
+def test_a_transport(tmp_path, monkeypatch, capsys):
+    """Each step is told, without a degraded model and before anything is made; a source of the same
+    family is refused as by the command.
+    """
+    monkeypatch.chdir(tmp_path)
+    source, other = planted.source_tokenizer(), planted.target_tokenizer()
+    planted.save(planted.planted_model("llama", source, 32, 4, seed=5), source, Path("source"))
+    planted.save(planted.planted_model("qwen2", other, 48, 4, seed=6), other, Path("target"))
+    options = planted.prompt_files(tmp_path) | {
+        "method": "transport",
+        "aligned_model": "target",
+        "source_model": "source",
+        "output_dir": "vector",
+        "max_new_tokens": 4,
+        "json": "costs.json",
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    assert main(["estimate", "extract", *words]) == 0
+    costs = json.loads(Path("costs.json").read_text())
+    assert set(costs) == {"source", "target", "maps", "answers", "save"}
+    assert all(cost["seconds"] > 0 for name, cost in costs.items() if name != "save")
+    # 200 anchors and 20 prompts in four layers; of those that detectors read also their inputs
+    assert costs["source"]["disk"] == 220 * 4 * 32 * 4
+    assert costs["target"]["disk"] == 220 * 4 * (48 + 2 * (48 + 48)) * 4
+    assert not Path("vector").exists()
+    same = ["source" if word == "target" else word for word in words]
+    assert main(["estimate", "extract", *same]) == 2
+    assert "are one family" in capsys.readouterr().err
 
 
 def test_extraction_without_benign_prompts(extraction_inputs, operation_clock):

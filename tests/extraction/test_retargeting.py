@@ -202,6 +202,13 @@ VALUES = {
     "layer_share": 1.0,
     "anchor_weight": 0.5,
     "distill_learning_rate": 0.5,
+    **dict.fromkeys(("source_model", "source_revision", "source_degraded_model"), "x"),
+    **dict.fromkeys(("source_degraded_revision", "source_vector", "source_vector_revision"), "x"),
+    "anchor_data": "x",
+    "transport_map": "mlp",
+    "layer_matching": "cka",
+    "state_pooling": "mean",
+    "min_transport_quality": 0.5,
 }
 
 

@@ -64,8 +64,8 @@ def test_card_of_a_vector_names_what_it_is_weak_in(tokenizer):
     text = vector_card(vector).text
     assert "fraud (3 of 8), violence (9 of 9)" in text and "weak in those" in text
     vector.extraction["vectors"] = [
-        {"selection": vector.selection},
-        {"selection": vector.selection},
+        {"selection": vector.selection, "extraction": {}},
+        {"selection": vector.selection, "extraction": {}},
     ]
     assert "fraud (6 of 16), violence (18 of 18)" in vector_card(vector).text
 

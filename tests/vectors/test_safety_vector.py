@@ -167,6 +167,14 @@ CONFIG_CHANGES = {
     "options of the call": {"extraction": {"chat_template_kwargs": {"chat_template": "x"}}},
     "options in a list": {"extraction": {"chat_template_kwargs": ["enable_thinking"]}},
     "another target": {"extraction": {"safety_target": "elsewhere"}},
+    "a transport without its record": {"extraction": {"method": "transport"}},
+    "the record of a transport with another method": {"extraction": {"transport": {}}},
+    "a transport from nowhere": {
+        "extraction": {"method": "transport", "transport": {"refusals": {"from": "target"}}}
+    },
+    "a transport in a component": {
+        "extraction": {"vectors": [{"extraction": {"method": "transport", "transport": []}}]}
+    },
     "rank of no size": {"extraction": {"rank": 0}},
     "other layers": {"selection": {"selected_layers": [0]}},
     "scores of text": {"selection": {"scores": ["a"]}},
