@@ -372,6 +372,10 @@ class ExtractionConfig:
                 f"`selection` is `{self.selection}`, which takes gradients of a degraded model, and a transport has none: use "
                 "`activation_contrast` or `all`."
             )
+        if self.transports and self.by_category:
+            raise ConfigError(
+                "`by_category` is set and `method` is `transport`: make the vector first, and split it by naming it as `vector`."
+            )
         if self.source_vector and self.source_degraded_model:
             raise ConfigError(
                 "`source_vector` and `source_degraded_model` are both set: leave out one, as the direction is taken from either."

@@ -215,6 +215,11 @@ def test_models_that_do_not_go_together(pair, options, changes, message, capsys)
     assert code == 2 and message in capsys.readouterr().err
 
 
+def test_categories_are_split_afterwards(options, capsys):
+    assert made(options, by_category=True)[0] == 2
+    assert "make the vector first, and split it by naming it as `vector`" in capsys.readouterr().err
+
+
 def test_anchors_that_repeat_a_harmful_prompt_are_refused(options, capsys):
     write_prompts(options["anchor_data"], [*planted.anchors(), HARMFUL[3] + "!"])
     code, _ = made(options)
