@@ -224,33 +224,41 @@ def _sum(one: Update, other: Update) -> Update:
     }
 
 
-def _searched(count: int, border: int, task: int, **search: Any) -> Callable[[FineTune], Made]:
-    return lambda tuned: recalibrated(tuned, Drawn(count, border, task, search=search))
+FEW, MANY = Drawn(border=16), Drawn(128, 64, 64)
 
 
-MANY = Drawn(128, 64, 64)
+def _on(drawn: Drawn, suffix: str) -> dict[str, Callable[[FineTune], Made]]:
+    """What is compared on the same shots. The suffix of the names says how many there are."""
+
+    def searched(**search: Any) -> Callable[[FineTune], Made]:
+        return lambda tuned: recalibrated(tuned, replace(drawn, search=search))
+
+    words = replace(drawn, soft=False)
+    sources = replace(drawn, other=drawn.count // 2)
+    variants: dict[str, Callable[[FineTune], Made]] = {
+        "KL, border": searched(),
+        "touch-up": lambda tuned: touched_up(tuned, drawn),
+        "few-shot LoRA, tuned": lambda tuned: few_shot(tuned, words, searched=True),
+        "KL LoRA": lambda tuned: touched_up(tuned, drawn, with_vector=False),
+        "CE, border": lambda tuned: recalibrated(tuned, words),
+        "KL, border, held": lambda tuned: recalibrated(tuned, replace(drawn, held=True)),
+        "KL, border, sources": lambda tuned: recalibrated(tuned, sources),
+        "touch-up, held, sources": lambda tuned: touched_up(tuned, replace(sources, held=True)),
+        "KL, border, utility 0.25": searched(utility_weight=0.25),
+        "KL, border, T = 1": searched(utility_temperature=1.0),
+        "KL, border, by rank": searched(granularity="rank"),
+        "KL, border, 20 passes": searched(max_evaluations=20),
+        "KL, border, bound 4": searched(max_coefficient=4.0),
+    }
+    return {f"{name}{suffix}": made for name, made in variants.items()}
+
+
 VARIANTS: dict[str, Callable[[FineTune], Made]] = {
     "fine-tuned": lambda tuned: (tuned.update, {}),
     "CE": lambda tuned: recalibrated(tuned, Drawn(soft=False)),
     "KL": lambda tuned: recalibrated(tuned, Drawn()),
-    "KL, border": lambda tuned: recalibrated(tuned, Drawn(border=16)),
-    "KL, border, 128": lambda tuned: recalibrated(tuned, MANY),
-    "touch-up, 128": lambda tuned: touched_up(tuned, MANY),
     "few-shot LoRA": lambda tuned: few_shot(tuned, Drawn(soft=False), searched=False),
-    "few-shot LoRA, tuned, 128": lambda tuned: few_shot(
-        tuned, replace(MANY, soft=False), searched=True
-    ),
-    "KL LoRA, 128": lambda tuned: touched_up(tuned, MANY, with_vector=False),
-    "CE, 128": lambda tuned: recalibrated(tuned, replace(MANY, soft=False)),
-    "KL, border, 128, held": lambda tuned: recalibrated(tuned, replace(MANY, held=True)),
-    "KL, border, 128, sources": lambda tuned: recalibrated(tuned, replace(MANY, other=64)),
-    "touch-up, 128, held, sources": lambda tuned: touched_up(
-        tuned, replace(MANY, held=True, other=64)
-    ),
     "uniform 1": lambda tuned: uniform(tuned, 1.0),
-    "KL, border, 128, utility 0.25": _searched(128, 64, 64, utility_weight=0.25),
-    "KL, border, 128, T = 1": _searched(128, 64, 64, utility_temperature=1.0),
-    "KL, border, 128, by rank": _searched(128, 64, 64, granularity="rank"),
-    "KL, border, 128, 20 passes": _searched(128, 64, 64, max_evaluations=20),
-    "KL, border, 128, bound 4": _searched(128, 64, 64, max_coefficient=4.0),
+    **_on(FEW, ""),
+    **_on(MANY, ", 128"),
 }
