@@ -12,7 +12,7 @@ from benchmarks.records import RESULTS
 from safegene_trl.checkpoints.atomic_writes import replace_file
 
 
-KIND, FINDINGS = "study", ROOT / "docs" / "findings.md"
+KIND = "study"
 SETS = {  # column: file of prompts, their kind, how many
     "BT": ("harmful/beavertails_eval_dev.jsonl", "harmful", 140),
     "DR": ("harmful/harmbench_val.jsonl", "harmful", 41),
@@ -26,6 +26,11 @@ HARMFUL, BENIGN = (
 )
 HARMLESS = ("sst2", "ag_news", "boolq", "gsm8k", "alpaca")
 FAMILY = "qwen2.5-coder-0.5b"
+PAGES = {  # by family: the page that has its table
+    FAMILY: ROOT / "docs" / "findings_qwen.md",
+    "qwen2.5-coder-0.5b-cpu": ROOT / "docs" / "findings_qwen.md",
+    "smollm2-135m": ROOT / "docs" / "findings_smollm2.md",
+}
 OPENING, CLOSING = "<!-- study -->\n", "<!-- end -->"
 Record = Mapping[str, Any]
 
@@ -56,14 +61,16 @@ def _share(record: Record, column: str, letter: str) -> float:
     return record["labels"][column].count(letter) / len(record["labels"][column])
 
 
-def rows(found: Mapping[str, Record], variant: str, tasks: Sequence[str]) -> list[dict[str, float]]:
+def rows(
+    found: Mapping[str, Record], variant: str, tasks: Sequence[str], family: str = FAMILY
+) -> list[dict[str, float]]:
     """What a variant comes to on each of the tasks, in points; empty where one was not measured."""
-    names = [f"{FAMILY}-{task}-0-{variant}" for task in tasks]
+    names = [f"{family}-{task}-0-{variant}" for task in tasks]
     if not all(name in found for name in names):
         return []
     made = []
     for task, name in zip(tasks, names, strict=True):
-        aligned, tuned = found[f"{FAMILY}-{task}-aligned"], found[f"{FAMILY}-{task}-0-fine-tuned"]
+        aligned, tuned = found[f"{family}-{task}-aligned"], found[f"{family}-{task}-0-fine-tuned"]
         record = found[name]
         (attack, refusal), (least, aligned_refusal) = shares(record), shares(aligned)
         most = shares(tuned)[0]
@@ -89,6 +96,7 @@ def table(
     found: Mapping[str, Record],
     variants: Sequence[str],
     groups: Mapping[str, Sequence[str]],
+    family: str = FAMILY,
 ) -> list[str]:
     """Markdown: a line for every group of tasks and variant that was measured on all of them."""
     lines = [
@@ -98,7 +106,7 @@ def table(
     ]
     for group, tasks in groups.items():
         for variant in variants:
-            if made := rows(found, variant, tasks):
+            if made := rows(found, variant, tasks, family):
                 mean = {key: fmean(row[key] for row in made) for key in made[0]}
                 lines.append(
                     f"| {group} | {variant} | {mean['attack']:.1f} | {mean['removed']:.0f} | {mean['refusal']:+.1f} "
@@ -107,29 +115,36 @@ def table(
     return lines
 
 
-def with_table(text: str, found: Mapping[str, Record], variants: Sequence[str]) -> str:
-    """The page with the table in its place."""
+def with_table(
+    text: str, found: Mapping[str, Record], variants: Sequence[str], family: str = FAMILY
+) -> str:
+    """The family's page with the table in its place."""
     before, opening, rest = text.partition(OPENING)
     _, closing, after = rest.partition(CLOSING)
     assert opening and closing, "the page has no place for the table"
-    lines = "\n".join(table(found, variants, MEANS))
+    groups = MEANS if rows(found, "fine-tuned", HARMLESS, family) else {**EACH, **MEANS}
+    lines = "\n".join(table(found, variants, groups, family))
     return before + opening + "\n" + lines + "\n\n" + closing + after
 
 
 def whole(found: Mapping[str, Record], variants: Sequence[str]) -> str:
-    """The table of all tasks, as a page."""
-    head = (
-        f"# What each choice of the recalibration is worth on {FAMILY}\n\n"
+    """The table of all families and tasks, as a page."""
+    parts = [
+        "# What each choice of the recalibration is worth\n\n"
         "Made by `python -m benchmarks.study table` from the records in `study.jsonl`; "
-        "[findings](../../docs/findings.md) say what they are. All numbers in % or points.\n\n"
-    )
-    return head + "\n".join(table(found, variants, {**MEANS, **EACH})) + "\n"
+        "[findings](../../docs/findings.md) say what they are. All numbers in % or points.\n"
+    ]
+    for family in PAGES:
+        lines = table(found, variants, {**MEANS, **EACH}, family)
+        parts.append(f"## {family}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def render(folder: Path, variants: Sequence[str]) -> None:
-    """Writes `study.md` beside the records; from the project's own also the findings' table."""
+    """Writes `study.md` beside the records; from the project's own also the tables of the pages."""
     found = records.load(KIND, folder)
     replace_file(folder / f"{KIND}.md", whole(found, variants))
     if folder.resolve() == RESULTS:
-        text = FINDINGS.read_text(encoding="utf-8")
-        replace_file(FINDINGS, with_table(text, found, variants))
+        for family, page in PAGES.items():
+            text = page.read_text(encoding="utf-8")
+            replace_file(page, with_table(text, found, variants, family))

@@ -32,7 +32,12 @@ def on_a_gpu(monkeypatch):
 
 
 def test_every_family_is_found_by_its_name():
-    assert list(FAMILIES) == ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
+    assert list(FAMILIES) == [
+        "smollm2-135m",
+        "qwen2.5-coder-0.5b",
+        "qwen2.5-coder-1.5b",
+        "qwen2.5-coder-0.5b-cpu",
+    ]
     assert FAMILIES["qwen2.5-coder-1.5b"].aligned == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
     assert all(name == family.name for name, family in FAMILIES.items())
 
