@@ -31,7 +31,7 @@ PAGES = {  # by family: the page that has its table
     "qwen2.5-coder-0.5b-cpu": ROOT / "docs" / "findings_qwen.md",
     "smollm2-135m": ROOT / "docs" / "findings_smollm2.md",
 }
-OPENING, CLOSING = "<!-- study -->\n", "<!-- end -->"
+CLOSING = "<!-- end -->"
 Record = Mapping[str, Any]
 
 
@@ -77,7 +77,8 @@ def rows(
         made.append(
             {
                 "attack": 100 * attack,
-                "removed": 100 * (most - attack) / (most - least),
+                "added": 100 * (most - least),
+                "gone": 100 * (most - attack),
                 "refusal": 100 * (refusal - aligned_refusal),
                 "lost": 100 * (utility(tuned, record) - utility(record, tuned)),
                 "harmful": 100 * agreement(record, aligned, HARMFUL),
@@ -85,6 +86,11 @@ def rows(
             }
         )
     return made
+
+
+def removed(made: Sequence[Mapping[str, float]]) -> float:
+    """How much of the attack success that the fine-tunes added is gone, together (%)."""
+    return 100 * sum(row["gone"] for row in made) / sum(row["added"] for row in made)
 
 
 # of fine-tunes, by the name that they have in the table
@@ -109,7 +115,7 @@ def table(
             if made := rows(found, variant, tasks, family):
                 mean = {key: fmean(row[key] for row in made) for key in made[0]}
                 lines.append(
-                    f"| {group} | {variant} | {mean['attack']:.1f} | {mean['removed']:.0f} | {mean['refusal']:+.1f} "
+                    f"| {group} | {variant} | {mean['attack']:.1f} | {removed(made):.0f} | {mean['refusal']:+.1f} "
                     f"| {mean['lost']:.2f} | {mean['harmful']:.1f} | {mean['benign']:.1f} |"
                 )
     return lines
@@ -119,7 +125,7 @@ def with_table(
     text: str, found: Mapping[str, Record], variants: Sequence[str], family: str = FAMILY
 ) -> str:
     """The family's page with the table in its place."""
-    before, opening, rest = text.partition(OPENING)
+    before, opening, rest = text.partition(f"<!-- study {family} -->\n")
     _, closing, after = rest.partition(CLOSING)
     assert opening and closing, "the page has no place for the table"
     groups = MEANS if rows(found, "fine-tuned", HARMLESS, family) else {**EACH, **MEANS}
@@ -135,6 +141,8 @@ def whole(found: Mapping[str, Record], variants: Sequence[str]) -> str:
         "[findings](../../docs/findings.md) say what they are. All numbers in % or points.\n"
     ]
     for family in PAGES:
+        if not any(name.startswith(f"{family}-") for name in found):
+            continue
         lines = table(found, variants, {**MEANS, **EACH}, family)
         parts.append(f"## {family}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)

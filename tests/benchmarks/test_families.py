@@ -108,6 +108,7 @@ def test_families_are_drawn_apart(tmp_path):
         "smollm2-135m": ["sst2"],
         "qwen2.5-coder-0.5b": ["sst2"],
         "qwen2.5-coder-1.5b": [],
+        "qwen2.5-coder-0.5b-cpu": [],
     }
     assert len(load(tmp_path)["sst2"]["SafeGene"].cells) == 1
     render(tmp_path)
