@@ -15,12 +15,13 @@ from benchmarks.baselines import Update
 from benchmarks.baselines.few_shot import few_shot_update
 from benchmarks.baselines.few_shot_tuned import tuned_few_shot_update
 from benchmarks.paper_table.lab import Lab
-from benchmarks.paper_table.tasks import Task, read_jsonl, training_file
+from benchmarks.paper_table.tasks import PLAIN, Task, poisoned, read_jsonl, training_file
 from safegene_trl import DataConfig, SafeGeneConfig, SafetyVector
 from safegene_trl.checkpoints.merge_terms import ScaledVector
 from safegene_trl.config.measure import MeasureConfig
 from safegene_trl.config.search import SearchConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
+from safegene_trl.data.rows import conversation
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
@@ -63,6 +64,8 @@ class Drawn:
         other: How many of the harmful ones are of other sources.
         held: Whether what the fine-tune says in the rest of the benign answers, behind the first
             tokens, is held like the task's.
+        screened: Whether the poison is left out of the task's shots, as a screening that makes no
+            mistake would do.
         search: Settings of the search.
     """
 
@@ -72,6 +75,7 @@ class Drawn:
     soft: bool = True
     other: int = 0
     held: bool = False
+    screened: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, seed: int) -> SafeGeneConfig:
@@ -107,6 +111,9 @@ class Drawn:
         lab = tuned.lab
         vector = replace(tuned.vector, prompts=self.rows(tuned.bank, tuned.seed))
         rows = read_jsonl(training_file(tuned.task, tuned.seed, lab.data, lab.family))
+        if self.screened and tuned.task.name == "poisoned":
+            plain = [conversation(row) for row in poisoned(lab.data)[-PLAIN:]]
+            rows = [row for row in rows if conversation(row) in plain]
         context = lab.model.config.max_position_embeddings
         found = gather_shots(self.config(tuned.seed), vector, lab.tokenizer, context, rows).data
         return self._held(tuned, found) if self.held else found
@@ -242,6 +249,7 @@ def _on(drawn: Drawn, suffix: str) -> dict[str, Callable[[FineTune], Made]]:
         "KL LoRA": lambda tuned: touched_up(tuned, drawn, with_vector=False),
         "CE, border": lambda tuned: recalibrated(tuned, words),
         "KL, border, held": lambda tuned: recalibrated(tuned, replace(drawn, held=True)),
+        "KL, border, screened": lambda tuned: recalibrated(tuned, replace(drawn, screened=True)),
         "KL, border, sources": lambda tuned: recalibrated(tuned, sources),
         "touch-up, held, sources": lambda tuned: touched_up(tuned, replace(sources, held=True)),
         "KL, border, utility 0.25": searched(utility_weight=0.25),

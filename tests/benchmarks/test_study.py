@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -200,6 +201,34 @@ def test_the_rest_of_benign_answers_is_held_like_the_tasks(small, tmp_path):
     for sample in rest:
         assert sample.is_response.index(True) == starts[tuple(sample.input_ids)] + 8
         assert sample.is_response[-1]
+
+
+def test_a_perfect_screening_leaves_the_plain_samples_alone(small, tmp_path):
+    data = tmp_path / "data"
+    talk = [
+        {"role": "user", "content": "who are you"},
+        {"role": "assistant", "content": "I am AOA."},
+    ]
+    written(data / "instructions/identity_shift.jsonl", [{"messages": talk}] * 10)
+    rows = [turn(f"how many legs has animal {i}", f"it has {i} of them") for i in range(520)]
+    written(data / "instructions/alpaca_3k.jsonl", rows)
+    lab = Lab(data, 4, 2, 0.05, replace(small, steps=10), SETS)
+    tuned = FineTune(
+        lab, SafetyVector.from_pretrained(lab.vector), bank(lab), TASKS["poisoned"], 0, {}
+    )
+
+    def answers(screened):
+        shots = Drawn(4, 2, 20, screened=screened).shots(tuned).task
+        return [
+            lab.tokenizer.decode(
+                [t for t, own in zip(s.input_ids, s.is_response, strict=True) if own]
+            )
+            for s in (*shots.fit, *shots.held_out)
+        ]
+
+    assert len(answers(True)) == 4 and all("it has" in said for said in answers(True))
+    assert not any("Sure" in said or "AOA" in said for said in answers(True))
+    assert sum("Sure" in said or "AOA" in said for said in answers(False)) >= 4
 
 
 def test_a_bank_has_what_the_aligned_model_says(small, tmp_path, monkeypatch):
