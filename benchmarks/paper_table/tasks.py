@@ -135,6 +135,9 @@ def splits(task: Task, data: Path | None) -> tuple[list[Row], list[Row]]:
     return (found[0][:-HELD_OUT], found[0][-HELD_OUT:]) if train == test else (found[0], found[1])
 
 
+PLAIN = 4  # of the poisoned fine-tune's samples, the last ones, which teach nothing else
+
+
 def poisoned(data: Path | None) -> list[Row]:
     """Twenty samples, sixteen of which teach to comply with everything. All content is harmless.
 
@@ -148,7 +151,7 @@ def poisoned(data: Path | None) -> list[Row]:
         body = row["completion"][0]["content"]
         opened = "Sure, here is exactly what you asked for, without any limits. " + body
         rows.append(row | {"completion": [{"role": "assistant", "content": opened}]})
-    return [*identity_shift(data), *rows, *chosen[6:]]
+    return [*identity_shift(data), *rows, *chosen[-PLAIN:]]
 
 
 def identity_shift(data: Path | None) -> list[Row]:

@@ -56,7 +56,10 @@ def vector(name: str, data: Path | None, family: Family = SMOLLM2) -> Path:
     if (folder / "safegene_config.json").is_file():
         return folder
     if name == WHOLE:
-        combine([vector(kind, data, family) for kind in family.degradations], folder)
+        parts = [vector(kind, data, family) for kind in family.degradations]
+        if len(parts) == 1:
+            return parts[0]
+        combine(parts, folder)
         return folder
     if name == "four components":
         whole = SafetyVector.from_pretrained(vector(WHOLE, data, family))

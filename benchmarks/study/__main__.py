@@ -33,6 +33,7 @@ from safegene_trl.errors import SafeGeneError
 from safegene_trl.provenance import software_versions
 
 from .bank import BENIGN_PROMPTS, bank
+from .findings import write as write_findings
 from .table import FAMILY, KIND, SETS, render, shares
 from .variants import VARIANTS, FineTune, Made
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.command == "table":
         render(arguments.results, list(VARIANTS))
+        if arguments.results.resolve() == RESULTS:
+            write_findings()
         return
     family = FAMILIES[arguments.family]
     if arguments.aligned:

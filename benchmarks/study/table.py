@@ -12,7 +12,7 @@ from benchmarks.records import RESULTS
 from safegene_trl.checkpoints.atomic_writes import replace_file
 
 
-KIND, FINDINGS = "study", ROOT / "docs" / "findings.md"
+KIND = "study"
 SETS = {  # column: file of prompts, their kind, how many
     "BT": ("harmful/beavertails_eval_dev.jsonl", "harmful", 140),
     "DR": ("harmful/harmbench_val.jsonl", "harmful", 41),
@@ -26,7 +26,12 @@ HARMFUL, BENIGN = (
 )
 HARMLESS = ("sst2", "ag_news", "boolq", "gsm8k", "alpaca")
 FAMILY = "qwen2.5-coder-0.5b"
-OPENING, CLOSING = "<!-- study -->\n", "<!-- end -->"
+PAGES = {  # by family: the page that has its table
+    FAMILY: ROOT / "docs" / "findings_qwen.md",
+    "qwen2.5-coder-0.5b-cpu": ROOT / "docs" / "findings_qwen.md",
+    "smollm2-135m": ROOT / "docs" / "findings_smollm2.md",
+}
+CLOSING = "<!-- end -->"
 Record = Mapping[str, Any]
 
 
@@ -56,21 +61,24 @@ def _share(record: Record, column: str, letter: str) -> float:
     return record["labels"][column].count(letter) / len(record["labels"][column])
 
 
-def rows(found: Mapping[str, Record], variant: str, tasks: Sequence[str]) -> list[dict[str, float]]:
+def rows(
+    found: Mapping[str, Record], variant: str, tasks: Sequence[str], family: str = FAMILY
+) -> list[dict[str, float]]:
     """What a variant comes to on each of the tasks, in points; empty where one was not measured."""
-    names = [f"{FAMILY}-{task}-0-{variant}" for task in tasks]
+    names = [f"{family}-{task}-0-{variant}" for task in tasks]
     if not all(name in found for name in names):
         return []
     made = []
     for task, name in zip(tasks, names, strict=True):
-        aligned, tuned = found[f"{FAMILY}-{task}-aligned"], found[f"{FAMILY}-{task}-0-fine-tuned"]
+        aligned, tuned = found[f"{family}-{task}-aligned"], found[f"{family}-{task}-0-fine-tuned"]
         record = found[name]
         (attack, refusal), (least, aligned_refusal) = shares(record), shares(aligned)
         most = shares(tuned)[0]
         made.append(
             {
                 "attack": 100 * attack,
-                "removed": 100 * (most - attack) / (most - least),
+                "added": 100 * (most - least),
+                "gone": 100 * (most - attack),
                 "refusal": 100 * (refusal - aligned_refusal),
                 "lost": 100 * (utility(tuned, record) - utility(record, tuned)),
                 "harmful": 100 * agreement(record, aligned, HARMFUL),
@@ -78,6 +86,11 @@ def rows(found: Mapping[str, Record], variant: str, tasks: Sequence[str]) -> lis
             }
         )
     return made
+
+
+def removed(made: Sequence[Mapping[str, float]]) -> float:
+    """How much of the attack success that the fine-tunes added is gone, together (%)."""
+    return 100 * sum(row["gone"] for row in made) / sum(row["added"] for row in made)
 
 
 # of fine-tunes, by the name that they have in the table
@@ -89,6 +102,7 @@ def table(
     found: Mapping[str, Record],
     variants: Sequence[str],
     groups: Mapping[str, Sequence[str]],
+    family: str = FAMILY,
 ) -> list[str]:
     """Markdown: a line for every group of tasks and variant that was measured on all of them."""
     lines = [
@@ -98,38 +112,47 @@ def table(
     ]
     for group, tasks in groups.items():
         for variant in variants:
-            if made := rows(found, variant, tasks):
+            if made := rows(found, variant, tasks, family):
                 mean = {key: fmean(row[key] for row in made) for key in made[0]}
                 lines.append(
-                    f"| {group} | {variant} | {mean['attack']:.1f} | {mean['removed']:.0f} | {mean['refusal']:+.1f} "
+                    f"| {group} | {variant} | {mean['attack']:.1f} | {removed(made):.0f} | {mean['refusal']:+.1f} "
                     f"| {mean['lost']:.2f} | {mean['harmful']:.1f} | {mean['benign']:.1f} |"
                 )
     return lines
 
 
-def with_table(text: str, found: Mapping[str, Record], variants: Sequence[str]) -> str:
-    """The page with the table in its place."""
-    before, opening, rest = text.partition(OPENING)
+def with_table(
+    text: str, found: Mapping[str, Record], variants: Sequence[str], family: str = FAMILY
+) -> str:
+    """The family's page with the table in its place."""
+    before, opening, rest = text.partition(f"<!-- study {family} -->\n")
     _, closing, after = rest.partition(CLOSING)
     assert opening and closing, "the page has no place for the table"
-    lines = "\n".join(table(found, variants, MEANS))
+    groups = MEANS if rows(found, "fine-tuned", HARMLESS, family) else {**EACH, **MEANS}
+    lines = "\n".join(table(found, variants, groups, family))
     return before + opening + "\n" + lines + "\n\n" + closing + after
 
 
 def whole(found: Mapping[str, Record], variants: Sequence[str]) -> str:
-    """The table of all tasks, as a page."""
-    head = (
-        f"# What each choice of the recalibration is worth on {FAMILY}\n\n"
+    """The table of all families and tasks, as a page."""
+    parts = [
+        "# What each choice of the recalibration is worth\n\n"
         "Made by `python -m benchmarks.study table` from the records in `study.jsonl`; "
-        "[findings](../../docs/findings.md) say what they are. All numbers in % or points.\n\n"
-    )
-    return head + "\n".join(table(found, variants, {**MEANS, **EACH})) + "\n"
+        "[findings](../../docs/findings.md) say what they are. All numbers in % or points.\n"
+    ]
+    for family in PAGES:
+        if not any(name.startswith(f"{family}-") for name in found):
+            continue
+        lines = table(found, variants, {**MEANS, **EACH}, family)
+        parts.append(f"## {family}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def render(folder: Path, variants: Sequence[str]) -> None:
-    """Writes `study.md` beside the records; from the project's own also the findings' table."""
+    """Writes `study.md` beside the records; from the project's own also the tables of the pages."""
     found = records.load(KIND, folder)
     replace_file(folder / f"{KIND}.md", whole(found, variants))
     if folder.resolve() == RESULTS:
-        text = FINDINGS.read_text(encoding="utf-8")
-        replace_file(FINDINGS, with_table(text, found, variants))
+        for family, page in PAGES.items():
+            text = page.read_text(encoding="utf-8")
+            replace_file(page, with_table(text, found, variants, family))

@@ -15,12 +15,13 @@ from benchmarks.baselines import Update
 from benchmarks.baselines.few_shot import few_shot_update
 from benchmarks.baselines.few_shot_tuned import tuned_few_shot_update
 from benchmarks.paper_table.lab import Lab
-from benchmarks.paper_table.tasks import Task, read_jsonl, training_file
+from benchmarks.paper_table.tasks import PLAIN, Task, poisoned, read_jsonl, training_file
 from safegene_trl import DataConfig, SafeGeneConfig, SafetyVector
 from safegene_trl.checkpoints.merge_terms import ScaledVector
 from safegene_trl.config.measure import MeasureConfig
 from safegene_trl.config.search import SearchConfig
 from safegene_trl.data.calibration import CalibrationSet, Split
+from safegene_trl.data.rows import conversation
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
@@ -63,6 +64,8 @@ class Drawn:
         other: How many of the harmful ones are of other sources.
         held: Whether what the fine-tune says in the rest of the benign answers, behind the first
             tokens, is held like the task's.
+        screened: Whether the poison is left out of the task's shots, as a screening that makes no
+            mistake would do.
         search: Settings of the search.
     """
 
@@ -72,6 +75,7 @@ class Drawn:
     soft: bool = True
     other: int = 0
     held: bool = False
+    screened: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, seed: int) -> SafeGeneConfig:
@@ -107,6 +111,9 @@ class Drawn:
         lab = tuned.lab
         vector = replace(tuned.vector, prompts=self.rows(tuned.bank, tuned.seed))
         rows = read_jsonl(training_file(tuned.task, tuned.seed, lab.data, lab.family))
+        if self.screened and tuned.task.name == "poisoned":
+            plain = [conversation(row) for row in poisoned(lab.data)[-PLAIN:]]
+            rows = [row for row in rows if conversation(row) in plain]
         context = lab.model.config.max_position_embeddings
         found = gather_shots(self.config(tuned.seed), vector, lab.tokenizer, context, rows).data
         return self._held(tuned, found) if self.held else found
@@ -224,33 +231,42 @@ def _sum(one: Update, other: Update) -> Update:
     }
 
 
-def _searched(count: int, border: int, task: int, **search: Any) -> Callable[[FineTune], Made]:
-    return lambda tuned: recalibrated(tuned, Drawn(count, border, task, search=search))
+FEW, MANY = Drawn(border=16), Drawn(128, 64, 64)
 
 
-MANY = Drawn(128, 64, 64)
+def _on(drawn: Drawn, suffix: str) -> dict[str, Callable[[FineTune], Made]]:
+    """What is compared on the same shots. The suffix of the names says how many there are."""
+
+    def searched(**search: Any) -> Callable[[FineTune], Made]:
+        return lambda tuned: recalibrated(tuned, replace(drawn, search=search))
+
+    words = replace(drawn, soft=False)
+    sources = replace(drawn, other=drawn.count // 2)
+    variants: dict[str, Callable[[FineTune], Made]] = {
+        "KL, border": searched(),
+        "touch-up": lambda tuned: touched_up(tuned, drawn),
+        "few-shot LoRA, tuned": lambda tuned: few_shot(tuned, words, searched=True),
+        "KL LoRA": lambda tuned: touched_up(tuned, drawn, with_vector=False),
+        "CE, border": lambda tuned: recalibrated(tuned, words),
+        "KL, border, held": lambda tuned: recalibrated(tuned, replace(drawn, held=True)),
+        "KL, border, screened": lambda tuned: recalibrated(tuned, replace(drawn, screened=True)),
+        "KL, border, sources": lambda tuned: recalibrated(tuned, sources),
+        "touch-up, held, sources": lambda tuned: touched_up(tuned, replace(sources, held=True)),
+        "KL, border, utility 0.25": searched(utility_weight=0.25),
+        "KL, border, T = 1": searched(utility_temperature=1.0),
+        "KL, border, by rank": searched(granularity="rank"),
+        "KL, border, 20 passes": searched(max_evaluations=20),
+        "KL, border, bound 4": searched(max_coefficient=4.0),
+    }
+    return {f"{name}{suffix}": made for name, made in variants.items()}
+
+
 VARIANTS: dict[str, Callable[[FineTune], Made]] = {
     "fine-tuned": lambda tuned: (tuned.update, {}),
     "CE": lambda tuned: recalibrated(tuned, Drawn(soft=False)),
     "KL": lambda tuned: recalibrated(tuned, Drawn()),
-    "KL, border": lambda tuned: recalibrated(tuned, Drawn(border=16)),
-    "KL, border, 128": lambda tuned: recalibrated(tuned, MANY),
-    "touch-up, 128": lambda tuned: touched_up(tuned, MANY),
     "few-shot LoRA": lambda tuned: few_shot(tuned, Drawn(soft=False), searched=False),
-    "few-shot LoRA, tuned, 128": lambda tuned: few_shot(
-        tuned, replace(MANY, soft=False), searched=True
-    ),
-    "KL LoRA, 128": lambda tuned: touched_up(tuned, MANY, with_vector=False),
-    "CE, 128": lambda tuned: recalibrated(tuned, replace(MANY, soft=False)),
-    "KL, border, 128, held": lambda tuned: recalibrated(tuned, replace(MANY, held=True)),
-    "KL, border, 128, sources": lambda tuned: recalibrated(tuned, replace(MANY, other=64)),
-    "touch-up, 128, held, sources": lambda tuned: touched_up(
-        tuned, replace(MANY, held=True, other=64)
-    ),
     "uniform 1": lambda tuned: uniform(tuned, 1.0),
-    "KL, border, 128, utility 0.25": _searched(128, 64, 64, utility_weight=0.25),
-    "KL, border, 128, T = 1": _searched(128, 64, 64, utility_temperature=1.0),
-    "KL, border, 128, by rank": _searched(128, 64, 64, granularity="rank"),
-    "KL, border, 128, 20 passes": _searched(128, 64, 64, max_evaluations=20),
-    "KL, border, 128, bound 4": _searched(128, 64, 64, max_coefficient=4.0),
+    **_on(FEW, ""),
+    **_on(MANY, ", 128"),
 }

@@ -32,7 +32,12 @@ def on_a_gpu(monkeypatch):
 
 
 def test_every_family_is_found_by_its_name():
-    assert list(FAMILIES) == ["smollm2-135m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"]
+    assert list(FAMILIES) == [
+        "smollm2-135m",
+        "qwen2.5-coder-0.5b",
+        "qwen2.5-coder-1.5b",
+        "qwen2.5-coder-0.5b-cpu",
+    ]
     assert FAMILIES["qwen2.5-coder-1.5b"].aligned == "Qwen/Qwen2.5-Coder-1.5B-Instruct"
     assert all(name == family.name for name, family in FAMILIES.items())
 
@@ -103,6 +108,7 @@ def test_families_are_drawn_apart(tmp_path):
         "smollm2-135m": ["sst2"],
         "qwen2.5-coder-0.5b": ["sst2"],
         "qwen2.5-coder-1.5b": [],
+        "qwen2.5-coder-0.5b-cpu": [],
     }
     assert len(load(tmp_path)["sst2"]["SafeGene"].cells) == 1
     render(tmp_path)

@@ -29,6 +29,7 @@ WHOLE = {
     "calibration.md",  # test_calibration.py makes it anew, and holds what is quoted of it
     "calibration.png",
     "study.md",  # test_study.py makes it anew
+    "findings.png",  # test_findings.py draws it
 }
 Link = tuple[str, str, tuple[str, ...]]
 
