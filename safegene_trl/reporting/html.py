@@ -33,12 +33,7 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         report: As in `safegene_report.json`.
         releases: The model line, the oldest first, this one last.
     """
-    # whatever is not markup of the template's own is shown character by character, after which
-    # jinja escapes it
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert
-    )
-    environment.filters |= {"percent": _percent, "decimals": _decimals}
+    environment = page_environment()
     template = environment.from_string(
         files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
@@ -63,6 +58,17 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         left_out=first,
         outcomes={name: words for name, (words, _) in OUTCOMES.items()},
     )
+
+
+def page_environment() -> Environment:
+    """What pages are made with: whatever is not markup of the template's own is shown character by
+    character, after which jinja escapes it.
+    """
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_inert
+    )
+    environment.filters |= {"percent": _percent, "decimals": _decimals}
+    return environment
 
 
 def _inert(value: Any) -> Any:

@@ -1,0 +1,140 @@
+"""The prompts of an audit: published ones, each in several forms, and none that the vector learns
+from.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.forms import Place, length_of, plain, put
+from ..data.prompts import Prompt, load_prompts, near_duplicates, prompts_used, spread
+from ..data.rows import UnreadableRowError, prompt_of
+from ..data.sources import load_rows
+from ..errors import CalibrationDataError, ConfigError
+from ..judges.languages import languages_of
+from ..vectors.prompt_rows import rows_of
+from ..vectors.safety_vector import SafetyVector
+from .config import AuditConfig
+
+
+OWN = "the vector's own prompts to measure on"
+_OWN_SET = "vector"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt in a form, and where it belongs."""
+
+    prompt: Prompt
+    place: Place
+
+
+@dataclass(frozen=True)
+class AuditPrompts:
+    """All that is asked.
+
+    Attributes:
+        items: Each prompt in every form.
+        sources: Names of the sets.
+        left_out: How many prompts were left out, because they repeat what the vector or the
+            fine-tune was made with.
+    """
+
+    items: list[Item]
+    sources: list[str]
+    left_out: int
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts as they are asked."""
+        return [item.prompt for item in self.items]
+
+
+def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
+    """The prompts of a config's data sets, or the vector's own.
+
+    Raises:
+        ConfigError: There are none to ask.
+        CalibrationDataError: A set cannot be read, or all its prompts repeat what was learned from.
+    """
+    if len({Path(name).stem for name in config.harmful_data}) < len(config.harmful_data):
+        raise ConfigError("Two prompt sets have one name: rename one of the files.")
+    languages: dict[str, str] = {}
+    found: list[Prompt] = []
+    for source in config.harmful_data:
+        found += load_prompts(source, "harmful", config.data_split, config.num_prompts, config.seed)
+        languages |= _languages(source, config.data_split)
+    if not config.harmful_data:
+        found = _own(config, vector)
+    learned = [row["prompt"] for row in rows_of(vector.prompts, "harmful", "benign", "border")]
+    used = [*learned, *prompts_used(config.exclude_data, config.data_split)]
+    # frames around a prompt would hide it
+    repeated = near_duplicates([prompt.text for prompt in found], [plain(text) for text in used])
+    left = [prompt for i, prompt in enumerate(found) if i not in repeated]
+    for name in sorted({prompt.set for prompt in found} - {prompt.set for prompt in left}):
+        raise CalibrationDataError(
+            f"Every prompt of {name} repeats one that the vector or fine-tune was made with: audit on other prompts."
+        )
+    items = [item for prompt in left for item in _in_forms(prompt, config.forms, languages)]
+    sources = [Path(name).name for name in config.harmful_data] or [OWN]
+    return AuditPrompts(items, sources, len(repeated))
+
+
+def _own(config: AuditConfig, vector: SafetyVector) -> list[Prompt]:
+    rows = [row for row in rows_of(vector.prompts, "measure") if row["kind"] == "harmful"]
+    if not rows:
+        raise ConfigError(
+            f"The safety vector {config.vector} comes without prompts to measure on: name published ones as `harmful_data`."
+        )
+    prompts = [
+        Prompt(
+            _OWN_SET,
+            "harmful",
+            row.get("category"),
+            ({"role": "user", "content": row["prompt"]},),
+        )
+        for row in rows
+    ]
+    return (
+        prompts if config.num_prompts is None else spread(prompts, config.num_prompts, config.seed)
+    )
+
+
+def _languages(source: str, split: str) -> dict[str, str]:
+    """The language of every prompt of a set that has a column `language`, by its text."""
+    rows = load_rows(source, split)
+    if "language" not in rows.column_names:
+        return {}
+    found = {}
+    for row in rows:
+        with suppress(UnreadableRowError):
+            if row["language"] is not None:
+                found[prompt_of(row)[-1]["content"]] = str(row["language"])
+    return found
+
+
+def language_of(text: str, known: Mapping[str, str]) -> str | None:
+    """The language that a set names for a prompt, else the one that its text shows; None where it
+    may be of several, or is one that is not known.
+    """
+    if text in known:
+        return known[text]
+    told = languages_of(text)
+    return told[0] if len(told) == 1 else None
+
+
+def _in_forms(prompt: Prompt, forms: Sequence[str], languages: Mapping[str, str]) -> list[Item]:
+    """A prompt in every form; a conversation stays what it is, and is one of many turns."""
+    language = language_of(prompt.text, languages)
+    length = length_of(prompt.text)
+    if len(prompt.messages) > 1:
+        place = Place(prompt.category, language, "many_turn", length)
+        return [Item(prompt, place)]
+    return [
+        Item(
+            Prompt(prompt.set, prompt.kind, prompt.category, tuple(put(prompt.text, form))),
+            Place(prompt.category, language, form, length),
+        )
+        for form in forms
+    ]
