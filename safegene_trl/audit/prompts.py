@@ -3,16 +3,13 @@ from.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.forms import Place, length_of, plain, put
+from ..data.prompt_languages import known_languages, language_of
 from ..data.prompts import Prompt, load_prompts, near_duplicates, prompts_used, spread
-from ..data.rows import UnreadableRowError, prompt_of
-from ..data.sources import load_rows
 from ..errors import CalibrationDataError, ConfigError
-from ..judges.languages import languages_of
 from ..vectors.prompt_rows import rows_of
 from ..vectors.safety_vector import SafetyVector
 from .config import AuditConfig
@@ -64,7 +61,7 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
     found: list[Prompt] = []
     for source in config.harmful_data:
         found += load_prompts(source, "harmful", config.data_split, config.num_prompts, config.seed)
-        languages |= _languages(source, config.data_split)
+        languages |= known_languages(source, config.data_split)
     if not config.harmful_data:
         found = _own(config, vector)
     learned = [row["prompt"] for row in rows_of(vector.prompts, "harmful", "benign", "border")]
@@ -99,29 +96,6 @@ def _own(config: AuditConfig, vector: SafetyVector) -> list[Prompt]:
     return (
         prompts if config.num_prompts is None else spread(prompts, config.num_prompts, config.seed)
     )
-
-
-def _languages(source: str, split: str) -> dict[str, str]:
-    """The language of every prompt of a set that has a column `language`, by its text."""
-    rows = load_rows(source, split)
-    if "language" not in rows.column_names:
-        return {}
-    found = {}
-    for row in rows:
-        with suppress(UnreadableRowError):
-            if row["language"] is not None:
-                found[prompt_of(row)[-1]["content"]] = str(row["language"])
-    return found
-
-
-def language_of(text: str, known: Mapping[str, str]) -> str | None:
-    """The language that a set names for a prompt, else the one that its text shows; None where it
-    may be of several, or is one that is not known.
-    """
-    if text in known:
-        return known[text]
-    told = languages_of(text)
-    return told[0] if len(told) == 1 else None
 
 
 def _in_forms(prompt: Prompt, forms: Sequence[str], languages: Mapping[str, str]) -> list[Item]:

@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
     )
     vector = extract(config)
     if vector is not None:
-        print("\n".join([_made_of(config, vector), *_tested(config, vector)]))
+        told = [_made_of(config, vector), *_covered(config, vector), *_tested(config, vector)]
+        print("\n".join(told))
         print(
             f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}"
         )
@@ -41,6 +42,21 @@ def _made_of(config: ExtractionConfig, vector: SafetyVector) -> str:
         f"The weights are those of {config.vector}. Of {len(parts)} prompts {soft} have soft targets, {parts.count('border')} are benign "
         f"ones that the aligned model refuses, and {parts.count('measure')} are to measure on."
     )
+
+
+def _covered(config: ExtractionConfig, vector: SafetyVector) -> list[str]:
+    """What became of the prompts for an audit's blind spots, where one is named."""
+    if not config.cover:
+        return []
+    record = vector.selection
+    if config.vector:
+        record = vector.extraction["weights_from"]["prompts"]
+    found = record["cover"]
+    asked = sum(found["prompts"].values())
+    return [
+        f"Of {asked} prompts for {len(found['prompts'])} blind spots the aligned model refuses {found['refused']}, which the vector has now: "
+        "recalibrate, and audit again with `--before`."
+    ]
 
 
 def _tested(config: ExtractionConfig, vector: SafetyVector) -> list[str]:

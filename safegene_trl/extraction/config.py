@@ -92,6 +92,11 @@ class ExtractionConfig:
         harmful_data: Harmful prompts: a column `prompt`, no answers needed. With `vector` it may
             be left out.
         benign_data: Benign prompts, look-alikes above all. With `vector` it may be left out.
+        cover: An `audit.json` of `safegene audit`. Prompts of `harmful_data` that are of its blind
+            spots are added, in the form of the blind spot. With `vector` they are the only ones of
+            `harmful_data` that are.
+        num_cover_prompts: Prompts that are added for `cover`, at most, as many for every blind
+            spot.
         data_split: Split of all the data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
         num_safety_prompts: Harmful prompts that the aligned model is asked, as many of every
@@ -161,6 +166,8 @@ class ExtractionConfig:
     bootstrap_resamples: int = 200
     harmful_data: str = ""
     benign_data: str = ""
+    cover: str = ""
+    num_cover_prompts: int = 64
     data_split: str = "train"
     num_selection_prompts: int = 32
     num_safety_prompts: int = 256
@@ -192,6 +199,7 @@ class ExtractionConfig:
         "test_harmful_data": Rule(may_be_null=True),
         "test_benign_data": Rule(may_be_null=True),
         "num_test_prompts": _COUNT,
+        "num_cover_prompts": _COUNT,
         "max_new_tokens": _COUNT,
         "max_reasoning_tokens": COUNT_OR_DEFAULT,
         "chat_template_kwargs": Rule(may_be_null=True),
@@ -265,6 +273,10 @@ class ExtractionConfig:
                 raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")
         check_values(self)
         self._check_vector()
+        if self.cover and not self.harmful_data:
+            raise ConfigError(
+                "`cover` is set and `harmful_data` is not: name the prompts that the blind spots are covered from."
+            )
         if (self.test_harmful_data is None) != (self.test_benign_data is None):
             there, missing = "test_harmful_data", "test_benign_data"
             if self.test_harmful_data is None:
@@ -286,6 +298,10 @@ class ExtractionConfig:
                 raise ConfigError(
                     f"`{name}` is set and so is `vector`, which keeps its weights, its layers and the way its prompts are written: leave "
                     f"out `{name}`."
+                )
+            if name == "num_cover_prompts" and not self.cover:
+                raise ConfigError(
+                    "`num_cover_prompts` is set and `cover` is not: set both, or leave out `num_cover_prompts`."
                 )
             if not self.vector and name in ("vector_revision", "allow_other_base"):
                 raise ConfigError(

@@ -64,6 +64,7 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
                 "the safety vector": config.vector,
                 "the harmful data": config.harmful_data,
                 "the benign data": config.benign_data,
+                "the audit": config.cover,
                 "the test data": [
                     source
                     for source in (config.test_harmful_data, config.test_benign_data)

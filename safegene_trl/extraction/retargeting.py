@@ -21,6 +21,7 @@ from ..vectors.record import VectorRecord, read_record
 from ..vectors.safety_vector import SafetyVector
 from .aligned_rows import Inputs, answered, prompts_to_measure_on, with_targets
 from .config import ExtractionConfig
+from .covering import check_cover
 from .prompts import ExtractionPrompts
 from .soundness import check_runs
 
@@ -120,6 +121,7 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
     with job.raising_together():
         config.check()
         known = KnownVector.read(config)
+        check_cover(config, known.record.files[WEIGHTS_FILE]["sha256"])
         config = known.settings(config)
         prompts = known.prompts(config)
         tokenizer = load_tokenizer(config.aligned_model, config.aligned_revision)
@@ -142,7 +144,9 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
     count = len(known.learned)
     _tell(config, known, rows[:count])
     added = prompts.with_categories([*rows[count:], *tests])
-    origin = _origin(config, known, asked) | {"prompts": prompts.further_record()}
+    origin = _origin(config, known, asked) | {
+        "prompts": prompts.further_record() | prompts.cover_record(further)
+    }
     return SafetyVector.from_files(known.contents, config.vector).with_prompts(
         known.contents[WEIGHTS_FILE],
         _in_order([*rows[:count], *known.measured, *added]),
