@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .auditing.audit import audit
+    from .auditing.config import AuditConfig
     from .callback import SafeGeneCallback
     from .config.data import DataConfig
     from .config.gate import GateConfig
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = version("safegene-trl")
 __all__ = [
+    "AuditConfig",
     "CalibrationDataError",
     "CheckpointError",
     "ConfigError",
@@ -71,12 +74,14 @@ __all__ = [
     "VectorError",
     "Verdict",
     "apply",
+    "audit",
     "combine",
     "evaluate",
     "extract",
     "load_judge",
 ]
 _MODULES = {
+    "AuditConfig": "auditing.config",
     "CalibrationDataError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -106,6 +111,7 @@ _MODULES = {
     "VectorError": "errors",
     "Verdict": "judges",
     "apply": "step.apply",
+    "audit": "auditing.audit",
     "combine": "vectors.combination",
     "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",

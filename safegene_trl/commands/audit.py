@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..audit.audit import audit
-from ..audit.config import AuditConfig
+from ..auditing.audit import audit
+from ..auditing.config import AuditConfig
 from ..distributed.processes import join_processes
 from ..reporting.audit_page import MEASURE_WORDS, PAGE, VERDICT_WORDS, cell_words
 from ..step.decision import EXIT_CODES

@@ -82,7 +82,8 @@ def _paired(before: Mapping[str, str], rows: Sequence[Labelled]) -> dict[str, An
 
 
 def _turned(cell: Mapping[str, Any], spot: str, other: str) -> bool:
-    return cell[spot]["verdict"] == "blind_spot" != cell[other]["verdict"]
+    verdicts: tuple[str, str] = (cell[spot]["verdict"], cell[other]["verdict"])
+    return verdicts[0] == "blind_spot" != verdicts[1]
 
 
 def _words(cell: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binom
 
-from safegene_trl.audit.cells import Labelled, cells_of, needed
+from safegene_trl.auditing.cells import Labelled, cells_of, needed
 from safegene_trl.data.forms import Place
 from safegene_trl.evaluation.statistics import holm
 

@@ -9,10 +9,10 @@ from jsonschema import validate
 from safetensors.torch import load_file
 
 from safegene_trl import SafetyVector
-from safegene_trl.audit import asking
-from safegene_trl.audit.audit import audit
-from safegene_trl.audit.config import AuditConfig
-from safegene_trl.audit.labels import LABELS
+from safegene_trl.auditing import asking
+from safegene_trl.auditing.audit import audit
+from safegene_trl.auditing.config import AuditConfig
+from safegene_trl.auditing.labels import LABELS
 from safegene_trl.commands.main import main
 from safegene_trl.data.forms import FORMS, put
 from safegene_trl.errors import ConfigError, FamilyError, OutputError, VectorError
