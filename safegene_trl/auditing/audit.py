@@ -110,7 +110,13 @@ def _aligned_name(config: AuditConfig, vector: SafetyVector) -> str:
 
 
 def _check_folder(folder: Path, config: AuditConfig, models: Sequence[str]) -> None:
-    """Raises `OutputError` for a folder that is read as something else."""
+    """Raises `OutputError` for a folder that is read as something else, and for a vector that is in
+    no folder and is to keep the audit.
+    """
+    if config.keep_with_vector and not (Path(config.vector) / CONFIG_FILE).is_file():
+        raise OutputError(
+            f"{config.vector} is no folder here, and `keep_with_vector` is set: download the vector, and audit that."
+        )
     for one in (*models, config.vector, *config.harmful_data, *config.exclude_data):
         if one and folder.is_dir() and Path(one).is_dir() and folder.samefile(one):
             raise OutputError(
@@ -226,10 +232,6 @@ def _written(
 
 def _keep(folder: Path, text: str, vector: SafetyVector, record: AuditRecord) -> None:
     """Puts the audit into the vector's folder, and a section about it into the card there."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(
-            f"{folder} is no folder here, and `keep_with_vector` is set: download the vector, and audit that."
-        )
     replace_file(folder / AUDIT_FILE, text)
     vector.audit = text.encode()
     replace_file(folder / "README.md", str(vector.generate_model_card()))

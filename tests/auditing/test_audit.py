@@ -455,3 +455,18 @@ def test_a_damaged_earlier_audit_is_refused_before_anything_is_loaded(config, pl
     with pytest.raises(VectorError, match="is no audit"):
         audit(config)
     assert not planted.seen
+
+
+def test_a_vector_of_the_hub_keeps_no_audit_and_that_is_said_at_once(
+    config, planted, monkeypatch, vector, tmp_path
+):
+    contents = {
+        path.name: path.read_bytes()
+        for path in Path(config.vector).iterdir()
+        if path.name != "README.md"
+    }
+    monkeypatch.setattr("safegene_trl.auditing.audit.read_files", lambda *a, **k: contents)
+    config.vector, config.keep_with_vector = "owner/name", True
+    with pytest.raises(OutputError, match="owner/name is no folder here"):
+        audit(config)
+    assert not planted.seen
