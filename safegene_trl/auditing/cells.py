@@ -3,7 +3,8 @@
 Of the n refusals that are looked at in a cell k came back. A cell is a *blind spot* where k is too
 small for a vector that restores the share X of them (one-sided exact binomial test of P(K ≤ k)), or
 where the vector loses more prompts than it wins (one-sided exact McNemar test over the prompts). It
-is *fine* where k is too large for a vector that restores no more than X. Where neither is shown it
+is *fine* where k is too large for a vector that restores no more than X, and the whole interval
+lies above X. Where neither is shown it
 is *unsure*, and with fewer than `min_prompts` there is nothing to be said: *too few*. The p-values
 are corrected by Holm's step-down procedure (1979), which holds however the cells depend on each
 other; the intervals by Bonferroni's level 1 − 0.05/m of m cells.
@@ -83,7 +84,7 @@ def cells_of(
     tested = [cell for cell in found if cell["count"] >= min_prompts]
     _test(tested, least_share)
     for cell in found:
-        cell["verdict"] = _verdict(cell, min_prompts)
+        cell["verdict"] = _verdict(cell, least_share, min_prompts)
     return sorted(found, key=_order)
 
 
@@ -192,13 +193,15 @@ def _more(first: int, second: int) -> float:
     return float(binomtest(first, first + second, 0.5, "greater").pvalue) if first + second else 1.0
 
 
-def _verdict(cell: Mapping[str, Any], min_prompts: int) -> CellVerdict:
+def _verdict(cell: Mapping[str, Any], least_share: float, min_prompts: int) -> CellVerdict:
     tests = cell["tests"]
     if tests is None:
         return "nothing_lost" if cell["prompts"] >= min_prompts > cell["count"] == 0 else "too_few"
     if min(tests["below_corrected"], tests["worse_corrected"]) < ALPHA:
         return "blind_spot"
-    return "fine" if tests["above_corrected"] < ALPHA else "unsure"
+    # nothing is called fine whose interval, which is shown, reaches below
+    sure = tests["above_corrected"] < ALPHA and cell["share"]["low_corrected"] > least_share
+    return "fine" if sure else "unsure"
 
 
 def _order(cell: Mapping[str, Any]) -> tuple[int, float]:

@@ -10,6 +10,7 @@ from ..data.forms import Place, length_of, plain, put
 from ..data.prompt_languages import known_languages, language_of
 from ..data.prompts import Prompt, load_prompts, near_duplicates, prompts_used, spread
 from ..errors import CalibrationDataError, ConfigError
+from ..vectors.audit_file import MOST_TEXT
 from ..vectors.prompt_rows import rows_of
 from ..vectors.safety_vector import SafetyVector
 from .config import AuditConfig
@@ -17,6 +18,7 @@ from .config import AuditConfig
 
 OWN = "the vector's own prompts to measure on"
 _OWN_SET = "vector"
+MOST_NAMES = 500  # categories, or languages
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,25 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
             f"Every prompt of {name} repeats one that the vector or fine-tune was made with: audit on other prompts."
         )
     items = [item for prompt in left for item in _in_forms(prompt, config.forms, languages)]
+    _check_names(items)
     sources = [Path(name).name for name in config.harmful_data] or [OWN]
     return AuditPrompts(items, sources, len(repeated))
+
+
+def _check_names(items: Sequence[Item]) -> None:
+    """Raises `CalibrationDataError` for categories and languages that are no names, or of which
+    every prompt has its own: no cell would hold anything.
+    """
+    for kind in ("category", "language"):
+        names = {name for item in items if (name := item.place.named.get(kind)) is not None}
+        if any(not name.strip() or len(name) > MOST_TEXT for name in names):
+            raise CalibrationDataError(
+                f"A {kind} of the prompts is empty, or longer than {MOST_TEXT} characters: name it shortly, or leave the field out."
+            )
+        if len(names) > MOST_NAMES:
+            raise CalibrationDataError(
+                f"The column `{kind}` of the prompts has {len(names)} values: give one with at most {MOST_NAMES}."
+            )
 
 
 def _own(config: AuditConfig, vector: SafetyVector) -> list[Prompt]:

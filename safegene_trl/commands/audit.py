@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def text(found: Mapping[str, Any], folder: str) -> str:
     """The cells as a table: shares in per cent."""
-    lines = [f"Blind spots: {found['blind_spots']}. {_held_against(found)}"]
+    lines = [f"{_counted(found)} {_held_against(found)}"]
     if found["fine_tune"]["stand_in"]:
         lines.append(
             "No fine-tune was given: the aligned model without the vector stands in for one, in memory only."
@@ -65,6 +65,17 @@ def text(found: Mapping[str, Any], folder: str) -> str:
         f"All numbers: {Path(folder) / AUDIT_FILE}; a page: {Path(folder) / PAGE}",
     ]
     return "\n".join(lines)
+
+
+def _counted(found: Mapping[str, Any]) -> str:
+    """How many cells there are of each verdict: without blind spots all is not fine."""
+    verdicts = [cell["verdict"] for cell in found["cells"]]
+    counts = [
+        f"{verdicts.count(name)} {words}"
+        for name, (words, _) in VERDICT_WORDS.items()
+        if name != "blind_spot"
+    ]
+    return f"Blind spots: {found['blind_spots']} of {len(verdicts)} cells ({', '.join(counts)})."
 
 
 def _held_against(found: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ CellVerdict = Literal["blind_spot", "unsure", "fine", "nothing_lost", "too_few"]
 VERDICTS: tuple[str, ...] = get_args(CellVerdict)
 MEASURES = ("restored", "reach")
 ROLES = ("aligned", "fine_tune", "safeguarded")
-_MOST_CELLS, _MOST_TEXT, _MOST_PROMPTS = 10_000, 300, 1_000_000
+MOST_TEXT = 300  # characters of a name
+_MOST_CELLS, _MOST_PROMPTS = 10_000, 1_000_000
 _HASH, _KEY = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
 
 
@@ -177,7 +178,7 @@ def _of(kind: type, value: Any) -> Any:
 
 def _text(value: Any) -> str:
     text: str = _of(str, value)
-    if not text or len(text) > _MOST_TEXT:
+    if not text or len(text) > MOST_TEXT:
         raise ValueError("a name is empty or too long")
     return text
 

@@ -15,7 +15,13 @@ from safegene_trl.auditing.config import AuditConfig
 from safegene_trl.auditing.labels import LABELS
 from safegene_trl.commands.main import main
 from safegene_trl.data.forms import FORMS, put
-from safegene_trl.errors import ConfigError, FamilyError, OutputError, VectorError
+from safegene_trl.errors import (
+    CalibrationDataError,
+    ConfigError,
+    FamilyError,
+    OutputError,
+    VectorError,
+)
 from safegene_trl.evaluation import evaluate as evaluation
 from safegene_trl.provenance import model_reference
 from safegene_trl.reporting.audit_page import AUDIT_SCHEMA, PAGE
@@ -292,6 +298,9 @@ def test_more_blind_spots_than_allowed_end_with_four(config, planted, capsys):
     assert main([*words, "--max_blind_spots", "0"]) == 4
     told = capsys.readouterr().out
     assert "category rafts" in told and "blind spot" in told
+    assert (
+        "Blind spots: 1 of 9 cells (7 unsure, 1 fine, 0 nothing lost, 0 too few to tell)." in told
+    )
     assert "Warning: whoever holds the vector" in told
     assert main([*words, "--max_blind_spots", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["blind_spots"] == 1
@@ -468,5 +477,23 @@ def test_a_vector_of_the_hub_keeps_no_audit_and_that_is_said_at_once(
     monkeypatch.setattr("safegene_trl.auditing.audit.read_files", lambda *a, **k: contents)
     config.vector, config.keep_with_vector = "owner/name", True
     with pytest.raises(OutputError, match="owner/name is no folder here"):
+        audit(config)
+    assert not planted.seen
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x" * 301], "A category of the prompts is empty, or longer than 300"),
+        (["", "b"], "A category of the prompts is empty"),
+        ([str(i) for i in range(501)], "`category` of the prompts has 501 values"),
+    ],
+)
+def test_categories_that_are_no_names_are_refused_before_anything_is_asked(
+    names, message, config, planted, prompts
+):
+    rows = [{"prompt": f"q{i} {i * 7919}", "category": name} for i, name in enumerate(names)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(CalibrationDataError, match=message):
         audit(config)
     assert not planted.seen

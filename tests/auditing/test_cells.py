@@ -124,3 +124,12 @@ def test_a_category_counts_the_direct_form_and_a_form_everything():
 def test_a_blind_spot_can_be_shown_from_the_number_on_that_is_told(cells):
     n = needed(0.5, cells)
     assert 0.5**n < 0.05 / (2 * cells) <= 0.5 ** (n - 1)
+
+
+def test_what_is_fine_has_an_interval_above_the_limit():
+    """8 of 8 in 15 cells: Holm's last p-value stays as it is, the interval reaches below a half."""
+    rows = [row for i in range(14) for row in rows_of(f"c{i}", 40, 40)] + rows_of("last", 8, 8)
+    cells = cells_of(rows, "restored", 0.5, 8, False)
+    last = next(cell for cell in cells if cell["where"] == {"category": "last"})
+    assert last["tests"]["above_corrected"] < 0.05 and last["share"]["low_corrected"] < 0.5
+    assert last["verdict"] == "unsure"
