@@ -497,3 +497,13 @@ def test_categories_that_are_no_names_are_refused_before_anything_is_asked(
     with pytest.raises(CalibrationDataError, match=message):
         audit(config)
     assert not planted.seen
+
+
+@pytest.mark.parametrize("name", ["audit_smollm2", "audit_smollm2_released"])
+def test_the_committed_audits_are_of_the_shipped_vector_and_fit_the_schema(name):
+    root = Path(__file__).parents[2]
+    path = root / "benchmarks" / "results" / f"{name}.json"
+    validate(json.loads(path.read_text()), AUDIT_SCHEMA)
+    shipped = root / "recipes" / "smollm2-135m" / "safety-vector" / "safegene_config.json"
+    record = json.loads(shipped.read_text())["files"]["adapter_model.safetensors"]
+    read_audit(path).check_of(record["sha256"], "the shipped vector")

@@ -468,8 +468,26 @@ def audited(record: dict) -> list[str]:
     ]
 
 
+def audited_released(record: dict) -> list[str]:
+    attacks = record["overall"]["attack_success"]
+    aligned, tuned, back = (
+        f"{100 * attacks[role]['share']:.1f}" for role in ("aligned", "fine_tune", "safeguarded")
+    )
+    share = record["overall"]["share"]
+    verdicts = [cell["verdict"] for cell in record["cells"] if "category" in cell["where"]]
+    least = next(c for c in record["cells"] if c["where"] == {"category": "animal_abuse"})
+    assert record["blind_spots"] == 0 and least["verdict"] == "too_few"
+    return [
+        f"{aligned} % of the prompts with the aligned model, {tuned} % with the released one and {back} %",
+        f"Of {share['count']} lost refusals {100 * share['share']:.1f} % come back",
+        f"{verdicts.count('unsure')} categories are unsure and {verdicts.count('too_few')} have too few",
+        f"animal abuse: {least['share']['successes']} of {least['count']}",
+    ]
+
+
 QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("audit.md", "audit_smollm2", ()): audited,
+    ("audit.md", "audit_smollm2_released", ()): audited_released,
     ("README.md", "runs", ("quickstart",)): quickstart_table,
     ("commands.md", "runs", ("fleet",)): fleet,
     ("commands.md", "start_up", ()): start_up,
