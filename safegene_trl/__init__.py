@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .auditing.audit import audit
+    from .auditing.config import AuditConfig
     from .callback import SafeGeneCallback
     from .config.data import DataConfig
     from .config.gate import GateConfig
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 __version__ = version("safegene-trl")
 __all__ = [
+    "AuditConfig",
     "CalibrationDataError",
     "CheckpointError",
     "ConfigError",
@@ -73,6 +76,7 @@ __all__ = [
     "VectorError",
     "Verdict",
     "apply",
+    "audit",
     "combine",
     "evaluate",
     "extract",
@@ -81,6 +85,7 @@ __all__ = [
     "steering_directions",
 ]
 _MODULES = {
+    "AuditConfig": "auditing.config",
     "CalibrationDataError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -110,6 +115,7 @@ _MODULES = {
     "VectorError": "errors",
     "Verdict": "judges",
     "apply": "step.apply",
+    "audit": "auditing.audit",
     "combine": "vectors.combination",
     "evaluate": "evaluation.evaluate",
     "extract": "extraction.extract",

@@ -3,6 +3,7 @@ at a time.
 """
 
 FAST = (  # files, folders or single tests: no training, no process, next to no model; something of every part of the package
+    "tests/auditing/test_cells.py",
     "tests/checkpoints/test_contents.py",
     "tests/checkpoints/test_places.py",
     "tests/checkpoints/test_renaming.py",
@@ -41,6 +42,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/test_speed.py",
     "tests/test_text.py",
     "tests/test_timeouts.py",
+    "tests/vectors/test_audit_file.py",
     "tests/vectors/test_combination.py",
     "tests/vectors/test_similarity.py",
 )

@@ -14,6 +14,7 @@ import pytest
 
 import safegene_trl
 from safegene_trl import (
+    AuditConfig,
     ConfigError,
     EvaluationConfig,
     ExtractionConfig,
@@ -22,6 +23,7 @@ from safegene_trl import (
     SafeGeneConfig,
     SafetyVector,
     apply,
+    audit,
     combine,
     evaluate,
     extract,
@@ -114,7 +116,7 @@ def test_every_public_thing_says_what_it_takes_and_raises(name, thing):
     assert named <= set(safegene_trl.__all__), f"{name} raises what is not public"
 
 
-@pytest.mark.parametrize("name", ["extract", "combine", "apply", "evaluate"])
+@pytest.mark.parametrize("name", ["extract", "combine", "apply", "evaluate", "audit"])
 def test_a_command_calls_the_public_function(name, tmp_path, monkeypatch, vector_dir):
     """And does its work by nothing else."""
     asked = []
@@ -146,6 +148,7 @@ def test_a_command_calls_the_public_function(name, tmp_path, monkeypatch, vector
             "--base_model=b",
         ],
         "evaluate": ["--model_name_or_path", "m", "--seed", "7"],
+        "audit": ["v", "--seed", "7"],
     }[name]
     with pytest.raises(Reached):
         module.main(words)
@@ -169,7 +172,12 @@ def test_a_command_calls_the_public_function(name, tmp_path, monkeypatch, vector
 
 @pytest.mark.parametrize(
     ("function", "kind"),
-    [(extract, ExtractionConfig), (evaluate, EvaluationConfig), (SafeGeneCallback, SafeGeneConfig)],
+    [
+        (extract, ExtractionConfig),
+        (evaluate, EvaluationConfig),
+        (audit, AuditConfig),
+        (SafeGeneCallback, SafeGeneConfig),
+    ],
 )
 def test_what_is_no_config_is_refused_where_it_is_given(function, kind):
     with pytest.raises(

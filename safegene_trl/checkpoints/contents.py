@@ -56,7 +56,7 @@ CHECKPOINT = FolderKind(
 VECTOR = FolderKind(
     "safegene_config.json",
     re.compile(
-        r"safegene_config\.json|adapter_model\.safetensors|safety_prompts\.jsonl|adapter_config\.json|model\.sig|README\.md"
+        r"safegene_config\.json|adapter_model\.safetensors|safety_prompts\.jsonl|adapter_config\.json|model\.sig|audit\.json|README\.md"
     ),
 )
 

@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     )
     vector = extract(config)
     if vector is not None:
-        print("\n".join([_made_of(config, vector), *_tested(config, vector)]))
+        told = [_made_of(config, vector), *_covered(config, vector), *_tested(config, vector)]
+        print("\n".join(told))
         print(
             f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}"
         )
@@ -73,6 +74,21 @@ def _carried(vector: SafetyVector) -> list[str]:
         f"The target refuses {refusals['refused']} of {refusals['asked']} harmful prompts: the stored refusals are {whose}."
     )
     return lines
+
+
+def _covered(config: ExtractionConfig, vector: SafetyVector) -> list[str]:
+    """What became of the prompts for an audit's blind spots, where one is named."""
+    if not config.cover:
+        return []
+    record = vector.selection
+    if config.vector:
+        record = vector.extraction["weights_from"]["prompts"]
+    found = record["cover"]
+    asked = sum(found["prompts"].values())
+    return [
+        f"Of {asked} prompts for {len(found['prompts'])} blind spots the aligned model refuses {found['refused']}, which the vector has now: "
+        "recalibrate, and audit again with `--before`."
+    ]
 
 
 def _tested(config: ExtractionConfig, vector: SafetyVector) -> list[str]:

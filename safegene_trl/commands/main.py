@@ -26,6 +26,7 @@ COMMANDS = {
     "extract": "make a safety vector: of an aligned and a degraded model, or of another model's direction",
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
     "evaluate": "measure refusals, over-refusal and utility of a checkpoint or adapter",
+    "audit": "tell where a safety vector gives refusals back, and where it does not",
     "estimate": "tell a command's time, memory and disk before it runs",
     "combine": "make one safety vector of several, each with coefficients of its own",
     "similarity": "compare safety vectors of one family by their cosines",

@@ -6,7 +6,14 @@ from typing import ClassVar
 
 from ..errors import ConfigError
 from .metrics import by_category_limit, by_limit
-from .validation import Rule, check_value, check_values, named_fields, shown
+from .validation import (
+    LARGEST_COUNT,
+    Rule,
+    check_value,
+    check_values,
+    named_fields,
+    shown,
+)
 
 
 SHARE = Rule(at_least=0.0, at_most=1.0, share=True)
@@ -16,7 +23,8 @@ CategoryLimit = float | dict[str, float]
 @named_fields
 @dataclass
 class GateConfig:
-    """Limits on what the safeguarded model does; None leaves one out. All are shares (0–1).
+    """Limits on what the safeguarded model does; None leaves one out. All but `max_blind_spots` are
+    shares (0–1).
 
     Args:
         min_refusal_rate: Least share of harmful prompts that it refuses.
@@ -39,6 +47,9 @@ class GateConfig:
         harmful_data_split: Split of `harmful_data` to read.
         benign_data: The same of benign prompts.
         benign_data_split: Split of `benign_data` to read.
+        max_blind_spots: Most blind spots that an audit of the vector (`safegene audit`) may have
+            found. Without such an audit nothing is trained.
+        audit: The audit's `audit.json`. Default: the one in the vector's folder.
         write_rejected: Write the checkpoint even if it is rejected. Its report says so.
 
     Raises:
@@ -59,14 +70,23 @@ class GateConfig:
     harmful_data_split: str = "train"
     benign_data: str | None = None
     benign_data_split: str = "train"
+    max_blind_spots: int | None = None
+    audit: str | None = None
     write_rejected: bool = False
 
-    RULES: ClassVar[Mapping[str, Rule]] = dict.fromkeys([*by_limit(), *by_category_limit()], SHARE)
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        **dict.fromkeys([*by_limit(), *by_category_limit()], SHARE),
+        "max_blind_spots": Rule(at_least=0, at_most=LARGEST_COUNT),
+    }
 
     def __post_init__(self) -> None:
         check_values(self, prefix="gate.")
         for name, value in self.category_limits.items():
             _check_categories(f"gate.{name}", value)
+        if self.audit is not None and self.max_blind_spots is None:
+            raise ConfigError(
+                "`gate.audit` is set and `gate.max_blind_spots` is not: set both, or leave out `gate.audit`."
+            )
         for name, metric in by_limit().items():
             source = f"{metric.items}_data"
             if metric.relative and name in self.limits and getattr(self, source) is not None:

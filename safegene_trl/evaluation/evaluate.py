@@ -227,7 +227,7 @@ def _answer(
         if job.is_main and not answers:
             records().check(answers)
             records().begin()
-    for part, replies in _generated(model, tokenizer, missing, config, sharding):
+    for part, replies in generated(model, tokenizer, missing, config, sharding):
         with job.raising_together():
             if job.is_main:
                 records().add_answers(part, replies)
@@ -250,7 +250,7 @@ def _prompts(config: EvaluationConfig) -> tuple[list[Prompt], list[dict[str, obj
     return kept_apart(prompts, prompts_used(config.exclude_data, config.data_split))
 
 
-def _generated(
+def generated(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],

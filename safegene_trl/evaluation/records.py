@@ -125,7 +125,7 @@ class Records:
                 for i in part
             ]
             found = {
-                names[i]: verdict for i, verdict in zip(part, _asked(judge, exchanges), strict=True)
+                names[i]: verdict for i, verdict in zip(part, asked(judge, exchanges), strict=True)
             }
             rows = [
                 dict(zip(_NAME, name, strict=True)) | asdict(verdict)
@@ -164,7 +164,7 @@ def _kept(reply: Reply) -> dict[str, Any]:
 _NAME = ("key", "judge", "about", "run", "answer")  # what a verdict is bound to
 
 
-def _asked(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
+def asked(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
     try:
         return judged(judge, exchanges)
     except SafeGeneError:

@@ -147,6 +147,11 @@ class ExtractionConfig:
         harmful_data: Harmful prompts: a column `prompt`, no answers needed. With `vector` it may
             be left out.
         benign_data: Benign prompts, look-alikes above all. With `vector` it may be left out.
+        cover: An `audit.json` of `safegene audit`. Prompts of `harmful_data` that are of its blind
+            spots are added, in the form of the blind spot. With `vector` they are the only ones of
+            `harmful_data` that are.
+        num_cover_prompts: Prompts that are added for `cover`, at most, as many for every blind
+            spot.
         data_split: Split of all the data sets.
         num_selection_prompts: Prompts of each kind that layers are selected by.
         num_safety_prompts: Harmful prompts that the aligned model is asked, as many of every
@@ -232,6 +237,8 @@ class ExtractionConfig:
     bootstrap_resamples: int = 200
     harmful_data: str = ""
     benign_data: str = ""
+    cover: str = ""
+    num_cover_prompts: int = 64
     data_split: str = "train"
     num_selection_prompts: int = 32
     num_safety_prompts: int = 256
@@ -266,6 +273,7 @@ class ExtractionConfig:
         "test_harmful_data": Rule(may_be_null=True),
         "test_benign_data": Rule(may_be_null=True),
         "num_test_prompts": _COUNT,
+        "num_cover_prompts": _COUNT,
         "max_new_tokens": _COUNT,
         "max_reasoning_tokens": COUNT_OR_DEFAULT,
         "chat_template_kwargs": Rule(may_be_null=True),
@@ -335,6 +343,10 @@ class ExtractionConfig:
         check_values(self)
         self._check_vector()
         self._check_transport()
+        if self.cover and not self.harmful_data:
+            raise ConfigError(
+                "`cover` is set and `harmful_data` is not: name the prompts that the blind spots are covered from."
+            )
         if (self.test_harmful_data is None) != (self.test_benign_data is None):
             there, missing = "test_harmful_data", "test_benign_data"
             if self.test_harmful_data is None:
@@ -372,10 +384,11 @@ class ExtractionConfig:
                 f"`selection` is `{self.selection}`, which takes gradients of a degraded model, and a transport has none: use "
                 "`activation_contrast` or `all`."
             )
-        if self.transports and self.by_category:
-            raise ConfigError(
-                "`by_category` is set and `method` is `transport`: make the vector first, and split it by naming it as `vector`."
-            )
+        for name in ("by_category", "cover"):
+            if self.transports and getattr(self, name):
+                raise ConfigError(
+                    f"`{name}` is set and `method` is `transport`: make the vector first, and name it as `vector` in another run."
+                )
         if self.source_vector and self.source_degraded_model:
             raise ConfigError(
                 "`source_vector` and `source_degraded_model` are both set: leave out one, as the direction is taken from either."
@@ -397,6 +410,10 @@ class ExtractionConfig:
                 )
             if name == "allow_other_base" and self.source_vector:
                 continue
+            if name == "num_cover_prompts" and not self.cover:
+                raise ConfigError(
+                    "`num_cover_prompts` is set and `cover` is not: set both, or leave out `num_cover_prompts`."
+                )
             if not self.vector and name in ("vector_revision", "allow_other_base"):
                 raise ConfigError(
                     f"`{name}` is set and `vector` is not: set both, or leave out `{name}`."

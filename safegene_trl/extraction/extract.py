@@ -93,6 +93,7 @@ def _inputs(config: ExtractionConfig) -> dict[str, Any]:
         "the harmful data": config.harmful_data,
         "the benign data": config.benign_data,
         "the anchors": config.anchor_data,
+        "the audit": config.cover,
         "the test data": [
             source
             for source in (config.test_harmful_data, config.test_benign_data)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.measure import MeasureConfig
+from ..data.forms import plain
 from ..data.prompts import Kind, Prompt, in_turn, kept_apart, near_duplicates
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
@@ -15,6 +16,7 @@ from ..provenance import sha256_of_json
 from ..vectors.prompt_rows import rows_of
 from .by_category import CategoryPrompts, categories_of
 from .config import ExtractionConfig
+from .covering import Cover, read_cover
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ExtractionPrompts:
             answered or selected by; empty without such data.
         repeated: By kind how many were left out because they are.
         stored: Those of a vector whose prompts these are added to.
+        cover: Those for the blind spots of an audit.
     """
 
     config: ExtractionConfig
@@ -39,6 +42,7 @@ class ExtractionPrompts:
     tests: dict[str, list[str]] = field(default_factory=dict)
     repeated: dict[str, int] = field(default_factory=dict)
     stored: Sequence[str] = ()
+    cover: Cover = field(default_factory=Cover)
 
     @classmethod
     def read(
@@ -70,7 +74,14 @@ class ExtractionPrompts:
             if source
             for prompt, category in _read_categories(source, config.data_split).items()
         }
-        found = cls(config, harmful, benign, categories, stored=stored)
+        cover = Cover()
+        if config.cover:  # in a form of its own a prompt that the vector has is another one
+            texts = _read_prompts(config.harmful_data, config.data_split)
+            cover = read_cover(config, texts, categories, stored, measured)
+        if config.cover and config.vector:
+            harmful = []  # but for those of the blind spots
+        categories |= cover.categories
+        found = cls(config, harmful, benign, categories, stored=stored, cover=cover)
         for kind, source in tests.items():
             found._add_tests(kind, source)
         return found
@@ -78,7 +89,7 @@ class ExtractionPrompts:
     def _add_tests(self, kind: Kind, source: str) -> None:
         """Prompts to measure on: drawn from those that are not near one that is used otherwise."""
         asked = [text for own in (*self.to_answer(), *self.to_select_by()) for text in own]
-        used = [*self.stored, *asked]
+        used = [plain(text) for text in (*self.stored, *asked)]  # a frame hides what is in it
         texts = _read_prompts(source, self.config.data_split)
         prompts = [
             Prompt(Path(source).stem, kind, None, ({"role": "user", "content": text},))
@@ -93,7 +104,14 @@ class ExtractionPrompts:
     def to_answer(self) -> tuple[list[str], list[str]]:
         """The harmful and benign prompts that the aligned model is asked."""
         return (
-            self._covering(self.harmful, self.config.num_safety_prompts),
+            list(
+                dict.fromkeys(
+                    [
+                        *self._covering(self.harmful, self.config.num_safety_prompts),
+                        *self.cover.prompts,
+                    ]
+                )
+            ),
             self._covering(self.benign, self.config.num_benign_prompts),
         )
 
@@ -137,6 +155,7 @@ class ExtractionPrompts:
             "harmful_data": sha256_of_json(self.harmful),
             "benign_data": sha256_of_json(self.benign),
             "categories": self.refused_by_category(answers),
+            **self.cover_record(answers),
         }
 
     def test_record(
@@ -176,6 +195,18 @@ class ExtractionPrompts:
             "harmful_data": sha256_of_json(self.harmful),
             "benign_data": sha256_of_json(self.benign),
             "asked": {"harmful": len(harmful), "benign": len(benign)},
+        }
+
+    def cover_record(self, answers: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """What a vector says of prompts for blind spots, and how many of them the aligned model
+        refused; nothing where there are none.
+        """
+        if not self.cover.prompts:
+            return {}
+        refused = {row["prompt"] for row in rows_of(answers, "harmful")}
+        return {
+            "cover": self.cover.record
+            | {"refused": sum(prompt in refused for prompt in self.cover.prompts)}
         }
 
     def refused_by_category(

@@ -24,6 +24,7 @@ from ..vectors.safety_vector import SafetyVector
 from .aligned_rows import Inputs, answered, prompts_to_measure_on, with_targets
 from .by_category import ByCategory, split_by_category
 from .config import ExtractionConfig
+from .covering import check_cover
 from .prompts import ExtractionPrompts
 from .soundness import check_runs, in_dtype
 
@@ -131,6 +132,7 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
     with job.raising_together():
         config.check()
         known = KnownVector.read(config)
+        check_cover(config, known.record.files[WEIGHTS_FILE]["sha256"])
         config = known.settings(config)
         prompts = known.prompts(config)
         by = prompts.by_category(known.learned)
@@ -161,7 +163,9 @@ def retarget(config: ExtractionConfig, job: Sharding) -> SafetyVector | None:
     count = len(known.learned)
     _tell(config, known, rows[:count])
     added = prompts.with_categories([*rows[count:], *tests])
-    origin = _origin(config, known, asked) | {"prompts": prompts.further_record()}
+    origin = _origin(config, known, asked) | {
+        "prompts": prompts.further_record() | prompts.cover_record(further)
+    }
     return vector.with_prompts(
         known.contents[WEIGHTS_FILE] if by is None else None,
         _in_order([*rows[:count], *known.measured, *added]),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, Template
+from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from ..config.metrics import differences, shares
@@ -40,7 +40,8 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         verdict, colour = verdict + without, "fair"
     if "error" in report and decision.get("outcome") != "rejected":
         verdict, colour = "Failed", "bad"
-    return _template("report.html.jinja").render(
+    return page_of(
+        "report.html.jinja",
         report=report,
         verdict=verdict,
         colour=colour,
@@ -62,7 +63,8 @@ def render_history(releases: Sequence[Mapping[str, Any]], warnings: Sequence[str
     """
     outcome, colour = OUTCOMES[releases[-1]["outcome"]]
     line = _of_line(releases)
-    return _template("history.html.jinja").render(
+    return page_of(
+        "history.html.jinja",
         verdict=f"Newest release: {outcome[0].lower()}{outcome[1:]}",
         colour=colour,
         warnings=warnings,
@@ -73,9 +75,10 @@ def render_history(releases: Sequence[Mapping[str, Any]], warnings: Sequence[str
     )
 
 
-def _template(name: str) -> Template:
-    # whatever is not markup of the template's own is shown character by character, after which
-    # jinja escapes it
+def page_of(name: str, **values: Any) -> str:
+    """A page made with one of the templates here. Whatever is not markup of the template's own is
+    shown character by character, after which jinja escapes it.
+    """
     environment = Environment(
         loader=FunctionLoader(_source),
         autoescape=True,
@@ -84,7 +87,7 @@ def _template(name: str) -> Template:
         finalize=_inert,
     )
     environment.filters |= {"percent": _percent, "decimals": _decimals}
-    return environment.get_template(name)
+    return environment.get_template(name).render(**values)
 
 
 def _source(name: str) -> str:

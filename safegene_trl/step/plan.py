@@ -37,6 +37,7 @@ from ..reporting.clock import PhaseClock
 from ..reporting.report import Report
 from ..vectors.family import Family
 from ..vectors.safety_vector import SafetyVector
+from .audited import check_audit
 from .decision import Decision
 from .history import base_warnings, history_warnings, read_history
 from .lineage import (
@@ -305,6 +306,7 @@ def plan_step(
     with clock.phase("prepare"):
         with sharding.raising_together():
             vector, family, warnings = read_vector(config, input_model.model, input_model.tokenizer)
+            audited = check_audit(config, vector)
             if sharding.is_main:
                 check_webhook()
                 try_output(config, input_model, target, needed_bytes)
@@ -330,7 +332,7 @@ def plan_step(
     sharding.check_same("a safety vector", json.dumps(vector.files, sort_keys=True))
     report = Report(
         config=config.to_dict(),
-        vector=_vector_record(config, vector),
+        vector=_vector_record(config, vector) | audited,
         base=base,
         model={
             "kind": origin.kind,
@@ -389,6 +391,7 @@ def try_output(
         "the safety vector": config.vector,
         "the history": Path(config.output.history) if config.output.history else None,
         "the public key": config.public_key,
+        "the audit": config.gate and config.gate.audit,
         "the safety data": config.data.safety_data,
         "the task data": config.data.task_data,
         "the earlier release": config.search.warm_start,

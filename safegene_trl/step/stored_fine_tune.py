@@ -95,7 +95,7 @@ class StoredFineTune:
             names = vector.space(granularity).modules.items()
             self.coefficients = {name: by_module[module] for module, own in names for name in own}
         else:
-            self.coefficients, granularity = _given_coefficients(given, vector, plan.granularity)
+            self.coefficients, granularity = given_coefficients(given, vector, plan.granularity)
         plan.find_carried(self.stored.model, granularity)
         change = {name: value - plan.carried[name] for name, value in self.coefficients.items()}
         check_no_subtraction(change, plan.carried)
@@ -169,7 +169,7 @@ def _task_deltas(stored: StoredModel, base_model: str | None) -> dict[str, LowRa
     return {name: truncation.delta for name, truncation in found.items()}
 
 
-def _given_coefficients(
+def given_coefficients(
     given: str, vector: SafetyVector, granularity: Granularity
 ) -> tuple[Coefficients, Granularity]:
     """The coefficients by name, and their granularity."""

@@ -2,18 +2,26 @@
 categories.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..errors import VectorError
 from ..models.low_rank import LowRankDelta
 from ..reporting.cards import hub_id
 from ..text import code, markdown
+from .audit_file import AUDIT_FILE, AuditRecord, audit_of
 from .components import category_cosines, component_cosines
 from .family import Family
 from .prompt_rows import rows_of
 from .record import extractions, refuses_as_another
+
+
+logger = logging.getLogger(__name__)
+_WEIGHTS = "adapter_model.safetensors"
+_MOST_SPOTS = 20  # that a card names
 
 
 class Described(Protocol):
@@ -23,6 +31,8 @@ class Described(Protocol):
     family: Family
     extraction: dict[str, Any]
     selection: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    audit: bytes | None
 
     @property
     def prompts(self) -> Sequence[dict[str, Any]]: ...
@@ -73,7 +83,7 @@ callback = SafeGeneCallback(SafeGeneConfig(vector="path/or/hub-id"))  # for SFTT
 - Comes with {harmful} harmful prompts and {_whose(vector)} refusals. It holds no harmful answers. Answers to benign
   prompts are the aligned model's own too: they mark behaviour and are not meant as facts.
 {_further(vector)}{_categories(vector)}{_transport(vector)}- Files, hashes and scores: `safegene_config.json`.
-{_components(vector)}
+{_components(vector)}{_audited(vector)}
 ## Limits
 
 It restores refusals that a fine-tune of *this* family has weakened, as far as the prompts it was made from cover them. It
@@ -190,3 +200,57 @@ def _categories(vector: Described) -> str:
         f"- Harm categories of its prompts, with how many the aligned model refused: {listed}. It is weak in those that the aligned model "
         "refuses less, and in those that are not among them.\n"
     )
+
+
+def audit_record(vector: Described) -> AuditRecord | None:
+    """The audit beside a vector, None where there is none of these very weights: a damaged one, or
+    one of others, is said to be left out.
+    """
+    if vector.audit is None:
+        return None
+    try:
+        record = audit_of(vector.audit, AUDIT_FILE)
+        record.check_of(vector.files.get(_WEIGHTS, {}).get("sha256"), vector.aligned_model["name"])
+    except VectorError as error:
+        logger.warning("The audit beside the vector is left out: %s", error)
+        return None
+    return record
+
+
+def _audited(vector: Described) -> str:
+    """A section about an audit of these weights, where there is one."""
+    record = audit_record(vector)
+    if record is None:
+        return ""
+    counts = {kind: sum(cell.verdict == kind for cell in record.cells) for kind in _VERDICTS}
+    told = ", ".join(f"{counts[kind]} {words}" for kind, words in _VERDICTS.items())
+    held = "gives back" if record.measure == "restored" else "reaches"
+    stand_in = (
+        " The aligned model without the vector stood in for a fine-tune." if record.stand_in else ""
+    )
+    lines = [
+        "",
+        "## Audit",
+        "",
+        f"`safegene audit` asked in which cells (harm categories, languages, forms, lengths) this vector {held} at least "
+        f"{record.least_share:.0%} of the refusals, corrected for the number of cells: {told}.{stand_in}",
+        "",
+    ]
+    lines += [
+        f"- Blind spot: {markdown(cell.name)}"
+        + ("" if cell.share is None else f" ({cell.share:.0%} of {cell.count})")
+        for cell in record.blind_spots[:_MOST_SPOTS]
+    ]
+    if (more := len(record.blind_spots) - _MOST_SPOTS) > 0:
+        lines.append(f"- {more} more in `{AUDIT_FILE}`.")
+    lines.append("- A cell that is not named here was not shown to be safe.")
+    return "\n".join(lines) + "\n"
+
+
+_VERDICTS = {
+    "blind_spot": "blind spots",
+    "unsure": "unsure",
+    "fine": "fine",
+    "nothing_lost": "with nothing lost",
+    "too_few": "with too few prompts to tell",
+}

@@ -21,6 +21,7 @@ from ..judges.refusal_phrases import is_refusal
 from ..models.names import is_label, shared_parameter
 from ..models.reasoning import SafetyTarget, split_stored
 from ..provenance import sha256_of_bytes, sha256_of_file
+from .audit_file import AUDIT_FILE, MOST_BYTES
 from .prompt_rows import MEASURE, VERDICTS, part_of, verdict_of
 from .signing import SIGNATURE_FILE
 
@@ -49,6 +50,7 @@ _MOST_BYTES = {
     PROMPTS_FILE: 2**26,
     ADAPTER_CONFIG_FILE: 2**20,
     SIGNATURE_FILE: 2**20,
+    AUDIT_FILE: MOST_BYTES,
 }
 _ADDED = {"targets", "verdict", "use"}  # fields of prompts that format 2 does not know
 _MOST_TOKENS = 1024  # of a row's soft targets, and in each of their places
@@ -71,7 +73,7 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
         **kwargs: Of `snapshot_download`.
 
     Returns:
-        `SIGNED_FILES`, and `SIGNATURE_FILE` where there is one.
+        `SIGNED_FILES`, and `SIGNATURE_FILE` and `AUDIT_FILE` where there are such.
 
     Raises:
         VectorError: One is missing, no plain file, larger than any such file, or cannot be read.
@@ -90,7 +92,7 @@ def read_files(name_or_path: str, **kwargs: Any) -> dict[str, bytes]:
     try:
         found = {
             file: _read_whole(opened, file, name_or_path)
-            for file in (*SIGNED_FILES, SIGNATURE_FILE)
+            for file in (*SIGNED_FILES, SIGNATURE_FILE, AUDIT_FILE)
         }
     finally:
         os.close(opened)
@@ -111,7 +113,9 @@ def _downloaded(name: str, **kwargs: Any) -> Path:
 
     try:
         return Path(
-            snapshot_download(name, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE], **kwargs)
+            snapshot_download(
+                name, allow_patterns=[*SIGNED_FILES, SIGNATURE_FILE, AUDIT_FILE], **kwargs
+            )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise VectorError(

@@ -19,7 +19,8 @@ from ..models.low_rank import LowRankDelta
 from ..models.names import layer_ranges, layers_of, without_wrapper
 from ..provenance import sha256_of_bytes, sha256_of_file, software_versions
 from . import files as vector_files
-from .card import vector_card
+from .audit_file import AUDIT_FILE
+from .card import audit_record, vector_card
 from .family import Family
 from .files import (
     ADAPTER_CONFIG_FILE,
@@ -66,6 +67,8 @@ class SafetyVector(
         files: Size (bytes) and SHA-256 of every other file of a saved vector.
         signature: The content of the signature file it was loaded with, None where there was none.
             It is saved again with the files that it was loaded with, and with no others.
+        audit: The content of the `audit.json` beside it, None where there was none. It is saved
+            again beside these very weights, and told of in the card. No signature covers it.
     """
 
     deltas: dict[str, LowRankDelta]
@@ -78,6 +81,7 @@ class SafetyVector(
     software: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     signature: bytes | None = None
+    audit: bytes | None = None
     _signed_hashes: dict[str, str] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -172,6 +176,7 @@ class SafetyVector(
         )
         vector_files.check_consistent(config, self.rank, self.layers, str(save_directory))
         self._save_signature(save_directory)
+        self._save_audit(save_directory / AUDIT_FILE)
 
     def _save_weights(self, path: Path) -> None:
         if self._weights is not None:
@@ -223,6 +228,13 @@ class SafetyVector(
             (folder / SIGNATURE_FILE).write_bytes(self.signature)
         else:
             (folder / SIGNATURE_FILE).unlink(missing_ok=True)
+
+    def _save_audit(self, path: Path) -> None:
+        """Only beside the very weights that it is of; an earlier one in the folder goes."""
+        if self.audit is not None and audit_record(self) is not None:
+            path.write_bytes(self.audit)
+        else:
+            path.unlink(missing_ok=True)
 
     def describe(self) -> dict[str, Any]:
         """The content of `safegene_config.json`."""
@@ -297,6 +309,7 @@ class SafetyVector(
             },
             prompts=record.prompts,
             signature=record.signature,
+            audit=contents.get(AUDIT_FILE),
             **{section: getattr(record, section) for section in vector_files.SECTIONS},
         )
         if record.signature is not None:

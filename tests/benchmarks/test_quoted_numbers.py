@@ -447,7 +447,48 @@ def fuzz(record: dict) -> list[str]:
     ]
 
 
+def audited(record: dict) -> list[str]:
+    cells = {tuple(cell["where"].values()): cell for cell in record["cells"]}
+    verdicts = [cell["verdict"] for cell in record["cells"]]
+    refusals = record["attacker"]["refusals"]
+    unsure, fine = verdicts.count("unsure"), verdicts.count("fine")
+    role_play, story = (
+        f"{100 * cells[form,]['share']['share']:.1f} %" for form in ("role_play", "story")
+    )
+    without, aligned = (
+        f"{100 * refusals[who]['share']:.1f}" for who in ("without_vector", "aligned")
+    )
+    discrimination = cells["discrimination,stereotype,injustice",]["share"]
+    return [
+        f"Blind spots: {record['blind_spots']} of {len(verdicts)} cells ({unsure} unsure, {fine} fine,",
+        f"among {record['correction']['tested']} cells",
+        f"holds {without} % of these prompts, and as it is {aligned} %",
+        f"without the vector {role_play} of the refusals go, in a story {story}",
+        f"{100 * discrimination['share']:.1f}% [{100 * discrimination['low_corrected']:.1f}, "
+        f"{100 * discrimination['high_corrected']:.1f}] of {discrimination['count']}",
+    ]
+
+
+def audited_released(record: dict) -> list[str]:
+    attacks = record["overall"]["attack_success"]
+    aligned, tuned, back = (
+        f"{100 * attacks[role]['share']:.1f}" for role in ("aligned", "fine_tune", "safeguarded")
+    )
+    share = record["overall"]["share"]
+    verdicts = [cell["verdict"] for cell in record["cells"] if "category" in cell["where"]]
+    least = next(c for c in record["cells"] if c["where"] == {"category": "animal_abuse"})
+    assert record["blind_spots"] == 0 and least["verdict"] == "too_few"
+    return [
+        f"{aligned} % of the prompts with the aligned model, {tuned} % with the released one and {back} %",
+        f"Of {share['count']} lost refusals {100 * share['share']:.1f} % come back",
+        f"{verdicts.count('unsure')} categories are unsure and {verdicts.count('too_few')} have too few",
+        f"animal abuse: {least['share']['successes']} of {least['count']}",
+    ]
+
+
 QUOTED: dict[Link, Callable[..., list[str]]] = {
+    ("audit.md", "audit_smollm2", ()): audited,
+    ("audit.md", "audit_smollm2_released", ()): audited_released,
     ("README.md", "runs", ("quickstart",)): quickstart_table,
     ("commands.md", "runs", ("fleet",)): fleet,
     ("commands.md", "start_up", ()): start_up,

@@ -444,7 +444,7 @@ def test_extract_says_what_is_missing_and_what_it_is(capsys):
 
 
 def test_help_names_pages_and_no_source_files(capsys):
-    for command in ("apply", "extract", "evaluate"):
+    for command in ("apply", "extract", "evaluate", "audit"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert ".py" not in capsys.readouterr().out
@@ -700,6 +700,7 @@ def test_a_model_whose_config_cannot_be_read_is_said_plainly(task_file, tmp_path
         ["apply", "--coefficients=0.5", "--safegene.output.history=~/x/h.jsonl"],
         ["extract", "--output_dir=~/x"],
         ["evaluate", "--harmful_data=h.jsonl", "--output_dir=~x"],
+        ["audit", "v", "--output_dir=~x"],
         ["combine", "v", "w", "--output_dir=~/x"],
         ["inspect", "v", "--plot=~/x.png"],
         ["history", "h.jsonl", "--plot=~/x.png"],

@@ -503,7 +503,7 @@ def test_numbers_of_an_earlier_run_do_not_outlive_its_answers(config, sets, monk
     evaluate(config)
     for name in (GENERATIONS, VERDICTS):
         (sets / "out" / name).unlink()
-    monkeypatch.setattr(module, "_generated", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(module, "generated", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(config)
     assert not (sets / "out" / RESULT).exists()

@@ -232,7 +232,7 @@ def test_every_other_setting_is_for_both(options):
         *("output_dir", "overwrite_output_dir", "harmful_data", "benign_data", "data_split"),
         *("num_safety_prompts", "num_benign_prompts", "test_harmful_data", "test_benign_data"),
         *("num_test_prompts", "max_new_tokens", "max_reasoning_tokens", "batch_size", "dtype"),
-        *("seed", "by_category"),
+        *("seed", "by_category", "cover", "num_cover_prompts"),
     }
     assert {each.name for each in fields(ExtractionConfig)} == both | set(_OF_THE_VECTOR)
 

@@ -215,9 +215,11 @@ def test_models_that_do_not_go_together(pair, options, changes, message, capsys)
     assert code == 2 and message in capsys.readouterr().err
 
 
-def test_categories_are_split_afterwards(options, capsys):
-    assert made(options, by_category=True)[0] == 2
-    assert "make the vector first, and split it by naming it as `vector`" in capsys.readouterr().err
+def test_what_is_done_to_a_vector_is_done_afterwards(options, capsys):
+    for name, value in (("by_category", True), ("cover", "audit.json")):
+        assert made(options, **{name: value})[0] == 2
+        said = capsys.readouterr().err
+        assert f"`{name}` is set and `method` is `transport`: make the vector first" in said
 
 
 def test_anchors_that_repeat_a_harmful_prompt_are_refused(options, capsys):

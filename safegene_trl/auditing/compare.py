@@ -1,0 +1,90 @@
+"""A second audit against the first: what became of every cell."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.stats import binomtest
+
+from ..evaluation.statistics import holm
+from ..judges import ATTACK_SUCCEEDED
+from ..vectors.audit_file import AuditRecord
+from .cells import ALPHA, Labelled
+
+
+def compared(
+    before: AuditRecord, cells: Sequence[Mapping[str, Any]], rows: Sequence[Labelled]
+) -> dict[str, Any]:
+    """What a `before` says of the cells that both audits have.
+
+    The prompts that both asked are compared one by one: by the exact McNemar test of attacks on the
+    safeguarded model, two-sided and corrected by Holm over the cells.
+
+    Args:
+        before: The earlier audit.
+        cells: Those of the later one.
+        rows: The prompts of the later one.
+
+    Returns:
+        `name`, `sha256` and `same_weights` of the earlier audit; `cells`: by cell its share and
+            verdict then and now, and over `paired` prompts how many attacks succeed no more
+            (`won`) and only now (`lost`), with the p-values; `gone` and `new`: names of blind
+            spots; `only_before`: names of cells that this audit has not.
+    """
+    earlier = {tuple(sorted(cell.where.items())): cell for cell in before.cells}
+    found = []
+    for cell in cells:
+        was = earlier.pop(tuple(sorted(cell["where"].items())), None)
+        if was is not None:
+            own = [row for row in rows if _is_in(row, cell["where"])]
+            found.append(
+                {
+                    "where": cell["where"],
+                    "before": {"share": was.share, "count": was.count, "verdict": was.verdict},
+                    "now": {
+                        "share": cell["share"] and cell["share"]["share"],
+                        "count": cell["count"],
+                        "verdict": cell["verdict"],
+                    },
+                    **_paired(before.prompts, own),
+                }
+            )
+    corrected = holm({str(i): cell["p"] for i, cell in enumerate(found)})
+    for i, cell in enumerate(found):
+        cell["p_corrected"] = corrected[str(i)]
+        cell["changed"] = corrected[str(i)] < ALPHA
+    return {
+        "name": before.name.rsplit("/", 1)[-1],
+        "sha256": before.sha256,
+        "weights": before.weights,
+        "measure": before.measure,
+        "cells": found,
+        "gone": [_words(cell) for cell in found if _turned(cell, "before", "now")],
+        "new": [_words(cell) for cell in found if _turned(cell, "now", "before")],
+        "only_before": [cell.name for cell in earlier.values()],
+    }
+
+
+def _is_in(row: Labelled, where: Mapping[str, str]) -> bool:
+    """Whether a prompt belongs to a cell; where no form is named, in the direct one."""
+    named = row.place.named
+    return all(named.get(key) == value for key, value in ({"form": "direct"} | dict(where)).items())
+
+
+def _paired(before: Mapping[str, str], rows: Sequence[Labelled]) -> dict[str, Any]:
+    pairs = [
+        (before[row.key] in ATTACK_SUCCEEDED, row.falls("safeguarded"))
+        for row in rows
+        if row.key in before and row.is_judged
+    ]
+    won, lost = (pairs.count(change) for change in ((True, False), (False, True)))
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return {"paired": len(pairs), "won": won, "lost": lost, "p": p}
+
+
+def _turned(cell: Mapping[str, Any], spot: str, other: str) -> bool:
+    verdicts: tuple[str, str] = (cell[spot]["verdict"], cell[other]["verdict"])
+    return verdicts[0] == "blind_spot" != verdicts[1]
+
+
+def _words(cell: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in cell["where"].items())

@@ -1,0 +1,121 @@
+"""`audit.json`, read with distrust."""
+
+import json
+
+import pytest
+
+from safegene_trl import SafetyVector
+from safegene_trl.errors import VectorError
+from safegene_trl.vectors.audit_file import AUDIT_FILE, MOST_BYTES, audit_of, read_audit
+
+
+def cell(verdict, share=0.0, count=20, **where):
+    """A cell of an audit's file."""
+    return {
+        "where": where,
+        "verdict": verdict,
+        "prompts": count,
+        "count": count,
+        "share": {"share": share},
+    }
+
+
+def audit_file(weights, *cells, **changes):
+    """An audit's file with these cells: what is read of one."""
+    found = {
+        "schema_version": 1,
+        "vector": {"weights": weights},
+        "fine_tune": {"stand_in": False},
+        "measure": "restored",
+        "least_share": 0.5,
+        "cells": list(cells),
+        "blind_spots": sum(own["verdict"] == "blind_spot" for own in cells),
+        "prompts": [],
+    }
+    return json.dumps(found | changes)
+
+
+WEIGHTS = "b" * 64
+
+
+def test_what_is_read_of_an_audit(tmp_path):
+    cells = [cell("blind_spot", category="a", form="story"), cell("fine", 1.0, language="en")]
+    answers = [{"key": "0" * 16, "safeguarded": "refused"}]
+    (tmp_path / AUDIT_FILE).write_text(audit_file(WEIGHTS, *cells, prompts=answers))
+    found = read_audit(tmp_path / AUDIT_FILE)
+    assert [own.name for own in found.cells] == ["category a, form story", "language en"]
+    assert found.blind_spots == found.cells[:1] and found.prompts == {"0" * 16: "refused"}
+    found.check_of(WEIGHTS, "v")
+    for other in ("c" * 64, None):
+        with pytest.raises(VectorError, match="is of other weights"):
+            found.check_of(other, "v")
+
+
+HOSTILE = {
+    "no object": "[]",
+    "no JSON": "{",
+    "deep": "[" * 100_000,
+    "NaN": audit_file(WEIGHTS).replace("0.5", "NaN"),
+    "another version": audit_file(WEIGHTS, schema_version=2),
+    "a path for a hash": audit_file("../../etc/passwd"),
+    "no verdict": audit_file(WEIGHTS, cell("safe", category="a")),
+    "another dimension": audit_file(WEIGHTS, cell("fine", place="a")),
+    "nowhere": audit_file(WEIGHTS, cell("fine")),
+    "a long name": audit_file(WEIGHTS, cell("fine", category="a" * 301)),
+    "a name that is none": audit_file(WEIGHTS, cell("fine", category=["a"])),
+    "an empty name": audit_file(WEIGHTS, cell("fine", category="")),
+    "a share beyond 1": audit_file(WEIGHTS, cell("fine", 1.5, category="a")),
+    "true for a count": audit_file(WEIGHTS, cell("fine", count=True, category="a")),
+    "a negative count": audit_file(WEIGHTS, cell("fine", count=-1, category="a")),
+    "fewer blind spots": audit_file(WEIGHTS, cell("blind_spot", category="a"), blind_spots=0),
+    "too many cells": audit_file(WEIGHTS, *[cell("fine", category="a")] * 10_001),
+    "text for cells": audit_file(WEIGHTS, cells="cells"),
+    "a key that is none": audit_file(WEIGHTS, prompts=[{"key": "x", "safeguarded": "refused"}]),
+    "no measure": audit_file(WEIGHTS, measure="hidden"),
+    "too large": " " * (MOST_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_audit_is_refused_in_one_sentence(name, tmp_path):
+    with pytest.raises(VectorError, match="no audit that this version reads") as caught:
+        audit_of(HOSTILE[name].encode(), "x.json")
+    assert len(str(caught.value)) < 150
+
+
+def test_a_file_that_is_not_there_or_is_a_folder_is_refused(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path, "a\0b"):
+        with pytest.raises(VectorError, match="cannot be read"):
+            read_audit(path)
+
+
+def test_names_from_an_audit_are_inert_in_a_card(tmp_path, vector_dir):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    weights = vector.files["adapter_model.safetensors"]["sha256"]
+    name = "x](http://evil)\n# Heading\n<img src=x>\x1b[31m"
+    vector.audit = audit_file(weights, cell("blind_spot", category=name)).encode()
+    vector.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "## Audit" in card and "- Blind spot: category x" in card
+    assert "\n# Heading" not in card and "x](http" not in card and "\x1b" not in card
+    assert "\\<img" in card and "was not shown to be safe" in card
+
+
+def test_many_blind_spots_are_counted_in_a_card(tmp_path, vector_dir):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    weights = vector.files["adapter_model.safetensors"]["sha256"]
+    cells = [cell("blind_spot", category=f"c{i}") for i in range(25)]
+    vector.audit = audit_file(weights, *cells).encode()
+    card = str(vector.generate_model_card())
+    assert "25 blind spots, 0 unsure" in card and "- 5 more in `audit.json`." in card
+
+
+def test_a_damaged_audit_beside_a_vector_is_left_out_and_said(tmp_path, vector_dir, caplog):
+    vector = SafetyVector.from_pretrained(vector_dir)
+    vector.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / AUDIT_FILE).write_text("{}")
+    loaded = SafetyVector.from_pretrained(tmp_path / "saved")
+    assert "## Audit" not in str(loaded.generate_model_card())
+    assert "The audit beside the vector is left out" in caplog.text
+    loaded.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / AUDIT_FILE).exists()
