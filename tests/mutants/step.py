@@ -97,7 +97,7 @@ STEP = (
     _step(
         "a gate beside given coefficients is forgotten",
         "step/apply_with_coefficients.py",
-        "if config.gate and config.gate.limits:",
+        "if config.gate and config.gate.names:",
         "if False:",
     ),
     simple(
