@@ -120,7 +120,7 @@ class ExtractionConfig:
         source_vector_revision: Its branch, tag or commit on the hub.
         anchor_data: Benign texts, about 1000 sentences, that the map from the source's states to
             the target's is fitted on: prompts without answers. None may nearly repeat a harmful
-            prompt.
+            prompt. Default: a thousand sentences of this package.
         num_anchors: How many of them are read, at most.
         transport_map: The map: `procrustes` (a rotation), `ridge` (a regression) or `mlp` (the same
             with a hidden layer on top).
@@ -335,8 +335,8 @@ class ExtractionConfig:
         Raises:
             ConfigError: One is missing or impossible.
         """
-        origin = ("source_model", "anchor_data") if self.transports else ("degraded_model",)
-        for name in ("aligned_model", *origin, "output_dir", "harmful_data", "benign_data"):
+        origin = "source_model" if self.transports else "degraded_model"
+        for name in ("aligned_model", origin, "output_dir", "harmful_data", "benign_data"):
             if not getattr(self, name) and not (self.vector and name in _FOR_WEIGHTS):
                 meant = meanings(type(self))[name].replace(":", ",")
                 raise ConfigError(f"`{name}` is not set: give {meant[0].lower()}{meant[1:]}")

@@ -369,7 +369,6 @@ TRANSPORT = {"method": "transport", "degraded_model": "", "source_model": "s", "
         ({"rank": 4}, "`rank` is set and `method` is `transport`"),
         ({"isolate_from": ["x"]}, "`isolate_from` is set and `method` is `transport`"),
         ({"source_model": ""}, "`source_model` is not set: give the aligned model that"),
-        ({"anchor_data": ""}, "`anchor_data` is not set: give benign texts"),
         ({"selection": "gradient"}, "a transport has none: use `activation_contrast`"),
         ({"source_vector": "v", "source_degraded_model": "d"}, "are both set: leave out one"),
         ({"source_vector_revision": "r"}, "`source_vector` is not: set both"),
