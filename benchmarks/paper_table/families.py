@@ -34,6 +34,7 @@ class Family:
         batch: Samples per step, by task, where they are not the task's own.
         degrading_steps: Of the other degradations.
         attention: Implementation of attention to train with; None leaves the choice to transformers.
+        source: Folder or hub id of another family's aligned model, whose direction is carried over.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     batch: Mapping[str, int] = field(default_factory=dict)
     degrading_steps: int = 60
     attention: str | None = None
+    source: str | None = None
 
     @property
     def work(self) -> Path:
@@ -101,6 +103,7 @@ def _qwen(size: str) -> Family:
         batch=LARGER_BATCHES,
         # in bfloat16 its training on longer answers turned to NaN with the fused kernels
         attention="eager",
+        source=str(MODELS / "aligned"),
     )
 
 
@@ -114,6 +117,7 @@ SMOLLM2 = Family(
     rank=8,
     max_length=256,
     degrading_steps=30,
+    source="Qwen/Qwen2.5-Coder-0.5B-Instruct",
 )
 # what a CPU can train in an hour: smaller fine-tunes, and a vector of one component
 ON_A_CPU = replace(

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     family = FAMILIES[arguments.family]
     if arguments.aligned:
         family = replace(family, aligned=str(arguments.aligned.resolve()))
+    if arguments.source:
+        family = replace(family, source=str(arguments.source.resolve()))
     if arguments.command == "prepare":
         prepare(arguments, family)
         return
@@ -78,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--family", choices=list(FAMILIES), default=FAMILY)
         command.add_argument("--aligned", type=Path, help="folder of the family's aligned model")
+        command.add_argument(
+            "--source", type=Path, help="folder of the other family's aligned model"
+        )
         command.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
         command.add_argument("--seeds", nargs="+", type=int, default=[0])
     making.add_argument("--jobs", type=int, default=1, help="trainings at a time")

@@ -35,6 +35,7 @@ from safegene_trl.step.repair import with_touch_up as with_deltas
 from safegene_trl.step.shipped_weights import beside_weights
 
 from .bank import Rows
+from .transported import CARRIED
 
 
 Made = tuple[Update, dict[str, Any]]
@@ -231,6 +232,11 @@ def _sum(one: Update, other: Update) -> Update:
     }
 
 
+def carried(tuned: FineTune, make: Callable[[Lab], SafetyVector]) -> Made:
+    """A vector from another family, its coefficients found on the same shots."""
+    return recalibrated(replace(tuned, vector=make(tuned.lab)), FEW)
+
+
 FEW, MANY = Drawn(border=16), Drawn(128, 64, 64)
 
 
@@ -267,6 +273,7 @@ VARIANTS: dict[str, Callable[[FineTune], Made]] = {
     "KL": lambda tuned: recalibrated(tuned, Drawn()),
     "few-shot LoRA": lambda tuned: few_shot(tuned, Drawn(soft=False), searched=False),
     "uniform 1": lambda tuned: uniform(tuned, 1.0),
+    **{name: partial(carried, make=make) for name, make in CARRIED.items()},
     **_on(FEW, ""),
     **_on(MANY, ", 128"),
 }
