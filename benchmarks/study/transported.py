@@ -100,7 +100,9 @@ def differences(lab: Lab, model: str) -> Sequence[torch.Tensor]:
     config = replace(_settings(lab), source_model=model)
     harmful, benign = _prompts(config)
     with TemporaryDirectory() as place:
-        states = read_source(config, Texts(benign[:1], harmful, benign), None, Path(place), this_job())
+        states = read_source(
+            config, Texts(benign[:1], harmful, benign), None, Path(place), this_job()
+        )
         pairs = [states.looked_at(layer) for layer in range(len(states.harmful))]
     return [torch.from_numpy(np.subtract(*(side.mean(0) for side in pair))) for pair in pairs]
 

@@ -82,6 +82,10 @@ def test_what_the_page_says_in_words_is_what_the_records_hold():
             for t in HARMLESS
         )
 
+    easy = " ".join((PAGE.parent / "quickstart.md").read_text(encoding="utf-8").split())
+    aligned, safeguarded = (mean(demo[name], "refusal") for name in ("aligned", SAFEGUARDED))
+    assert f"refuses {aligned:.1f} %, and the safeguarded fine-tunes {safeguarded:.1f} %" in easy
+
     gsm8k, alpaca = slice(3, 4), slice(4, 5)
     assert groups()[0].tasks[3:] == ["GSM8K", "Alpaca"]
     assert removed(demo) > 100  # "all"

@@ -489,7 +489,7 @@ def audited_released(record: dict) -> list[str]:
 QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("audit.md", "audit_smollm2", ()): audited,
     ("audit.md", "audit_smollm2_released", ()): audited_released,
-    ("README.md", "runs", ("quickstart",)): quickstart_table,
+    ("quickstart.md", "runs", ("quickstart",)): quickstart_table,
     ("commands.md", "runs", ("fleet",)): fleet,
     ("commands.md", "start_up", ()): start_up,
     ("evaluation.md", "runs", ("evaluate_released",)): evaluated,
