@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# sbatch slurm_job.sh: one fine-tune with the safety step on one node, its exit code the gate's.
+# After it: sacct -j JOB --format=ExitCode shows 4:0 for a rejected one.
+#SBATCH --job-name=safeguarded
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=10:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --output=safeguarded-%j.log
+set -euo pipefail
+
+line="${LINE:?set LINE to the folder of the model line, on storage that all nodes share}"
+code=0
+safegene sft --accelerate_config zero3 --num_processes 4 --config "$line/recipe.yaml" \
+  --output_dir "$line/out-$SLURM_JOB_ID" \
+  --safegene.output.history "$line/history.jsonl" \
+  --safegene.gate.min_refusal_rate 0.8 || code=$?
+safegene history "$line/history.jsonl" --html "$line/line.html" || true # 3: refusals drift
+if [ "$code" -eq 3 ]; then
+  echo "accepted as best effort: too few prompts to be sure of every limit"
+  code=0
+fi
+exit "$code"
