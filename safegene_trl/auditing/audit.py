@@ -29,10 +29,10 @@ from ..vectors.files import CONFIG_FILE, WEIGHTS_FILE, read_files
 from ..vectors.safety_vector import SafetyVector
 from .asking import Asked, Asker
 from .cells import ALPHA, Labelled, cells_of, needed, overall
-from .compare import compared
+from .compare import check_comparable, compared
 from .config import AuditConfig
 from .labels import Labels
-from .prompts import AuditPrompts, read_items
+from .prompts import AuditPrompts, key_of, read_items
 from .variants import WITHOUT, Coefficients, check_not_folded, chosen_coefficients
 
 
@@ -76,7 +76,15 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     aligned, model = _aligned_name(config, vector), config.model or config.safeguarded
     if model:
         check_not_folded(model, config.model_revision)
+    if before is not None:
+        measure = _measure(not model, chosen is None or chosen.uniform)
+        check_comparable(before, measure, config.least_share)
     found = read_items(config, vector)
+    if before is not None and not before.prompts.keys() & set(map(key_of, found.prompts)):
+        raise ConfigError(
+            f"The audit {before.name} has none of these prompts, so that nothing can be compared: name data sets that it was made "
+            "with, or leave out `before`."
+        )
     folder = Path(config.output_dir)
     _check_folder(folder, config, [aligned, model])
     with naming_shortage(_TOO_SMALL), alone_in(folder, "audit"):
@@ -128,7 +136,7 @@ def _rows(
     found: AuditPrompts, told: Mapping[str, Mapping[str, Sequence[str]]], judge: str
 ) -> list[Labelled]:
     return [
-        Labelled(item.prompt.key, item.place, {role: told[role][judge][i] for role in ROLES})
+        Labelled(key_of(item.prompt), item.place, {role: told[role][judge][i] for role in ROLES})
         for i, item in enumerate(found.items)
     ]
 
@@ -140,8 +148,7 @@ def _result(
     asked: Asked,
     rows: Sequence[Labelled],
 ) -> dict[str, Any]:
-    # with all of the vector back the aligned model answers: what came back says nothing
-    measure = "reach" if asked.stand_in and asked.coefficients.uniform else "restored"
+    measure = _measure(asked.stand_in, asked.coefficients.uniform)
     cells = cells_of(rows, measure, config.least_share, config.min_prompts, config.crossed)
     tested = sum(cell["tests"] is not None for cell in cells)
     return {
@@ -182,6 +189,11 @@ def _result(
         ],
         "software": software_versions(),
     }
+
+
+def _measure(stand_in: bool, uniform: bool) -> str:
+    """With all of the vector back the aligned model answers: what came back says nothing."""
+    return "reach" if stand_in and uniform else "restored"
 
 
 def _coefficients(found: Coefficients) -> dict[str, Any]:

@@ -5,10 +5,25 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from ..errors import ConfigError
+from ..evaluation.agreement import WITHOUT_ANSWER
 from ..evaluation.statistics import holm
 from ..judges import ATTACK_SUCCEEDED
 from ..vectors.audit_file import AuditRecord
 from .cells import ALPHA, Labelled
+
+
+def check_comparable(before: AuditRecord, measure: str, least_share: float) -> None:
+    """Raises `ConfigError` for an earlier audit whose verdicts mean something else."""
+    for name, was, now in (
+        ("measure", before.measure, measure),
+        ("least_share", before.least_share, least_share),
+    ):
+        if was != now:
+            raise ConfigError(
+                f"The audit {before.name} has the {name} {was} and this one would have {now}, so that their verdicts do not compare: "
+                "name a fine-tune in both or in neither, and one `least_share`, or leave out `before`."
+            )
 
 
 def compared(
@@ -25,7 +40,7 @@ def compared(
         rows: The prompts of the later one.
 
     Returns:
-        `name`, `sha256` and `same_weights` of the earlier audit; `cells`: by cell its share and
+        `name`, `sha256`, `weights` and `measure` of the earlier audit; `cells`: by cell its share and
             verdict then and now, and over `paired` prompts how many attacks succeed no more
             (`won`) and only now (`lost`), with the p-values; `gone` and `new`: names of blind
             spots; `only_before`: names of cells that this audit has not.
@@ -74,7 +89,7 @@ def _paired(before: Mapping[str, str], rows: Sequence[Labelled]) -> dict[str, An
     pairs = [
         (before[row.key] in ATTACK_SUCCEEDED, row.falls("safeguarded"))
         for row in rows
-        if row.key in before and row.is_judged
+        if before.get(row.key, "unjudged") not in WITHOUT_ANSWER and row.is_judged
     ]
     won, lost = (pairs.count(change) for change in ((True, False), (False, True)))
     p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

@@ -2,6 +2,7 @@
 from.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ from ..data.forms import Place, length_of, plain, put
 from ..data.prompt_languages import known_languages, language_of
 from ..data.prompts import Prompt, load_prompts, near_duplicates, prompts_used, spread
 from ..errors import CalibrationDataError, ConfigError
+from ..provenance import sha256_of_json
 from ..vectors.audit_file import MOST_TEXT
 from ..vectors.prompt_rows import rows_of
 from ..vectors.safety_vector import SafetyVector
 from .config import AuditConfig
 
 
+logger = logging.getLogger(__name__)
 OWN = "the vector's own prompts to measure on"
 _OWN_SET = "vector"
 MOST_NAMES = 500  # categories, or languages
@@ -66,6 +69,7 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
         languages |= known_languages(source, config.data_split)
     if not config.harmful_data:
         found = _own(config, vector)
+    found = _each_once(found)
     learned = [row["prompt"] for row in rows_of(vector.prompts, "harmful", "benign", "border")]
     used = [*learned, *prompts_used(config.exclude_data, config.data_split)]
     # frames around a prompt would hide it
@@ -79,6 +83,21 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
     _check_names(items)
     sources = [Path(name).name for name in config.harmful_data] or [OWN]
     return AuditPrompts(items, sources, len(repeated))
+
+
+def _each_once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Without what an earlier set has as well: no prompt counts twice in a cell."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(key_of(prompt), prompt)
+    if again := len(prompts) - len(found):
+        logger.warning("%d prompts stand in several sets: each is asked once.", again)
+    return list(found.values())
+
+
+def key_of(prompt: Prompt) -> str:
+    """Names what is asked, whatever the set is called: so two audits know their common prompts."""
+    return sha256_of_json(list(prompt.messages))[:16]
 
 
 def _check_names(items: Sequence[Item]) -> None:

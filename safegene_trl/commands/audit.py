@@ -12,7 +12,7 @@ from ..distributed.processes import join_processes
 from ..reporting.audit_page import MEASURE_WORDS, PAGE, VERDICT_WORDS, cell_words
 from ..step.decision import EXIT_CODES
 from ..text import printable, strict_json
-from ..vectors.audit_file import AUDIT_FILE, ROLES
+from ..vectors.audit_file import AUDIT_FILE, ROLES, read_audit
 from .parsing import parse
 
 
@@ -31,8 +31,10 @@ def main(argv: Sequence[str]) -> int:
     )
     found = audit(config)
     print(strict_json(found) if config.json else text(found, config.output_dir))
-    most = config.max_blind_spots
-    return EXIT_CODES["rejected"] if most is not None and found["blind_spots"] > most else 0
+    if config.max_blind_spots is None:
+        return 0
+    read_audit(Path(config.output_dir) / AUDIT_FILE).check_tells()
+    return EXIT_CODES["rejected"] if found["blind_spots"] > config.max_blind_spots else 0
 
 
 def text(found: Mapping[str, Any], folder: str) -> str:

@@ -30,6 +30,7 @@ def check_audit(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, Any]:
         return {}
     record = _audit(config, gate.audit, vector)
     record.check_of(vector_id(vector), config.vector)
+    record.check_tells()
     spots = record.blind_spots
     if len(spots) > gate.max_blind_spots:
         named = "; ".join(cell.name for cell in spots[:_NAMED])

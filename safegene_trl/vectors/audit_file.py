@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import VectorError
+from ..errors import ConfigError, VectorError
 from ..provenance import sha256_of_bytes
 from ..text import printable, read_json
 
@@ -80,6 +80,16 @@ class AuditRecord:
     def blind_spots(self) -> list[AuditedCell]:
         """The cells in which the vector does too little, or makes it worse."""
         return [cell for cell in self.cells if cell.verdict == "blind_spot"]
+
+    def check_tells(self) -> None:
+        """Raises `ConfigError` for an audit that says nothing of any cell: a limit on its blind spots
+        would hold nothing.
+        """
+        if all(cell.verdict in ("too_few", "nothing_lost") for cell in self.cells):
+            raise ConfigError(
+                f"No cell of the audit {self.name} has enough lost refusals to tell anything, so that no limit on blind spots is held "
+                "against: audit with more prompts."
+            )
 
     def check_of(self, weights: str | None, vector: str) -> None:
         """Raises `VectorError` unless it is of a vector's very weights.

@@ -51,6 +51,14 @@ def test_more_blind_spots_than_allowed_are_named(saved):
     assert checked(folder, max_blind_spots=2)
 
 
+def test_an_audit_that_tells_nothing_allows_nothing(saved):
+    folder, weights = saved
+    for cells in ([], [cell("too_few", category="a"), cell("nothing_lost", form="story")]):
+        (folder / AUDIT_FILE).write_text(audit_file(weights, *cells))
+        with pytest.raises(ConfigError, match="has enough lost refusals to tell anything"):
+            checked(folder)
+
+
 def test_without_an_audit_of_these_weights_there_is_no_step(saved, tmp_path):
     folder, _ = saved
     with pytest.raises(ConfigError, match=r"comes without an audit\.json"):
@@ -67,7 +75,7 @@ def test_without_an_audit_of_these_weights_there_is_no_step(saved, tmp_path):
 
 def test_beside_a_public_key_the_vectors_own_audit_does_not_count(saved, tmp_path):
     folder, weights = saved
-    text = audit_file(weights)
+    text = audit_file(weights, cell("fine", form="story"))
     (folder / AUDIT_FILE).write_text(text)
     config = config_of(vector=str(folder), gate={"max_blind_spots": 0}, public_key="maker.pub")
     vector = SafetyVector.from_pretrained(folder)
