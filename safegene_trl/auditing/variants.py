@@ -89,7 +89,7 @@ def chosen_coefficients(config: AuditConfig, vector: SafetyVector) -> Coefficien
         ConfigError: They are negative, too large, or not of this vector.
     """
     given = config.safeguarded or config.coefficients
-    if not given:
+    if given is None or given == "":  # 0 is a coefficient
         return None
     found, _ = given_coefficients(given, vector, "layer")
     values = space_of(vector).refined(found)

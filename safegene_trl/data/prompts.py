@@ -94,9 +94,7 @@ def read_prompts(
         except UnreadableRowError as error:
             skipped.add(error)
             continue
-        prompt = Prompt(
-            Path(source).stem, kind, None if category is None else str(category), messages
-        )
+        prompt = Prompt(Path(source).stem, kind, category_name(category), messages)
         found.setdefault(prompt.key, prompt)
     if not found:
         raise CalibrationDataError(
@@ -104,6 +102,13 @@ def read_prompts(
         )
     prompts = list(found.values())
     return (prompts if limit is None else spread(prompts, limit, seed)), skipped
+
+
+def category_name(value: object) -> str | None:
+    """A row's category in one spelling: without space around it, its characters composed; None for
+    an empty one.
+    """
+    return None if value is None else normalize("NFC", str(value)).strip() or None
 
 
 def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.measure import MeasureConfig
 from ..data.forms import plain
-from ..data.prompts import Kind, Prompt, in_turn, kept_apart, near_duplicates
+from ..data.prompts import Kind, Prompt, category_name, in_turn, kept_apart, near_duplicates
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
@@ -254,7 +254,7 @@ def _read_categories(source: str, split: str) -> dict[str, str]:
     if "category" not in rows.column_names:
         return {}
     return {
-        conversation(row)[0][0]["content"]: str(row["category"])
+        conversation(row)[0][0]["content"]: name
         for row in rows
-        if row["category"] is not None
+        if (name := category_name(row["category"])) is not None
     }

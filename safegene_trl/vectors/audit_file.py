@@ -149,6 +149,10 @@ def audit_of(data: bytes, name: str) -> AuditRecord:
         )
         if _count(found["blind_spots"]) != len(record.blind_spots):
             raise ValueError("its blind spots are not as many as it says")
+        if not 0 < record.least_share < 1 or not all(
+            _can_be(cell, record.least_share) for cell in cells
+        ):
+            raise ValueError("a verdict is not that of its numbers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VectorError(
             f"{name} is no audit that this version reads ({type(error).__name__}): run `safegene audit` again."
@@ -168,6 +172,15 @@ def _cell(found: Any) -> AuditedCell:
         _count(found["count"]),
         None if share is None else _share(share["share"]),
     )
+
+
+def _can_be(cell: AuditedCell, least_share: float) -> bool:
+    """Whether the numbers of a cell allow its verdict."""
+    if cell.count > cell.prompts or (cell.share is None) != (cell.count == 0):
+        return False
+    told = cell.verdict in ("blind_spot", "unsure", "fine")
+    enough = cell.share is not None and (cell.verdict != "fine" or cell.share > least_share)
+    return enough if told else True
 
 
 def _answers(found: Any) -> tuple[str, str]:

@@ -483,7 +483,10 @@ def _valid_transport(extraction: dict[str, Any]) -> bool:
         and isinstance(record.get("transport_map"), str)
         and isinstance(layers, list)
         and layers != []
-        and all(_are_numbers(layer, "cosine", "length") for layer in layers)
+        # a length below 0 would turn the direction round
+        and all(
+            _are_numbers(layer, "cosine", "length") and layer["length"] >= 0 for layer in layers
+        )
         and isinstance(detectors, dict)
         and detectors != {}
         and all(_are_numbers(own, "auc") for own in detectors.values())

@@ -36,7 +36,7 @@ from safegene_trl.errors import ConfigError
         (["history"], "`file` is missing"),
         (["history", "h", "--plot"], "`--plot` has no value"),
         (["history", "h", "g"], "`g` on the command line is one too many: leave it out."),
-        (["similarity", "v"], "Name two or more vectors"),
+        (["similarity"], "`vectors` is missing"),
     ],
 )
 def test_a_wrong_word_is_one_sentence_without_usage(words, message, capsys):

@@ -112,3 +112,15 @@ def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path, caplog):
         CalibrationDataError, match=r"has no prompt that can be read .*message without content"
     ):
         load_prompts(str(file), "benign", "train", None, 0)
+
+
+def test_a_category_has_one_spelling(tmp_path):
+    names = ["Fraud", " Fraud ", "caf\u00e9", "cafe\u0301", "", "  ", None, 7]
+    rows = [{"prompt": f"q{i}", "category": name} for i, name in enumerate(names)]
+    file = tmp_path / "set.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_prompts(str(file), "harmful", "train", None, 0)
+    assert [prompt.category for prompt in found] == [
+        *("Fraud", "Fraud", "caf\u00e9", "caf\u00e9", None, None, None),
+        "7",
+    ]

@@ -75,7 +75,7 @@ def test_without_an_audit_of_these_weights_there_is_no_step(saved, tmp_path):
 
 def test_beside_a_public_key_the_vectors_own_audit_does_not_count(saved, tmp_path):
     folder, weights = saved
-    text = audit_file(weights, cell("fine", form="story"))
+    text = audit_file(weights, cell("fine", 1.0, form="story"))
     (folder / AUDIT_FILE).write_text(text)
     config = config_of(vector=str(folder), gate={"max_blind_spots": 0}, public_key="maker.pub")
     vector = SafetyVector.from_pretrained(folder)

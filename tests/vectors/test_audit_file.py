@@ -83,6 +83,22 @@ def test_what_is_no_audit_is_refused_in_one_sentence(name, tmp_path):
     assert len(str(caught.value)) < 150
 
 
+@pytest.mark.parametrize(
+    ("own", "changes"),
+    [
+        (cell("fine", 0.0, count=1000, category="a"), {}),
+        (cell("fine", 0.5, category="a"), {}),
+        (cell("unsure", 0.5, category="a") | {"prompts": 1}, {}),
+        (cell("unsure", 0.5, count=0, category="a"), {}),
+        (cell("fine", 0.9, category="a") | {"share": None}, {}),
+        (cell("fine", 0.9, category="a"), {"least_share": 0}),
+    ],
+)
+def test_a_verdict_that_its_numbers_do_not_allow_is_refused(own, changes):
+    with pytest.raises(VectorError, match="no audit that this version reads"):
+        audit_of(audit_file(WEIGHTS, own, **changes).encode(), "x.json")
+
+
 def test_a_file_that_is_not_there_or_is_a_folder_is_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path, "a\0b"):
         with pytest.raises(VectorError, match="cannot be read"):

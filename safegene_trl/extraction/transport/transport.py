@@ -321,6 +321,10 @@ def steering_directions(vector: SafetyVector) -> dict[int, torch.Tensor]:
         raise VectorError(
             f"This vector was made by `{vector.extraction['method']}` and holds no directions: give one made by `method: transport`."
         )
+    if max(vector.layers) >= len(layers):
+        raise VectorError(
+            f"The record of this vector tells of {len(layers)} layers, and it acts in layer {max(vector.layers)}: the vector is damaged."
+        )
     found: dict[int, torch.Tensor] = {}
     for name, delta in vector.deltas.items():
         index = layer_index(name) or 0

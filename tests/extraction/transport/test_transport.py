@@ -1,5 +1,8 @@
 """A planted direction is found again in a model of another architecture, width, depth and tokenizer."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +250,20 @@ def test_few_anchors_are_told_with_the_number_needed(options, caplog):
 def test_steering_directions_are_those_of_a_transport_alone(vector_dir):
     with pytest.raises(SafeGeneError, match="made by `delta` and holds no directions"):
         steering_directions(SafetyVector.from_pretrained(vector_dir))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layers: layers[0].update(length=-3.0), "damaged|not as|cannot be"),
+        (lambda layers: layers.__delitem__(slice(1, None)), "tells of 1 layers"),
+    ],
+)
+def test_a_record_that_was_changed_by_hand_steers_nothing(change, message, options):
+    _, folder = made(options)
+    path = Path(folder) / "safegene_config.json"
+    config = json.loads(path.read_text())
+    change(config["extraction"]["transport"]["layers"])
+    path.write_text(json.dumps(config))
+    with pytest.raises(SafeGeneError, match=message):
+        steering_directions(SafetyVector.from_pretrained(folder))
