@@ -76,7 +76,7 @@ def added(options, vector):
 
 
 def test_a_blind_category_gets_prompts_with_refusals_and_the_others_none(options, capsys):
-    save_audit(options, cell("blind_spot", category="locks"), cell("fine", category="rafts"))
+    save_audit(options, cell("blind_spot", category="locks"), cell("fine", 1.0, category="rafts"))
     assert main(argv("extract", options)) == 0
     vector = SafetyVector.from_pretrained(options["output_dir"])
     rows = added(options, vector)
