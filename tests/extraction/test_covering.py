@@ -162,7 +162,7 @@ def test_an_audit_of_other_weights_is_refused(options):
 @pytest.mark.parametrize(
     ("cells", "error", "message"),
     [
-        ([("fine", {"category": "locks"})], ConfigError, "has no blind spot"),
+        ([("unsure", {"category": "locks"})], ConfigError, "has no blind spot"),
         ([("blind_spot", {"form": "many_turn"})], ConfigError, "single turns"),
         ([("blind_spot", {"category": "none"})], CalibrationDataError, "has no prompt for"),
         (
