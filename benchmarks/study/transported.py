@@ -99,7 +99,7 @@ def differences(lab: Lab, model: str) -> Sequence[torch.Tensor]:
     """Of a model, by layer, the mean state of harmful prompts minus that of benign ones."""
     config = replace(_settings(lab), source_model=model)
     harmful, benign = _prompts(config)
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as place:  # one anchor, because none are read
         states = read_source(
             config, Texts(benign[:1], harmful, benign), None, Path(place), this_job()
         )

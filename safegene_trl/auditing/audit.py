@@ -76,15 +76,11 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     aligned, model = _aligned_name(config, vector), config.model or config.safeguarded
     if model:
         check_not_folded(model, config.model_revision)
+    found = read_items(config, vector)
     if before is not None:
         measure = _measure(not model, chosen is None or chosen.uniform)
-        check_comparable(before, measure, config.least_share)
-    found = read_items(config, vector)
-    if before is not None and not before.prompts.keys() & set(map(key_of, found.prompts)):
-        raise ConfigError(
-            f"The audit {before.name} has none of these prompts, so that nothing can be compared: name data sets that it was made "
-            "with, or leave out `before`."
-        )
+        keys = set(map(key_of, found.prompts))
+        check_comparable(before, measure, config.least_share, keys)
     folder = Path(config.output_dir)
     _check_folder(folder, config, [aligned, model])
     with naming_shortage(_TOO_SMALL), alone_in(folder, "audit"):

@@ -1,6 +1,6 @@
 """A second audit against the first: what became of every cell."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from scipy.stats import binomtest
@@ -13,8 +13,10 @@ from ..vectors.audit_file import AuditRecord
 from .cells import ALPHA, Labelled
 
 
-def check_comparable(before: AuditRecord, measure: str, least_share: float) -> None:
-    """Raises `ConfigError` for an earlier audit whose verdicts mean something else."""
+def check_comparable(before: AuditRecord, measure: str, least_share: float, keys: Set[str]) -> None:
+    """Raises `ConfigError` for an earlier audit whose verdicts mean something else, or that has none of
+    the prompts with these keys.
+    """
     for name, was, now in (
         ("measure", before.measure, measure),
         ("least_share", before.least_share, least_share),
@@ -24,6 +26,11 @@ def check_comparable(before: AuditRecord, measure: str, least_share: float) -> N
                 f"The audit {before.name} has the {name} {was} and this one would have {now}, so that their verdicts do not compare: "
                 "name a fine-tune in both or in neither, and one `least_share`, or leave out `before`."
             )
+    if not before.prompts.keys() & keys:
+        raise ConfigError(
+            f"The audit {before.name} has none of these prompts, so that nothing can be compared: name data sets that it was made "
+            "with, or leave out `before`."
+        )
 
 
 def compared(

@@ -6,14 +6,11 @@ from typing import Any, ClassVar
 
 from ..config.docstrings import with_help
 from ..config.validation import (
-    COUNT_OR_DEFAULT,
-    DTYPES,
     LARGEST_COUNT,
     Rule,
     check_values,
     named_fields,
     template_options,
-    written_place,
 )
 from ..data.forms import FORMS
 from ..errors import ConfigError
@@ -118,9 +115,9 @@ class AuditConfig:
     json: bool = False
 
     RULES: ClassVar[Mapping[str, Rule]] = {
+        # what `evaluate` has as well
+        **{name: rule for name, rule in EvaluationConfig.RULES.items() if "task" not in name},
         "coefficients": Rule(or_number=True),
-        "dtype": Rule(choices=DTYPES),
-        "num_prompts": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
         "forms": Rule(choices=FORMS),
         "least_share": Rule(above=0.0, below=1.0, share=True),
         "min_prompts": Rule(
@@ -129,12 +126,6 @@ class AuditConfig:
             too_low="fewer than 5 refusals show nothing, whatever came back of them",
         ),
         "max_blind_spots": Rule(at_least=0, at_most=LARGEST_COUNT),
-        "max_new_tokens": Rule(at_least=1, at_most=LARGEST_COUNT),
-        "batch_size": Rule(at_least=1, at_most=LARGEST_COUNT, may_be_null=True),
-        "max_reasoning_tokens": COUNT_OR_DEFAULT,
-        "chat_template_kwargs": Rule(may_be_null=True),
-        "seed": Rule(at_least=0, at_most=2**32 - 1),
-        "output_dir": Rule(syntax=written_place),
     }
 
     def check(self) -> None:

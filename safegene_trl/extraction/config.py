@@ -59,17 +59,8 @@ _OF_A_TRANSPORT = (
 )
 _OF_THE_VECTOR = (  # what `vector` has settled
     *_OF_A_TRANSPORT,
-    "degraded_model",
-    "degraded_revision",
+    *_OF_A_DIFFERENCE,
     "method",
-    "linearized_blocks",
-    "distill_steps",
-    "distill_learning_rate",
-    "anchor_weight",
-    "rank",
-    "exact_svd",
-    "isolate_from",
-    "isolation_rank",
     "selection",
     "layer_share",
     "bootstrap_resamples",

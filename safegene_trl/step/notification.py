@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -62,7 +63,8 @@ def _is_here(scheme: str, host: str) -> bool:
 
 
 def notify(report: Mapping[str, Any], place: Path) -> None:
-    """Posts what became of a step that released nothing, as JSON. That it cannot be sent is a warning.
+    """Posts what became of a step that released nothing, as JSON. That it cannot be sent is a warning,
+    and hides no error of the step.
 
     Args:
         report: As it was written: no prompt, answer or setting of it is sent.
@@ -76,7 +78,7 @@ def notify(report: Mapping[str, Any], place: Path) -> None:
     try:
         with build_opener(_NoRedirect).open(request, timeout=LONGEST_WAIT):
             pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else type(error).__name__
         logger.warning("The message to %s was not taken: %s", VARIABLE, reason)
 

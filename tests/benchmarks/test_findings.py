@@ -5,6 +5,7 @@ from statistics import fmean
 import pytest
 
 from benchmarks import records
+from benchmarks.paper_table.render import OURS, harmless, load
 from benchmarks.study.findings import (
     BASELINE,
     BEST,
@@ -100,3 +101,21 @@ def test_what_the_page_says_in_words_is_what_the_records_hold():
         f"{same(BEST):.1f} instead of {same('CE'):.1f} % of all prompts",
     ):
         assert words in text, words
+
+
+def test_no_published_alternative_is_as_good_at_as_little_cost():
+    tasks = harmless(load(records.RESULTS))
+    published = ["SafeLoRA", "SafeMERGE", "RESTA", "EnchTable", "Safe Delta", "Antidote", "SaLoRA"]
+    text = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert len(published) == 7 and "None of the seven published alternatives" in text
+    for method in published:
+        have = [rows for rows in tasks.values() if method in rows]
+        seeds = [rows[method].seeds & rows[OURS].seeds for rows in have]
+
+        def over(name, measure, have=have, seeds=seeds):
+            pairs = zip(have, seeds, strict=True)
+            return 100 * fmean(getattr(rows[name].at(own), measure) for rows, own in pairs)
+
+        attacks = over(method, "attack_success") - over(OURS, "attack_success")
+        lost = over(OURS, "utility") - over(method, "utility")
+        assert attacks > 5 or lost > 5, method

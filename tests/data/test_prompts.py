@@ -14,7 +14,10 @@ from safegene_trl.data.prompts import (
     prompts_used,
     spread,
 )
+from safegene_trl.data.unseen import _prompt
 from safegene_trl.errors import CalibrationDataError
+from safegene_trl.extraction.by_category import categories_of
+from safegene_trl.extraction.prompts import _read_categories
 
 from ..conftest import HARMFUL
 
@@ -124,3 +127,11 @@ def test_a_category_has_one_spelling(tmp_path):
         *("Fraud", "Fraud", "caf\u00e9", "caf\u00e9", None, None, None),
         "7",
     ]
+
+
+def test_a_category_has_one_spelling_wherever_it_is_read(tmp_path):
+    rows = [{"prompt": "a", "category": " cafe\u0301 "}, {"prompt": "b", "category": " "}]
+    file = tmp_path / "set.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert categories_of(rows) == _read_categories(str(file), "train") == {"a": "caf\u00e9"}
+    assert [_prompt(row, "harmful").category for row in rows] == ["caf\u00e9", None]

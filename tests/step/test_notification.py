@@ -1,6 +1,7 @@
 """The message to a web hook: what goes out, when, and that nothing else depends on it."""
 
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -96,6 +97,16 @@ def test_an_address_that_could_be_read_by_others_is_refused(address, monkeypatch
     assert "example" not in str(refused.value)
 
 
+def test_such_an_address_is_refused_before_anything_is_trained(
+    vector_dir, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(VARIABLE, "http://example.com/hook")
+    trainer = sft(tmp_path, [SafeGeneCallback(config_of(vector=str(vector_dir)))], tokenizer)
+    with pytest.raises(ConfigError, match="begins with https://"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize(
     "address", ["https://hooks.example.com/T0/B0", "http://localhost:8080/x", "http://[::1]/x"]
 )
@@ -121,3 +132,20 @@ def test_a_hook_that_is_not_there_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv(VARIABLE, address)
     notify(FAILED, tmp_path / "report.json")
     assert "was not taken" in caplog.text and "/secret" not in caplog.text
+
+
+def test_a_hook_that_answers_nonsense_is_a_warning(tmp_path, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setenv(VARIABLE, f"http://127.0.0.1:{server.getsockname()[1]}/secret")
+        notify(FAILED, tmp_path / "report.json")
+        thread.join(timeout=10)
+    assert "was not taken: BadStatusLine" in caplog.text and "/secret" not in caplog.text
