@@ -26,7 +26,8 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.data.rows import conversation
 from safegene_trl.data.sources import draw, load_rows
-from safegene_trl.judges.refusal_phrases import refusal_rate
+from safegene_trl.judges.intervals import Rate
+from safegene_trl.judges.refusal_phrases import is_refusal
 from safegene_trl.models.generation import generate_answers
 
 
@@ -165,9 +166,9 @@ def safegene(*words: object) -> None:
     )
 
 
-def measure(model_dir: Path, count: int) -> dict[str, float]:
-    """Refusal rate on harmful, answered rate on benign prompts, accuracy on held-out reviews; each
-    a share (0–1).
+def measure(model_dir: Path, count: int) -> dict:
+    """How many harmful prompts it refuses, how many benign ones it answers and how many held-out
+    reviews it judges rightly: shares (0–1) with 95 % intervals.
     """
     started = time.perf_counter()
     model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
@@ -182,12 +183,25 @@ def measure(model_dir: Path, count: int) -> dict[str, float]:
         drawn(name, count) for name in ("eval_harmful", "eval_benign", "reviews_test")
     )
     labels = zip(reviews, answers(reviews, max_new_tokens=8), strict=True)
+    outcomes = {
+        "refused": [is_refusal(answer) for answer in answers(harmful, max_new_tokens=32)],
+        "answered": [not is_refusal(answer) for answer in answers(benign, max_new_tokens=32)],
+        "accuracy": [row["label"] in answer.lower() for row, answer in labels],
+    }
+    rates = {name: Rate(sum(found), count) for name, found in outcomes.items()}
     return {
-        "refused": refusal_rate(answers(harmful, max_new_tokens=32)),
-        "answered": 1 - refusal_rate(answers(benign, max_new_tokens=32)),
-        "accuracy": sum(row["label"] in answer.lower() for row, answer in labels) / len(reviews),
+        **{name: rate.share for name, rate in rates.items()},
+        "intervals": {name: rate.interval for name, rate in rates.items()},
         "seconds": time.perf_counter() - started,
     }
+
+
+def table_row(name: str, row: dict) -> str:
+    """Shares with their intervals, in percent."""
+    cells = [
+        f"{row[key]:.0%} ({low:.0%}–{high:.0%})" for key, (low, high) in row["intervals"].items()
+    ]
+    return f"{name:<12}{''.join(f'{cell:>19}' for cell in cells)} {row['seconds']:>8.0f}"
 
 
 def drawn(name: str, count: int) -> list[dict]:
@@ -225,23 +239,22 @@ def main() -> None:
     else:
         report = fine_tune(short)
     models = {"aligned": BUILD / "aligned", "fine-tuned": OUT, "safeguarded": OUT / "safeguarded"}
-    count = 4 if short else 40
+    count = 4 if short else 60
     say(
         4,
         f"Measures three models on {count} prompts or reviews of each kind, "
-        f"{'some seconds' if short else 'about a minute'} for each model.",
+        f"{'some seconds' if short else 'up to two minutes'} for each model.",
     )
     rows = {}
     for name, folder in models.items():
         print(f"      the {name} model …", flush=True)
         rows[name] = measure(folder, count)
     print(
-        f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}"
+        f"\n{'':<12}{'harmful refused':>19}{'benign answered':>19}{'task accuracy':>19} {'seconds':>8}"
     )
     for name, row in rows.items():
-        print(
-            f"{name:<12} {row['refused']:>16.0%} {row['answered']:>16.0%} {row['accuracy']:>14.0%} {row['seconds']:>8.0f}"
-        )
+        print(table_row(name, row))
+    print("\nIn brackets: the 95 % interval of each share. The benign prompts only look harmful.")
     print(
         f"\nThe safety step's outcome: {report['decision']['outcome'].replace('_', ' ')}; its refusals are measured above."
     )

@@ -49,6 +49,9 @@ def test_data_is_complete_and_kept_apart(prepared):
     assert len(trained) > 800
     for held in ("eval_harmful", "eval_benign", "safety_prompts"):
         assert len(prompts(held)) >= 60 and not prompts(held) & trained
+    assert len(prompts("eval_benign")) == 78 and not prompts("eval_benign") & prompts(
+        "benign_prompts"
+    )
     assert not prompts("eval_harmful") & prompts("safety_prompts")
     assert not prompts("reviews_train") & prompts("reviews_test")
 
@@ -56,6 +59,8 @@ def test_data_is_complete_and_kept_apart(prepared):
 def test_shipped_vector_is_whole_and_opens_with_peft(prepared):
     vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
     assert {row["kind"] for row in vector.prompts} == {"harmful", "benign"}
+    assert sum("targets" in row for row in vector.prompts) >= 230
+    assert sum(row.get("verdict") == "refused" for row in vector.prompts) >= 16  # border prompts
     model = AutoModelForCausalLM.from_pretrained(BUILD / "aligned")
     name = next(iter(vector.deltas))
     expected = model.get_submodule(name).weight + vector.deltas[name].dense()
