@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.contents import MARKER
 from ..errors import CalibrationDataError, FamilyError
 from ..provenance import sha256_of_json, tokenizer_hash
-from ..text import read_json
+from ..text import one_line, read_json
 from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector
 from .rows import Row, Skipped, UnreadableRowError, prompt_of
@@ -88,13 +88,16 @@ def read_prompts(
     found: dict[str, Prompt] = {}
     skipped = Skipped()
     for row in load_rows(source, split):
-        category = row.get("category")
         try:
             messages = tuple(prompt_of(row))
         except UnreadableRowError as error:
             skipped.add(error)
             continue
-        prompt = Prompt(Path(source).stem, kind, category_name(category), messages)
+        try:
+            category = category_name(row.get("category"))
+        except CalibrationDataError as error:
+            raise CalibrationDataError(f"{source}: {error}") from None
+        prompt = Prompt(Path(source).stem, kind, category, messages)
         found.setdefault(prompt.key, prompt)
     if not found:
         raise CalibrationDataError(
@@ -107,8 +110,18 @@ def read_prompts(
 def category_name(value: object) -> str | None:
     """A row's category in one spelling: without space around it, its characters composed; None for
     an empty one.
+
+    Raises:
+        CalibrationDataError: It is neither a text nor a number.
     """
-    return None if value is None else normalize("NFC", str(value)).strip() or None
+    if value is None:
+        return None
+    if not isinstance(value, (str, int, float)):
+        raise CalibrationDataError(
+            f"A row has the category {one_line(value)[:60]}, which is neither a text nor a number: "
+            "give each row one category, or name that column otherwise."
+        )
+    return normalize("NFC", str(value)).strip() or None
 
 
 def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -117,6 +117,20 @@ def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path, caplog):
         load_prompts(str(file), "benign", "train", None, 0)
 
 
+@pytest.mark.parametrize("value", [["a"], {"a": True}, [], {}])
+def test_a_category_that_is_no_name_is_refused(tmp_path, value):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"prompt": "thing", "category": value}) + "\n")
+    with pytest.raises(CalibrationDataError, match="neither a text nor a number"):
+        load_prompts(str(path), "harmful", "train", None, seed=0)
+
+
+def test_a_category_may_be_a_number(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"prompt": "thing", "category": 3}) + "\n")
+    assert load_prompts(str(path), "harmful", "train", None, seed=0)[0].category == "3"
+
+
 def test_a_category_has_one_spelling(tmp_path):
     names = ["Fraud", " Fraud ", "caf\u00e9", "cafe\u0301", "", "  ", None, 7]
     rows = [{"prompt": f"q{i}", "category": name} for i, name in enumerate(names)]
