@@ -49,7 +49,7 @@ def test_data_is_complete_and_kept_apart(prepared):
     assert len(trained) > 800
     for held in ("eval_harmful", "eval_benign", "safety_prompts"):
         assert len(prompts(held)) >= 60 and not prompts(held) & trained
-    assert len(prompts("eval_benign")) == 78 and not prompts("eval_benign") & prompts(
+    assert len(prompts("eval_benign")) == 60 and not prompts("eval_benign") & prompts(
         "benign_prompts"
     )
     assert not prompts("eval_harmful") & prompts("safety_prompts")

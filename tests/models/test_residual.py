@@ -6,10 +6,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from safegene_trl import SafeGeneError, steered
 from safegene_trl.models.generation import generate_answers
-from safegene_trl.models.residual import decoder_layers, residual_writers
+from safegene_trl.models.residual import bent_layers, decoder_layers, residual_writers
 
 from ..architectures import CONFIGS, make_architecture
 from ..conftest import ARCHITECTURES, make_model, with_lora
+
+
+# a norm or a factor after what is written; layers whose experts write as well
+BENT = {"glm4", "gemma2", "granitemoehybrid"}
+MIXTURES = {
+    *("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3", "lfm2_moe"),
+    *("jamba", "nemotron_h", "qwen3_next", "dbrx"),
+}
 
 
 IDS = torch.tensor([[7, 30, 90, 200]])
@@ -79,6 +87,25 @@ def test_layers_and_what_writes_are_known_of_every_architecture(kind):
     assert not any(part in name for name in writers for part in ("q_proj", "gate", "router"))
     for name in writers:
         assert any(f".{index}." in name for index in layers)
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *CONFIGS])
+def test_where_the_stream_gets_something_else_than_what_is_written(kind):
+    model = make_model(kind) if kind in ARCHITECTURES else make_architecture(kind)
+    bent = bent_layers(model, torch.arange(5, 17)[None])
+    layers = list(decoder_layers(model))
+    if kind in BENT:
+        assert bent == layers
+    elif kind in MIXTURES:
+        assert bent and set(bent) <= set(layers)  # the first layers of some are dense
+    else:
+        assert bent == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_rounding_to_16_bits_bends_nothing():
+    model = make_model("llama").to(torch.bfloat16)
+    assert bent_layers(model, torch.arange(5, 17)[None]) == []
 
 
 def test_a_model_of_conv1d_layers():

@@ -139,6 +139,15 @@ def test_layers_below_the_limit_are_left_out_by_name(options, caplog, monkeypatc
     assert "take no direction on" in caplog.text and "of chance: 1." in caplog.text
 
 
+@pytest.mark.parametrize(("bent", "said"), [([], False), ([0, 1], True)])
+def test_layers_that_write_through_a_norm_are_named(options, caplog, monkeypatch, bent, said):
+    monkeypatch.setattr(
+        "safegene_trl.extraction.transport.sides.bent_layers", lambda model, ids: bent
+    )
+    made(options)
+    assert ("In layers 0–1 of" in caplog.text and "scaled and bent there" in caplog.text) is said
+
+
 def test_a_detector_that_tells_little_is_named(options, caplog):
     made(options)
     assert "hardly told from benign ones" in caplog.text
