@@ -47,7 +47,7 @@ def step_settings(short: bool) -> dict:
             "num_task_shots": shots[2],
         },
         "search": {
-            "max_evaluations": 1 if short else 8,
+            "max_evaluations": 3 if short else 8,
             "max_utility_loss": 10.0 if short else 0.1,
         },
         "measure": {"num_test_prompts": 0},
@@ -57,7 +57,12 @@ def step_settings(short: bool) -> dict:
 
 def batches(short: bool) -> int:
     """How many the fine-tune is trained on."""
-    return 2 if short else 25
+    return 3 if short else 25
+
+
+def learning_rate(short: bool) -> float:
+    """In a few steps it must be high: a fine-tune that loses nothing is given nothing back."""
+    return 2e-3 if short else 2e-4
 
 
 def say(stage: int, what: str) -> None:
@@ -90,7 +95,7 @@ def fine_tune(short: bool) -> dict:
             output_dir=str(OUT),
             max_steps=batches(short),
             per_device_train_batch_size=4,
-            learning_rate=2e-4,
+            learning_rate=learning_rate(short),
             lr_scheduler_type="constant",
             max_length=256,
             gradient_checkpointing=False,
@@ -127,6 +132,8 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
         4 // processes,
         "--max_steps",
         batches(short),
+        "--learning_rate",
+        learning_rate(short),
     ]
     data = [
         "--safegene.vector",
@@ -229,7 +236,7 @@ def main() -> None:
     )
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
     end = (
-        "less than a minute, in which next to nothing is learned or lost"
+        "less than a minute, in which little is learned and some refusals are lost"
         if short
         else "up to 3 minutes: refusals are lost on the way"
     )

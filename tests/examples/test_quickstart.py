@@ -54,7 +54,7 @@ def test_every_stage_is_announced_before_it_begins(script, tmp_path, capsys):
 def test_the_short_form_says_what_it_does_and_does_not_show(script, capsys, monkeypatch):
     script["main"]()
     short = capsys.readouterr().out
-    assert "2 batches of drug reviews, less than a minute" in short and "on 4 prompts" in short
+    assert "3 batches of drug reviews, less than a minute" in short and "on 4 prompts" in short
     assert "up to 3 minutes" not in short and "two minutes" not in short
     assert "show that it runs, and not what it achieves" in short.splitlines()[-1]
     monkeypatch.setattr(sys, "argv", ["quickstart.py"])
