@@ -73,6 +73,22 @@ def component_names_of(extraction: Mapping[str, Any], rank: int) -> list[str]:
     return list(extraction.get("component_names", numbers))
 
 
+def shares_of_one(extraction: Mapping[str, Any], rank: int) -> list[float]:
+    """By component, the coefficient with which the vector adds one whole difference to a degraded
+    model: 1/K for each of K vectors that were combined, and the same for all that a vector was
+    split into by category, because together these are the vector.
+    """
+    parts = extraction.get("vectors", [])
+    count = len(components_of(extraction, rank))
+    if "by_category" in extraction:
+        return [1 / max(len(parts), 1)] * count
+    if parts:
+        made = [part["extraction"] for part in parts]
+        shares = [share for each in made for share in shares_of_one(each, each["rank"])]
+        return [share / len(parts) for share in shares]
+    return [1 / count] * count
+
+
 def extractions(extraction: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """How a vector, or each of those that were combined to it, was made."""
     found, left = [], [extraction]

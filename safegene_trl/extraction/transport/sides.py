@@ -22,6 +22,7 @@ from ...models.reasoning import PromptStyle
 from ...models.residual import bent_layers, decoder_layers, residual_writers
 from ...provenance import model_reference, same_weights
 from ...vectors.family import Family
+from ...vectors.record import shares_of_one
 from ...vectors.safety_vector import SafetyVector
 from ..config import ExtractionConfig
 from .detectors import ANCHORS
@@ -182,8 +183,19 @@ def read_source(
         vector.check_fits(canonical_modules(reader.model))
         space = vector.space("layer")
         attachment = VectorAttachment(reader.model, vector.deltas, space, reader.sharding)
-        # each component is the whole difference to a degraded model of its own
-        values = torch.full((len(space.names),), 1 / len(vector.components))
+        shares = shares_of_one(vector.extraction, vector.rank)
+        parts = [
+            share
+            for share, rank in zip(shares, vector.components, strict=True)
+            for _ in range(rank)
+        ]
+        values = space.values(
+            {
+                name: part
+                for own in space.modules.values()
+                for name, part in zip(own, parts, strict=True)
+            }
+        )
         with torch.no_grad(), attachment.applied(values.to(reader.sharding.device)):
             other = _states(reader, prompts, folder / "with_vector", config.state_pooling)
     elif config.source_degraded_model:
