@@ -68,6 +68,13 @@ def test_shipped_vector_is_whole_and_opens_with_peft(prepared):
     torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_shipped_vector_brings_its_audit():
+    vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
+    recorded = ROOT / "benchmarks" / "results" / "audit_smollm2.json"
+    assert vector.audit == recorded.read_bytes()
+    assert "## Audit" in (RECIPE / "safety-vector" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.timeout(600)
 def test_short_fine_tune_is_safeguarded(prepared, tmp_path):
     rows = load_dataset(
