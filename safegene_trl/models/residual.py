@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -152,8 +153,10 @@ def steered(
             another width or is not finite.
         UnsupportedModelError: The model has no layers that are known.
     """
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
+    if not (isinstance(alpha, Real) and math.isfinite(alpha) and alpha >= 0):
         raise ConfigError(f"`alpha` is {alpha}: it must be a number and never negative.")
+    if not isinstance(directions, Mapping):
+        raise ConfigError("`directions` must be a mapping from a layer to its direction.")
     layers = decoder_layers(model)
     width = base_model(model).config.get_text_config().hidden_size
     for index, direction in directions.items():
@@ -161,14 +164,16 @@ def steered(
             raise ConfigError(
                 f"The model has no layer {index}: give directions for some of the layers 0 to {max(layers)}."
             )
-        if direction.shape != (width,) or not is_finite(direction):
+        fits = isinstance(direction, torch.Tensor) and direction.shape == (width,)
+        if not (fits and is_finite(float(alpha) * direction.detach().float())):
             raise ConfigError(
-                f"The direction of layer {index} must be {width} finite numbers: use one that was made for this model."
+                f"The direction of layer {index} must be a tensor of {width} numbers, finite times `alpha` too: use one that was made "
+                "for this model."
             )
     with ExitStack() as hooks:
         hooks.enter_context(running_eagerly(model))
         for index, direction in directions.items():
-            hook = partial(_added, alpha * direction.detach().float())
+            hook = partial(_added, float(alpha) * direction.detach().float())
             hooks.callback(layers[index].register_forward_hook(hook).remove)
         yield
 

@@ -1,5 +1,6 @@
 """The residual stream: its layers, what writes to it, and what is added to it while a model runs."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -66,16 +67,28 @@ def test_a_model_with_adapters_in_16_bits_is_steered(model):
     ("directions", "alpha", "message"),
     [
         ({7: torch.ones(32)}, 1.0, "no layer 7: give directions for some of the layers 0 to 2"),
-        ({1: torch.ones(31)}, 1.0, "layer 1 must be 32 finite numbers"),
-        ({1: torch.full((32,), float("nan"))}, 1.0, "layer 1 must be 32 finite numbers"),
+        ({1: torch.ones(31)}, 1.0, "layer 1 must be a tensor of 32 numbers"),
+        ({1: torch.full((32,), float("nan"))}, 1.0, "layer 1 must be a tensor of 32 numbers"),
         ({1: torch.ones(32)}, -1.0, "never negative"),
         ({1: torch.ones(32)}, float("nan"), "never negative"),
         ({1: torch.ones(32)}, "1", "never negative"),
+        ({1: torch.ones(32)}, 1e300, "finite times `alpha` too"),
+        ({1: [1.0] * 32}, 1.0, "layer 1 must be a tensor"),
+        ({1: np.ones(32)}, 1.0, "layer 1 must be a tensor"),
+        ([torch.ones(32)], 1.0, "must be a mapping from a layer"),
     ],
 )
 def test_impossible_steering(model, directions, alpha, message):
     with pytest.raises(SafeGeneError, match=message), steered(model, directions, alpha):
         pass
+
+
+@pytest.mark.parametrize("alpha", [np.int64(1), np.float32(0.5)])
+def test_a_number_of_numpy_steers(model, alpha):
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with steered(model, {1: torch.ones(32)}, alpha):
+            assert not torch.equal(model(IDS).logits, plain)
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, *CONFIGS])
