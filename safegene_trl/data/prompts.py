@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 from unicodedata import category, normalize
@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints.contents import MARKER
 from ..errors import CalibrationDataError, FamilyError
 from ..provenance import sha256_of_json, tokenizer_hash
-from ..text import one_line, read_json
+from ..text import read_json
 from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector
+from .row_names import RowNames
 from .rows import Row, Skipped, UnreadableRowError, prompt_of
 from .sources import draw, load_rows
 
@@ -86,42 +87,25 @@ def read_prompts(
     read, counted.
     """
     found: dict[str, Prompt] = {}
-    skipped = Skipped()
+    skipped, categories = Skipped(), RowNames("category")
     for row in load_rows(source, split):
         try:
-            messages = tuple(prompt_of(row))
+            prompt = Prompt(Path(source).stem, kind, None, tuple(prompt_of(row)))
         except UnreadableRowError as error:
             skipped.add(error)
             continue
         try:
-            category = category_name(row.get("category"))
+            categories.add(prompt.key, row.get("category"))
         except CalibrationDataError as error:
             raise CalibrationDataError(f"{source}: {error}") from None
-        prompt = Prompt(Path(source).stem, kind, category, messages)
         found.setdefault(prompt.key, prompt)
+    categories.tell(source)
     if not found:
         raise CalibrationDataError(
             f"The data set {source} has no prompt that can be read{skipped}: name another one."
         )
-    prompts = list(found.values())
+    prompts = [replace(own, category=categories.of.get(key)) for key, own in found.items()]
     return (prompts if limit is None else spread(prompts, limit, seed)), skipped
-
-
-def category_name(value: object) -> str | None:
-    """A row's category in one spelling: without space around it, its characters composed; None for
-    an empty one.
-
-    Raises:
-        CalibrationDataError: It is neither a text nor a number.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, (str, int, float)):
-        raise CalibrationDataError(
-            f"A row has the category {one_line(value)[:60]}, which is neither a text nor a number: "
-            "give each row one category, or name that column otherwise."
-        )
-    return normalize("NFC", str(value)).strip() or None
 
 
 def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
