@@ -291,10 +291,13 @@ def test_a_record_that_was_changed_by_hand_steers_nothing(change, message, optio
         ("split", [1.0, 1.0]),
         ("split and combined", [0.5, 0.5, 0.5]),
         ("combined and split", [0.5, 0.5, 0.5]),
+        ("combined twice", [1 / 3] * 3),
+        ("combined twice and split", [1 / 3] * 2),
     ],
 )
 def test_a_vector_of_components_counts_as_one_difference(kind, expected):
     plain, split = {"rank": 2}, {"rank": 2, "components": [1, 1], "by_category": {}}
+    twice = combination_of(combination_of(plain, plain), plain)
     made = {
         "plain": plain,
         "combined": combination_of(plain, plain),
@@ -302,6 +305,8 @@ def test_a_vector_of_components_counts_as_one_difference(kind, expected):
         "split and combined": combination_of(split, plain),
         "combined and split": combination_of(plain, plain)
         | {"components": [4, 1, 1], "by_category": {}},
+        "combined twice": twice,
+        "combined twice and split": twice | {"components": [5, 1], "by_category": {}},
     }
     assert shares_of_one(made[kind], 2) == expected
 
