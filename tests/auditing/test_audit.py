@@ -361,6 +361,7 @@ def test_other_models_are_refused(config, planted, tmp_path, tokenizer):
         ({"safeguarded": "x", "coefficients": "1"}, "leave out one of them"),
         ({"output_dir": "~/out"}, "stands for no folder"),
         ({"judges": []}, "No judge is named"),
+        ({"judges": ["refusal_phrases"] * 2}, "refusal_phrases is named twice in `judges`"),
     ],
 )
 def test_bad_settings_are_refused(changes, message, config):
