@@ -19,6 +19,7 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("SAFEGENE_SHORT", "1")
