@@ -123,7 +123,8 @@ def _check_folder(folder: Path, config: AuditConfig, models: Sequence[str]) -> N
         raise OutputError(
             f"{config.vector} is no folder here, and `keep_with_vector` is set: download the vector, and audit that."
         )
-    for one in (*models, config.vector, *config.harmful_data, *config.exclude_data):
+    read = (*models, config.safeguarded, config.vector)
+    for one in (*read, *config.harmful_data, *config.exclude_data):
         if one and folder.is_dir() and Path(one).is_dir() and folder.samefile(one):
             raise OutputError(
                 f"{folder} is read as {one}, and would be written into: choose another `output_dir`."

@@ -12,7 +12,7 @@ from ..data.prompt_languages import known_languages, language_of
 from ..data.prompts import Prompt, load_prompts, near_duplicates, prompts_used, spread
 from ..errors import CalibrationDataError, ConfigError
 from ..provenance import sha256_of_json
-from ..vectors.audit_file import MOST_TEXT
+from ..vectors.audit_file import MOST_PROMPTS, MOST_TEXT
 from ..vectors.prompt_rows import rows_of
 from ..vectors.safety_vector import SafetyVector
 from .config import AuditConfig
@@ -57,7 +57,7 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
     """The prompts of a config's data sets, or the vector's own.
 
     Raises:
-        ConfigError: There are none to ask.
+        ConfigError: There are none to ask, or too many.
         CalibrationDataError: A set cannot be read, or all its prompts repeat what was learned from.
     """
     if len({Path(name).stem for name in config.harmful_data}) < len(config.harmful_data):
@@ -80,6 +80,10 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
             f"Every prompt of {name} repeats one that the vector or fine-tune was made with: audit on other prompts."
         )
     items = [item for prompt in left for item in _in_forms(prompt, config.forms, languages)]
+    if len(items) > MOST_PROMPTS:
+        raise ConfigError(
+            f"{len(items):,} prompts would be asked, and an audit holds {MOST_PROMPTS:,}: set `num_prompts`, or fewer `forms`."
+        )
     _check_names(items)
     sources = [Path(name).name for name in config.harmful_data] or [OWN]
     return AuditPrompts(items, sources, len(repeated))

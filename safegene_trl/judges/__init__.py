@@ -99,7 +99,9 @@ def check_judges(names: Sequence[str]) -> None:
     if not names:
         raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
     if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
-        raise ConfigError(f"The judge {twice[0]} is named twice in `judges`: name each of them once.")
+        raise ConfigError(
+            f"The judge {twice[0]} is named twice in `judges`: name each of them once."
+        )
 
 
 def judged(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:

@@ -17,14 +17,15 @@ from ..text import printable, read_json
 
 AUDIT_FILE = "audit.json"
 AUDIT_VERSION = 1
-MOST_BYTES = 2**25
+MOST_BYTES = 2**26
+MOST_PROMPTS = 100_000  # of some 300 bytes each
 DIMENSIONS = ("category", "language", "form", "length")
 CellVerdict = Literal["blind_spot", "unsure", "fine", "nothing_lost", "too_few"]
 VERDICTS: tuple[str, ...] = get_args(CellVerdict)
 MEASURES = ("restored", "reach")
 ROLES = ("aligned", "fine_tune", "safeguarded")
 MOST_TEXT = 300  # characters of a name
-_MOST_CELLS, _MOST_PROMPTS = 10_000, 1_000_000
+_MOST_CELLS = 10_000
 _HASH, _KEY = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
 
 
@@ -145,7 +146,7 @@ def audit_of(data: bytes, name: str) -> AuditRecord:
             _share(found["least_share"]),
             _of(bool, found["fine_tune"]["stand_in"]),
             cells,
-            dict(_answers(each) for each in _listed(found["prompts"], _MOST_PROMPTS)),
+            dict(_answers(each) for each in _listed(found["prompts"], MOST_PROMPTS)),
         )
         if len({tuple(sorted(cell.where.items())) for cell in cells}) < len(cells):
             raise ValueError("a cell is there twice")

@@ -531,6 +531,23 @@ def test_a_folder_of_a_model_and_a_line_of_another_version_are_refused(config, p
         audit(config)
 
 
+def test_more_prompts_than_an_audit_holds_are_refused_before_any_is_asked(
+    config, planted, monkeypatch
+):
+    monkeypatch.setattr("safegene_trl.auditing.prompts.MOST_PROMPTS", 5)
+    with pytest.raises(ConfigError, match="and an audit holds 5: set `num_prompts`"):
+        audit(config)
+    assert not planted.seen
+
+
+def test_the_safeguarded_folder_is_not_written_into(config, planted, release):
+    before = sorted(path.name for path in release.iterdir())
+    config.safeguarded = config.output_dir = str(release)
+    with pytest.raises(OutputError, match="is read as"):
+        audit(config)
+    assert sorted(path.name for path in release.iterdir()) == before
+
+
 def test_an_audit_that_is_still_needed_is_not_replaced(config, planted, tmp_path):
     audit(config)
     there = tmp_path / "out" / AUDIT_FILE

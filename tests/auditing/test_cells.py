@@ -55,9 +55,10 @@ def test_three_prompts_are_never_fine_however_they_come_out():
         assert verdicts(rows)["few",] == "too_few"
 
 
+@pytest.mark.parametrize("aligned", ["answered", "incoherent", "off_task"])
 @pytest.mark.parametrize("measure", ["restored", "reach"])
-def test_where_the_aligned_model_refuses_nothing_nothing_can_be_lost(measure):
-    answered = dict.fromkeys(("aligned", "fine_tune", "safeguarded"), "answered")
+def test_where_the_aligned_model_refuses_nothing_nothing_can_be_lost(measure, aligned):
+    answered = {"aligned": aligned, "fine_tune": "answered", "safeguarded": "answered"}
     rows = [Labelled(f"m{i}", Place("masks", None, "direct", None), answered) for i in range(20)]
     rows += rows_of("whole", 0, 0, held=8) + rows_of("nearly", 0, 0, held=7)
     found = verdicts(rows, measure)
