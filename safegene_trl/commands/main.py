@@ -17,6 +17,7 @@ from ..config.validation import nearest
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError, RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import Interrupted, interruptible
+from ..progress import progress_shown
 from ..step.decision import EXIT_CODES
 from ..text import one_line
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(["safegene", *(word for word in argv[:1] if word in COMMANDS)])
     logging.getLogger(_BITSANDBYTES).addFilter(_is_no_missing_kernel)
     try:
-        with interruptible():
+        with interruptible(), progress_shown(is_first_process()):
             code = _run(argv)
             sys.stdout.flush()
         return code

@@ -29,6 +29,7 @@ from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_short
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model, context_length
 from ..models.reasoning import MOSTLY, Reply
+from ..progress import progress_bar, progress_shown
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
 from .agreement import KINDS, agreement, compared, comparisons
@@ -282,17 +283,20 @@ def generated(
         _EVALUATION,
     )
     done = 0
-    while done < len(order):
-        part = order[done : done + 4 * size.now * sharding.world_size]
-        asked = [tokens[i] for i in part]
+    with progress_bar("Answering", len(order), "prompt") as bar:
+        while done < len(order):
+            part = order[done : done + 4 * size.now * sharding.world_size]
+            asked = [tokens[i] for i in part]
 
-        def answers(batch_size: int, asked: list[list[int]] = asked) -> list[str]:
-            return answers_to_tokens(model, tokenizer, asked, new_tokens, batch_size, sharding)
+            def answers(batch_size: int, asked: list[list[int]] = asked) -> list[str]:
+                return answers_to_tokens(model, tokenizer, asked, new_tokens, batch_size, sharding)
 
-        texts = sharding.gather_texts(size.put_through(answers))
-        done += len(part)
-        logger.info("%d of %d answers", done, len(order))
-        yield [prompts[i] for i in part], [answering.read(text) for text in texts]
+            with progress_shown(False):  # one bar for all parts
+                texts = sharding.gather_texts(size.put_through(answers))
+            done += len(part)
+            bar.update(len(part))
+            logger.info("%d of %d answers", done, len(order))
+            yield [prompts[i] for i in part], [answering.read(text) for text in texts]
 
 
 def _settings(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

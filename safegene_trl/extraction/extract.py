@@ -9,6 +9,7 @@ from ..checkpoints.contents import VECTOR
 from ..config.validation import check_is
 from ..distributed.processes import this_job
 from ..models.batch_size import naming_shortage
+from ..progress import progress_shown
 from ..vectors.output import check_vector_output
 from ..vectors.safety_vector import SafetyVector
 from .by_category import tell
@@ -65,7 +66,8 @@ def extract(config: ExtractionConfig, show_progress: bool = True) -> SafetyVecto
         config.check()
         if job.is_main:
             check_vector_output(target, _inputs(config), config.overwrite_output_dir)
-    with job.naming_rank(), naming_shortage(_TOO_SMALL):
+    shown = progress_shown(show_progress and job.is_main)
+    with job.naming_rank(), naming_shortage(_TOO_SMALL), shown:
         if config.transports:
             made = make_transported(config, job)
         elif config.vector:

@@ -13,6 +13,7 @@ from ..models.generation import prompt_tokens
 from ..models.inputs import padding_id
 from ..models.parameters import base_model
 from ..models.reasoning import PromptStyle
+from ..progress import in_progress
 
 
 Places = tuple[torch.Tensor, list[int]]  # of the last tokens: rows, and places in them
@@ -61,7 +62,7 @@ def read_prompts(
     def passes(batch_size: int) -> list[torch.Tensor]:
         groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         with torch.no_grad(), sharding.forward_passes():
-            return [together(group) for group in groups]
+            return [together(group) for group in in_progress(groups, "Reading prompts")]
 
     found = torch.cat(halving(first, passes, sharding, EXTRACTION))
     return found[torch.tensor(order).argsort()]

@@ -17,6 +17,7 @@ from ..models.batch_size import EXTRACTION, fitting_answers, halving
 from ..models.inputs import Sample, SoftTargets, collate
 from ..models.losses import response_logits
 from ..models.parameters import base_model
+from ..progress import in_progress
 from ..vectors.files import about_likeliest
 
 
@@ -56,7 +57,7 @@ def soft_targets(
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         found = torch.zeros(len(samples), 2, max(lengths), LIKELIEST, dtype=torch.float64)
         with torch.no_grad(), sharding.forward_passes():
-            for index in sharding.share(len(groups)):
+            for index in in_progress(list(sharding.share(len(groups))), "Soft targets"):
                 group = groups[index or 0]
                 batch = collate([samples[each] for each in group], pad_id, sharding.device)
                 logits, _ = response_logits(model, batch)

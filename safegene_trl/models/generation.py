@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..distributed.layouts import Sharding
+from ..progress import in_progress
 from .inputs import padding_id, prompt_text
 from .kernels import kernels_for_any_shape
 from .parameters import base_model
@@ -73,7 +74,7 @@ def answers_to_tokens(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     with plain_decoding(model), kernels_for_any_shape(), sharding.forward_passes():
-        for index in sharding.share(len(groups)):
+        for index in in_progress(list(sharding.share(len(groups))), "Answering"):
             group = groups[index or 0]
             padded = _left_padded([prompts[i] for i in group], settings.pad_token_id)
             ids, attention = padded.to(sharding.device)

@@ -31,6 +31,7 @@ from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
 from ..models.low_rank import LowRankDelta
 from ..models.replacement import without_adapters
+from ..progress import progress_shown
 from ..recalibration.objective import Losses
 from ..recalibration.search import Recalibration, recalibrate
 from ..recalibration.touch_up import STEPS, TouchUp, train_touch_up
@@ -78,7 +79,8 @@ def safeguard(
     """
     fine_tune = LiveFineTune(prepared, model, adapter_base, show_progress)
     fine_tune.training = training
-    return run(prepared.plan, fine_tune)
+    with progress_shown(show_progress and fine_tune.sharding.is_main):
+        return run(prepared.plan, fine_tune)
 
 
 class LiveFineTune:

@@ -30,6 +30,7 @@ from ...models.inputs import padding_id
 from ...models.parameters import base_model
 from ...models.reasoning import PromptStyle
 from ...models.residual import watched
+from ...progress import in_progress
 
 
 POOLINGS = ("last", "mean")
@@ -137,7 +138,7 @@ def record(
     def passes(batch_size: int) -> None:
         with sharding.forward_passes():
             begun = _begun(reader, tokens, around[0])
-            for start in range(0, len(order), batch_size):
+            for start in in_progress(range(0, len(order), batch_size), "Reading texts"):
                 group = order[start : start + batch_size]
                 rest = [tokens[index][begun.length :] for index in group]
                 files.begin(group, list(map(len, rest)), (around[0] - begun.length, around[1]))
