@@ -97,11 +97,11 @@ def check_replaceable(folder: Path, kind: FolderKind, target: Path | None = None
 
 def check_no_link(folder: Path) -> None:
     """Raises `OutputError` for a folder to write into that is a symbolic link, or a file."""
-    if folder.is_symlink():
+    if os.path.islink(folder):
         raise OutputError(
             f"{folder} is a symbolic link: name the folder it points to as `output_dir`."
         )
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise OutputError(f"{folder} is a file: choose another `output_dir`.")
 
 

@@ -207,7 +207,7 @@ def _told(family: Family, machine: Machine) -> list[str]:
             f"Data for the vector is read from build/smollm2-135m, which is not here yet: run `{SHARED['command']}` in a clone of "
             "this package, or name your own with --degrade_data, --harmful_data and --benign_data."
         )
-    if family.data.source == EXAMPLE:
+    if family.data.comment:
         lines.append(f"No --data was named: sft.yaml and apply.yaml name {EXAMPLE} as an example.")
     return lines
 

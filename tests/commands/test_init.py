@@ -25,7 +25,15 @@ from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.models.parameters import canonical_modules, linear_shape
 
 from ..architectures import make_architecture
-from ..conftest import BENIGN, HARMFUL, make_model, make_tokenizer, make_vector, refusing
+from ..conftest import (
+    BENIGN,
+    HARMFUL,
+    make_model,
+    make_tokenizer,
+    make_vector,
+    refusing,
+    small_shape,
+)
 
 
 FAMILIES = ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "qwen3_moe")
@@ -65,7 +73,9 @@ def saved(kind: str, template: bool = True):
         if can_be_changed(name) and "attn" in name and (shape := linear_shape(module)):
             rows, columns = shape
             deltas[name] = LowRankDelta(torch.full((2, columns), 0.1), torch.full((rows, 2), 0.1))
-    return model, make_vector(model, tokenizer, deltas)
+    vector, layers = make_vector(model, tokenizer, deltas), model.config.num_hidden_layers
+    vector.selection |= {"scores": [0.1] * layers, "selected_layers": list(range(layers))}
+    return model, vector
 
 
 def config_only(config, folder: str = "model"):
@@ -83,7 +93,7 @@ def refused(capsys, *words: str) -> str:
     capsys.readouterr()
     assert main(["init", *words]) == 2
     said = capsys.readouterr().err.strip()
-    assert "\n" not in said and said.endswith(".")
+    assert "\n" not in said and said.endswith((".", "?"))
     return said
 
 
@@ -94,6 +104,7 @@ def test_every_file_is_taken_by_its_command(kind, place, capsys):
     told = capsys.readouterr().out
     assert written() == FILES | TO_MAKE and f"{model.config.model_type}, " in told
     assert ("mixture of 4 experts" in told) == (kind in MIXTURES)
+    assert ("untied embeddings" in told) == (kind in (*MIXTURES, "phi3"))
     vector.save_pretrained("build/model/safety-vector")  # as `extract` would
     recipe = yaml.safe_load((RECIPE / "sft.yaml").read_text())
     targets = recipe["lora_target_modules"]
@@ -127,8 +138,8 @@ def test_the_commands_make_a_vector_and_a_fine_tune_takes_it_on(place, monkeypat
     for step in steps:
         assert f"# Run: safegene {shlex.join(step)}\n" in Path(step[2]).read_text()
     monkeypatch.setattr("safegene_trl.extraction.answers.answers_to_tokens", refusing)
-    short = ["--max_steps", "1", "--disable_tqdm", "true"]
-    assert main([*steps[0], *short]) == 0
+    short = ["--max_steps", "2", "--warmup_steps", "0", "--learning_rate", "0.01"]
+    assert main([*steps[0], *short, "--disable_tqdm", "true"]) == 0
     assert main(steps[1]) == 0
     with pytest.raises(DryRunComplete):
         main([*steps[2], "--safegene.dry_run", "true", "--disable_tqdm", "true"])
@@ -202,7 +213,10 @@ def test_a_tokenizer_without_a_chat_template(vector, place, capsys):
     said = refused(capsys, *words)
     assert "has no chat template" in said and "`--data`" in said
     assert ("`--degrade_data`" in said) == (not vector) and not RECIPE.exists()
-    Path("plain.jsonl").write_text('{"text": "sort item 1 into box 2"}\n' * 30)
+    rows = "".join(
+        json.dumps({"text": f"sort item {i} into box {i % 3}"}) + "\n" for i in range(24)
+    )
+    Path("plain.jsonl").write_text(rows)
     data = ["--data", "plain.jsonl"] + ([] if vector else ["--degrade_data", "plain.jsonl"])
     assert main(["init", *words, *data]) == 0
     assert "no chat template" in capsys.readouterr().out
@@ -214,7 +228,7 @@ def test_a_tokenizer_without_a_chat_template(vector, place, capsys):
 @pytest.mark.parametrize("name", sorted(FILES | TO_MAKE))
 @pytest.mark.parametrize("what", ["file", "link that leads nowhere"])
 def test_what_is_there_is_not_replaced(name, what, place, capsys):
-    config_only(LlamaConfig())
+    config_only(LlamaConfig(**small_shape()))
     RECIPE.mkdir(parents=True)
     if what == "file":
         (RECIPE / name).write_text("mine")
@@ -228,7 +242,7 @@ def test_what_is_there_is_not_replaced(name, what, place, capsys):
 
 
 def test_a_folder_that_cannot_be_written_into(place, capsys):
-    config_only(LlamaConfig())
+    config_only(LlamaConfig(**small_shape()))
     (place / "real").mkdir()
     (place / "link").symlink_to("real")
     assert "link is a symbolic link" in refused(capsys, "model", "--output_dir", "link")
@@ -240,7 +254,7 @@ def test_a_folder_that_cannot_be_written_into(place, capsys):
 
 
 def test_a_dry_run_prints_and_writes_nothing(place, capsys):
-    config_only(LlamaConfig())
+    config_only(LlamaConfig(**small_shape()))
     before = sorted(place.rglob("*"))
     assert main(["init", "model", "--dry-run"]) == 0
     told = capsys.readouterr().out
@@ -270,7 +284,7 @@ def changed(**values):
     ],
 )
 def test_a_config_that_no_recipe_is_for(values, message, place, capsys):
-    config_only(LlamaConfig())
+    config_only(LlamaConfig(**small_shape()))
     changed(**values)
     assert message in refused(capsys, "model") and not Path("recipes").exists()
 
@@ -310,13 +324,13 @@ def test_a_hub_id_that_cannot_be_reached(place, capsys):
     ],
 )
 def test_options_that_cannot_be_meant(words, message, place, capsys):
-    config_only(LlamaConfig())
+    config_only(LlamaConfig(**small_shape()))
     Path("model/config.txt").write_text("")
     assert message in refused(capsys, "model", *words) and not Path("recipes").exists()
 
 
 def test_data_of_the_hub_and_of_other_files(place):
-    config_only(LlamaConfig())
+    config_only(LlamaConfig(**small_shape()))
     Path("rows.csv").write_text("text\nx\n")
     for folder, given, keys in (
         (
@@ -357,9 +371,9 @@ def test_a_real_size_is_told_without_weights(place):
     assert not found.tied and found.targets is None and found.experts == 0
     chosen = {
         memory: plan_for("m", found.sizes, False, Machine(1, memory * GIB)).method
-        for memory in (24, 48, 80)
+        for memory in (16, 48, 80)
     }
-    assert chosen == {24: "QLoRA", 48: "LoRA", 80: "LoRA"}
+    assert chosen == {16: "QLoRA", 48: "LoRA", 80: "LoRA"}
 
 
 def test_a_mixture_has_the_lora_on_its_attention(place):
@@ -369,7 +383,8 @@ def test_a_mixture_has_the_lora_on_its_attention(place):
     assert found.sizes.factors == 2 * (2 * 8192 + 2 * 5120)
     # a token goes through two of the eight experts
     experts = 2 * (4096 + 2 * 14336 + 14336 + 4096)
-    assert found.sizes.width == 2 * 8192 + 2 * 5120 + experts + (4096 + 8)
+    router = found.sizes.width - (2 * 8192 + 2 * 5120 + experts)
+    assert router in (0, 4096 + 8)  # a linear layer in some versions of transformers
 
 
 SEVENTY = ModelSizes(
@@ -390,7 +405,7 @@ SEVENTY = ModelSizes(
         (False, 1, 192, "LoRA", 1, False),
         (False, 8, 80, "LoRA", 8, True),
         (True, 1, 80, "LoRA", 4, True),
-        (False, 1, 16, "LoRA", 16, True),
+        (False, 1, 16, "LoRA", 64, True),
     ],
 )
 def test_settings_by_size(mixture, gpus, memory, method, processes, sharded):
