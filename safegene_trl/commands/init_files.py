@@ -83,7 +83,7 @@ def _launching(launch: Launch) -> list[str]:
 
 def _text(*parts: str | Mapping[str, Any]) -> str:
     """A YAML text of blocks of keys and comments."""
-    return "".join(part if isinstance(part, str) else as_yaml(part) for part in parts)
+    return "".join(part if isinstance(part, str) else as_yaml(part) for part in parts if part)
 
 
 def _head(family: Family, what: str, name: str, file: str, *more: str) -> str:
@@ -104,9 +104,17 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count < 10 * 2**30 else f"{count / 2**30:.0f} GiB"
 
 
-def _needs(plan: Plan, launch: Launch, count: int) -> str:
-    each = " each" if launch.processes > 1 else ""
-    return f"{_where(plan, launch)}, about {gib(count)}{each}"
+def _trains(plan: Plan, training: Training) -> str:
+    return f"{_where(plan, plan.launch)}, about {gib(training.memory)}{_each(plan.launch)}"
+
+
+def _reads(plan: Plan) -> str:
+    """Of what answers prompts: on a GPU it takes as many at once as there is room for."""
+    return f"{_where(plan, plan.reading)}, {gib(plan.reading_memory)} or more{_each(plan.reading)}"
+
+
+def _each(launch: Launch) -> str:
+    return " each" if launch.processes > 1 else ""
 
 
 def _model(family: Family) -> dict[str, Any]:
@@ -151,7 +159,7 @@ def _degrade(family: Family) -> str:
         _head(
             family,
             "Step 1 of 3: a mildly degraded model, a LoRA on the aligned one. "
-            f"{_needs(plan, plan.launch, training.memory)}.",
+            f"{_trains(plan, training)}.",
             "sft",
             "degrade.yaml",
             *before,
@@ -182,7 +190,7 @@ def _extract(family: Family) -> str:
         _head(
             family,
             "Step 2 of 3: the family's safety vector, of the aligned model and the degrading LoRA. "
-            f"{_needs(plan, plan.reading, plan.reading_memory)}.",
+            f"{_reads(plan)}.",
             "extract",
             "extract.yaml",
         ),
@@ -229,7 +237,7 @@ def _sft(family: Family) -> str:
         _head(
             family,
             f"{which or 'A'} fine-tune that takes the vector on. Repeat it for every fine-tune of the "
-            f"family. {_needs(plan, plan.launch, training.memory)}.",
+            f"family. {_trains(plan, training)}.",
             "sft",
             "sft.yaml",
             "Check first, without training: add --safegene.dry_run true",
@@ -255,7 +263,7 @@ def _apply(family: Family) -> str:
         _head(
             family,
             "Instead of the step in sft.yaml: the same for a fine-tune that is finished. Name it here. "
-            f"{_needs(plan, plan.reading, plan.reading_memory)}.",
+            f"{_reads(plan)}.",
             "apply",
             "apply.yaml",
             "Check first, without a search: add --safegene.dry_run true",
@@ -275,17 +283,19 @@ def _rows(family: Family) -> list[tuple[str, str, str]]:
     rows = []
     if family.vector is None:
         if family.degrading.shared:
-            rows.append((SHARED["command"], "prompts and data, in a clone of this package", ""))
+            rows.append(
+                (SHARED["command"], "prompts and data, in a clone of this package", "a minute")
+            )
         rows += [
             (
                 family.command("sft", "degrade.yaml"),
                 "a LoRA that refuses less",
-                _needs(plan, plan.launch, plan.degrading.memory),
+                _trains(plan, plan.degrading),
             ),
             (
                 family.command("extract", "extract.yaml"),
                 "the family's safety vector",
-                _needs(plan, plan.reading, plan.reading_memory),
+                _reads(plan),
             ),
         ]
     return [
@@ -293,12 +303,12 @@ def _rows(family: Family) -> list[tuple[str, str, str]]:
         (
             family.command("sft", "sft.yaml"),
             "a fine-tune, and its safeguarded checkpoint",
-            _needs(plan, plan.launch, plan.fine_tune.memory),
+            _trains(plan, plan.fine_tune),
         ),
         (
             family.command("apply", "apply.yaml"),
             "the same of a fine-tune that is finished",
-            _needs(plan, plan.reading, plan.reading_memory),
+            _reads(plan),
         ),
     ]
 

@@ -65,11 +65,19 @@ class FoundModel:
         """In one line, e.g. `qwen2, 1.54 billion parameters, tied embeddings, chat template`."""
         said = [
             printable(self.model_type),
-            f"{self.sizes.parameters / 1e9:.3g} billion parameters",
+            f"{in_words(self.sizes.parameters)} parameters",
             "tied embeddings" if self.tied else "untied embeddings",
             "chat template" if self.has_template else "no chat template",
         ]
         return ", ".join(said + ([f"mixture of {self.experts} experts"] if self.experts else []))
+
+
+def in_words(count: int) -> str:
+    """A number of parameters, about: `1.54 billion`, `135 million`, `33,520`."""
+    for unit, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {word}"
+    return f"{count:,}"
 
 
 def find_model(name: str, revision: str | None = None) -> FoundModel:
