@@ -25,6 +25,7 @@ from .plain_parser import PlainParser
 
 
 _GIB = 2**30
+_LONGEST_NAME = 255
 # how releases of chat models end, e.g. Qwen2.5-7B-Instruct, gemma-2-9b-it, Mistral-7B-Instruct-v0.3
 _RELEASE = re.compile(r"-(instruct|chat|it)(-.*)?$")
 _NEEDS_PLAIN_TEXT = (
@@ -116,15 +117,24 @@ def _check(arguments: argparse.Namespace) -> None:
         rule = Rule(syntax=folder if name in places else None)
         shown = name if name == "model" else f"--{name}"
         check_value(shown, value, str | None, rule)
-        if value is not None and printable(value) != value:
-            raise ConfigError(
-                f"`{shown}` is {value!r}, which holds a character that cannot be seen: rename it."
-            )
+        _check_written_out(shown, value or "")
     check_value("--num_gpus", arguments.num_gpus, int | None, Rule(at_least=0, at_most=4096))
     check_value("--gpu_memory", arguments.gpu_memory, float | None, Rule(above=0))
     if arguments.num_gpus == 0 and arguments.gpu_memory is not None:
         raise ConfigError(
             "`--num_gpus` is 0 and `--gpu_memory` is set: leave out one, as a CPU has none."
+        )
+
+
+def _check_written_out(shown: str, value: str) -> None:
+    """Raises `ConfigError` for what cannot stand in a line of a recipe, or be a file's name."""
+    if printable(value) != value:
+        raise ConfigError(
+            f"`{shown}` is {value!r}, which holds a character that cannot be seen: rename it."
+        )
+    if max(map(len, map(os.fsencode, value.split("/")))) > _LONGEST_NAME:
+        raise ConfigError(
+            f"`{shown}` has a part of more than {_LONGEST_NAME} bytes, which no file's name has: shorten it."
         )
 
 
@@ -194,7 +204,7 @@ def _told(family: Family, machine: Machine) -> list[str]:
     lines = [f"{family.model.name}: {family.model.describe()}", _chosen(plan, machine)]
     if plan.four_bit:
         lines.append(
-            "QLoRA needs bitsandbytes. Its safety step measures on the base in 4 bits and writes the 16-bit model."
+            "QLoRA needs bitsandbytes, the extra `qlora`. Its safety step measures on the base in 4 bits and writes the 16-bit model."
         )
     if family.vector is not None:
         lines.append(
@@ -218,7 +228,7 @@ def _chosen(plan: Plan, machine: Machine) -> str:
         where = "a CPU"
     else:
         many = plan.launch.processes > 1
-        where = f"{plan.launch.processes if many else 'one'} GPU{'s' if many else ''} of {machine.memory / _GIB:.0f} GiB"
+        where = f"{plan.launch.processes if many else 'one'} GPU{'s' if many else ''} of {machine.memory / _GIB:.3g} GiB"
         where += " (none was found here, and --gpu_memory is not set)" if machine.assumed else ""
         where += ", weights shared out by ZeRO-3" if plan.launch.sharded else ""
     return (

@@ -20,6 +20,7 @@ from ..models.experts import can_be_changed, expert_weights, matrix_shapes
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
 from ..text import printable, read_json
+from .init_plan import in_words
 
 
 # PEFT puts a LoRA on these where experts have parameters of such names
@@ -69,15 +70,10 @@ class FoundModel:
             "tied embeddings" if self.tied else "untied embeddings",
             "chat template" if self.has_template else "no chat template",
         ]
-        return ", ".join(said + ([f"mixture of {self.experts} experts"] if self.experts else []))
-
-
-def in_words(count: int) -> str:
-    """A number of parameters, about: `1.54 billion`, `135 million`, `33,520`."""
-    for unit, word in ((10**9, "billion"), (10**6, "million")):
-        if count >= unit:
-            return f"{count / unit:.3g} {word}"
-    return f"{count:,}"
+        if self.experts:
+            many = f"{self.experts} " if self.experts > 1 else ""
+            said.append(f"mixture of {many}experts")
+        return ", ".join(said)
 
 
 def find_model(name: str, revision: str | None = None) -> FoundModel:

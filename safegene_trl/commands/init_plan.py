@@ -90,6 +90,14 @@ class Plan:
         return "QLoRA" if self.four_bit else "LoRA"
 
 
+def in_words(count: int) -> str:
+    """A number of parameters, about: `1.54 billion`, `135 million`, `33,520`."""
+    for unit, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {word}"
+    return f"{count:,}"
+
+
 def plan_for(name: str, sizes: ModelSizes, is_mixture: bool, machine: Machine) -> Plan:
     """The first of these that fits: a LoRA on one GPU, or the weights shared out over those that are
     there, a LoRA on a base in 4 bits, and the weights shared out over more GPUs.
@@ -124,7 +132,7 @@ def plan_for(name: str, sizes: ModelSizes, is_mixture: bool, machine: Machine) -
                 reading, held = _reading(sizes, machine)
                 return Plan(False, four_bit, launch, fine_tune, degrading, reading, held)
     raise ConfigError(
-        f"{name} has {sizes.parameters / 1e9:.3g} billion parameters, and {MOST_GPUS} GPUs of {machine.memory / 2**30:.0f} GiB do not "
+        f"{name} has {in_words(sizes.parameters)} parameters, and {MOST_GPUS} GPUs of {machine.memory / 2**30:.3g} GiB do not "
         "hold its training: set `--gpu_memory` to larger ones, or name a smaller model."
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from ..conftest import (
     refusing,
     small_shape,
 )
+from ..quantization import wide_model
 
 
 FAMILIES = ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "qwen3_moe")
@@ -163,6 +165,22 @@ def test_what_is_for_gpus_parses(kind, place):
         main(["sft", "--config", "one/sft.yaml", *words, *changes])
 
 
+def test_a_recipe_for_4_bits_runs(place, monkeypatch, capsys):
+    model, tokenizer = wide_model(), make_tokenizer()
+    for part in (model, tokenizer):
+        part.save_pretrained("model")
+    make_vector(model, tokenizer).save_pretrained("build/model/safety-vector")
+    in_4_bits = lambda *known: replace(plan_for(*known), four_bit=True)  # noqa: E731
+    monkeypatch.setattr("safegene_trl.commands.init.plan_for", in_4_bits)
+    assert main(["init", "model", *OWN_DATA, "--num_gpus", "1"]) == 0
+    assert "QLoRA needs bitsandbytes" in capsys.readouterr().out
+    words = ["--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]
+    with pytest.raises(DryRunComplete):
+        recipe = str(RECIPE / "sft.yaml")
+        main(["sft", "--config", recipe, "--safegene.dry_run", "true", *words])
+    assert "all checks passed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("found", ["named", "in the folder"])
 def test_with_a_vector_nothing_that_makes_one_is_written(found, place, capsys):
     _, vector = saved("llama")
@@ -250,6 +268,9 @@ def test_a_folder_that_cannot_be_written_into(place, capsys):
     assert "task.jsonl is a file" in refused(capsys, "model", "--output_dir", "task.jsonl")
     assert "a folder of its own" in refused(capsys, "model", "--output_dir", ".")
     assert "cannot be seen" in refused(capsys, "model", "--output_dir", "a\nb")
+    for option in ("--output_dir", "--build_dir", "--vector", "--data"):
+        assert "more than 255 bytes" in refused(capsys, "model", option, "n" * 256)
+    assert "more than 255 bytes" in refused(capsys, "n" * 5000)
     assert "is empty" in refused(capsys, "model", "--data", "")
 
 
