@@ -126,16 +126,20 @@ def _model(family: Family) -> dict[str, Any]:
 
 def _lora(family: Family, training: Training) -> str:
     plan, targets = family.plan, family.model.targets
+    named: str | list[str] = targets or "all-linear"
+    if len(targets or ()) == 1:
+        named = rf".*\.{named[0]}"  # TRL gives PEFT a list of one as a text, which is a pattern
     comment = ""
     if targets is not None:
-        comment = "# Not all-linear: that takes in the router, and no vector goes on such a LoRA.\n"
+        why = "that takes in a layer on which PEFT puts no LoRA."
+        if family.model.experts:
+            why = "that takes in the router, and no vector goes on such a LoRA."
+        comment = f"# Not all-linear: {why}\n"
     quantized: dict[str, Any] = {}
     if plan.four_bit:
         quantized = {"load_in_4bit": True, "use_bnb_nested_quant": True}
     adapter = {"use_peft": True, "lora_r": training.rank, "lora_alpha": 2 * training.rank}
-    return _text(
-        "\n", adapter, comment, {"lora_target_modules": targets or "all-linear"}, quantized, "\n"
-    )
+    return _text("\n", adapter, comment, {"lora_target_modules": named}, quantized, "\n")
 
 
 def _batches(plan: Plan, training: Training) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from ..estimation.training import ModelSizes
 from ..models.experts import can_be_changed, expert_weights, matrix_shapes
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
+from ..models.supported import layers_without_lora
 from ..text import printable, read_json
 from .init_plan import in_words
 
 
+_OF_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}  # whatever the block around it is called
 # PEFT puts a LoRA on these where experts have parameters of such names
 _OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj"}
 
@@ -98,7 +100,7 @@ def find_model(name: str, revision: str | None = None) -> FoundModel:
     tokenizer = load_tokenizer(name, revision)
     modules = text_modules(skeleton)
     experts = _experts(modules)
-    targets = _targets(modules, name) if experts else None
+    targets = _targets(modules, name, model_type, experts > 0)
     sizes = ModelSizes.of(skeleton, targets)
     return FoundModel(name, revision, model_type, skeleton, tokenizer, sizes, targets, experts)
 
@@ -152,18 +154,27 @@ def _experts(modules: Mapping[str, nn.Module]) -> int:
     return max(counts, default=int(named))
 
 
-def _targets(modules: Mapping[str, nn.Module], name: str) -> list[str]:
-    """The linear layers of a mixture's attention: `all-linear` would take in its routers as well."""
-    found = []
+def _targets(
+    modules: Mapping[str, nn.Module], name: str, model_type: str, is_mixture: bool
+) -> list[str] | None:
+    """The linear layers that a LoRA goes on, where `all-linear` would take in others: of a mixture
+    its attention's, without routers; else all but those on which PEFT puts none. None where
+    `all-linear` is right.
+    """
+    without = layers_without_lora(model_type)
+    if not (is_mixture or without):
+        return None
+    found: dict[str, None] = {}
     for path in matrix_shapes(modules):
         parent, _, leaf = path.rpartition(".")
         around = parent.rpartition(".")[2]
-        if can_be_changed(path) and not shared_parameter(path) and "att" in around.lower():
-            found.append(leaf)
-    targets = [leaf for leaf in dict.fromkeys(found) if leaf not in _OF_EXPERTS]
-    if not targets:
+        is_attention = "att" in around.lower() or leaf in _OF_ATTENTION
+        is_meant = (is_attention and leaf not in _OF_EXPERTS) if is_mixture else True
+        if is_meant and leaf not in without and can_be_changed(path) and not shared_parameter(path):
+            found[leaf] = None
+    if not found:
         raise UnsupportedModelError(
-            f"{name} is a mixture of experts without linear layers in its attention, so no LoRA can be named for it: write its "
-            "recipe after one of `recipes/`, with `lora_target_modules` of your own."
+            f"{name} has no linear layers that a LoRA could be named for: write its recipe after one of `recipes/`, with "
+            "`lora_target_modules` of your own."
         )
-    return targets
+    return list(found)

@@ -38,8 +38,10 @@ from ..conftest import (
 from ..quantization import wide_model
 
 
-FAMILIES = ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "qwen3_moe")
+FAMILIES = ("llama", "qwen3", "gemma2", "mistral", "phi3", "mixtral", "qwen3_moe", "mamba2")
 MIXTURES = ("mixtral", "qwen3_moe")
+TARGETS: dict[str, object] = {kind: ["q_proj", "k_proj", "v_proj", "o_proj"] for kind in MIXTURES}
+TARGETS["mamba2"] = r".*\.in_proj"  # PEFT puts no LoRA on its `out_proj`
 FILES = {"sft.yaml", "apply.yaml", "README.md"}
 TO_MAKE = {"degrade.yaml", "extract.yaml"}
 OWN_DATA = [
@@ -72,7 +74,8 @@ def saved(kind: str, template: bool = True):
         part.save_pretrained("model")
     deltas = {}
     for name, module in canonical_modules(model).items():
-        if can_be_changed(name) and "attn" in name and (shape := linear_shape(module)):
+        is_meant = can_be_changed(name) and ("attn" in name or name.endswith(".in_proj"))
+        if is_meant and (shape := linear_shape(module)):
             rows, columns = shape
             deltas[name] = LowRankDelta(torch.full((2, columns), 0.1), torch.full((rows, 2), 0.1))
     vector, layers = make_vector(model, tokenizer, deltas), model.config.num_hidden_layers
@@ -106,13 +109,11 @@ def test_every_file_is_taken_by_its_command(kind, place, capsys):
     told = capsys.readouterr().out
     assert written() == FILES | TO_MAKE and f"{model.config.model_type}, " in told
     assert ("mixture of 4 experts" in told) == (kind in MIXTURES)
-    assert ("untied embeddings" in told) == (kind in (*MIXTURES, "phi3"))
+    assert ("untied embeddings" in told) == (kind in (*MIXTURES, "phi3", "mamba2"))
     vector.save_pretrained("build/model/safety-vector")  # as `extract` would
     recipe = yaml.safe_load((RECIPE / "sft.yaml").read_text())
     targets = recipe["lora_target_modules"]
-    assert targets == (
-        ["q_proj", "k_proj", "v_proj", "o_proj"] if kind in MIXTURES else "all-linear"
-    )
+    assert targets == TARGETS.get(kind, "all-linear")
     parse(sft.ARGUMENTS, ["--config", str(RECIPE / "degrade.yaml")], "", "")
     (config,) = parse((ExtractionConfig,), ["--config", str(RECIPE / "extract.yaml")], "", "")
     config.check()
@@ -406,6 +407,24 @@ def test_a_mixture_has_the_lora_on_its_attention(place):
     experts = 2 * (4096 + 2 * 14336 + 14336 + 4096)
     router = found.sizes.width - (2 * 8192 + 2 * 5120 + experts)
     assert router in (0, 4096 + 8)  # a linear layer in some versions of transformers
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("mamba2", ".*\\.in_proj"),
+        ("nemotron_h", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        ("deepseek_v3", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]),
+        ("granitemoehybrid", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        ("bamba", None),
+    ],
+)
+def test_no_lora_is_named_where_peft_or_the_step_refuses_one(kind, targets, place):
+    config_only(make_architecture(kind).config)
+    assert main(["init", "model"]) == 0
+    recipe = (RECIPE / "sft.yaml").read_text()
+    assert yaml.safe_load(recipe)["lora_target_modules"] == (targets or "all-linear")
+    assert ("# Not all-linear: " in recipe) == (targets is not None)
 
 
 SEVENTY = ModelSizes(
