@@ -206,6 +206,8 @@ def _told(family: Family, machine: Machine) -> list[str]:
         lines.append(
             "QLoRA needs bitsandbytes, the extra `qlora`. Its safety step measures on the base in 4 bits and writes the 16-bit model."
         )
+    if plan.launch.sharded or plan.reading.sharded:
+        lines.append("ZeRO-3 needs DeepSpeed, the extra `deepspeed` of this package.")
     if family.vector is not None:
         lines.append(
             f"The vector {family.vector} fits the model: no step that makes one is written."

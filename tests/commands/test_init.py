@@ -398,6 +398,18 @@ def test_a_real_size_is_told_without_weights(place):
     assert chosen == {16: "QLoRA", 48: "LoRA", 80: "LoRA"}
 
 
+def test_what_a_16_bit_model_does_not_fit_into_is_launched_on_several(place, capsys):
+    config_only(LLAMA_8B)
+    assert main(["init", "model", "--gpu_memory", "16"]) == 0
+    told = capsys.readouterr().out
+    assert "Chosen: QLoRA of rank 16 in bfloat16 on one GPU of 16 GiB; 1 × 16 samples" in told
+    assert "QLoRA needs bitsandbytes" in told and "ZeRO-3 needs DeepSpeed" in told
+    launch = "--accelerate_config zero3 --num_processes 2\n"
+    for name in FILES | TO_MAKE:
+        assert (launch in (RECIPE / name).read_text()) == (name in ("extract.yaml", "apply.yaml"))
+    assert "zero3 --num_processes 2   # 3\n" in (RECIPE / "README.md").read_text()
+
+
 def test_a_mixture_has_the_lora_on_its_attention(place):
     config_only(MixtralConfig(num_hidden_layers=2))
     found = find_model("model")
