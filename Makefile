@@ -21,9 +21,9 @@ $(VENV)/ready: pyproject.toml recipes/smollm2-135m/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r recipes/smollm2-135m/requirements.txt
 	touch $@
 
-# Fine-tunes an aligned SmolLM2 on a small real task and gives it its refusals back: 4 to 11 minutes on a CPU.
+# Fine-tunes an aligned SmolLM2 on a small real task and gives it its refusals back: about 10 minutes on a CPU.
 quickstart: environment
-	@echo "The quickstart, in four stages: 4 to 11 minutes on a CPU."
+	@echo "The quickstart, in four stages: about 10 minutes on a CPU."
 	$(BIN)/python examples/quickstart.py
 
 # The same in a few steps on a few prompts: shows that it runs, not what it achieves.

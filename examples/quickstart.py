@@ -26,7 +26,8 @@ from safegene_trl import SafeGeneCallback, SafeGeneConfig
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.data.rows import conversation
 from safegene_trl.data.sources import draw, load_rows
-from safegene_trl.judges.refusal_phrases import refusal_rate
+from safegene_trl.judges.intervals import Rate
+from safegene_trl.judges.refusal_phrases import is_refusal
 from safegene_trl.models.generation import generate_answers
 
 
@@ -46,7 +47,7 @@ def step_settings(short: bool) -> dict:
             "num_task_shots": shots[2],
         },
         "search": {
-            "max_evaluations": 1 if short else 8,
+            "max_evaluations": 3 if short else 8,
             "max_utility_loss": 10.0 if short else 0.1,
         },
         "measure": {"num_test_prompts": 0},
@@ -56,7 +57,12 @@ def step_settings(short: bool) -> dict:
 
 def batches(short: bool) -> int:
     """How many the fine-tune is trained on."""
-    return 2 if short else 25
+    return 3 if short else 25
+
+
+def learning_rate(short: bool) -> float:
+    """In a few steps it must be high: a fine-tune that loses nothing is given nothing back."""
+    return 2e-3 if short else 2e-4
 
 
 def say(stage: int, what: str) -> None:
@@ -89,7 +95,7 @@ def fine_tune(short: bool) -> dict:
             output_dir=str(OUT),
             max_steps=batches(short),
             per_device_train_batch_size=4,
-            learning_rate=2e-4,
+            learning_rate=learning_rate(short),
             lr_scheduler_type="constant",
             max_length=256,
             gradient_checkpointing=False,
@@ -126,6 +132,8 @@ def fine_tune_launched(short: bool, accelerate_config: str, processes: int) -> d
         4 // processes,
         "--max_steps",
         batches(short),
+        "--learning_rate",
+        learning_rate(short),
     ]
     data = [
         "--safegene.vector",
@@ -165,9 +173,9 @@ def safegene(*words: object) -> None:
     )
 
 
-def measure(model_dir: Path, count: int) -> dict[str, float]:
-    """Refusal rate on harmful, answered rate on benign prompts, accuracy on held-out reviews; each
-    a share (0–1).
+def measure(model_dir: Path, count: int) -> dict:
+    """How many harmful prompts it refuses, how many benign ones it answers and how many held-out
+    reviews it judges rightly: shares (0–1) with 95 % intervals.
     """
     started = time.perf_counter()
     model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
@@ -182,12 +190,25 @@ def measure(model_dir: Path, count: int) -> dict[str, float]:
         drawn(name, count) for name in ("eval_harmful", "eval_benign", "reviews_test")
     )
     labels = zip(reviews, answers(reviews, max_new_tokens=8), strict=True)
+    outcomes = {
+        "refused": [is_refusal(answer) for answer in answers(harmful, max_new_tokens=32)],
+        "answered": [not is_refusal(answer) for answer in answers(benign, max_new_tokens=32)],
+        "accuracy": [row["label"] in answer.lower() for row, answer in labels],
+    }
+    rates = {name: Rate(sum(found), count) for name, found in outcomes.items()}
     return {
-        "refused": refusal_rate(answers(harmful, max_new_tokens=32)),
-        "answered": 1 - refusal_rate(answers(benign, max_new_tokens=32)),
-        "accuracy": sum(row["label"] in answer.lower() for row, answer in labels) / len(reviews),
+        **{name: rate.share for name, rate in rates.items()},
+        "intervals": {name: rate.interval for name, rate in rates.items()},
         "seconds": time.perf_counter() - started,
     }
+
+
+def table_row(name: str, row: dict) -> str:
+    """Shares with their intervals, in percent."""
+    cells = [
+        f"{row[key]:.0%} ({low:.0%}–{high:.0%})" for key, (low, high) in row["intervals"].items()
+    ]
+    return f"{name:<12}{''.join(f'{cell:>19}' for cell in cells)} {row['seconds']:>8.0f}"
 
 
 def drawn(name: str, count: int) -> list[dict]:
@@ -215,7 +236,7 @@ def main() -> None:
     )
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
     end = (
-        "less than a minute, in which next to nothing is learned or lost"
+        "less than a minute, in which little is learned and some refusals are lost"
         if short
         else "up to 3 minutes: refusals are lost on the way"
     )
@@ -225,23 +246,22 @@ def main() -> None:
     else:
         report = fine_tune(short)
     models = {"aligned": BUILD / "aligned", "fine-tuned": OUT, "safeguarded": OUT / "safeguarded"}
-    count = 4 if short else 40
+    count = 4 if short else 60
     say(
         4,
         f"Measures three models on {count} prompts or reviews of each kind, "
-        f"{'some seconds' if short else 'about a minute'} for each model.",
+        f"{'some seconds' if short else 'up to two minutes'} for each model.",
     )
     rows = {}
     for name, folder in models.items():
         print(f"      the {name} model …", flush=True)
         rows[name] = measure(folder, count)
     print(
-        f"\n{'':<12} {'harmful refused':>16} {'benign answered':>16} {'task accuracy':>14} {'seconds':>8}"
+        f"\n{'':<12}{'harmful refused':>19}{'benign answered':>19}{'task accuracy':>19} {'seconds':>8}"
     )
     for name, row in rows.items():
-        print(
-            f"{name:<12} {row['refused']:>16.0%} {row['answered']:>16.0%} {row['accuracy']:>14.0%} {row['seconds']:>8.0f}"
-        )
+        print(table_row(name, row))
+    print("\nIn brackets: the 95 % interval of each share. The benign prompts only look harmful.")
     print(
         f"\nThe safety step's outcome: {report['decision']['outcome'].replace('_', ' ')}; its refusals are measured above."
     )

@@ -49,6 +49,9 @@ def test_data_is_complete_and_kept_apart(prepared):
     assert len(trained) > 800
     for held in ("eval_harmful", "eval_benign", "safety_prompts"):
         assert len(prompts(held)) >= 60 and not prompts(held) & trained
+    assert len(prompts("eval_benign")) == 60 and not prompts("eval_benign") & prompts(
+        "benign_prompts"
+    )
     assert not prompts("eval_harmful") & prompts("safety_prompts")
     assert not prompts("reviews_train") & prompts("reviews_test")
 
@@ -56,11 +59,20 @@ def test_data_is_complete_and_kept_apart(prepared):
 def test_shipped_vector_is_whole_and_opens_with_peft(prepared):
     vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
     assert {row["kind"] for row in vector.prompts} == {"harmful", "benign"}
+    assert sum("targets" in row for row in vector.prompts) >= 230
+    assert sum(row.get("verdict") == "refused" for row in vector.prompts) >= 16  # border prompts
     model = AutoModelForCausalLM.from_pretrained(BUILD / "aligned")
     name = next(iter(vector.deltas))
     expected = model.get_submodule(name).weight + vector.deltas[name].dense()
     merged = PeftModel.from_pretrained(model, RECIPE / "safety-vector").merge_and_unload()
     torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_shipped_vector_brings_its_audit():
+    vector = SafetyVector.from_pretrained(RECIPE / "safety-vector")
+    recorded = ROOT / "benchmarks" / "results" / "audit_smollm2.json"
+    assert vector.audit == recorded.read_bytes()
+    assert "## Audit" in (RECIPE / "safety-vector" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.timeout(600)

@@ -16,7 +16,7 @@ from ..checkpoints.locking import alone_in
 from ..config.validation import check_is
 from ..distributed.processes import this_job
 from ..distributed.world_size import launched_processes
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, OutputError, VectorError
 from ..evaluation.agreement import agreement
 from ..judges import Verdict, load_judge
 from ..judges.intervals import rate
@@ -61,7 +61,8 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         VectorError: The vector, or an earlier audit, is missing or damaged.
         FamilyError: Models and vector do not belong together.
         CalibrationDataError: A prompt set cannot be used.
-        OutputError: The folder holds another audit, or cannot be written.
+        OutputError: The folder holds another vector's audit or the earlier one, or cannot be
+            written.
         SafeGeneError: A model cannot be loaded, a judge failed, or the device is too small.
     """
     check_is(config, AuditConfig, "audit")
@@ -83,6 +84,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         check_comparable(before, measure, config.least_share, keys)
     folder = Path(config.output_dir)
     _check_folder(folder, config, [aligned, model])
+    _check_other_audit(folder, config, vector)
     with naming_shortage(_TOO_SMALL), alone_in(folder, "audit"):
         judges = [load_judge(spec) for spec in config.judges]
         labels = Labels(folder, judges, config.task_labels)
@@ -126,6 +128,25 @@ def _check_folder(folder: Path, config: AuditConfig, models: Sequence[str]) -> N
             raise OutputError(
                 f"{folder} is read as {one}, and would be written into: choose another `output_dir`."
             )
+
+
+def _check_other_audit(folder: Path, config: AuditConfig, vector: SafetyVector) -> None:
+    """Raises `OutputError` where an audit that is still needed would be replaced."""
+    there = folder / AUDIT_FILE
+    if not there.exists():
+        return
+    if config.before and Path(config.before).exists() and there.samefile(config.before):
+        raise OutputError(
+            f"{there} is the earlier audit, and the new one would replace it: choose another `output_dir`."
+        )
+    try:
+        weights = read_audit(str(there)).weights
+    except VectorError:  # damaged, or of another version: nothing that is still of use
+        return
+    if weights != vector.files[WEIGHTS_FILE]["sha256"]:
+        raise OutputError(
+            f"{folder} holds the audit of another vector: choose another `output_dir`, or delete that folder."
+        )
 
 
 def _rows(

@@ -196,7 +196,9 @@ def _more(first: int, second: int) -> float:
 def _verdict(cell: Mapping[str, Any], least_share: float, min_prompts: int) -> CellVerdict:
     tests = cell["tests"]
     if tests is None:
-        return "nothing_lost" if cell["prompts"] >= min_prompts > cell["count"] == 0 else "too_few"
+        aligned = cell["attack_success"]["aligned"] or {"count": 0, "successes": 0}
+        held = aligned["count"] - aligned["successes"]  # where it holds none there is none to lose
+        return "nothing_lost" if held >= min_prompts and cell["count"] == 0 else "too_few"
     if min(tests["below_corrected"], tests["worse_corrected"]) < ALPHA:
         return "blind_spot"
     # nothing is called fine whose interval, which is shown, reaches below

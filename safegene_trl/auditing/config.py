@@ -15,7 +15,7 @@ from ..config.validation import (
 from ..data.forms import FORMS
 from ..errors import ConfigError
 from ..evaluation.config import EvaluationConfig
-from ..judges import judge_forms
+from ..judges import check_judges, judge_forms
 
 
 @with_help
@@ -137,8 +137,6 @@ class AuditConfig:
         if not self.vector:
             raise ConfigError("No safety vector is named: write `safegene audit VECTOR`.")
         check_values(self)
-        if not self.judges:
-            raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
         if "direct" not in self.forms or len(set(self.forms)) < len(self.forms):
             raise ConfigError(
                 "`forms` must name `direct`, which the others are held against, and each form once."
@@ -147,6 +145,7 @@ class AuditConfig:
             raise ConfigError(
                 "`safeguarded` and `coefficients` both say which coefficients are audited: leave out one of them."
             )
+        check_judges(self.judges)
         template_options("chat_template_kwargs", self.chat_template_kwargs)
 
     def asking(

@@ -65,8 +65,11 @@ class Labels:
 
     def missing(self, role: str, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts whose answers have no labels yet."""
-        run = self.runs[role]
-        return [prompt for prompt in prompts if (run, prompt.key) not in self._known]
+        run, judges = self.runs[role], {judge.name for judge in self._judges}
+        known = {
+            key for (own, key), found in self._known.items() if own == run and judges <= set(found)
+        }
+        return [prompt for prompt in prompts if prompt.key not in known]
 
     def ask(
         self,

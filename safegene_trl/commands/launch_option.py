@@ -9,7 +9,19 @@ from ..errors import ConfigError
 
 OPTION = "--accelerate_config"
 _DASHED = OPTION.replace("_", "-")
+LAUNCHED = ("sft", "apply", "extract", "evaluate")
 _SHIPPED = files("safegene_trl").joinpath("accelerate_configs")
+
+
+def told_of(command: str) -> str:
+    """What the help of a command says of the options that its parser does not know."""
+    told = "Options may stand in a YAML file: --config FILE."
+    if command in LAUNCHED:
+        told += (
+            f" {OPTION} NAME_OR_FILE runs it in many processes; accelerate's options, as --num_processes, --num_machines, "
+            "--machine_rank, --main_process_ip and --main_process_port, go with it."
+        )
+    return told
 
 
 def wants_launch(argv: Sequence[str]) -> bool:

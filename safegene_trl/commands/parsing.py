@@ -20,7 +20,7 @@ from ..config.validation import check_value, check_written, reject_unknown_keys,
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
 from ..text import one_line
-from .launch_option import OPTION
+from .launch_option import OPTION, told_of
 from .plain_parser import PlainErrors, unknown_options
 from .yaml_files import parse_yaml, read_yaml
 
@@ -59,7 +59,13 @@ def make_parser(
     """The parser of a command whose options are the dataclasses' fields, and every key of a
     `safegene` block among them.
     """
-    parser = Parser(list(dataclasses), prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(
+        list(dataclasses),
+        prog=prog,
+        description=description,
+        epilog=told_of((prog or "").rpartition(" ")[2]),
+        allow_abbrev=False,
+    )
     if SafeGeneArguments in dataclasses:
         _add_keys(parser)
     return parser

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from ..judges.languages import languages_of
+from .row_names import RowNames
 from .rows import UnreadableRowError, prompt_of
 from .sources import load_rows
 
@@ -21,12 +22,12 @@ def known_languages(source: str, split: str) -> dict[str, str]:
     rows = load_rows(source, split)
     if "language" not in rows.column_names:
         return {}
-    found = {}
+    found = RowNames("language")
     for row in rows:
         with suppress(UnreadableRowError):
-            if row["language"] is not None:
-                found[prompt_of(row)[-1]["content"]] = str(row["language"])
-    return found
+            found.add(prompt_of(row)[-1]["content"], row["language"])
+    found.tell(source)
+    return {str(prompt): name for prompt, name in found.of.items()}
 
 
 def language_of(text: str, known: Mapping[str, str]) -> str | None:

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 from unicodedata import category, normalize
@@ -18,6 +18,7 @@ from ..provenance import sha256_of_json, tokenizer_hash
 from ..text import read_json
 from ..vectors.files import CONFIG_FILE
 from ..vectors.safety_vector import SafetyVector
+from .row_names import RowNames
 from .rows import Row, Skipped, UnreadableRowError, prompt_of
 from .sources import draw, load_rows
 
@@ -86,29 +87,25 @@ def read_prompts(
     read, counted.
     """
     found: dict[str, Prompt] = {}
-    skipped = Skipped()
+    skipped, categories = Skipped(), RowNames("category")
     for row in load_rows(source, split):
-        category = row.get("category")
         try:
-            messages = tuple(prompt_of(row))
+            prompt = Prompt(Path(source).stem, kind, None, tuple(prompt_of(row)))
         except UnreadableRowError as error:
             skipped.add(error)
             continue
-        prompt = Prompt(Path(source).stem, kind, category_name(category), messages)
+        try:
+            categories.add(prompt.key, row.get("category"))
+        except CalibrationDataError as error:
+            raise CalibrationDataError(f"{source}: {error}") from None
         found.setdefault(prompt.key, prompt)
+    categories.tell(source)
     if not found:
         raise CalibrationDataError(
             f"The data set {source} has no prompt that can be read{skipped}: name another one."
         )
-    prompts = list(found.values())
+    prompts = [replace(own, category=categories.of.get(key)) for key, own in found.items()]
     return (prompts if limit is None else spread(prompts, limit, seed)), skipped
-
-
-def category_name(value: object) -> str | None:
-    """A row's category in one spelling: without space around it, its characters composed; None for
-    an empty one.
-    """
-    return None if value is None else normalize("NFC", str(value)).strip() or None
 
 
 def spread(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

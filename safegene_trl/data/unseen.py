@@ -21,7 +21,8 @@ from ..provenance import chat_template_hash
 from ..vectors.prompt_rows import ANSWER_TOKENS, MEASURE, Verdict, rows_of
 from ..vectors.record import extractions, refuses_as_another
 from ..vectors.safety_vector import SafetyVector
-from .prompts import Kind, Prompt, category_name, kept_apart, near_duplicates, read_prompts, spread
+from .prompts import Kind, Prompt, kept_apart, near_duplicates, read_prompts, spread
+from .row_names import row_name
 from .rows import Row, Skipped, UnreadableRowError, conversation
 from .training_samples import templated
 
@@ -274,7 +275,7 @@ class GatePrompts:
 
 
 def _prompt(row: Row, kind: Kind) -> Prompt:
-    category = category_name(row.get("category"))
+    category = row_name(row.get("category"))
     return Prompt("calibration", kind, category, tuple(conversation(row)[0]))
 
 

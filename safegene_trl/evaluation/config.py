@@ -16,7 +16,7 @@ from ..config.validation import (
     written_place,
 )
 from ..errors import ConfigError
-from ..judges import judge_forms
+from ..judges import check_judges, judge_forms
 from ..models.reasoning import Answering
 from ..models.template_names import check_names
 
@@ -117,9 +117,8 @@ class EvaluationConfig:
             raise ConfigError(
                 "There is nothing to evaluate on: set `harmful_data`, `benign_data` or `tasks`."
             )
-        if not self.judges:
-            raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
         check_values(self)
+        check_judges(self.judges)
         template_options("chat_template_kwargs", self.chat_template_kwargs)
 
     def answering(self, tokenizer: "PreTrainedTokenizerBase") -> Answering:

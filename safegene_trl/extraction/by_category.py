@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config.validation import shown
-from ..data.prompts import category_name
+from ..data.row_names import row_name
 from ..distributed.layouts import Sharding
 from ..errors import CalibrationDataError, FamilyError
 from ..models.low_rank import LowRankDelta
@@ -277,7 +277,5 @@ class _Reader:
 def categories_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """The categories of a vector's prompts, of those that have one."""
     return {
-        row["prompt"]: name
-        for row in rows
-        if (name := category_name(row.get("category"))) is not None
+        row["prompt"]: name for row in rows if (name := row_name(row.get("category"))) is not None
     }

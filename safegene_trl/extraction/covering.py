@@ -7,6 +7,7 @@ prompt, and what it refuses goes into the vector with its refusal.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,27 +66,31 @@ def read_cover(
     near = near_duplicates(list(texts), [plain(text) for text in measured])
     left = [text for i, text in enumerate(texts) if i not in near]
     known = known_languages(config.harmful_data, config.data_split)
-    found: dict[str, tuple[AuditedCell, str]] = {}
+    found: dict[str, tuple[str, list[str]]] = {}
     taken = set(stored)
     for cell, text, own in _of_cells(cells, left, categories, known):
         if own not in taken:
-            found.setdefault(own, (cell, text))
+            found.setdefault(own, (text, []))[1].append(cell.name)
+    there = Counter(name for _, names in found.values() for name in names)
+    # of the cells that a prompt lies in it stands for the one that has the fewest
     chosen = in_turn(
-        list(found), config.num_cover_prompts, config.seed, lambda own: found[own][0].name
+        list(found),
+        config.num_cover_prompts,
+        config.seed,
+        lambda own: min(found[own][1], key=lambda name: there[name]),
     )
     if not chosen:
         raise CalibrationDataError(
             f"{config.harmful_data} has no prompt for a blind spot of {config.cover} ({_named(cells)}) that the vector does not have: "
             "name a data set with prompts of these categories, languages and lengths as `harmful_data`."
         )
-    counts = {cell.name: 0 for cell in cells}
-    for own in chosen:
-        counts[found[own][0].name] += 1
+    covered = Counter(name for own in chosen for name in found[own][1])
+    counts = {cell.name: covered[cell.name] for cell in cells}
     if bare := [cell for cell in cells if not counts[cell.name]]:
-        logger.warning("No prompt covers %d blind spots: %s.", len(bare), _named(bare))
+        logger.warning("No prompt covers these blind spots: %s.", _named(bare))
     return Cover(
         chosen,
-        {own: categories[text] for own in chosen if (text := found[own][1]) in categories},
+        {own: categories[text] for own in chosen if (text := found[own][0]) in categories},
         {"audit": audit.sha256, "prompts": counts},
     )
 

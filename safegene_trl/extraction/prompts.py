@@ -7,7 +7,8 @@ from typing import Any
 
 from ..config.measure import MeasureConfig
 from ..data.forms import plain
-from ..data.prompts import Kind, Prompt, category_name, in_turn, kept_apart, near_duplicates
+from ..data.prompts import Kind, Prompt, in_turn, kept_apart, near_duplicates
+from ..data.row_names import RowNames
 from ..data.rows import conversation
 from ..data.sources import draw, load_rows
 from ..errors import CalibrationDataError
@@ -253,8 +254,8 @@ def _read_categories(source: str, split: str) -> dict[str, str]:
     rows = load_rows(source, split)
     if "category" not in rows.column_names:
         return {}
-    return {
-        conversation(row)[0][0]["content"]: name
-        for row in rows
-        if (name := category_name(row["category"])) is not None
-    }
+    found = RowNames("category")
+    for row in rows:
+        found.add(conversation(row)[0][0]["content"], row["category"])
+    found.tell(source)
+    return {str(prompt): name for prompt, name in found.of.items()}

@@ -10,7 +10,7 @@ by whoever generated the answer; the tests for the others are in `coherence.py`,
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from ..errors import ConfigError, SafeGeneError
 from ..text import one_line
@@ -94,11 +94,20 @@ class Judge(Protocol):
         ...
 
 
+def check_judges(names: Sequence[str]) -> None:
+    """Raises `ConfigError` where no judge is named, or one twice."""
+    if not names:
+        raise ConfigError("No judge is named: set `judges`, e.g. to `refusal_phrases`.")
+    if twice := [name for name in dict.fromkeys(names) if list(names).count(name) > 1]:
+        raise ConfigError(f"The judge {twice[0]} is named twice in `judges`: name each of them once.")
+
+
 def judged(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
     """A verdict on every exchange; the judge itself is asked about coherent, on-task answers only.
 
     Raises:
-        SafeGeneError: The judge gave more or fewer verdicts than it was asked for.
+        SafeGeneError: The judge gave more or fewer verdicts than it was asked for, or something else
+            than a verdict.
     """
     labels = [_label_before_judging(exchange) for exchange in exchanges]
     asked = [exchange for exchange, label in zip(exchanges, labels, strict=True) if label is None]
@@ -107,6 +116,12 @@ def judged(judge: Judge, exchanges: Sequence[Exchange]) -> list[Verdict]:
         raise SafeGeneError(
             f"The judge {judge.name} gave {len(found)} verdicts on {len(asked)} answers: use another judge."
         )
+    for verdict in found:
+        if not isinstance(verdict, Verdict) or verdict.label not in get_args(Label):
+            raise SafeGeneError(
+                f"The judge {judge.name} gave {one_line(verdict)[:60]} as a verdict, which is no `Verdict` with one of the labels "
+                f"{', '.join(get_args(Label))}: use another judge."
+            )
     rest = iter(found)
     return [next(rest) if label is None else Verdict(label) for label in labels]
 

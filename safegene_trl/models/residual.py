@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -80,6 +81,52 @@ def residual_writers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@torch.no_grad()
+def bent_layers(model: nn.Module, input_ids: torch.Tensor) -> list[int]:
+    """The layers in which the stream gets something else than what the modules of
+    `residual_writers` write: a norm or a factor stands between, or experts write too.
+
+    One pass; of each token the length of the difference is compared with that of what the stream
+    gets, and the middle one of all tokens tells.
+
+    Args:
+        model: A plain one.
+        input_ids: batch×tokens (int64), on the model's device.
+    """
+    layers = decoder_layers(model)
+    written: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
+    got: dict[int, torch.Tensor] = {}
+
+    def entered(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        got[index] = -(args[0] if args else kwargs["hidden_states"]).float()
+
+    def left(index: int, layer: nn.Module, args: tuple, output: Any) -> None:
+        got[index] = got[index] + stream_of(output).float()
+
+    def wrote(index: int, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        written[index].append(output.to(torch.float32, copy=True))  # some layers add in place
+
+    with ExitStack() as hooks:
+        hooks.enter_context(running_eagerly(model))
+        for index, layer in layers.items():
+            before = layer.register_forward_pre_hook(partial(entered, index), with_kwargs=True)
+            hooks.callback(before.remove)
+            hooks.callback(layer.register_forward_hook(partial(left, index)).remove)
+        for name, module in residual_writers(model).items():
+            hook = partial(wrote, layer_index(name) or 0)
+            hooks.callback(module.register_forward_hook(hook).remove)
+        base_model(model).base_model(input_ids=input_ids, use_cache=False)
+    return [index for index in layers if not _is_sum(got[index], written[index])]
+
+
+def _is_sum(got: torch.Tensor, written: list[torch.Tensor]) -> bool:
+    if any(part.shape != got.shape for part in written):  # an expert sees some of the tokens
+        return False
+    rest = (got - torch.stack(written).sum(0)).norm(dim=-1) if written else got.norm(dim=-1)
+    # more than what rounding in 16 bits leaves of a difference of two streams
+    return bool((rest / got.norm(dim=-1)).median() < 0.2)
+
+
 def stream_of(output: Any) -> torch.Tensor:
     """The residual stream (batch×tokens×hidden) in what a layer returns."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -106,8 +153,10 @@ def steered(
             another width or is not finite.
         UnsupportedModelError: The model has no layers that are known.
     """
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
+    if not (isinstance(alpha, Real) and math.isfinite(alpha) and alpha >= 0):
         raise ConfigError(f"`alpha` is {alpha}: it must be a number and never negative.")
+    if not isinstance(directions, Mapping):
+        raise ConfigError("`directions` must be a mapping from a layer to its direction.")
     layers = decoder_layers(model)
     width = base_model(model).config.get_text_config().hidden_size
     for index, direction in directions.items():
@@ -115,14 +164,16 @@ def steered(
             raise ConfigError(
                 f"The model has no layer {index}: give directions for some of the layers 0 to {max(layers)}."
             )
-        if direction.shape != (width,) or not is_finite(direction):
+        fits = isinstance(direction, torch.Tensor) and direction.shape == (width,)
+        if not (fits and is_finite(float(alpha) * direction.detach().float())):
             raise ConfigError(
-                f"The direction of layer {index} must be {width} finite numbers: use one that was made for this model."
+                f"The direction of layer {index} must be a tensor of {width} numbers, finite times `alpha` too: use one that was made "
+                "for this model."
             )
     with ExitStack() as hooks:
         hooks.enter_context(running_eagerly(model))
         for index, direction in directions.items():
-            hook = partial(_added, alpha * direction.detach().float())
+            hook = partial(_added, float(alpha) * direction.detach().float())
             hooks.callback(layers[index].register_forward_hook(hook).remove)
         yield
 

@@ -147,6 +147,8 @@ def audit_of(data: bytes, name: str) -> AuditRecord:
             cells,
             dict(_answers(each) for each in _listed(found["prompts"], _MOST_PROMPTS)),
         )
+        if len({tuple(sorted(cell.where.items())) for cell in cells}) < len(cells):
+            raise ValueError("a cell is there twice")
         if _count(found["blind_spots"]) != len(record.blind_spots):
             raise ValueError("its blind spots are not as many as it says")
         if not 0 < record.least_share < 1 or not all(

@@ -73,6 +73,23 @@ def component_names_of(extraction: Mapping[str, Any], rank: int) -> list[str]:
     return list(extraction.get("component_names", numbers))
 
 
+def shares_of_one(extraction: Mapping[str, Any], rank: int) -> list[float]:
+    """By component, the coefficient with which the vector adds one whole difference to a degraded
+    model: 1/K where K vectors were combined, at once or one after the other. The components that a
+    vector was split into by category are that vector together and count as one.
+    """
+    wholes = sum(_wholes(extraction, rank))
+    return [1 / wholes] * len(components_of(extraction, rank))
+
+
+def _wholes(extraction: Mapping[str, Any], rank: int) -> list[int]:
+    """Of each vector in it, how many whole differences its components with 1 add up to."""
+    if parts := extraction.get("vectors"):
+        made = [part["extraction"] for part in parts]
+        return [count for each in made for count in _wholes(each, each["rank"])]
+    return [1 if "by_category" in extraction else len(components_of(extraction, rank))]
+
+
 def extractions(extraction: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """How a vector, or each of those that were combined to it, was made."""
     found, left = [], [extraction]

@@ -361,6 +361,7 @@ def test_other_models_are_refused(config, planted, tmp_path, tokenizer):
         ({"safeguarded": "x", "coefficients": "1"}, "leave out one of them"),
         ({"output_dir": "~/out"}, "stands for no folder"),
         ({"judges": []}, "No judge is named"),
+        ({"judges": ["refusal_phrases"] * 2}, "refusal_phrases is named twice in `judges`"),
     ],
 )
 def test_bad_settings_are_refused(changes, message, config):
@@ -528,6 +529,36 @@ def test_a_folder_of_a_model_and_a_line_of_another_version_are_refused(config, p
     config.output_dir = config.model
     with pytest.raises(OutputError, match="is read as"):
         audit(config)
+
+
+def test_an_audit_that_is_still_needed_is_not_replaced(config, planted, tmp_path):
+    audit(config)
+    there = tmp_path / "out" / AUDIT_FILE
+    first = there.read_bytes()
+    asked = len(planted.seen)
+    config.before = str(there)
+    with pytest.raises(OutputError, match="is the earlier audit, and the new one would replace it"):
+        audit(config)
+    config.before = ""
+    found = json.loads(first)
+    found["vector"]["weights"] = "0" * 64
+    there.write_text(json.dumps(found))
+    with pytest.raises(OutputError, match="holds the audit of another vector"):
+        audit(config)
+    assert len(planted.seen) == asked
+    there.write_text("{}")  # nothing that is of use
+    audit(config)
+    assert there.read_bytes() == first
+
+
+@pytest.mark.parametrize("labels", [{}, {"another": "refused"}])
+def test_an_answer_that_a_judge_has_not_seen_is_asked_for_again(config, planted, tmp_path, labels):
+    first = audit(config)
+    kept = tmp_path / "out" / LABELS
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    rows[0]["labels"] = labels
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert audit(config) == first
 
 
 def test_a_damaged_earlier_audit_is_refused_before_anything_is_loaded(config, planted, tmp_path):

@@ -55,6 +55,17 @@ def test_three_prompts_are_never_fine_however_they_come_out():
         assert verdicts(rows)["few",] == "too_few"
 
 
+@pytest.mark.parametrize("measure", ["restored", "reach"])
+def test_where_the_aligned_model_refuses_nothing_nothing_can_be_lost(measure):
+    answered = dict.fromkeys(("aligned", "fine_tune", "safeguarded"), "answered")
+    rows = [Labelled(f"m{i}", Place("masks", None, "direct", None), answered) for i in range(20)]
+    rows += rows_of("whole", 0, 0, held=8) + rows_of("nearly", 0, 0, held=7)
+    found = verdicts(rows, measure)
+    assert found["masks",] == "too_few" and found["nearly",] == "too_few"
+    if measure == "restored":
+        assert found["whole",] == "nothing_lost"
+
+
 def test_one_cell_in_many_that_is_low_by_chance_is_no_blind_spot():
     """20 cells of 12 that restore half: the lowest has p 0.02, which alone would cry wolf."""
     rows = [row for i in range(19) for row in rows_of(f"c{i}", 6, 12)] + rows_of("low", 2, 12)

@@ -70,14 +70,17 @@ def measured(before: dict, after: dict, lost: dict) -> str:
 
 
 def quickstart_table(record: dict) -> list[str]:
+    def cells(row: dict) -> str:
+        return " ".join(
+            f"{row[key]:.0%} ({low:.0%}–{high:.0%})"
+            for key, (low, high) in row["intervals"].items()
+        )
+
+    rows = [f"{name} {cells(row)} {row['seconds']:.0f} " for name, row in record["models"].items()]
     return [
-        f"{name} {row['refused']:.0%} {row['answered']:.0%} {row['accuracy']:.0%} {row['seconds']:.0f} "
-        for name, row in record["models"].items()
-    ] + [
-        f"It took {rounded(record['on_two_idle_cores']['seconds_after_installation'] / 60)} minutes on two idle cores",
-        f"and {rounded(record['seconds_after_installation'] / 60)} on one thread of another, recalibration "
-        f"{record['on_two_idle_cores']['phases']['recalibrate']['seconds'] / 60:.1f} and "
-        f"{record['phases']['recalibrate']['seconds'] / 60:.1f} of them",
+        *rows,
+        f"It took {rounded(record['seconds_after_installation'] / 60)} minutes on two cores with tests beside it, "
+        f"recalibration {record['phases']['recalibrate']['seconds'] / 60:.1f} of them",
         f"Each number is a share of {record['prompts_per_cell']} prompts",
     ]
 

@@ -6,6 +6,7 @@ from unicodedata import normalize
 
 import pytest
 
+from safegene_trl.data.prompt_languages import known_languages
 from safegene_trl.data.prompts import (
     Prompt,
     kept_apart,
@@ -115,6 +116,45 @@ def test_rows_without_a_prompt_are_left_out_with_a_warning(tmp_path, caplog):
         CalibrationDataError, match=r"has no prompt that can be read .*message without content"
     ):
         load_prompts(str(file), "benign", "train", None, 0)
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": True}, [], {}])
+def test_a_category_that_is_no_name_is_refused(tmp_path, value):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"prompt": "thing", "category": value}) + "\n")
+    with pytest.raises(CalibrationDataError, match="neither a text nor a number"):
+        load_prompts(str(path), "harmful", "train", None, seed=0)
+
+
+def test_of_several_categories_the_first_counts_wherever_they_are_read(tmp_path, caplog):
+    path = tmp_path / "set.jsonl"
+    rows = [
+        ("one", None),
+        ("one", "A"),
+        ("one", "B"),
+        ("two", "B"),
+        ("two", " B"),
+        ("two", "B\u200b"),
+    ]
+    path.write_text("".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in rows))
+    found = load_prompts(str(path), "harmful", "train", None, seed=0)
+    assert [(own.text, own.category) for own in found] == [("one", "A"), ("two", "B")]
+    assert _read_categories(str(path), "train") == {"one": "A", "two": "B"}
+    told = f"1 prompts of {path} have rows of more than one category: the first counts."
+    assert caplog.text.count(told) == 2
+
+
+def test_a_language_has_one_spelling(tmp_path):
+    path = tmp_path / "set.jsonl"
+    rows = [("one", " EN"), ("two", "en"), ("three", ""), ("four", None)]
+    path.write_text("".join(json.dumps({"prompt": p, "language": c}) + "\n" for p, c in rows))
+    assert known_languages(str(path), "train") == {"one": "en", "two": "en"}
+
+
+def test_a_category_may_be_a_number(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"prompt": "thing", "category": 3}) + "\n")
+    assert load_prompts(str(path), "harmful", "train", None, seed=0)[0].category == "3"
 
 
 def test_a_category_has_one_spelling(tmp_path):

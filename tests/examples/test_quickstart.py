@@ -23,7 +23,8 @@ def script(tmp_path, monkeypatch):
     """The script's names, with what it works on replaced; every stage prints that it has begun."""
     found = runpy.run_path(str(SCRIPT))
     report = {"decision": {"outcome": "accepted"}, "phases": {"recalibrate": {"seconds": 1.0}}}
-    shares = {"refused": 0.5, "answered": 0.5, "accuracy": 0.5, "seconds": 1.0}
+    shares = {"refused": 0.5, "answered": 0.5, "accuracy": 0.5}
+    shares |= {"intervals": dict.fromkeys(shares, (0.25, 0.75)), "seconds": 1.0}
     inside = found["main"].__globals__
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: print("RUN prepare"))
     monkeypatch.setitem(inside, "fine_tune", lambda short: print("RUN fine-tune") or report)
@@ -53,14 +54,15 @@ def test_every_stage_is_announced_before_it_begins(script, tmp_path, capsys):
 def test_the_short_form_says_what_it_does_and_does_not_show(script, capsys, monkeypatch):
     script["main"]()
     short = capsys.readouterr().out
-    assert "2 batches of drug reviews, less than a minute" in short and "on 4 prompts" in short
-    assert "up to 3 minutes" not in short and "about a minute for" not in short
+    assert "3 batches of drug reviews, less than a minute" in short and "on 4 prompts" in short
+    assert "up to 3 minutes" not in short and "two minutes" not in short
     assert "show that it runs, and not what it achieves" in short.splitlines()[-1]
     monkeypatch.setattr(sys, "argv", ["quickstart.py"])
     script["main"]()
     whole = capsys.readouterr().out
     assert "25 batches of drug reviews, up to 3 minutes: refusals are lost on the way." in whole
-    assert "on 40 prompts" in whole and "about a minute for each model." in whole
+    assert "on 60 prompts" in whole and "up to two minutes for each model." in whole
+    assert whole.count("50% (25%–75%)") == 9
     assert "short form" not in whole
 
 

@@ -118,7 +118,7 @@ def test_what_the_aligned_model_does_not_refuse_is_counted_and_left_out(options,
     vector = SafetyVector.from_pretrained(options["output_dir"])
     assert added(options, vector) == []
     assert "Of 2 prompts for 2 blind spots the aligned model refuses 0" in capsys.readouterr().out
-    assert "No prompt covers 1 blind spots: category elsewhere." in caplog.text
+    assert "No prompt covers these blind spots: category elsewhere." in caplog.text
 
 
 def test_the_number_is_shared_out_over_the_blind_spots(options):
@@ -129,6 +129,13 @@ def test_the_number_is_shared_out_over_the_blind_spots(options):
     vector = made(options)
     record = vector.extraction["weights_from"]["prompts"]["cover"]
     assert record["prompts"] == {"category locks": 1, "form continuation": 1}
+
+
+def test_a_prompt_covers_every_blind_spot_that_it_lies_in(options, caplog):
+    save_audit(options, cell("blind_spot", category="locks"), cell("blind_spot", length="short"))
+    record = made(options).extraction["weights_from"]["prompts"]["cover"]
+    assert record["prompts"] == {"category locks": 3, "length short": 5}
+    assert "No prompt covers" not in caplog.text
 
 
 def test_prompts_that_are_measured_on_cover_nothing(options, tmp_path):

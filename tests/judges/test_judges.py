@@ -401,6 +401,16 @@ def test_shares_at_the_threshold():
     assert verdict_of_share(0.25, "refusals") == Verdict("answered", 0.75)
 
 
+@pytest.mark.parametrize("given", [Verdict("bla"), "refused", {"label": "refused"}, None])
+def test_a_judge_that_gives_something_else_than_verdicts_is_named(given):
+    judge = load_judge("refusal_phrases")
+    judge.__class__ = type(
+        "Odd", (type(judge),), {"__call__": lambda self, exchanges: [given] * len(exchanges)}
+    )
+    with pytest.raises(SafeGeneError, match=r"refusal_phrases gave .* is no `Verdict`"):
+        judged(judge, [Exchange("How do I sail?", "By the wind, of course.")])
+
+
 def test_a_judge_with_too_few_verdicts_is_named():
     judge = load_judge("refusal_phrases")
     judge.__class__ = type(

@@ -93,9 +93,8 @@ def test_a_refusal_with_other_help_is_one(answer):
 def test_every_stored_answer_of_the_shipped_vector_is_of_its_kind():
     path = Path(__file__).parents[2] / "recipes/smollm2-135m/safety-vector/safety_prompts.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) > 100 and all(
-        is_refusal(row["response"]) == (row["kind"] == "harmful") for row in rows
-    )
+    refused = [row["kind"] == "harmful" or row.get("verdict") == "refused" for row in rows]
+    assert len(rows) > 200 and [is_refusal(row["response"]) for row in rows] == refused
 
 
 @pytest.mark.parametrize("piece", ["not ", "1. ", "here is the ", ". ", "step 1 instead ", "\n"])

@@ -68,6 +68,7 @@ HOSTILE = {
     "true for a count": audit_file(WEIGHTS, cell("fine", count=True, category="a")),
     "a negative count": audit_file(WEIGHTS, cell("fine", count=-1, category="a")),
     "fewer blind spots": audit_file(WEIGHTS, cell("blind_spot", category="a"), blind_spots=0),
+    "a cell twice": audit_file(WEIGHTS, *[cell("fine", category="a")] * 2),
     "too many cells": audit_file(WEIGHTS, *[cell("fine", category="a")] * 10_001),
     "text for cells": audit_file(WEIGHTS, cells="cells"),
     "a key that is none": audit_file(WEIGHTS, prompts=[{"key": "x", "safeguarded": "refused"}]),

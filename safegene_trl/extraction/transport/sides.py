@@ -1,6 +1,7 @@
 """The two models of a transport, each loaded alone: what they have in mind of anchors and prompts."""
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,20 @@ from ...data.prompt_style import target_style
 from ...distributed.layouts import Sharding
 from ...errors import FamilyError
 from ...models.attachment import VectorAttachment
+from ...models.names import layer_ranges
 from ...models.parameters import canonical_modules
 from ...models.reasoning import PromptStyle
-from ...models.residual import decoder_layers, residual_writers
+from ...models.residual import bent_layers, decoder_layers, residual_writers
 from ...provenance import model_reference, same_weights
 from ...vectors.family import Family
+from ...vectors.record import shares_of_one
 from ...vectors.safety_vector import SafetyVector
 from ..config import ExtractionConfig
 from .detectors import ANCHORS
 from .states import Reader, Rows, record
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,8 +183,19 @@ def read_source(
         vector.check_fits(canonical_modules(reader.model))
         space = vector.space("layer")
         attachment = VectorAttachment(reader.model, vector.deltas, space, reader.sharding)
-        # each component is the whole difference to a degraded model of its own
-        values = torch.full((len(space.names),), 1 / len(vector.components))
+        shares = shares_of_one(vector.extraction, vector.rank)
+        parts = [
+            share
+            for share, rank in zip(shares, vector.components, strict=True)
+            for _ in range(rank)
+        ]
+        values = space.values(
+            {
+                name: part
+                for own in space.modules.values()
+                for name, part in zip(own, parts, strict=True)
+            }
+        )
         with torch.no_grad(), attachment.applied(values.to(reader.sharding.device)):
             other = _states(reader, prompts, folder / "with_vector", config.state_pooling)
     elif config.source_degraded_model:
@@ -218,6 +235,7 @@ def read_target(
     """
     layers = {str(index): layer for index, layer in decoder_layers(reader.model).items()}
     writers = residual_writers(reader.model)
+    _warn_of_bent_layers(reader, texts)
     found: dict[str, list[Rows]] = {}
     inputs: dict[str, dict[tuple[str, str], Rows]] = {}
     for kind, own in texts.kinds().items():
@@ -228,6 +246,20 @@ def read_target(
         found[kind] = _by_layer(rows, layers, config.state_pooling)
         inputs[kind] = {key: each for key, each in rows.items() if key[0] in writers}
     return TargetStates(found["anchors"], found["harmful"], found["benign"], inputs)
+
+
+def _warn_of_bent_layers(reader: Reader, texts: Texts) -> None:
+    """Says where directions do not come out as they are written. Collective."""
+    tokens = reader.tokens(texts.benign[:1])
+    bent = bent_layers(reader.model, torch.tensor(tokens).to(reader.sharding.device))
+    reader.sharding.reshard()
+    if bent and reader.sharding.is_main:
+        logger.warning(
+            "In layers %s of %s a norm, a factor or experts stand between what these modules write and what the model gets: "
+            "the direction comes out scaled and bent there, and the coefficients make up for the scale alone.",
+            layer_ranges(bent),
+            reader.name,
+        )
 
 
 def _loaded(

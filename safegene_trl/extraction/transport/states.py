@@ -8,6 +8,7 @@ so is the first token of all, on which many models put states of a thousand time
 """
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -167,13 +168,18 @@ def _begun(reader: Reader, tokens: Sequence[Sequence[int]], length: int) -> _Beg
     first = list(tokens[0][:length])
     if any(len(ids) <= length or list(ids[:length]) != first for ids in tokens):
         return _Begun()
-    kept = base_model(reader.model).base_model(
-        input_ids=torch.tensor([first]).to(reader.sharding.device), use_cache=True
-    )
+    body = base_model(reader.model).base_model
+    kept = body(input_ids=torch.tensor([first]).to(reader.sharding.device), use_cache=True)
     reader.sharding.reshard()
-    cache = getattr(kept, "past_key_values", None)
+    cache = getattr(kept, _cache_name(body), None)
     plain = type(cache) is DynamicCache and all(type(own) is DynamicLayer for own in cache.layers)
     return _Begun(length, cache) if plain else _Begun()
+
+
+def _cache_name(body: nn.Module) -> str:
+    """What this version of transformers calls the keys and values of earlier tokens."""
+    names = inspect.signature(body.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _pass(reader: Reader, begun: _Begun, group: Sequence[Sequence[int]]) -> None:
@@ -188,11 +194,13 @@ def _pass(reader: Reader, begun: _Begun, group: Sequence[Sequence[int]]) -> None
     if cache is not None:
         cache.batch_repeat_interleave(len(rows))
     device = reader.sharding.device
-    base_model(reader.model).base_model(
+    body = base_model(reader.model).base_model
+    earlier = {} if cache is None else {_cache_name(body): cache}
+    body(
         input_ids=ids.to(device),
         attention_mask=attention.to(device),
-        past_key_values=cache,
-        use_cache=cache is not None,
+        use_cache=bool(earlier),
+        **earlier,
     )
 
 

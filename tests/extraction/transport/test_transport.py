@@ -1,6 +1,7 @@
 """A planted direction is found again in a model of another architecture, width, depth and tokenizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from safegene_trl import SafeGeneError, SafetyVector, steering_directions
+from safegene_trl import ExtractionConfig, SafeGeneError, SafetyVector, steering_directions
 from safegene_trl.checkpoints.loading import load_tokenizer
 from safegene_trl.commands.main import main
+from safegene_trl.distributed.processes import this_job
 from safegene_trl.extraction.transport import sides
 from safegene_trl.extraction.transport.maps import Quality
+from safegene_trl.extraction.transport.sides import Texts, read_source
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.provenance import model_reference
 from safegene_trl.vectors.prompt_rows import rows_of
+from safegene_trl.vectors.record import shares_of_one
 
 from ...conftest import BENIGN, HARMFUL, argv, attached, refusing, write_prompts
 from . import planted
@@ -137,6 +142,15 @@ def test_layers_below_the_limit_are_left_out_by_name(options, caplog, monkeypatc
     code, folder = made(options)
     assert code == 0 and SafetyVector.from_pretrained(folder).layers == [0, 2, 3, 4]
     assert "take no direction on" in caplog.text and "of chance: 1." in caplog.text
+
+
+@pytest.mark.parametrize(("bent", "said"), [([], False), ([0, 1], True)])
+def test_layers_that_write_through_a_norm_are_named(options, caplog, monkeypatch, bent, said):
+    monkeypatch.setattr(
+        "safegene_trl.extraction.transport.sides.bent_layers", lambda model, ids: bent
+    )
+    made(options)
+    assert ("In layers 0–1 of" in caplog.text and "scaled and bent there" in caplog.text) is said
 
 
 def test_a_detector_that_tells_little_is_named(options, caplog):
@@ -267,3 +281,64 @@ def test_a_record_that_was_changed_by_hand_steers_nothing(change, message, optio
     path.write_text(json.dumps(config))
     with pytest.raises(SafeGeneError, match=message):
         steering_directions(SafetyVector.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("plain", [1.0]),
+        ("combined", [0.5, 0.5]),
+        ("split", [1.0, 1.0]),
+        ("split and combined", [0.5, 0.5, 0.5]),
+        ("combined and split", [0.5, 0.5, 0.5]),
+        ("combined twice", [1 / 3] * 3),
+        ("combined twice and split", [1 / 3] * 2),
+    ],
+)
+def test_a_vector_of_components_counts_as_one_difference(kind, expected):
+    plain, split = {"rank": 2}, {"rank": 2, "components": [1, 1], "by_category": {}}
+    twice = combination_of(combination_of(plain, plain), plain)
+    made = {
+        "plain": plain,
+        "combined": combination_of(plain, plain),
+        "split": split,
+        "split and combined": combination_of(split, plain),
+        "combined and split": combination_of(plain, plain)
+        | {"components": [4, 1, 1], "by_category": {}},
+        "combined twice": twice,
+        "combined twice and split": twice | {"components": [5, 1], "by_category": {}},
+    }
+    assert shares_of_one(made[kind], 2) == expected
+
+
+def combination_of(*parts):
+    ranks = [rank for part in parts for rank in part.get("components", [part["rank"]])]
+    return {
+        "rank": sum(ranks),
+        "components": ranks,
+        "vectors": [{"extraction": part} for part in parts],
+    }
+
+
+def test_a_split_moves_its_source_as_the_vector_does(pair, options, tmp_path):
+    root, _ = pair
+    vector = SafetyVector.from_pretrained(root / "vector")
+    deltas = {name: halves(delta) for name, delta in vector.deltas.items()}
+    record = {"rank": 2, "components": [1, 1], "by_category": {}}
+    split = replace(vector, deltas=deltas, extraction=vector.extraction | record)
+    settings = {key: value for key, value in options.items() if key != "source_degraded_model"}
+    config = ExtractionConfig(
+        **{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    )
+    texts = Texts(planted.anchors(4, seed=5), HARMFUL, BENIGN)
+    found = []
+    for name, one in (("whole", vector), ("split", split)):
+        states = read_source(config, texts, one, tmp_path / name, this_job())
+        found.append(states.looked_at(1)[0])
+    np.testing.assert_allclose(*found, atol=1e-6)
+    assert np.abs(found[0]).max() > 1e-3
+
+
+def halves(delta):
+    """The same matrix as the sum of two components."""
+    return LowRankDelta(torch.cat([delta.a, delta.a]), torch.cat([delta.b, delta.b], dim=1) / 2)
