@@ -1,10 +1,12 @@
 """Folders and files that appear whole or not at all."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import OutputError
 from .contents import CHECKPOINT, FolderKind, check_replaceable
 from .preflight import check_name
 from .renaming import (
@@ -73,6 +75,54 @@ def replace_file(path: Path, text: str) -> None:
                 sync(path.parent)
             finally:
                 unfinished.unlink(missing_ok=True)
+
+
+def check_new(folder: Path, names: Iterable[str]) -> None:
+    """Raises `OutputError` for the first of these names that something has in a folder, be it a link
+    that leads nowhere.
+    """
+    for path in (folder / name for name in names):
+        if os.path.lexists(path):
+            raise _there_already(path)
+
+
+def write_new_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes text files, all of them or none, and never over what is there. The folder is made where
+    it is missing.
+
+    Args:
+        folder: Where they go.
+        files: Their texts by name.
+
+    Raises:
+        OutputError: One is there already, or nothing can be written.
+    """
+    check_new(folder, files)
+    written: list[Path] = []
+    with writing():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for name, text in files.items():
+                path = folder / name
+                try:
+                    # nobody else's file or link: this call makes one or fails
+                    with open(path, "x", encoding="utf-8") as file:
+                        written.append(path)
+                        file.write(text)
+                except FileExistsError as error:
+                    raise _there_already(path) from error
+                sync(path)
+            sync(folder)
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+
+
+def _there_already(path: Path) -> OutputError:
+    return OutputError(
+        f"{path} is there already and is not replaced: move it away, or choose another `--output_dir`."
+    )
 
 
 def _finish(folder: Path) -> None:

@@ -95,6 +95,16 @@ def check_replaceable(folder: Path, kind: FolderKind, target: Path | None = None
         )
 
 
+def check_no_link(folder: Path) -> None:
+    """Raises `OutputError` for a folder to write into that is a symbolic link, or a file."""
+    if os.path.islink(folder):
+        raise OutputError(
+            f"{folder} is a symbolic link: name the folder it points to as `output_dir`."
+        )
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OutputError(f"{folder} is a file: choose another `output_dir`.")
+
+
 def foreign_file(folder: Path, kind: FolderKind) -> str | None:
     """A file in the folder that is not ours, None where there is none."""
     files = sorted(_files(folder))

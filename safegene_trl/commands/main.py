@@ -23,6 +23,7 @@ from ..text import one_line
 
 
 COMMANDS = {
+    "init": "write the recipe of a model family, with settings that fit its size",
     "sft": "fine-tune with TRL's SFTTrainer and the safety step at its end",
     "extract": "make a safety vector: of an aligned and a degraded model, or of another model's direction",
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",

@@ -35,7 +35,7 @@ def load_rows(source: str, split: str) -> Dataset:
     """
     check_there(source)
     path = Path(source)
-    name, config, split = (source, None, split) if path.exists() else _parts(source, split)
+    name, config, split = (source, None, split) if path.exists() else parts_of(source, split)
     try:
         if path.is_file():
             kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix, path.suffix.lstrip("."))
@@ -57,7 +57,7 @@ def load_rows(source: str, split: str) -> Dataset:
     return data
 
 
-def _parts(source: str, split: str) -> tuple[str, str | None, str]:
+def parts_of(source: str, split: str) -> tuple[str, str | None, str]:
     """Name, configuration (None where it is not named) and split (`split` where it is not) of
     `NAME:CONFIG@SPLIT`.
     """

@@ -17,3 +17,11 @@ def free_bytes(device: torch.device) -> int:
         return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def gpu_bytes() -> list[int]:
+    """Bytes of memory of each GPU that this process sees."""
+    return [
+        int(torch.cuda.get_device_properties(index).total_memory)
+        for index in range(torch.cuda.device_count())
+    ]

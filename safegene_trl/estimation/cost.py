@@ -8,6 +8,8 @@ from typing import Any
 
 # elements that DeepSpeed keeps gathered by default (`stage3_max_live_parameters`)
 ZERO3_GATHERED = 10**9
+# of factors that are trained: float32 itself, its last gradient, AdamW's two moments
+BYTES_OF_A_NUMBER = 16
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,9 @@ from ..recalibration.objective import Objective, Passes, term_weights
 from ..recalibration.touch_up import EVERY, RANK, STEPS, drawn
 from ..step.repair import BOTH
 from ..vectors.safety_vector import SafetyVector
-from .cost import Cost, Launch
+from .cost import BYTES_OF_A_NUMBER, Cost, Launch
 from .planned_run import PlannedRun, slightly
 from .probe import Measured, Probe
-
-
-# of a touch-up's factors: float32 itself, its last gradient, AdamW's two moments
-BYTES_OF_A_NUMBER = 16
 
 
 def estimate_safeguard(

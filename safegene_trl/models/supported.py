@@ -251,6 +251,11 @@ def check_experts(model: nn.Module, matrices: Iterable[str], merged: bool) -> No
     _check_stored(model, parameters)
 
 
+def layers_without_lora(model_type: str | None) -> tuple[str, ...]:
+    """The last parts of the names of layers on which PEFT puts no LoRA in a model of a type."""
+    return _LAYERS_WITHOUT_LORA if model_type in _WITHOUT_LORA else ()
+
+
 def check_adapter_layers(model: nn.Module, modules: Iterable[str]) -> None:
     """Raises `UnsupportedModelError` if a delta is for a module on which PEFT loads no LoRA.
 
@@ -259,10 +264,9 @@ def check_adapter_layers(model: nn.Module, modules: Iterable[str]) -> None:
         modules: What the deltas are for, by canonical module names.
     """
     config: Any = base_model(model).config
-    if getattr(config, "model_type", None) not in _WITHOUT_LORA:
-        return
+    without = layers_without_lora(getattr(config, "model_type", None))
     for name in modules:
-        if name.rpartition(".")[2] in _LAYERS_WITHOUT_LORA:
+        if name.rpartition(".")[2] in without:
             raise UnsupportedModelError(
                 f"The safety vector changes `{name}`, on which PEFT loads no LoRA in a model of the type {config.model_type}: "
                 "set `output.output_format: merged`."

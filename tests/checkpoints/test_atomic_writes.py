@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 from safegene_trl.checkpoints import atomic_writes, renaming
-from safegene_trl.checkpoints.atomic_writes import atomic_directory, replace_file
+from safegene_trl.checkpoints.atomic_writes import (
+    atomic_directory,
+    replace_file,
+    write_new_files,
+)
 from safegene_trl.checkpoints.contents import CHECKPOINT, MARKER
 from safegene_trl.checkpoints.preflight import check_output
 from safegene_trl.errors import OutputError
@@ -336,3 +340,23 @@ def test_a_lock_that_another_holds_for_ever_does_not_stop_a_run(tmp_path, monkey
         put(target, "{}")
     assert time.monotonic() - started < 5 and names(tmp_path) == ["out"]
     assert CHECKPOINT.marker == MARKER
+
+
+def test_new_files_are_all_written_or_none(tmp_path):
+    folder = tmp_path / "made" / "here"
+    with pytest.raises(UnicodeEncodeError):
+        write_new_files(folder, {"one": "1", "two": "\ud800"})
+    assert names(folder) == []
+    write_new_files(folder, {"one": "1", "two": "2"})
+    assert (folder / "one").read_text() == "1" and names(folder) == ["one", "two"]
+    with pytest.raises(OutputError, match="two is there already and is not replaced"):
+        write_new_files(folder, {"three": "3", "two": "other"})
+    assert names(folder) == ["one", "two"] and (folder / "two").read_text() == "2"
+
+
+def test_new_files_go_over_nothing_that_came_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "two").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(atomic_writes, "check_new", lambda folder, names: None)
+    with pytest.raises(OutputError, match="two is there already and is not replaced"):
+        write_new_files(tmp_path, {"one": "1", "two": "2"})
+    assert names(tmp_path) == ["two"] and not (tmp_path / "nowhere").exists()

@@ -147,6 +147,7 @@ OUTPUT = (
     _output("the earlier checkpoint is moved aside first", _RENAMING, _PLACED, _PLACED.replace("exchange(folder, target)", "False")),
     _output("files not flushed", "checkpoints/atomic_writes.py", "        sync(path)\n    sync(folder)", "    sync(folder)"),
     _output("folder not flushed", "checkpoints/atomic_writes.py", "        sync(path)\n    sync(folder)", "        sync(path)"),
+    _output("a new file goes over another", "checkpoints/atomic_writes.py", 'open(path, "x", encoding="utf-8")', 'open(path, "w", encoding="utf-8")', "tests/checkpoints/test_atomic_writes.py"),
     _output("renaming not flushed", _RENAMING, "        sync(target.parent)\n    if earlier is not None:", "    if earlier is not None:"),
     _output("unfinished folders left behind", _RENAMING, "undo.callback(remove, folder)", "pass"),
     _output("what was killed is not cleared away", _RENAMING, "for path in _abandoned(target, clear):", "for path in ():", "tests/checkpoints/test_atomic_writes.py"),

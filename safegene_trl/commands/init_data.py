@@ -1,0 +1,104 @@
+"""The data that a recipe of `safegene init` names, as each command wants it named."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.validation import repository
+from ..data.sources import FILES, check_there, parts_of
+from ..errors import ConfigError
+
+
+# what this repository prepares for all families
+_PREPARED = "build/smollm2-135m"
+SHARED = {
+    "command": "python recipes/smollm2-135m/prepare.py --data-only",
+    "degrade": f"{_PREPARED}/degrade.jsonl",
+    "harmful": f"{_PREPARED}/safety_prompts.jsonl",
+    "benign": f"{_PREPARED}/benign_prompts.jsonl",
+}
+EXAMPLE = "trl-lib/Capybara"
+_KINDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training reads.
+
+    Attributes:
+        source: File, folder or hub id, as `data.task_data` has it.
+        keys: The same as keys of a recipe of `safegene sft`.
+        comment: Lines for the recipe.
+        shared: Whether it is what this repository prepares for all families.
+    """
+
+    source: str
+    keys: Mapping[str, Any]
+    comment: str = ""
+    shared: bool = False
+
+
+def fine_tuning_data(given: str | None) -> TrainingData:
+    """What fine-tunes are trained on: the example of the other recipes where nothing is given."""
+    if given is not None:
+        return TrainingData(given, _keys(given, "--data"))
+    comment = "# An example: name the data of your fine-tune here, and in apply.yaml.\n"
+    return TrainingData(EXAMPLE, _keys(EXAMPLE, "--data"), comment)
+
+
+def degrading_data(given: str | None) -> TrainingData:
+    """What the degraded model is trained on: harmless word puzzles where nothing is given."""
+    if given is not None:
+        return TrainingData(given, _keys(given, "--degrade_data"))
+    shared = SHARED["degrade"]
+    return TrainingData(shared, _of_file(shared), shared=True)
+
+
+def prompts(given: str | None, option: str, kind: str) -> str:
+    """The prompts of a kind that a vector is made with."""
+    if given is None:
+        return SHARED[kind]
+    check_named(given, option)
+    return given
+
+
+def check_named(source: str, option: str) -> None:
+    """Raises `SafeGeneError` for what is no file of a kind that is read, no folder, and no name on
+    the hub.
+    """
+    path = Path(source)
+    check_there(source)
+    if path.is_dir():
+        return
+    if path.is_file():
+        if path.suffix not in FILES:
+            raise ConfigError(
+                f"`{option}` is {source}, which ends in none of {', '.join(sorted(FILES))}: save the data as one of these."
+            )
+        return
+    try:
+        repository(parts_of(source, "train")[0])
+    except ValueError as error:
+        raise ConfigError(
+            f"`{option}` is {source}, which is no file or folder here and no name on the hub: check its path."
+        ) from error
+
+
+def _keys(source: str, option: str) -> dict[str, Any]:
+    check_named(source, option)
+    path = Path(source)
+    if path.is_file():
+        return _of_file(source)
+    if path.is_dir():
+        return {"dataset_name": source}
+    name, config, split = parts_of(source, "train")
+    found = {"dataset_name": name}
+    if config is not None:
+        found["dataset_config"] = config
+    return found | ({"dataset_train_split": split} if split != "train" else {})
+
+
+def _of_file(source: str) -> dict[str, Any]:
+    kind = _KINDS.get(Path(source).suffix, "json")
+    return {"datasets": [{"path": kind, "data_files": source, "split": "train"}]}
