@@ -1,8 +1,9 @@
-"""What mkdocs does to the pages: tables of settings from the code's own docstrings, and links to
-files of the repository.
+"""Tables of settings from the code's own docstrings, and what mkdocs does to links.
 
-A page says `<!-- settings: package.module.Class -->` where the table of a dataclass is to stand.
-Links to files outside of docs/ are for people who read in the repository; on the site their paths
+    python .ci/docs_hooks.py    # writes the tables anew
+
+On the page of settings the table of a dataclass stands between `<!-- settings: package.module.Class
+-->` and `<!-- end -->`. Links to files outside of docs/ are for people who read in the repository; on the site their paths
 are shown instead. Pictures from there become part of the site.
 """
 
@@ -18,6 +19,7 @@ from safegene_trl.config.docstrings import meanings
 
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ROOT / "docs" / "configuration.md"
 PICTURE = re.compile(r"(!\[[^\]]*\])\(\.\./([^)]+/)?([^/)]+)\)")
 
 
@@ -29,9 +31,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    markdown = re.sub(r"<!-- settings: ([\w.]+) -->", lambda found: table(found[1]), markdown)
     markdown = PICTURE.sub(r"\1(\3)", markdown)
     return re.sub(r"\[([^\]]*)\]\(\.\./([^)]+)\)", _path, markdown)
+
+
+def with_tables(text: str) -> str:
+    """The text of the page of settings with its tables as the code has them."""
+    place = re.compile(r"(<!-- settings: ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", text)
 
 
 def _path(found: re.Match) -> str:
@@ -57,3 +64,7 @@ def table(name: str) -> str:
         meaning = (said[field.name] or field.metadata["help"]).replace("|", "\\|")
         rows.append(f"| `{field.name}` | {shown} | {meaning} |")
     return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    SETTINGS.write_text(with_tables(SETTINGS.read_text(encoding="utf-8")), encoding="utf-8")

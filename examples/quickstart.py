@@ -99,6 +99,7 @@ def fine_tune(short: bool) -> dict:
             lr_scheduler_type="constant",
             max_length=256,
             gradient_checkpointing=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             bf16=torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",

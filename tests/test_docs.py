@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import re
+import runpy
 import typing
 from contextlib import suppress
 from pathlib import Path
@@ -146,3 +147,11 @@ def written(settings, before=""):
         yield before + key
         if isinstance(value, dict) and key in ("data", "search", "measure", "gate", "output"):
             yield from written(value, f"{before}{key}.")
+
+
+def test_the_tables_of_settings_are_the_code_s():
+    """`python .ci/docs_hooks.py` writes them."""
+    hooks = runpy.run_path(str(ROOT / ".ci" / "docs_hooks.py"))
+    text = hooks["SETTINGS"].read_text(encoding="utf-8")
+    assert text.count("<!-- settings:") == text.count("<!-- end -->") > 4
+    assert hooks["with_tables"](text) == text and "| `max_coefficient` |" in text
