@@ -321,6 +321,16 @@ def qlora(record: dict) -> list[str]:
     ]
 
 
+def transport(record: dict) -> list[str]:
+    cosines, own = ([layer[key] for layer in record["layers"]] for key in ("cosine", "own_cosine"))
+    return [
+        f"{record['anchors']:,} anchors and {record['refusals']['asked']} prompts of each kind gave maps with cosines of "
+        f"{min(cosines):.2f} to {max(cosines):.2f} on anchors held out, and directions with cosines of {min(own):.2f} to {max(own):.2f}",
+        f"It took {record['seconds'] / 60:.0f} minutes on two cores that had tests and a training to do as well, "
+        f"{record['processor_seconds'] / 60:.0f} of processor time, and {record['peak_memory_mib'] / 1024:.1f} GiB",
+    ]
+
+
 def gpu_search(module: dict, layer: dict) -> list[str]:
     return [f"{passes(module)} by module and {passes(layer)} by layer on a CPU"]
 
@@ -515,6 +525,7 @@ QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("sharded.md", "runs", ("quickstart_zero3",)): zero3,
     ("sharded.md", "sharded", ("cpu",)): sharded,
     ("sharded.md", "sharded", ("cpu_checkpointing",)): checkpointed,
+    ("transport.md", "runs", ("transport",)): transport,
     ("vectors.md", "streaming", ("1b", "1.5b", "3b", "8b")): streaming,
     ("vectors.md", "estimation", ()): estimation,
     ("vectors.md", "fuzz", ()): fuzz,
