@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -13,6 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..errors import UnsupportedModelError
 from ..models.parameters import tie_saved_modules
 from ..models.supported import changes_base, check_method
+from ..text import one_line
 from .completeness import causal_architecture, empty_model, load_adapter, read_adapter_config
 from .loading import UNREADABLE, not_loaded, read_config
 from .source import adapter_base
@@ -20,6 +22,10 @@ from .tensor_file import StoredTensor
 
 
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
+
+
+# what a config of impossible sizes ends in, as no heads or a vocabulary of none
+_IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, StrictDataclassError)
 
 
 def load_skeleton(
@@ -65,6 +71,11 @@ def load_skeleton(
             model = load_adapter(model, name_or_path, revision, low_cpu_mem_usage=True)
             tie_saved_modules(model)
         return model.eval()
+    except _IMPOSSIBLE as error:
+        raise UnsupportedModelError(
+            f"The config of {named} describes no model that can be made ({type(error).__name__}: {one_line(error)[:200]}): save or "
+            "download it again."
+        ) from error
     except UNREADABLE as error:
         raise not_loaded(f"The model {name_or_path}", named, error) from error
 

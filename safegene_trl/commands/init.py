@@ -26,6 +26,7 @@ from .plain_parser import PlainParser
 
 _GIB = 2**30
 _LONGEST_NAME = 255
+MOST_GIB = 10**5
 # how releases of chat models end, e.g. Qwen2.5-7B-Instruct, gemma-2-9b-it, Mistral-7B-Instruct-v0.3
 _RELEASE = re.compile(r"-(instruct|chat|it)(-.*)?$")
 _NEEDS_PLAIN_TEXT = (
@@ -119,7 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_value(shown, value, str | None, rule)
         _check_written_out(shown, value or "")
     check_value("--num_gpus", arguments.num_gpus, int | None, Rule(at_least=0, at_most=4096))
-    check_value("--gpu_memory", arguments.gpu_memory, float | None, Rule(above=0))
+    check_value("--gpu_memory", arguments.gpu_memory, float | None, Rule(above=0, at_most=MOST_GIB))
     if arguments.num_gpus == 0 and arguments.gpu_memory is not None:
         raise ConfigError(
             "`--num_gpus` is 0 and `--gpu_memory` is set: leave out one, as a CPU has none."

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +16,17 @@ FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
 
 
 def check_there(source: str) -> None:
-    """Raises `CalibrationDataError` for the name of a data file that is not there. What else is not
+    """Raises `CalibrationDataError` for the name of a data file that is not there, or that cannot be
+    read by its name. What else is not
     there may be a hub id.
     """
     if Path(source).suffix in FILES and not Path(source).exists():
         raise CalibrationDataError(
             f"The data file {source} is not there: check its path; a relative one begins at {Path.cwd()}."
+        )
+    if Path(source).is_file() and (has_magic(source) or "::" in source):
+        raise CalibrationDataError(
+            f"The path of the data file {source} holds `*`, `?`, `[` or `::`, which datasets takes for a pattern: rename it."
         )
 
 

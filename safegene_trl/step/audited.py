@@ -35,7 +35,7 @@ def check_audit(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, Any]:
     if len(spots) > gate.max_blind_spots:
         named = "; ".join(cell.name for cell in spots[:_NAMED])
         raise ConfigError(
-            f"The audit of {config.vector} has {len(spots)} blind spots ({named}) and `gate.max_blind_spots` is {gate.max_blind_spots}: "
+            f"The audit of {config.vector} tells of blind spots ({len(spots)}: {named}) and `gate.max_blind_spots` is {gate.max_blind_spots}: "
             "cover them by `safegene extract --cover` and audit again, or raise the limit."
         )
     return {"audit": {"sha256": record.sha256, "blind_spots": len(spots)}}

@@ -112,6 +112,8 @@ def read_audit(path: str | Path) -> AuditRecord:
         VectorError: It cannot be read, or is damaged or of another version.
     """
     try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -299,6 +299,10 @@ def changed(**values):
         ({"model_type": "brandnew", "auto_map": {"AutoConfig": "x.Y"}}, "which is never run"),
         ({"model_type": None, "architectures": None}, "names no `model_type`"),
         ({"model_type": "t5"}, "no causal language model"),
+        ({"vocab_size": 0}, "describes no model that can be made"),
+        ({"num_attention_heads": 0}, "describes no model that can be made"),
+        ({"hidden_size": "big"}, "describes no model that can be made"),
+        ({"hidden_size": 32.5}, "describes no model that can be made"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "quantised",
@@ -341,6 +345,8 @@ def test_a_hub_id_that_cannot_be_reached(place, capsys):
         (["--harmful_data", "harmful.jsonl"], "set both, or neither"),
         (["--num_gpus", "-1"], "at least 0"),
         (["--gpu_memory", "0"], "above 0"),
+        (["--gpu_memory", "1e300"], "at most"),
+        (["--data", "a[1].jsonl"], "which datasets takes for a pattern: rename it"),
         (["--num_gpus", "0", "--gpu_memory", "80"], "a CPU has none"),
         (["--gpus", "2"], "did you mean"),
     ],
@@ -348,6 +354,7 @@ def test_a_hub_id_that_cannot_be_reached(place, capsys):
 def test_options_that_cannot_be_meant(words, message, place, capsys):
     config_only(LlamaConfig(**small_shape()))
     Path("model/config.txt").write_text("")
+    Path("a[1].jsonl").write_text("{}")
     assert message in refused(capsys, "model", *words) and not Path("recipes").exists()
 
 

@@ -46,7 +46,7 @@ def test_an_audit_with_few_blind_spots_allows_a_step_and_is_named(saved, tmp_pat
 def test_more_blind_spots_than_allowed_are_named(saved):
     folder, weights = saved
     (folder / AUDIT_FILE).write_text(audit_file(weights, *SPOTS))
-    with pytest.raises(ConfigError, match=r"has 2 blind spots \(category a; category b\)"):
+    with pytest.raises(ConfigError, match=r"tells of blind spots \(2: category a; category b\)"):
         checked(folder)
     assert checked(folder, max_blind_spots=2)
 
@@ -106,7 +106,7 @@ def test_apply_is_refused_before_anything_is_loaded(words, saved, model_dir, tas
     words += ["--safegene.data.task_data", str(task_file)]
     words += ["--safegene.output.output_dir", str(folder.parent / "out")]
     assert main([*words, "--safegene.gate.max_blind_spots", "1"]) == 2
-    assert "has 2 blind spots" in capsys.readouterr().err
+    assert "tells of blind spots (2: " in capsys.readouterr().err
     assert not (folder.parent / "out").exists()
     assert main([*words, "--safegene.gate.max_blind_spots", "2"]) == 0
     report = Path(folder.parent / "out" / "safegene_report.json")

@@ -1,6 +1,7 @@
 """`audit.json`, read with distrust."""
 
 import json
+import os
 
 import pytest
 
@@ -51,6 +52,13 @@ def test_what_is_read_of_an_audit(tmp_path):
             found.check_of(other, "v")
 
 
+@pytest.mark.timeout(30)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / AUDIT_FILE)
+    with pytest.raises(VectorError, match="it is no file"):
+        read_audit(tmp_path / AUDIT_FILE)
+
+
 HOSTILE = {
     "no object": "[]",
     "no JSON": "{",
@@ -68,7 +76,7 @@ HOSTILE = {
     "true for a count": audit_file(WEIGHTS, cell("fine", count=True, category="a")),
     "a negative count": audit_file(WEIGHTS, cell("fine", count=-1, category="a")),
     "fewer blind spots": audit_file(WEIGHTS, cell("blind_spot", category="a"), blind_spots=0),
-    "a cell twice": audit_file(WEIGHTS, *[cell("fine", category="a")] * 2),
+    "a cell twice": audit_file(WEIGHTS, *[cell("fine", 1.0, category="a")] * 2),
     "too many cells": audit_file(WEIGHTS, *[cell("fine", category="a")] * 10_001),
     "text for cells": audit_file(WEIGHTS, cells="cells"),
     "a key that is none": audit_file(WEIGHTS, prompts=[{"key": "x", "safeguarded": "refused"}]),
