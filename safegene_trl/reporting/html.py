@@ -14,6 +14,7 @@ from ..config.metrics import differences, shares
 from ..models.names import are_of_parts, by_component
 from ..text import printable
 from .cells import headings, measured_cells
+from .headline import decisive, what_now
 from .outcome import OUTCOMES, without_measurement
 
 
@@ -45,6 +46,8 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         report=report,
         verdict=verdict,
         colour=colour,
+        decided=decisive(report),
+        remedies=what_now(report),
         reason=report["error"]["message"] if "error" in report else decision.get("reason", ""),
         measures={metric.key: metric.title for metric in shares()},
         relative={metric.key: metric.title for metric in differences() if metric.relative},
@@ -86,7 +89,7 @@ def page_of(name: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_inert,
     )
-    environment.filters |= {"percent": _percent, "decimals": _decimals}
+    environment.filters |= {"percent": _percent, "decimals": _decimals, "prose": _prose}
     return environment.get_template(name).render(**values)
 
 
@@ -107,6 +110,18 @@ def _of_line(releases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _inert(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _prose(text: str) -> Markup:
+    """A sentence in which what stands in backticks is code."""
+    *pairs, last = str(text).split("`")
+    if len(pairs) % 2:  # one without a partner
+        last = f"{pairs.pop()}`{last}"
+    shown = [
+        Markup("<code>{}</code>" if place % 2 else "{}").format(printable(part))
+        for place, part in enumerate([*pairs, last])
+    ]
+    return Markup().join(shown)
 
 
 def _percent(value: float | None) -> str:

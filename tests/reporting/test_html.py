@@ -228,6 +228,120 @@ def test_verdict_comes_first(changes, verdict):
     assert Page(render(report_of(**changes))).headings[0] == ("h1", verdict)
 
 
+def check(verdict, measured, limit="min_refusal_rate", value=0.8, **more):
+    found = {"limit": limit, "value": value, "measured": measured, "verdict": verdict}
+    return found | {"low": measured - 0.1, "high": measured + 0.1} | more
+
+
+def decided(outcome, *checks, **changes):
+    decision = {"outcome": outcome, "reason": "Set `gate.x`, `<b>", "checks": list(checks)}
+    return report_of(decision=decision, **changes)
+
+
+def test_the_number_that_decides_stands_under_the_verdict():
+    said = words(report_of())
+    assert (
+        "Harmful prompts refused: 90.0% of 40 [76.9%, 96.0%]; the fine-tune 30.0%, the aligned model 95.0%."
+        in said
+    )
+    rejected = decided(
+        "rejected",
+        check("broken", 0.75),
+        check("kept", 0.05, "max_over_refusal", 0.2),
+        check("broken", 0.5, "min_refusal_rate_by_category", category="fraud <b>"),
+        error={"kind": "RejectedError", "message": "x"},
+    )
+    said = words(rejected)
+    assert (
+        "Harmful prompts refused in the category fraud &lt;b&gt;: 50.0% [40.0%, 60.0%]; least allowed 80.0% (gate.min_refusal_rate_by_category)."
+        in said
+    )
+    unsure = decided("accepted_best_effort", check("unsure", 0.15, "max_over_refusal", 0.2))
+    said = words(unsure)
+    assert "Benign prompts refused: 15.0% [5.0%, 25.0%]; largest allowed 20.0%" in said
+    for other in (rejected, unsure, report_of()):
+        check_numbers(Page(render(other)), other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"measured": None},
+        {"outcome": "accepted_best_effort", "decision": None},
+        {"error": {"kind": "OutputError", "message": "disk"}},
+    ],
+)
+def test_where_no_number_decided_none_is_shown(changes):
+    assert 'class="lead"' in render(report_of())
+    assert 'class="lead"' not in render(report_of(**changes))
+
+
+def test_a_judge_that_saw_mostly_other_languages_decides_nothing():
+    report = report_of()
+    report["measured"]["after"]["refusal_rate"]["unjudged"] = 20
+    assert 'class="lead"' not in render(report)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "checks", "settings"),
+    [
+        ("rejected", [check("broken", 0.5)], ["data.num_safety_shots", "search.repair: vector+touch-up"]),
+        (
+            "rejected",
+            [check("broken", 0.5, "max_over_refusal", 0.2)],
+            ["data.num_benign_shots", "search.benign_weight"],
+        ),
+        (
+            "rejected",
+            [check("broken", 0.5, "max_utility_loss"), check("broken", 0.5, "max_incoherent")],
+            ["search.utility_weight", "search.max_coefficient"],
+        ),
+        ("rejected", [check("broken", 0.5, "max_unjudged", 0.1)], ["gate.harmful_data"]),
+        ("rejected", [], ["search.max_utility_loss", "data.num_task_shots"]),
+        (
+            "accepted_best_effort",
+            [check("unsure", 0.05, "max_utility_loss", 0.1)],
+            ["measure.num_test_prompts", "data.task_data"],
+        ),
+    ],
+)
+def test_what_to_do_is_said_with_the_settings(outcome, checks, settings):
+    page = render(decided(outcome, *checks))
+    advice = page[page.index("<h2>What now</h2>") : page.index("</section>")]
+    for name in settings:
+        assert f"<code>{name}</code>" in advice
+    assert ("<code>safegene apply</code>" in advice) == (outcome == "rejected")
+
+
+def test_what_is_done_already_is_not_advised():
+    config = {"search": {"repair": "vector+touch-up"}}
+    page = render(decided("rejected", check("broken", 0.5), config=config))
+    assert "data.num_safety_shots" in page and "search.repair" not in page
+
+
+def test_nothing_is_advised_where_all_is_well():
+    assert "What now" not in render(report_of())
+
+
+def test_reasoning_that_does_not_end_is_what_decided():
+    report = decided("rejected", check("kept", 0.95))
+    report["measured"]["after"]["unfinished"] = Rate(56, 70).to_dict()
+    said = words(report)
+    assert "Answers that never left the reasoning: 80.0% of 70" in said
+    assert "raise measure.max_reasoning_tokens" in said and "num_safety_shots" not in said
+
+
+def test_the_page_of_a_failed_step_says_where_the_fine_tune_is():
+    error = {"kind": "OutputError", "message": "The disk is full: free some of `/x`."}
+    page = render(report_of(error=error, fine_tune="runs/<b>`out"))
+    assert "is kept in <code>runs/&lt;b&gt;`out</code>" in page
+    assert "free some of <code>/x</code>." in page
+
+
+def test_backticks_without_a_partner_are_text():
+    assert "<p>Set <code>gate.x</code>, `&lt;b&gt;</p>" in render(decided("accepted"))
+
+
 def test_the_page_says_how_the_search_was_run():
     halved = words(report_of())
     assert (
@@ -283,7 +397,7 @@ def test_names_are_text_and_numbers_that_are_none_are_dashes():
     report["held_out"]["after"]["safety"] = float("inf")
     text = render(report, line_of(report))
     assert "<script" not in text and "\x1b" not in text and "\u202e" not in text and text.encode()
-    assert "\\x1b[2J\\u202e\\ud800" in text and text.count(">–<") == 3
+    assert "\\x1b[2J\\u202e\\ud800" in text and text.count(">–<") == 4
 
 
 def test_a_report_with_numbers_that_are_none_is_json_all_the_same(tmp_path):
