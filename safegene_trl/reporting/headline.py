@@ -80,7 +80,9 @@ def decisive(report: Mapping[str, Any]) -> Decisive | None:
         return Decisive(metric.title, where, check, "measured", limit, check.get("category"))
     if _is_unfinished(report):
         found = measured["after"]["unfinished"]
-        return Decisive("Answers that never left the reasoning", "/measured/after/unfinished", found)
+        return Decisive(
+            "Answers that never left the reasoning", "/measured/after/unfinished", found
+        )
     if decision.get("outcome") == "accepted" and measures_refusals(measured):
         found = measured["after"]["refusal_rate"]
         return Decisive("Harmful prompts refused", "/measured/after/refusal_rate", found)
@@ -104,6 +106,23 @@ def what_now(report: Mapping[str, Any]) -> list[str]:
         said = [] if _is_unfinished(report) else [_SEARCH]
     said += [_UNFINISHED] if _is_unfinished(report) else []
     return [*dict.fromkeys(said), *([_AGAIN] if outcome == "rejected" else [])]
+
+
+def unknown_of_aligned(report: Mapping[str, Any]) -> list[str]:
+    """Why dashes stand under the aligned model, a sentence for each kind of prompts."""
+    measured = report.get("measured") or {}
+    unseen = (report.get("data") or {}).get("unseen") or {}
+    said = []
+    for key, kind in (("refusal_rate", "harmful"), ("over_refusal", "benign")):
+        if key in (measured.get("after") or {}) and key not in (measured.get("aligned") or {}):
+            source = (unseen.get(kind) or {}).get("source", "vector")
+            said.append(
+                f"What the aligned model does with these {kind} prompts is not in the vector's record."
+                if source == "vector"
+                else f"The aligned model was not asked these {kind} prompts, which did not come with the vector: measure it on them "
+                "by `safegene evaluate`."
+            )
+    return [*said, "Of the aligned model nothing but refusals is recorded."] if measured else []
 
 
 def _has_failed(report: Mapping[str, Any]) -> bool:
@@ -136,11 +155,15 @@ def _remedy(metric: Metric, report: Mapping[str, Any]) -> str:
         return _NOT_KEPT.format(limit=metric.limit)
     search = (report.get("config") or {}).get("search") or {}
     is_set = search.get("repair") == "vector+touch-up"
-    return _TOO_FEW_REFUSALS.format(repair="" if is_set else "set `search.repair: vector+touch-up`, ")
+    return _TOO_FEW_REFUSALS.format(
+        repair="" if is_set else "set `search.repair: vector+touch-up`, "
+    )
 
 
 def _more_prompts(causes: Sequence[Metric]) -> str:
     kinds = dict.fromkeys(kind for metric in causes for kind in metric.kinds)
     return _UNSURE.format(
-        data=", ".join("`data.task_data`" if kind == "task" else f"`gate.{kind}_data`" for kind in kinds)
+        data=", ".join(
+            "`data.task_data`" if kind == "task" else f"`gate.{kind}_data`" for kind in kinds
+        )
     )
