@@ -48,6 +48,17 @@ def layer_index(module_name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def module_kind(module_name: str) -> str:
+    """What a module is in its layer, whichever the layer and, of experts, whichever the expert:
+    `mlp.experts.*.up_proj`; of a layer's own name nothing, of a module outside of layers its name.
+    """
+    match = _LAYER_INDEX.search(module_name)
+    if match is None:
+        return module_name
+    rest = module_name[match.end() :]
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", rest)
+
+
 def expert_name(parameter: str, expert: int) -> str:
     """The name of one expert's matrix in a parameter that holds those of all: `…experts.down_proj[3]`."""
     return f"{parameter}[{expert}]"

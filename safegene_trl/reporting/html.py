@@ -3,6 +3,7 @@ elsewhere.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -11,9 +12,10 @@ from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from ..config.metrics import differences, shares
-from ..models.names import are_of_parts, by_component
 from ..text import printable
 from .cells import headings, measured_cells
+from .headline import decisive, unknown_of_aligned, what_now
+from .heat import heat_map
 from .outcome import OUTCOMES, without_measurement
 
 
@@ -23,6 +25,15 @@ _LOSSES = {
     "safety": "Loss on refusals (nats per token)",
     "benign": "Loss on benign answers (nats per token)",
     "utility": "Divergence on the task (nats per token)",
+}
+_PHASES = {
+    "prepare": "settings, vector, data and places are checked",
+    "keep": "the plain fine-tune is saved",
+    "recalibrate": "coefficients are searched for on the shots",
+    "measure": "the models answer prompts and samples that no coefficient was fitted on",
+    "touch_up": "a low-rank touch-up is trained beside the vector",
+    "save": "the checkpoint is written",
+    "verify": "what was written is read back",
 }
 
 
@@ -45,11 +56,15 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         report=report,
         verdict=verdict,
         colour=colour,
+        decided=decisive(report),
+        remedies=what_now(report),
         reason=report["error"]["message"] if "error" in report else decision.get("reason", ""),
         measures={metric.key: metric.title for metric in shares()},
         relative={metric.key: metric.title for metric in differences() if metric.relative},
         losses=_LOSSES,
-        charts=_charts(report.get("coefficients", {})),
+        unknown=unknown_of_aligned(report),
+        phases=defaultdict(str, _PHASES),
+        heat=heat_map(report.get("coefficients") or {}, _largest_allowed(report)),
         **_of_line(releases),
     )
 
@@ -86,7 +101,7 @@ def page_of(name: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_inert,
     )
-    environment.filters |= {"percent": _percent, "decimals": _decimals}
+    environment.filters |= {"percent": _percent, "decimals": _decimals, "prose": _prose}
     return environment.get_template(name).render(**values)
 
 
@@ -109,6 +124,25 @@ def _inert(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def _largest_allowed(report: Mapping[str, Any]) -> float | None:
+    """`search.max_coefficient` of a report, an older one included, whose settings have no groups."""
+    config = report.get("config") or {}
+    bound = (config.get("search") or config).get("max_coefficient")
+    return bound if _is_finite(bound) else None
+
+
+def _prose(text: str) -> Markup:
+    """A sentence in which what stands in backticks is code."""
+    *pairs, last = str(text).split("`")
+    if len(pairs) % 2:  # one without a partner
+        last = f"{pairs.pop()}`{last}"
+    shown = [
+        Markup("<code>{}</code>" if place % 2 else "{}").format(printable(part))
+        for place, part in enumerate([*pairs, last])
+    ]
+    return Markup().join(shown)
+
+
 def _percent(value: float | None) -> str:
     return f"{value:.1%}" if _is_finite(value) else "–"
 
@@ -119,32 +153,6 @@ def _decimals(value: float | None) -> str:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _charts(coefficients: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A bar chart for every component of the vector."""
-    components = by_component(
-        {name: value for name, value in coefficients.items() if _is_finite(value)}
-    )
-    what = "means of rank-one parts' coefficients" if are_of_parts(coefficients) else "coefficients"
-    top = max([1.0, *(value for values in components.values() for value in values.values())])
-    charts = []
-    for component, values in components.items():
-        largest = max(values.items(), key=lambda item: item[1])
-        mean = sum(values.values()) / len(values)
-        charts.append(
-            {
-                "title": f"Component {component}" if component else "",
-                "label": f"{len(values)} {what} between 0 and {top:.2f}, mean {mean:.2f}, largest {largest[1]:.2f} at {largest[0]}",
-                "top": top,
-                "width": 10 * len(values),
-                "bars": [
-                    {"x": 10 * index, "height": 100 * value / top, "name": name, "value": value}
-                    for index, (name, value) in enumerate(values.items())
-                ],
-            }
-        )
-    return charts
 
 
 def _line(releases: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any] | None:

@@ -2,11 +2,13 @@
 Chromium where there is one.
 """
 
+import html
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 
@@ -162,15 +164,34 @@ def words(report):
     return " ".join(re.sub(r"<[^>]+>", "", render(report)).split())
 
 
-def test_what_is_held_against_the_aligned_model_is_shown():
-    said = words(report_of())
-    assert "Lost refusals restored 92.3% [75.9%, 97.9%] 26" in said
-    assert "Over-refusal above the aligned model 10.0% [0.0%, 20.0%] 30" in said
-    assert "Harmful prompts refused by the aligned model 95.0% [83.5%, 98.6%] 40" in said
-    without = report_of()["measured"]
-    for key in ("aligned", "restored", "over_refusal_above_aligned"):
-        del without[key]
-    assert "aligned model" not in words(report_of(measured=without))
+def row(report, name):
+    """A row of the page's tables as the texts of its cells."""
+    page = render(report)
+    own = next(r for r in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL) if f">{name}</th>" in r)
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", own, re.DOTALL)
+    return [" ".join(re.sub(r"<[^>]+>", "", cell).split()) for cell in cells]
+
+
+def test_the_three_models_stand_side_by_side():
+    report = report_of()
+    assert row(report, "Measured") == ["Measured", "Aligned", "Fine-tuned", "Safeguarded", "Items"]
+    refused = ["95.0% [83.5%, 98.6%]", "30.0% [18.1%, 45.4%]", "90.0% [76.9%, 96.0%]", "40"]
+    assert row(report, "Harmful prompts refused")[1:] == refused
+    assert row(report, "Lost refusals restored")[1:] == ["", "", "92.3% [75.9%, 97.9%]", "26"]
+    above = ["", "", "10.0% [0.0%, 20.0%]", "30"]
+    assert row(report, "Over-refusal above the aligned model")[1:] == above
+
+
+def test_what_is_not_known_of_the_aligned_model_is_a_dash_with_the_reason():
+    report = report_of(data={"unseen": {"benign": {"source": "ours.jsonl", "count": 30}}})
+    assert row(report, "Benign prompts refused")[1] == row(report, "Incoherent answers")[1] == "–"
+    said = words(report)
+    assert "was not asked these benign prompts, which did not come with the vector" in said
+    assert "Of the aligned model nothing but refusals is recorded." in said
+    assert "harmful prompts is not in the vector's record" not in html.unescape(said)
+    del report["measured"]["aligned"]
+    assert row(report, "Harmful prompts refused")[1] == "–"
+    assert "harmful prompts is not in the vector's record" in html.unescape(words(report))
 
 
 def at(report, pointer):
@@ -206,9 +227,10 @@ def test_numbers_are_the_reports_and_nothing_is_loaded():
         "Refusals by category",
         "Coefficients",
         "The model line",
+        "What was done",
         "Provenance",
     ]
-    assert len(page.images) == 3 and all(page.images)
+    assert len(page.images) == 4 and all(page.images)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +248,124 @@ def test_numbers_are_the_reports_and_nothing_is_loaded():
 )
 def test_verdict_comes_first(changes, verdict):
     assert Page(render(report_of(**changes))).headings[0] == ("h1", verdict)
+
+
+def check(verdict, measured, limit="min_refusal_rate", value=0.8, **more):
+    found = {"limit": limit, "value": value, "measured": measured, "verdict": verdict}
+    return found | {"low": measured - 0.1, "high": measured + 0.1} | more
+
+
+def decided(outcome, *checks, **changes):
+    decision = {"outcome": outcome, "reason": "Set `gate.x`, `<b>", "checks": list(checks)}
+    return report_of(decision=decision, **changes)
+
+
+def test_the_number_that_decides_stands_under_the_verdict():
+    said = words(report_of())
+    assert (
+        "Harmful prompts refused: 90.0% of 40 [76.9%, 96.0%]; the fine-tune 30.0%, the aligned model 95.0%."
+        in said
+    )
+    rejected = decided(
+        "rejected",
+        check("broken", 0.75),
+        check("kept", 0.05, "max_over_refusal", 0.2),
+        check("broken", 0.5, "min_refusal_rate_by_category", category="fraud <b>"),
+        error={"kind": "RejectedError", "message": "x"},
+    )
+    said = words(rejected)
+    assert (
+        "Harmful prompts refused in the category fraud &lt;b&gt;: 50.0% [40.0%, 60.0%]; least allowed 80.0% (gate.min_refusal_rate_by_category)."
+        in said
+    )
+    unsure = decided("accepted_best_effort", check("unsure", 0.15, "max_over_refusal", 0.2))
+    said = words(unsure)
+    assert "Benign prompts refused: 15.0% [5.0%, 25.0%]; largest allowed 20.0%" in said
+    for other in (rejected, unsure, report_of()):
+        check_numbers(Page(render(other)), other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"measured": None},
+        {"outcome": "accepted_best_effort", "decision": None},
+        {"error": {"kind": "OutputError", "message": "disk"}},
+    ],
+)
+def test_where_no_number_decided_none_is_shown(changes):
+    assert 'class="lead"' in render(report_of())
+    assert 'class="lead"' not in render(report_of(**changes))
+
+
+def test_a_judge_that_saw_mostly_other_languages_decides_nothing():
+    report = report_of()
+    report["measured"]["after"]["refusal_rate"]["unjudged"] = 20
+    assert 'class="lead"' not in render(report)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "checks", "settings"),
+    [
+        (
+            "rejected",
+            [check("broken", 0.5)],
+            ["data.num_safety_shots", "search.repair: vector+touch-up"],
+        ),
+        (
+            "rejected",
+            [check("broken", 0.5, "max_over_refusal", 0.2)],
+            ["data.num_benign_shots", "search.benign_weight"],
+        ),
+        (
+            "rejected",
+            [check("broken", 0.5, "max_utility_loss"), check("broken", 0.5, "max_incoherent")],
+            ["search.utility_weight", "search.max_coefficient"],
+        ),
+        ("rejected", [check("broken", 0.5, "max_unjudged", 0.1)], ["gate.harmful_data"]),
+        ("rejected", [], ["search.max_utility_loss", "data.num_task_shots"]),
+        (
+            "accepted_best_effort",
+            [check("unsure", 0.05, "max_utility_loss", 0.1)],
+            ["measure.num_test_prompts", "data.task_data"],
+        ),
+    ],
+)
+def test_what_to_do_is_said_with_the_settings(outcome, checks, settings):
+    page = render(decided(outcome, *checks))
+    advice = page[page.index("<h2>What now</h2>") : page.index("</section>")]
+    for name in settings:
+        assert f"<code>{name}</code>" in advice
+    assert ("<code>safegene apply</code>" in advice) == (outcome == "rejected")
+
+
+def test_what_is_done_already_is_not_advised():
+    config = {"search": {"repair": "vector+touch-up"}}
+    page = render(decided("rejected", check("broken", 0.5), config=config))
+    assert "data.num_safety_shots" in page and "search.repair" not in page
+
+
+def test_nothing_is_advised_where_all_is_well():
+    assert "What now" not in render(report_of())
+
+
+def test_reasoning_that_does_not_end_is_what_decided():
+    report = decided("rejected", check("kept", 0.95))
+    report["measured"]["after"]["unfinished"] = Rate(56, 70).to_dict()
+    said = words(report)
+    assert "Answers that never left the reasoning: 80.0% of 70" in said
+    assert "raise measure.max_reasoning_tokens" in said and "num_safety_shots" not in said
+
+
+def test_the_page_of_a_failed_step_says_where_the_fine_tune_is():
+    error = {"kind": "OutputError", "message": "The disk is full: free some of `/x`."}
+    page = render(report_of(error=error, fine_tune="runs/<b>`out"))
+    assert "is kept in <code>runs/&lt;b&gt;`out</code>" in page
+    assert "free some of <code>/x</code>." in page
+
+
+def test_backticks_without_a_partner_are_text():
+    assert "<p>Set <code>gate.x</code>, `&lt;b&gt;</p>" in render(decided("accepted"))
 
 
 def test_the_page_says_how_the_search_was_run():
@@ -283,7 +423,7 @@ def test_names_are_text_and_numbers_that_are_none_are_dashes():
     report["held_out"]["after"]["safety"] = float("inf")
     text = render(report, line_of(report))
     assert "<script" not in text and "\x1b" not in text and "\u202e" not in text and text.encode()
-    assert "\\x1b[2J\\u202e\\ud800" in text and text.count(">–<") == 3
+    assert "\\x1b[2J\\u202e\\ud800" in text and text.count(">–<") == 8
 
 
 def test_a_report_with_numbers_that_are_none_is_json_all_the_same(tmp_path):
@@ -293,6 +433,81 @@ def test_a_report_with_numbers_that_are_none_is_json_all_the_same(tmp_path):
     found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert found["coefficients"] == {"layers.1": None, "layers.2": 0.5}
     assert found["not_finite"] == ["/coefficients/layers.1"]
+
+
+def cells(page):
+    """Opacity by title of the cells of the heat maps."""
+    found = re.findall(
+        r'<rect class="cell"[^>]*fill-opacity="([^"]+)"><title>(.*?): [^:]*</title>', page
+    )
+    return {title: float(opacity) for opacity, title in found}
+
+
+def test_coefficients_are_cells_of_layers_and_kinds_of_modules():
+    names = [
+        f"model.layers.{n}.{part}" for n in (3, 12) for part in ("mlp.up_proj", "mlp.down_proj")
+    ]
+    values = dict(zip(names, (0.0, 0.5, 1.0, 2.0), strict=True))
+    page = render(
+        report_of(coefficients=values | {"lm_head": 1.0}, config={"search": {"max_coefficient": 4}})
+    )
+    assert cells(page) == {**{n: v / 4 for n, v in values.items()}, "lm_head": 0.25}
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", page)
+    assert texts == [*"01234", "3", "12", "–", "mlp.up_proj", "mlp.down_proj", "lm_head"]
+    assert "Legend: from 0 to 4, the largest that the search may give" in page
+    assert "5 cells: mean 0.90, largest 2.00 at model.layers.12.mlp.down_proj, 1 at 0" in page
+
+
+def test_every_component_has_a_panel_with_its_name():
+    page = render(report_of(coefficients={"layers.1/puzzles": 0.5, "layers.1/fraud": 3.0}))
+    for name in ("puzzles", "fraud"):
+        assert f"<figcaption>Component {name}</figcaption>" in page
+    assert (
+        page.count(">whole layer</text>") == 2
+        and "vector each layer has" in page
+        and 'Legend: from 0 to 3"' in page
+    )
+    older = render(report_of(coefficients={"layers.1": 0.5}, config={"max_coefficient": 2.0}))
+    assert cells(older) == {"layers.1": 0.25}
+
+
+def test_rank_one_parts_and_experts_are_means():
+    parts = {f"model.layers.1.mlp.up_proj#{part}": float(part) for part in range(3)}
+    page = render(report_of(coefficients=parts))
+    assert cells(page) == {"model.layers.1.mlp.up_proj": 1.0} and "rank-one part" in page
+    experts = {f"model.layers.1.mlp.experts.{n}.up_proj": float(n) for n in range(3)}
+    page = render(report_of(coefficients=experts, config={"max_coefficient": 2.0}))
+    assert cells(page) == {"mlp.experts.*.up_proj of layer 1, mean of 3": 0.5}
+
+
+def test_what_was_done_stands_in_order_and_provenance_is_folded():
+    phases = {
+        name: {"seconds": 1.5, "peak_memory_mib": 2.0} for name in ("prepare", "measure", "x/<b>")
+    }
+    report = report_of(phases=phases)
+    page = render(report)
+    check_numbers(Page(page), report)
+    places = [
+        page.index(f'<th scope="row">{name}</th>') for name in ("prepare", "measure", "x/&lt;b&gt;")
+    ]
+    assert places == sorted(places) and "coefficients are searched" not in page
+    assert places[-1] < page.index("<h2>Provenance</h2>\n<details><summary>")
+    assert "<details open" not in page and "details::details-content {" in page
+
+
+def test_tables_can_be_read_and_scrolled_without_a_mouse():
+    page = render(report_of(), line_of(None))
+    assert page.count("<h1") == 1 and page.count("<main>") == page.count("<header>") == 1
+    assert page.count("<table>") == page.count("<caption>") > 5
+    regions = re.findall(r'<div class="scroll"([^>]*)>', page)
+    assert len(regions) == page.count("<table>") + 2  # two panels
+    templates = files("safegene_trl.reporting").iterdir()
+    sources = [each.read_text() for each in templates if each.name.endswith(".jinja")]
+    regions += re.findall(r'<div class="scroll"([^>]*)>', "".join(sources))
+    for region in regions:
+        assert re.fullmatch(r' role="region" aria-label="[^"]+" tabindex="0"', region)
+    assert not re.search(r"<th(?! scope=)[ >]", page)
+    assert ":focus-visible" in page
 
 
 def luminance(colour):
@@ -309,7 +524,7 @@ def test_contrast_of_text_is_enough(mode):
     block = re.findall(r":root \{(.*?)\}", render(report_of()), re.DOTALL)[mode]
     colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
     paper = luminance(colours.pop("paper"))
-    for name in ("ink", "soft", "good", "fair", "bad"):
+    for name in ("ink", "soft", "bar", "good", "fair", "bad"):
         lighter, darker = sorted((luminance(colours[name]), paper), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, name
 
