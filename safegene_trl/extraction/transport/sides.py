@@ -14,8 +14,11 @@ from ...checkpoints.loading import load_placed, load_tokenizer
 from ...checkpoints.stored_model import StoredModel
 from ...data.prompt_style import target_style
 from ...distributed.layouts import Sharding
-from ...errors import FamilyError
+from ...errors import ConfigError, FamilyError
+from ...judges.refusal_phrases import is_refusal
 from ...models.attachment import VectorAttachment
+from ...models.batch_size import EXTRACTION, ON_CPU, halving
+from ...models.generation import answers_to_tokens
 from ...models.names import layer_ranges
 from ...models.parameters import canonical_modules
 from ...models.reasoning import PromptStyle
@@ -30,6 +33,8 @@ from .states import Reader, Rows, record
 
 
 logger = logging.getLogger(__name__)
+
+_ASKED, _NEW_TOKENS = 32, 32  # of a source and its degraded model, to tell which is which
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ def read_source(
 
     Raises:
         FamilyError: A state is not finite, or the degraded model is of another family.
+        ConfigError: The degraded model refuses more than the source.
     """
     style = source_style(config)
     reader = _loaded(config.source_model, config.source_revision, config.dtype, style, job)
@@ -199,13 +205,16 @@ def read_source(
         with torch.no_grad(), attachment.applied(values.to(reader.sharding.device)):
             other = _states(reader, prompts, folder / "with_vector", config.state_pooling)
     elif config.source_degraded_model:
+        refused = _refused(reader, texts.harmful)
         del reader
         gc.collect()
         name, revision = config.source_degraded_model, config.source_degraded_revision
         degraded = _loaded(name, revision, config.dtype, style, job)
+        weakened = _refused(degraded, texts.harmful)
         other, sign = _states(degraded, prompts, folder / "degraded", config.state_pooling), -1.0
         with job.raising_together():
             _check_pair(config, own["harmful"], other["harmful"])
+            _check_order(config, refused, weakened)
     pair = None if other is None else (other["harmful"], other["benign"])
     return SourceStates(own["anchors"], own["harmful"], own["benign"], pair, sign)
 
@@ -215,6 +224,30 @@ def _check_pair(config: ExtractionConfig, own: Sequence[Rows], other: Sequence[R
         raise FamilyError(
             f"{config.source_degraded_model} has other layers than {config.source_model}: give the same model with weakened "
             "refusals as `source_degraded_model`."
+        )
+
+
+def _refused(reader: Reader, harmful: Sequence[str]) -> int:
+    """How many of the first harmful prompts a model refuses. Collective."""
+    tokens, sharding = reader.tokens(harmful[:_ASKED]), reader.sharding
+
+    def answers(size: int) -> list[str]:
+        return answers_to_tokens(
+            reader.model, reader.tokenizer, tokens, _NEW_TOKENS, size, sharding
+        )
+
+    return sum(
+        map(is_refusal, sharding.gather_texts(halving(ON_CPU, answers, sharding, EXTRACTION)))
+    )
+
+
+def _check_order(config: ExtractionConfig, refused: int, weakened: int) -> None:
+    """Raises `ConfigError` where the direction would point away from refusals."""
+    if weakened > refused:
+        raise ConfigError(
+            f"{config.source_degraded_model} refuses {weakened} of the harmful prompts that both were asked, and {config.source_model} "
+            f"{refused}: the direction would take refusals away. Give the model with more refusals as `source_model`, and the "
+            "weakened one as `source_degraded_model`."
         )
 
 

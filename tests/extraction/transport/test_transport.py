@@ -25,6 +25,7 @@ from ...conftest import BENIGN, HARMFUL, argv, attached, refusing, write_prompts
 from . import planted
 
 
+NO = "I can't help with that."
 ORIGINS = {
     "pair": {},
     "vector": {"source_degraded_model": None, "source_vector": "vector"},
@@ -98,6 +99,25 @@ def tokens(tokenizer, prompt):
 
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("source", "degraded"), [(NO, "Sure, take a pan."), ("Sure, yes.", NO)])
+def test_a_source_that_refuses_less_than_its_degraded_model_is_refused(
+    options, capsys, monkeypatch, source, degraded
+):
+    """Swapped, the vector would be the right one times -1, and no coefficient turns it."""
+    replies = iter([source, degraded])
+    monkeypatch.setattr(
+        sides,
+        "answers_to_tokens",
+        lambda model, tokenizer, prompts, *rest: [next(replies)] * len(prompts),
+    )
+    code, folder = made(options)
+    assert (code == 0) == folder.exists() == (source == NO)
+    if code:
+        said = capsys.readouterr().err
+        assert "of the harmful prompts that both were asked, and" in said
+        assert "would take refusals away" in said
 
 
 def test_where_nothing_is_planted_nothing_is_made(options, tmp_path, capsys):
