@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.source import holds_vector
+from ..checkpoints.contents import MARKER
+from ..checkpoints.source import holds_vector, stored_file
 from ..distributed.layouts import Sharding
-from ..errors import ConfigError
+from ..errors import ConfigError, FamilyError
 from ..models.attachment import VectorAttachment, frozen_for_calibration
 from ..models.coefficients import CoefficientSpace
 from ..step.lineage import (
+    CONFIG_KEY,
     Carried,
     carried_coefficients,
     carries_vector,
@@ -26,6 +28,7 @@ from ..step.lineage import (
     check_verified,
 )
 from ..step.stored_fine_tune import given_coefficients
+from ..text import read_json
 from ..vectors.safety_vector import SafetyVector
 from .config import AuditConfig
 
@@ -138,8 +141,17 @@ def of_fine_tune(
     if chosen is not None and any(
         abs(chosen.values[key] - value) > 1e-5 for key, value in held.items()
     ):
-        check_no_subtraction(
-            {key: value - held[key] for key, value in chosen.values.items()}, carried
+        change = {key: value - held[key] for key, value in chosen.values.items()}
+        try:
+            check_no_subtraction(change, carried)
+        except FamilyError as error:
+            raise FamilyError(
+                f"{name} holds some of the vector already, and at a module more than is to be audited: name the safeguarded checkpoint "
+                "alone, as `model`."
+            ) from error
+        warnings.append(
+            "The fine-tune holds some of the vector already, from the release that it started from: what it lost is counted with "
+            "that. Name the safeguarded checkpoint alone, as `model`, to count it without."
         )
         return _pair(Variant(), Variant(held, chosen.values)), chosen, warnings
     check_verified(carried)
@@ -161,9 +173,18 @@ def _touch_up_warnings(carried: Carried) -> list[str]:
 
 
 def check_not_folded(name: str, revision: str | None) -> None:
-    """Raises `ConfigError` for an adapter that a vector is folded into: what lies beneath cannot be
-    told.
+    """Raises `ConfigError` for an adapter that a vector is folded into, and for a safeguarded
+    checkpoint whose config does not say so any more: what lies beneath cannot be told.
     """
+    report = stored_file(name, revision, MARKER)
+    config = stored_file(name, revision, "config.json")
+    if report is not None and config is not None:
+        entry = read_json(config.read_bytes())
+        if not (isinstance(entry, dict) and CONFIG_KEY in entry):
+            raise ConfigError(
+                f"{name} has the report of a safety step, and its config.json has lost the entry `{CONFIG_KEY}`: put that back from the "
+                "checkpoint as it was written, or audit the fine-tune that it was made from."
+            )
     if holds_vector(name, revision):
         raise ConfigError(
             f"{name} is an adapter that holds a safety vector already: name the fine-tune as `model`, and {name} as `safeguarded`."

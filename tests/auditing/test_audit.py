@@ -13,6 +13,8 @@ from safegene_trl.auditing import asking
 from safegene_trl.auditing.audit import audit
 from safegene_trl.auditing.config import AuditConfig
 from safegene_trl.auditing.labels import LABELS
+from safegene_trl.auditing.variants import Coefficients, of_fine_tune, space_of
+from safegene_trl.checkpoints.stored_model import StoredModel
 from safegene_trl.commands.main import main
 from safegene_trl.data.forms import FORMS, put
 from safegene_trl.errors import (
@@ -265,6 +267,31 @@ def test_a_safeguarded_folder_gives_its_coefficients_to_its_fine_tune(config, pl
     found = audit(config)
     assert found["coefficients"]["source"] == "the report of release"
     assert cell_of(found, category="rafts")["verdict"] == "blind_spot"
+
+
+@pytest.mark.parametrize("named", ["model", "safeguarded"])
+def test_a_release_whose_config_lost_its_entry_is_refused(named, config, planted, release):
+    path = release / "config.json"
+    found = json.loads(path.read_text())
+    del found["safegene"]
+    path.write_text(json.dumps(found))
+    config.model = ""
+    setattr(config, named, str(release))
+    with pytest.raises(ConfigError, match=r"its config\.json has lost the entry `safegene`"):
+        audit(config)
+    assert not planted.seen
+
+
+def test_a_fine_tune_that_holds_some_of_the_vector_is_named_as_such(vector, release):
+    """As one is that was trained on from a release; its own step has found other coefficients."""
+    model = StoredModel.open(str(release)).model
+    names = space_of(vector).names
+    more, less = (Coefficients(dict.fromkeys(names, value), "set") for value in (1.5, 0.5))
+    _, _, warnings = of_fine_tune(model, vector, more, str(release))
+    assert "holds some of the vector already, from the release that it started from" in warnings[0]
+    (release / "safegene_report.json").unlink()  # nothing confirms how much it holds
+    with pytest.raises(FamilyError, match="name the safeguarded checkpoint alone, as `model`"):
+        of_fine_tune(model, vector, less, str(release))
 
 
 def test_a_run_that_was_cut_off_goes_on_and_a_finished_one_asks_nothing(
