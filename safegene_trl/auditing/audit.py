@@ -188,7 +188,7 @@ def _result(
             "method": "Holm",
             "alpha": round(ALPHA, 6),
             "tested": tested,
-            "needed": needed(config.least_share, tested),
+            "needed": max(config.min_prompts, needed(config.least_share, tested)),
         },
         "data": {
             "sources": found.sources,

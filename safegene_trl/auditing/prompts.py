@@ -79,6 +79,12 @@ def read_items(config: AuditConfig, vector: SafetyVector) -> AuditPrompts:
         raise CalibrationDataError(
             f"Every prompt of {name} repeats one that the vector or fine-tune was made with: audit on other prompts."
         )
+    if len(repeated) > len(found) / 2:
+        logger.warning(
+            "%d of %d prompts repeat what the vector or fine-tune was made with and are left out: audit on others.",
+            len(repeated),
+            len(found),
+        )
     items = [item for prompt in left for item in _in_forms(prompt, config.forms, languages)]
     if len(items) > MOST_PROMPTS:
         raise ConfigError(

@@ -558,6 +558,17 @@ def test_a_folder_of_a_model_and_a_line_of_another_version_are_refused(config, p
         audit(config)
 
 
+def test_where_most_prompts_are_left_out_that_is_said_first(config, planted, caplog, monkeypatch):
+    monkeypatch.setattr(
+        "safegene_trl.auditing.prompts.near_duplicates",
+        lambda texts, used: set(range(len(texts) // 2 + 1)),
+    )
+    found = audit(config)
+    half = len(PROMPTS) // 2 + 1
+    assert f"{half} of {len(PROMPTS)} prompts repeat what the vector" in caplog.text
+    assert found["correction"]["needed"] >= found["min_prompts"]
+
+
 def test_more_prompts_than_an_audit_holds_are_refused_before_any_is_asked(
     config, planted, monkeypatch
 ):
