@@ -12,13 +12,15 @@ from typing import Any
 from ..checkpoints.contents import ADAPTER_CONFIG, FLEET_STATE, MARKER
 from ..checkpoints.places import failure_path
 from ..config.validation import repository, written_path
-from ..errors import SafeGeneError
+from ..errors import SafeGeneError, VectorError
 from ..evaluation.folder import RESULT
 from ..models.names import by_component, layer_ranges
+from ..provenance import sha256_of_bytes
 from ..reporting.plots import selection_plot
 from ..reporting.summary import summary
 from ..text import printable, printable_values, read_json
-from ..vectors.files import CONFIG_FILE, read_files
+from ..vectors.audit_file import AUDIT_FILE, audit_of
+from ..vectors.files import CONFIG_FILE, WEIGHTS_FILE, read_files
 from ..vectors.prompt_rows import Part, part_of, rows_of, verdict_of
 from ..vectors.record import VectorRecord, extractions, read_record, refuses_as_another
 from .plain_parser import PlainParser
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     _check_may_be_vector(place)
     contents = read_files(arguments.directory, revision=arguments.revision)
     vector = read_record(contents, arguments.directory)
-    print(_describe_vector(vector))
+    print("\n".join([_describe_vector(vector), *_audited(contents, arguments.directory)]))
     if arguments.plot:
         if not vector.selection.get("stability"):
             raise SafeGeneError(
@@ -69,6 +71,22 @@ def main(argv: Sequence[str]) -> int:
             )
         selection_plot(vector.selection, arguments.plot)
     return 0
+
+
+def _audited(contents: Mapping[str, bytes], name: str) -> list[str]:
+    """What the audit in the vector's folder comes to; nothing where there is none."""
+    data = contents.get(AUDIT_FILE)
+    if data is None:
+        return []
+    try:
+        audit = audit_of(data, AUDIT_FILE)
+        audit.check_of(sha256_of_bytes(contents[WEIGHTS_FILE]), name)
+    except VectorError as error:
+        return [printable(f"the audit beside it does not count: {error}")]
+    unsure = sum(cell.verdict == "unsure" for cell in audit.cells)
+    return [
+        f"audited in {len(audit.cells)} cells: blind spots {len(audit.blind_spots)}, unsure {unsure} ({AUDIT_FILE})"
+    ]
 
 
 def _describe_report(report: Path) -> str:

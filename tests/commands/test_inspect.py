@@ -10,8 +10,12 @@ import pytest
 
 from safegene_trl.commands.inspect import _describe_vector
 from safegene_trl.commands.main import main
+from safegene_trl.provenance import sha256_of_bytes
+from safegene_trl.vectors.audit_file import AUDIT_FILE
 from safegene_trl.vectors.files import read_files
 from safegene_trl.vectors.record import read_record
+
+from ..vectors.test_audit_file import audit_file, cell
 
 
 DECIDED = {
@@ -125,6 +129,19 @@ def test_the_working_directory_is_a_folder_like_any_other(tmp_path, monkeypatch,
     for words in (["."], [""], ["/"]):
         assert main(["inspect", *words]) == 2
         assert "not foreseen" not in capsys.readouterr().err
+
+
+def test_the_audit_of_a_vector_is_told_where_it_is_of_its_weights(inspect, vector_dir, tmp_path):
+    folder = tmp_path / "audited"
+    shutil.copytree(vector_dir, folder)
+    assert "audit" not in inspect(folder)[1]
+    weights = sha256_of_bytes((folder / "adapter_model.safetensors").read_bytes())
+    cells = [cell("blind_spot", category="a"), cell("unsure", category="b")]
+    (folder / AUDIT_FILE).write_text(audit_file(weights, *cells))
+    assert "audited in 2 cells: blind spots 1, unsure 1 (audit.json)" in inspect(folder)[1]
+    for text in (audit_file("0" * 64, *cells), "{}"):
+        (folder / AUDIT_FILE).write_text(text)
+        assert "the audit beside it does not count: " in inspect(folder)[1]
 
 
 def test_what_an_older_vector_lacks_is_said_with_what_adds_it(inspect, vector_dir):
