@@ -24,6 +24,7 @@ from ..step.lineage import (
     Carried,
     carried_coefficients,
     carries_vector,
+    check_coefficients_are_all,
     check_no_subtraction,
     check_verified,
 )
@@ -94,6 +95,14 @@ def chosen_coefficients(config: AuditConfig, vector: SafetyVector) -> Coefficien
     given = config.safeguarded or config.coefficients
     if given is None or given == "":  # 0 is a coefficient
         return None
+    if config.safeguarded:
+        try:
+            check_coefficients_are_all(config.safeguarded)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{config.safeguarded} is a release with a touch-up, which its coefficients alone do not make: leave out `safeguarded`, "
+                "and name that folder as `model`."
+            ) from error
     found, _ = given_coefficients(given, vector, "layer")
     values = space_of(vector).refined(found)
     assert values is not None  # `given_coefficients` has seen that they are this vector's

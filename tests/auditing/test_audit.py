@@ -282,6 +282,17 @@ def test_a_release_whose_config_lost_its_entry_is_refused(named, config, planted
     assert not planted.seen
 
 
+def test_a_touched_up_release_is_to_be_named_as_the_model(config, planted, release):
+    path = release / "safegene_report.json"
+    report = json.loads(path.read_text())
+    report["repair"] = {"rung": "vector+touch-up", "reason": "better", "touch_up": {"sha256": "0"}}
+    path.write_text(json.dumps(report))
+    config.safeguarded = str(release)
+    with pytest.raises(ConfigError, match=r"a touch-up.*leave out `safeguarded`, and name that"):
+        audit(config)
+    assert not planted.seen
+
+
 def test_a_fine_tune_that_holds_some_of_the_vector_is_named_as_such(vector, release):
     """As one is that was trained on from a release; its own step has found other coefficients."""
     model = StoredModel.open(str(release)).model
