@@ -256,6 +256,7 @@ def _read_categories(source: str, split: str) -> dict[str, str]:
         return {}
     found = RowNames("category")
     for row in rows:
-        found.add(conversation(row)[0][0]["content"], row["category"])
+        if row["category"] is not None:
+            found.add(conversation(row)[0][0]["content"], row["category"])
     found.tell(source)
     return {str(prompt): name for prompt, name in found.of.items()}

@@ -32,15 +32,14 @@ def test_coefficients_by_component_and_means_of_rank_one_parts():
     assert by_component({"a#0": 1.0, "a#1": 2.0}) == {"": {"a": 1.5}}
 
 
-def test_the_page_draws_a_bar_per_module():
+def test_the_page_draws_a_cell_per_module():
     parts = {
         f"{name}#{part}": 0.25 * part for name in ("a.up_proj", "b.up_proj") for part in range(4)
     }
     page = render(report_of(coefficients=parts))
-    assert page.count('<rect class="bar"') == 2
-    assert "2 means of rank-one parts' coefficients between 0 and 1.00, mean 0.38" in page.replace(
-        "&#39;", "'"
-    )
+    assert page.count('width="16" height="16"') == 2
+    assert "rank-one part (cells show means)" in page
+    assert "2 cells: mean 0.38, largest 0.38 at a.up_proj, 0 at 0" in page
     assert page.count("<code>a.up_proj#") == 4  # the table has them all
 
 
