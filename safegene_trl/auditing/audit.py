@@ -18,7 +18,7 @@ from ..distributed.processes import this_job
 from ..distributed.world_size import launched_processes
 from ..errors import ConfigError, OutputError, VectorError
 from ..evaluation.agreement import agreement
-from ..judges import Verdict, load_judge
+from ..judges import Judge, Verdict, load_judge
 from ..judges.intervals import rate
 from ..models.batch_size import naming_shortage
 from ..provenance import software_versions
@@ -33,7 +33,7 @@ from .compare import check_comparable, compared
 from .config import AuditConfig
 from .labels import Labels
 from .prompts import AuditPrompts, key_of, read_items
-from .variants import WITHOUT, Coefficients, check_not_folded, chosen_coefficients
+from .variants import WITHOUT, Coefficients, check_entry, check_not_folded, chosen_coefficients
 
 
 logger = logging.getLogger(__name__)
@@ -77,14 +77,14 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     aligned, model = _aligned_name(config, vector), config.model or config.safeguarded
     if model:
         check_not_folded(model, config.model_revision)
+        check_entry(model, config.model_revision)
     found = read_items(config, vector)
     if before is not None:
         measure = _measure(not model, chosen is None or chosen.uniform)
         keys = set(map(key_of, found.prompts))
         check_comparable(before, measure, config.least_share, keys)
     folder = Path(config.output_dir)
-    _check_folder(folder, config, [aligned, model])
-    _check_other_audit(folder, config, vector)
+    _check_folder(folder, config, vector, [aligned, model])
     with naming_shortage(_TOO_SMALL), alone_in(folder, "audit"):
         judges = [load_judge(spec) for spec in config.judges]
         labels = Labels(folder, judges, config.task_labels)
@@ -94,11 +94,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         rows = _rows(found, told, judges[0].name)
         result = _result(config, vector, found, asked, rows)
         result["judges"] = [{"name": each.name, "sees": each.sees} for each in judges]
-        result["agreement"] = agreement(
-            found.prompts,
-            {name: [Verdict(label) for label in own] for name, own in told["safeguarded"].items()},  # type: ignore[arg-type]
-            {judge.name: judge.sees for judge in judges},
-        )
+        result["agreement"] = _agreement(found, told["safeguarded"], judges)
         without = labels.of(WITHOUT, found.prompts)[judges[0].name]
         result["attacker"] = _attacker(vector, result["cells"], rows, without)
         if before is not None:
@@ -115,10 +111,13 @@ def _aligned_name(config: AuditConfig, vector: SafetyVector) -> str:
     return name
 
 
-def _check_folder(folder: Path, config: AuditConfig, models: Sequence[str]) -> None:
-    """Raises `OutputError` for a folder that is read as something else, and for a vector that is in
-    no folder and is to keep the audit.
+def _check_folder(
+    folder: Path, config: AuditConfig, vector: SafetyVector, models: Sequence[str]
+) -> None:
+    """Raises `OutputError` for a folder that is read as something else or holds an audit that is still
+    needed, and for a vector that is in no folder and is to keep the audit.
     """
+    _check_other_audit(folder, config, vector)
     if config.keep_with_vector and not (Path(config.vector) / CONFIG_FILE).is_file():
         raise OutputError(
             f"{config.vector} is no folder here, and `keep_with_vector` is set: download the vector, and audit that."
@@ -148,6 +147,14 @@ def _check_other_audit(folder: Path, config: AuditConfig, vector: SafetyVector) 
         raise OutputError(
             f"{folder} holds the audit of another vector: choose another `output_dir`, or delete that folder."
         )
+
+
+def _agreement(
+    found: AuditPrompts, told: Mapping[str, Sequence[str]], judges: Sequence[Judge]
+) -> list[dict[str, Any]]:
+    """How far the judges agree on the safeguarded model's answers."""
+    verdicts = {name: [Verdict(label) for label in own] for name, own in told.items()}  # type: ignore[arg-type]
+    return agreement(found.prompts, verdicts, {judge.name: judge.sees for judge in judges})
 
 
 def _rows(

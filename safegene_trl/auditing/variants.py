@@ -24,9 +24,9 @@ from ..step.lineage import (
     Carried,
     carried_coefficients,
     carries_vector,
-    check_coefficients_are_all,
     check_no_subtraction,
     check_verified,
+    is_touched_up,
 )
 from ..step.stored_fine_tune import given_coefficients
 from ..text import read_json
@@ -95,14 +95,11 @@ def chosen_coefficients(config: AuditConfig, vector: SafetyVector) -> Coefficien
     given = config.safeguarded or config.coefficients
     if given is None or given == "":  # 0 is a coefficient
         return None
-    if config.safeguarded:
-        try:
-            check_coefficients_are_all(config.safeguarded)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{config.safeguarded} is a release with a touch-up, which its coefficients alone do not make: leave out `safeguarded`, "
-                "and name that folder as `model`."
-            ) from error
+    if config.safeguarded and is_touched_up(config.safeguarded):
+        raise ConfigError(
+            f"{config.safeguarded} is a release with a touch-up, which its coefficients alone do not make: leave out `safeguarded`, "
+            "and name that folder as `model`."
+        )
     found, _ = given_coefficients(given, vector, "layer")
     values = space_of(vector).refined(found)
     assert values is not None  # `given_coefficients` has seen that they are this vector's
@@ -182,19 +179,28 @@ def _touch_up_warnings(carried: Carried) -> list[str]:
 
 
 def check_not_folded(name: str, revision: str | None) -> None:
-    """Raises `ConfigError` for an adapter that a vector is folded into, and for a safeguarded
-    checkpoint whose config does not say so any more: what lies beneath cannot be told.
+    """Raises `ConfigError` for an adapter that a vector is folded into: what lies beneath cannot be
+    told.
     """
-    report = stored_file(name, revision, MARKER)
-    config = stored_file(name, revision, "config.json")
-    if report is not None and config is not None:
-        entry = read_json(config.read_bytes())
-        if not (isinstance(entry, dict) and CONFIG_KEY in entry):
-            raise ConfigError(
-                f"{name} has the report of a safety step, and its config.json has lost the entry `{CONFIG_KEY}`: put that back from the "
-                "checkpoint as it was written, or audit the fine-tune that it was made from."
-            )
     if holds_vector(name, revision):
         raise ConfigError(
             f"{name} is an adapter that holds a safety vector already: name the fine-tune as `model`, and {name} as `safeguarded`."
+        )
+
+
+def check_entry(name: str, revision: str | None) -> None:
+    """Raises `ConfigError` for a safeguarded checkpoint whose config does not say so any more: it would
+    pass for a plain fine-tune, and get the vector once more.
+    """
+    config = stored_file(name, revision, "config.json")
+    if stored_file(name, revision, MARKER) is None or config is None:
+        return
+    try:
+        found = read_json(config.read_bytes())
+    except (OSError, ValueError, RecursionError):  # whoever loads the model says so
+        return
+    if not (isinstance(found, dict) and CONFIG_KEY in found):
+        raise ConfigError(
+            f"{name} has the report of a safety step, and its config.json has lost the entry `{CONFIG_KEY}`: put that back from the "
+            "checkpoint as it was written, or audit the fine-tune that it was made from."
         )

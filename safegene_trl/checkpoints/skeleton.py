@@ -22,8 +22,6 @@ from .tensor_file import StoredTensor
 
 
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
-
-
 # what a config of impossible sizes ends in, as no heads or a vocabulary of none
 _IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, StrictDataclassError)
 

@@ -16,9 +16,8 @@ FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
 
 
 def check_there(source: str) -> None:
-    """Raises `CalibrationDataError` for the name of a data file that is not there, or that cannot be
-    read by its name. What else is not
-    there may be a hub id.
+    """Raises `CalibrationDataError` for the name of a data file that is not there, or that datasets
+    would take for a pattern. What else is not there may be a hub id.
     """
     if Path(source).suffix in FILES and not Path(source).exists():
         raise CalibrationDataError(

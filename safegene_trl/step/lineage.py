@@ -394,12 +394,20 @@ def _report_about(given: str, vector: SafetyVector) -> _Reported:
     return found
 
 
+def is_touched_up(given: str) -> bool:
+    """Whether a release, by its report, is one that its coefficients alone do not make.
+
+    Raises:
+        ConfigError: There is no such report, or it is damaged.
+    """
+    return _report_content(_report_path(given)).is_touched_up
+
+
 def check_coefficients_are_all(given: str) -> None:
     """Raises `ConfigError` for the report of a release that its coefficients alone do not make."""
-    path = _report_path(given)
-    if _report_content(path).is_touched_up:
+    if is_touched_up(given):
         raise ConfigError(
-            f"{path} is of a release with a touch-up, which its coefficients alone do not make: leave out `coefficients` and name "
+            f"{_report_path(given)} is of a release with a touch-up, which its coefficients alone do not make: leave out `coefficients` and name "
             "it as `search.warm_start`, with `search.repair: vector+touch-up` if a touch-up is to be learned again."
         )
 

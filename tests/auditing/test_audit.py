@@ -22,6 +22,7 @@ from safegene_trl.errors import (
     ConfigError,
     FamilyError,
     OutputError,
+    SafeGeneError,
     VectorError,
 )
 from safegene_trl.evaluation import evaluate as evaluation
@@ -285,12 +286,38 @@ def test_a_release_whose_config_lost_its_entry_is_refused(named, config, planted
 def test_a_touched_up_release_is_to_be_named_as_the_model(config, planted, release):
     path = release / "safegene_report.json"
     report = json.loads(path.read_text())
-    report["repair"] = {"rung": "vector+touch-up", "reason": "better", "touch_up": {"sha256": "0"}}
+    report["repair"] = {
+        "rung": "vector+touch-up",
+        "reason": "better",
+        "touch_up": {"rank": 1, "sha256": "0"},
+    }
     path.write_text(json.dumps(report))
     config.safeguarded = str(release)
     with pytest.raises(ConfigError, match=r"a touch-up.*leave out `safeguarded`, and name that"):
         audit(config)
     assert not planted.seen
+
+
+@pytest.mark.parametrize("report", [None, "{"])
+def test_a_safeguarded_folder_without_a_whole_report_is_told_as_that(
+    config, planted, release, report
+):
+    path = release / "safegene_report.json"
+    path.unlink()
+    if report is not None:
+        path.write_text(report)
+    config.safeguarded = str(release)
+    with pytest.raises(SafeGeneError) as caught:
+        audit(config)
+    assert "report" in str(caught.value) and "touch-up" not in str(caught.value)
+    assert not planted.seen
+
+
+def test_a_damaged_config_of_a_release_is_one_sentence(config, planted, release):
+    (release / "config.json").write_text("{")
+    config.model = str(release)
+    with pytest.raises(SafeGeneError, match=str(release)):
+        audit(config)
 
 
 def test_a_fine_tune_that_holds_some_of_the_vector_is_named_as_such(vector, release):
