@@ -27,6 +27,9 @@ class MeasureConfig:
         max_reasoning_tokens: Tokens generated for the reasoning before it, of a reasoning model; 0
             puts an empty reasoning there. Default: 0 where the chat template can leave the
             reasoning out, 1024 where it opens one in every prompt.
+        num_examples: How many prompts the report shows with the answers before and after, cut to
+            200 characters: only prompts that come with the vector, and of answers to harmful ones
+            no more than the first sentence of a refusal. 0 leaves them out.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.
@@ -35,11 +38,13 @@ class MeasureConfig:
     num_test_prompts: int = 64
     max_new_tokens: int = 32
     max_reasoning_tokens: int | None = None
+    num_examples: int = 5
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         "num_test_prompts": COUNT_OR_NONE,
         "max_new_tokens": COUNT,
         "max_reasoning_tokens": COUNT_OR_DEFAULT,
+        "num_examples": COUNT_OR_NONE,
     }
 
     def __post_init__(self) -> None:

@@ -107,6 +107,7 @@ def gather_shots(
         task[len(task_split.fit) :][:extra],
         written.answering,
         gate.verdicts,
+        frozenset(gate.from_vector),
     )
     record = {
         "safety": _record(harmful_source, harmful_split, harmful.skipped)

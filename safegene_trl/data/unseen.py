@@ -41,12 +41,14 @@ class Unseen:
         answering: How those answers are asked for.
         verdicts: By kind what the aligned model does with each of the prompts, None where that is
             not known.
+        from_vector: Kinds of prompts that come with the vector, and not from the user's data.
     """
 
     prompts: dict[str, list[Prompt]]
     task: list[Sample]
     answering: Answering = field(default_factory=Answering)
     verdicts: dict[str, list[Verdict | None]] = field(default_factory=dict)
+    from_vector: frozenset[str] = frozenset()
 
     @property
     def categories(self) -> dict[str, int]:
@@ -78,6 +80,7 @@ class GatePrompts:
         self.settings = config.gate or GateConfig()
         self.skipped: dict[str, Skipped] = {}
         self.verdicts: dict[str, list[Verdict | None]] = {}
+        self.from_vector: set[str] = set()
         self._config, self._tokenizer, self._context = config, tokenizer, context
         self._answering = answering
         self._new_tokens = config.measure.max_new_tokens
@@ -177,6 +180,7 @@ class GatePrompts:
             self.verdicts[kind] = [None] * len(prompts)
             return prompts
         known: dict[str, Verdict | None]
+        own_data = self._config.data.safety_data if kind == "harmful" else None
         prompts = self._answerable(self._shipped_prompts(kind, texts, skipped), limit, skipped)
         if prompts:
             self._shipped.add(kind)
@@ -186,6 +190,8 @@ class GatePrompts:
         else:
             prompts = self._answerable([_prompt(row, kind) for row in left], limit, skipped)
             known = {_prompt(row, kind).text: self._verdict(row) for row in left}
+        if kind in self._shipped or own_data is None:
+            self.from_vector.add(kind)
         self.verdicts[kind] = [known[prompt.text] for prompt in prompts]
         return prompts
 

@@ -35,6 +35,13 @@ _PHASES = {
     "save": "the checkpoint is written",
     "verify": "what was written is read back",
 }
+_LABELS = {
+    "refused": "Refuses",
+    "answered": "Answers",
+    "incoherent": "Is incoherent",
+    "unfinished": "Comes to no answer",
+    "unjudged": "In a language that the judge does not know",
+}
 
 
 def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -62,6 +69,7 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         measures={metric.key: metric.title for metric in shares()},
         relative={metric.key: metric.title for metric in differences() if metric.relative},
         losses=_LOSSES,
+        labels=defaultdict(str, _LABELS),
         unknown=unknown_of_aligned(report),
         phases=defaultdict(str, _PHASES),
         heat=heat_map(report.get("coefficients") or {}, _largest_allowed(report)),

@@ -27,6 +27,7 @@ from ..models.inputs import Batch, batches, padding_id
 from ..models.losses import likeliest_tokens
 from ..models.parameters import base_model
 from .against_aligned import against_aligned
+from .examples import Answered, examples
 
 
 class Measurement:
@@ -54,7 +55,7 @@ class Measurement:
         self._answering = unseen.answering
         self._new_tokens = config.measure.max_new_tokens + self._answering.max_reasoning_tokens
         self._tokens = prompt_tokens(tokenizer, messages, self._answering.style)
-        self._before: tuple[dict[str, list[str]], torch.Tensor] | None = None
+        self._before: tuple[dict[str, list[Answered]], torch.Tensor] | None = None
 
     def at_once(self, model: nn.Module) -> int:
         """Collective: prompts, or task samples, that are measured in one forward pass."""
@@ -91,15 +92,16 @@ class Measurement:
         task, pad_id = self._unseen.task, padding_id(self._tokenizer)
         batched = batches(task, batch_size, pad_id, self._sharding.device) if task else []
 
-        def one_side() -> tuple[dict[str, list[str]], torch.Tensor]:
-            labels = self._labels(model, batch_size)
-            return labels, _token_accuracy(model, batched, self._sharding)
+        def one_side() -> tuple[dict[str, list[Answered]], torch.Tensor]:
+            answers = self._answers(model, batch_size)
+            return answers, _token_accuracy(model, batched, self._sharding)
 
         with frozen_for_calibration(model):
             with with_vector():
-                after, right_after = one_side()
+                said_after, right_after = one_side()
             self._before = self._before or one_side()
-        before, right_before = self._before
+        said_before, right_before = self._before
+        before, after = _labels(said_before), _labels(said_after)
         found: dict[str, Any] = {
             "judge": "refusal_phrases",
             "languages": list(LANGUAGES),
@@ -109,6 +111,7 @@ class Measurement:
             "before": self._shares(before),
             "after": self._shares(after),
             **against_aligned(self._unseen.verdicts, before, after),
+            **self._examples(said_before, said_after),
         }
         if batched:
             found["token_accuracy"] = {
@@ -125,9 +128,9 @@ class Measurement:
             }
         return found
 
-    def _labels(self, model: nn.Module, batch_size: int) -> dict[str, list[str]]:
-        """What the judge says of the answers, by kind of prompts; those of all kinds are answered in
-        one set of batches.
+    def _answers(self, model: nn.Module, batch_size: int) -> dict[str, list[Answered]]:
+        """The answers and what the judge says of them, by kind of prompts; those of all kinds are
+        answered in one set of batches.
         """
         own = answers_to_tokens(
             model,
@@ -142,11 +145,26 @@ class Measurement:
             Exchange(prompt.text, reply.answer, finished=reply.finished)
             for prompt, reply in zip(self._prompts, replies, strict=True)
         ]
-        verdicts = iter(judged(RefusalPhrases(), exchanges))
+        verdicts = judged(RefusalPhrases(), exchanges)
+        found = iter(
+            Answered(reply.answer, verdict.label)
+            for reply, verdict in zip(replies, verdicts, strict=True)
+        )
         return {
-            kind: [next(verdicts).label for _ in prompts]
-            for kind, prompts in self._unseen.prompts.items()
+            kind: [next(found) for _ in prompts] for kind, prompts in self._unseen.prompts.items()
         }
+
+    def _examples(
+        self, before: Mapping[str, list[Answered]], after: Mapping[str, list[Answered]]
+    ) -> dict[str, Any]:
+        """Of prompts that come with the vector alone: others may be nobody else's business."""
+        prompts = {
+            kind: own
+            for kind, own in self._unseen.prompts.items()
+            if kind in self._unseen.from_vector
+        }
+        found = examples(prompts, before, after, self._config.measure.num_examples)
+        return {"examples": found} if found else {}
 
     def _shares(self, labels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         found = _shares(self._unseen.prompts["harmful"], labels)
@@ -154,6 +172,10 @@ class Measurement:
         if self._answering.written is not None and every:
             found["unfinished"] = _share(every, "unfinished")
         return found
+
+
+def _labels(answers: Mapping[str, Sequence[Answered]]) -> dict[str, list[str]]:
+    return {kind: [one.label for one in own] for kind, own in answers.items()}
 
 
 # Who never comes to an answer is of no more use than who writes nonsense.

@@ -288,7 +288,7 @@ def test_a_report_brings_its_config_back():
     found = config.to_dict()
     groups = [found.pop(name) for name in ("data", "search", "measure", "output")]
     flat = found | {key: value for group in groups for key, value in group.items()}
-    assert len(flat) == 47 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
+    assert len(flat) == 48 and SafeGeneConfig(**json.loads(json.dumps(flat))) == config
 
 
 FLAT = {"vector": "v", "max_evaluations": 3, "history": "h.jsonl", "seed": 4}

@@ -83,6 +83,22 @@ def test_the_vectors_prompts_to_measure_on_come_first(tokenizer, tmp_path):
     assert None not in shots.unseen.verdicts["benign"]
 
 
+def test_which_prompts_come_with_the_vector_and_may_be_shown(tokenizer, tmp_path):
+    plain, both = make_vector(make_model(), tokenizer), {"harmful", "benign"}
+    rows = [{"prompt": f"forbidden {i}", "response": "i cannot help"} for i in range(12)]
+    own = lines(tmp_path / "own.jsonl", rows)
+    few = {"num_safety_shots": 4, "num_benign_shots": 4}
+    assert measured_on(tokenizer, plain, **few).unseen.from_vector == both
+    found = measured_on(tokenizer, plain, safety_data=own, **few)
+    assert found.unseen.counts["harmful"] and found.unseen.from_vector == {"benign"}
+    # fitted on the user's, and measured on the vector's
+    assert measured_on(tokenizer, safety_data=own, **few).unseen.from_vector == both
+    gate = GateConfig(harmful_data=own)
+    assert measured_on(tokenizer, gate=gate).unseen.from_vector == {"benign"}
+    gate = GateConfig(benign_data=own)
+    assert measured_on(tokenizer, gate=gate).unseen.from_vector == {"harmful"}
+
+
 def test_a_prompt_to_measure_on_repeats_no_shot(tokenizer, tmp_path):
     vector = with_further_rows(make_vector(make_model(), tokenizer))
     row = next(row for row in vector.prompts if "use" in row and row["kind"] == "harmful")

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -163,6 +164,19 @@ def test_what_is_measured_is_held_against_the_aligned_model(setting, tokenizer, 
     assert (restored["successes"], restored["count"]) == (7, 8)
     assert above["share"] == pytest.approx(0.2) and above["count"] == 5
     assert above["low"] < 0.2 < above["high"]
+    shown = [(one["kind"], one["after"]["label"]) for one in found["examples"]]
+    assert shown[:3] == [("harmful", "refused"), ("benign", "answered"), ("benign", "refused")]
+    assert len(shown) == 5
+    assert {one["before"]["text"] for one in found["examples"]} == {None, "Take a pan."}
+    for changes, kinds in (
+        ({"unseen": replace(unseen, from_vector=frozenset({"benign"}))}, {"benign"}),
+        ({"unseen": replace(unseen, from_vector=frozenset())}, set()),
+        ({"config": replace(config, measure=replace(config.measure, num_examples=0))}, set()),
+    ):
+        given = {"unseen": unseen, "config": config} | changes
+        measured = Measurement(given["unseen"], tokenizer, given["config"], ALONE)
+        found = measured.measure(model, with_vector, 8)
+        assert {one["kind"] for one in found.get("examples", ())} == kinds
 
 
 def test_answers_in_unknown_languages_are_in_no_share_and_counted_beside_it(
