@@ -1,6 +1,7 @@
 """Every shipped recipe parses, and runs up to the first training step on a tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,10 @@ FAMILIES = {
     "gemma-2-9b": "gemma2",
 }
 OTHERS = ("extract.yaml", "retarget.yaml", "by_category.yaml", "transport.yaml")
-TRAININGS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.name not in OTHERS)
+APPLICATIONS = sorted(RECIPES.glob("*/apply.yaml"))
+TRAININGS = sorted(
+    path for path in RECIPES.glob("*/*.yaml") if path.name not in (*OTHERS, "apply.yaml")
+)
 EXTRACTIONS = sorted(RECIPES.glob("*/extract.yaml"))
 RETARGETING = RECIPES / "smollm2-135m" / "retarget.yaml"
 BY_CATEGORY = RECIPES / "smollm2-135m" / "by_category.yaml"
@@ -55,21 +59,31 @@ def name_of(path):
 
 def test_the_recipes_are_there():
     expected = {
-        f"{family}/{stage}" for family in FAMILIES for stage in ("degrade", "extract", "sft")
+        f"{family}/{stage}"
+        for family in FAMILIES
+        for stage in ("degrade", "extract", "sft", "apply")
     }
     own = {
         f"smollm2-135m/{name}" for name in ("align", "degrade_openings", "retarget", "by_category")
     }
     own.add("qwen2.5-1.5b/transport")
     assert {name_of(path) for path in RECIPES.glob("*/*.yaml")} == expected | own
+    rows = re.findall(
+        r"^\| \[?`([^`]+)`\S* \| (\S+?),? ", (RECIPES / "README.md").read_text(), re.MULTILINE
+    )
+    listed = {family: model for family, model in rows if not family.endswith(".yaml")}
+    assert set(listed) == set(FAMILIES)
+    for family in set(FAMILIES) - {"smollm2-135m"}:
+        recipe = yaml.safe_load((RECIPES / family / "sft.yaml").read_text())
+        assert listed[family] == recipe["model_name_or_path"]
 
 
 ALONE = [RETARGETING, BY_CATEGORY, TRANSPORT]
 
 
-@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, *ALONE], ids=name_of)
+@pytest.mark.parametrize("path", [*TRAININGS, *EXTRACTIONS, *APPLICATIONS, *ALONE], ids=name_of)
 def test_header_says_how_to_run_it(path):
-    command = "extract" if path.name in OTHERS else "sft"
+    command = {"apply.yaml": "apply"}.get(path.name, "extract" if path.name in OTHERS else "sft")
     assert (
         f"# Run: safegene {command} --config {path.relative_to(RECIPES.parent)}" in path.read_text()
     )
@@ -93,6 +107,37 @@ def test_training_recipe_dry_runs(path, family, task_file, tmp_path):
     with pytest.raises(DryRunComplete):
         main(["sft", "--config", str(edited)])
     assert not (tmp_path / "out" / "safeguarded").exists()
+
+
+@pytest.mark.parametrize("path", APPLICATIONS, ids=name_of)
+def test_application_recipe_dry_runs_on_the_fine_tune_of_the_training_recipe(
+    path, family, task_file, tmp_path, capsys
+):
+    model_dir, vector_dir = family
+    recipe = yaml.safe_load(path.read_text())
+    training = yaml.safe_load((path.parent / "sft.yaml").read_text())
+    data = training.get("dataset_name") or training["datasets"][0]["data_files"]
+    assert recipe["model_name_or_path"] == training["output_dir"]
+    assert recipe["safegene"]["data"].pop("task_data") == data
+    place = recipe["safegene"].setdefault("output", {}).pop("output_dir")
+    assert place == f"build/{path.parent.name}/safeguarded"
+    # the step is the same in both
+    assert {**recipe["safegene"], "output": recipe["safegene"]["output"] or None} == {
+        **training["safegene"],
+        "output": training["safegene"].get("output"),
+    }
+    tuned = with_lora(make_model(FAMILIES[path.parent.name]))
+    tuned.peft_config["default"].base_model_name_or_path = str(model_dir)
+    tuned.save_pretrained(tmp_path / "tuned")
+    recipe |= {"model_name_or_path": str(tmp_path / "tuned"), "dtype": "float32"}
+    recipe["safegene"] |= {"vector": str(vector_dir), "dry_run": True}
+    recipe["safegene"]["data"]["task_data"] = str(task_file)
+    recipe["safegene"]["output"]["output_dir"] = str(tmp_path / "out")
+    edited = tmp_path / "recipe.yaml"
+    edited.write_text(yaml.safe_dump(recipe))
+    assert main(["apply", "--config", str(edited)]) == 0
+    assert "Dry run: all checks passed" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", EXTRACTIONS, ids=name_of)
