@@ -5,6 +5,7 @@ component: what the template draws.
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,13 +18,18 @@ _LETTER = 6.2  # pixels of a letter of a row's name, on average
 _Place = tuple[str, int | None]  # kind of module, layer
 
 
-def heat_map(coefficients: Mapping[str, float], bound: float | None) -> dict[str, Any] | None:
+def heat_map(
+    coefficients: Mapping[str, float],
+    bound: float | None,
+    vector: Mapping[str, Any] | None = None,
+) -> dict[str, Any] | None:
     """The panels of a page, all with the same rows, columns and colours.
 
     Args:
         coefficients: λ by name, as in a report; those that are no finite number are left out. Where
             several belong to one cell (rank-one parts, experts of a layer) it has their mean.
         bound: The largest λ that the search may give, None where that is not known.
+        vector: Its record in the report, which may tell what a component with a number is.
 
     Returns:
         None for no coefficients. Else `top`, which the deepest colour stands for: the bound, or the
@@ -44,6 +50,7 @@ def heat_map(coefficients: Mapping[str, float], bound: float | None) -> dict[str
     columns: list[int | None] = [*layers, *([None] if any(p[1] is None for p in places) else [])]
     largest = max(value for cells in components.values() for value, _ in cells.values())
     top = max(bound or 0.0, largest) or 1.0
+    models = _degraded_models(vector or {}, len(components))
     left = round(12 + _LETTER * max(len(_row_name(kind)) for kind in kinds))
     x = {layer: left + _CELL * place for place, layer in enumerate(columns)}
     y = {kind: _TOP + _CELL * place for place, kind in enumerate(kinds)}
@@ -58,7 +65,7 @@ def heat_map(coefficients: Mapping[str, float], bound: float | None) -> dict[str
         "rows": [{"y": y[kind], "name": _row_name(kind)} for kind in kinds],
         "panels": [
             {
-                "title": f"Component {label}" if label else "",
+                "title": _title(label, models),
                 "label": _label(cells),
                 "cells": [
                     {
@@ -74,6 +81,26 @@ def heat_map(coefficients: Mapping[str, float], bound: float | None) -> dict[str
             for label, cells in components.items()
         ],
     }
+
+
+def _degraded_models(vector: Mapping[str, Any], components: int) -> list[str]:
+    """What the degraded model of each component was called, "" for one that was made without, where
+    each is a vector of its own; else nothing.
+    """
+    made = vector.get("extraction")
+    parts = made.get("vectors") if isinstance(made, Mapping) else None
+    try:
+        models = [part["degraded_model"] for part in parts or ()]
+        names = [str(model["name"]) if model["files"] else "" for model in models]
+    except (KeyError, TypeError):
+        return []
+    return [Path(name).name for name in names] if len(names) == components else []
+
+
+def _title(label: str, models: list[str]) -> str:
+    if label.isdecimal() and int(label) < len(models) and (model := models[int(label)]):
+        return f"Component {label}: what {model} had lost"
+    return f"Component {label}" if label else ""
 
 
 def _cells(values: Mapping[str, float]) -> dict[_Place, tuple[float, str]]:

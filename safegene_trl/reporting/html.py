@@ -72,7 +72,9 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         labels=defaultdict(str, _LABELS),
         unknown=unknown_of_aligned(report),
         phases=defaultdict(str, _PHASES),
-        heat=heat_map(report.get("coefficients") or {}, _largest_allowed(report)),
+        heat=heat_map(
+            report.get("coefficients") or {}, _largest_allowed(report), report.get("vector")
+        ),
         **_of_line(releases),
     )
 

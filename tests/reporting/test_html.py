@@ -512,6 +512,26 @@ def test_every_component_has_a_panel_with_its_name():
     assert cells(older) == {"layers.1": 0.25}
 
 
+def test_a_component_with_a_number_is_told_by_the_model_that_had_lost_it():
+    def titles(*models):
+        parts = [{"degraded_model": {"name": n, "files": f}} for n, f in models]
+        vector = report_of()["vector"] | {"extraction": {"vectors": parts}}
+        page = render(report_of(coefficients={"layers.1/0": 0.5, "layers.1/1": 1}, vector=vector))
+        return re.findall("<figcaption>(.*?)</figcaption>", page)
+
+    one, other = ("build/puzzles", {"a": "b"}), ("hub/<openings>", {"a": "b"})
+    assert titles(one, other) == [
+        "Component 0: what puzzles had lost",
+        "Component 1: what &lt;openings&gt; had lost",
+    ]
+    plain = ["Component 0", "Component 1"]
+    assert titles(one, ("none", {}))[1] == plain[1]  # carried over from another model
+    assert titles(one) == plain and titles(one, other, other) == plain
+    odd = report_of()["vector"] | {"extraction": {"vectors": [None, {"degraded_model": 3}]}}
+    page = render(report_of(coefficients={"layers.1/0": 0.5, "layers.1/1": 1}, vector=odd))
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == plain
+
+
 def test_rank_one_parts_and_experts_are_means():
     parts = {f"model.layers.1.mlp.up_proj#{part}": float(part) for part in range(3)}
     page = render(report_of(coefficients=parts))
