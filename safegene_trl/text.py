@@ -32,6 +32,22 @@ def printable(text: Any) -> str:
     return "".join(_seen(character) for character in str(text))
 
 
+def isolated(text: str) -> str:
+    """The text with every run of letters that are written from right to left between U+2068 and
+    U+2069, so that it turns none of the numbers and brackets around it.
+    """
+    found, run, after = [], "", ""
+    for character in text:
+        if unicodedata.bidirectional(character) in ("R", "AL", "AN"):
+            run, after = run + after + character, ""
+        elif run and unicodedata.bidirectional(character) not in ("L", "EN"):
+            after += character  # between two words of the run, if another one follows
+        else:
+            found.append((f"\u2068{run}\u2069" if run else "") + after + character)
+            run, after = "", ""
+    return "".join(found) + (f"\u2068{run}\u2069" if run else "") + after
+
+
 def one_line(text: Any) -> str:
     """A message of several lines as one, with all characters to be seen."""
     return printable(re.sub(r"\s*[\r\n]\s*", " ", str(text).strip()))

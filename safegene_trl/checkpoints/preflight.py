@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -161,6 +161,23 @@ def check_writable(path: Path) -> None:
             file.touch()
             _try_to_append(file)
             _try_to_write(file)
+
+
+def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path] = ()) -> None:
+    """`check_writable` for every file that a command is to write, before it writes the first.
+
+    Raises:
+        OutputError: One cannot be written, is named twice, or is one of the files that are read.
+    """
+    taken = {os.path.realpath(path): "is read" for path in inputs}
+    for path in outputs:
+        if path is None:
+            continue
+        check_writable(path)
+        place = os.path.realpath(path)
+        if place in taken:
+            raise OutputError(f"{path} {taken[place]} by the same command: choose another place.")
+        taken[place] = "is written already"
 
 
 def _try_to_append(path: Path) -> None:

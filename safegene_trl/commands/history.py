@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoints.atomic_writes import replace_file
+from ..checkpoints.preflight import check_outputs
 from ..config.validation import written_path
 from ..errors import SafeGeneError
 from ..reporting.cells import headings, measured_cells
+from ..reporting.outcome import UNMEASURED, measures_refusals, minute_of
 from ..reporting.plots import history_plot
 from ..reporting.prometheus import exposition
 from ..step.drift import drift_warnings
@@ -42,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
             f"There is no file {arguments.file}: name the one that `output.history` in the `safegene` block names."
         )
     _check_holds_releases(arguments.file)
+    outputs = (arguments.plot, arguments.html, arguments.prometheus)
+    check_outputs(outputs, [arguments.file, seal_path(arguments.file)])
     if arguments.seal:
         seal_history(arguments.file)
     releases = read_history(arguments.file)
@@ -83,8 +87,11 @@ def describe(releases: Sequence[Release]) -> str:
     """A table of all releases: shares before → after the safety step."""
     rows = [["", "time (UTC)", "outcome", *headings(), "output"]]
     for number, release in enumerate(releases, start=1):
-        time = release["time"][:16].replace("T", " ")
         rung = release.get("repair", "vector")
         outcome = release["outcome"] + (f" ({rung})" if rung != "vector" else "")
-        rows.append([str(number), time, outcome, *measured_cells(release), release["output"]])
+        if release["outcome"] != "rejected" and not measures_refusals(release):
+            outcome += UNMEASURED
+        rows.append(
+            [str(number), minute_of(release), outcome, *measured_cells(release), release["output"]]
+        )
     return aligned(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.atomic_writes import replace_file
-from ..checkpoints.preflight import check_writable
+from ..checkpoints.preflight import check_outputs
 from ..config.validation import written_path
 from ..reporting.plots import component_maps, heat_map
 from ..text import printable, strict_json
@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plot", type=written_path, help="PNG file for a heat map.")
     parser.add_argument("--json", type=written_path, help="JSON file for the table.")
     arguments = parser.read(argv)
-    for path in filter(None, (arguments.json, arguments.plot)):
-        check_writable(path)
+    check_outputs([arguments.json, arguments.plot])
     vectors = [SafetyVector.from_pretrained(name) for name in arguments.vectors]
     if len(vectors) == 1:
         if len(vectors[0].components) < 2:

@@ -52,11 +52,18 @@ def fewest(share: float) -> int:
     return max(1, math.ceil(share * z**2 / (1 - share)))
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (BCa) of the mean; the value itself where all are the same."""
+def mean_interval(values: Sequence[float], seed: int = 0, step: float = 0.0) -> tuple[float, float]:
+    """Bootstrap 95 % interval (BCa) of the mean.
+
+    Of fewer than two values, and of values that are all alike, a bootstrap has no width. Then it is
+    the adjusted Wald interval of Bonett and Price (2012) as in `paired_interval`, for values that
+    differ by `step`; the value itself where that is 0.
+    """
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2 or np.all(sample == sample[0]):
-        return float(sample.mean()), float(sample.mean())
+        mean = float(sample.mean())
+        half = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(2) * step / (len(sample) + 2)
+        return mean - half, mean + half
     generator = np.random.default_rng(seed)
     found = bootstrap(
         (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator

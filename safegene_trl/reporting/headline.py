@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.metrics import Metric, of_limit
+from ..config.metrics import Metric, by_category_limit, by_limit, of_limit
 from ..models.reasoning import MOSTLY
 from .outcome import measures_refusals
 
@@ -55,6 +55,8 @@ class Decisive:
         limit: JSON pointer of the limit that it was held against, the limit, whether it is the
             `least` or the `largest` allowed, and the setting's name; None where there is none.
         category: The category that it is of; None for all.
+        unjudged: How many answers it counts as the worse case, because the judge does not know
+            their languages.
     """
 
     words: str
@@ -63,30 +65,48 @@ class Decisive:
     key: str = "share"
     limit: tuple[str, float, str, str] | None = None
     category: str | None = None
+    unjudged: int = 0
 
 
 def decisive(report: Mapping[str, Any]) -> Decisive | None:
-    """Of a report the check that decided, the farthest from its limit where several did; else of an
-    accepted model the refusals of harmful prompts. None where no number decided, or nothing is
-    decided.
+    """Of a report the check that decided; else of an accepted model the refusals of harmful prompts.
+    None where no number decided, or nothing is decided.
+
+    Of several checks it is, of a rejected model, the one that is farthest on the wrong side of its
+    limit; of one that is accepted as best effort, or by limits on other things than refusals, the
+    one that is nearest to its limit.
     """
     decision, measured = report.get("decision") or {}, report.get("measured") or {}
     if _has_failed(report):
         return None
     if checks := _deciding(decision):
-        place, check = max(checks, key=lambda one: abs(one[1]["measured"] - one[1]["value"]))
-        metric, where = of_limit(check["limit"]), f"/decision/checks/{place}"
-        limit = (f"{where}/value", check["value"], metric.side, check["limit"])
-        return Decisive(metric.title, where, check, "measured", limit, check.get("category"))
+        return _of_check(checks, farthest=decision["outcome"] == "rejected")
     if _is_unfinished(report):
         found = measured["after"]["unfinished"]
         return Decisive(
             "Answers that never left the reasoning", "/measured/after/unfinished", found
         )
-    if decision.get("outcome") == "accepted" and measures_refusals(measured):
+    checks = list(enumerate(decision.get("checks") or []))
+    accepted = decision.get("outcome") == "accepted"
+    if accepted and checks and not any(_is_on_refusals(check) for _, check in checks):
+        return _of_check(checks, farthest=False)
+    if accepted and measures_refusals(measured):
         found = measured["after"]["refusal_rate"]
         return Decisive("Harmful prompts refused", "/measured/after/refusal_rate", found)
     return None
+
+
+def _of_check(checks: Sequence[tuple[int, Mapping[str, Any]]], farthest: bool) -> Decisive:
+    choose = max if farthest else min
+    place, check = choose(checks, key=lambda one: abs(one[1]["measured"] - one[1]["value"]))
+    metric, where = of_limit(check["limit"]), f"/decision/checks/{place}"
+    limit = (f"{where}/value", check["value"], metric.side, check["limit"])
+    unjudged = check.get("unjudged", 0)
+    return Decisive(metric.title, where, check, "measured", limit, check.get("category"), unjudged)
+
+
+def _is_on_refusals(check: Mapping[str, Any]) -> bool:
+    return of_limit(check["limit"]).kinds == ("harmful",)
 
 
 def what_now(report: Mapping[str, Any]) -> list[str]:
@@ -97,13 +117,15 @@ def what_now(report: Mapping[str, Any]) -> list[str]:
     outcome = decision.get("outcome")
     if outcome not in _TOO_LITTLE or _has_failed(report):
         return []
-    causes = [of_limit(check["limit"]) for _, check in _deciding(decision)]
+    deciding = [check for _, check in _deciding(decision)]
+    causes = [of_limit(check["limit"]) for check in deciding if not _is_of_unjudged(check, report)]
     if outcome == "accepted_best_effort" and causes:
         said = [_more_prompts(causes)]
     elif causes:
         said = [_remedy(metric, report) for metric in causes]
     else:
-        said = [] if _is_unfinished(report) else [_SEARCH]
+        said = [] if deciding or _is_unfinished(report) else [_SEARCH]
+    said += [_BROKEN["unjudged"]] if any(check.get("unjudged") for check in deciding) else []
     said += [_UNFINISHED] if _is_unfinished(report) else []
     return [*dict.fromkeys(said), *([_AGAIN] if outcome == "rejected" else [])]
 
@@ -137,8 +159,28 @@ def _deciding(decision: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]
     return [(place, check) for place, check in enumerate(checks) if check["verdict"] == wanted]
 
 
+def _is_of_unjudged(check: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
+    """Whether a limit is not kept for sure only because of answers that the judge does not know."""
+    if not check.get("unjudged"):
+        return False
+    metric = of_limit(check["limit"])
+    measured = report.get("measured") or {}
+    found = metric.measured(measured)
+    if check.get("category") is not None:
+        found = metric.by_category(measured).get(check["category"])
+    if found is None:
+        return False
+    value, ends = check["value"], ("low", "share") if metric.side == "least" else ("high", "share")
+    if (report.get("decision") or {}).get("outcome") == "rejected":
+        ends = ends[1:]
+    return all(found[e] >= value if metric.side == "least" else found[e] <= value for e in ends)
+
+
 def _is_unfinished(report: Mapping[str, Any]) -> bool:
-    """Whether most answers of a rejected model never left the reasoning."""
+    """Whether most answers of a model that a gate rejected never left the reasoning."""
+    gate = (report.get("config") or {}).get("gate") or {}
+    if not any(gate.get(limit) is not None for limit in by_limit() | by_category_limit()):
+        return False
     found = ((report.get("measured") or {}).get("after") or {}).get("unfinished") or {}
     return (report.get("decision") or {}).get("outcome") == "rejected" and (
         found.get("share") or 0

@@ -12,11 +12,11 @@ from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from ..config.metrics import differences, shares
-from ..text import printable
+from ..text import isolated, printable
 from .cells import headings, measured_cells
 from .headline import decisive, unknown_of_aligned, what_now
 from .heat import heat_map
-from .outcome import OUTCOMES, without_measurement
+from .outcome import OUTCOMES, minute_of, outcome_of_release, without_measurement
 
 
 MOST_RELEASES = 100  # of a model line that the page shows
@@ -86,7 +86,7 @@ def render_history(releases: Sequence[Mapping[str, Any]], warnings: Sequence[str
         releases: At least one, the oldest first.
         warnings: What is to be said above them.
     """
-    outcome, colour = OUTCOMES[releases[-1]["outcome"]]
+    outcome, colour = outcome_of_release(releases[-1])
     line = _of_line(releases)
     return page_of(
         "history.html.jinja",
@@ -111,7 +111,12 @@ def page_of(name: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_inert,
     )
-    environment.filters |= {"percent": _percent, "decimals": _decimals, "prose": _prose}
+    environment.filters |= {
+        "percent": _percent,
+        "decimals": _decimals,
+        "prose": _prose,
+        "minute": minute_of,
+    }
     return environment.get_template(name).render(**values)
 
 
@@ -126,12 +131,14 @@ def _of_line(releases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "line": _line(releases, first),
         "releases": releases[first:],
         "left_out": first,
-        "outcomes": {name: words for name, (words, _) in OUTCOMES.items()},
+        "outcomes": [outcome_of_release(release)[0] for release in releases[first:]],
     }
 
 
 def _inert(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return isolated(printable(value))
 
 
 def _largest_allowed(report: Mapping[str, Any]) -> float | None:
@@ -147,7 +154,7 @@ def _prose(text: str) -> Markup:
     if len(pairs) % 2:  # one without a partner
         last = f"{pairs.pop()}`{last}"
     shown = [
-        Markup("<code>{}</code>" if place % 2 else "{}").format(printable(part))
+        Markup("<code>{}</code>" if place % 2 else "{}").format(isolated(printable(part)))
         for place, part in enumerate([*pairs, last])
     ]
     return Markup().join(shown)

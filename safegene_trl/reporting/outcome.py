@@ -1,6 +1,7 @@
 """What became of a fine-tune, in words: the same on the page, on the card and in a terminal."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from ..config.metrics import METRICS
@@ -34,6 +35,25 @@ def without_measurement(report: Mapping[str, Any]) -> str:
     """
     accepted = str((report.get("decision") or {}).get("outcome", "")).startswith("accepted")
     return UNMEASURED if accepted and not measures_refusals(report.get("measured")) else ""
+
+
+def outcome_of_release(release: Mapping[str, Any]) -> tuple[str, str]:
+    """Words and colour of what became of a release in a model line."""
+    words, colour = OUTCOMES[release["outcome"]]
+    if release["outcome"] == "rejected" or measures_refusals(release):
+        return words, colour
+    return words + UNMEASURED, "fair"
+
+
+def time_of(release: Mapping[str, Any]) -> datetime:
+    """When a release was made, in UTC, which a time without a zone is taken to be in."""
+    found = datetime.fromisoformat(release["time"])
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+
+
+def minute_of(release: Mapping[str, Any]) -> str:
+    """The same as text, to the minute."""
+    return f"{time_of(release):%Y-%m-%d %H:%M}"
 
 
 def verdict(report: Mapping[str, Any]) -> str:

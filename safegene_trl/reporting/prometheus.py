@@ -5,11 +5,10 @@ it (https://prometheus.io/docs/instrumenting/exposition_formats).
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from ..config.metrics import METRICS
-from .outcome import OUTCOMES
+from .outcome import OUTCOMES, time_of
 
 
 _BOUNDS = {"": "share", "_low": "low", "_high": "high", "_count": "count"}
@@ -35,9 +34,7 @@ def exposition(releases: Sequence[Mapping[str, Any]], drifts: int) -> str:
             for own in OUTCOMES
         ),
         *_family("safegene_release_time_seconds", "When the newest release was made, Unix time."),
-        _sample(
-            "safegene_release_time_seconds", datetime.fromisoformat(newest["time"]).timestamp()
-        ),
+        _sample("safegene_release_time_seconds", time_of(newest).timestamp()),
         *_family("safegene_drift_warnings", "Warnings that refusals drift over the releases."),
         _sample("safegene_drift_warnings", drifts),
     ]

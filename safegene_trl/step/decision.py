@@ -29,8 +29,8 @@ Outcome = Literal["accepted", "accepted_best_effort", "rejected"]
 EXIT_CODES: Mapping[str, int] = {"accepted": 0, "accepted_best_effort": 3, "rejected": 4}
 FROM_VECTOR = "vector"  # source of prompts, in the record of the shots, that came with the vector
 DEPENDENT = (
-    "The prompts that this was measured on came with the vector itself, so nothing independent confirms it: set `gate.harmful_data` "
-    "and `gate.benign_data` to prompts of your own."
+    "The {kinds} prompts that this was measured on came with the vector itself, so nothing independent confirms it: set {settings} to "
+    "prompts of your own."
 )
 DEPENDENT_ALIGNED = (
     "The prompts that this was measured on came with the vector itself, so nothing independent confirms it, and against the aligned "
@@ -47,7 +47,7 @@ UNJUDGED = (
     "{counts} are in languages that the judge does not know, so that {what} not measured: judge such answers by `safegene evaluate` "
     "with another of its `judges`, or set {remedy} to prompts in a language that the judge knows."
 )
-UNREQUIRED = "No limit of the gate was set, so nothing was required of the refusals that were measured: set `gate.min_refusal_rate`."
+UNREQUIRED = "No limit on refusals was set, so nothing was required of those that were measured: set `gate.min_refusal_rate`."
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,14 @@ def _more(limit: float) -> str:
     )
 
 
-def independent_prompts(
+def prompts_of_vector(
     gate: GateConfig | None, unseen: Mapping[str, Mapping[str, Any]]
-) -> bool | None:
-    """Whether what decides is measured on other prompts than those that came with the vector.
+) -> list[str] | None:
+    """Of the kinds of prompts that decide, those that came with the vector. With limits these are
+    what the limits are on, without any the harmful prompts.
 
     Args:
-        gate: The limits, if any. Without limits it is the harmful prompts that count.
+        gate: The limits, if any.
         unseen: By kind of prompts their `source` and `count`, as in the record of the shots.
 
     Returns:
@@ -241,14 +242,20 @@ def independent_prompts(
         if limits
         else {"harmful"}
     )
-    sources = [unseen[kind]["source"] for kind in sorted(kinds) if unseen[kind]["count"]]
-    return all(source != FROM_VECTOR for source in sources) if sources else None
+    measured = [kind for kind in ("harmful", "benign") if kind in kinds and unseen[kind]["count"]]
+    own = [kind for kind in measured if unseen[kind]["source"] == FROM_VECTOR]
+    return own if measured else None
 
 
-def dependent(gate: GateConfig | None) -> str:
-    """What is to be said where all that was measured on came with the vector."""
+def dependent(gate: GateConfig | None, kinds: Sequence[str]) -> str:
+    """What is to be said where prompts of these kinds came with the vector; of a limit that is
+    relative to the aligned model there are no others.
+    """
     limits = gate.names if gate else []
-    return DEPENDENT_ALIGNED if any(of_limit(name).relative for name in limits) else DEPENDENT
+    if any(of_limit(name).relative for name in limits):
+        return DEPENDENT_ALIGNED
+    settings = " and ".join(f"`gate.{kind}_data`" for kind in kinds)
+    return DEPENDENT.format(kinds=" and ".join(kinds), settings=settings)
 
 
 def lost_nothing(measured: Mapping[str, Any]) -> bool:
@@ -320,7 +327,7 @@ def decide(
     scale: float,
     reason: str,
     measured: Mapping[str, Any] | None,
-    independent: bool | None,
+    own_prompts: Sequence[str] | None,
 ) -> Decision:
     """Accepts or rejects.
 
@@ -336,9 +343,10 @@ def decide(
         scale: The share of them that was taken.
         reason: Its reason.
         measured: From `Measurement.measure`.
-        independent: From `independent_prompts`. Where it is False and there are limits, the reason
-            says so; the outcome stays.
+        own_prompts: From `prompts_of_vector`. Where there are any, and limits, the reason says so;
+            the outcome stays.
     """
+    independent = None if own_prompts is None else not own_prompts
     if gate is None or not gate.names or measured is None:
         outcome: Outcome = (
             "rejected" if not found else "accepted" if scale == 1 else "accepted_best_effort"
@@ -371,6 +379,8 @@ def decide(
         reason += f" {NOTHING_LOST}"
     if not broken and not measures_refusals(measured):
         reason += f" {unconfirmed(measured)}"
-    if independent is False:
-        reason += f" {dependent(gate)}"
+    elif not broken and not any(of_limit(name).kinds == ("harmful",) for name in gate.names):
+        reason += f" {UNREQUIRED}"
+    if own_prompts:
+        reason += f" {dependent(gate, own_prompts)}"
     return Decision(outcome, reason, checks, independent)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_time(value: Any) -> bool:
+    try:
+        datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _is_text_or_none(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
@@ -237,7 +246,7 @@ def _is_base(value: Any) -> bool:
 
 
 _FIELDS = {
-    "time": _is_text,
+    "time": _is_time,
     "output": _is_text,
     "outcome": lambda value: isinstance(value, str) and value in EXIT_CODES,
     "reason": _is_text,

@@ -35,7 +35,7 @@ from ..progress import progress_shown
 from ..recalibration.objective import Losses
 from ..recalibration.search import Recalibration, recalibrate
 from ..recalibration.touch_up import STEPS, TouchUp, train_touch_up
-from .decision import decide, independent_prompts, unfinished, unjudged
+from .decision import decide, prompts_of_vector, unfinished, unjudged
 from .finished_training import FinishedTraining, check_finished
 from .measurement import Measurement
 from .plan import Found
@@ -186,8 +186,8 @@ class LiveFineTune:
         with plan.clock.phase("measure"):
             plan.report.measured, rounding = self._measured(taken, added)
         reason = result.reason if added.deltas is self.vector.deltas else TOUCHED_UP
-        independent = independent_prompts(gate, self.shots.record["unseen"])
-        decision = decide(gate, taken, result.scale, reason, plan.report.measured, independent)
+        own = prompts_of_vector(gate, self.shots.record["unseen"])
+        decision = decide(gate, taken, result.scale, reason, plan.report.measured, own)
         measured, logits = plan.report.measured, self._probe.measured
         return Rung(added, taken, held_out, measured, decision, rounding, logits)
 

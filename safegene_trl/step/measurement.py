@@ -5,6 +5,7 @@ on items no coefficient was fitted on.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -79,15 +80,17 @@ class Measurement:
 
         Returns:
             `before` and `after`: `refusal_rate` (of harmful prompts), `over_refusal` (of benign
-                ones), `incoherent` (of both), whatever else the table of metrics counts, and, per
+            ones), `incoherent` (of both), whatever else the table of metrics counts, and, per
             category of harmful prompts, `categories`; each a share with Wilson's 95 % interval. Of
-                a reasoning model `unfinished`, too: the
-            share of answers whose reasoning did not end, which count as incoherent.
-                `utility_loss`: mean loss of token accuracy
-            over the task samples with a bootstrap interval. What there is nothing to measure on is
-                left out. Where it is known what the aligned model does with all prompts of a kind,
-                what `against_aligned` gives, too. Of what the judge cannot know, `unjudged` says how many there are where
-                there are any; no share but its own counts them.
+            a reasoning model `unfinished`, too: the share of answers whose reasoning did not end,
+            which count as incoherent.
+            `utility_loss`: mean loss of token accuracy over the task samples with a bootstrap
+            interval, which has a width of its own where all samples are alike.
+            Where it is known what the aligned model does with all prompts of a kind, what
+            `against_aligned` gives, too. Of what the judge cannot know, `unjudged` says how many
+            there are where there are any; no share but its own counts them.
+            `examples`: a few of the answers, for a person to read.
+            What there is nothing to measure on is left out.
         """
         task, pad_id = self._unseen.task, padding_id(self._tokenizer)
         batched = batches(task, batch_size, pad_id, self._sharding.device) if task else []
@@ -119,7 +122,9 @@ class Measurement:
                 "after": float(right_after.mean()),
             }
             losses = (right_before - right_after).tolist()
-            low, high = mean_interval(losses)
+            # the least by which one sample can differ: one of its tokens
+            step = fmean(1 / sum(sample.is_response) for sample in task)
+            low, high = mean_interval(losses, step=step)
             found["utility_loss"] = {
                 "share": float(sum(losses) / len(losses)),
                 "low": low,

@@ -19,7 +19,7 @@ from ..models.batch_size import is_out_of_memory
 from ..provenance import sha256_of_files
 from ..reporting.report import write_evidence, write_report
 from ..text import one_line
-from .decision import Decision, dependent, unfinished
+from .decision import Decision, dependent, prompts_of_vector, unfinished
 from .history import Release, append_release, prepared_release, read_history, release_of
 from .lineage import check_no_subtraction
 from .notification import notify
@@ -190,8 +190,9 @@ def _rejection(plan: Plan, decision: Decision) -> str:
         f"The safeguarded checkpoint was rejected, because {why}: nothing was written to {plan.target}, the report is "
         f"{failure_path(plan.target)}, and {plan.report.fine_tune} is the plain fine-tune, without the vector; {remedy}."
     )
-    if broken and decision.independent_prompts is False:
-        said += f" {dependent(plan.config.gate)}"
+    gate, unseen = plan.config.gate, (plan.report.data or {}).get("unseen")
+    if broken and unseen and (own := prompts_of_vector(gate, unseen)):
+        said += f" {dependent(gate, own)}"
     return said
 
 

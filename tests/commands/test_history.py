@@ -1,10 +1,16 @@
 """`safegene history`."""
 
 import json
+import os
+from pathlib import Path
+
+import pytest
 
 from safegene_trl.commands.main import main
+from safegene_trl.errors import SafeGeneError
 from safegene_trl.judges.intervals import Rate
 from safegene_trl.step.history import append_release
+from safegene_trl.step.history_file import seal_path
 
 
 def release(refused, outcome="accepted"):
@@ -119,3 +125,48 @@ def test_numbers_for_prometheus(tmp_path):
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names))
     assert {key.partition("{")[0] for key in found} == set(names)
+
+
+def test_what_is_read_and_what_is_no_file_is_not_written_over(tmp_path, capsys):
+    path = tmp_path / "history.jsonl"
+    append_release(path, release(90))
+    pipe, place = tmp_path / "pipe", tmp_path / "page"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(path)
+    kept = {file: file.read_bytes() for file in (path, seal_path(path))}
+    for options, message in (
+        (["--html", path], f"{path} is read by the same command: choose another place."),
+        (["--plot", tmp_path / "link"], "link is read by the same command"),
+        (["--prometheus", seal_path(path)], "is read by the same command"),
+        (["--html", place, "--prometheus", place], f"{place} is written already by the same"),
+        (["--prometheus", pipe], f"{pipe} is no plain file: choose another place."),
+        (["--html", "/dev/null"], "/dev/null is no plain file: choose another place."),
+        (["--html", ""], "cannot be made as a file: choose another place."),
+        (["--html", tmp_path], "choose another place."),
+    ):
+        assert main(["history", str(path), *map(str, options)]) == 2
+        assert message in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in kept} == kept
+    assert pipe.is_fifo() and not place.exists() and Path("/dev/null").is_char_device()
+
+
+def test_a_release_without_a_measurement_is_not_shown_as_if_it_had_one(tmp_path, capsys):
+    path, page = tmp_path / "history.jsonl", tmp_path / "line.html"
+    append_release(path, release(90) | {"before": None, "after": None, "utility_loss": None})
+    assert main(["history", str(path), "--html", str(page)]) == 0
+    assert "accepted without a measurement of refusals" in capsys.readouterr().out
+    text = page.read_text()
+    said = "accepted without a measurement of refusals"
+    assert f'<h1 class="fair">Newest release: {said}</h1>' in text
+    assert f"<td>A{said[1:]}</td>" in text
+
+
+def test_times_are_told_in_utc_whatever_zone_they_are_written_in(tmp_path, capsys):
+    path, numbers = tmp_path / "history.jsonl", tmp_path / "numbers.prom"
+    for time in ("2030-01-01T03:00:00+02:00", "2030-01-01T01:00:00"):
+        append_release(path, release(90) | {"time": time})
+    assert main(["history", str(path), "--prometheus", str(numbers)]) == 0
+    assert capsys.readouterr().out.count("2030-01-01 01:00") == 2
+    assert "safegene_release_time_seconds 1893459600.0" in numbers.read_text()
+    with pytest.raises(SafeGeneError, match="`time` in the new release's line is not as it must"):
+        append_release(path, release(90) | {"time": "yesterday"})

@@ -326,6 +326,49 @@ def test_the_number_that_decides_stands_under_the_verdict():
         check_numbers(Page(render(other)), other)
 
 
+def test_of_several_limits_the_one_in_most_doubt_or_broken_most_is_shown():
+    near, far = (
+        check("unsure", 0.801),
+        check("unsure", 0.05, "max_over_refusal", 0.2),
+    )
+    for checks in ((near, far), (far, near)):
+        assert "prompts refused: 80.1%" in words(decided("accepted_best_effort", *checks))
+    broken = [near | {"verdict": "broken", "measured": value} for value in (0.7, 0.2, 0.6)]
+    assert "prompts refused: 20.0%" in words(decided("rejected", *broken))
+
+
+def test_limits_on_other_things_decide_by_their_own_number():
+    other = check("kept", 0.01, "max_utility_loss", 0.05)
+    report = decided("accepted", check("kept", 0.02, "max_incoherent", 0.2), other)
+    said = words(report)
+    assert "Token accuracy lost: 1.0%" in said and "; largest allowed 5.0%" in said
+    assert "prompts refused: 90.0% of 40" in words(decided("accepted", other, check("kept", 0.9)))
+
+
+def test_answers_that_the_judge_does_not_know_are_told_where_they_decide():
+    """One of 40 was refused, and 14 may have been."""
+    broken = check("broken", 0.375, "max_over_refusal", 0.2, unjudged=14)
+    report = decided("rejected", broken)
+    report["measured"]["after"]["over_refusal"] = Rate(1, 40).to_dict() | {"unjudged": 14}
+    said = words(report)
+    assert "37.5% [27.5%, 47.5%], counting 14 answers in languages that the judge" in said
+    assert "The judge knows too few of the answers' languages" in html.unescape(said)
+    assert "raise data.num_benign_shots" not in said and "The search did not take" not in said
+    check_numbers(Page(render(report)), report)
+    # too many are refused also without them
+    report["measured"]["after"]["over_refusal"] = Rate(12, 40).to_dict() | {"unjudged": 14}
+    assert "raise data.num_benign_shots" in words(report)
+
+
+def test_words_from_right_to_left_turn_no_numbers():
+    category = "\u05e7\u05d8 \u05d2\u05d5"
+    report = decided("rejected", check("broken", 0.5, "min_refusal_rate", category=category))
+    said = words(report)
+    assert f"in the category \u2068{category}\u2069: 50.0% [40.0%, 60.0%]" in said
+    arabic = report_of(warnings=["\u0623\u0628: 10 % and 20 %"])
+    assert "\u2068\u0623\u0628\u2069: 10 % and 20 %" in words(arabic)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -393,6 +436,9 @@ def test_nothing_is_advised_where_all_is_well():
 def test_reasoning_that_does_not_end_is_what_decided():
     report = decided("rejected", check("kept", 0.95))
     report["measured"]["after"]["unfinished"] = Rate(56, 70).to_dict()
+    assert "Answers that never left" not in words(report)  # without limits it decides nothing
+    assert "Answers that never left" not in words(report | {"config": {"gate": {}}})
+    report["config"] = {"gate": {"min_refusal_rate": 0.8}}
     said = words(report)
     assert "Answers that never left the reasoning: 80.0% of 70" in said
     assert "raise measure.max_reasoning_tokens" in said and "num_safety_shots" not in said

@@ -10,7 +10,7 @@ from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import ConfigError
 from safegene_trl.judges.intervals import Rate, fewest
 from safegene_trl.reporting.outcome import UNMEASURED, without_measurement
-from safegene_trl.step.decision import check_measurable, decide, independent_prompts, unjudged
+from safegene_trl.step.decision import check_measurable, decide, prompts_of_vector, unjudged
 
 from ..conftest import options_of
 
@@ -56,7 +56,7 @@ def measured(
     ],
 )
 def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
-    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, [])
     assert decision.outcome == outcome
     assert [check.limit for check in decision.checks] == list(limits)
     if outcome == "rejected":  # it does not begin like a success, and says by which limit
@@ -101,7 +101,7 @@ def unknown(measured: dict, key: str, unjudged: int) -> dict:
     ],
 )
 def test_what_the_judge_does_not_know_counts_as_the_worse_case(limits, found, outcome):
-    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, [])
     assert decision.outcome == outcome
     if outcome == "rejected" and "max_unjudged" not in limits:
         assert "100 answers against it that are in languages the judge does not know" in (
@@ -114,7 +114,7 @@ def test_what_the_judge_does_not_know_counts_as_the_worse_case(limits, found, ou
 @pytest.mark.parametrize(("count", "told"), [(49, False), (50, True), (100, True)])
 def test_refusals_mostly_in_unknown_languages_are_none_measured(gate, count, told):
     found = unknown(measured(0), "refusal_rate", count)
-    decision = decide(gate, True, 1.0, REASON, found, True)
+    decision = decide(gate, True, 1.0, REASON, found, [])
     said = f"Of the answers {count} to harmful prompts are in languages that the judge does not"
     said = said.replace(" to", " of 100 to")
     assert decision.outcome == "accepted" and decision.reason.startswith(REASON)
@@ -136,7 +136,7 @@ def test_over_refusal_in_unknown_languages_is_told_as_well():
 def test_without_limits_the_recalibration_decides():
     assert decide(None, True, 1.0, REASON, None, None).outcome == "accepted"
     assert (
-        decide(GateConfig(), True, 0.6, REASON, measured(0), True).outcome == "accepted_best_effort"
+        decide(GateConfig(), True, 0.6, REASON, measured(0), []).outcome == "accepted_best_effort"
     )
     assert decide(None, False, 0.0, "None helps.", None, None).outcome == "rejected"
 
@@ -151,7 +151,7 @@ def test_an_acceptance_without_measured_refusals_says_so(gate):
             "Nothing was measured on refusals: raise `measure.num_test_prompts`" in decision.reason
         )
     for verdict in (
-        decide(gate, True, 1.0, REASON, measured(99), True),
+        decide(gate, True, 1.0, REASON, measured(99), []),
         decide(None, False, 0.0, "No.", None, None),
     ):
         assert "Nothing was measured" not in verdict.reason
@@ -164,7 +164,7 @@ def test_a_fine_tune_that_lost_nothing_passes():
     assert decision.outcome == "accepted" and "needs no repair" in decision.reason
     assert (
         decide(
-            GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(50), True
+            GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(50), []
         ).outcome
         == "rejected"
     )
@@ -174,7 +174,7 @@ def test_a_fine_tune_that_lost_nothing_passes():
 def test_a_verdict_that_rests_on_the_vectors_own_prompts_says_so(refused, found):
     gate = GateConfig(min_refusal_rate=0.8)
     own, other = (
-        decide(gate, found, 1.0, REASON, measured(refused), sure) for sure in (False, True)
+        decide(gate, found, 1.0, REASON, measured(refused), kinds) for kinds in (["harmful"], [])
     )
     assert own.outcome == other.outcome and own.checks == other.checks  # nobody's exit code changes
     assert own.reason.startswith(other.reason) and "came with the vector itself" in own.reason
@@ -186,27 +186,49 @@ def test_a_verdict_that_rests_on_the_vectors_own_prompts_says_so(refused, found)
 
 
 @pytest.mark.parametrize(
-    ("limits", "sources", "independent"),
+    ("limits", "sources", "own"),
     [
-        ({}, ("vector", "vector"), False),
-        ({}, ("own.jsonl", "vector"), True),
-        ({"min_refusal_rate": 0.8}, ("vector", "own.jsonl"), False),
-        ({"min_refusal_rate": 0.8}, ("own.jsonl", "vector"), True),
-        ({"max_over_refusal": 0.8}, ("own.jsonl", "vector"), False),
-        ({"min_refusal_rate": 0.8, "max_over_refusal": 0.8}, ("own.jsonl", "vector"), False),
-        ({"max_incoherent": 0.1}, ("vector", "own.jsonl"), False),
-        ({"max_incoherent": 0.1}, ("own.jsonl", "own.jsonl"), True),
+        ({}, ("vector", "vector"), ["harmful"]),
+        ({}, ("own.jsonl", "vector"), []),
+        ({"min_refusal_rate": 0.8}, ("vector", "own.jsonl"), ["harmful"]),
+        ({"min_refusal_rate": 0.8}, ("own.jsonl", "vector"), []),
+        ({"max_over_refusal": 0.8}, ("own.jsonl", "vector"), ["benign"]),
+        ({"min_refusal_rate": 0.8, "max_over_refusal": 0.8}, ("own.jsonl", "vector"), ["benign"]),
+        ({"max_incoherent": 0.1}, ("vector", "own.jsonl"), ["harmful"]),
+        ({"max_incoherent": 0.1}, ("vector", "vector"), ["harmful", "benign"]),
+        ({"max_incoherent": 0.1}, ("own.jsonl", "own.jsonl"), []),
         ({"max_utility_loss": 0.1}, ("vector", "vector"), None),
     ],
 )
-def test_whose_prompts_decide(limits, sources, independent):
+def test_whose_prompts_decide(limits, sources, own):
     unseen = {
         kind: {"source": source, "count": 5}
         for kind, source in zip(("harmful", "benign"), sources, strict=True)
     }
-    assert independent_prompts(GateConfig(**limits), unseen) is independent
+    assert prompts_of_vector(GateConfig(**limits), unseen) == own
     nothing = {kind: entry | {"count": 0} for kind, entry in unseen.items()}
-    assert independent_prompts(GateConfig(**limits), nothing) is None
+    assert prompts_of_vector(GateConfig(**limits), nothing) is None
+
+
+def test_prompts_of_ones_own_are_not_asked_for_again():
+    gate = GateConfig(min_refusal_rate=0.5, max_over_refusal=0.5)
+    decision = decide(gate, True, 1.0, REASON, measured(90), ["benign"])
+    assert decision.independent_prompts is False
+    assert "The benign prompts that this was measured on came with the vector" in decision.reason
+    assert "set `gate.benign_data` to" in decision.reason
+    assert "harmful_data" not in decision.reason
+
+
+def test_limits_on_other_things_require_no_refusals():
+    said = "nothing was required of those that were measured: set `gate.min_refusal_rate`"
+    for limits, is_said in (
+        ({"max_over_refusal": 0.9}, True),
+        ({"max_incoherent": 0.9}, True),
+        ({"min_refusal_rate": 0.1}, False),
+        ({"min_refusal_rate": 0.1, "max_over_refusal": 0.9}, False),
+    ):
+        decision = decide(GateConfig(**limits), True, 1.0, REASON, measured(90), [])
+        assert decision.outcome == "accepted" and (said in decision.reason) == is_said
 
 
 def relative(restored: Rate | None, above: float | None = None, unjudged: int = 0) -> dict:
@@ -233,7 +255,7 @@ def relative(restored: Rate | None, above: float | None = None, unjudged: int = 
     ],
 )
 def test_limits_against_the_aligned_model(limits, found, outcome):
-    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, False)
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, ["harmful"])
     assert decision.outcome == outcome and "nothing to restore" not in decision.reason
     (check,) = decision.checks
     assert check.limit == next(iter(limits))
@@ -245,14 +267,14 @@ def test_limits_against_the_aligned_model(limits, found, outcome):
 
 def test_where_nothing_was_lost_nothing_has_to_be_restored():
     gate = GateConfig(min_restored=0.8, max_over_refusal_above_aligned=0.05)
-    decision = decide(gate, True, 1.0, REASON, relative(None, 0.0), True)
+    decision = decide(gate, True, 1.0, REASON, relative(None, 0.0), [])
     assert decision.outcome == "accepted" and "nothing to restore" in decision.reason
     assert [check.limit for check in decision.checks] == ["max_over_refusal_above_aligned"]
-    decision = decide(gate, True, 1.0, REASON, relative(None, 0.3), True)
+    decision = decide(gate, True, 1.0, REASON, relative(None, 0.3), [])
     assert decision.outcome == "rejected"
     # nobody knows what the aligned model does: no limit against it is passed
     with pytest.raises(KeyError):
-        decide(GateConfig(min_restored=0.8), True, 1.0, REASON, measured(90), True)
+        decide(GateConfig(min_restored=0.8), True, 1.0, REASON, measured(90), [])
 
 
 COUNTS = {"harmful": 2, "benign": 2, "task": 2}
@@ -321,7 +343,7 @@ def by_category(**refused) -> dict:
 )
 def test_a_limit_for_each_category_is_held_against_each(limit, outcome, verdicts):
     gate = GateConfig(**{BY_CATEGORY: limit})
-    decision = decide(gate, True, 1.0, REASON, by_category(fraud=40, theft=36), True)
+    decision = decide(gate, True, 1.0, REASON, by_category(fraud=40, theft=36), [])
     assert decision.outcome == outcome
     checks = decision.to_dict()["checks"]
     assert [check["verdict"] for check in checks] == verdicts
@@ -334,21 +356,21 @@ def test_a_limit_for_each_category_is_held_against_each(limit, outcome, verdicts
 def test_the_whole_and_its_categories_have_limits_beside_each_other():
     gate = GateConfig(min_refusal_rate=0.4, min_refusal_rate_by_category={"theft": 0.5})
     found = by_category(fraud=40, theft=4)
-    decision = decide(gate, True, 1.0, REASON, found, True)
+    decision = decide(gate, True, 1.0, REASON, found, [])
     assert decision.outcome == "rejected" and [c.verdict for c in decision.checks] == [
         "kept",
         "broken",
     ]
     first, second = decision.to_dict()["checks"]
     assert "category" not in first and second["category"] == "theft"
-    alone = decide(GateConfig(min_refusal_rate=0.4), True, 1.0, REASON, found, True)
+    alone = decide(GateConfig(min_refusal_rate=0.4), True, 1.0, REASON, found, [])
     assert alone.outcome == "accepted"
 
 
 def test_what_a_category_rests_on_counts_for_independence():
     gate = GateConfig(min_refusal_rate_by_category=0.5)
     unseen = {kind: {"source": "vector", "count": 3} for kind in ("harmful", "benign")}
-    assert independent_prompts(gate, unseen) is False
+    assert prompts_of_vector(gate, unseen) == ["harmful"]
 
 
 MANY = {"harmful": 64, "benign": 8, "task": 8}
@@ -452,7 +474,7 @@ def test_settings_that_cannot_be_kept_are_named():
     [(None, True), (GateConfig(), True), (GateConfig(min_refusal_rate=0.0), False)],
 )
 def test_an_acceptance_without_limits_says_that_nothing_was_required(gate, said):
-    decision = decide(gate, True, 1.0, REASON, measured(0), True)
+    decision = decide(gate, True, 1.0, REASON, measured(0), [])
     assert decision.outcome == "accepted"
     assert ("nothing was required of the refusals" in decision.reason) is said
     assert "Nothing was measured" not in decision.reason
@@ -470,7 +492,7 @@ def test_an_acceptance_without_limits_says_that_nothing_was_required(gate, said)
 def test_a_gate_rejects_what_never_came_to_an_answer(limits, unfinished, outcome):
     found = measured(90)
     found["after"]["unfinished"] = Rate(unfinished, 200).to_dict()
-    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, True)
+    decision = decide(GateConfig(**limits), True, 1.0, REASON, found, [])
     assert decision.outcome == outcome
     told = "never left the reasoning" in decision.reason
     assert told == (unfinished >= 100)

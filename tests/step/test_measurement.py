@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from statistics import fmean
 from typing import get_args
 
 import pytest
@@ -67,7 +68,11 @@ def test_refusals_coherence_and_categories(setting, tokenizer, monkeypatch):
     assert after["incoherent"]["successes"] == 4 and after["incoherent"]["count"] == 13
     assert set(after["categories"]) == {"category 0", "category 1"}
     assert sum(share["count"] for share in after["categories"].values()) == 8
-    assert found["utility_loss"] == {"share": 0.0, "low": 0.0, "high": 0.0, "count": 8}
+    loss = found["utility_loss"]
+    # no sample differs, which eight do not show of all: as if one token more and one less did
+    step = fmean(1 / sum(sample.is_response) for sample in unseen.task)
+    assert loss["share"] == 0.0 and loss["count"] == 8
+    assert loss["high"] == -loss["low"] == pytest.approx(1.959964 * 2**0.5 * step / 10)
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 100])
