@@ -10,7 +10,13 @@ from safegene_trl.config.settings import SafeGeneConfig
 from safegene_trl.errors import ConfigError
 from safegene_trl.judges.intervals import Rate, fewest
 from safegene_trl.reporting.outcome import UNMEASURED, without_measurement
-from safegene_trl.step.decision import check_measurable, decide, prompts_of_vector, unjudged
+from safegene_trl.step.decision import (
+    UNREQUIRED,
+    check_measurable,
+    decide,
+    prompts_of_vector,
+    unjudged,
+)
 
 from ..conftest import options_of
 
@@ -65,7 +71,9 @@ def test_limits_are_held_against_estimate_and_interval(limits, found, outcome):
     elif outcome != "accepted":
         assert "%" in decision.reason and decision.reason.startswith(REASON)
     else:
-        assert decision.reason == f"{REASON} All limits of the gate are kept."
+        kept = f"{REASON} All limits of the gate are kept."
+        on_refusals = "min_refusal_rate" in limits
+        assert decision.reason == (kept if on_refusals else f"{kept} {UNREQUIRED}")
 
 
 def unknown(measured: dict, key: str, unjudged: int) -> dict:
@@ -158,9 +166,7 @@ def test_an_acceptance_without_measured_refusals_says_so(gate):
 
 
 def test_a_fine_tune_that_lost_nothing_passes():
-    decision = decide(
-        GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(98), True
-    )
+    decision = decide(GateConfig(min_refusal_rate=0.8), False, 0.0, "None helps.", measured(98), [])
     assert decision.outcome == "accepted" and "needs no repair" in decision.reason
     assert (
         decide(
@@ -476,7 +482,7 @@ def test_settings_that_cannot_be_kept_are_named():
 def test_an_acceptance_without_limits_says_that_nothing_was_required(gate, said):
     decision = decide(gate, True, 1.0, REASON, measured(0), [])
     assert decision.outcome == "accepted"
-    assert ("nothing was required of the refusals" in decision.reason) is said
+    assert ("nothing was required of those" in decision.reason) is said
     assert "Nothing was measured" not in decision.reason
 
 
