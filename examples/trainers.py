@@ -33,6 +33,11 @@ def plain(model: str, data: Dataset, arguments: dict) -> Trainer:
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
     def tokenized(row: dict) -> dict:
+        if isinstance(row["prompt"], str):  # plain text, without a chat template
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            said = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            ids = [*prompt, *said, tokenizer.eos_token_id]
+            return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
         messages = [*row["prompt"], *row["completion"]]
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)[
             "input_ids"

@@ -6,6 +6,7 @@ import pytest
 
 from safegene_trl.text import (
     code,
+    isolated,
     markdown,
     one_line,
     printable,
@@ -123,3 +124,18 @@ def test_surrogates_can_be_written():
 )
 def test_two_numbers_are_told_apart(first, second, shown):
     assert told_apart(first, second) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain 10 %", "plain 10 %"),
+        ("\u05d0\u05d1: 10", "\u2068\u05d0\u05d1\u2069: 10"),
+        ("a \u05d0\u05d1 \u05d2, b", "a \u2068\u05d0\u05d1 \u05d2\u2069, b"),
+        ("\u0627 1 \u0627", "\u2068\u0627\u2069 1 \u2068\u0627\u2069"),
+        ("[\u05d0]", "[\u2068\u05d0\u2069]"),
+        ("", ""),
+    ],
+)
+def test_letters_from_right_to_left_stand_apart(text, shown):
+    assert isolated(text) == shown

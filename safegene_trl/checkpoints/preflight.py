@@ -163,11 +163,15 @@ def check_writable(path: Path) -> None:
             _try_to_write(file)
 
 
+_RECORDS = ("config.json", "adapter_config.json", "safegene_config.json")
+
+
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path] = ()) -> None:
     """`check_writable` for every file that a command is to write, before it writes the first.
 
     Raises:
-        OutputError: One cannot be written, is named twice, or is one of the files that are read.
+        OutputError: One cannot be written, is named twice, is one of the files that are read, or
+            is there and belongs to a model, adapter or safety vector.
     """
     taken = {os.path.realpath(path): "is read" for path in inputs}
     for path in outputs:
@@ -178,6 +182,10 @@ def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path] = ()) -
         if place in taken:
             raise OutputError(f"{path} {taken[place]} by the same command: choose another place.")
         taken[place] = "is written already"
+        if os.path.lexists(place) and any((Path(place).parent / own).exists() for own in _RECORDS):
+            raise OutputError(
+                f"{path} is a file of a model or safety vector: choose another place."
+            )
 
 
 def _try_to_append(path: Path) -> None:

@@ -9,7 +9,7 @@ from trl import get_peft_config
 from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.live_merge import checkpoint_bytes
 from ..checkpoints.loading import load_processor, load_tokenizer, resolve_dtype
-from ..checkpoints.preflight import check_writable
+from ..checkpoints.preflight import check_outputs
 from ..checkpoints.skeleton import load_skeleton
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     if own.num_processes is not None and own.num_processes < 1:
         raise ConfigError(f"`--num_processes` is {own.num_processes}: it must be at least 1.")
     if own.json is not None:
-        check_writable(own.json)
+        check_outputs([own.json])
     launch, rest = _launch(rest[1:], own.num_processes)
     costs = _ESTIMATES[command](rest, launch)
     if own.json is not None:

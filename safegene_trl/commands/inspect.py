@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoints.contents import ADAPTER_CONFIG, FLEET_STATE, MARKER
 from ..checkpoints.places import failure_path
+from ..checkpoints.preflight import check_outputs
 from ..config.validation import repository, written_path
 from ..errors import SafeGeneError, VectorError
 from ..evaluation.folder import RESULT
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
             raise SafeGeneError(
                 "This vector keeps no stability of its selection: make it again to plot it."
             )
+        check_outputs([arguments.plot])
         selection_plot(vector.selection, arguments.plot)
     return 0
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 
 from ..config.metrics import differences, shares
-from ..text import isolated, printable
+from ..text import isolated, printable, told_apart
 from .cells import headings, measured_cells
 from .headline import decisive, unknown_of_aligned, what_now
 from .heat import heat_map
@@ -160,12 +160,20 @@ def _prose(text: str) -> Markup:
     return Markup().join(shown)
 
 
-def _percent(value: float | None) -> str:
-    return f"{value:.1%}" if _is_finite(value) else "–"
+def _percent(value: float | None, beside: float | None = None) -> str:
+    """To a tenth, or to as many digits as it takes to tell it from the number beside it."""
+    if value is None or not _is_finite(value):
+        return "–"
+    if beside is None or not _is_finite(beside):
+        return f"{value:.1%}"
+    return f"{told_apart(100 * value, 100 * beside, digits=1)[0]}%"
 
 
 def _decimals(value: float | None) -> str:
-    return f"{value:.4g}" if _is_finite(value) else "–"
+    """To four digits, whole numbers and large ones to the last before the point."""
+    if value is None or not _is_finite(value):
+        return "–"
+    return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _is_finite(value: Any) -> bool:

@@ -22,6 +22,7 @@ from ..config.validation import shown
 from ..errors import ConfigError
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals, mostly_unjudged
+from ..text import told_apart
 from ..vectors.prompt_rows import Verdict
 
 
@@ -88,13 +89,14 @@ class Check:
     def __str__(self) -> str:
         metric = of_limit(self.limit)
         place = "" if self.category is None else f" in the category {shown(self.category)}"
-        measured = f"{metric.words}{place} {self.measured:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        found, limit = told_apart(100 * self.measured, 100 * self.value, digits=1)
+        measured = f"{metric.words}{place} {found}% [{self.low:.1%}, {self.high:.1%}]"
         unknown = (
             f" with {self.unjudged} answers against it that are in languages the judge does not know"
             if self.unjudged
             else ""
         )
-        return f"{measured}{unknown}, {metric.side} allowed {self.value:.1%} (`gate.{self.limit}`)"
+        return f"{measured}{unknown}, {metric.side} allowed {limit}% (`gate.{self.limit}`)"
 
 
 @dataclass(frozen=True)

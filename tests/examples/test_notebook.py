@@ -44,3 +44,14 @@ def test_the_notebook_is_committed_without_outputs(notebook):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_the_first_cell_says_where_it_has_to_be(notebook, tmp_path, monkeypatch):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="clone it here"):
+        exec(first.source, {})
+    monkeypatch.chdir(ROOT / "examples")
+    found = {}
+    exec(first.source, found)
+    assert found["root"] == ROOT

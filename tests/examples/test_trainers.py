@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from ..conftest import in_groups, task_dataset
@@ -58,3 +59,17 @@ def test_callback_with_trainer(trainer, model_dir, vector_dir, tmp_path, monkeyp
     assert report["data"]["task"]["fit"] == 18 and report["measured"]["utility_loss"]["count"] == 2
     assert report["model"]["kind"] == ("full" if trainer == "plain" else "lora")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "safeguarded")
+
+
+def test_text_without_a_chat_template_is_trained_on_as_it_is(
+    model_dir, vector_dir, tmp_path, monkeypatch
+):
+    rows = [
+        {key: row[key][-1]["content"] for key in ("prompt", "completion")} for row in task_dataset()
+    ]
+    plain = runpy.run_path(str(SCRIPT))["plain"]
+    trainer = plain(str(model_dir), Dataset.from_list(rows), {"output_dir": str(tmp_path)})
+    tokenizer, row = trainer.processing_class, trainer.train_dataset[0]
+    said = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert said == rows[0]["completion"] + tokenizer.eos_token
+    assert tokenizer.decode(row["input_ids"]) == rows[0]["prompt"] + said

@@ -360,6 +360,23 @@ def test_answers_that_the_judge_does_not_know_are_told_where_they_decide():
     assert "raise data.num_benign_shots" in words(report)
 
 
+def test_numbers_that_decide_are_told_from_their_limits():
+    report = decided("rejected", check("broken", 0.79996))
+    said = words(report)
+    assert "prompts refused: 79.996%" in said and "least allowed 80.000%" in said
+    check_numbers(Page(render(report)), report)
+
+
+def test_counts_and_times_are_whole_numbers():
+    phases = {"recalibrate": {"seconds": 12345.678, "peak_memory_mib": 81234.5}}
+    report = report_of(phases=phases)
+    report["measured"]["after"]["refusal_rate"]["count"] = 120000
+    page = render(report)
+    for shown in (">12346<", ">81234<", ">120000<", ">1.235<"):
+        assert shown in page
+    assert "e+0" not in page
+
+
 def test_words_from_right_to_left_turn_no_numbers():
     category = "\u05e7\u05d8 \u05d2\u05d5"
     report = decided("rejected", check("broken", 0.5, "min_refusal_rate", category=category))
