@@ -6,7 +6,8 @@
 #SBATCH --gres=gpu:4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=10:00:00
-#SBATCH --signal=TERM@120
+# to this script, which passes it on: without B: only what srun has started gets it
+#SBATCH --signal=B:TERM@120
 #SBATCH --output=safeguarded-%j.log
 set -euo pipefail
 
@@ -15,7 +16,15 @@ code=0
 safegene sft --accelerate_config zero3 --num_processes 4 --config "$line/recipe.yaml" \
   --output_dir "$line/out-$SLURM_JOB_ID" \
   --safegene.output.history "$line/history.jsonl" \
-  --safegene.gate.min_refusal_rate 0.8 || code=$?
+  --safegene.gate.min_refusal_rate 0.8 &
+step=$!
+# the step says what it was at, and leaves nothing half-written; wait ends when the signal comes
+trap 'kill -TERM "$step" || true' TERM
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do
+  code=0
+  wait "$step" || code=$?
+done
 safegene history "$line/history.jsonl" --html "$line/line.html" || true # 3: refusals drift
 if [ "$code" -eq 3 ]; then
   echo "accepted as best effort: too few prompts to be sure of every limit"
