@@ -13,17 +13,16 @@ set -euo pipefail
 
 line="${LINE:?set LINE to the folder of the model line, on storage that all nodes share}"
 code=0
+# the step says what it was at, and leaves nothing half-written; wait ends when the signal comes
+trap 'kill -TERM "$!" || true' TERM
 safegene sft --accelerate_config zero3 --num_processes 4 --config "$line/recipe.yaml" \
   --output_dir "$line/out-$SLURM_JOB_ID" \
   --safegene.output.history "$line/history.jsonl" \
   --safegene.gate.min_refusal_rate 0.8 &
-step=$!
-# the step says what it was at, and leaves nothing half-written; wait ends when the signal comes
-trap 'kill -TERM "$step" || true' TERM
-wait "$step" || code=$?
-while kill -0 "$step" 2>/dev/null; do
+wait "$!" || code=$?
+while kill -0 "$!" 2>/dev/null; do
   code=0
-  wait "$step" || code=$?
+  wait "$!" || code=$?
 done
 safegene history "$line/history.jsonl" --html "$line/line.html" || true # 3: refusals drift
 if [ "$code" -eq 3 ]; then
