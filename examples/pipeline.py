@@ -4,11 +4,13 @@
 
 Every fine-tune starts from the last release that was not rejected, so the vector's coefficients are
 carried on and never added twice. A rejected fine-tune leaves no checkpoint, and the next one starts
-where it had started. Run it again with more data and it goes on where it was: what has been
-released is in `history.jsonl`.
+where it had started. One that failed ends the run. Run it again, with more data or without, and it
+goes on where it was: `fine_tunes.json` says which file each fine-tune is of, and `history.jsonl`
+what came of it. A file is known by its content.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from safegene_trl import OutputConfig, SafeGeneCallback, SafeGeneConfig
+from safegene_trl.checkpoints.atomic_writes import replace_file
 from safegene_trl.commands.history import describe
 from safegene_trl.config.gate import GateConfig
 from safegene_trl.errors import SafeGeneError
@@ -24,8 +27,8 @@ from safegene_trl.step.drift import drift_warnings
 from safegene_trl.step.history import last_accepted, read_history
 
 
-def release(number: int, data: Path, learning_rate: float, options: argparse.Namespace) -> str:
-    """One fine-tune with the safety step at its end; returns the outcome."""
+def release(number: int, data: Path, learning_rate: float, options: argparse.Namespace) -> None:
+    """One fine-tune with the safety step at its end; what comes of it is in the history."""
     line = Path(options.line)
     last = last_accepted(read_history(line / "history.jsonl"))
     start = options.model if last is None else last["output"]
@@ -38,7 +41,6 @@ def release(number: int, data: Path, learning_rate: float, options: argparse.Nam
         allow_other_base=options.allow_other_base,
         **settings,
     )
-    callback = SafeGeneCallback(config)
     trainer = SFTTrainer(
         model=str(start),
         args=SFTConfig(
@@ -60,20 +62,40 @@ def release(number: int, data: Path, learning_rate: float, options: argparse.Nam
         peft_config=LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[callback],
+        callbacks=[SafeGeneCallback(config)],
     )
     try:
         trainer.train()
-    except (
-        SafeGeneError
-    ) as error:  # rejected, or e.g. a diverged training; before the training there is no report
+    except SafeGeneError as error:  # rejected, or e.g. a diverged training
         print(f"release {number}: {error}")
-        if callback.report is None:
-            raise
-    return callback.report.get("decision", {}).get("outcome", "failed")
 
 
-def main() -> int:
+def known_files(line: Path) -> list[dict[str, str]]:
+    """The file of each fine-tune that was begun, the first one's first: its name and SHA-256."""
+    record = line / "fine_tunes.json"
+    return json.loads(record.read_text()) if record.exists() else []
+
+
+def number_of(data: Path, line: Path) -> int:
+    """The number of a file's fine-tune; a new one is written down before anything is trained."""
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    files = known_files(line)
+    digests = [known["sha256"] for known in files]
+    if digest in digests:
+        return digests.index(digest) + 1
+    files.append({"data": str(data), "sha256": digest})
+    replace_file(line / "fine_tunes.json", json.dumps(files, indent=2))
+    return len(files)
+
+
+def outcomes(line: Path) -> dict[str, str]:
+    """What came of each fine-tune, by the name of its release; a failed one has none."""
+    history = read_history(line / "history.jsonl")
+    return {Path(each["output"]).name: each["outcome"] for each in history}
+
+
+def arguments() -> argparse.Namespace:
+    """What was asked for; whatever cannot be done ends the script here, before any fine-tune."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,15 +128,39 @@ def main() -> int:
     )
     parser.add_argument("--use_cpu", action="store_true")
     options = parser.parse_args()
-    history = Path(options.line) / "history.jsonl"
+    files, rates = len(options.data), len(options.learning_rates)
+    if rates not in (1, files):
+        parser.error(
+            f"--data names {files} files and --learning_rates {rates} rates: give one rate for all, or one for each file."
+        )
+    if absent := [str(data) for data in options.data if not data.is_file()]:
+        parser.error(f"--data names files that are not there: {', '.join(absent)}.")
+    line = Path(options.line)
+    known = {f"release-{number}" for number in range(1, len(known_files(line)) + 1)}
+    if outcomes(line).keys() - known:
+        parser.error(
+            f"{line} has releases whose files `fine_tunes.json` does not name: give another --line."
+        )
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    line = Path(options.line)
     rates = options.learning_rates * (len(options.data) if len(options.learning_rates) == 1 else 1)
-    done = len(read_history(history))
     outcome = ""
-    for number, (data, rate) in enumerate(zip(options.data, rates, strict=True), start=1):
-        if number > done:
-            outcome = release(number, data, rate, options)
-            print(f"release {number}: {outcome}")
-    releases = read_history(history)
+    for data, rate in zip(options.data, rates, strict=True):
+        number = number_of(data, line)
+        if (before := outcomes(line).get(f"release-{number}")) is not None:
+            print(f"release {number}: {before} in an earlier run, of the same data as {data}")
+            continue
+        release(number, data, rate, options)
+        outcome = outcomes(line).get(f"release-{number}", "failed")
+        print(f"release {number}: {outcome}")
+        if outcome == "failed":  # the next one is to start from what comes of it
+            print(f"Nothing came of {data}: run this again, or leave it out.")
+            break
+    releases = read_history(line / "history.jsonl")
     print(describe(releases))
     for warning in drift_warnings(releases):
         print(f"warning: {warning}")
