@@ -28,6 +28,7 @@ HARMLESS = ("sst2", "ag_news", "boolq", "gsm8k", "alpaca")
 FAMILY = "qwen2.5-coder-0.5b"
 PAGES = {  # by family: the page that has its table
     FAMILY: ROOT / "docs" / "findings_qwen.md",
+    "smollm2-135m": ROOT / "docs" / "findings_smollm2.md",
 }
 CLOSING = "<!-- end -->"
 Record = Mapping[str, Any]
