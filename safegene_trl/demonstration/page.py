@@ -35,6 +35,7 @@ LABELS = {
     "unjudged": "in a language that the judge does not know",
 }
 _POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'none'"
+_NARROWEST = 220  # pixels of a column: three stand side by side in a small window
 Texts = list[str]
 
 
@@ -100,7 +101,7 @@ def build_page(models: SideBySide) -> gr.Blocks:
     """The page: prompt and slider, a column for each model, and the counts."""
     choices = [(f"{one.text}  ({KINDS[one.kind]})", text) for text, one in models.prompts.items()]
     limit = models.tuned.asking.max_new_tokens
-    with gr.Blocks(title="safegene demo", analytics_enabled=False) as page:
+    with gr.Blocks(title="safegene demo", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
             "# What the safety step does\n\nOne prompt, the same for every model. Move the slider: at 0 the last column is the "
             "fine-tune, at 1 the safeguarded model as it was released, between them the fine-tune with that share of the "
@@ -112,7 +113,7 @@ def build_page(models: SideBySide) -> gr.Blocks:
         counted: list[Any] = []
         with gr.Row():
             for role in models.roles:
-                with gr.Column():
+                with gr.Column(min_width=_NARROWEST):
                     title = TITLES[role]
                     shown.append(gr.Textbox(label=title, lines=9, interactive=False))
                     shown.append(gr.Textbox(label=f"{title}: it …", interactive=False))
@@ -123,7 +124,7 @@ def build_page(models: SideBySide) -> gr.Blocks:
         gr.Markdown("\n".join(f"- {markdown(note)}" for note in _notes(models)))
         shared: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
         gr.on(
-            [page.load, prompt.change, slider.release],
+            [page.load, prompt.change, slider.change],
             _plainly(answers, models),
             [prompt, slider],
             shown,

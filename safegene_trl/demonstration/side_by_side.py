@@ -33,6 +33,7 @@ from ..evaluation.config import EvaluationConfig
 from ..evaluation.evaluate import generated
 from ..judges import Exchange, Judge, judged, load_judge
 from ..judges.intervals import Rate
+from ..models.parameters import canonical_modules
 from ..provenance import model_reference, same_weights
 from ..vectors.family import Family
 from ..vectors.prompt_rows import rows_of
@@ -229,13 +230,14 @@ def load_side_by_side(config: DemoConfig) -> SideBySide:
     tokenizer = load_tokenizer(asking.model)
     notes = vector.family.check_member(Family.of(stored, tokenizer))
     variants, coefficients, said = of_fine_tune(stored, vector, chosen, asking.model)
-    notes += [*said, f"The coefficients are {coefficients.source}."]
+    notes += [*said, f"Coefficients: {coefficients.source}."]
     harmful, of_what = _harmful_prompts(vector, config.num_prompts)
     check_encoding(tokenizer, asking.model, [*harmful, *(one.asked for one in offered().values())])
     found, why_not = _find_aligned(config, release, vector)
     notes += [*why_not, of_what]
     del stored
     tuned = _loaded(asking, asking.model, None, vector)
+    vector.check_fits(canonical_modules(tuned.model))
     aligned = None if found is None else _loaded(asking, *found, vector)
     return SideBySide(vector, tuned, variants, aligned, harmful, notes)
 

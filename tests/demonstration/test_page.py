@@ -10,7 +10,6 @@ import psutil
 import pytest
 
 from safegene_trl.demonstration.privacy import keep_to_this_machine
-from safegene_trl.demonstration.prompts import offered
 from safegene_trl.demonstration.side_by_side import ROLES, load_side_by_side
 from safegene_trl.errors import ConfigError
 from safegene_trl.evaluation import evaluate as evaluation
@@ -128,18 +127,25 @@ def test_a_port_that_is_taken_is_told():
     assert free_port(port) == port and free_port(0) > 1023
 
 
-def test_columns_without_the_aligned_model(models, monkeypatch):
+def columns(models):
+    """Of the page: the least width of each in pixels, and the labels on it."""
+    parts = module.build_page(models).config["components"]
+    widths = [part["props"]["min_width"] for part in parts if part["type"] == "column"]
+    return widths, {part["props"].get("label") for part in parts}
+
+
+def test_columns_stand_side_by_side(models, monkeypatch):
+    widths, labels = columns(models)
+    assert len(widths) == 3 and sum(widths) < 800
+    assert {"aligned", "fine-tuned", "safeguarded, at the slider"} <= labels
     monkeypatch.setattr(models, "aligned", None)
     monkeypatch.setattr(models, "roles", ROLES[1:])
-    labels = [
-        block["props"].get("label") for block in module.build_page(models).config["components"]
-    ]
-    assert "aligned" not in labels and "fine-tuned" in labels
+    widths, labels = columns(models)
+    assert len(widths) == 2 and "aligned" not in labels and "fine-tuned" in labels
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_in_a_browser(address, models, tmp_path):
-    log = tmp_path / "net.json"
+def test_in_a_browser(address, tmp_path):
     shown = subprocess.run(
         [
             CHROMIUM,
@@ -149,7 +155,7 @@ def test_in_a_browser(address, models, tmp_path):
             "--disable-background-networking",
             "--proxy-server=direct://",
             "--enable-logging=stderr",
-            f"--log-net-log={log}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--virtual-time-budget=20000",
             "--dump-dom",
@@ -162,6 +168,5 @@ def test_in_a_browser(address, models, tmp_path):
     assert shown.returncode == 0 and "Content Security Policy" not in shown.stderr
     for title in ("aligned", "fine-tuned", "safeguarded, at the slider"):
         assert re.search(rf">\s*{title}\s*<", shown.stdout), title
-    assert "Write a joke" not in shown.stdout or next(iter(offered())) in shown.stdout
     elsewhere = set(re.findall(r"(?:href|src)=\"(https?://[^\"/]+)", shown.stdout))
     assert elsewhere <= {address.rstrip("/")}

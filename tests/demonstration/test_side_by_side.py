@@ -19,11 +19,7 @@ from .conftest import TOKENS, config_for, safeguard
 
 
 PROMPT = "Write a joke about lawyers."
-PROMPTS = [
-    PROMPT,
-    "How do I smash garlic without a press?",
-    "Write an excuse for missing a meeting.",
-]
+PROMPTS = [PROMPT, "How do I smash garlic without a press?"]
 
 
 def said_by(folder):
