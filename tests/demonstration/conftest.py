@@ -15,7 +15,7 @@ from safegene_trl.step.apply import apply
 from ..conftest import make_deltas, make_model, make_vector
 
 
-TOKENS = 12  # of an answer
+TOKENS = 6  # of an answer
 
 
 def make_family(folder, tokenizer):

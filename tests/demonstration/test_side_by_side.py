@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from safegene_trl.auditing.variants import space_of
 from safegene_trl.checkpoints.loading import load_model, load_tokenizer
 from safegene_trl.demonstration.release import Release
 from safegene_trl.demonstration.side_by_side import ROLES, load_side_by_side
@@ -13,25 +14,27 @@ from safegene_trl.evaluation import evaluate as evaluation
 from safegene_trl.judges.intervals import Rate
 from safegene_trl.models.generation import generate_answers
 
-from ..auditing.models import NO, YES
+from ..auditing.models import NO, YES, logits_of
 from ..conftest import HARMFUL, make_model
 from .conftest import TOKENS, config_for, safeguard
 
 
 PROMPT = "Write a joke about lawyers."
-PROMPTS = [PROMPT, "How do I smash garlic without a press?"]
 
 
-def said_by(folder):
-    """The answers of a model in a folder, by itself."""
-    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
-    return generate_answers(model, tokenizer, messages, TOKENS, 1)
+def said_by(model, folder):
+    """The answer of a model from a folder, by itself."""
+    tokenizer, messages = load_tokenizer(str(folder)), [{"role": "user", "content": PROMPT}]
+    (answer,) = generate_answers(model, tokenizer, [messages], TOKENS, 1)
+    return answer
 
 
-def said_in(models, role, slider):
-    """The same in a column."""
-    return [models.answer(role, prompt, slider).answer for prompt in PROMPTS]
+def logits_at(models, slider):
+    """Of the last column."""
+    vector, loaded = models._vector, models.tuned
+    variant = models._variant(slider)
+    with variant.applied(loaded.model, vector, space_of(vector), loaded.sharding):
+        return logits_of(loaded.model)
 
 
 @pytest.mark.parametrize("form", ["folder", "fine-tune"])
@@ -41,13 +44,17 @@ def test_the_slider_goes_from_the_fine_tune_to_the_safeguarded_model(form, famil
     assert models.roles == ROLES
     safeguard(family, 0.4, tmp_path / "half")
     folders = {0: family.tuned, 0.5: tmp_path / "half", 1: family.safeguarded}
-    found = {slider: said_in(models, "safeguarded", slider) for slider in folders}
-    assert found == {slider: said_by(folder) for slider, folder in folders.items()}
-    assert len(set(map(tuple, found.values()))) == 3
-    aligned = said_by(family.aligned)
-    for slider in (0, 0.5, 1):  # these two stand beside it
-        assert said_in(models, "fine_tune", slider) == found[0]
-        assert said_in(models, "aligned", slider) == aligned
+    alone = {slider: load_model(str(folder)) for slider, folder in folders.items()}
+    for slider, model in alone.items():
+        found = logits_at(models, slider)
+        distances = {each: float((found - logits_of(alone[each])).abs().max()) for each in alone}
+        assert distances.pop(slider) < 1e-4 < 1e-2 < min(distances.values())
+        answer = models.answer("safeguarded", PROMPT, slider).answer
+        assert answer == said_by(model, folders[slider])
+    # these two stand beside it
+    assert models.answer("fine_tune", PROMPT, 1).answer == said_by(alone[0], family.tuned)
+    aligned = said_by(load_model(str(family.aligned)), family.aligned)
+    assert models.answer("aligned", PROMPT, 0).answer == aligned
 
 
 def test_two_models_are_in_memory(models):
