@@ -5,6 +5,7 @@ import subprocess
 import sys
 import urllib.request
 from importlib.util import find_spec
+from threading import Timer
 
 import pytest
 
@@ -62,6 +63,8 @@ def test_it_prints_the_address_and_ends_by_ctrl_c(tmp_path, tokenizer):
         stderr=subprocess.PIPE,
         text=True,
     )
+    watch = Timer(180, process.kill)
+    watch.start()
     try:
         line = process.stdout.readline()
         assert line.startswith(f"{places.safeguarded}: http://127.0.0.1:"), process.stderr.read()
@@ -72,5 +75,6 @@ def test_it_prints_the_address_and_ends_by_ctrl_c(tmp_path, tokenizer):
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
     finally:
+        watch.cancel()
         process.kill()
     assert process.returncode == 0 and out == "" and "Traceback" not in errors
