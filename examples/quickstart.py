@@ -270,8 +270,9 @@ def main() -> None:
         f"Recalibration took {report['phases']['recalibrate']['seconds']:.0f} s, all of it {time.perf_counter() - started:.0f} s."
     )
     print(
-        f"Checkpoint: {OUT / 'safeguarded'}\nReport:     {OUT / 'safeguarded' / 'safegene_report.json'}"
+        f"Checkpoint:   {OUT / 'safeguarded'}\nReport:       {OUT / 'safeguarded' / 'safegene_report.json'}"
     )
+    print(f"In a browser: {Path(sys.executable).with_name('safegene')} demo {OUT / 'safeguarded'}")
     if short:
         print(
             f"\nThis was the short form: {batches(short)} batches and {count} prompts of each kind show that it runs, and not what "

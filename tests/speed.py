@@ -15,6 +15,7 @@ FAST = (  # files, folders or single tests: no training, no process, next to no 
     "tests/commands/test_parsing.py",
     "tests/config/",
     "tests/data/",
+    "tests/demonstration/test_prompts.py",
     "tests/distributed/test_layouts.py",
     "tests/estimation/test_estimation.py::test_bad_options_are_named_before_anything_is_run",
     "tests/estimation/test_estimation.py::test_tensors_are_counted_while_they_live",

@@ -29,6 +29,7 @@ COMMANDS = {
     "apply": "recalibrate and merge a safety vector into a finished checkpoint or adapter",
     "evaluate": "measure refusals, over-refusal and utility of a checkpoint or adapter",
     "audit": "tell where a safety vector gives refusals back, and where it does not",
+    "demo": "show aligned, fine-tuned and safeguarded side by side in a browser",
     "estimate": "tell a command's time, memory and disk before it runs",
     "combine": "make one safety vector of several, each with coefficients of its own",
     "similarity": "compare safety vectors of one family by their cosines",

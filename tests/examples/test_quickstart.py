@@ -64,6 +64,7 @@ def test_the_short_form_says_what_it_does_and_does_not_show(script, capsys, monk
     assert "on 60 prompts" in whole and "up to two minutes for each model." in whole
     assert whole.count("50% (25%–75%)") == 9
     assert "short form" not in whole
+    assert all("safegene demo /" in each for each in (short, whole))
 
 
 def test_the_safety_step_is_announced_where_the_training_ends(
