@@ -12,6 +12,7 @@ from ..reporting.prometheus import exposition
 from ..step.drift import drift_warnings
 from ..step.history import Release, history_warnings, read_history, seal_history
 from ..step.history_file import seal_path
+from .output import give
 from .plain_parser import PlainParser
 from .tables import aligned
 
@@ -47,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
     releases = read_history(arguments.file)
     if not releases:
         raise SafeGeneError(f"The history {arguments.file} holds no releases yet.")
-    print(describe(releases))
     drifts = drift_warnings(releases)
     warnings = [*history_warnings(arguments.file), *drifts]
-    for warning in warnings:
-        print(f"warning: {warning}")
+    told = [describe(releases), *(f"warning: {warning}" for warning in warnings)]
+    record = {"releases": releases, "warnings": warnings, "refusals_drift": bool(drifts)}
+    give(record, "\n".join(told), warnings)
     if arguments.plot:
         history_plot(releases, arguments.plot)
     if arguments.html:
