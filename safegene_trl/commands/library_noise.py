@@ -7,9 +7,10 @@ is.
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 # by logger, how what it says begins
@@ -71,7 +72,8 @@ def silenced() -> Iterator[None]:
     said.
     """
     loud = _NotOurs()
-    with warnings.catch_warnings(), _environment(NO_BARS | ERRORS_ONLY):
+    with warnings.catch_warnings(), _environment(NO_BARS | ERRORS_ONLY), ExitStack() as loaded:
+        _silence_loaded(loaded)
         warnings.filterwarnings("ignore", module=r"(?!safegene_trl\b)")
         if logging.lastResort is not None:
             logging.lastResort.addFilter(loud)
@@ -80,6 +82,20 @@ def silenced() -> Iterator[None]:
         finally:
             if logging.lastResort is not None:
                 logging.lastResort.removeFilter(loud)
+
+
+def _silence_loaded(undone: ExitStack) -> None:
+    """The same for libraries that read their environment before; `undone` puts it back."""
+    if (transformers := sys.modules.get("transformers.utils.logging")) is not None:
+        undone.callback(transformers.set_verbosity, transformers.get_verbosity())
+        transformers.set_verbosity_error()
+        if transformers.is_progress_bar_enabled():
+            undone.callback(transformers.enable_progress_bar)
+            transformers.disable_progress_bar()
+    datasets = sys.modules.get("datasets.utils")
+    if datasets is not None and not datasets.are_progress_bars_disabled():
+        undone.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()
 
 
 @contextmanager

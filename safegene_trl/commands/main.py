@@ -37,6 +37,7 @@ COMMANDS = {
     "verify": "check a safety vector's signature",
     "history": "list a model line's releases and warn where refusals drift",
     "inspect": "say what a safety vector or a safeguarded checkpoint holds",
+    "completion": "print what lets a shell complete commands, options and file names",
 }
 
 

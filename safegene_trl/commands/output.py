@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
-from ..progress import progress_shown
+from ..progress import no_progress, progress_shown
 from ..text import read_json, strict_json
 from .library_noise import silenced
 
@@ -91,12 +91,13 @@ class Output:
         self.write(code)
 
     def _hold(self) -> None:
-        self._held.enter_context(progress_shown(is_first_process() and not self.quiet))
+        self._held.enter_context(progress_shown(is_first_process()))
         if isinstance(self.json, Path):
             from ..checkpoints.preflight import check_writable
 
             check_writable(self.json)
         if self.quiet:
+            self._held.enter_context(no_progress())
             self._held.enter_context(silenced())
             self._held.enter_context(_nothing_printed())
         elif self.json is True:

@@ -23,6 +23,7 @@ from ..errors import (
     UnexpectedError,
     UnsupportedModelError,
 )
+from ..progress import may_show
 from ..step.decision import EXIT_CODES
 from .launch_option import wants_launch
 from .launching import launch
@@ -76,6 +77,7 @@ def _trainer(
     """TRL's, as its own script makes it."""
     train_rows, eval_rows = _rows(script, training, model, mixture)
     name, given = str(model.model_name_or_path), cast(Any, training.model_init_kwargs)
+    training.disable_tqdm = not may_show(not training.disable_tqdm)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
