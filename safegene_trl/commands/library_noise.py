@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 
-# by logger, how what it says begins
+# by logger, words of what it says
 LOGGED = {
     # PEFT imports it, and on some CPUs it uses kernels of its own
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     # it was not asked for a GPU
     "DeepSpeed": "Setting accelerator to CPU",
+    # a launch on a CPU shares it out
+    "torch.distributed.run": "Setting OMP_NUM_THREADS environment variable for each process to be 1",
 }
 # by kind, how what it says begins
 WARNED: tuple[tuple[type[Warning], str], ...] = (
@@ -26,6 +28,10 @@ WARNED: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, "`(is_)?gradient_checkpointing` is deprecated"),
     # the trainer's default, on a machine without a GPU
     (UserWarning, "'pin_memory' argument is set as true but no accelerator is found"),
+    # accelerate's own use of a name that torch has given another
+    (FutureWarning, "`torch.distributed.all_gather_into_tensor` is deprecated"),
+    # `estimate` times copies of a model, which have no name
+    (UserWarning, "The PEFT config's `base_model_name_or_path` was renamed from '.*' to 'None'"),
 )
 # what libraries read as they are imported
 WAITING_BARS = {"TQDM_DELAY": "2"}  # seconds, as our own bars wait
@@ -45,8 +51,8 @@ def hold_back() -> None:
     """Holds back `LOGGED` and `WARNED`, and bars of what is done in two seconds, from now on: to be
     called before the libraries are imported.
     """
-    for name, beginning in LOGGED.items():
-        logging.getLogger(name).addFilter(_Beginning(beginning))
+    for name, words in LOGGED.items():
+        logging.getLogger(name).addFilter(_Without(words))
     for kind, beginning in WARNED:
         warnings.filterwarnings("ignore", message=beginning, category=kind)
     for name, value in WAITING_BARS.items():
@@ -114,15 +120,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class _Beginning(logging.Filter):
-    """Lets pass what does not begin with a text."""
+class _Without(logging.Filter):
+    """Lets pass what does not have these words."""
 
-    def __init__(self, beginning: str):
+    def __init__(self, words: str):
         super().__init__()
-        self.beginning = beginning
+        self.words = words
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginning)
+        return self.words not in record.getMessage()
 
 
 class _NotOurs(logging.Filter):

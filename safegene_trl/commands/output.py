@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TextIO, cast
 
+from ..config.validation import written_path
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
 from ..progress import no_progress, progress_shown
@@ -162,13 +163,13 @@ def _meant(name: str, value: Any) -> bool | Path:
     """What an option, or a key of a recipe, is set to.
 
     Raises:
-        ConfigError: It is neither true nor false nor, for `json`, a file.
+        ConfigError: It is neither true nor false nor, for `json`, a file that can be written.
     """
     meant = _SWITCH.get(value, value) if isinstance(value, str) else value
     if isinstance(meant, bool):
         return meant
     if "json" in name and isinstance(meant, str) and meant.strip() and "\0" not in meant:
-        return Path(meant)
+        return written_path(meant)
     either = "true, false or a file" if "json" in name else "true or false"
     raise ConfigError(f"`{name}` is {value!r}: it must be {either}.")
 
