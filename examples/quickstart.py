@@ -8,6 +8,8 @@ the aligned, the fine-tuned and the safeguarded model on prompts and reviews tha
 nor recalibration has seen.
 """
 
+# ruff: noqa: E402
+
 import argparse
 import json
 import shutil
@@ -15,6 +17,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from safegene_trl.commands.library_noise import hold_back
+
+
+hold_back()  # what libraries say of themselves, some of it as they are imported
 
 import torch
 from datasets import load_dataset

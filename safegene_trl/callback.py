@@ -190,6 +190,7 @@ class SafeGeneCallback(TrainerCallback):
             message = dry_run_message(plan.target)
             if sharding.is_main:
                 print(message)
+            self.report = plan.report.to_dict()
             raise DryRunComplete(message)
 
     def on_step_begin(

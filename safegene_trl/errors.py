@@ -2,6 +2,8 @@
 what to do.
 """
 
+from typing import Any
+
 
 class SafeGeneError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -40,7 +42,14 @@ class RecalibrationError(SafeGeneError):
 
 
 class RejectedError(RecalibrationError):
-    """The safeguarded model does not keep the gate's limits, or no coefficients are acceptable."""
+    """The safeguarded model does not keep the gate's limits, or no coefficients are acceptable.
+
+    Attributes:
+        report: The safety step's report, as it lies in the failure report; None where the step had
+            not begun.
+    """
+
+    report: dict[str, Any] | None = None
 
 
 class PlotError(SafeGeneError):

@@ -15,16 +15,33 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 _DELAY = 2.0  # seconds
 _SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
+_NEVER: ContextVar[bool] = ContextVar("never", default=False)
 
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
     """While open, bars are shown, or not, whatever was said outside."""
-    token = _SHOWN.set(shown)
+    token = _SHOWN.set(may_show(shown))
     try:
         yield
     finally:
         _SHOWN.reset(token)
+
+
+@contextmanager
+def no_progress() -> Iterator[None]:
+    """While open, no bar is shown, whatever is said inside."""
+    token = _NEVER.set(True)
+    try:
+        with progress_shown(False):
+            yield
+    finally:
+        _NEVER.reset(token)
+
+
+def may_show(shown: bool = True) -> bool:
+    """Whether a bar that is to be shown, or not, is."""
+    return shown and not _NEVER.get()
 
 
 def in_progress(items: Sequence[Item], what: str) -> Iterator[Item]:

@@ -18,6 +18,8 @@ It writes
     eval_harmful.jsonl, eval_benign.jsonl        prompts that nothing above was trained on
 """
 
+# ruff: noqa: E402
+
 import argparse
 import csv
 import hashlib
@@ -30,6 +32,11 @@ import shutil
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from safegene_trl.commands.library_noise import hold_back
+
+
+hold_back()  # what libraries say of themselves, some of it as they are imported
 
 import torch
 from peft import PeftModel

@@ -72,7 +72,6 @@ class AuditConfig:
             there of the same run is used again.
         keep_with_vector: Whether `audit.json` goes into the vector's folder too, and the card there
             is written anew with a section about it.
-        json: Whether `audit.json` is printed, in place of the table.
 
     Raises:
         ConfigError: A name is no setting. Values are checked by `check`, with which `audit` begins.
@@ -112,7 +111,6 @@ class AuditConfig:
     seed: int = 0
     output_dir: str = "audit"
     keep_with_vector: bool = False
-    json: bool = False
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         # what `evaluate` has as well

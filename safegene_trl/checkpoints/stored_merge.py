@@ -14,6 +14,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..models.data_types import check_range
 from ..models.rounding import Rounding, is_finite
 from ..models.supported import check_untied
+from ..progress import may_show
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
@@ -60,7 +61,7 @@ def write_merged(
         desc="Merging",
         unit="B",
         unit_scale=True,
-        disable=not show_progress,
+        disable=not may_show(show_progress),
         leave=False,
     )
     rounding = Rounding()

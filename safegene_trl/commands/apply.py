@@ -10,6 +10,7 @@ from ..reporting.summary import announcement
 from ..step.apply import NO_MODEL, apply, output_of
 from .apply_arguments import ARGUMENTS, ApplyArguments
 from .launch_option import wants_launch
+from .output import give
 from .parsing import make_parser, parse
 
 
@@ -73,5 +74,5 @@ def _applied(config: SafeGeneConfig, arguments: ApplyArguments, is_main: bool = 
 
     target = output_of(config, name)
     if is_main:
-        print(dry_run_message(target) if config.dry_run else announcement(report, target))
+        give(report, dry_run_message(target) if config.dry_run else announcement(report, target))
     return 0 if config.dry_run else EXIT_CODES[report["decision"]["outcome"]]

@@ -11,8 +11,9 @@ from ..auditing.config import AuditConfig
 from ..distributed.processes import join_processes
 from ..reporting.audit_page import MEASURE_WORDS, PAGE, VERDICT_WORDS, cell_words
 from ..step.decision import EXIT_CODES
-from ..text import printable, strict_json
+from ..text import printable
 from ..vectors.audit_file import AUDIT_FILE, ROLES, read_audit
+from .output import give
 from .parsing import parse
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         description="Audit a safety vector: where it gives refusals back, and where it does not.",
     )
     found = audit(config)
-    print(strict_json(found) if config.json else text(found, config.output_dir))
+    give(found, text(found, config.output_dir), [printable(each) for each in found["warnings"]])
     if config.max_blind_spots is None:
         return 0
     read_audit(Path(config.output_dir) / AUDIT_FILE).check_tells()

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from ..config.validation import written_path
 from ..vectors.combination import combine
+from .output import give
 from .plain_parser import PlainParser
+from .vector_record import record_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +24,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.read(argv)
     vector = combine(arguments.vectors, arguments.output_dir, arguments.overwrite_output_dir)
     ranks = " + ".join(map(str, vector.components))
-    print(
-        f"Safety vector of {len(vector.components)} components (rank {ranks}): {arguments.output_dir}"
+    give(
+        record_of(vector, str(arguments.output_dir)),
+        f"Safety vector of {len(vector.components)} components (rank {ranks}): {arguments.output_dir}",
     )
     return 0

@@ -6,16 +6,14 @@ from typing import Any
 
 from trl import get_peft_config
 
-from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.live_merge import checkpoint_bytes
 from ..checkpoints.loading import load_processor, load_tokenizer, resolve_dtype
-from ..checkpoints.preflight import check_outputs
 from ..checkpoints.skeleton import load_skeleton
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel
 from ..config.search import INTERFERENCE
 from ..config.settings import SafeGeneConfig
-from ..config.validation import Rule, check_value, nearest, written_path
+from ..config.validation import Rule, check_value, nearest
 from ..data.prompt_style import trained_options
 from ..data.shots import gather_shots
 from ..errors import ConfigError
@@ -41,11 +39,11 @@ from ..step.apply_with_coefficients import check_measures_nothing
 from ..step.plan import FINE_TUNE, InputModel, Origin, read_vector, try_output
 from ..step.preparation import first_coefficients
 from ..step.repair import check_repair
-from ..text import strict_json
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
 from .apply_arguments import ApplyArguments
 from .launch_option import OPTION, take_config, wants_launch
+from .output import MEANINGS, give
 from .parsing import parse
 from .plain_parser import PlainParser
 from .training_data import split_of, training_data
@@ -65,35 +63,30 @@ _FACTORS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a table; `--json FILE` writes it as well."""
+    """Prints a table."""
     parser = PlainParser(prog="safegene estimate", add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--json", type=written_path)
     own, rest = parser.parse_known_args(parser.with_underscores(argv))
     command = rest[0] if rest else ""
     usage = (
         f"`safegene estimate` is followed by {', '.join(_ESTIMATES)} and that command's own options, with "
-        f"`{OPTION} NAME --num_processes N` for more than one process and `--json FILE` for a file."
+        f"`{OPTION} NAME --num_processes N` for more than one process."
     )
     if command in ("-h", "--help"):
-        print(f"{_MEANING}\n\n{usage}")
+        told = "\n".join(f"  {name:<11}{meaning}" for name, meaning in MEANINGS.items())
+        print(f"{_MEANING}\n\n{usage}\n\n{told}")
         return 0
     if command.startswith("-"):
-        options = ["--num_processes", "--json", OPTION]
+        options = ["--num_processes", OPTION, *MEANINGS]
         raise ConfigError(f"There is no option `{command}`{nearest(command, options, 0.0)} {usage}")
     if command not in _ESTIMATES:
         said = f"`{command}` cannot be estimated{nearest(command, _ESTIMATES)} " if command else ""
         raise ConfigError(said + usage)
     if own.num_processes is not None and own.num_processes < 1:
         raise ConfigError(f"`--num_processes` is {own.num_processes}: it must be at least 1.")
-    if own.json is not None:
-        check_outputs([own.json])
     launch, rest = _launch(rest[1:], own.num_processes)
     costs = _ESTIMATES[command](rest, launch)
-    if own.json is not None:
-        record = {name: vars(cost) for name, cost in costs.items()}
-        replace_file(own.json, strict_json(record) + "\n")
-    print(table(costs))
+    give({name: vars(cost) for name, cost in costs.items()}, table(costs))
     return 0
 
 

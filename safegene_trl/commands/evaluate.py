@@ -9,6 +9,7 @@ from ..evaluation.evaluate import RESULT, evaluate
 from ..text import printable
 from .launch_option import wants_launch
 from .launching import launch
+from .output import give
 from .parsing import make_parser, parse
 
 
@@ -25,8 +26,8 @@ def main(argv: Sequence[str]) -> int:
     )
     result = evaluate(config)
     if result is not None:
-        print(text(result))
-        print(f"\nAnswers, verdicts and all numbers: {config.output_dir} ({RESULT})")
+        place = f"Answers, verdicts and all numbers: {config.output_dir} ({RESULT})"
+        give(result, f"{text(result)}\n\n{place}")
     return 0
 
 

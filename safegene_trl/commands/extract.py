@@ -12,7 +12,9 @@ from ..vectors.prompt_rows import part_of
 from ..vectors.safety_vector import SafetyVector
 from .launch_option import wants_launch
 from .launching import launch
+from .output import give
 from .parsing import make_parser, parse
+from .vector_record import record_of
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,10 +28,10 @@ def main(argv: Sequence[str]) -> int:
     vector = extract(config)
     if vector is not None:
         told = [_made_of(config, vector), *_covered(config, vector), *_tested(config, vector)]
-        print("\n".join(told))
-        print(
+        told.append(
             f"Safety vector (rank {vector.rank}, layers {vector.layer_ranges}): {config.output_dir}"
         )
+        give(record_of(vector, config.output_dir), "\n".join(told))
     leave_processes()
     return 0
 

@@ -14,8 +14,17 @@ from ..reporting.cells import headings, measured_cells
 from ..step.decision import EXIT_CODES
 from ..text import one_line
 from .fleet_file import Fleet
-from .fleet_member import FAILED, Member, member_of, newest_report, read_state, save_state
+from .fleet_member import (
+    FAILED,
+    Member,
+    member_of,
+    newest_report,
+    read_state,
+    save_state,
+    state_of,
+)
 from .fleet_pool import Pool
+from .output import give
 from .tables import aligned
 
 
@@ -40,7 +49,7 @@ def run_fleet(path: Path) -> int:
         _estimate([member for member in members if not member.outcome])
         save_state(members, folder / FLEET_STATE)
         Pool(fleet, members, folder / FLEET_STATE, lock).run()
-    print(_table(members))
+    give({"models": [state_of(member) for member in members]}, _table(members))
     outcomes = {member.outcome for member in members}
     return 2 if FAILED in outcomes else max(EXIT_CODES[outcome] for outcome in outcomes)
 

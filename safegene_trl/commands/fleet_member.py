@@ -124,8 +124,10 @@ def read_state(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def save_state(members: Sequence[Member], path: Path) -> None:
-    entries = [
-        {key: str(v) if isinstance(v, Path) else v for key, v in asdict(member).items()}
-        for member in members
-    ]
-    replace_file(path, strict_json(entries, indent=1) + "\n")
+    replace_file(path, strict_json([state_of(each) for each in members], indent=1) + "\n")
+
+
+def state_of(member: Member) -> dict[str, Any]:
+    """A member as JSON values."""
+    values = asdict(member).items()
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values}

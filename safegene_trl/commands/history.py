@@ -14,6 +14,7 @@ from ..reporting.prometheus import exposition
 from ..step.drift import drift_warnings
 from ..step.history import Release, history_warnings, read_history, seal_history
 from ..step.history_file import seal_path
+from .output import give, json_file
 from .plain_parser import PlainParser
 from .tables import aligned
 
@@ -44,18 +45,18 @@ def main(argv: Sequence[str]) -> int:
             f"There is no file {arguments.file}: name the one that `output.history` in the `safegene` block names."
         )
     _check_holds_releases(arguments.file)
-    outputs = (arguments.plot, arguments.html, arguments.prometheus)
+    outputs = (arguments.plot, arguments.html, arguments.prometheus, json_file())
     check_outputs(outputs, [arguments.file, seal_path(arguments.file)])
     if arguments.seal:
         seal_history(arguments.file)
     releases = read_history(arguments.file)
     if not releases:
         raise SafeGeneError(f"The history {arguments.file} holds no releases yet.")
-    print(describe(releases))
     drifts = drift_warnings(releases)
     warnings = [*history_warnings(arguments.file), *drifts]
-    for warning in warnings:
-        print(f"warning: {warning}")
+    told = [describe(releases), *(f"warning: {warning}" for warning in warnings)]
+    record = {"releases": releases, "warnings": warnings, "refusals_drift": bool(drifts)}
+    give(record, "\n".join(told), warnings)
     if arguments.plot:
         history_plot(releases, arguments.plot)
     if arguments.html:

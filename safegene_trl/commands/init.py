@@ -21,6 +21,7 @@ from .init_data import EXAMPLE, SHARED, degrading_data, fine_tuning_data, prompt
 from .init_files import Family, files_of, gib
 from .init_model import FoundModel, find_model
 from .init_plan import ASSUMED_GPU, SMALL, Machine, Plan, plan_for
+from .output import give
 from .plain_parser import PlainParser
 
 
@@ -48,14 +49,16 @@ def main(argv: Sequence[str]) -> int:
         check_new(target, files)
     else:
         write_new_files(target, files)
-    print("\n".join(_told(family, machine)))
+    told = _told(family, machine)
+    record = {"folder": str(target), "written": not arguments.dry_run, "files": files}
+    record |= {"model": model.name, "chosen": told[1], "notes": told[2:]}
     if arguments.dry_run:
-        for name, text in files.items():
-            print(f"\n==> {target / name} <==\n{text}", end="")
-        print("\nDry run: nothing was written.")
-        return 0
-    print(f"Written to {target}: {', '.join(files)}")
-    print(f"Next: the commands in {target / 'README.md'}, in their order.")
+        shown = [f"\n==> {target / name} <==\n{text}".rstrip("\n") for name, text in files.items()]
+        told += [*shown, "\nDry run: nothing was written."]
+    else:
+        told.append(f"Written to {target}: {', '.join(files)}")
+        told.append(f"Next: the commands in {target / 'README.md'}, in their order.")
+    give(record, "\n".join(told))
     return 0
 
 

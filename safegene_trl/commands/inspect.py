@@ -19,16 +19,19 @@ from ..models.names import by_component, layer_ranges
 from ..provenance import sha256_of_bytes
 from ..reporting.plots import selection_plot
 from ..reporting.summary import summary
-from ..text import printable, printable_values, read_json
+from ..text import one_line, printable, printable_values, read_json
 from ..vectors.audit_file import AUDIT_FILE, audit_of
 from ..vectors.files import CONFIG_FILE, WEIGHTS_FILE, read_files
 from ..vectors.prompt_rows import Part, part_of, rows_of, verdict_of
 from ..vectors.record import VectorRecord, extractions, read_record, refuses_as_another
+from .output import give, json_file
 from .plain_parser import PlainParser
+from .vector_record import record_of
 
 
 MOST_LINES = 100  # of coefficients; more of them are summed up
 LARGEST = 5
+_DAMAGED = "{report} is damaged or of another version: run the safety step again."
 _TRAINERS_FOLDERS = ("safeguarded", "_safeguarded")  # in a trainer's `output_dir`
 
 
@@ -59,48 +62,64 @@ def main(argv: Sequence[str]) -> int:
             raise SafeGeneError(
                 f"`--plot` draws a vector's layer scores, and {report} is a report: leave it out."
             )
-        print(_describe_report(report))
+        found = _read_report(report)
+        give(found, _describe_report(found, report))
         return 0
     _check_may_be_vector(place)
     contents = read_files(arguments.directory, revision=arguments.revision)
     vector = read_record(contents, arguments.directory)
-    print("\n".join([_describe_vector(vector), *_audited(contents, arguments.directory)]))
+    audit, told = _audited(contents, arguments.directory)
+    record = record_of(vector, arguments.directory) | {"audit": audit}
+    give(record, "\n".join([_describe_vector(vector), *told]))
     if arguments.plot:
         if not vector.selection.get("stability"):
             raise SafeGeneError(
                 "This vector keeps no stability of its selection: make it again to plot it."
             )
-        check_outputs([arguments.plot])
+        check_outputs([arguments.plot, json_file()])
         selection_plot(vector.selection, arguments.plot)
     return 0
 
 
-def _audited(contents: Mapping[str, bytes], name: str) -> list[str]:
-    """What the audit in the vector's folder comes to; nothing where there is none."""
+def _audited(contents: Mapping[str, bytes], name: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the audit in the vector's folder comes to, as a record and as lines; nothing where there
+    is none.
+    """
     data = contents.get(AUDIT_FILE)
     if data is None:
-        return []
+        return None, []
     try:
         audit = audit_of(data, AUDIT_FILE)
         audit.check_of(sha256_of_bytes(contents[WEIGHTS_FILE]), name)
     except VectorError as error:
-        return [printable(f"the audit beside it does not count: {error}")]
+        return {"error": one_line(error)}, [
+            printable(f"the audit beside it does not count: {error}")
+        ]
     unsure = sum(cell.verdict == "unsure" for cell in audit.cells)
-    return [
+    record = {"cells": len(audit.cells), "blind_spots": len(audit.blind_spots), "unsure": unsure}
+    return record, [
         f"audited in {len(audit.cells)} cells: blind spots {len(audit.blind_spots)}, unsure {unsure} ({AUDIT_FILE})"
     ]
 
 
-def _describe_report(report: Path) -> str:
+def _read_report(report: Path) -> Any:
     try:
-        found = printable_values(read_json(report.read_text(encoding="utf-8")))
+        return read_json(report.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SafeGeneError(_DAMAGED.format(report=report)) from error
+
+
+def _describe_report(found: Any, report: Path) -> str:
+    """A report's outcome and coefficients."""
+    try:
+        found = printable_values(found)
         failed = found.get("status") == "failed"
         if failed and (found.get("decision") or {}).get("outcome") != "rejected":
             return f"failed: {found['error']['message']}"
         coefficients = (found.get("coefficients") or {}) if failed else found["coefficients"]
         return "\n".join([summary(found), *_describe_coefficients(coefficients, report)])
-    except OSError as error:
-        raise SafeGeneError(f"{report} cannot be read: {error.strerror}.") from error
     except (
         ValueError,
         TypeError,
@@ -109,9 +128,7 @@ def _describe_report(report: Path) -> str:
         ArithmeticError,
         RecursionError,
     ) as error:
-        raise SafeGeneError(
-            f"{report} is damaged or of another version: run the safety step again."
-        ) from error
+        raise SafeGeneError(_DAMAGED.format(report=report)) from error
 
 
 def _describe_coefficients(coefficients: Mapping[str, float], report: Path) -> list[str]:

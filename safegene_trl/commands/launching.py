@@ -12,6 +12,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .launch_option import take_config
+from .output import passed_on
 from .plain_parser import refuse
 from .yaml_files import read_yaml
 
@@ -34,17 +35,15 @@ def launch(command: str, argv: Sequence[str], own: ArgumentParser) -> int:
     path, rest = take_config(argv)
     launcher_options = set(parser._option_string_actions) - set(own._option_string_actions)
     to_launcher, to_command = _split(rest, launcher_options)
-    arguments = [
-        "--config_file",
-        str(path),
-        *to_launcher,
-        "-m",
-        "safegene_trl",
-        command,
-        *to_command,
-    ]
-    settings = parser.parse_args(arguments)
-    _fill_in(settings, read_yaml(path, "The launch configuration"))
+    with passed_on() as output:
+        words = ["-m", "safegene_trl", command, *to_command, *output]
+        settings = parser.parse_args(["--config_file", str(path), *to_launcher, *words])
+        _fill_in(settings, read_yaml(path, "The launch configuration"))
+        return _launched(settings)
+
+
+def _launched(settings: Namespace) -> int:
+    """The exit code of the processes."""
     try:
         launch_command(settings)
     except ChildFailedError as failure:  # the failing process has said why

@@ -3,7 +3,6 @@ line.
 """
 
 import importlib
-import logging
 import os
 import select
 import signal
@@ -12,14 +11,16 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from typing import Any
 
 from ..config.validation import nearest
 from ..distributed.world_size import is_first_process
 from ..errors import ConfigError, RejectedError, SafeGeneError, UnexpectedError
 from ..interruption import Interrupted, interruptible
-from ..progress import progress_shown
 from ..step.decision import EXIT_CODES
 from ..text import one_line
+from .library_noise import held_back
+from .output import MEANINGS, OPTIONS, Output, give, taken
 
 
 COMMANDS = {
@@ -37,9 +38,8 @@ COMMANDS = {
     "verify": "check a safety vector's signature",
     "history": "list a model line's releases and warn where refusals drift",
     "inspect": "say what a safety vector or a safeguarded checkpoint holds",
+    "completion": "print what lets a shell complete commands, options and file names",
 }
-
-_BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,44 +53,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher puts it first
     argv = [word for word in words if not word.startswith("--local_rank=")]
-    name = " ".join(["safegene", *(word for word in argv[:1] if word in COMMANDS)])
-    logging.getLogger(_BITSANDBYTES).addFilter(_is_no_missing_kernel)
+    first = next((word for word in argv if word.partition("=")[0] not in OPTIONS), "")
+    name = f"safegene {first}" if first in COMMANDS else "safegene"
+    output = Output("")
     try:
-        with interruptible(), progress_shown(is_first_process()):
+        output, argv = taken(argv)
+        with interruptible(), held_back(), output.opened():
             code = _run(argv)
             sys.stdout.flush()
+        output.write(code)
         return code
     except Interrupted as ending:
-        _say(f"{name}: ended by {ending.signal}.")
+        _end(output, name, f"ended by {ending.signal}.", int(ending.code or 0))
+        raise
+    except SystemExit:  # a dry run's
+        output.write(0)
         raise
     except KeyboardInterrupt:
-        _say(f"{name}: interrupted.")
-        return 128 + signal.SIGINT
+        return _end(output, name, "interrupted.", 128 + signal.SIGINT)
     except SafeGeneError as error:
-        if is_first_process():  # it knows what happened on the others
-            if error.__cause__ is not None and isinstance(error, UnexpectedError):
-                _say("".join(traceback.format_exception(error.__cause__)))
-            _say(f"{name}: {one_line(error)}")
-        return EXIT_CODES["rejected"] if isinstance(error, RejectedError) else 2
+        return _end_by_ours(output, name, error)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             return 128 + signal.SIGPIPE
         _say(traceback.format_exc())
-        _say(
-            f"{name}: it failed by an error that was not foreseen ({type(error).__name__}: {one_line(error)}): what led to "
-            "it stands above."
-        )
-        return 1
+        what = f"it failed by an error that was not foreseen ({type(error).__name__}: {one_line(error)})"
+        return _end(output, name, f"{what}: what led to it stands above.", 1)
+
+
+def _end(output: Output, name: str, said: str, code: int, report: Any = None) -> int:
+    """Says how a command ends, on standard error and as its document; its exit code."""
+    _say(f"{name}: {said}")
+    with suppress(OSError, SafeGeneError):  # nobody reads it, or its file cannot be written
+        output.fail(said, code, report)
+    return code
+
+
+def _end_by_ours(output: Output, name: str, error: SafeGeneError) -> int:
+    code, report = 2, None
+    if isinstance(error, RejectedError):
+        code, report = EXIT_CODES["rejected"], error.report
+    if not is_first_process():  # the first one knows what happened on the others
+        return code
+    if error.__cause__ is not None and isinstance(error, UnexpectedError):
+        _say("".join(traceback.format_exception(error.__cause__)))
+    return _end(output, name, one_line(error), code, report)
 
 
 def _run(argv: Sequence[str]) -> int:
     if argv[:1] == ["--version"]:
-        print(f"safegene-trl {version('safegene-trl')}")
+        give({"version": version("safegene-trl")}, f"safegene-trl {version('safegene-trl')}")
         return 0
     if argv[:1] in ([], ["-h"], ["--help"]):
         listing = "\n".join(f"  {name:<11}{summary}" for name, summary in COMMANDS.items())
+        options = "\n".join(f"  {name:<11}{meaning}" for name, meaning in MEANINGS.items())
         print(
-            f"usage: safegene COMMAND [options]\n\n{listing}\n\nsafegene COMMAND --help lists a command's options."
+            f"usage: safegene COMMAND [options]\n\n{listing}\n\nEvery command takes\n{options}\n\n"
+            "safegene COMMAND --help lists a command's options."
         )
         return 0
     if argv[0] not in COMMANDS:
@@ -98,13 +117,6 @@ def _run(argv: Sequence[str]) -> int:
             f"There is no command `{argv[0]}`{nearest(argv[0], COMMANDS)} `safegene --help` lists the commands."
         )
     return importlib.import_module(f".{argv[0]}", package=__package__).main(argv[1:])
-
-
-def _is_no_missing_kernel(record: logging.LogRecord) -> bool:
-    """False for what bitsandbytes says on some CPUs as PEFT imports it: that it uses kernels of its
-    own. Before a command's own lines that reads as if something were broken.
-    """
-    return "gemm_4bit_forward from kernels-community" not in record.getMessage()
 
 
 def _say(text: str) -> None:

@@ -21,6 +21,7 @@ from ..distributed.world_size import is_first_process
 from ..errors import ConfigError
 from ..text import one_line
 from .launch_option import OPTION, told_of
+from .output import set_by_recipe
 from .plain_parser import PlainErrors, unknown_options
 from .yaml_files import parse_yaml, read_yaml
 
@@ -109,6 +110,7 @@ def parse(
     known = [name for name in options if not name.startswith(_KEY)]
     recipe, texts = _recipe(argv)
     reject_unknown_keys(recipe, [*known, "env"], where="the recipe")
+    set_by_recipe(recipe, prog)
     for kind in dataclasses:
         _check_recipe(recipe, kind)
     _set_environment(recipe.pop("env", {}), texts)

@@ -5,17 +5,22 @@ option for a misspelt one.
 import argparse
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..config.validation import nearest
 from ..errors import ConfigError
+from .output import list_options
 
 
 _KINDS = {"int": "a whole number", "float": "a number"}
 
 
 class PlainErrors(argparse.ArgumentParser):
-    """Raises `ConfigError` where argparse prints its usage and exits."""
+    """Raises `ConfigError` where argparse prints its usage and exits. Lists what every command takes."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        list_options(self)
 
     def error(self, message: str) -> NoReturn:
         refuse(message)

@@ -23,9 +23,11 @@ from ..errors import (
     UnexpectedError,
     UnsupportedModelError,
 )
+from ..progress import may_show
 from ..step.decision import EXIT_CODES
 from .launch_option import wants_launch
 from .launching import launch
+from .output import give
 from .parsing import SafeGeneArguments, make_parser, parse
 from .training_data import check_rows, split_of, training_data
 
@@ -55,6 +57,10 @@ def main(argv: Sequence[str]) -> int:
         callback.attach(trainer)
     failure = _train(trainer, callback)
     _save(trainer, script, callback.report if callback else None)
+    if trainer.accelerator.is_main_process:
+        place = str(training.output_dir)
+        record = (callback.report if callback else None) or {"fine_tune": place}
+        give(record, f"Fine-tuned model: {place}")
     if isinstance(failure, RejectedError):  # on every rank
         leave_processes()
     if failure:
@@ -71,6 +77,7 @@ def _trainer(
     """TRL's, as its own script makes it."""
     train_rows, eval_rows = _rows(script, training, model, mixture)
     name, given = str(model.model_name_or_path), cast(Any, training.model_init_kwargs)
+    training.disable_tqdm = not may_show(not training.disable_tqdm)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -100,6 +107,8 @@ def _train(trainer: SFTTrainer, callback: SafeGeneCallback | None) -> SafeGeneEr
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except DryRunComplete:
+        if callback and trainer.accelerator.is_main_process:
+            give(callback.report, "")  # it has said so itself
         leave_processes()
         raise
     except SafeGeneError as error:
@@ -120,7 +129,6 @@ def _save(trainer: SFTTrainer, script: ScriptArguments, report: dict[str, Any] |
             trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.accelerator.print(f"Fine-tuned model: {training.output_dir}")
 
 
 def _exit_code(report: dict[str, Any] | None) -> int:

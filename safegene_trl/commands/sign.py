@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..vectors.files import SIGNED_FILES, read_files
 from ..vectors.record import read_record
 from ..vectors.signing import SIGNATURE_FILE, signature_of
+from .output import give
 from .plain_parser import PlainParser
 
 
@@ -37,5 +38,6 @@ def main(argv: Sequence[str]) -> int:
     signed = {name: contents[name] for name in SIGNED_FILES}
     signature = signature_of(signed, Path(arguments.private_key), password)
     replace_file(folder / SIGNATURE_FILE, signature.decode())
-    print(f"Signed: {folder / SIGNATURE_FILE}")
+    place = folder / SIGNATURE_FILE
+    give({"vector": str(folder), "signature": str(place)}, f"Signed: {place}")
     return 0

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.preflight import check_outputs
 from ..config.validation import written_path
 from ..reporting.plots import component_maps, heat_map
-from ..text import printable, strict_json
+from ..text import printable
 from ..vectors.components import category_cosines, component_cosines
 from ..vectors.safety_vector import SafetyVector
 from ..vectors.similarity import cosine_table
+from .output import give, json_file
 from .plain_parser import PlainParser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table, of one vector that of its components; with `--plot` also a PNG, with `--json` all numbers to a file."""
+    """Prints the table, of one vector that of its components; with `--plot` also a PNG."""
     parser = PlainParser(
         prog="safegene similarity", description="Compare safety vectors of one family."
     )
@@ -28,35 +28,31 @@ def main(argv: Sequence[str]) -> int:
         help="Two or more safety vectors (directories or hub ids), or one of several components.",
     )
     parser.add_argument("--plot", type=written_path, help="PNG file for a heat map.")
-    parser.add_argument("--json", type=written_path, help="JSON file for the table.")
     arguments = parser.read(argv)
-    check_outputs([arguments.json, arguments.plot])
+    check_outputs([arguments.plot, json_file()])
     vectors = [SafetyVector.from_pretrained(name) for name in arguments.vectors]
     if len(vectors) == 1:
         if len(vectors[0].components) < 2:
             parser.error("name two or more vectors, or one of several components")
-        found = _components(vectors[0], arguments.plot)
+        found, text = _components(vectors[0], arguments.plot)
     else:
-        found = _pairs(vectors, arguments)
-    if arguments.json:
-        record = {"vectors": arguments.vectors, **found}
-        replace_file(arguments.json, strict_json(record) + "\n")
+        found, text = _pairs(vectors, arguments)
+    give({"vectors": arguments.vectors, **found}, text)
     return 0
 
 
-def _pairs(vectors: Sequence[SafetyVector], arguments: Any) -> dict[str, Any]:
-    """Compares vectors with each other; what goes into the JSON file."""
+def _pairs(vectors: Sequence[SafetyVector], arguments: Any) -> tuple[dict[str, Any], str]:
+    """Compares vectors with each other; the numbers, and a table."""
     tables = cosine_table(vectors)
     labels = [printable(Path(name).name) for name in arguments.vectors]
-    print(_text(tables, labels))
     if arguments.plot:
         heat_map(tables, labels, arguments.plot)
-    return {"cosines": tables}
+    return {"cosines": tables}, _text(tables, labels)
 
 
-def _components(vector: SafetyVector, plot: Path | None) -> dict[str, Any]:
-    """Compares the components of a vector, of one by category also what these write; what goes into
-    the JSON file.
+def _components(vector: SafetyVector, plot: Path | None) -> tuple[dict[str, Any], str]:
+    """Compares the components of a vector, of one by category also what these write; the numbers,
+    and a table of each.
     """
     names = vector.component_names
     tables = component_cosines(vector.deltas, vector.components)
@@ -65,11 +61,13 @@ def _components(vector: SafetyVector, plot: Path | None) -> dict[str, Any]:
     if "by_category" in vector.extraction:
         found["written"] = category_cosines(vector.deltas, len(names) - 1)
         panels["what categories write"] = found["written"], names[1:]
-    for title, (table, labels) in panels.items():
-        print(f"{title}\n{_square(table, list(map(printable, labels)))}")
+    text = [
+        f"{title}\n{_square(table, list(map(printable, labels)))}"
+        for title, (table, labels) in panels.items()
+    ]
     if plot:
         component_maps(panels, plot)
-    return found
+    return found, "\n".join(text)
 
 
 def _square(table: Sequence[Sequence[float | None]], labels: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..vectors.files import read_files
 from ..vectors.record import read_record
+from .output import give
 from .plain_parser import PlainParser
 
 
@@ -17,5 +18,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.read(argv)
     contents = read_files(arguments.directory, revision=arguments.revision)
     read_record(contents, arguments.directory, Path(arguments.public_key))
-    print(f"{arguments.directory} is whole and signed with the key of {arguments.public_key}.")
+    give(
+        {"vector": arguments.directory, "public_key": arguments.public_key, "verified": True},
+        f"{arguments.directory} is whole and signed with the key of {arguments.public_key}.",
+    )
     return 0

@@ -22,6 +22,7 @@ from ..models.experts import can_be_changed, matrix_shapes, task_matrices
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
 from ..models.rounding import is_finite
+from ..progress import may_show
 from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd
 
@@ -140,7 +141,8 @@ def _difference(
     read = {piece.name for own in pieces.values() for piece in own}
     rest = {name: own for name, own in aligned.text_files.items() if whole and own not in read}
     total = 2 * (sum(sizes) + sum(aligned.files[own].num_bytes for own in rest.values()))
-    bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=not show_progress)
+    hidden = not may_show(show_progress)
+    bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=hidden)
     found: dict[str, Truncation] = {}
     with bar, RowReader() as reader:
         work = partial(_module_delta, aligned, degraded, reader, cut)

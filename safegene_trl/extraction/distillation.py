@@ -32,6 +32,7 @@ from ..models.inputs import Batch, Sample, batches
 from ..models.losses import divergence, response_logits
 from ..models.low_rank import LowRankDelta
 from ..models.parameters import canonical_modules, own_names
+from ..progress import may_show
 from .linearization import Blocks, blocks_of, linearized
 
 
@@ -154,7 +155,7 @@ def distilled(
             save_strategy="no",
             report_to="none",
             logging_strategy="no",
-            disable_tqdm=not show_progress,
+            disable_tqdm=not may_show(show_progress),
             seed=settings.seed,
         )
         student = with_factors(load(), deltas)

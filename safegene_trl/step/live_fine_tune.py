@@ -31,7 +31,7 @@ from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
 from ..models.low_rank import LowRankDelta
 from ..models.replacement import without_adapters
-from ..progress import progress_shown
+from ..progress import may_show, progress_shown
 from ..recalibration.objective import Losses
 from ..recalibration.search import Recalibration, recalibrate
 from ..recalibration.touch_up import STEPS, TouchUp, train_touch_up
@@ -158,7 +158,7 @@ class LiveFineTune:
 
     def _recalibrate(self) -> Recalibration:
         config = self.plan.config
-        hidden = not (self.show_progress and self.sharding.is_main)
+        hidden = not may_show(self.show_progress and self.sharding.is_main)
         with tqdm(
             total=config.search.max_evaluations, desc="Recalibrating", disable=hidden, leave=False
         ) as bar:
@@ -203,7 +203,7 @@ class LiveFineTune:
             added = with_touch_up(rung.added, deltas) if deltas else rung.added
             return self._weights.of(added)
 
-        hidden = not (self.show_progress and self.sharding.is_main)
+        hidden = not may_show(self.show_progress and self.sharding.is_main)
         with (
             tqdm(total=STEPS, desc="Touching up", disable=hidden, leave=False) as bar,
             self.plan.clock.phase("touch_up"),

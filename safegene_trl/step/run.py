@@ -126,6 +126,8 @@ def _reported(plan: Plan) -> Iterator[None]:
             yield
     except SafeGeneError as error:
         _write_failure(plan, error)
+        if isinstance(error, RejectedError):
+            error.report = plan.report.to_dict()
         raise
     except Exception as error:
         failure = _unexpected(plan, error)

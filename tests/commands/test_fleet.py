@@ -129,8 +129,10 @@ def test_five_with_two_broken(fleet, run_fleet, tmp_path):
     shutil.rmtree(tmp_path / "damaged")
     shutil.copytree(tmp_path / "a", tmp_path / "damaged")
     shutil.copytree(tmp_path / "a", tmp_path / "nowhere")
-    assert run_fleet(fleet())[0] == 4
-    assert outcomes(releases) == expected | {"damaged": "accepted", "nowhere": "accepted"}
+    code, printed = run_fleet([*fleet(), "--json"])
+    assert code == 4
+    told = {entry["name"]: entry["outcome"] for entry in json.loads(printed)["models"]}
+    assert told == outcomes(releases) == expected | {"damaged": "accepted", "nowhere": "accepted"}
     assert (releases / "a" / "safegene_report.json").stat().st_mtime_ns == stamp
 
 

@@ -103,6 +103,8 @@ def test_what_is_public_is_there_when_it_is_asked_for():
         (["--help"], set()),
         (["--version"], set()),
         (["history", "--help"], set()),
+        (["completion", "bash"], set()),
+        (["--version", "--json", "--quiet"], set()),
         *(([name, "--help"], WITHOUT_TORCH) for name in ("inspect", "verify", "sign")),
     ],
     ids=lambda value: " ".join(value),
