@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..models.data_types import check_range
 from ..models.rounding import Rounding, is_finite
 from ..models.supported import check_untied
-from ..progress import may_show
+from ..progress import bar_of
 from .checkpoint_folder import CheckpointFolder
 from .merge_terms import ScaledVector, Term, add_terms
 from .row_blocks import Block, RowReader, in_threads, row_blocks
@@ -56,14 +55,7 @@ def write_merged(
             )
     additions = _additions(stored, vector)
     total = sum(tensor.num_bytes for tensor in tensors.values())
-    bar = tqdm(
-        total=total,
-        desc="Merging",
-        unit="B",
-        unit_scale=True,
-        disable=not may_show(show_progress),
-        leave=False,
-    )
+    bar = bar_of("Merging", total, show_progress, unit="B", unit_scale=True)
     rounding = Rounding()
     with bar, RowReader() as reader, WeightFiles(folder, contents) as files:
         for file_name, names in files.plan.items():

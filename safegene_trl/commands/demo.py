@@ -12,6 +12,7 @@ from ..demonstration.privacy import keep_to_this_machine
 from ..distributed.world_size import launched_processes
 from ..errors import ConfigError
 from ..text import printable
+from .output import give
 from .parsing import parse
 
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
     free_port(config.port)  # before minutes are spent on models
     models = load_side_by_side(config)
     with served(models, config.port) as address:
-        print(f"{printable(config.release)}: {address} (until Ctrl-C)", flush=True)
+        record = {"release": config.release, "address": address}
+        give(record, f"{printable(config.release)}: {address} (until Ctrl-C)")
         if not config.no_browser:
             webbrowser.open(address)
         try:

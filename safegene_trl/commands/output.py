@@ -120,7 +120,7 @@ def give(record: Any, text: str, warnings: Sequence[str] = ()) -> None:
     if output is not None:
         output.record = record
     if text and not (output and output.quiet):
-        print(text)
+        print(text, flush=True)
     for warning in warnings if output and output.quiet else ():
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from tqdm.auto import tqdm
 
 from ..checkpoints.row_blocks import RowReader, in_threads
 from ..checkpoints.stored_model import StoredModel
@@ -22,7 +21,7 @@ from ..models.experts import can_be_changed, matrix_shapes, task_matrices
 from ..models.names import shared_parameter
 from ..models.parameters import text_modules
 from ..models.rounding import is_finite
-from ..progress import may_show
+from ..progress import bar_of
 from .coverage import Coverage, differences, not_finite
 from .svd import Truncation, factors_at_rank, truncated_svd
 
@@ -141,8 +140,7 @@ def _difference(
     read = {piece.name for own in pieces.values() for piece in own}
     rest = {name: own for name, own in aligned.text_files.items() if whole and own not in read}
     total = 2 * (sum(sizes) + sum(aligned.files[own].num_bytes for own in rest.values()))
-    hidden = not may_show(show_progress)
-    bar = tqdm(total=total, desc="Extracting", unit="B", unit_scale=True, disable=hidden)
+    bar = bar_of("Extracting", total, show_progress, unit="B", unit_scale=True)
     found: dict[str, Truncation] = {}
     with bar, RowReader() as reader:
         work = partial(_module_delta, aligned, degraded, reader, cut)

@@ -170,10 +170,10 @@ def _is_of_unjudged(check: Mapping[str, Any], report: Mapping[str, Any]) -> bool
         found = metric.by_category(measured).get(check["category"])
     if found is None:
         return False
-    value, ends = check["value"], ("low", "share") if metric.side == "least" else ("high", "share")
-    if (report.get("decision") or {}).get("outcome") == "rejected":
-        ends = ends[1:]
-    return all(found[e] >= value if metric.side == "least" else found[e] <= value for e in ends)
+    least = metric.side == "least"
+    rejected = (report.get("decision") or {}).get("outcome") == "rejected"
+    end = found["share"] if rejected else found["low" if least else "high"]
+    return bool(end >= check["value"] if least else end <= check["value"])
 
 
 def _is_unfinished(report: Mapping[str, Any]) -> bool:

@@ -244,7 +244,8 @@ def prompts_of_vector(
         if limits
         else {"harmful"}
     )
-    measured = [kind for kind in ("harmful", "benign") if kind in kinds and unseen[kind]["count"]]
+    both: list[str] = ["harmful", "benign"]
+    measured = [kind for kind in both if kind in kinds and unseen[kind]["count"]]
     own = [kind for kind in measured if unseen[kind]["source"] == FROM_VECTOR]
     return own if measured else None
 

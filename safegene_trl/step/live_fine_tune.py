@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..checkpoints.adapter_output import save_adapter
@@ -31,7 +30,7 @@ from ..models.coefficients import CoefficientSpace
 from ..models.inputs import padding_id
 from ..models.low_rank import LowRankDelta
 from ..models.replacement import without_adapters
-from ..progress import may_show, progress_shown
+from ..progress import bar_of, progress_shown
 from ..recalibration.objective import Losses
 from ..recalibration.search import Recalibration, recalibrate
 from ..recalibration.touch_up import STEPS, TouchUp, train_touch_up
@@ -158,10 +157,8 @@ class LiveFineTune:
 
     def _recalibrate(self) -> Recalibration:
         config = self.plan.config
-        hidden = not may_show(self.show_progress and self.sharding.is_main)
-        with tqdm(
-            total=config.search.max_evaluations, desc="Recalibrating", disable=hidden, leave=False
-        ) as bar:
+        shown = self.show_progress and self.sharding.is_main
+        with bar_of("Recalibrating", config.search.max_evaluations, shown) as bar:
 
             def advance(entry: dict) -> None:
                 bar.update()
@@ -203,9 +200,9 @@ class LiveFineTune:
             added = with_touch_up(rung.added, deltas) if deltas else rung.added
             return self._weights.of(added)
 
-        hidden = not may_show(self.show_progress and self.sharding.is_main)
+        shown = self.show_progress and self.sharding.is_main
         with (
-            tqdm(total=STEPS, desc="Touching up", disable=hidden, leave=False) as bar,
+            bar_of("Touching up", STEPS, shown) as bar,
             self.plan.clock.phase("touch_up"),
         ):
             found = train_touch_up(

@@ -192,8 +192,8 @@ def _rejection(plan: Plan, decision: Decision) -> str:
         f"The safeguarded checkpoint was rejected, because {why}: nothing was written to {plan.target}, the report is "
         f"{failure_path(plan.target)}, and {plan.report.fine_tune} is the plain fine-tune, without the vector; {remedy}."
     )
-    gate, unseen = plan.config.gate, (plan.report.data or {}).get("unseen")
-    if broken and unseen and (own := prompts_of_vector(gate, unseen)):
+    gate, measured_on = plan.config.gate, (plan.report.data or {}).get("unseen")
+    if broken and measured_on and (own := prompts_of_vector(gate, measured_on)):
         said += f" {dependent(gate, own)}"
     return said
 

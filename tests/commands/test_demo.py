@@ -1,9 +1,11 @@
 """`safegene demo` as a command: what it says before it loads anything, and how it ends."""
 
+import json
 import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import contextmanager
 from importlib.util import find_spec
 from threading import Timer
 
@@ -11,6 +13,7 @@ import pytest
 
 from safegene_trl.commands import demo
 from safegene_trl.commands.main import main
+from safegene_trl.demonstration.config import DemoConfig
 
 from ..demonstration.conftest import make_family
 
@@ -51,6 +54,25 @@ def test_a_folder_that_is_none_is_told(tmp_path, capsys, nothing_is_loaded):
     said = capsys.readouterr().err
     assert said.startswith(f"safegene demo: {tmp_path} is no safeguarded checkpoint")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio is not installed")
+def test_its_document_is_where_it_was(tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def served(models, port):
+        yield "http://127.0.0.1:1"
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safegene_trl.demonstration.side_by_side.load_side_by_side", str)
+    monkeypatch.setattr("safegene_trl.demonstration.page.served", served)
+    monkeypatch.setattr(DemoConfig, "check", lambda self: None)
+    monkeypatch.setattr("threading.Event.wait", stop)
+    assert main(["demo", str(tmp_path), "--no_browser", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = {"release": str(tmp_path), "address": "http://127.0.0.1:1"}
+    assert json.loads(printed.out) == found and "127.0.0.1:1 (until" in printed.err
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio is not installed")
