@@ -51,7 +51,7 @@ def test_answers_are_counted_in_batches(model, tokenizer, capsys):
 class Broken(io.StringIO):
     """Standard error on a full disk, or whose reader has left."""
 
-    def write(self, text):
+    def write(self, text=""):
         raise OSError(28, "No space left on device")
 
     flush = write

@@ -4,6 +4,7 @@ safeguarded one answer the same prompt.
 
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from threading import Event
 
@@ -37,13 +38,11 @@ def main(argv: Sequence[str]) -> int:
 
     free_port(config.port)  # before minutes are spent on models
     models = load_side_by_side(config)
-    with served(models, config.port) as address:
+    # it is meant to end by Ctrl-C
+    with served(models, config.port) as address, suppress(KeyboardInterrupt):
         record = {"release": config.release, "address": address}
         give(record, f"{printable(config.release)}: {address} (until Ctrl-C)")
         if not config.no_browser:
             webbrowser.open(address)
-        try:
-            Event().wait()
-        except KeyboardInterrupt:
-            return 0
+        Event().wait()
     return 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
+import webbrowser
 from importlib.util import find_spec
 from threading import Timer
 
@@ -76,7 +77,35 @@ def test_its_document_is_where_it_was(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio is not installed")
-def test_it_prints_the_address_and_ends_by_ctrl_c(tmp_path, tokenizer):
+def test_it_opens_the_page_and_ends_by_ctrl_c(tmp_path, tokenizer, monkeypatch, capsys):
+    places = make_family(tmp_path, tokenizer)
+    for name in ("no_proxy", "NO_PROXY", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # and put back afterwards
+    opened = []
+
+    def open_browser(address):
+        opened.append((address, page_at(address)))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(webbrowser, "open", open_browser)
+    capsys.readouterr()
+    assert main(["demo", str(places.safeguarded), "--max_new_tokens", "8"]) == 0
+    ((address, page),) = opened
+    assert b"gradio" in page
+    assert capsys.readouterr().out == f"{places.safeguarded}: {address} (until Ctrl-C)\n"
+    with pytest.raises(OSError):
+        page_at(address)
+
+
+def page_at(address):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(address, timeout=30) as page:
+        return page.read()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio is not installed")
+def test_as_a_process_it_ends_without_noise(tmp_path, tokenizer):
     places = make_family(tmp_path, tokenizer)
     command = [sys.executable, "-m", "safegene_trl", "demo", str(places.safeguarded)]
     process = subprocess.Popen(
@@ -91,9 +120,7 @@ def test_it_prints_the_address_and_ends_by_ctrl_c(tmp_path, tokenizer):
         line = process.stdout.readline()
         assert line.startswith(f"{places.safeguarded}: http://127.0.0.1:"), process.stderr.read()
         address = line.split(": ")[1].split()[0]
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(address, timeout=30) as page:
-            assert b"gradio" in page.read()
+        assert b"gradio" in page_at(address)
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
     finally:
