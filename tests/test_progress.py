@@ -5,7 +5,7 @@ from tqdm.auto import tqdm
 
 from safegene_trl import progress
 from safegene_trl.models.generation import generate_answers
-from safegene_trl.progress import in_progress, progress_bar, progress_shown
+from safegene_trl.progress import in_progress, may_show, no_progress, progress_bar, progress_shown
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +43,12 @@ def test_answers_are_counted_in_batches(model, tokenizer, capsys):
     with progress_shown(True):
         assert generate_answers(model, tokenizer, prompts, 2, batch_size=2) == quiet
     assert "Answering" in (shown := capsys.readouterr().err) and "0/2" in shown
+
+
+def test_where_none_may_be_shown_nobody_can_ask_for_one(capsys):
+    with progress_shown(True):
+        with no_progress():
+            assert not may_show() and not may_show(False)
+            with progress_shown(True):
+                list(in_progress([3], "Sorting"))
+        assert capsys.readouterr().err == "" and may_show() and not may_show(False)
