@@ -8,7 +8,14 @@ from tqdm.auto import tqdm
 
 from safegene_trl import progress
 from safegene_trl.models.generation import generate_answers
-from safegene_trl.progress import bar_of, in_progress, progress_bar, progress_shown
+from safegene_trl.progress import (
+    bar_of,
+    in_progress,
+    may_show,
+    no_progress,
+    progress_bar,
+    progress_shown,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +100,12 @@ def test_a_log_is_not_filled_with_bars(terminal, kind, often, monkeypatch):
         for _ in range(20):  # a second each
             bar.update()
     assert (stream.getvalue().count("Counting") > 10) == often
+
+
+def test_where_none_may_be_shown_nobody_can_ask_for_one(capsys):
+    with progress_shown(True):
+        with no_progress():
+            assert not may_show() and not may_show(False)
+            with progress_shown(True):
+                list(in_progress([3], "Sorting"))
+        assert capsys.readouterr().err == "" and may_show() and not may_show(False)

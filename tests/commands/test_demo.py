@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
 import webbrowser
+from contextlib import contextmanager
 from importlib.util import find_spec
 from threading import Timer
 
