@@ -4,20 +4,25 @@ its answers are missing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.folding import fold_adapters
 from ..checkpoints.loading import load_placed, load_tokenizer
+from ..checkpoints.skeleton import load_skeleton, stores_quantised
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel
+from ..checkpoints.zero_shards import holds_only_zero_shards
 from ..data.prompts import Prompt, check_encoding
 from ..distributed.layouts import Sharding
 from ..evaluation.config import EvaluationConfig
 from ..extraction.config import ExtractionConfig
 from ..extraction.retargeting import check_aligned
 from ..models.parameters import canonical_modules
+from ..models.supported import check_supported
 from ..provenance import chat_template_hash, model_reference
 from ..vectors.family import Family
 from ..vectors.files import WEIGHTS_FILE
@@ -45,6 +50,37 @@ class Asked:
     stand_in: bool
     roles: dict[str, str]
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _FineTune:
+    """What is known of a fine-tune whose weights are not read yet; `decides` is what its answers
+    depend on.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    variants: Mapping[str, Variant]
+    coefficients: Coefficients
+    reference: Mapping[str, Any]
+    decides: Mapping[str, Any]
+    warnings: list[str]
+
+
+def shape_of(name: str, revision: str | None) -> nn.Module:
+    """A fine-tune without its weights. Its files are seen to hold all of it, but for packed ones:
+    of a checkpoint that bitsandbytes has quantised it is the 16-bit model that this stands for.
+
+    Raises:
+        UnsupportedModelError: It cannot be loaded, or nobody can tell its weights exactly.
+        CheckpointError: Its files are not the model's.
+    """
+    base = adapter_base(name, revision)
+    shards = base is None and holds_only_zero_shards(Path(name))
+    if not shards and not stores_quantised(base or name, None if base else revision):
+        return StoredModel.open(name, revision).model
+    model = load_skeleton(name, revision, quantised=True)
+    check_supported(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -80,30 +116,36 @@ class Asker:
             SafeGeneError: One of its kinds: models, vector or prompts do not fit.
         """
         config, vector = self.config, self.vector
-        asking = config.asking(aligned, config.aligned_revision, self._kwargs)
         tokenizer = load_tokenizer(aligned, config.aligned_revision)
         check_encoding(tokenizer, aligned, self.prompts)
         reference = self._check_aligned(aligned, tokenizer)
         variants = of_aligned(vector, chosen or uniform(vector))
-        if model:
-            del variants["safeguarded"]
-        self._ask(asking, tokenizer, variants, reference)
+        asking = config.asking(aligned, config.aligned_revision, self._kwargs)
         if not model:
+            self._ask(asking, tokenizer, variants, reference)
             roles = {"aligned": "aligned", "fine_tune": WITHOUT, "safeguarded": "safeguarded"}
             return Asked(chosen or uniform(vector), {"aligned": reference}, True, roles)
+        tuned = self._fine_tune(chosen, model)  # before hours are spent on the aligned one
+        del variants["safeguarded"]
+        self._ask(asking, tokenizer, variants, reference)
         asking = config.asking(model, config.model_revision, self._kwargs)
-        tokenizer = load_tokenizer(model, config.model_revision)
-        check_encoding(tokenizer, model, self.prompts)
-        stored = StoredModel.open(model, config.model_revision).model
-        warnings = vector.family.check_member(Family.of(stored, tokenizer))
-        variants, found, said = of_fine_tune(stored, vector, chosen, model)
-        own = model_reference(model, config.model_revision)
-        base = adapter_base(model, config.model_revision)
-        decides = own if base is None else {"adapter": own, "base": model_reference(base)}
-        self._ask(asking, tokenizer, variants, decides)
+        self._ask(asking, tuned.tokenizer, tuned.variants, tuned.decides)
         roles = {role: role for role in ("aligned", "fine_tune", "safeguarded")}
-        models = {"aligned": reference, "fine_tune": own}
-        return Asked(found, models, False, roles, [*warnings, *said])
+        models = {"aligned": reference, "fine_tune": tuned.reference}
+        return Asked(tuned.coefficients, models, False, roles, tuned.warnings)
+
+    def _fine_tune(self, chosen: Coefficients | None, model: str) -> "_FineTune":
+        """What there is to know of a fine-tune before it is loaded."""
+        revision, family = self.config.model_revision, self.vector.family
+        tokenizer = load_tokenizer(model, revision)
+        check_encoding(tokenizer, model, self.prompts)
+        shape = shape_of(model, revision)
+        warnings = family.check_member(Family.of(shape, tokenizer))
+        self.vector.check_fits(canonical_modules(shape))
+        variants, found, said = of_fine_tune(shape, self.vector, chosen, model)
+        own, base = model_reference(model, revision), adapter_base(model, revision)
+        decides = own if base is None else {"adapter": own, "base": model_reference(base)}
+        return _FineTune(tokenizer, variants, found, own, decides, [*warnings, *said])
 
     @property
     def _kwargs(self) -> Mapping[str, Any]:
