@@ -197,6 +197,14 @@ def tell(record: Mapping[str, Any]) -> None:
             "%s harmful prompts have no category: what they need is in the shared component alone.",
             record["without_category"],
         )
+    for name, own in record["categories"].items():
+        if component_labels([name]) == [SHARED] != [own["component"]]:
+            logger.warning(
+                "The category %s has the component `%s` in coefficients and reports, as `%s` is what all categories have in common.",
+                shown(name),
+                own["component"],
+                SHARED,
+            )
     mute = [name for name, own in record["categories"].items() if not acts_on_its_own(own)]
     if mute:
         logger.warning(MUTE, ", ".join(map(shown, mute)))

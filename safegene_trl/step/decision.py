@@ -12,13 +12,14 @@ the vector makes look well. So where they are all that a limit was held against,
 so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..config.gate import GateConfig
 from ..config.metrics import METRICS, by_category_limit, by_limit, of_limit
 from ..config.validation import shown
+from ..data.row_names import row_name
 from ..errors import ConfigError
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals, mostly_unjudged
@@ -174,6 +175,29 @@ def check_measurable(
     check_categories(gate, categories or {})
 
 
+def _by_name(
+    limit: str, given: float | Mapping[str, float], measured: Iterable[str]
+) -> dict[str, float]:
+    """A limit by the categories' names as prompts have them: what somebody wrote is spelt as those
+    are.
+
+    Raises:
+        ConfigError: Two names are one category, or one is empty.
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(measured, given)
+    found: dict[str, float] = {}
+    for written, share in given.items():
+        name = row_name(written)
+        if name is None or name in found:
+            fault = "no name" if name is None else "a category that it names already"
+            raise ConfigError(
+                f"`{limit}` names {shown(written)}, which is {fault}: give each category its share once."
+            )
+        found[name] = share
+    return found
+
+
 def check_categories(gate: GateConfig, counts: Mapping[str, int]) -> None:
     """Raises `ConfigError` for a limit on a category that is not measured, or of which not even the best
     share has its whole interval within the limit.
@@ -185,7 +209,7 @@ def check_categories(gate: GateConfig, counts: Mapping[str, int]) -> None:
     from ..judges.intervals import Rate
 
     for name, value in gate.category_limits.items():
-        limits = value if isinstance(value, dict) else dict.fromkeys(counts, value)
+        limits = _by_name(f"gate.{name}", value, counts)
         if not counts:
             raise ConfigError(
                 f"`gate.{name}` is set, and none of the harmful prompts that are measured on has a category: give `gate.harmful_data` with "
@@ -307,7 +331,7 @@ def _checks(
     ]
     for limit, given in gate.category_limits.items():
         shares = by_category_limit()[limit].by_category(measured)
-        limits = given if isinstance(given, dict) else dict.fromkeys(shares, given)
+        limits = _by_name(f"gate.{limit}", given, shares)
         found += [
             Check.of(limit, value, shares[category], category) for category, value in limits.items()
         ]
