@@ -21,6 +21,7 @@ from .source import adapter_base
 from .tensor_file import StoredTensor
 
 
+MOST_LAYERS = 2_000
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 # what a config of impossible sizes ends in, as no heads or a vocabulary of none
 _IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, StrictDataclassError)
@@ -55,6 +56,7 @@ def load_skeleton(
                     f"{named} is a quantised checkpoint: name the 16-bit model it was made from."
                 )
             del config.quantization_config
+        check_layers(config, named)
         if base is not None:
             _check_adapter(name_or_path, revision)
         model: Any = _without_storage(
@@ -75,6 +77,17 @@ def load_skeleton(
         ) from error
     except UNREADABLE as error:
         raise not_loaded(f"The model {name_or_path}", named, error) from error
+
+
+def check_layers(config: PreTrainedConfig, named: str) -> None:
+    """Raises `UnsupportedModelError` for a config without layers, or with more than any model has,
+    which would take minutes to be made and be none.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+        raise UnsupportedModelError(
+            f"The config of {named} has {layers:,} layers, and a model has 1 to {MOST_LAYERS:,}: save or download it again."
+        )
 
 
 def stores_quantised(named: str, revision: str | None = None) -> bool:
