@@ -670,7 +670,7 @@ def test_a_vector_of_the_hub_keeps_no_audit_and_that_is_said_at_once(
         for path in Path(config.vector).iterdir()
         if path.name != "README.md"
     }
-    monkeypatch.setattr("safegene_trl.auditing.audit.read_files", lambda *a, **k: contents)
+    monkeypatch.setattr("safegene_trl.auditing.plan.read_files", lambda *a, **k: contents)
     config.vector, config.keep_with_vector = "owner/name", True
     with pytest.raises(OutputError, match="owner/name is no folder here"):
         audit(config)
