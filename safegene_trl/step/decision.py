@@ -21,6 +21,7 @@ from ..config.metrics import METRICS, by_category_limit, by_limit, of_limit
 from ..config.validation import shown
 from ..data.row_names import row_name
 from ..errors import ConfigError
+from ..models.names import component_labels
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals, mostly_unjudged
 from ..vectors.prompt_rows import Verdict
@@ -195,6 +196,20 @@ def _by_name(
                 f"`{limit}` names {shown(written)}, which is {fault}: give each category its share once."
             )
         found[name] = share
+    return found
+
+
+def category_scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """What limits for each category are on, under names for trackers, before and after: as
+    `safegene/refusal_rate_after/Fraud_Deception`. Nothing where no category was measured.
+    """
+    found: dict[str, float] = {}
+    for side in ("before", "after"):
+        for metric in by_category_limit().values():
+            shares = metric.by_category(report.get("measured") or {}, side)
+            labels = component_labels(shares)
+            for label, own in zip(labels, shares.values(), strict=True):
+                found[f"safegene/{metric.key}_{side}/{label}"] = float(own["share"])
     return found
 
 
