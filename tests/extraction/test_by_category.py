@@ -1,5 +1,6 @@
 """Vectors with a component for every harm category, from the prompts to what reads them."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,24 @@ def test_a_vector_by_category(options, tmp_path, capsys):
     card = (Path(options["output_dir"]) / "README.md").read_text()
     assert "| Fraud/Deception | `Fraud_Deception` | 9 |" in card.replace("\\/", "/")
     assert "Cosines between their weights" in card
+
+
+def test_the_split_shows_how_far_it_is(options, monkeypatch):
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, what, total, unit):
+            super().__init__(self)
+            self.what, self.total, self.done = what, total, 0
+            bars.append(self)
+
+        def update(self):
+            self.done += 1
+
+    monkeypatch.setattr(by_category, "progress_bar", Bar)
+    vector = made(options)
+    assert {bar.what for bar in bars} == {"Splitting by category"}
+    assert sum(bar.done for bar in bars) == len(vector.deltas) == sum(bar.total for bar in bars)
 
 
 def test_the_order_of_rows_does_not_matter(options, tmp_path):
