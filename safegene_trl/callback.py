@@ -39,6 +39,7 @@ from .models.data_types import held_dtypes, name_of
 from .models.parameters import adapter_configs, base_model, uncompiled
 from .reporting.report import scalars
 from .reporting.summary import announcement
+from .step.decision import category_scalars
 from .step.finished_training import FinishedTraining, fingerprint
 from .step.live_fine_tune import safeguard
 from .step.plan import TRAINERS_OUTPUT, InputModel, Origin, Plan, dry_run_message
@@ -247,7 +248,7 @@ class SafeGeneCallback(TrainerCallback):
         finally:
             self.report = plan.report.to_dict()
             if trainer is not None:
-                trainer.log(scalars(self.report))
+                trainer.log(scalars(self.report) | category_scalars(self.report))
 
     def _check_alone(self) -> None:
         """Raises `ConfigError` where another callback of the training would write to the same place:

@@ -143,9 +143,11 @@ FINE_TUNES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (
             f"{STORED_MERGE}::test_adapter[modules_to_save]",
+            f"{STORED_MERGE}::test_adapter[saved layers]",
             f"{STORED_MERGE}::test_adapter[biases]",
             f"{STORED_MERGE}::test_tied_modules_saved_whole_are_merged",
             f"{NO_ADAPTER}[modules_to_save]",
+            f"{NO_ADAPTER}[saved layers]",
             f"{NO_ADAPTER}[biases]",
         ),
     ),

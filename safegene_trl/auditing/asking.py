@@ -2,29 +2,34 @@
 its answers are missing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.folding import fold_adapters
 from ..checkpoints.loading import load_placed, load_tokenizer
+from ..checkpoints.skeleton import load_skeleton, stores_quantised
 from ..checkpoints.source import adapter_base
 from ..checkpoints.stored_model import StoredModel
-from ..data.prompts import Prompt, check_encoding
+from ..checkpoints.zero_shards import holds_only_zero_shards
+from ..data.prompts import check_encoding
 from ..distributed.layouts import Sharding
 from ..evaluation.config import EvaluationConfig
 from ..extraction.config import ExtractionConfig
 from ..extraction.retargeting import check_aligned
 from ..models.parameters import canonical_modules
+from ..models.supported import check_supported
 from ..provenance import chat_template_hash, model_reference
 from ..vectors.family import Family
 from ..vectors.files import WEIGHTS_FILE
 from ..vectors.record import read_record
 from ..vectors.safety_vector import SafetyVector
-from .config import AuditConfig
 from .labels import Labels
+from .plan import PlannedAudit
 from .variants import WITHOUT, Coefficients, Variant, of_aligned, of_fine_tune, space_of, uniform
 
 
@@ -48,90 +53,89 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What is known of a model whose weights are not read yet.
+
+    Attributes:
+        name: The model.
+        shape: The model without its weights.
+        tokenizer: Its tokenizer.
+        asking: How it is asked.
+        variants: Those that are asked, by role.
+        reference: Names it.
+        decides: What its answers depend on.
+        coefficients: Those that are audited.
+        warnings: What is right but surprising.
+    """
+
+    name: str
+    shape: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    asking: EvaluationConfig
+    variants: dict[str, Variant]
+    reference: Mapping[str, Any]
+    decides: Mapping[str, Any]
+    coefficients: Coefficients
+    warnings: list[str]
+
+
+def shape_of(name: str, revision: str | None) -> nn.Module:
+    """A fine-tune without its weights. Its files are seen to hold all of it, but for packed ones:
+    of a checkpoint that bitsandbytes has quantised it is the 16-bit model that this stands for.
+
+    Raises:
+        UnsupportedModelError: It cannot be loaded, or nobody can tell its weights exactly.
+        CheckpointError: Its files are not the model's.
+    """
+    base = adapter_base(name, revision)
+    shards = base is None and holds_only_zero_shards(Path(name))
+    if not shards and not stores_quantised(base or name, None if base else revision):
+        return StoredModel.open(name, revision).model
+    model = load_skeleton(name, revision, quantised=True)
+    check_supported(model)
+    return model
+
+
+@dataclass(frozen=True)
 class Asker:
     """Asks models, and keeps labels.
 
     Attributes:
-        config: The audit's.
-        vector: What is audited.
-        contents: The bytes of its files.
-        prompts: What is asked.
+        plan: What is audited, how, and with which prompts.
         labels: Where labels go.
         job: This process.
     """
 
-    config: AuditConfig
-    vector: SafetyVector
-    contents: Mapping[str, bytes]
-    prompts: Sequence[Prompt]
+    plan: PlannedAudit
     labels: Labels
     job: Sharding
 
-    def ask_all(self, aligned: str, chosen: Coefficients | None, model: str) -> Asked:
+    def ask_all(self) -> Asked:
         """Asks the aligned model with and without the vector, then the fine-tune with and without
         it.
-
-        Args:
-            aligned: The aligned model.
-            chosen: The coefficients that somebody has named.
-            model: The fine-tune; empty where the aligned model without the vector stands in.
 
         Raises:
             SafeGeneError: One of its kinds: models, vector or prompts do not fit.
         """
-        config, vector = self.config, self.vector
-        asking = config.asking(aligned, config.aligned_revision, self._kwargs)
-        tokenizer = load_tokenizer(aligned, config.aligned_revision)
-        check_encoding(tokenizer, aligned, self.prompts)
-        reference = self._check_aligned(aligned, tokenizer)
-        variants = of_aligned(vector, chosen or uniform(vector))
-        if model:
-            del variants["safeguarded"]
-        self._ask(asking, tokenizer, variants, reference)
-        if not model:
+        models = look_at_models(self.plan)  # all of them before hours are spent on one
+        for each in models:
+            self._ask(each)
+        aligned, last = models[0], models[-1]
+        if len(models) == 1:
             roles = {"aligned": "aligned", "fine_tune": WITHOUT, "safeguarded": "safeguarded"}
-            return Asked(chosen or uniform(vector), {"aligned": reference}, True, roles)
-        asking = config.asking(model, config.model_revision, self._kwargs)
-        tokenizer = load_tokenizer(model, config.model_revision)
-        check_encoding(tokenizer, model, self.prompts)
-        stored = StoredModel.open(model, config.model_revision).model
-        warnings = vector.family.check_member(Family.of(stored, tokenizer))
-        variants, found, said = of_fine_tune(stored, vector, chosen, model)
-        own = model_reference(model, config.model_revision)
-        base = adapter_base(model, config.model_revision)
-        decides = own if base is None else {"adapter": own, "base": model_reference(base)}
-        self._ask(asking, tokenizer, variants, decides)
+            return Asked(last.coefficients, {"aligned": aligned.reference}, True, roles)
         roles = {role: role for role in ("aligned", "fine_tune", "safeguarded")}
-        models = {"aligned": reference, "fine_tune": own}
-        return Asked(found, models, False, roles, [*warnings, *said])
+        named = {"aligned": aligned.reference, "fine_tune": last.reference}
+        return Asked(last.coefficients, named, False, roles, last.warnings)
 
-    @property
-    def _kwargs(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.vector.extraction.get("chat_template_kwargs", {})
-        return found
-
-    def _check_aligned(self, aligned: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        config = self.config
-        asked = ExtractionConfig(
-            aligned_model=aligned,
-            aligned_revision=config.aligned_revision,
-            vector=config.vector,
-            allow_other_base=config.allow_other_base,
-        )
-        return check_aligned(asked, read_record(self.contents, config.vector), tokenizer)
-
-    def _ask(
-        self,
-        asking: EvaluationConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        variants: Mapping[str, Variant],
-        reference: Mapping[str, Any],
-    ) -> None:
+    def _ask(self, looked: Looked) -> None:
         """Labels of one model's answers in all its variants."""
-        files = {"files": reference.get("files", reference)}
+        asking, variants, vector = looked.asking, looked.variants, self.plan.vector
+        prompts, tokenizer = self.plan.found.prompts, looked.tokenizer
+        files = {"files": looked.decides.get("files", looked.decides)}
         for role, variant in variants.items():
             self.labels.begin(role, self._deciding(asking, tokenizer, variant) | files)
-        if not any(self.labels.missing(role, self.prompts) for role in variants):
+        if not any(self.labels.missing(role, prompts) for role in variants):
             return
         model, sharding = load_placed(
             asking.model_name_or_path,
@@ -141,11 +145,11 @@ class Asker:
             asking.allow_pickled_shards,
         )
         fold_adapters(model, sharding)
-        self.vector.check_fits(canonical_modules(model))
-        space = space_of(self.vector)
+        vector.check_fits(canonical_modules(model))
+        space = space_of(vector)
         for role, variant in variants.items():
-            with variant.applied(model, self.vector, space, sharding):
-                self.labels.ask(role, self.prompts, model, tokenizer, asking, sharding)
+            with variant.applied(model, vector, space, sharding):
+                self.labels.ask(role, prompts, model, tokenizer, asking, sharding)
 
     def _deciding(
         self, asking: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, variant: Variant
@@ -155,6 +159,57 @@ class Asker:
             **asking.deciding_answers,
             **asking.answering(tokenizer).record,
             "chat_template": chat_template_hash(tokenizer),
-            "vector": self.vector.files[WEIGHTS_FILE]["sha256"] if variant.record else None,
+            "vector": self.plan.vector.files[WEIGHTS_FILE]["sha256"] if variant.record else None,
             "variant": variant.record,
         }
+
+
+def look_at_models(plan: PlannedAudit) -> list[Looked]:
+    """The aligned model and, where there is one, the fine-tune, before any of their weights is read.
+
+    Raises:
+        SafeGeneError: One of its kinds: models, vector or prompts do not fit.
+    """
+    aligned = _aligned(plan)
+    if not plan.model:
+        return [aligned]
+    del aligned.variants["safeguarded"]
+    return [aligned, _fine_tune(plan)]
+
+
+def _aligned(plan: PlannedAudit) -> Looked:
+    config, name, vector = plan.config, plan.aligned, plan.vector
+    tokenizer = load_tokenizer(name, config.aligned_revision)
+    check_encoding(tokenizer, name, plan.found.prompts)
+    asked = ExtractionConfig(
+        aligned_model=name,
+        aligned_revision=config.aligned_revision,
+        vector=config.vector,
+        allow_other_base=config.allow_other_base,
+    )
+    reference = check_aligned(asked, read_record(plan.contents, config.vector), tokenizer)
+    found = plan.chosen or uniform(vector)
+    shape = StoredModel.open(name, config.aligned_revision).model
+    asking = config.asking(name, config.aligned_revision, _template_options(vector))
+    variants = of_aligned(vector, found)
+    return Looked(name, shape, tokenizer, asking, variants, reference, reference, found, [])
+
+
+def _fine_tune(plan: PlannedAudit) -> Looked:
+    name, revision, vector = plan.model, plan.config.model_revision, plan.vector
+    tokenizer = load_tokenizer(name, revision)
+    check_encoding(tokenizer, name, plan.found.prompts)
+    shape = shape_of(name, revision)
+    warnings = vector.family.check_member(Family.of(shape, tokenizer))
+    vector.check_fits(canonical_modules(shape))
+    variants, found, said = of_fine_tune(shape, vector, plan.chosen, name)
+    own, base = model_reference(name, revision), adapter_base(name, revision)
+    decides = own if base is None else {"adapter": own, "base": model_reference(base)}
+    asking = plan.config.asking(name, revision, _template_options(vector))
+    warnings = [*warnings, *said]
+    return Looked(name, shape, tokenizer, asking, variants, own, decides, found, warnings)
+
+
+def _template_options(vector: SafetyVector) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = vector.extraction.get("chat_template_kwargs", {})
+    return found

@@ -15,8 +15,6 @@ from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.locking import alone_in
 from ..config.validation import check_is
 from ..distributed.processes import this_job
-from ..distributed.world_size import launched_processes
-from ..errors import ConfigError, OutputError, VectorError
 from ..evaluation.agreement import agreement
 from ..judges import Judge, Verdict, load_judge
 from ..judges.intervals import rate
@@ -24,16 +22,17 @@ from ..models.batch_size import naming_shortage
 from ..provenance import software_versions
 from ..reporting.audit_page import PAGE, render_audit
 from ..text import strict_json
-from ..vectors.audit_file import AUDIT_FILE, AUDIT_VERSION, ROLES, AuditRecord, audit_of, read_audit
-from ..vectors.files import CONFIG_FILE, WEIGHTS_FILE, read_files
+from ..vectors.audit_file import AUDIT_FILE, AUDIT_VERSION, ROLES, AuditRecord, audit_of
+from ..vectors.files import WEIGHTS_FILE
 from ..vectors.safety_vector import SafetyVector
 from .asking import Asked, Asker
 from .cells import ALPHA, Labelled, cells_of, needed, overall
-from .compare import check_comparable, compared
+from .compare import compared
 from .config import AuditConfig
 from .labels import Labels
-from .prompts import AuditPrompts, key_of, read_items
-from .variants import WITHOUT, Coefficients, check_entry, check_not_folded, chosen_coefficients
+from .plan import measure_of, plan_audit
+from .prompts import AuditPrompts, key_of
+from .variants import WITHOUT, Coefficients
 
 
 logger = logging.getLogger(__name__)
@@ -66,30 +65,13 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         SafeGeneError: A model cannot be loaded, a judge failed, or the device is too small.
     """
     check_is(config, AuditConfig, "audit")
-    config.check()
-    if launched_processes() > 1:
-        raise ConfigError("An audit is one process's work: leave out the launcher.")
-    key = None if config.public_key is None else Path(config.public_key)
-    contents = read_files(config.vector, revision=config.vector_revision)
-    vector = SafetyVector.from_files(contents, config.vector, key)
-    before = read_audit(config.before) if config.before else None
-    chosen = chosen_coefficients(config, vector)
-    aligned, model = _aligned_name(config, vector), config.model or config.safeguarded
-    if model:
-        check_not_folded(model, config.model_revision)
-        check_entry(model, config.model_revision)
-    found = read_items(config, vector)
-    if before is not None:
-        measure = _measure(not model, chosen is None or chosen.uniform)
-        keys = set(map(key_of, found.prompts))
-        check_comparable(before, measure, config.least_share, keys)
-    folder = Path(config.output_dir)
-    _check_folder(folder, config, vector, [aligned, model])
+    plan = plan_audit(config)
+    vector, found, folder = plan.vector, plan.found, plan.folder
     with naming_shortage(_TOO_SMALL), alone_in(folder, "audit"):
         judges = [load_judge(spec) for spec in config.judges]
         labels = Labels(folder, judges, config.task_labels)
-        asker = Asker(config, vector, contents, found.prompts, labels, this_job())
-        asked = asker.ask_all(aligned, chosen, model)
+        asker = Asker(plan, labels, this_job())
+        asked = asker.ask_all()
         told = {role: labels.of(own, found.prompts) for role, own in asked.roles.items()}
         rows = _rows(found, told, judges[0].name)
         result = _result(config, vector, found, asked, rows)
@@ -97,56 +79,9 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         result["agreement"] = _agreement(found, told["safeguarded"], judges)
         without = labels.of(WITHOUT, found.prompts)[judges[0].name]
         result["attacker"] = _attacker(vector, result["cells"], rows, without)
-        if before is not None:
-            result["before"] = compared(before, result["cells"], rows)
+        if plan.before is not None:
+            result["before"] = compared(plan.before, result["cells"], rows)
         return _written(folder, config, vector, result)
-
-
-def _aligned_name(config: AuditConfig, vector: SafetyVector) -> str:
-    name = config.aligned_model or str(vector.aligned_model["name"])
-    if not config.aligned_model and "/" not in name and not Path(name).is_dir():
-        raise ConfigError(
-            f"The vector was made from a model in a folder called {name}: name that folder as `aligned_model`."
-        )
-    return name
-
-
-def _check_folder(
-    folder: Path, config: AuditConfig, vector: SafetyVector, models: Sequence[str]
-) -> None:
-    """Raises `OutputError` for a folder that is read as something else or holds an audit that is still
-    needed, and for a vector that is in no folder and is to keep the audit.
-    """
-    _check_other_audit(folder, config, vector)
-    if config.keep_with_vector and not (Path(config.vector) / CONFIG_FILE).is_file():
-        raise OutputError(
-            f"{config.vector} is no folder here, and `keep_with_vector` is set: download the vector, and audit that."
-        )
-    read = (*models, config.safeguarded, config.vector)
-    for one in (*read, *config.harmful_data, *config.exclude_data):
-        if one and folder.is_dir() and Path(one).is_dir() and folder.samefile(one):
-            raise OutputError(
-                f"{folder} is read as {one}, and would be written into: choose another `output_dir`."
-            )
-
-
-def _check_other_audit(folder: Path, config: AuditConfig, vector: SafetyVector) -> None:
-    """Raises `OutputError` where an audit that is still needed would be replaced."""
-    there = folder / AUDIT_FILE
-    if not there.exists():
-        return
-    if config.before and Path(config.before).exists() and there.samefile(config.before):
-        raise OutputError(
-            f"{there} is the earlier audit, and the new one would replace it: choose another `output_dir`."
-        )
-    try:
-        weights = read_audit(str(there)).weights
-    except VectorError:  # damaged, or of another version: nothing that is still of use
-        return
-    if weights != vector.files[WEIGHTS_FILE]["sha256"]:
-        raise OutputError(
-            f"{folder} holds the audit of another vector: choose another `output_dir`, or delete that folder."
-        )
 
 
 def _agreement(
@@ -173,7 +108,7 @@ def _result(
     asked: Asked,
     rows: Sequence[Labelled],
 ) -> dict[str, Any]:
-    measure = _measure(asked.stand_in, asked.coefficients.uniform)
+    measure = measure_of(asked.stand_in, asked.coefficients.uniform)
     cells = cells_of(rows, measure, config.least_share, config.min_prompts, config.crossed)
     tested = sum(cell["tests"] is not None for cell in cells)
     return {
@@ -214,11 +149,6 @@ def _result(
         ],
         "software": software_versions(),
     }
-
-
-def _measure(stand_in: bool, uniform: bool) -> str:
-    """With all of the vector back the aligned model answers: what came back says nothing."""
-    return "reach" if stand_in and uniform else "restored"
 
 
 def _coefficients(found: Coefficients) -> dict[str, Any]:

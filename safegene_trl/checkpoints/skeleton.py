@@ -21,13 +21,17 @@ from .source import adapter_base
 from .tensor_file import StoredTensor
 
 
+MOST_LAYERS = 2_000
 _NOTHING = torch.zeros(8, dtype=torch.uint8)  # the bytes of one number of any type
 # what a config of impossible sizes ends in, as no heads or a vocabulary of none
 _IMPOSSIBLE = (ArithmeticError, LookupError, TypeError, StrictDataclassError)
 
 
 def load_skeleton(
-    name_or_path: str, revision: str | None = None, files: Mapping[str, StoredTensor] | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    files: Mapping[str, StoredTensor] | None = None,
+    quantised: bool = False,
 ) -> nn.Module:
     """The model without its weights; of an adapter only its own weights are read. `is_placeholder`
     tells which are missing.
@@ -47,17 +51,14 @@ def load_skeleton(
     try:
         config = read_config(named, None if base else revision)
         if getattr(config, "quantization_config", None):
-            raise UnsupportedModelError(
-                f"{named} is a quantised checkpoint: name the 16-bit model it was made from."
-            )
-        if base is not None:
-            adapter = read_adapter_config(name_or_path, revision)
-            check_method(adapter)
-            if changes_base(adapter):
+            if not (quantised and _by_bitsandbytes(config)):
                 raise UnsupportedModelError(
-                    f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
-                    "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients."
+                    f"{named} is a quantised checkpoint: name the 16-bit model it was made from."
                 )
+            del config.quantization_config
+        check_layers(config, named)
+        if base is not None:
+            _check_adapter(name_or_path, revision)
         model: Any = _without_storage(
             _empty(config) if files is None else empty_model(config, files, named)
         )
@@ -76,6 +77,49 @@ def load_skeleton(
         ) from error
     except UNREADABLE as error:
         raise not_loaded(f"The model {name_or_path}", named, error) from error
+
+
+def check_layers(config: PreTrainedConfig, named: str) -> None:
+    """Raises `UnsupportedModelError` for a config without layers, or with more than any model has,
+    which would take minutes to be made and be none.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+        raise UnsupportedModelError(
+            f"The config of {named} has {layers:,} layers, and a model has 1 to {MOST_LAYERS:,}: save or download it again."
+        )
+
+
+def stores_quantised(named: str, revision: str | None = None) -> bool:
+    """Whether the weights of a checkpoint, by its config, are quantised.
+
+    Raises:
+        UnsupportedModelError: The config cannot be read.
+    """
+    try:
+        return bool(getattr(read_config(named, revision), "quantization_config", None))
+    except UNREADABLE as error:
+        raise not_loaded(f"The model {named}", named, error) from error
+
+
+def _by_bitsandbytes(config: PreTrainedConfig) -> bool:
+    by: Any = config.quantization_config
+    method = by.get("quant_method") if isinstance(by, Mapping) else by.quant_method
+    return str(getattr(method, "value", method)).startswith("bitsandbytes")
+
+
+def _check_adapter(name_or_path: str, revision: str | None) -> None:
+    """Raises `UnsupportedModelError` for an adapter that does not make its model from the base's
+    files and its own.
+    """
+    adapter = read_adapter_config(name_or_path, revision)
+    check_method(adapter)
+    if changes_base(adapter):
+        raise UnsupportedModelError(
+            f"{name_or_path} is a LoRA with `init_lora_weights={adapter.init_lora_weights!r}`, which changed its base "
+            "model's weights: it is merged only as a loaded model, by `safegene apply` without fixed coefficients or by PEFT's "
+            "`merge_and_unload`; name what that saves."
+        )
 
 
 def _empty(config: PreTrainedConfig) -> nn.Module:

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..auditing.audit import audit
 from ..auditing.config import AuditConfig
-from ..distributed.processes import join_processes
 from ..reporting.audit_page import MEASURE_WORDS, PAGE, VERDICT_WORDS, cell_words
 from ..step.decision import EXIT_CODES
 from ..text import printable
@@ -21,21 +19,28 @@ def main(argv: Sequence[str]) -> int:
     """Writes `audit.json` and `audit.html`, and prints the cells; 4 where there are more blind spots
     than allowed.
     """
-    if argv and not argv[0].startswith("-"):
-        argv = ["--vector", *argv]
-    join_processes()
     (config,) = parse(
         (AuditConfig,),
-        argv,
+        named_vector(argv),
         prog="safegene audit",
         description="Audit a safety vector: where it gives refusals back, and where it does not.",
     )
+    config.check()  # the libraries that follow take seconds
+    from ..auditing.audit import audit
+    from ..distributed.processes import join_processes
+
+    join_processes()
     found = audit(config)
     give(found, text(found, config.output_dir), [printable(each) for each in found["warnings"]])
     if config.max_blind_spots is None:
         return 0
     read_audit(Path(config.output_dir) / AUDIT_FILE).check_tells()
     return EXIT_CODES["rejected"] if found["blind_spots"] > config.max_blind_spots else 0
+
+
+def named_vector(argv: Sequence[str]) -> list[str]:
+    """A command line whose first word may be the vector, without the option's name."""
+    return ["--vector", *argv] if argv and not argv[0].startswith("-") else list(argv)
 
 
 def text(found: Mapping[str, Any], folder: str) -> str:

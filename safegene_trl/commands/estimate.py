@@ -6,6 +6,9 @@ from typing import Any
 
 from trl import get_peft_config
 
+from ..auditing.asking import look_at_models
+from ..auditing.config import AuditConfig
+from ..auditing.plan import plan_audit
 from ..checkpoints.live_merge import checkpoint_bytes
 from ..checkpoints.loading import load_processor, load_tokenizer, resolve_dtype
 from ..checkpoints.skeleton import load_skeleton
@@ -17,6 +20,7 @@ from ..config.validation import Rule, check_value, nearest
 from ..data.prompt_style import trained_options
 from ..data.shots import gather_shots
 from ..errors import ConfigError
+from ..estimation.audit import estimate_audit
 from ..estimation.cost import Cost, Launch
 from ..estimation.extraction import (
     DifferingModules,
@@ -42,6 +46,7 @@ from ..step.repair import check_repair
 from . import sft
 from .apply_arguments import ARGUMENTS as APPLY_ARGUMENTS
 from .apply_arguments import ApplyArguments
+from .audit import named_vector
 from .launch_option import OPTION, take_config, wants_launch
 from .output import MEANINGS, give
 from .parsing import parse
@@ -258,4 +263,19 @@ def _estimate_retargeting(config: ExtractionConfig, launch: Launch) -> dict[str,
     return estimate_retargeting(probe, config, tokenizer, prompts, known.record, launch)
 
 
-_ESTIMATES = {"sft": _estimate_sft, "apply": estimate_apply, "extract": _estimate_extract}
+def _estimate_audit(argv: Sequence[str], launch: Launch) -> dict[str, Cost]:
+    if launch.processes > 1:
+        raise ConfigError(
+            f"An audit is one process's work: leave out `--num_processes` and `{OPTION}`."
+        )
+    (config,) = parse((AuditConfig,), named_vector(argv), "safegene estimate audit", "")
+    plan = plan_audit(config)
+    return estimate_audit(plan, look_at_models(plan))
+
+
+_ESTIMATES = {
+    "sft": _estimate_sft,
+    "apply": estimate_apply,
+    "extract": _estimate_extract,
+    "audit": _estimate_audit,
+}

@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..text import one_line
 from .launch_option import OPTION, told_of
 from .output import set_by_recipe
-from .plain_parser import PlainErrors, unknown_options
+from .plain_parser import PlainErrors, check_words, unknown_options
 from .yaml_files import parse_yaml, read_yaml
 
 
@@ -99,6 +99,7 @@ def parse(
         ConfigError: The recipe cannot be read, a key or option is unknown or there twice, or a
             value has the wrong type; or TRL refuses its settings, or one that is needed is missing.
     """
+    check_words(argv)
     parser = make_parser(dataclasses, prog, description)
     argv = [
         word

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..config.validation import nearest
+from ..config.validation import check_length, nearest
 from ..errors import ConfigError
 from .output import list_options
 
@@ -35,6 +35,7 @@ class PlainParser(PlainErrors):
         Raises:
             ConfigError: An option is none, has no value or one of the wrong type, or is missing.
         """
+        check_words(argv)
         words = self.with_underscores(argv)
         for name in unknown_options(words, self):
             raise ConfigError(self.unknown(name))
@@ -57,6 +58,14 @@ class PlainParser(PlainErrors):
         """The sentence for an option that is none."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         return f"There is no option `{name}`{nearest(name, known, 0.0)}"
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """Raises `ConfigError` for a word of a command line that is too long for a path, and no JSON."""
+    for word in argv:
+        name, _, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if not value.lstrip().startswith(("{", "[")):
+            check_length(f"`{name}`" if name else f"`{word[:40]}…`", value)
 
 
 def refuse(message: str) -> NoReturn:

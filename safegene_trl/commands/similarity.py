@@ -2,6 +2,7 @@
 components of one.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,25 @@ def main(argv: Sequence[str]) -> int:
 def _pairs(vectors: Sequence[SafetyVector], arguments: Any) -> tuple[dict[str, Any], str]:
     """Compares vectors with each other; the numbers, and a table."""
     tables = cosine_table(vectors)
-    labels = [printable(Path(name).name) for name in arguments.vectors]
+    labels = list(map(printable, short_names(arguments.vectors)))
     if arguments.plot:
         heat_map(tables, labels, arguments.plot)
     return {"cosines": tables}, _text(tables, labels)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each name, and as many before it as tell it from the others; what is named
+    twice gets its number.
+    """
+    parts = [Path(os.path.abspath(name) if Path(name).is_dir() else name).parts for name in names]
+    found = []
+    for number, own in enumerate(parts, start=1):
+        others = [other for place, other in enumerate(parts, start=1) if place != number]
+        lengths = range(1, len(own) + 1)
+        told = [n for n in lengths if all(other[-n:] != own[-n:] for other in others)]
+        label = "/".join(own[-told[0] :] if told else own[-1:])
+        found.append(label if told else f"{label} ({number})")
+    return found
 
 
 def _components(vector: SafetyVector, plot: Path | None) -> tuple[dict[str, Any], str]:

@@ -49,7 +49,8 @@ class GateConfig:
         benign_data_split: Split of `benign_data` to read.
         max_blind_spots: Most blind spots that an audit of the vector (`safegene audit`) may have
             found. Without such an audit nothing is trained.
-        audit: The audit's `audit.json`. Default: the one in the vector's folder.
+        audit: The audit's `audit.json`, or the folder it lies in. Default: the one in the vector's
+            folder.
         write_rejected: Write the checkpoint even if it is rejected. Its report says so.
 
     Raises:

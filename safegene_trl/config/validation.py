@@ -11,6 +11,7 @@ import functools
 import json
 import keyword
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ from ..text import read_json
 
 LARGEST_COUNT = 2**31 - 1
 Made = TypeVar("Made")
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -80,17 +82,32 @@ def check_values(settings: Settings, prefix: str = "") -> None:
     """Raises `ConfigError` for the first field whose value has not the type of its hint, or breaks
     its rule.
 
-    A field that still has its default "" is left to whoever needs it.
+    A field that still has its default "" is left to whoever needs it. A path in the place of a text
+    becomes its text, and a tuple in the place of a list a list.
 
     Args:
         settings: A dataclass with its table `RULES`.
         prefix: Goes before every name in a message, e.g. `gate.`.
     """
     for name, hint in _hints(type(settings)).items():
-        value = getattr(settings, name)
+        given = getattr(settings, name)
+        value = _written(given, hint)
+        if value is not given:
+            setattr(settings, name, value)
         if value == "" and settings.__dataclass_fields__[name].default == "":
             continue
         check_value(prefix + name, value, hint, rule_of(type(settings), name))
+
+
+def _written(value: Any, hint: Any) -> Any:
+    """A value as a file would have it: a path's text, a tuple's list; any other value itself."""
+    kinds = _kinds(hint)
+    if isinstance(value, Path) and str in kinds:
+        return str(value)
+    if isinstance(value, list | tuple) and any(get_origin(kind) is list for kind in kinds):
+        items = [str(item) if isinstance(item, Path) else item for item in value]
+        return value if items == value else items
+    return value
 
 
 def check_written(
@@ -134,6 +151,8 @@ def check_value(name: str, value: Any, hint: Any, rule: Rule = Rule()) -> None:
         raise ConfigError(f"`{name}` is {shown(value)}: {_must_be(value, wanted, rule)}")
     for item in value if isinstance(value, list) else [value]:
         _check_rule(name, item, rule)
+    if not any(get_origin(kind) is dict for kind in wanted):  # which may be written as JSON
+        check_length(f"`{name}`", value)
 
 
 def reject_unknown_keys(
@@ -288,6 +307,26 @@ def template_options(name: str, given: Any) -> dict[str, Any]:
     return values
 
 
+def check_length(what: str, value: Any) -> None:
+    """Raises `ConfigError` for a text, or one in a list, that is too long for a path: whoever looks
+    for a file of that name would fail.
+
+    Args:
+        what: Names it in a message.
+        value: Any value; what is no text is left alone, and so is a URL.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str) or "://" in text:
+            continue
+        size = len(text.encode(errors="replace"))
+        part = max(len(part.encode(errors="replace")) for part in text.split(os.sep))
+        if size > _LONGEST_PATH or part > _LONGEST_NAME:
+            raise ConfigError(
+                f"{what} is too long ({size:,} bytes), as a path has at most {_LONGEST_PATH:,} bytes and a name in it "
+                f"{_LONGEST_NAME}: give a shorter one."
+            )
+
+
 def written_place(path: str) -> None:
     """Raises `ValueError` for a path with `~`, which only a shell replaces: a folder of that name
     would be made.
@@ -308,6 +347,7 @@ def written_path(text: str) -> Path:
         written_place(text)
     except ValueError as error:
         raise ConfigError(f"`{text}` cannot be written: {error}.") from error
+    check_length("A path to write to", text)
     return Path(text)
 
 

@@ -28,7 +28,9 @@ from ..judges import Judge, Verdict, load_judge
 from ..models.batch_size import BatchSize, Worker, fitting_answers, naming_shortage
 from ..models.generation import answers_to_tokens, prompt_tokens
 from ..models.parameters import base_model, context_length
+from ..models.quantized import kept_packed
 from ..models.reasoning import MOSTLY, Reply
+from ..models.supported import check_answers
 from ..progress import progress_bar, progress_shown
 from ..provenance import chat_template_hash, model_reference, sha256_of_json, software_versions
 from ..text import strict_json
@@ -261,6 +263,7 @@ def generated(
     """Answers to a few batches per rank at a time, the longest prompts first: memory that does not
     suffice shows at once.
     """
+    check_answers(model)
     answering = config.answering(tokenizer)
     ignored = answering.ignores(config.max_reasoning_tokens, "max_reasoning_tokens")
     if ignored and sharding.is_main:
@@ -283,7 +286,7 @@ def generated(
         _EVALUATION,
     )
     done = 0
-    with progress_bar("Answering", len(order), "prompt") as bar:
+    with kept_packed(model), progress_bar("Answering", len(order), "prompt") as bar:
         while done < len(order):
             part = order[done : done + 4 * size.now * sharding.world_size]
             asked = [tokens[i] for i in part]

@@ -20,6 +20,7 @@ from ..models.low_rank import LowRankDelta
 from ..models.names import component_labels
 from ..models.parameters import canonical_modules
 from ..models.reasoning import PromptStyle
+from ..progress import progress_bar
 from .category_split import Reading, Split, split, told_apart, whole
 from .prompt_passes import Places, read_prompts
 
@@ -148,10 +149,12 @@ def split_by_category(
         reader = _Reader({name: modules[name] for name in group}, model)
         rows = read_prompts(model, tokenizer, prompts.texts, sharding, style, reader.read)
         readings: dict[str, Reading] = {}
-        for name, source, states in reader.by_module(rows):
-            if source not in readings:
-                readings[source] = Reading.of(states, classes, count)
-            splits[name] = split(deltas[name], readings[source])
+        with progress_bar("Splitting by category", len(group), "module") as bar:
+            for name, source, states in reader.by_module(rows):
+                if source not in readings:
+                    readings[source] = Reading.of(states, classes, count)
+                splits[name] = split(deltas[name], readings[source])
+                bar.update()
     if not splits:
         raise FamilyError(
             f"No module of the vector reads every token and has inputs for {count} categories: put categories together, or leave out "
@@ -197,6 +200,14 @@ def tell(record: Mapping[str, Any]) -> None:
             "%s harmful prompts have no category: what they need is in the shared component alone.",
             record["without_category"],
         )
+    for name, own in record["categories"].items():
+        if component_labels([name]) == [SHARED] != [own["component"]]:
+            logger.warning(
+                "The category %s has the component `%s` in coefficients and reports, as `%s` is what all categories have in common.",
+                shown(name),
+                own["component"],
+                SHARED,
+            )
     mute = [name for name, own in record["categories"].items() if not acts_on_its_own(own)]
     if mute:
         logger.warning(MUTE, ", ".join(map(shown, mute)))

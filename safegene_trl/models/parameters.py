@@ -360,7 +360,11 @@ def saved_copy(module: nn.Module) -> Any:
 
 
 def unadapted(module: Any) -> Any:
-    """The layer inside one with adapters, or with trained tokens; any other module itself."""
+    """The layer inside one with adapters, or with trained tokens, or that an adapter saves whole;
+    any other module itself.
+    """
+    if (copy := saved_copy(module)) is not None:
+        return copy
     if isinstance(module, TrainableTokensWrapper):
         module = module.token_adapter
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

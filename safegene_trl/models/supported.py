@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from peft import PeftType
 from peft.tuners.lora import Embedding, LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -211,6 +212,21 @@ def _trained_whole(model: nn.Module, configs: Iterable[Any]) -> str | None:
         ):
             return f"{canonical_name(name)}.bias"
     return None
+
+
+def check_answers(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` for a loaded model that would fail in its second pass: PEFT's
+    DoRA takes the scales of an 8-bit layer away, where that is on a CPU.
+    """
+    for module in model.modules():
+        if not (isinstance(module, LoraLayer) and module.lora_magnitude_vector):
+            continue
+        layer: Any = unadapted(module)
+        if is_quantized(layer) and layer.weight.dtype == torch.int8 and not layer.weight.is_cuda:
+            raise UnsupportedModelError(
+                "The fine-tune is a DoRA on an 8-bit base, which PEFT runs on a GPU only: take one, or name the 16-bit base in "
+                "`adapter_config.json`."
+            )
 
 
 def changes_base(adapter_config: Any) -> bool:

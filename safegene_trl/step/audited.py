@@ -2,6 +2,7 @@
 is trained.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ..config.settings import SafeGeneConfig
@@ -43,7 +44,7 @@ def check_audit(config: SafeGeneConfig, vector: SafetyVector) -> dict[str, Any]:
 
 def _audit(config: SafeGeneConfig, named: str | None, vector: SafetyVector) -> AuditRecord:
     if named is not None:
-        return read_audit(named)
+        return read_audit(Path(named) / AUDIT_FILE if Path(named).is_dir() else named)
     if vector.audit is None:
         raise ConfigError(
             f"`gate.max_blind_spots` is set and {config.vector} comes without an {AUDIT_FILE}: run `safegene audit`, and name what it "

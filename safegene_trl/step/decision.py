@@ -12,14 +12,16 @@ the vector makes look well. So where they are all that a limit was held against,
 so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..config.gate import GateConfig
 from ..config.metrics import METRICS, by_category_limit, by_limit, of_limit
 from ..config.validation import shown
+from ..data.row_names import row_name
 from ..errors import ConfigError
+from ..models.names import component_labels
 from ..models.reasoning import MOSTLY
 from ..reporting.outcome import measures_refusals, mostly_unjudged
 from ..text import told_apart
@@ -176,6 +178,43 @@ def check_measurable(
     check_categories(gate, categories or {})
 
 
+def _by_name(
+    limit: str, given: float | Mapping[str, float], measured: Iterable[str]
+) -> dict[str, float]:
+    """A limit by the categories' names as prompts have them: what somebody wrote is spelt as those
+    are.
+
+    Raises:
+        ConfigError: Two names are one category, or one is empty.
+    """
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(measured, given)
+    found: dict[str, float] = {}
+    for written, share in given.items():
+        name = row_name(written)
+        if name is None or name in found:
+            fault = "no name" if name is None else "a category that it names already"
+            raise ConfigError(
+                f"`{limit}` names {shown(written)}, which is {fault}: give each category its share once."
+            )
+        found[name] = share
+    return found
+
+
+def category_scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """What limits for each category are on, under names for trackers, before and after: as
+    `safegene/refusal_rate_after/Fraud_Deception`. Nothing where no category was measured.
+    """
+    found: dict[str, float] = {}
+    for side in ("before", "after"):
+        for metric in by_category_limit().values():
+            shares = metric.by_category(report.get("measured") or {}, side)
+            labels = component_labels(shares)
+            for label, own in zip(labels, shares.values(), strict=True):
+                found[f"safegene/{metric.key}_{side}/{label}"] = float(own["share"])
+    return found
+
+
 def check_categories(gate: GateConfig, counts: Mapping[str, int]) -> None:
     """Raises `ConfigError` for a limit on a category that is not measured, or of which not even the best
     share has its whole interval within the limit.
@@ -187,7 +226,7 @@ def check_categories(gate: GateConfig, counts: Mapping[str, int]) -> None:
     from ..judges.intervals import Rate
 
     for name, value in gate.category_limits.items():
-        limits = value if isinstance(value, dict) else dict.fromkeys(counts, value)
+        limits = _by_name(f"gate.{name}", value, counts)
         if not counts:
             raise ConfigError(
                 f"`gate.{name}` is set, and none of the harmful prompts that are measured on has a category: give `gate.harmful_data` with "
@@ -317,7 +356,7 @@ def _checks(
     ]
     for limit, given in gate.category_limits.items():
         shares = by_category_limit()[limit].by_category(measured)
-        limits = given if isinstance(given, dict) else dict.fromkeys(shares, given)
+        limits = _by_name(f"gate.{limit}", given, shares)
         found += [
             Check.of(limit, value, shares[category], category) for category, value in limits.items()
         ]

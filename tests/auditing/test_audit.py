@@ -550,6 +550,10 @@ def test_the_page_is_inert_and_its_numbers_are_the_json_s(config, planted, promp
     text = (Path(config.output_dir) / PAGE).read_text()
     page.feed(text)
     assert "script" not in page.tags and "\x1b" not in text
+    assert ("4", "/max_new_tokens") in page.values
+    for column in ("Aligned, Fine-tuned, Safeguarded: on which share", "Of: how many refusals"):
+        assert column in text
+    assert "Restored: of the refusals that the fine-tune took away, the share that comes" in text
     assert len(page.values) > 40
     for value, where in page.values:
         at = found
@@ -670,7 +674,7 @@ def test_a_vector_of_the_hub_keeps_no_audit_and_that_is_said_at_once(
         for path in Path(config.vector).iterdir()
         if path.name != "README.md"
     }
-    monkeypatch.setattr("safegene_trl.auditing.audit.read_files", lambda *a, **k: contents)
+    monkeypatch.setattr("safegene_trl.auditing.plan.read_files", lambda *a, **k: contents)
     config.vector, config.keep_with_vector = "owner/name", True
     with pytest.raises(OutputError, match="owner/name is no folder here"):
         audit(config)

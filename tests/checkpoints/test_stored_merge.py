@@ -91,9 +91,10 @@ def test_checkpoint(kind, tied, tokenizer, tmp_path, monkeypatch):
         {"use_rslora": True},
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["v_proj", "down_proj"]},
         {"bias": "all"},
     ],
-    ids=["LoRA", "rsLoRA", "DoRA", "modules_to_save", "biases"],
+    ids=["LoRA", "rsLoRA", "DoRA", "modules_to_save", "saved layers", "biases"],
 )
 def test_adapter(options, tokenizer, tmp_path, monkeypatch):
     kind = "qwen2" if "bias" in options else "llama"
@@ -103,6 +104,8 @@ def test_adapter(options, tokenizer, tmp_path, monkeypatch):
         for name, parameter in adapted.named_parameters():
             if name.endswith(".bias") and parameter.requires_grad:
                 parameter.add_(0.1)
+            if ".modules_to_save." in name and ".layers." in name:
+                parameter.mul_(1.5)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     saved(adapted, tokenizer, tmp_path / "adapter")
     live = PeftModel.from_pretrained(

@@ -301,6 +301,9 @@ def changed(**values):
         ({"model_type": "t5"}, "no causal language model"),
         ({"vocab_size": 0}, "describes no model that can be made"),
         ({"num_attention_heads": 0}, "describes no model that can be made"),
+        ({"num_hidden_layers": 10_000}, "has 10,000 layers, and a model has 1 to 2,000"),
+        ({"num_hidden_layers": 0}, "has 0 layers"),
+        ({"num_hidden_layers": -1}, "has -1 layers"),
         ({"hidden_size": "big"}, "describes no model that can be made"),
         ({"hidden_size": 32.5}, "describes no model that can be made"),
         (

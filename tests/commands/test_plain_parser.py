@@ -46,6 +46,30 @@ def test_a_wrong_word_is_one_sentence_without_usage(words, message, capsys):
     assert printed.err.count("\n") == 1 and not printed.out
 
 
+LONG = "/".join(["x" * 200] * 21)  # 4,220 bytes
+
+
+@pytest.mark.parametrize("text", [LONG, "x" * 256, "é" * 128])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "{}"],
+        ["similarity", "v", "{}"],
+        ["history", "h", "--plot={}"],
+        ["estimate", "apply", "--model_name_or_path={}"],
+        ["init", "m", "--output_dir", "{}"],
+        ["apply", "--model_name_or_path", "{}"],
+        ["audit", "v", "--output_dir", "{}"],
+        ["extract", "--aligned_model", "{}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_no_system_takes_is_one_sentence(words, text, capsys):
+    assert main([word.replace("{}", text) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert "is too long" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("option", ["--private-key", "--private_key", "--priv"])
 @pytest.mark.parametrize("joint", [[" "], ["="]])
 def test_an_option_may_be_written_with_dashes_and_cut_short(option, joint):

@@ -117,6 +117,11 @@ def test_a_word_that_is_no_command_is_told_at_once():
     assert imported("inspekt", code=2) == set()
 
 
+def test_a_wrong_setting_of_an_audit_is_told_before_torch_is_imported():
+    found = imported("audit", "v", "--forms", "story", code=2)
+    assert not found & {"torch", "transformers", "peft"}
+
+
 def test_history(tmp_path):
     for refused in (95, 94, 92, 91, 70):
         append_release(tmp_path / "history.jsonl", release(refused))

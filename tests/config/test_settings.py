@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from safegene_trl import ConfigError, SafeGeneConfig, SafeGeneError
+from safegene_trl.auditing.config import AuditConfig
 from safegene_trl.commands.apply_arguments import ApplyArguments
 from safegene_trl.config.data import DataConfig
 from safegene_trl.config.docstrings import meanings
@@ -381,6 +383,35 @@ def test_impossible_transports(values, message):
     extraction(**TRANSPORT)
     with pytest.raises(SafeGeneError, match=message):
         extraction(**TRANSPORT | values)
+
+
+@pytest.mark.parametrize("kind", [AuditConfig, EvaluationConfig, ExtractionConfig, SafeGeneConfig])
+def test_paths_and_tuples_are_taken_as_what_a_file_would_have(kind):
+    """In every config alike."""
+    place = {"output_dir": Path("out")}
+    made = {
+        AuditConfig: lambda: AuditConfig(
+            vector=Path("v"), harmful_data=(Path("h.jsonl"),), forms=("direct",), **place
+        ),
+        EvaluationConfig: lambda: EvaluationConfig(
+            Path("v"), harmful_data=[Path("h.jsonl")], judges=("refusal_phrases",), **place
+        ),
+        ExtractionConfig: lambda: ExtractionConfig(**EXTRACTION | place, isolate_from=(Path("v"),)),
+        SafeGeneConfig: lambda: SafeGeneConfig(vector=Path("v"), output=place),
+    }[kind]()
+    made.check()
+    assert getattr(made, "harmful_data", None) in (None, ["h.jsonl"], "x")
+    assert (getattr(made, "output", None) or made).output_dir == "out"
+    for each in fields(made):
+        assert not isinstance(getattr(made, each.name), Path | tuple)
+
+
+@pytest.mark.parametrize("text", ["x/" * 2048, "x" * 256])
+def test_a_setting_that_is_too_long_for_a_path_is_refused(text):
+    with pytest.raises(ConfigError, match="`vector` is too long"):
+        SafeGeneConfig(vector=text)
+    with pytest.raises(ConfigError, match="`harmful_data` is too long"):
+        evaluation(harmful_data=[text])
 
 
 def test_the_choices_of_a_transport_are_those_of_its_tables():

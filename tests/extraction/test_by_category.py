@@ -1,5 +1,6 @@
 """Vectors with a component for every harm category, from the prompts to what reads them."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from safegene_trl.extraction.by_category import (
 from safegene_trl.extraction.category_split import Reading, split
 from safegene_trl.models import batch_size
 from safegene_trl.models.low_rank import LowRankDelta
+from safegene_trl.models.names import component_labels
 from safegene_trl.models.reasoning import AS_TEMPLATE
 
 from ..conftest import ALONE, BENIGN, argv, make_deltas, make_model
@@ -97,6 +99,24 @@ def test_a_vector_by_category(options, tmp_path, capsys):
     card = (Path(options["output_dir"]) / "README.md").read_text()
     assert "| Fraud/Deception | `Fraud_Deception` | 9 |" in card.replace("\\/", "/")
     assert "Cosines between their weights" in card
+
+
+def test_the_split_shows_how_far_it_is(options, monkeypatch):
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, what, total, unit):
+            super().__init__(self)
+            self.what, self.total, self.done = what, total, 0
+            bars.append(self)
+
+        def update(self):
+            self.done += 1
+
+    monkeypatch.setattr(by_category, "progress_bar", Bar)
+    vector = made(options)
+    assert {bar.what for bar in bars} == {"Splitting by category"}
+    assert sum(bar.done for bar in bars) == len(vector.deltas) == sum(bar.total for bar in bars)
 
 
 def test_the_order_of_rows_does_not_matter(options, tmp_path):
@@ -284,6 +304,14 @@ def test_a_category_that_is_not_told_apart_is_named(caplog):
     categories = {"odd\nname": reads, "fine": reads | {"reads_own": 0.5}}
     tell({"without_category": 0, "categories": categories})
     assert "say little: 'odd\\nname'. Give" in caplog.text and "fine" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "said"), [("shared", True), (" shared!", True), ("fine", False)])
+def test_a_category_called_as_what_all_share_is_told_of(name, said, caplog):
+    label = component_labels(["shared", name])[1]
+    reads = {"reads_own": 0.5, "reads_others": 0.1, "reads_benign": 0.2, "component": label}
+    tell({"without_category": 0, "categories": {name: reads}})
+    assert (f"{name!r} has the component `shared_2`" in caplog.text) is said
 
 
 def test_two_of_them_combined_keep_their_names(options, tmp_path, capsys):

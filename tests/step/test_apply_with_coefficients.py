@@ -87,6 +87,10 @@ def test_a_full_fine_tune_is_the_base_of_its_adapter(apply, model_dir, vector_di
 NO_ADAPTER = {  # the base model, and the LoRA on it
     "DoRA": (lambda: make_model(), {"use_dora": True}),
     "modules_to_save": (lambda: make_model(tied=False), {"modules_to_save": ["lm_head"]}),
+    "saved layers": (
+        lambda: make_model(),
+        {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
+    ),
     "biases": (lambda: make_model("qwen2"), {"bias": "all"}),
     "tokens": (lambda: make_model(), {"trainable_token_indices": [5, 7]}),
     "embeddings": (lambda: make_model(tied=False), {"target_modules": ["embed_tokens"]}),

@@ -40,6 +40,9 @@ def test_an_audit_with_few_blind_spots_allows_a_step_and_is_named(saved, tmp_pat
     assert found["audit"]["blind_spots"] == 1 and len(found["audit"]["sha256"]) == 64
     (folder / AUDIT_FILE).rename(tmp_path / "own.json")
     assert checked(folder, audit=str(tmp_path / "own.json")) == found
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "own.json").rename(tmp_path / "audit" / AUDIT_FILE)
+    assert checked(folder, audit=str(tmp_path / "audit")) == found
     assert check_audit(config_of(vector=str(folder)), SafetyVector.from_pretrained(folder)) == {}
 
 

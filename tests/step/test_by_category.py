@@ -165,11 +165,18 @@ def test_in_a_training(by_category, tokenizer, tmp_path, monkeypatch):
         "allow_other_base": True,
     }
     config = config_of(**common, gate={"min_refusal_rate_by_category": {"theft": 0.3}})
-    sft(tmp_path / "out", [SafeGeneCallback(config)], tokenizer).train()
+    trainer = sft(tmp_path / "out", [], tokenizer)
+    SafeGeneCallback(config).attach(trainer)
+    trainer.train()
     report = report_in(tmp_path / "out" / "safeguarded")
     assert report["decision"]["outcome"] == "accepted"
     assert set(report["measured"]["after"]["categories"]) == set(BY_CATEGORY)
     assert any(name.endswith("/Fraud_Deception") for name in report["coefficients"])
+    (tracked,) = (each for each in trainer.state.log_history if "safegene/outcome" in each)
+    for side in ("before", "after"):
+        share = report["measured"][side]["categories"]["theft"]["share"]
+        assert tracked[f"safegene/refusal_rate_{side}/theft"] == share
+    assert "safegene/refusal_rate_after/Fraud_Deception" in tracked
     config = config_of(**common, gate={"min_refusal_rate_by_category": 0.3})
     with pytest.raises(RejectedError, match="category 'Fraud/Deception' 0"):
         sft(tmp_path / "other", [SafeGeneCallback(config)], tokenizer).train()

@@ -397,6 +397,29 @@ def test_a_category_that_cannot_be_judged_stops_before_the_training(limit, categ
         check_measurable(GateConfig(**{BY_CATEGORY: limit}), MANY, {}, categories)
 
 
+def test_categories_of_a_limit_are_spelt_as_those_of_prompts():
+    odd = {" the\u200bft ": 0.5, "e\u0301lan": 0.5}
+    gate = GateConfig(**{BY_CATEGORY: odd})
+    check_measurable(gate, MANY, {}, {"theft": 40, "\xe9lan": 40})
+    checks = decide(gate, True, 1.0, REASON, by_category(theft=40, **{"\xe9lan": 4}), True).checks
+    assert [(check.category, check.verdict) for check in checks] == [
+        ("theft", "kept"),
+        ("\xe9lan", "broken"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"theft": 0.5, "theft ": 0.6}, "'theft ', which is a category that it names already"),
+        ({"\u200b": 0.5}, "which is no name"),
+    ],
+)
+def test_a_category_that_has_two_limits_or_no_name_is_refused(limits, message):
+    with pytest.raises(ConfigError, match=message):
+        check_measurable(GateConfig(**{BY_CATEGORY: limits}), MANY, {}, {"theft": 40})
+
+
 @pytest.mark.parametrize("limit", [0.05, 0.5, 0.8, 0.9, 0.99])
 def test_so_many_prompts_are_just_enough(limit):
     count = fewest(limit)

@@ -1,6 +1,7 @@
 """Cosines between vectors against the dense matrices, the command and its plots."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 
 from safegene_trl import SafetyVector
 from safegene_trl.commands.main import main
+from safegene_trl.commands.similarity import short_names
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.reporting.plots import component_maps
 from safegene_trl.vectors.components import category_cosines, component_cosines
@@ -77,6 +79,27 @@ def test_a_file_of_a_model_or_vector_is_not_written_over(vectors, tmp_path, caps
     assert "is a file of a model or safety vector" in capsys.readouterr().err
     assert main(["inspect", names[0], "--plot", str(place)]) == 2
     assert place.read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a/one", "b/two"], ["one", "two"]),
+        (["a/v", "b/v", "w"], ["a/v", "b/v", "w"]),
+        (["x/a/v", "y/a/v", "z/b/v"], ["x/a/v", "y/a/v", "b/v"]),
+        (["owner/v", "owner/v"], ["v (1)", "v (2)"]),
+        (["v", "a/v"], ["v (1)", "a/v"]),
+    ],
+)
+def test_vectors_in_folders_of_one_name_are_told_apart(names, labels):
+    assert short_names(names) == labels
+
+
+def test_the_table_names_folders_of_one_name_by_what_they_lie_in(vectors, tmp_path, capsys):
+    for place in ("a", "b"):
+        shutil.copytree(vectors[0], tmp_path / place / "v")
+    assert main(["similarity", *(str(tmp_path / place / "v") for place in ("a", "b"))]) == 0
+    assert "a/v · b/v" in capsys.readouterr().out
 
 
 def test_other_family(vectors, tokenizer, tmp_path, capsys):
