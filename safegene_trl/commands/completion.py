@@ -14,7 +14,7 @@ from .plain_parser import PlainParser
 
 _WORDS = "completion_words.json"
 _SHELLS = ("bash", "zsh", "fish")
-_ESTIMATED = ("sft", "apply", "extract")
+_ESTIMATED = ("sft", "apply", "extract", "audit")
 
 # A function goes through the words of the line for the command, since `--quiet` may stand before it
 # and `estimate` has another one behind it. Where it offers nothing, bash completes file names itself.
