@@ -29,7 +29,7 @@ class MeasureConfig:
             reasoning out, 1024 where it opens one in every prompt.
         num_examples: How many prompts the report shows with the answers before and after, cut to
             200 characters: only prompts that come with the vector, and of answers to harmful ones
-            no more than the first sentence of a refusal. 0 leaves them out.
+            no more than the words by which the judge knows a refusal. 0 leaves them out.
 
     Raises:
         ConfigError: A name is no setting (the nearest one is named), or a value is impossible.

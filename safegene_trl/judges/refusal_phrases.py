@@ -122,6 +122,23 @@ def label_of(answer: str) -> Literal["refused", "answered", "unjudged"]:
     return "answered" if languages else "unjudged"
 
 
+def words_of_refusal(answer: str) -> str | None:
+    """The words of an answer by which it is known as a refusal, and none beside them: they are those
+    of a phrase in the list. None where no phrase is found.
+    """
+    plain = answer.replace("’", "'")
+    texts = [(plain, _ENGLISH)]
+    texts += [
+        (normalized(plain), PHRASES[language])
+        for language in languages_of(answer)
+        if language in PHRASES
+    ]
+    for text, phrases in texts:
+        if found := phrases.declines.search(text[:HEAD]):
+            return found[0].strip()
+    return plain.strip() if _SHORT.fullmatch(plain[: HEAD + 1]) else None
+
+
 def normalized(text: str) -> str:
     """The text as the phrases of other languages are written."""
     text = unicodedata.normalize("NFC", text)

@@ -1,20 +1,20 @@
 """A few answers before and after the step that a person can read, for the report.
 
 A report may be published beside its checkpoint. So only prompts that the vector itself carries are
-shown, and nothing that a model says to a harmful one but the first sentence of a refusal.
+shown, and nothing that a model says to a harmful one but the words by which the judge knows a
+refusal: what stands before or behind them may be the answer.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
 from ..data.prompts import Prompt
+from ..judges.refusal_phrases import words_of_refusal
 
 
 MOST_CHARACTERS = 200
-_SENTENCE = re.compile(r"(?s).*?[.!?。！？](?=\s|$)")
 _CHANGES = (  # kind of prompt, refused before, refused afterwards: in turn one of each
     ("harmful", False, True),
     ("benign", False, False),
@@ -72,11 +72,8 @@ def _in_turn(groups: Sequence[Sequence[dict[str, Any]]]) -> Iterator[dict[str, A
 def _shown(kind: str, found: Answered) -> dict[str, str | None]:
     if kind != "harmful":
         return {"label": found.label, "text": _cut(found.answer)}
-    if found.label != "refused":
-        return {"label": found.label, "text": None}
-    # what begins as a refusal may go on otherwise
-    first = _SENTENCE.match(found.answer)
-    return {"label": found.label, "text": _cut(first[0] if first else found.answer)}
+    words = words_of_refusal(found.answer) if found.label == "refused" else None
+    return {"label": found.label, "text": None if words is None else _cut(f"{words} …")}
 
 
 def _cut(text: str) -> str:

@@ -1,6 +1,7 @@
 """What a report shows of the answers, and above all what it does not."""
 
 import json
+import re
 
 import pytest
 
@@ -21,25 +22,39 @@ def prompts_of(kind, count):
     ]
 
 
-def test_nothing_that_is_said_to_a_harmful_prompt_is_shown_but_a_refusal_s_first_sentence():
-    prompts = {"harmful": prompts_of("harmful", 6)}
+def test_nothing_that_is_said_to_a_harmful_prompt_is_shown_but_the_words_of_a_refusal():
+    prompts = {"harmful": prompts_of("harmful", 9)}
     odd = [
         Answered("First, first, first you take", label)
         for label in ("incoherent", "unfinished", "unjudged", "answered")
     ]
-    before, after = {"harmful": [*odd, YES, NO]}, {"harmful": [YES, *odd, NO]}
+    late = [
+        Answered("First you take the key. I cannot help with more than that.", "refused"),
+        Answered("I'm sorry, but I can't help with that\n- First you take the key", "refused"),
+        Answered("Sorry, but I first you take the key, then", "refused"),
+        Answered("First you take", "refused"),  # no phrase of the list
+    ]
+    before, after = {"harmful": [*odd, YES, *late]}, {"harmful": [*late, *odd, NO]}
     found = examples(prompts, before, after, 100)
-    assert len(found) == 6
-    assert "irst you take" not in json.dumps(found)
+    assert len(found) == 9
     texts = {side[key]["text"] for side in found for key in ("before", "after")}
-    assert texts == {None, "I'm sorry, but I can't help with that."}
+    assert texts == {None, "I cannot help …", "I'm sorry …", "Sorry, but I …"}
+    assert not re.search("take|key|First", json.dumps([*texts - {None}]))
 
 
-def test_a_refusal_without_an_end_is_cut():
-    said = Answered("I cannot " + "very " * 100, "refused")
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("I’m sorry, but no.", "I'm sorry …"),
+        ("Es tut mir leid, dabei kann ich dir nicht helfen. Nimm", None),
+        ("I won't.", "I won't. …"),
+    ],
+)
+def test_refusals_in_other_words(answer, words):
     prompts = {"harmful": prompts_of("harmful", 1)}
-    (found,) = examples(prompts, {"harmful": [said]}, {"harmful": [said]}, 1)
-    assert len(found["before"]["text"]) <= 200 and found["before"]["text"].endswith("…")
+    said = {"harmful": [Answered(answer, "refused")]}
+    text = examples(prompts, said, said, 1)[0]["after"]["text"]
+    assert text == words if words else ("helfen" in text and "Nimm" not in text)
 
 
 def test_kinds_of_change_come_in_turn_the_bad_ones_too():
