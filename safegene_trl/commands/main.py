@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [word for word in words if not word.startswith("--local_rank=")]
     first = next((word for word in argv if word.partition("=")[0] not in OPTIONS), "")
     name = f"safegene {first}" if first in COMMANDS else "safegene"
-    output = Output("")
+    output = Output("", json="--json" in argv)  # until its words are read
     try:
         output, argv = taken(argv)
         with interruptible(), held_back(), output.opened():
             code = _run(argv)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed before the command began
+                sys.stdout.flush()
         output.write(code)
         return code
     except Interrupted as ending:

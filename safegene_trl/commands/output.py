@@ -10,7 +10,7 @@ command, and lets it write the document, or that of an error, when all is done. 
 import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, Namespace
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -43,11 +43,18 @@ class Output:
         command: The command.
         json: Whether its result is printed as JSON, or the file that it is written to.
         quiet: Whether it prints nothing else.
+        named: What its words and its recipe name, which may be files that it reads.
         record: The result, once the command has given it.
     """
 
-    def __init__(self, command: str, json: bool | Path = False, quiet: bool = False):
-        self.command, self.json, self.quiet = command, json, quiet
+    def __init__(
+        self,
+        command: str,
+        json: bool | Path = False,
+        quiet: bool = False,
+        named: Sequence[str] = (),
+    ):
+        self.command, self.json, self.quiet, self.named = command, json, quiet, list(named)
         self.record: Any = None
         self._held = ExitStack()
 
@@ -96,7 +103,7 @@ class Output:
         if isinstance(self.json, Path):
             from ..checkpoints.preflight import check_outputs
 
-            check_outputs([self.json])
+            check_outputs([self.json], _files(self.named))
         if self.quiet:
             self._held.enter_context(no_progress())
             self._held.enter_context(silenced())
@@ -155,7 +162,8 @@ def taken(argv: Sequence[str]) -> tuple[Output, list[str]]:
             raise ConfigError(f"`{name}` is on the command line twice: leave one of them out.")
         found[name] = _meant(name, value) if equals else True
     json, quiet = (found.get(name, False) for name in OPTIONS)
-    return Output(rest[0] if rest else "", json, quiet), rest
+    values = [part for word in rest for part in (word, word.partition("=")[2])]
+    return Output(rest[0] if rest else "", json, quiet, values), rest
 
 
 def _is_value(name: str, word: str, before: Sequence[str]) -> bool:
@@ -186,8 +194,29 @@ def set_by_recipe(recipe: MutableMapping[str, Any], prog: str) -> None:
     """
     found = {name: _meant(name, recipe.pop(name)) for name in ("json", "quiet") if name in recipe}
     output = _OUTPUT.get()
-    if found and output is not None and prog == f"safegene {output.command}":
+    if output is None:
+        return
+    output.named += _texts(recipe)
+    if prog != f"safegene {output.command}":
+        found = {}
+    if found or isinstance(output.json, Path):
         output.change(found.get("json"), bool(found.get("quiet")))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a recipe."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for own in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(own)
+
+
+def _files(names: Sequence[str]) -> Iterator[Path]:
+    for name in names:
+        with suppress(OSError, ValueError):  # too long, or no name of a file
+            if name and Path(name).is_file():
+                yield Path(name)
 
 
 @contextmanager
@@ -233,7 +262,10 @@ def _standard_output_to(stream: TextIO) -> Iterator[None]:
     """Standard output goes to a stream that has a descriptor: what Python prints, and where this is
     the process's own, what libraries in C and subprocesses write.
     """
-    own = cast(TextIO, sys.stdout)
+    own = cast(TextIO | None, sys.stdout)
+    if own is None:  # it was closed before the command began
+        yield
+        return
     replaced = own is not sys.__stdout__  # by a program that runs the command
     with redirect_stdout(stream):
         if replaced:

@@ -256,6 +256,36 @@ def test_an_error_is_a_document_too(tmp_path, capsys):
     assert not printed.out and printed.err == f"safegene inspect: {found['error']}\n"
 
 
+def test_the_document_replaces_nothing_that_the_command_reads(
+    keys, other_vector, vector_dir, tmp_path, capsys
+):
+    private, public = keys
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(f"vector: {vector_dir}\nharmful_data: {public}\n")
+    kept = {place: Path(place).read_bytes() for place in (private, public, recipe)}
+    for words, place in (
+        (["sign", other_vector, "--private_key", private], private),
+        (["sign", other_vector, f"--private_key={private}"], private),
+        (["verify", other_vector, "--public_key", public], public),
+        (["audit", "--config", str(recipe)], recipe),
+        (["audit", "--config", str(recipe)], public),
+    ):
+        assert main([*words, f"--json={place}"]) == 2
+        assert f"{place} is read by the same command: choose" in capsys.readouterr().err
+    assert {place: Path(place).read_bytes() for place in kept} == kept
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--quiet"]])
+def test_a_closed_standard_output_ends_nothing(options, vector_dir, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["inspect", str(vector_dir), *options]) == 0
+
+
+def test_words_that_cannot_be_read_have_a_document_too(capsys):
+    assert main(["inspect", "v", "--json", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 2
+
+
 def test_an_error_replaces_no_file(tmp_path, capsys):
     found, gone = tmp_path / "found.json", str(tmp_path / "none" / "at" / "all")
     for content in ("{}", None):
