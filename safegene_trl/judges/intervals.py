@@ -53,23 +53,24 @@ def fewest(share: float) -> int:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0, step: float = 0.0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (BCa) of the mean.
+    """Bootstrap 95 % interval (BCa) of the mean; the value itself where all are the same.
 
-    Of fewer than two values, and of values that are all alike, a bootstrap has no width. Then it is
-    the adjusted Wald interval of Bonett and Price (2012) as in `paired_interval`, for values that
-    differ by `step`; the value itself where that is 0.
+    A bootstrap has little or no width where nearly all values, or all, are alike. So it is at least
+    as wide as the adjusted Wald interval of Bonett and Price (2012), as in `paired_interval`, for as
+    many values that differ by `step` or not at all.
     """
     sample = np.asarray(values, dtype=float)
+    mean = float(sample.mean())
+    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(2) * step / (len(sample) + 2)
+    least, most = mean - half, mean + half
     if len(sample) < 2 or np.all(sample == sample[0]):
-        mean = float(sample.mean())
-        half = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(2) * step / (len(sample) + 2)
-        return mean - half, mean + half
+        return least, most
     generator = np.random.default_rng(seed)
     found = bootstrap(
         (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator
     )
     low, high = found.confidence_interval
-    return float(low), float(high)
+    return min(float(low), least), max(float(high), most)
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float]:

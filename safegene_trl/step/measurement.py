@@ -85,7 +85,7 @@ class Measurement:
             a reasoning model `unfinished`, too: the share of answers whose reasoning did not end,
             which count as incoherent.
             `utility_loss`: mean loss of token accuracy over the task samples with a bootstrap
-            interval, which has a width of its own where all samples are alike.
+            interval, which has a width of its own where samples are alike.
             Where it is known what the aligned model does with all prompts of a kind, what
             `against_aligned` gives, too. Of what the judge cannot know, `unjudged` says how many
             there are where there are any; no share but its own counts them.

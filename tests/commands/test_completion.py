@@ -46,7 +46,7 @@ def script(tmp_path, capsys):
         ("sft --safegene.gate.max_inc", {"--safegene.gate.max_incoherent"}),
         ("apply --config a.yaml --fl", {"--fleet"}),
         ("--json apply --accel", {"--accelerate_config"}),
-        ("estimate ", {"sft", "apply", "extract"}),
+        ("estimate ", {"sft", "apply", "extract", "audit"}),
         ("estimate apply --coef", {"--coefficients"}),
         ("estimate apply apply --coef", {"--coefficients"}),
         ("inspect inspect --pl", {"--plot"}),

@@ -270,8 +270,8 @@ def test_a_folder_that_cannot_be_written_into(place, capsys):
     assert "a folder of its own" in refused(capsys, "model", "--output_dir", ".")
     assert "cannot be seen" in refused(capsys, "model", "--output_dir", "a\nb")
     for option in ("--output_dir", "--build_dir", "--vector", "--data"):
-        assert "more than 255 bytes" in refused(capsys, "model", option, "n" * 256)
-    assert "more than 255 bytes" in refused(capsys, "n" * 5000)
+        assert "a name in it 255" in refused(capsys, "model", option, "n" * 256)
+    assert "a name in it 255" in refused(capsys, "n" * 5000)
     assert "is empty" in refused(capsys, "model", "--data", "")
 
 

@@ -82,3 +82,12 @@ def test_kappa():
     second = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
     assert kappa(first, second) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
     assert kappa([True, True], [True, True]) is None
+
+
+def test_a_mean_of_values_that_are_nearly_alike_is_not_sure():
+    for values in ([0.0], [0.0] * 20, [0.0] * 19 + [-0.02], [0.0, -0.02], [0.0, 0.0, -0.02]):
+        low, high = mean_interval(values, step=0.02)
+        assert low < np.mean(values) < high and high > 0
+    spread = np.random.default_rng(0).normal(size=50).tolist()
+    assert mean_interval(spread, step=0.02) == mean_interval(spread)
+    assert mean_interval([0.25] * 3) == (0.25, 0.25)
