@@ -244,7 +244,7 @@ def main() -> None:
     )
     subprocess.run([sys.executable, str(RECIPE / "prepare.py")], check=True, timeout=900)
     end = (
-        "less than a minute, in which little is learned and some refusals are lost"
+        "less than a minute on idle cores, in which little is learned and some refusals are lost"
         if short
         else "up to 3 minutes: refusals are lost on the way"
     )
@@ -277,7 +277,7 @@ def main() -> None:
         f"Recalibration took {report['phases']['recalibrate']['seconds']:.0f} s, all of it {time.perf_counter() - started:.0f} s."
     )
     print(
-        f"Checkpoint:   {OUT / 'safeguarded'}\nReport:       {OUT / 'safeguarded' / 'safegene_report.json'}"
+        f"Checkpoint:   {OUT / 'safeguarded'}\nReport:       {OUT / 'safeguarded' / 'safegene_report.html'}"
     )
     print(f"In a browser: {Path(sys.executable).with_name('safegene')} demo {OUT / 'safeguarded'}")
     if short:
@@ -289,4 +289,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What is finished lies in {OUT}; run this again.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -56,6 +56,7 @@ class Output:
     ):
         self.command, self.json, self.quiet, self.named = command, json, quiet, list(named)
         self.record: Any = None
+        self._may_write = False  # the document's file, which is none that is read
         self._held = ExitStack()
 
     @contextmanager
@@ -90,10 +91,12 @@ class Output:
             print(strict_json(self.record), flush=True)
 
     def fail(self, message: str, code: int, report: Any = None) -> None:
-        """Writes the document of an error, or the report that the error came with. It replaces no
-        file.
+        """Writes the document of an error, or the report that the error came with. It replaces an
+        earlier document, which would pass for this one's, and no other file.
         """
-        if not is_first_process() or (isinstance(self.json, Path) and self.json.exists()):
+        if not is_first_process():
+            return
+        if isinstance(self.json, Path) and not (self._may_write and _is_document(self.json)):
             return
         self.record = {"error": message, "exit_code": code} if report is None else report
         self.write(code)
@@ -103,7 +106,9 @@ class Output:
         if isinstance(self.json, Path):
             from ..checkpoints.preflight import check_outputs
 
+            self._may_write = False
             check_outputs([self.json], _files(self.named))
+            self._may_write = True
         if self.quiet:
             self._held.enter_context(no_progress())
             self._held.enter_context(silenced())
@@ -210,6 +215,17 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for own in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(own)
+
+
+def _is_document(path: Path) -> bool:
+    """Whether nothing is there, or a JSON document."""
+    try:
+        read_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _files(names: Sequence[str]) -> Iterator[Path]:

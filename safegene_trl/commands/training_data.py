@@ -127,8 +127,9 @@ def check_rows(rows: Any, what: str, training: SFTConfig, model: str, revision: 
             else f"the trainer reads `{column}`"
         )
         raise CalibrationDataError(
-            f"The {what} has no column `{column}`, only {columns}, and {said}: set `dataset_text_field` to the column "
-            "with the text, or name the columns `messages`, or `prompt` and `completion`."
+            f"The {what} has no column `{column}`, only {columns}, and {said}: name the columns of "
+            "questions and answers `prompt` and `completion`, one of conversations `messages`, or set `dataset_text_field` to the "
+            "column with the text."
         )
     for column in read:
         if not isinstance(row[column], str):

@@ -80,7 +80,7 @@ def refusals(models: SideBySide, slider: float) -> Iterator[Texts]:
 def _told(rate: Rate | None, slider: float | None) -> str:
     if rate is None:
         return "the vector brings no harmful prompts"
-    at = "" if slider is None else f"at {slider:g}: "
+    at = "" if slider is None else f"at {round(slider * STEPS) / STEPS:g}: "
     low, high = rate.interval
     return f"{at}refused {rate.successes} of {rate.count} (95 % interval: {low:.0%}–{high:.0%})"
 

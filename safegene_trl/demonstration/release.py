@@ -25,6 +25,7 @@ class Release:
         vector_revision: Its revision on the hub.
         fine_tune: The fine-tune's place; empty where it was in memory only.
         base: The reference of the checkpoint that the fine-tune started from.
+        rejected: Why it was rejected, where it was and is there all the same; else empty.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Release:
     vector_revision: str | None
     fine_tune: str
     base: dict[str, Any]
+    rejected: str = ""
 
     @classmethod
     def read(cls, name: str) -> "Release":
@@ -57,13 +59,16 @@ class Release:
             fine_tune = report.get("fine_tune") or ""
             sound = isinstance(base.get("files", {}), dict) and isinstance(revision, str | None)
             sound = sound and isinstance(place, str) and isinstance(fine_tune, str)
+            decision = report.get("decision") or {}
+            rejected = decision["reason"] if decision.get("outcome") == "rejected" else ""
+            sound = sound and isinstance(rejected, str)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise ConfigError(
                 f"{printable(str(file))} is damaged or of another version: run the safety step again."
             )
-        return cls(folder, place, revision, fine_tune, base)
+        return cls(folder, place, revision, fine_tune, base, rejected)
 
     def open_vector(self, named: str) -> SafetyVector:
         """The vector that somebody names, or else the one that the report does.

@@ -235,6 +235,8 @@ def load_side_by_side(config: DemoConfig) -> SideBySide:
     check_encoding(tokenizer, asking.model, [*harmful, *(one.asked for one in offered().values())])
     found, why_not = _find_aligned(config, release, vector)
     notes += [*why_not, of_what]
+    if release.rejected:
+        notes.insert(0, f"This checkpoint was rejected. {release.rejected}")
     del stored
     tuned = _loaded(asking, asking.model, None, vector)
     vector.check_fits(canonical_modules(tuned.model))

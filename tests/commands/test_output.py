@@ -286,17 +286,28 @@ def test_words_that_cannot_be_read_have_a_document_too(capsys):
     assert json.loads(capsys.readouterr().out)["exit_code"] == 2
 
 
-def test_an_error_replaces_no_file(tmp_path, capsys):
+def test_an_error_replaces_an_earlier_document_and_no_other_file(tmp_path, capsys):
     found, gone = tmp_path / "found.json", str(tmp_path / "none" / "at" / "all")
-    for content in ("{}", None):
+    for content, replaced in (('{"status": "safeguarded"}', True), ("a: b", False), (None, True)):
         if content:
             found.write_text(content)
         else:
             found.unlink()
         assert main(["inspect", gone, f"--json={found}"]) == 2
         assert not capsys.readouterr().out
-        assert content is None or found.read_text() == content
-    assert json.loads(found.read_text())["exit_code"] == 2
+        if replaced:  # else it would pass for this command's
+            assert json.loads(found.read_text())["exit_code"] == 2
+        else:
+            assert found.read_text() == content
+
+
+def test_an_error_replaces_no_json_that_the_command_reads(tmp_path, capsys):
+    data = tmp_path / "prompts.json"
+    data.write_text('[{"prompt": "a"}]')
+    words = ["evaluate", "--model_name_or_path", "none", "--harmful_data", str(data)]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), f"--json={data}"]) == 2
+    assert data.read_text() == '[{"prompt": "a"}]'
+    assert "is read by the same command" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(vector_dir, capsys):
