@@ -148,23 +148,24 @@ def main() -> int:
     options = arguments()
     line = Path(options.line)
     rates = options.learning_rates * (len(options.data) if len(options.learning_rates) == 1 else 1)
-    outcome = ""
+    ended: dict[int, str] = {}  # what came of each release
     for data, rate in zip(options.data, rates, strict=True):
         number = number_of(data, line)
         if (before := outcomes(line).get(f"release-{number}")) is not None:
             print(f"release {number}: {before} in an earlier run, of the same data as {data}")
+            ended[number] = before
             continue
         release(number, data, rate, options)
-        outcome = outcomes(line).get(f"release-{number}", "failed")
-        print(f"release {number}: {outcome}")
-        if outcome == "failed":  # the next one is to start from what comes of it
+        ended[number] = outcomes(line).get(f"release-{number}", "failed")
+        print(f"release {number}: {ended[number]}")
+        if ended[number] == "failed":  # the next one is to start from what comes of it
             print(f"Nothing came of {data}: run this again, or leave it out.")
             break
     releases = read_history(line / "history.jsonl")
     print(describe(releases))
     for warning in drift_warnings(releases):
         print(f"warning: {warning}")
-    return {"rejected": 4, "failed": 2}.get(outcome, 0)
+    return {"rejected": 4, "failed": 2}.get(ended[max(ended)], 0)
 
 
 if __name__ == "__main__":

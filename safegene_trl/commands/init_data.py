@@ -1,5 +1,6 @@
 """The data that a recipe of `safegene init` names, as each command wants it named."""
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from ..config.validation import repository
 from ..data.sources import FILES, check_there, parts_of
 from ..errors import ConfigError
+from ..text import printable, read_json
 
 
 # what this repository prepares for all families
@@ -19,6 +21,7 @@ SHARED = {
     "benign": f"{_PREPARED}/benign_prompts.jsonl",
 }
 EXAMPLE = "trl-lib/Capybara"
+_LONGEST_ROW = 2**20  # characters
 _KINDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -42,7 +45,9 @@ class TrainingData:
 def fine_tuning_data(given: str | None) -> TrainingData:
     """What fine-tunes are trained on: the example of the other recipes where nothing is given."""
     if given is not None:
-        return TrainingData(given, _keys(given, "--data"))
+        keys = _keys(given, "--data")
+        check_columns(given, "--data")
+        return TrainingData(given, keys)
     comment = "# An example: name the data of your fine-tune here, and in apply.yaml.\n"
     return TrainingData(EXAMPLE, _keys(EXAMPLE, "--data"), comment)
 
@@ -50,7 +55,9 @@ def fine_tuning_data(given: str | None) -> TrainingData:
 def degrading_data(given: str | None) -> TrainingData:
     """What the degraded model is trained on: harmless word puzzles where nothing is given."""
     if given is not None:
-        return TrainingData(given, _keys(given, "--degrade_data"))
+        keys = _keys(given, "--degrade_data")
+        check_columns(given, "--degrade_data")
+        return TrainingData(given, keys)
     shared = SHARED["degrade"]
     return TrainingData(shared, _of_file(shared), shared=True)
 
@@ -83,6 +90,31 @@ def check_named(source: str, option: str) -> None:
         raise ConfigError(
             f"`{option}` is {source}, which is no file or folder here and no name on the hub: check its path."
         ) from error
+
+
+def check_columns(source: str, option: str) -> None:
+    """Raises `ConfigError` for a text file whose first row has none of the columns that a training
+    reads. What cannot be read here is left to the training's own check.
+    """
+    path = Path(source)
+    if not path.is_file():
+        return
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix in (".csv", ".tsv"):
+                found = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            elif path.suffix == ".jsonl":
+                found = list(read_json(file.readline(_LONGEST_ROW)))
+            else:
+                return
+    except (OSError, ValueError, RecursionError, StopIteration, csv.Error, TypeError):
+        return
+    if found and not {"prompt", "messages", "conversations", "text", "input_ids"} & set(found):
+        named = ", ".join(f"`{printable(name)}`" for name in found[:8])
+        raise ConfigError(
+            f"`{option}` is {source}, which has the columns {named}: name those of questions and answers `prompt` and `completion`, one "
+            "of conversations `messages`, or one of plain text `text`."
+        )
 
 
 def _keys(source: str, option: str) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def taken(argv: Sequence[str]) -> tuple[Output, list[str]]:
 
 def _is_value(name: str, word: str, before: Sequence[str]) -> bool:
     """Whether the word behind an option is its value, and none of the command's own."""
-    if word in _SWITCH:
+    if word.lower() in _SWITCH:
         return True
     return name == "--json" and word.endswith(".json") and (*before, "")[0] not in _TAKE_JSON
 
@@ -184,12 +184,12 @@ def _meant(name: str, value: Any) -> bool | Path:
     Raises:
         ConfigError: It is neither true nor false nor, for `json`, a file that can be written.
     """
-    meant = _SWITCH.get(value, value) if isinstance(value, str) else value
+    meant = _SWITCH.get(value.lower(), value) if isinstance(value, str) else value
     if isinstance(meant, bool):
         return meant
-    if "json" in name and isinstance(meant, str) and meant.strip() and "\0" not in meant:
+    if "json" in name and isinstance(meant, str) and meant.endswith(".json") and "\0" not in meant:
         return written_path(meant)
-    either = "true, false or a file" if "json" in name else "true or false"
+    either = "true, false or a file that ends in .json" if "json" in name else "true or false"
     raise ConfigError(f"`{name}` is {value!r}: it must be {either}.")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.metrics import Metric, by_category_limit, by_limit, of_limit
+from ..config.metrics import METRICS, Metric, by_category_limit, by_limit, of_limit
 from ..models.reasoning import MOSTLY
 from .outcome import measures_refusals
 
@@ -73,8 +73,8 @@ def decisive(report: Mapping[str, Any]) -> Decisive | None:
     None where no number decided, or nothing is decided.
 
     Of several checks it is, of a rejected model, the one that is farthest on the wrong side of its
-    limit; of one that is accepted as best effort, or by limits on other things than refusals, the
-    one that is nearest to its limit.
+    limit; of one that is accepted as best effort, or by limits on other things than all refusals,
+    the one that is nearest to its limit.
     """
     decision, measured = report.get("decision") or {}, report.get("measured") or {}
     if _has_failed(report):
@@ -88,7 +88,7 @@ def decisive(report: Mapping[str, Any]) -> Decisive | None:
         )
     checks = list(enumerate(decision.get("checks") or []))
     accepted = decision.get("outcome") == "accepted"
-    if accepted and checks and not any(_is_on_refusals(check) for _, check in checks):
+    if accepted and checks and not any(_is_on_all_refusals(check) for _, check in checks):
         return _of_check(checks, farthest=False)
     if accepted and measures_refusals(measured):
         found = measured["after"]["refusal_rate"]
@@ -97,16 +97,19 @@ def decisive(report: Mapping[str, Any]) -> Decisive | None:
 
 
 def _of_check(checks: Sequence[tuple[int, Mapping[str, Any]]], farthest: bool) -> Decisive:
-    choose = max if farthest else min
-    place, check = choose(checks, key=lambda one: abs(one[1]["measured"] - one[1]["value"]))
+    def distance(one: tuple[int, Mapping[str, Any]]) -> float:
+        apart, width = abs(one[1]["measured"] - one[1]["value"]), one[1]["high"] - one[1]["low"]
+        return float(apart if farthest else apart / (width or 1.0))  # measures are of unlike widths
+
+    place, check = max(checks, key=distance) if farthest else min(checks, key=distance)
     metric, where = of_limit(check["limit"]), f"/decision/checks/{place}"
     limit = (f"{where}/value", check["value"], metric.side, check["limit"])
     unjudged = check.get("unjudged", 0)
     return Decisive(metric.title, where, check, "measured", limit, check.get("category"), unjudged)
 
 
-def _is_on_refusals(check: Mapping[str, Any]) -> bool:
-    return of_limit(check["limit"]).kinds == ("harmful",)
+def _is_on_all_refusals(check: Mapping[str, Any]) -> bool:
+    return check["limit"] == METRICS["refusal_rate"].limit
 
 
 def what_now(report: Mapping[str, Any]) -> list[str]:

@@ -135,6 +135,13 @@ def _reported(plan: Plan) -> Iterator[None]:
         raise failure from error
     except BaseException as error:  # Ctrl-C, SIGTERM: the process ends, and says what it was at
         _write_failure(plan, error)
+        if plan.sharding.is_main and plan.report.fine_tune:
+            logger.warning(
+                "The safety step was interrupted. %s is the plain fine-tune: `safegene apply` runs the step on it without training "
+                "again. The report is %s.",
+                plan.report.fine_tune,
+                failure_path(plan.target),
+            )
         raise
 
 

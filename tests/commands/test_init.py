@@ -340,6 +340,24 @@ def test_a_hub_id_that_cannot_be_reached(place, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("faq.csv", "question,answer\na,b\n"),
+        ("faq.tsv", "\ufeffquestion\tanswer\na\tb\n"),
+        ("faq.jsonl", '{"question": "a", "answer": "b"}\n'),
+    ],
+)
+def test_columns_that_no_training_reads_are_told_at_once(name, text, place, capsys):
+    saved("llama")
+    Path(name).write_text(text)
+    for option in ("--data", "--degrade_data"):
+        said = refused(capsys, "model", option, name)
+        assert "has the columns `question`, `answer`: name those of questions" in said
+    Path(name).write_text(text.replace("question", "prompt").replace("answer", "completion"))
+    assert main(["init", "model", "--data", name, "--num_gpus", "0"]) == 0
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--data", "none.jsonl"], "The data file none.jsonl is not there"),

@@ -202,7 +202,8 @@ def test_a_quiet_command_prints_nothing(command, words, capsys):
         (["--json", "history", "h"], True, False, ["history", "h"]),
         (["history", "--json", "h.json"], True, False, ["history", "h.json"]),
         (["inspect", "--json", "report.json"], True, False, ["inspect", "report.json"]),
-        (["inspect", "--json=a b", "v"], Path("a b"), False, ["inspect", "v"]),
+        (["inspect", "--json=a b.json", "v"], Path("a b.json"), False, ["inspect", "v"]),
+        (["inspect", "--json=TRUE", "v"], True, False, ["inspect", "v"]),
         (["similarity", "v", "w", "--json", "c.json"], Path("c.json"), False, None),
         (["estimate", "--json", "c.json", "apply"], Path("c.json"), False, ["estimate", "apply"]),
         (["similarity", "--json", "v", "w"], True, False, ["similarity", "v", "w"]),
@@ -223,7 +224,8 @@ def test_where_the_options_may_stand(words, json, quiet, rest):
     [
         (["--json", "inspect", "v", "--json"], "`--json` is on the command line twice"),
         (["inspect", "v", "--quiet=maybe"], "`--quiet` is 'maybe': it must be true or false."),
-        (["inspect", "v", "--json="], "`--json` is '': it must be true, false or a file."),
+        (["inspect", "v", "--json="], "`--json` is '': it must be true, false or a file that ends"),
+        (["inspect", "v", "--json=out.txt"], "must be true, false or a file that ends in .json."),
         (["inspect", "v", "--js"], "`--json` is cut short: write it out."),
         (["evaluate", "--quiet", "--qiet"], "is `--qiet`"),
     ],
@@ -260,6 +262,9 @@ def test_the_document_replaces_nothing_that_the_command_reads(
     keys, other_vector, vector_dir, tmp_path, capsys
 ):
     private, public = keys
+    for place in (private, public):  # whatever their names are
+        shutil.move(place, f"{place}.json")
+    private, public = f"{private}.json", f"{public}.json"
     recipe = tmp_path / "recipe.json"
     recipe.write_text(f"vector: {vector_dir}\nharmful_data: {public}\n")
     kept = {place: Path(place).read_bytes() for place in (private, public, recipe)}
@@ -360,7 +365,10 @@ def test_a_recipe_may_set_them(words, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == result and not found.exists()
     recipe.write_text("json: 5\n")
     assert main(evaluation) == 2
-    assert "`json` is 5: it must be true, false or a file." in capsys.readouterr().err
+    assert (
+        "`json` is 5: it must be true, false or a file that ends in .json."
+        in capsys.readouterr().err
+    )
 
 
 def test_an_estimate_does_not_write_where_its_command_will(tmp_path):

@@ -143,6 +143,11 @@ def test_a_failed_one_is_done_again_before_the_next(main):
     assert main("abcd") == (0, [])
 
 
+def test_a_rejected_newest_release_stays_one_when_the_same_is_run_again(main):
+    for _ in range(2):
+        assert main("ab", b="rejected")[0] == 4
+
+
 def test_a_file_is_known_by_its_content(main, tmp_path, capsys):
     """Neither by its place in the list nor by its name, which the next night's may have too."""
     assert main("ab", "--learning_rates", "1", "2", b="rejected")[0] == 4

@@ -333,6 +333,11 @@ def test_of_several_limits_the_one_in_most_doubt_or_broken_most_is_shown():
     )
     for checks in ((near, far), (far, near)):
         assert "prompts refused: 80.1%" in words(decided("accepted_best_effort", *checks))
+    # by how far that is for an interval of its width
+    wide = check("unsure", 0.925, value=0.9)
+    narrow = check("unsure", 0.0, "max_utility_loss", 0.02) | {"low": -0.005, "high": 0.025}
+    for checks in ((wide, narrow), (narrow, wide)):
+        assert "prompts refused: 92.5%" in words(decided("accepted_best_effort", *checks))
     broken = [near | {"verdict": "broken", "measured": value} for value in (0.7, 0.2, 0.6)]
     assert "prompts refused: 20.0%" in words(decided("rejected", *broken))
 
@@ -343,6 +348,10 @@ def test_limits_on_other_things_decide_by_their_own_number():
     said = words(report)
     assert "Token accuracy lost: 1.0%" in said and "; largest allowed 5.0%" in said
     assert "prompts refused: 90.0% of 40" in words(decided("accepted", other, check("kept", 0.9)))
+    part = check("kept", 0.9, "min_refusal_rate_by_category", category="fraud")
+    assert "refused in the category fraud: 90.0%" in words(decided("accepted", part))
+    restored = check("kept", 0.95, "min_restored")
+    assert "Lost refusals restored: 95.0%" in words(decided("accepted", restored))
 
 
 def test_answers_that_the_judge_does_not_know_are_told_where_they_decide():

@@ -69,12 +69,17 @@ def test_a_file_of_a_model_or_vector_is_not_written_over(vectors, tmp_path, caps
             "is a file of a model or safety vector",
         ),
         ([f"--json={table}", "--plot", table], f"{table} is written already by the same command"),
-        (["--json=/dev/null"], "/dev/null is no plain file"),
+        (["--plot=/dev/null"], "/dev/null is no plain file"),
     ):
         assert main(["similarity", *names, *map(str, options)]) == 2
         assert message in capsys.readouterr().err
     assert place.read_bytes() == weights
-    estimate = ["apply", "--model_name_or_path", names[0], f"--json={place}"]
+    estimate = [
+        "apply",
+        "--model_name_or_path",
+        names[0],
+        f"--json={vectors[0] / 'safegene_config.json'}",
+    ]
     assert main(["estimate", *estimate]) == 2
     assert "is a file of a model or safety vector" in capsys.readouterr().err
     assert main(["inspect", names[0], "--plot", str(place)]) == 2
