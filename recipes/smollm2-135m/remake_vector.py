@@ -65,8 +65,11 @@ def compared(made: Path, shipped: Path) -> int:
         {(row["kind"], row["prompt"]): row.get("verdict") for row in vector.prompts}
         for vector in (one, other)
     ]
-    same = sum(verdicts[0].get(key, key) == verdict for key, verdict in verdicts[1].items())
-    print(f"prompts of the same kind and verdict: {same} of {len(verdicts[1])}")
+    again = [key for key in verdicts[1] if key in verdicts[0]]
+    same = sum(verdicts[0][key] == verdicts[1][key] for key in again)
+    print(
+        f"{len(again)} of {len(verdicts[1])} prompts are there again, {same} with the same verdict"
+    )
     print("the same, within the tolerance" if near else f"further apart than a cosine of {COSINE}")
     return 0 if near else 1
 

@@ -331,6 +331,19 @@ def transport(record: dict) -> list[str]:
     ]
 
 
+def remade(record: dict) -> list[str]:
+    apart = max(part["relative_difference"] for part in record["components"].values())
+    cosine = min(part["cosine"] for part in record["components"].values())
+    factors, prompts = record["factors"], record["prompts"]
+    assert prompts["there_again"] == prompts["of_these_same_verdict"]
+    return [
+        f"{factors['other']:,} of its {factors['numbers']:,} numbers differ",
+        f"{apart:.0e} of the whole, cosine {cosine:.6f}",
+        f"{record['processor_seconds'] / 60:.0f} minutes of processor time",
+        f"Of the {prompts['shipped']} shipped prompts {prompts['there_again']} are there again",
+    ]
+
+
 def gpu_search(module: dict, layer: dict) -> list[str]:
     return [f"{passes(module)} by module and {passes(layer)} by layer on a CPU"]
 
@@ -526,6 +539,7 @@ QUOTED: dict[Link, Callable[..., list[str]]] = {
     ("sharded.md", "sharded", ("cpu",)): sharded,
     ("sharded.md", "sharded", ("cpu_checkpointing",)): checkpointed,
     ("transport.md", "runs", ("transport",)): transport,
+    ("vectors.md", "runs", ("remake_vector",)): remade,
     ("vectors.md", "streaming", ("1b", "1.5b", "3b", "8b")): streaming,
     ("vectors.md", "estimation", ()): estimation,
     ("vectors.md", "fuzz", ()): fuzz,

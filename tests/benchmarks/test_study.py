@@ -13,13 +13,16 @@ import torch
 from benchmarks import records
 from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.tasks import TASKS, turn
+from benchmarks.records import RESULTS
 from benchmarks.study import __main__ as command
 from benchmarks.study import bank as banks
 from benchmarks.study import variants
 from benchmarks.study.bank import bank
 from benchmarks.study.table import (
+    BENIGN,
     EACH,
     FAMILY,
+    HARMFUL,
     HARMLESS,
     KIND,
     PAGES,
@@ -319,7 +322,7 @@ def test_a_variant_is_told_beside_the_aligned_model():
 
 
 def test_the_pages_have_the_records_tables(tmp_path, monkeypatch):
-    found = records.load(KIND)
+    found = records.load(KIND, RESULTS)
     for family, path in PAGES.items():
         text = path.read_text(encoding="utf-8")
         assert with_table(text, found, list(VARIANTS), family) == text
@@ -336,3 +339,30 @@ def test_the_pages_have_the_records_tables(tmp_path, monkeypatch):
 
 def test_what_is_removed_is_told_of_all_fine_tunes_together():
     assert removed([{"gone": 40.0, "added": 50.0}, {"gone": 30.0, "added": 10.0}]) == 700 / 6
+
+
+def test_the_table_of_carried_over_directions_says_what_the_records_say():
+    found = records.load(KIND, RESULTS)
+    family, names = "smollm2-135m", "smollm2-135m-poisoned"
+    text = (RESULTS.parents[1] / "docs" / "transport.md").read_text(encoding="utf-8")
+    table = text.partition("## Does it help?")[2].partition("\n\n- ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    attack, refusal = shares(found[f"{names}-aligned"])
+    assert f"| {100 * attack:.1f} % | | {100 * refusal:.1f} % | |" in lines[0]
+    wanted = ["fine-tuned", "KL, border", "transported"]
+    wanted += [f"transported, {name}" for name in ("own direction", "unmapped", "random direction")]
+    for line, variant in zip(lines[1:], wanted, strict=True):
+        (row,) = rows(found, variant, ["poisoned"], family)
+        refused = 100 * shares(found[f"{names}-0-{variant}"])[1]
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        removed = f"{100 * row['gone'] / row['added']:.0f} %"
+        assert cells == [
+            f"{row['attack']:.1f} %",
+            removed,
+            f"{refused:.1f} %",
+            f"{row['lost']:.1f}",
+        ]
+    counts = [
+        sum(len(found[f"{names}-aligned"]["labels"][c]) for c in own) for own in (HARMFUL, BENIGN)
+    ]
+    assert f"{counts[0]} harmful and {counts[1]} benign" in " ".join(table.split())
