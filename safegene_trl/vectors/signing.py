@@ -68,8 +68,8 @@ def signature_of(
             return signature.read_bytes()
         except Exception as error:  # the library raises what its parsers raise
             raise SignatureError(
-                f"Signing with {private_key} failed ({_first_line(error)}): give a private key of the "
-                "elliptic curve P-256, P-384 or P-521 in PEM format, and by `--password_env` the password of one that has it."
+                f"Signing with {private_key} failed ({_first_line(error)}): give an "
+                "elliptic-curve private key (P-256, P-384 or P-521) in PEM format, and by `--password_env` the password of one that has it."
             ) from error
 
 
@@ -97,8 +97,8 @@ def verify(
         Exception
     ) as error:  # of the key itself, whatever its parser raises: it says nothing about the files
         raise SignatureError(
-            f"{public_key} is no public key ({_first_line(error)}): give the public key in PEM format, of the "
-            f"elliptic curve P-256, P-384 or P-521, that the maker of {name} has published."
+            f"{public_key} is no public key ({_first_line(error)}): give the "
+            f"elliptic-curve public key (P-256, P-384 or P-521) in PEM format that the maker of {name} has published."
         ) from error
     if signature is None:
         raise SignatureError(
