@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
-from .contents import CHECKPOINT, FolderKind, check_replaceable
+from .contents import ADAPTER_CONFIG, CHECKPOINT, FolderKind, check_replaceable
 from .places import LONGEST_SUFFIX
 from .renaming import (
     moved_aside,
@@ -23,6 +23,8 @@ from .renaming import (
 
 
 _LONGEST_FILE_NAME = 64  # of the files in a folder of ours
+# what a folder of a model, adapter or safety vector has
+_RECORDS = ("config.json", ADAPTER_CONFIG, "safegene_config.json")
 
 
 def check_output(
@@ -161,9 +163,6 @@ def check_writable(path: Path) -> None:
             file.touch()
             _try_to_append(file)
             _try_to_write(file)
-
-
-_RECORDS = ("config.json", "adapter_config.json", "safegene_config.json")
 
 
 def check_outputs(outputs: Iterable[Path | None], inputs: Iterable[Path] = ()) -> None:

@@ -8,7 +8,7 @@ from ..checkpoints.preflight import check_outputs
 from ..config.validation import written_path
 from ..errors import SafeGeneError
 from ..reporting.cells import headings, measured_cells
-from ..reporting.outcome import UNMEASURED, measures_refusals, minute_of
+from ..reporting.outcome import minute_of, unmeasured
 from ..reporting.plots import history_plot
 from ..reporting.prometheus import exposition
 from ..step.drift import drift_warnings
@@ -90,8 +90,7 @@ def describe(releases: Sequence[Release]) -> str:
     for number, release in enumerate(releases, start=1):
         rung = release.get("repair", "vector")
         outcome = release["outcome"] + (f" ({rung})" if rung != "vector" else "")
-        if release["outcome"] != "rejected" and not measures_refusals(release):
-            outcome += UNMEASURED
+        outcome += unmeasured(release["outcome"], release)
         rows.append(
             [str(number), minute_of(release), outcome, *measured_cells(release), release["output"]]
         )

@@ -16,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..errors import ConfigError, SafeGeneError
 from ..judges.intervals import Rate
+from ..reporting.outcome import ANSWERED
 from ..text import markdown, one_line
 from .privacy import HOST
 from .prompts import KINDS
@@ -26,13 +27,6 @@ TITLES = {
     "aligned": "aligned",
     "fine_tune": "fine-tuned",
     "safeguarded": "safeguarded, at the slider",
-}
-LABELS = {
-    "refused": "refuses",
-    "answered": "answers",
-    "incoherent": "is incoherent",
-    "unfinished": "does not come to an answer",
-    "unjudged": "in a language that the judge does not know",
 }
 _POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'none'"
 _NARROWEST = 220  # pixels of a column: three stand side by side in a small window
@@ -62,7 +56,7 @@ def answers(models: SideBySide, prompt: str, slider: float) -> Iterator[Texts]:
     texts = [""] * (2 * len(models.roles))
     for place, role in enumerate(models.roles):
         shown = models.answer(role, prompt, slider)
-        texts[2 * place : 2 * place + 2] = shown.answer, LABELS.get(shown.label, shown.label)
+        texts[2 * place : 2 * place + 2] = shown.answer, ANSWERED.get(shown.label, shown.label)
         yield list(texts)
 
 

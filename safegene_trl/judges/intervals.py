@@ -53,11 +53,15 @@ def fewest(share: float) -> int:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0, step: float = 0.0) -> tuple[float, float]:
-    """Bootstrap 95 % interval (BCa) of the mean; the value itself where all are the same.
+    """Bootstrap 95 % interval (BCa) of the mean.
 
-    A bootstrap has little or no width where nearly all values, or all, are alike. So it is at least
-    as wide as the adjusted Wald interval of Bonett and Price (2012), as in `paired_interval`, for as
-    many values that differ by `step` or not at all.
+    A bootstrap has little or no width where nearly all values, or all, are alike. So the interval is
+    at least as wide as `paired_interval` makes it where no pair differs, times `step`.
+
+    Args:
+        values: At least one.
+        seed: For drawing the resamples.
+        step: The least by which a value can differ; 0 adds no width.
     """
     sample = np.asarray(values, dtype=float)
     mean = float(sample.mean())

@@ -16,7 +16,7 @@ from ..text import isolated, printable, told_apart
 from .cells import headings, measured_cells
 from .headline import decisive, unknown_of_aligned, what_now
 from .heat import heat_map
-from .outcome import OUTCOMES, minute_of, outcome_of_release, without_measurement
+from .outcome import ANSWERED, OUTCOMES, minute_of, outcome_of_release, without_measurement
 
 
 MOST_RELEASES = 100  # of a model line that the page shows
@@ -34,13 +34,6 @@ _PHASES = {
     "touch_up": "a low-rank touch-up is trained beside the vector",
     "save": "the checkpoint is written",
     "verify": "what was written is read back",
-}
-_LABELS = {
-    "refused": "Refuses",
-    "answered": "Answers",
-    "incoherent": "Is incoherent",
-    "unfinished": "Comes to no answer",
-    "unjudged": "In a language that the judge does not know",
 }
 
 
@@ -69,7 +62,7 @@ def render(report: Mapping[str, Any], releases: Sequence[Mapping[str, Any]] = ()
         measures={metric.key: metric.title for metric in shares()},
         relative={metric.key: metric.title for metric in differences() if metric.relative},
         losses=_LOSSES,
-        labels=defaultdict(str, _LABELS),
+        labels=defaultdict(str, {k: v[0].upper() + v[1:] for k, v in ANSWERED.items()}),
         unknown=unknown_of_aligned(report),
         phases=defaultdict(str, _PHASES),
         heat=heat_map(

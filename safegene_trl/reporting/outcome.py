@@ -14,6 +14,13 @@ OUTCOMES = {
     "rejected": ("Rejected", "bad"),
 }
 UNMEASURED = " without a measurement of refusals"
+ANSWERED = {  # by the judge's label
+    "refused": "refuses",
+    "answered": "answers",
+    "incoherent": "is incoherent",
+    "unfinished": "comes to no answer",
+    "unjudged": "in a language that the judge does not know",
+}
 
 
 def measures_refusals(measured: Mapping[str, Any] | None) -> bool:
@@ -29,20 +36,27 @@ def mostly_unjudged(share: Mapping[str, float]) -> bool:
     return share.get("unjudged", 0) >= MOSTLY * share["count"]
 
 
-def without_measurement(report: Mapping[str, Any]) -> str:
-    """What goes after the outcome of a report in which nothing says that refusals came back; empty
-    for every other.
+def unmeasured(outcome: str, measured: Mapping[str, Any] | None) -> str:
+    """What goes after the outcome where nothing says that refusals came back; empty everywhere else.
+
+    Args:
+        outcome: Of a report or a release.
+        measured: A report's `measured`, or the release, which has the same keys.
     """
-    accepted = str((report.get("decision") or {}).get("outcome", "")).startswith("accepted")
-    return UNMEASURED if accepted and not measures_refusals(report.get("measured")) else ""
+    return UNMEASURED if outcome.startswith("accepted") and not measures_refusals(measured) else ""
+
+
+def without_measurement(report: Mapping[str, Any]) -> str:
+    """The same of a report, which may be without a decision."""
+    outcome = str((report.get("decision") or {}).get("outcome", ""))
+    return unmeasured(outcome, report.get("measured"))
 
 
 def outcome_of_release(release: Mapping[str, Any]) -> tuple[str, str]:
     """Words and colour of what became of a release in a model line."""
     words, colour = OUTCOMES[release["outcome"]]
-    if release["outcome"] == "rejected" or measures_refusals(release):
-        return words, colour
-    return words + UNMEASURED, "fair"
+    without = unmeasured(release["outcome"], release)
+    return words + without, "fair" if without else colour
 
 
 def time_of(release: Mapping[str, Any]) -> datetime:

@@ -13,6 +13,7 @@ from safegene_trl.demonstration.privacy import keep_to_this_machine
 from safegene_trl.demonstration.side_by_side import ROLES, load_side_by_side
 from safegene_trl.errors import ConfigError
 from safegene_trl.evaluation import evaluate as evaluation
+from safegene_trl.judges.intervals import Rate
 
 from ..auditing.models import NO, YES
 from .conftest import config_for
@@ -170,3 +171,8 @@ def test_in_a_browser(address, tmp_path):
         assert re.search(rf">\s*{title}\s*<", shown.stdout), title
     elsewhere = set(re.findall(r"(?:href|src)=\"(https?://[^\"/]+)", shown.stdout))
     assert elsewhere <= {address.rstrip("/")}
+
+
+def test_the_place_of_the_slider_that_was_asked_at_is_told():
+    assert module._told(Rate(3, 12), 0.024).startswith("at 0: refused 3 of 12")
+    assert module._told(Rate(3, 12), 0.26).startswith("at 0.25: refused")

@@ -114,6 +114,14 @@ def moved(family, tmp_path, **changes):
     return folder
 
 
+def test_a_rejected_checkpoint_is_called_one(family, tmp_path):
+    decision = {"outcome": "rejected", "reason": "Its limits are not kept."}
+    models = load_side_by_side(config_for(moved(family, tmp_path, decision=decision)))
+    assert models.notes[0] == "This checkpoint was rejected. Its limits are not kept."
+    accepted = load_side_by_side(config_for(family.safeguarded))
+    assert not any("rejected" in note for note in accepted.notes)
+
+
 def test_without_the_aligned_model_there_are_two_columns(family, tmp_path):
     gone = tmp_path / "gone"
     aligned = family.aligned.rename(gone)

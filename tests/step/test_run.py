@@ -113,7 +113,7 @@ def cases():
 
 @pytest.mark.parametrize(("kind", "where"), cases())
 def test_any_exception_is_reported_and_the_fine_tune_is_kept(
-    where, kind, config, tokenizer, tmp_path, monkeypatch
+    where, kind, config, tokenizer, tmp_path, monkeypatch, caplog
 ):
     error, expected, message = ERRORS[kind]
     monkeypatch.setattr(FAULTS[where], raising(error))
@@ -123,6 +123,8 @@ def test_any_exception_is_reported_and_the_fine_tune_is_kept(
         trainer.train()
     report = checked_failure(tmp_path, trainer.model.state_dict())
     assert message in report["error"]["message"] and callback.report["status"] == "failed"
+    how_to_go_on = f"{tmp_path} is the plain fine-tune: `safegene apply` runs the step on it"
+    assert (how_to_go_on in caplog.text) == (kind == "ctrl-c")
     assert trainer.model.training and all(p.requires_grad for p in trainer.model.parameters())
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
