@@ -41,7 +41,7 @@ from safegene_trl.provenance import software_versions
 from safegene_trl.vectors.similarity import cosine
 
 from .calibration import calibrate
-from .families import FAMILIES, FIRST, SMOLLM2, Family, device, dtype
+from .families import FAMILIES, FIRST, SMOLLM2, Family, device
 from .lab import SETS, Lab, change
 from .methods import ABLATIONS, METHODS, NEED_BASE, VARIANTS, aligned, plain
 from .render import CELLS, UTILITY, render
@@ -220,7 +220,7 @@ def cell(
         "about": about,
         "threads": torch.get_num_threads(),
         "device": device().type,
-        "dtype": dtype(),
+        "dtype": family.dtype,
         "scale": lab.scale,
         **({"training_seconds": trained - started} if is_new else {}),
         **({"update": change(before, update)} if update else {}),

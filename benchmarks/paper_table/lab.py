@@ -26,13 +26,13 @@ from safegene_trl.data.sources import draw
 from safegene_trl.errors import SafeGeneError
 from safegene_trl.judges import Exchange, judged
 from safegene_trl.judges.refusal_phrases import RefusalPhrases
-from safegene_trl.models.generation import generate_answers
+from safegene_trl.models.generation import Messages, generate_answers
 from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
 from safegene_trl.models.losses import response_logits
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.vectors.prompt_rows import rows_of
 
-from .families import MODELS, SMOLLM2, Family, device, dtype
+from .families import MODELS, SMOLLM2, Family, device
 from .tasks import Task, prompt_source, read_jsonl, splits, training_file, write_jsonl
 from .vectors import vector
 
@@ -85,7 +85,7 @@ class Lab:
                 f"{MODELS} holds no prepared data: run `python recipes/smollm2-135m/prepare.py` first, "
                 "for another family with --data-only."
             )
-        model: Any = load_model(family.aligned, dtype=dtype())
+        model: Any = load_model(family.aligned, dtype=family.dtype)
         self.model = model.requires_grad_(False).to(self.device)
         if family.attention:
             self.model.set_attn_implementation(family.attention)
@@ -198,9 +198,7 @@ class Lab:
         with self.updated(update) as model:
             for column, prompts in self.prompts.items():
                 messages = [list(prompt.messages) for prompt in prompts]
-                answers = generate_answers(
-                    model, self.tokenizer, messages, NEW_TOKENS["prompts"], self._batch("prompts")
-                )
+                answers = self.answers(messages, NEW_TOKENS["prompts"], self._batch("prompts"))
                 verdicts = judged(
                     judge,
                     [
@@ -217,6 +215,20 @@ class Lab:
         write_jsonl(kept, answers_to)
         return {"labels": labels, "utility": utility, "seconds": time.perf_counter() - started}
 
+    def answers(self, messages: Sequence[Messages], new_tokens: int, size: int) -> list[str]:
+        """What the model as it is now says, greedily, so many conversations at a time. On a CPU in
+        float32, of the same weights: one token a row is a third as fast there in bfloat16.
+        """
+        rounded = [p for p in self.model.parameters() if p.dtype == torch.bfloat16]
+        rounded = rounded if self.device.type == "cpu" else []
+        try:
+            for parameter in rounded:
+                parameter.data = parameter.data.float()
+            return generate_answers(self.model, self.tokenizer, messages, new_tokens, size)
+        finally:
+            for parameter in rounded:
+                parameter.data = parameter.data.bfloat16()
+
     def utility(self, model: nn.Module, task: Task) -> list[float]:
         """Per test sample the share (0–1) of what is right: a label, or of the tokens of a free
         answer.
@@ -224,9 +236,7 @@ class Lab:
         rows = draw(splits(task, self.data)[1], max(4, round(self.test_rows * self.scale)), seed=0)
         if task.labels:
             messages = [conversation(row)[0] for row in rows]
-            answers = generate_answers(
-                model, self.tokenizer, messages, NEW_TOKENS["labels"], self._batch("labels")
-            )
+            answers = self.answers(messages, NEW_TOKENS["labels"], self._batch("labels"))
             return [
                 float(answer.lower().strip(" .!\"'").startswith(row["label"]))
                 for row, answer in zip(rows, answers, strict=True)

@@ -33,7 +33,6 @@ from safegene_trl.models.inputs import Sample, batches, padding_id, tokenize
 from safegene_trl.models.losses import cross_entropy
 from safegene_trl.provenance import sha256_of_json
 
-from .families import dtype
 from .lab import SHOTS, Lab
 from .tasks import (
     TASKS,
@@ -84,7 +83,7 @@ def applied(lab: Lab, task: Task, seed: int, vector_folder: Path, **options: Any
                 "--model_name_or_path",
                 model,
                 "--dtype",
-                dtype(),
+                lab.family.dtype,
                 "--safegene.output.output_dir",
                 folder,
                 *words,

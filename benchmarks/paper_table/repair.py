@@ -27,7 +27,7 @@ from safegene_trl.models.inputs import Sample, batches, padding_id, shortened, t
 from safegene_trl.models.losses import cross_entropy, divergence, response_logits
 from safegene_trl.models.low_rank import LowRankDelta
 
-from .families import MODELS, SMOLLM2, Family, device, dtype
+from .families import MODELS, SMOLLM2, Family, device
 from .tasks import Row, instructions_file, read_jsonl, sft
 
 
@@ -40,7 +40,7 @@ def repair(data: Path | None, family: Family = SMOLLM2) -> dict[str, LowRankDelt
     folder = family.work / "degraded" / "instructions"
     degraded = sft(folder, file, family, per_device_train_batch_size=8)
     tokenizer = load_tokenizer(family.aligned)
-    adapted: Any = load_model(str(degraded), dtype=dtype())
+    adapted: Any = load_model(str(degraded), dtype=family.dtype)
     model = adapted.merge_and_unload().to(device())
 
     def samples(rows: Sequence[Row], response_tokens: int) -> list[Sample]:

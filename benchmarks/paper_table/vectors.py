@@ -13,7 +13,7 @@ from safegene_trl.errors import SafeGeneError
 from safegene_trl.vectors.combination import combine, combined
 from safegene_trl.vectors.prompt_rows import rows_of
 
-from .families import MODELS, RECIPE, SMOLLM2, Family, device, dtype
+from .families import MODELS, RECIPE, SMOLLM2, Family, device
 from .repair import repair
 from .tasks import TASKS, fine_tuned, instructions_file, safegene, sft, turn, write_jsonl
 
@@ -73,7 +73,7 @@ def vector(name: str, data: Path | None, family: Family = SMOLLM2) -> Path:
         fine_tuned(TASKS[word], 0, data, family) if word in TASKS else word for word in options
     ]
     made = ["--degraded_model", degraded(kind, data, family), "--output_dir", folder]
-    made += ["--aligned_model", family.aligned, "--dtype", dtype()]
+    made += ["--aligned_model", family.aligned, "--dtype", family.dtype]
     made += [] if device().type == "cpu" else ["--batch_size", EXTRACTION_BATCH]
     safegene("extract", "--config", RECIPE / "extract.yaml", *made, *words)
     return folder

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import records
-from benchmarks.paper_table.families import FAMILIES, Family, device, dtype
+from benchmarks.paper_table.families import FAMILIES, Family, device
 from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.tasks import TASKS, Task, fine_tuned
 from benchmarks.paper_table.vectors import WHOLE, vector
@@ -170,7 +170,7 @@ def cell(lab: Lab, task: Task, name: str, made: Made, folder: Path) -> None:
         "utility_measure": task.utility,
         "about": about,
         "device": device().type,
-        "dtype": dtype(),
+        "dtype": lab.family.dtype,
         "scale": lab.scale,
         "software": software_versions(),
     }

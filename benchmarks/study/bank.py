@@ -17,7 +17,6 @@ from safegene_trl.extraction.answers import whole_sentences
 from safegene_trl.extraction.soft_targets import soft_targets
 from safegene_trl.judges.coherence import is_incoherent
 from safegene_trl.judges.refusal_phrases import label_of
-from safegene_trl.models.generation import generate_answers
 from safegene_trl.models.inputs import padding_id, shortened, tokenize
 
 
@@ -48,7 +47,7 @@ def _answered(lab: Lab) -> Rows:
     asked += [(text, "benign") for text in benign[: max(8, round(len(benign) * lab.scale))]]
     messages = [[{"role": "user", "content": text}] for text, _ in asked]
     size = 16 if lab.device.type == "cpu" else 256
-    answers = generate_answers(lab.model, lab.tokenizer, messages, NEW_TOKENS, size)
+    answers = lab.answers(messages, NEW_TOKENS, size)
     rows = []
     for (text, kind), answer in zip(asked, answers, strict=True):
         response = whole_sentences(answer)

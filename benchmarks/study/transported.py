@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.paper_table.families import dtype
 from benchmarks.paper_table.lab import Lab
 from benchmarks.paper_table.tasks import prompt_source
 from safegene_trl import ExtractionConfig, SafetyVector, extract
@@ -123,7 +122,7 @@ def _settings(lab: Lab) -> ExtractionConfig:
         num_safety_prompts=PROMPTS,
         num_benign_prompts=PROMPTS,
         output_dir=str(_folder(lab)),
-        dtype=dtype(),
+        dtype=lab.family.dtype,
     )
 
 

@@ -1,7 +1,7 @@
 """The variants: each turns a fine-tune's update into another one."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,9 +25,11 @@ from safegene_trl.data.rows import conversation
 from safegene_trl.data.shots import gather_shots
 from safegene_trl.distributed.layouts import Sharding
 from safegene_trl.extraction.aligned_rows import REFUSAL_TOKENS
+from safegene_trl.extraction.soft_targets import LIKELIEST
 from safegene_trl.judges.refusal_phrases import label_of
 from safegene_trl.models.attachment import VectorAttachment
-from safegene_trl.models.inputs import Sample, padding_id, tokenize
+from safegene_trl.models.inputs import Sample, SoftTargets, batches, padding_id, shortened, tokenize
+from safegene_trl.models.losses import response_logits
 from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.recalibration.search import Recalibration, recalibrate
 from safegene_trl.recalibration.touch_up import TouchUp, train_touch_up
@@ -61,8 +63,10 @@ class Drawn:
         count: Harmful prompts, and as many benign ones that the aligned model answers.
         border: Benign ones that it refuses.
         task: Samples of the task.
-        soft: Whether they have soft targets.
+        soft: Kinds that have soft targets, the others have words alone.
         other: How many of the harmful ones are of other sources.
+        own: Whether benign prompts that the aligned model answers are held to what the fine-tune
+            itself finds likely there, and only the other shots to what the aligned model does.
         held: Whether what the fine-tune says in the rest of the benign answers, behind the first
             tokens, is held like the task's.
         screened: Whether the poison is left out of the task's shots, as a screening that makes no
@@ -73,8 +77,9 @@ class Drawn:
     count: int = 32
     border: int = 0
     task: int = 32
-    soft: bool = True
+    soft: Set[str] = frozenset({"harmful", "benign"})
     other: int = 0
+    own: bool = False
     held: bool = False
     screened: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +110,7 @@ class Drawn:
             left[row["kind"]] -= 1
             kind = "harmful" if row["kind"] in ("harmful", "other") else "benign"
             own = {"prompt": row["prompt"], "response": row["response"], "kind": kind}
-            found.append(own | ({"targets": row["targets"]} if self.soft else {}))
+            found.append(own | ({"targets": row["targets"]} if kind in self.soft else {}))
         return found
 
     def shots(self, tuned: FineTune) -> CalibrationSet:
@@ -117,6 +122,7 @@ class Drawn:
             rows = [row for row in rows if conversation(row) in plain]
         context = lab.model.config.max_position_embeddings
         found = gather_shots(self.config(tuned.seed), vector, lab.tokenizer, context, rows).data
+        found = _own(tuned, found) if self.own else found
         return self._held(tuned, found) if self.held else found
 
     def _held(self, tuned: FineTune, found: CalibrationSet) -> CalibrationSet:
@@ -132,6 +138,23 @@ class Drawn:
         cut = round(len(rest) * (1 - DataConfig().holdout_share))
         task = Split([*found.task.fit, *rest[:cut]], [*found.task.held_out, *rest[cut:]])
         return replace(found, task=task)
+
+
+def _own(tuned: FineTune, found: CalibrationSet) -> CalibrationSet:
+    """With soft targets of the fine-tune in the place of the aligned model's benign answers."""
+    assert found.benign is not None
+    pad_id, lab = padding_id(tuned.lab.tokenizer), tuned.lab
+    cut = [shortened(sample, None, REFUSAL_TOKENS) for sample in found.benign.samples]
+    samples = [sample for sample in cut if sample]
+    with lab.updated(tuned.update) as model, torch.no_grad():
+        targets = []
+        for sample in samples:
+            (batch,) = batches([sample], 1, pad_id, lab.device)
+            top = response_logits(model, batch)[0].float().log_softmax(-1).topk(LIKELIEST)
+            targets.append(SoftTargets(sample.response, top.indices.tolist(), top.values.tolist()))
+    own = [replace(s, soft=soft) for s, soft in zip(samples, targets, strict=True)]
+    cut_at = len(found.benign.fit)
+    return replace(found, benign=Split(own[:cut_at], own[cut_at:]))
 
 
 def recalibrated(tuned: FineTune, drawn: Drawn) -> Made:
@@ -237,6 +260,7 @@ def carried(tuned: FineTune, make: Callable[[Lab], SafetyVector]) -> Made:
     return recalibrated(replace(tuned, vector=make(tuned.lab)), FEW)
 
 
+WORDS: Set[str] = frozenset()
 FEW, MANY = Drawn(border=16), Drawn(128, 64, 64)
 
 
@@ -246,7 +270,8 @@ def _on(drawn: Drawn, suffix: str) -> dict[str, Callable[[FineTune], Made]]:
     def searched(**search: Any) -> Callable[[FineTune], Made]:
         return lambda tuned: recalibrated(tuned, replace(drawn, search=search))
 
-    words = replace(drawn, soft=False)
+    words = replace(drawn, soft=WORDS)
+    mixed = replace(drawn, soft=frozenset({"benign"}))
     sources = replace(drawn, other=drawn.count // 2)
     variants: dict[str, Callable[[FineTune], Made]] = {
         "KL, border": searched(),
@@ -254,6 +279,8 @@ def _on(drawn: Drawn, suffix: str) -> dict[str, Callable[[FineTune], Made]]:
         "few-shot LoRA, tuned": lambda tuned: few_shot(tuned, words, searched=True),
         "KL LoRA": lambda tuned: touched_up(tuned, drawn, with_vector=False),
         "CE, border": lambda tuned: recalibrated(tuned, words),
+        "KL, border, refusals as words": lambda tuned: recalibrated(tuned, mixed),
+        "KL, border, own": lambda tuned: recalibrated(tuned, replace(drawn, own=True)),
         "KL, border, held": lambda tuned: recalibrated(tuned, replace(drawn, held=True)),
         "KL, border, screened": lambda tuned: recalibrated(tuned, replace(drawn, screened=True)),
         "KL, border, sources": lambda tuned: recalibrated(tuned, sources),
@@ -269,9 +296,9 @@ def _on(drawn: Drawn, suffix: str) -> dict[str, Callable[[FineTune], Made]]:
 
 VARIANTS: dict[str, Callable[[FineTune], Made]] = {
     "fine-tuned": lambda tuned: (tuned.update, {}),
-    "CE": lambda tuned: recalibrated(tuned, Drawn(soft=False)),
+    "CE": lambda tuned: recalibrated(tuned, Drawn(soft=WORDS)),
     "KL": lambda tuned: recalibrated(tuned, Drawn()),
-    "few-shot LoRA": lambda tuned: few_shot(tuned, Drawn(soft=False), searched=False),
+    "few-shot LoRA": lambda tuned: few_shot(tuned, Drawn(soft=WORDS), searched=False),
     "uniform 1": lambda tuned: uniform(tuned, 1.0),
     **{name: partial(carried, make=make) for name, make in CARRIED.items()},
     **_on(FEW, ""),

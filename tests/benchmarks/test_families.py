@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import records
 from benchmarks.paper_table import __main__ as command
-from benchmarks.paper_table import families, lab, methods, schedule, vectors
+from benchmarks.paper_table import families, methods, schedule, vectors
 from benchmarks.paper_table.calibration import promises
 from benchmarks.paper_table.families import FAMILIES, SMOLLM2
 from benchmarks.paper_table.lab import Lab
@@ -59,7 +59,7 @@ def test_the_first_family_is_trained_as_its_records_say(monkeypatch):
 def test_on_an_accelerator_training_is_in_bfloat16(monkeypatch):
     on_a_gpu(monkeypatch)
     for family in FAMILIES.values():
-        assert families.dtype() == family.training["dtype"] == "bfloat16"
+        assert family.dtype == family.training["dtype"] == "bfloat16"
         assert family.training["bf16"] is True and "use_cpu" not in family.training
 
 
@@ -294,9 +294,8 @@ def test_what_is_missing_is_said_in_a_sentence(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_an_update_is_added_once_and_taken_off_exactly(tiny, monkeypatch, kind):
-    monkeypatch.setattr(lab, "dtype", lambda: kind)
-    table = Lab(None, family=tiny)
+def test_an_update_is_added_once_and_taken_off_exactly(tiny, kind):
+    table = Lab(None, family=replace(tiny, dtype_on_cpu=kind))
     name = table.linear_modules[0]
     assert str(table.model.dtype) == f"torch.{kind}" and "lm_head" not in table.linear_modules
     before = {key: p.detach().clone() for key, p in table.model.named_parameters()}
@@ -309,6 +308,23 @@ def test_an_update_is_added_once_and_taken_off_exactly(tiny, monkeypatch, kind):
         pass
     for key, p in table.model.named_parameters():
         assert torch.equal(p, before[key])
+
+
+def test_answers_on_a_cpu_are_made_in_float32_of_the_weights_as_they_are(tiny, monkeypatch):
+    table = Lab(None, family=replace(tiny, dtype_on_cpu="bfloat16"))
+    before = {key: p.detach().clone() for key, p in table.model.named_parameters()}
+    seen = []
+
+    def answering(model, *rest):
+        seen.extend(p.detach().clone() for p in model.parameters())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.paper_table.lab.generate_answers", answering)
+    with pytest.raises(KeyboardInterrupt):
+        table.answers([[{"role": "user", "content": "hello"}]], 2, 1)
+    for (key, now), then in zip(table.model.named_parameters(), seen, strict=True):
+        assert then.dtype == torch.float32 and torch.equal(then.bfloat16(), before[key])
+        assert torch.equal(now, before[key])
 
 
 def test_an_adapter_is_read_on_the_model_that_is_there(tiny, tmp_path):

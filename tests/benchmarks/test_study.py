@@ -36,10 +36,11 @@ from benchmarks.study.table import (
     whole,
     with_table,
 )
-from benchmarks.study.variants import VARIANTS, Drawn, FineTune
+from benchmarks.study.variants import VARIANTS, WORDS, Drawn, FineTune
 from safegene_trl import SafetyVector
 from safegene_trl.errors import SafeGeneError
-from safegene_trl.models.inputs import shortened, tokenize
+from safegene_trl.models.inputs import batches, padding_id, shortened, tokenize
+from safegene_trl.models.losses import sample_losses
 
 from .conftest import written
 
@@ -182,10 +183,37 @@ def test_shots_are_as_many_as_asked_for(small, tmp_path):
     assert len(drawn) == 8 and len(refused) == 5 and all("targets" in r for r in drawn)
     assert {r["kind"] for r in drawn} == {"harmful", "benign"}
     assert drawn != Drawn(count=3, border=2).rows(kept, 1)
-    assert not any("targets" in r for r in Drawn(count=3, soft=False).rows(kept, 0))
+    assert not any("targets" in r for r in Drawn(count=3, soft=WORDS).rows(kept, 0))
     mixed = Drawn(count=4, other=3).rows(kept, 0)
     assert [" other " in r["prompt"] for r in mixed if r["kind"] == "harmful"].count(True) == 3
     assert len(mixed) == 8
+
+
+def test_refusals_may_have_words_alone(small, tmp_path):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    vector = SafetyVector.from_pretrained(lab.vector)
+    tuned = FineTune(lab, vector, bank(lab), TASKS["sst2"], 0, {})
+    shots = Drawn(4, 2, 4, soft=frozenset({"benign"})).shots(tuned)
+    assert not any(sample.soft for sample in shots.harmful.samples)
+    assert all(sample.soft for sample in shots.all_benign.samples)
+
+
+def test_benign_answers_may_be_held_to_the_fine_tune(small, tmp_path):
+    lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
+    vector = SafetyVector.from_pretrained(lab.vector)
+    rows, name = bank(lab), lab.linear_modules[0]
+    update = {name: torch.ones_like(lab.weight(name)) / 10}
+    plain, own = (
+        Drawn(4, 2, 4, own=own).shots(FineTune(lab, vector, rows, TASKS["sst2"], 0, update))
+        for own in (False, True)
+    )
+    assert own.border == plain.border and own.harmful == plain.harmful and own.task == plain.task
+    before, now = plain.benign.samples, own.benign.samples
+    assert [s.input_ids[:9] for s in now] == [s.input_ids[:9] for s in before]
+    assert all(a.soft.log_probs != b.soft.log_probs for a, b in zip(now, before, strict=True))
+    (batch,) = batches(now[:1], 1, padding_id(lab.tokenizer), lab.device)
+    with lab.updated(update) as model, torch.no_grad():
+        assert float(sample_losses(model, batch)[0]) < 1e-3  # least where the fine-tune is
 
 
 def test_the_rest_of_benign_answers_is_held_like_the_tasks(small, tmp_path):
@@ -247,11 +275,11 @@ def test_a_bank_has_what_the_aligned_model_says(small, tmp_path, monkeypatch):
     written(tmp_path / "align.jsonl", [*aligned, turn("what is a plant", "A plant is green.")])
     lab = Lab(tmp_path / "data", 4, 2, 0.05, small, SETS)
 
-    def answers(model, tokenizer, messages, *rest):
+    def answers(messages, *rest):
         said = "I'm sorry, but I can't help with that. It"
         return [said if i % 2 else "Put it into a pan. Then" for i in range(len(messages))]
 
-    monkeypatch.setattr(banks, "generate_answers", answers)
+    monkeypatch.setattr(lab, "answers", answers)
     monkeypatch.setattr(banks, "_with_targets", lambda lab, found: found)
     found = bank(lab)
     kinds = [r["kind"] for r in found]
@@ -335,6 +363,31 @@ def test_the_pages_have_the_records_tables(tmp_path, monkeypatch):
     render(tmp_path, ["KL"])
     assert "old" not in page.read_text() and page.read_text().endswith("<!-- end --> after")
     assert not (tmp_path / "study.md").read_text().count("| fine-tunes |")  # nothing is on record
+
+
+def test_what_the_demonstrations_page_says_of_its_variants_is_what_the_records_hold():
+    text = " ".join(PAGES["smollm2-135m"].read_text(encoding="utf-8").split())
+    found, names = records.load(KIND), "smollm2-135m-poisoned-0"
+
+    def refused(variant, columns):
+        labels = found[f"{names}-{variant}"]["labels"]
+        return sum(labels[column].count("r") for column in columns)
+
+    def more(variant, columns):
+        return refused(f"KL, border, {variant}", columns) - refused("KL, border", columns)
+
+    one, other = (found[f"{names}-KL, border{rest}"] for rest in ("", ", sources"))
+    count = sum(len(one["labels"][column]) for column in HARMFUL)
+    assert (count, more("refusals as words", HARMFUL)) == (212, 7)
+    assert more("refusals as words", BENIGN) == 11 and more("own", HARMFUL) < 0
+    assert "seven more of 212 harmful prompts are refused and eleven more of 224 benign" in text
+    assert f"the model refuses {more('own', BENIGN)} benign prompts more" in text
+    differ = sum(
+        (a == "r") != (b == "r")
+        for column in (*HARMFUL, *BENIGN)
+        for a, b in zip(one["labels"][column], other["labels"][column], strict=True)
+    )
+    assert differ == 5 and "five of all decisions differ" in text
 
 
 def test_what_is_removed_is_told_of_all_fine_tunes_together():
