@@ -18,9 +18,11 @@ from .table import CLOSING, FAMILY, HARMLESS, KIND, Record, shares, utility
 
 PAGE, PLOT = ROOT / "docs" / "findings.md", "findings.png"
 OPENING = "<!-- findings -->\n"
-BEST = "KL, border, 128"  # of the study's variants, the one that the page recommends on a GPU
+DEFAULT = "KL, border"  # of the study's variants, the one that the step's defaults are
+BEST = "KL, border, 128"  # and the one that the page recommends on a GPU
 RELEASED, OURS_135M = "Qwen2.5-Coder-0.5B-Instruct", "SmolLM2-135M"
-SAFEGUARDED, BASELINE = "safeguarded", "few-shot LoRA"
+SAFEGUARDED, LARGER = "safeguarded", "safeguarded, four times the shots"
+BASELINE = "few-shot LoRA"
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,16 @@ def groups(folder: Path = RESULTS) -> list[Group]:
 
 
 def _of_study(found: dict[str, Record], tasks: Sequence[str], name: str) -> Group:
-    points: dict[str, list[Point]] = {"aligned": [], "fine-tuned": [], SAFEGUARDED: []}
+    points: dict[str, list[Point]] = {
+        own: [] for own in ("aligned", "fine-tuned", SAFEGUARDED, LARGER)
+    }
     for task in tasks:
         aligned, tuned = (found[f"{FAMILY}-{task}-{own}"] for own in ("aligned", "0-fine-tuned"))
         for method, record in {
             "aligned": aligned,
             "fine-tuned": tuned,
-            SAFEGUARDED: found[f"{FAMILY}-{task}-0-{BEST}"],
+            SAFEGUARDED: found[f"{FAMILY}-{task}-0-{DEFAULT}"],
+            LARGER: found[f"{FAMILY}-{task}-0-{BEST}"],
         }.items():
             lost = utility(tuned, record) - utility(record, tuned)
             points[method].append(Point(*shares(record), lost))

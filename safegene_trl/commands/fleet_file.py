@@ -44,7 +44,8 @@ class Fleet:
             it printed, and `fleet.json`.
         models: One block per fine-tune: `name` (default: the last part of its path), the options of
             `safegene apply`, and a `safegene` block of its own, which goes before the common one.
-        safegene: The common block; keys of `SafeGeneConfig`.
+        safegene: The common block; keys of `SafeGeneConfig`. A `gate` in a model's own block takes
+            the place of the common one, with all its limits; other groups are merged key by key.
         memory_gib: Memory for all processes together: of each GPU where there are any, else of the
             machine. Default: 80 % of what is free.
         processes: How many at once, at most. Default: as many as memory allows on GPUs, else one

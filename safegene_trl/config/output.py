@@ -28,7 +28,8 @@ class OutputConfig:
 
     Args:
         output_dir: Where the safeguarded checkpoint goes. Default: `safeguarded` in the trainer's
-            output directory; of `apply`, `<model>-safeguarded` in the working directory.
+            output directory, or `_safeguarded` with `push_to_hub`, which leaves that name out; of
+            `apply`, `<model>-safeguarded` in the working directory.
         output_format: A full `merged` checkpoint, a LoRA `adapter` with its coefficients folded in,
             or `both` (the adapter in the subfolder `adapter`).
         dtype: Data type of the merged checkpoint's weights: `float32`, `bfloat16` or `float16`.
@@ -40,7 +41,8 @@ class OutputConfig:
         history: JSON-lines file of the model line; what came of this fine-tune is appended to it.
             Its seal lies beside it.
         hub_model_id: Repository on the hub that the finished checkpoint is uploaded to, unless it
-            is rejected. `Trainer`'s own `push_to_hub` uploads the plain fine-tune.
+            is rejected. `Trainer`'s own `push_to_hub` uploads the plain fine-tune, whatever the
+            gate decides: leave it out where a rejected model must not be published.
         hub_private: Whether a repository made for it is private.
 
     Raises:

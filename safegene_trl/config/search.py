@@ -40,7 +40,7 @@ class SearchConfig:
         max_coefficient: Upper bound of every coefficient.
         initial_coefficient: Where the search starts. Default: 0.3, or the nearest bound.
         warm_start: An earlier release's report, or its folder: the search starts at its
-            coefficients. Default: the last accepted release in `output.history` that used this
+            coefficients. Default: the last accepted release in `output.history`, if it used this
             vector. Either also confirms what a fine-tune of that release says it carries.
         max_evaluations: Upper limit of loss-and-gradient evaluations of the search.
         benign_weight: η, weight of the term on benign prompts in the objective.

@@ -8,7 +8,8 @@ from benchmarks import records
 from benchmarks.paper_table.render import OURS, harmless, load
 from benchmarks.study.findings import (
     BASELINE,
-    BEST,
+    DEFAULT,
+    LARGER,
     PAGE,
     PLOT,
     SAFEGUARDED,
@@ -65,10 +66,9 @@ def test_what_the_page_says_in_words_is_what_the_records_hold():
     def mean(points, name):
         return 100 * fmean(getattr(point, name) for point in points)
 
-    def removed(points, index=slice(None)):
+    def removed(points, index=slice(None), after=SAFEGUARDED):
         tuned, after, aligned = (
-            fmean(p.attack for p in points[m][index])
-            for m in ("fine-tuned", SAFEGUARDED, "aligned")
+            fmean(p.attack for p in points[m][index]) for m in ("fine-tuned", after, "aligned")
         )
         return 100 * (tuned - after) / (tuned - aligned)
 
@@ -95,10 +95,12 @@ def test_what_the_page_says_in_words_is_what_the_records_hold():
         f"{below(released):.1f} points fewer on the released model, {below(demo):.1f} fewer",
         f"loses {mean(released[SAFEGUARDED][alpaca], 'lost'):.1f} and",
         f"removes {removed(released, alpaca):.0f} %, on GSM8K {removed(released, gsm8k):.0f} %",
-        f"{removed(poison):.0f} % of what the poison added",
+        f"{removed(poison):.0f} % of what the poison added is removed, "
+        f"{removed(poison, after=LARGER):.0f} % with four times the shots",
         f"({mean(demo[BASELINE], 'refusal'):.1f} instead of {mean(demo[SAFEGUARDED], 'refusal'):.1f} %)",
         f"({mean(demo[BASELINE], 'lost'):.1f} instead of {mean(demo[SAFEGUARDED], 'lost'):.1f} points)",
-        f"{same(BEST):.1f} instead of {same('CE'):.1f} % of all prompts",
+        f"{same('KL'):.1f} instead of {same('CE'):.1f} % of all prompts",
+        f"and {same(DEFAULT):.1f} with border prompts",
     ):
         assert words in text, words
 

@@ -412,7 +412,7 @@ def streaming(*found: dict) -> list[str]:
         *rows,
         f"medians of {', '.join(map(str, repeats[1:-1]))} and {repeats[-1]} runs",
         f"{min(copies):.1f} to {max(copies):.1f} times a copy",
-        f"{min(alone):.0f} to {max(alone):.0f} times faster without our start and {min(whole):.1f} to {max(whole):.1f} times",
+        f"{min(alone):.0f} to {max(alone):.0f} times faster than the peers, with it {min(whole):.1f} to {max(whole):.1f} times",
     ]
 
 
