@@ -20,7 +20,7 @@ from transformers import (
 
 from .checkpoints.contents import ADAPTER_CONFIG
 from .checkpoints.loading import load_processor
-from .checkpoints.places import failure_path
+from .checkpoints.places import failure_path, same_place
 from .config.settings import SafeGeneConfig
 from .config.validation import check_is, shown
 from .data.prompt_style import trained_options
@@ -255,8 +255,9 @@ class SafeGeneCallback(TrainerCallback):
         what is written last would stay.
         """
         for other in _CALLBACKS:
-            same = self._place is not None and other._place == self._place
-            if other is not self and same and other._state is self._state:
+            if other is self or other._state is not self._state:
+                continue
+            if self._place and other._place and same_place(self._place, other._place):
                 raise ConfigError(
                     f"Two SafeGene callbacks of this training write to {self._place}: leave one of them out, give each an "
                     "`output.output_dir` of its own, or make one vector of theirs by `safegene combine`."

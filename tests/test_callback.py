@@ -734,6 +734,11 @@ def test_two_callbacks_of_a_training_do_not_write_to_one_place(config, tokenizer
     with pytest.raises(ConfigError, match=r"Two SafeGene callbacks .*safeguarded: leave one"):
         trainer.train()
     assert trainer.state.global_step == 0
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    elsewhere = own | {"output_dir": str(tmp_path / "link" / "safeguarded")}
+    callbacks = [callbacks[0], SafeGeneCallback(config(**elsewhere))]
+    with pytest.raises(ConfigError, match=r"Two SafeGene callbacks"):
+        sft(tmp_path / "out", callbacks, tokenizer).train()
     sft(tmp_path / "out", callbacks[:1], tokenizer).train()  # what failed is forgotten
     own["output_dir"] = str(tmp_path / "out" / "second")
     callbacks = [SafeGeneCallback(config()), SafeGeneCallback(config(**own))]

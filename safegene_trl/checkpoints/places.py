@@ -46,6 +46,13 @@ def check_places(
                 _check_place(target, what, Path(one), what in inside_ok)
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths name one file or folder, which may not be there yet: through links, other
+    spelling or mounts as well.
+    """
+    return _places(one)[0] == _places(other)[0]
+
+
 def _check_place(target: Path, what: str, path: Path, inside_ok: bool) -> None:
     here, there = _places(target), _places(path)
     if there[0] == here[0]:

@@ -79,13 +79,15 @@ def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str
 
 
 def _stamps(source: str) -> list[Any]:
-    """What tells whether a file or folder was written to since; of a hub id its name."""
+    """What tells whether a file or folder was written to since, below it as well; of a hub id its
+    name.
+    """
     place = Path(source)
-    files = sorted(place.glob("*")) if place.is_dir() else [place]
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [
         source,
         [
-            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            [str(file.relative_to(place)), file.stat().st_size, file.stat().st_mtime_ns]
             for file in files
             if file.is_file()
         ],

@@ -9,6 +9,7 @@ from typing import TypeVar
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 from ..errors import CalibrationDataError
+from ..provenance import sha256_of_file
 
 
 T = TypeVar("T")
@@ -44,7 +45,15 @@ def load_rows(source: str, split: str) -> Dataset:
     try:
         if path.is_file():
             kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix, path.suffix.lstrip("."))
-            data = load_dataset(kind, data_files=str(path), split="train")
+            data = load_dataset(
+                kind,
+                # a cache of its own for every content: times and names of files do not tell it
+                name=sha256_of_file(path)[:16],
+                data_files=str(path),
+                split="train",
+                # only an empty cell is none: `None` and `NA` are words
+                **({"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}),
+            )
         elif path.is_dir() and (path / "state.json").exists():
             data = load_from_disk(source)
         else:

@@ -10,6 +10,7 @@ from scipy.stats import binomtest, bootstrap, norm
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+ALIKE = 1e-9  # values that differ by less do so by rounding
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ def mean_interval(values: Sequence[float], seed: int = 0, step: float = 0.0) -> 
     mean = float(sample.mean())
     half = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(2) * step / (len(sample) + 2)
     least, most = mean - half, mean + half
-    if len(sample) < 2 or np.all(sample == sample[0]):
+    if len(sample) < 2 or float(np.ptp(sample)) < ALIKE:
         return least, most
     generator = np.random.default_rng(seed)
     found = bootstrap(
         (sample,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=generator
     )
-    low, high = found.confidence_interval
-    return min(float(low), least), max(float(high), most)
+    low, high = (float(end) for end in found.confidence_interval)
+    low, high = (end if math.isfinite(end) else mean for end in (low, high))
+    return min(low, least), max(high, most)
 
 
 def paired_interval(differences: Sequence[float]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Which fine-tunes this version can merge exactly; every other one is refused by its name."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -154,6 +155,8 @@ def check_held(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"The adapter on `{canonical_name(name)}` is merged into the weights: call `unmerge_adapter()` on the model."
             )
+        if isinstance(module, LoraLayer):
+            _check_scaling(canonical_name(name), module, configs)
     biases = {getattr(config, "bias", "none") for config in configs.values()}
     for name, tensor in base.named_parameters() if configs else ():
         saved = inside_adapter(name) or ".modules_to_save." in name
@@ -164,6 +167,24 @@ def check_held(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"The fine-tune trains `{canonical_name(name)}` beside its LoRA, and PEFT does not save that: name its module "
                 "in the LoRA's `modules_to_save`, or freeze it."
+            )
+
+
+def _check_scaling(name: str, module: LoraLayer, configs: Mapping[str, Any]) -> None:
+    """Raises `UnsupportedModelError` where a layer's adapter does not act as strongly as it will when it
+    is loaded again, because PEFT stores alpha and rank alone.
+    """
+    for adapter in module.active_adapters:
+        if adapter not in module.scaling or adapter not in configs:
+            continue
+        rank = module.r[adapter]
+        stored = module.lora_alpha[adapter] / (
+            math.sqrt(rank) if configs[adapter].use_rslora else rank
+        )
+        if not math.isclose(module.scaling[adapter], stored, rel_tol=1e-6):
+            raise UnsupportedModelError(
+                f"The LoRA `{adapter}` on `{name}` acts with a scaling of {module.scaling[adapter]:g}, and PEFT saves it with {stored:g}: "
+                "call `unscale_layer()` on its layers, or change its `lora_alpha`."
             )
 
 

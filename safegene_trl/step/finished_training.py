@@ -110,12 +110,12 @@ class FinishedTraining:
     def _has_changed(self, model: nn.Module, place: Path, sharding: Sharding) -> bool:
         """Collective: whether the weights are others than when this checkpoint was saved, as those
         are that another callback averages when the training ends. Of a checkpoint from before the
-        training was resumed that is not known: they are what it was loaded from.
+        training was resumed that is not known, and counts as changed.
         """
         step = place.name.rpartition("-")[2]
         before = self.saved.get(int(step)) if step.isdigit() else None
         now = fingerprint(model, sharding)
-        changed = before is not None and not torch.allclose(before, now, 0, 0, equal_nan=True)
+        changed = before is None or not torch.allclose(before, now, 0, 0, equal_nan=True)
         return bool(sharding.sum(torch.tensor([int(changed)])).item())
 
 

@@ -14,7 +14,7 @@ import torch
 from ..checkpoints.atomic_writes import atomic_directory
 from ..checkpoints.contents import VECTOR
 from ..config.validation import Rule, check_value, folder, shown
-from ..errors import ConfigError, FamilyError
+from ..errors import ConfigError, FamilyError, VectorError
 from ..models.low_rank import LowRankDelta
 from ..models.names import component_labels
 from ..provenance import software_versions
@@ -205,7 +205,11 @@ def _stacked(name: str, d_in: int, d_out: int, vectors: Sequence[SafetyVector]) 
         )
         for vector in vectors
     ]
-    return LowRankDelta(
-        torch.cat([part.a.to(dtype) for part in parts]),
-        torch.cat([part.b.to(dtype) for part in parts], dim=1),
-    )
+    a = torch.cat([part.a.to(dtype) for part in parts])
+    b = torch.cat([part.b.to(dtype) for part in parts], dim=1)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise VectorError(
+            f"The factors of `{name}` are beyond {str(dtype).removeprefix('torch.')}, the data type of the first vector: name a vector "
+            "in float32 or bfloat16 first."
+        )
+    return LowRankDelta(a, b)

@@ -147,6 +147,15 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     assert key() == first
     task_file.write_text(task_file.read_text() + "\n")
     assert key() != first
+    folder = tmp_path / "task" / "data"
+    folder.mkdir(parents=True)
+    read.models[0].setdefault("safegene", {}).setdefault("data", {})["task_data"] = str(
+        folder.parent
+    )
+    before = key()
+    (folder / "train.jsonl").write_text(task_file.read_text())
+    assert key() != before
+    del read.models[0]["safegene"]["data"]["task_data"]
     target = tmp_path / "releases" / "a"
     save_report(target)
     member = fleet_member.member_of(read, read.models[0], {})

@@ -33,6 +33,26 @@ def test_bootstrap_covers_the_mean():
     assert mean_interval([0.5, 0.5]) == (0.5, 0.5) and mean_interval([0.2]) == (0.2, 0.2)
 
 
+@pytest.mark.parametrize("count", [4, 8, 12, 32])
+@pytest.mark.parametrize("step", [0.0, 1 / 3])
+def test_an_interval_of_values_that_differ_by_rounding_alone_is_a_number(count, step):
+    """A third is 1 - 2/3 in some samples and 2/3 - 1/3 in others."""
+    values = [1 - 2 / 3, 2 / 3 - 1 / 3] * (count // 2)
+    assert len(set(values)) == 2
+    low, high = mean_interval(values, step=step)
+    assert low <= 1 / 3 + 1e-9 and high >= 1 / 3 - 1e-9
+    assert (high - low > 0.01) == (step > 0)
+
+
+def test_an_interval_whose_bootstrap_is_no_number_has_the_width_it_must_have(monkeypatch):
+    class Nothing:
+        confidence_interval = (math.nan, math.nan)
+
+    monkeypatch.setattr("safegene_trl.judges.intervals.bootstrap", lambda *a, **k: Nothing)
+    low, high = mean_interval([0.1, 0.3, 0.2], step=0.5)
+    assert low < 0.2 < high
+
+
 @pytest.mark.parametrize(("more", "less"), [(0.02, 0.0), (0.06, 0.01), (0.2, 0.1)])
 @pytest.mark.parametrize("count", [16, 64])
 def test_an_interval_of_paired_shares_covers_the_truth(more, less, count):

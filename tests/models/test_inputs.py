@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -135,6 +136,19 @@ def test_load_rows(tmp_path):
     assert len(load_dataset(str(tmp_path / "hub"), split="train")) == len(
         load_rows(str(tmp_path / "hub"), "train")
     )
+
+
+def test_a_file_of_the_same_name_and_time_is_read_anew(tmp_path):
+    for prompt in ("a", "b"):
+        (tmp_path / "x.jsonl").write_text(f'{{"prompt": "{prompt}"}}\n')
+        os.utime(tmp_path / "x.jsonl", (1, 1))
+        assert load_rows(str(tmp_path / "x.jsonl"), "train")["prompt"] == [prompt]
+
+
+def test_words_for_nothing_are_words(tmp_path):
+    rows = "prompt,category\na,None\nb,NA\nc,\n"
+    (tmp_path / "x.csv").write_text(rows)
+    assert load_rows(str(tmp_path / "x.csv"), "train")["category"] == ["None", "NA", None]
 
 
 def test_load_rows_of_one_configuration_and_split(tmp_path):

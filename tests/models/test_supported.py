@@ -139,6 +139,13 @@ def refused():
         merged,
         r"on `model.layers.0.self_attn.q_proj` is merged.*`unmerge_adapter\(\)`",
     )
+    louder = with_lora(make_model())
+    louder.base_model.model.model.layers[1].self_attn.q_proj.set_scale("default", 0.25)
+    yield (
+        "a scaling that is not saved",
+        louder,
+        r"The LoRA `default` on `model.layers.1.self_attn.q_proj` acts with a scaling of .* saves it with .*`unscale_layer\(\)`",
+    )
     yield "no transformers model", torch.nn.Linear(2, 2), "not a transformers model"
 
 

@@ -206,6 +206,27 @@ def test_a_training_that_diverged_is_told_from_a_bug_and_is_kept(lora, train, tm
     assert any(tensor.isnan().any() for tensor in load_file(tmp_path / "out" / name).values())
 
 
+def test_a_best_checkpoint_from_before_a_resumed_training_is_not_taken_for_the_fine_tune(
+    vector_dir, tokenizer, tmp_path
+):
+    """What another callback has changed since it was loaded cannot be told."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    saving |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    out = tmp_path / "out"
+    sft(out, [], tokenizer, make_model(), max_steps=1, **saving).train()
+    values = {"max_utility_loss": 100.0, "utility_weight": 0.0, "max_evaluations": 3}
+    callback = SafeGeneCallback(config_of(vector=str(vector_dir), **values))
+    # the first checkpoint stays the best
+    saving |= {"greater_is_better": True, "max_steps": 2, "learning_rate": 1e-3}
+    trainer = sft(out, [Averaging(), callback], tokenizer, make_model(), **saving)
+    callback.attach(trainer)
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+    assert trainer.state.best_model_checkpoint == str(out / "checkpoint-1")
+    assert callback.report["fine_tune"] == str(out)
+    kept = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(kept, trainer.model.get_input_embeddings().weight.detach())
+
+
 @pytest.mark.parametrize("best", [False, True])
 def test_a_checkpoint_from_before_the_weights_were_changed_is_not_named(best, train, tmp_path):
     """By another callback at the training's end: an adapter would be relative to other weights."""

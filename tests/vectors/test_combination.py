@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from safegene_trl.commands.main import main
 from safegene_trl.errors import ConfigError, FamilyError, VectorError
+from safegene_trl.models.low_rank import LowRankDelta
 from safegene_trl.vectors.combination import combined
 from safegene_trl.vectors.safety_vector import SafetyVector
 
@@ -167,6 +168,17 @@ def test_what_cannot_be_combined(two, tmp_path):
     first.extraction = {"method": "combined", "rank": 2, "components": [1, 2]}
     with pytest.raises(VectorError, match="`extraction`"):
         first.save_pretrained(tmp_path / "vector")
+
+
+def test_factors_that_the_first_vectors_type_does_not_hold_are_refused(two):
+    first, second = two
+    first.deltas = {
+        name: LowRankDelta(delta.a.half(), delta.b.half()) for name, delta in first.deltas.items()
+    }
+    name, delta = next(iter(second.deltas.items()))
+    second.deltas = second.deltas | {name: LowRankDelta(torch.full_like(delta.a, 1e6), delta.b)}
+    with pytest.raises(VectorError, match=f"`{name}` are beyond float16.*in float32 or bfloat16"):
+        combined(two)
 
 
 def test_a_vector_that_is_named_twice_is_refused(two, tmp_path, capsys):
