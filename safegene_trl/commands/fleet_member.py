@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoints.atomic_writes import replace_file
 from ..checkpoints.contents import FLEET_WORKSHOP, MARKER
 from ..checkpoints.places import failure_path
+from ..checkpoints.source import adapter_base
 from ..errors import ConfigError, SafeGeneError
 from ..provenance import sha256_of_file, sha256_of_json
 from ..step.decision import EXIT_CODES
@@ -61,9 +62,7 @@ def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str
     replace_file(file, as_yaml(recipe))
     target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result
-    inputs = [
-        _stamps(source) for source in sources(recipe).values() if not overlap(Path(source), target)
-    ]
+    inputs = [_stamps(source) for source in _read(recipe) if not overlap(Path(source), target)]
     member = Member(name, file, target, sha256_of_json([recipe, inputs]))
     earlier = before.get(name, {})
     if earlier.get("key") == member.key and earlier.get("outcome") in EXIT_CODES:
@@ -76,6 +75,15 @@ def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str
             )
             member.finish(earlier["outcome"], earlier["message"])
     return member
+
+
+def _read(recipe: Mapping[str, Any]) -> list[str]:
+    """What a recipe reads, and the base model that its adapter names."""
+    named = list(sources(recipe).values())
+    with suppress(SafeGeneError):  # which its own process will tell
+        base = adapter_base(str(recipe["model_name_or_path"]))
+        named += [base] if base else []
+    return named
 
 
 def _stamps(source: str) -> list[Any]:

@@ -156,6 +156,15 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     (folder / "train.jsonl").write_text(task_file.read_text())
     assert key() != before
     del read.models[0]["safegene"]["data"]["task_data"]
+    (tmp_path / "base").mkdir()
+    adapter = tmp_path / "a" / "adapter_config.json"
+    adapter.write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    before = key()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    assert key() != before
+    adapter.unlink()
     target = tmp_path / "releases" / "a"
     save_report(target)
     member = fleet_member.member_of(read, read.models[0], {})
