@@ -154,8 +154,9 @@ def audit_of(data: bytes, name: str) -> AuditRecord:
             raise ValueError("a cell is there twice")
         if _count(found["blind_spots"]) != len(record.blind_spots):
             raise ValueError("its blind spots are not as many as it says")
+        fewest = _count(found.get("min_prompts", 1))
         if not 0 < record.least_share < 1 or not all(
-            _can_be(cell, record.least_share) for cell in cells
+            _can_be(cell, record.least_share, fewest) for cell in cells
         ):
             raise ValueError("a verdict is not that of its numbers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -179,10 +180,12 @@ def _cell(found: Any) -> AuditedCell:
     )
 
 
-def _can_be(cell: AuditedCell, least_share: float) -> bool:
-    """Whether the numbers of a cell allow its verdict."""
+def _can_be(cell: AuditedCell, least_share: float, fewest: int) -> bool:
+    """Whether the numbers of a cell allow its verdict, where `fewest` prompts tell something."""
     if cell.count > cell.prompts or (cell.share is None) != (cell.count == 0):
         return False
+    if cell.verdict == "nothing_lost":
+        return cell.count == 0 and cell.prompts >= max(1, fewest)
     told = cell.verdict in ("blind_spot", "unsure", "fine")
     enough = cell.share is not None and (cell.verdict != "fine" or cell.share > least_share)
     return enough if told else True
