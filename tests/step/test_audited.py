@@ -56,7 +56,7 @@ def test_more_blind_spots_than_allowed_are_named(saved):
 
 def test_an_audit_that_tells_nothing_allows_nothing(saved):
     folder, weights = saved
-    for cells in ([], [cell("too_few", category="a"), nothing_lost(20)]):
+    for cells in ([], [cell("too_few", form="story"), nothing_lost(20)]):
         (folder / AUDIT_FILE).write_text(audit_file(weights, *cells))
         with pytest.raises(ConfigError, match="has enough lost refusals to tell anything"):
             checked(folder)

@@ -86,6 +86,13 @@ HOSTILE = {
     "text for cells": audit_file(WEIGHTS, cells="cells"),
     "a key that is none": audit_file(WEIGHTS, prompts=[{"key": "x", "safeguarded": "refused"}]),
     "no measure": audit_file(WEIGHTS, measure="hidden"),
+    "no judges": audit_file(WEIGHTS, judges=[]),
+    "a judge without a name": audit_file(WEIGHTS, judges=[{"name": 1}]),
+    "text for a count": audit_file(WEIGHTS, max_new_tokens="48"),
+    "a file without a hash": audit_file(WEIGHTS, models={"fine_tune": {"files": {"a": None}}}),
+    "text for a coefficient": audit_file(
+        WEIGHTS, coefficients={"least": "1", "mean": 1, "largest": 1}
+    ),
     "too large": " " * (MOST_BYTES + 1),
 }
 
