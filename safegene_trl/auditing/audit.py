@@ -27,7 +27,7 @@ from ..vectors.files import WEIGHTS_FILE
 from ..vectors.safety_vector import SafetyVector
 from .asking import Asked, Asker
 from .cells import ALPHA, Labelled, cells_of, needed, overall
-from .compare import compared
+from .compare import compared, other_models
 from .config import AuditConfig
 from .labels import Labels
 from .plan import measure_of, plan_audit
@@ -81,6 +81,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         result["attacker"] = _attacker(vector, result["cells"], rows, without)
         if plan.before is not None:
             result["before"] = compared(plan.before, result["cells"], rows)
+            result["warnings"] = [*result["warnings"], *other_models(plan.before, result)]
         return _written(folder, config, vector, result)
 
 

@@ -84,7 +84,8 @@ def cells_of(
     tested = [cell for cell in found if cell["count"] >= min_prompts]
     _test(tested, least_share)
     for cell, at in zip(found, places, strict=True):
-        held = sum(row.labels["aligned"] in HELD for row in rows if row.place.within(at))
+        own = (row for row in rows if row.is_judged and row.place.within(at))
+        held = sum(row.labels["aligned"] in HELD for row in own)
         cell["verdict"] = _verdict(cell, held, least_share, min_prompts)
     return sorted(found, key=_order)
 

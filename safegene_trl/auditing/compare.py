@@ -9,28 +9,63 @@ from ..errors import ConfigError
 from ..evaluation.agreement import WITHOUT_ANSWER
 from ..evaluation.statistics import holm
 from ..judges import ATTACK_SUCCEEDED
-from ..vectors.audit_file import AuditRecord
+from ..provenance import same_weights
+from ..step.lineage import ROUNDING
+from ..text import printable
+from ..vectors.audit_file import SUMMARY, AuditRecord
 from .cells import ALPHA, Labelled
+from .config import AuditConfig
 
 
-def check_comparable(before: AuditRecord, measure: str, least_share: float, keys: Set[str]) -> None:
+def check_comparable(
+    before: AuditRecord, measure: str, config: AuditConfig, keys: Set[str]
+) -> None:
     """Raises `ConfigError` for an earlier audit whose verdicts mean something else, or that has none of
     the prompts with these keys.
+
+    Another judge, or answers of another length, would change labels by themselves, and that would
+    pass for what the vector does. What the earlier audit does not say is not held against it.
     """
     for name, was, now in (
         ("measure", before.measure, measure),
-        ("least_share", before.least_share, least_share),
+        ("least_share", before.least_share, config.least_share),
+        ("first judge", before.judge, config.judges[0]),
+        ("max_new_tokens", before.max_new_tokens, config.max_new_tokens),
     ):
-        if was != now:
+        if was is not None and was != now:
             raise ConfigError(
-                f"The audit {before.name} has the {name} {was} and this one would have {now}, so that their verdicts do not compare: "
-                "name a fine-tune in both or in neither, and one `least_share`, or leave out `before`."
+                f"The audit {before.name} has the {name} {printable(was)} and this one would have {printable(now)}, so that their verdicts "
+                "do not compare: name a fine-tune in both or in neither, one `least_share`, one first judge and one `max_new_tokens`, or leave "
+                "out `before`."
             )
     if not before.prompts.keys() & keys:
         raise ConfigError(
             f"The audit {before.name} has none of these prompts, so that nothing can be compared: name data sets that it was made "
             "with, or leave out `before`."
         )
+
+
+def other_models(before: AuditRecord, now: Mapping[str, Any]) -> list[str]:
+    """A sentence where two audits are, as far as they say, of other fine-tunes or coefficients: what
+    changed between them need not come from the vector.
+
+    Args:
+        before: The earlier audit.
+        now: What is in the later one's file.
+    """
+    others = []
+    fine_tune, coefficients = now["models"].get("fine_tune", {}), now["coefficients"]
+    same = same_weights(before.fine_tune or {}, fine_tune)
+    if same is False or before.stand_in != now["fine_tune"]["stand_in"]:
+        others.append("another fine-tune")
+    own = [coefficients[name] for name in SUMMARY]
+    if any(abs(a - b) > ROUNDING for a, b in zip(before.coefficients or own, own, strict=True)):
+        others.append("other coefficients")
+    if not others:
+        return []
+    return [
+        f"The audit {_file_name(before)} is of {' and '.join(others)}: what changed since then can come from that."
+    ]
 
 
 def compared(
@@ -75,7 +110,7 @@ def compared(
         cell["p_corrected"] = corrected[str(i)]
         cell["changed"] = corrected[str(i)] < ALPHA
     return {
-        "name": before.name.rsplit("/", 1)[-1],
+        "name": _file_name(before),
         "sha256": before.sha256,
         "weights": before.weights,
         "measure": before.measure,
@@ -84,6 +119,11 @@ def compared(
         "new": [_words(cell) for cell in found if _turned(cell, "now", "before")],
         "only_before": [cell.name for cell in earlier.values()],
     }
+
+
+def _file_name(before: AuditRecord) -> str:
+    """Without its place on this machine."""
+    return before.name.rsplit("/", 1)[-1]
 
 
 def _is_in(row: Labelled, where: Mapping[str, str]) -> bool:

@@ -71,7 +71,7 @@ def plan_audit(config: AuditConfig) -> PlannedAudit:
     if before is not None:
         measure = measure_of(not model, chosen is None or chosen.uniform)
         keys = set(map(key_of, found.prompts))
-        check_comparable(before, measure, config.least_share, keys)
+        check_comparable(before, measure, config, keys)
     return PlannedAudit(config, vector, contents, before, chosen, aligned, model, found)
 
 

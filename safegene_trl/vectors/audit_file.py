@@ -23,6 +23,7 @@ DIMENSIONS = ("category", "language", "form", "length")
 CellVerdict = Literal["blind_spot", "unsure", "fine", "nothing_lost", "too_few"]
 VERDICTS: tuple[str, ...] = get_args(CellVerdict)
 MEASURES = ("restored", "reach")
+SUMMARY = ("least", "mean", "largest")  # what is told of coefficients
 ROLES = ("aligned", "fine_tune", "safeguarded")
 MOST_TEXT = 300  # characters of a name
 _MOST_CELLS = 10_000
@@ -66,6 +67,12 @@ class AuditRecord:
         stand_in: Whether the fine-tune was stood in for by the aligned model without the vector.
         cells: The cells, the blind spots first.
         prompts: By the key of a prompt, what the safeguarded model's answer was.
+        judge: The name of the judge that decided; None where the file does not say.
+        max_new_tokens: Tokens after which its answers were cut; None where the file does not say.
+        fine_tune: The reference of the fine-tune; None where there was none, or the file does not
+            say.
+        coefficients: The least, mean and largest of those that were audited; None where the file
+            does not say.
     """
 
     name: str
@@ -76,6 +83,10 @@ class AuditRecord:
     stand_in: bool
     cells: list[AuditedCell]
     prompts: dict[str, str]
+    judge: str | None = None
+    max_new_tokens: int | None = None
+    fine_tune: dict[str, Any] | None = None
+    coefficients: tuple[float, float, float] | None = None
 
     @property
     def blind_spots(self) -> list[AuditedCell]:
@@ -149,20 +160,38 @@ def audit_of(data: bytes, name: str) -> AuditRecord:
             _of(bool, found["fine_tune"]["stand_in"]),
             cells,
             dict(_answers(each) for each in _listed(found["prompts"], MOST_PROMPTS)),
+            **_asked(found),
         )
         if len({tuple(sorted(cell.where.items())) for cell in cells}) < len(cells):
             raise ValueError("a cell is there twice")
         if _count(found["blind_spots"]) != len(record.blind_spots):
             raise ValueError("its blind spots are not as many as it says")
+        fewest = _count(found.get("min_prompts", 1))
         if not 0 < record.least_share < 1 or not all(
-            _can_be(cell, record.least_share) for cell in cells
+            _can_be(cell, record.least_share, fewest) for cell in cells
         ):
             raise ValueError("a verdict is not that of its numbers")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise VectorError(
             f"{name} is no audit that this version reads ({type(error).__name__}): run `safegene audit` again."
         ) from error
     return record
+
+
+def _asked(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked and judged, and how, as far as the file says."""
+    asked: dict[str, Any] = {}
+    if "judges" in found:
+        asked["judge"] = _of(str, found["judges"][0]["name"])
+    if "max_new_tokens" in found:
+        asked["max_new_tokens"] = _count(found["max_new_tokens"])
+    if "fine_tune" in found.get("models", {}):
+        files = found["models"]["fine_tune"]["files"].items()
+        asked["fine_tune"] = {"files": {_of(str, key): _of(str, own) for key, own in files}}
+    if "coefficients" in found:
+        own = found["coefficients"]
+        asked["coefficients"] = tuple(_number(own[key]) for key in SUMMARY)
+    return asked
 
 
 def _cell(found: Any) -> AuditedCell:
@@ -179,10 +208,12 @@ def _cell(found: Any) -> AuditedCell:
     )
 
 
-def _can_be(cell: AuditedCell, least_share: float) -> bool:
-    """Whether the numbers of a cell allow its verdict."""
+def _can_be(cell: AuditedCell, least_share: float, fewest: int) -> bool:
+    """Whether the numbers of a cell allow its verdict, where `fewest` prompts tell something."""
     if cell.count > cell.prompts or (cell.share is None) != (cell.count == 0):
         return False
+    if cell.verdict == "nothing_lost":
+        return cell.count == 0 and cell.prompts >= max(1, fewest)
     told = cell.verdict in ("blind_spot", "unsure", "fine")
     enough = cell.share is not None and (cell.verdict != "fine" or cell.share > least_share)
     return enough if told else True
@@ -231,6 +262,13 @@ def _count(value: Any) -> int:
 
 
 def _share(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
+    share = _number(value)
+    if not 0 <= share <= 1:
         raise ValueError("a share is none")
+    return share
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError("it is no number")
     return float(value)

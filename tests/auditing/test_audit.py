@@ -452,6 +452,9 @@ def test_a_second_audit_is_held_against_the_first_cell_by_cell(config, planted, 
     assert not rafts["changed"] and rafts["won"] == 0
     assert "category locks" in found["before"]["gone"] and found["before"]["new"] == []
     assert "Against the earlier audit" in (tmp_path / "second" / PAGE).read_text()
+    assert found["warnings"] == [
+        "The audit audit.json is of other coefficients: what changed since then can come from that."
+    ]
 
 
 @pytest.mark.parametrize("value", [0, 0.0, "0"])
@@ -476,8 +479,38 @@ def test_audits_are_compared_whatever_the_file_is_called(config, planted, prompt
     renamed = prompts.rename(tmp_path / "renamed.jsonl")
     config.harmful_data, config.output_dir = [str(renamed)], str(tmp_path / "second")
     config.before = str(tmp_path / "out" / AUDIT_FILE)
-    cells = audit(config)["before"]["cells"]
+    found = audit(config)
+    cells = found["before"]["cells"]
     assert all(cell["paired"] > 0 and cell["won"] == cell["lost"] == 0 for cell in cells)
+    assert found["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"models": {"fine_tune": {"files": {"model.safetensors": "0"}}}}, ["another fine-tune"]),
+        ({"fine_tune": {"stand_in": True}}, ["another fine-tune"]),
+        (
+            {
+                "fine_tune": {"stand_in": True},
+                "coefficients": {"least": 1, "mean": 1, "largest": 1.5},
+            },
+            ["another fine-tune and other coefficients"],
+        ),
+        (dict.fromkeys(("judges", "max_new_tokens", "models", "coefficients")), []),
+    ],
+)
+def test_other_models_of_an_earlier_audit_are_told_as_far_as_it_says(
+    changes, said, config, planted, tmp_path
+):
+    audit(config)
+    path = tmp_path / "out" / AUDIT_FILE
+    earlier = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: value for k, value in earlier.items() if value is not None}))
+    config.before, config.output_dir = str(path), str(tmp_path / "second")
+    warnings = audit(config)["warnings"]
+    assert len(warnings) == len(said)
+    assert all(f"is of {what}: " in own for what, own in zip(said, warnings, strict=True))
 
 
 def test_what_was_not_judged_then_is_not_compared(config, planted, tmp_path):
@@ -496,6 +529,8 @@ def test_what_was_not_judged_then_is_not_compared(config, planted, tmp_path):
     ("changes", "message"),
     [
         ({"least_share": 0.7}, "has the least_share 0.5 and this one would have 0.7"),
+        ({"judges": ["embedding:x"]}, "has the first judge refusal_phrases and .* embedding:x, so"),
+        ({"max_new_tokens": 5}, "has the max_new_tokens 4 and this one would have 5"),
         ({"model": ""}, "has the measure restored and this one would have reach"),
         ({"harmful_data": "other"}, "has none of these prompts"),
     ],

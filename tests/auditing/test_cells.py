@@ -67,6 +67,17 @@ def test_where_the_aligned_model_refuses_nothing_nothing_can_be_lost(measure, al
         assert found["whole",] == "nothing_lost"
 
 
+@pytest.mark.parametrize("judged", [0, 1, 7, 8])
+@pytest.mark.parametrize("unknown", ["unjudged", "unfinished"])
+def test_of_answers_that_nobody_has_judged_nothing_is_known(judged, unknown):
+    rows = rows_of("x", 0, 0, held=20)
+    for row in rows[judged:]:
+        row.labels["fine_tune"] = unknown
+    cell = cells_of(rows, "restored", 0.5, 8, False)[0]
+    assert cell["verdict"] == ("nothing_lost" if judged == 8 else "too_few")
+    assert cell["prompts"] == judged and cell["not_judged"] == 20 - judged
+
+
 def test_one_cell_in_many_that_is_low_by_chance_is_no_blind_spot():
     """20 cells of 12 that restore half: the lowest has p 0.02, which alone would cry wolf."""
     rows = [row for i in range(19) for row in rows_of(f"c{i}", 6, 12)] + rows_of("low", 2, 12)

@@ -13,7 +13,7 @@ from safegene_trl.step.audited import check_audit
 from safegene_trl.vectors.audit_file import AUDIT_FILE
 
 from ..conftest import config_of
-from ..vectors.test_audit_file import audit_file, cell
+from ..vectors.test_audit_file import audit_file, cell, nothing_lost
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_more_blind_spots_than_allowed_are_named(saved):
 
 def test_an_audit_that_tells_nothing_allows_nothing(saved):
     folder, weights = saved
-    for cells in ([], [cell("too_few", category="a"), cell("nothing_lost", form="story")]):
+    for cells in ([], [cell("too_few", form="story"), nothing_lost(20)]):
         (folder / AUDIT_FILE).write_text(audit_file(weights, *cells))
         with pytest.raises(ConfigError, match="has enough lost refusals to tell anything"):
             checked(folder)

@@ -36,6 +36,11 @@ def audit_file(weights, *cells, **changes):
     return json.dumps(found | changes)
 
 
+def nothing_lost(prompts):
+    """A cell of so many judged prompts of which none was lost."""
+    return cell("nothing_lost", count=0, category="a") | {"prompts": prompts, "share": None}
+
+
 WEIGHTS = "b" * 64
 
 
@@ -81,6 +86,13 @@ HOSTILE = {
     "text for cells": audit_file(WEIGHTS, cells="cells"),
     "a key that is none": audit_file(WEIGHTS, prompts=[{"key": "x", "safeguarded": "refused"}]),
     "no measure": audit_file(WEIGHTS, measure="hidden"),
+    "no judges": audit_file(WEIGHTS, judges=[]),
+    "a judge without a name": audit_file(WEIGHTS, judges=[{"name": 1}]),
+    "text for a count": audit_file(WEIGHTS, max_new_tokens="48"),
+    "a file without a hash": audit_file(WEIGHTS, models={"fine_tune": {"files": {"a": None}}}),
+    "text for a coefficient": audit_file(
+        WEIGHTS, coefficients={"least": "1", "mean": 1, "largest": 1}
+    ),
     "too large": " " * (MOST_BYTES + 1),
 }
 
@@ -101,11 +113,21 @@ def test_what_is_no_audit_is_refused_in_one_sentence(name, tmp_path):
         (cell("unsure", 0.5, count=0, category="a"), {}),
         (cell("fine", 0.9, category="a") | {"share": None}, {}),
         (cell("fine", 0.9, category="a"), {"least_share": 0}),
+        (nothing_lost(0), {}),
+        (nothing_lost(7), {"min_prompts": 8}),
+        (nothing_lost(8), {"min_prompts": "8"}),
+        (cell("nothing_lost", 0.9, category="a"), {}),
     ],
 )
 def test_a_verdict_that_its_numbers_do_not_allow_is_refused(own, changes):
     with pytest.raises(VectorError, match="no audit that this version reads"):
         audit_of(audit_file(WEIGHTS, own, **changes).encode(), "x.json")
+
+
+def test_nothing_lost_of_as_many_prompts_as_tell_something_is_read():
+    for prompts, changes in ((8, {"min_prompts": 8}), (1, {})):  # an earlier one did not say
+        found = audit_of(audit_file(WEIGHTS, nothing_lost(prompts), **changes).encode(), "x.json")
+        assert found.cells[0].verdict == "nothing_lost"
 
 
 def test_a_file_that_is_not_there_or_is_a_folder_is_refused(tmp_path):
