@@ -6,7 +6,7 @@ again. No weight is changed, nothing of it is written, and no setting makes such
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def of_fine_tune(
         return _pair(Variant(), Variant(none, found.values)), found, []
     carried = carried_coefficients(model, vector, space.granularity, base_name=name)
     held = dict(carried)
-    warnings = _touch_up_warnings(carried)
+    warnings = _touch_up_warnings(carried) + _rebased_warnings(name)
     if chosen is not None and any(
         abs(chosen.values[key] - value) > 1e-5 for key, value in held.items()
     ):
@@ -176,6 +176,20 @@ def _touch_up_warnings(carried: Carried) -> list[str]:
     return [
         "The model's weights hold a touch-up as well, which is no part of the vector and stays in what stands for its fine-tune."
     ]
+
+
+def _rebased_warnings(name: str) -> list[str]:
+    """Of a release whose fine-tune held some of the vector already: how much is in no report."""
+    file = Path(name) / MARKER
+    if not file.is_file():
+        return []
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
+        if (read_json(file.read_bytes()).get("base") or {}).get("carried"):
+            return [
+                "The release's fine-tune was made from an earlier safeguarded one and held some of the vector already: what stands for it "
+                "here has none, so that more may count as lost than it had lost."
+            ]
+    return []
 
 
 def check_not_folded(name: str, revision: str | None) -> None:

@@ -2,6 +2,7 @@
 which hashes they are known again.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,33 @@ class Release:
                 f"The safety vector of {printable(str(self.folder))} is not at {printable(self.vector)}, where its report says: name its "
                 "folder by `--vector`."
             ) from error
+
+    def check_fine_tune(self, named: str) -> list[str]:
+        """What is to be said where nothing tells whether a model is the fine-tune that the folder was
+        made from.
+
+        Raises:
+            ConfigError: It is another one, by its files' hashes.
+        """
+        own = self.fine_tune
+        if own and Path(own).resolve() == Path(named).resolve():
+            return []
+        same = None
+        with suppress(OSError, ValueError):  # gone, or neither a folder nor in the hub's cache
+            same = same_weights(model_reference(named), model_reference(own)) if own else None
+        if same is False:
+            raise ConfigError(
+                f"{printable(named)} is not the fine-tune that {printable(str(self.folder))} was made from: name "
+                f"{printable(own)} as `model`, or leave `model` out."
+            )
+        return (
+            []
+            if same
+            else [
+                f"Whether {printable(named)} is the fine-tune that the folder was made from cannot be told, because that is not at "
+                f"{printable(own) or 'a place of its own'} any more."
+            ]
+        )
 
     def find_aligned(self, vector: SafetyVector, fine_tune: str) -> tuple[str, str | None] | None:
         """Name and revision of the aligned model, where it is on this machine: by its files' hashes

@@ -225,12 +225,13 @@ def load_side_by_side(config: DemoConfig) -> SideBySide:
     asking = config.asking(config.vector or release.vector)
     check_not_folded(asking.model, None)
     check_entry(asking.model, None)
+    unsure = release.check_fine_tune(config.model) if config.model and config.safeguarded else []
     chosen = chosen_coefficients(asking, vector)
     stored = StoredModel.open(asking.model).model
     tokenizer = load_tokenizer(asking.model)
     notes = vector.family.check_member(Family.of(stored, tokenizer))
     variants, coefficients, said = of_fine_tune(stored, vector, chosen, asking.model)
-    notes += [*said, f"Coefficients: {coefficients.source}."]
+    notes += [*unsure, *said, f"Coefficients: {coefficients.source}."]
     harmful, of_what = _harmful_prompts(vector, config.num_prompts)
     check_encoding(tokenizer, asking.model, [*harmful, *(one.asked for one in offered().values())])
     found, why_not = _find_aligned(config, release, vector)

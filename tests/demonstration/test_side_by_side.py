@@ -182,3 +182,30 @@ def test_folders_that_are_something_else(family, tmp_path):
 def test_reports_that_are_wrong(changes, error, said, family, tmp_path):
     with pytest.raises(error, match=said):
         load_side_by_side(config_for(moved(family, tmp_path, **changes)))
+
+
+def test_a_model_that_is_not_the_releases_fine_tune_is_refused(family, tmp_path):
+    own = load_side_by_side(config_for(family.safeguarded, model=family.tuned))
+    assert not any("cannot be told" in note for note in own.notes)
+    other = f"aligned is not the fine-tune that {family.safeguarded} was made from: name {family.tuned} as"
+    with pytest.raises(ConfigError, match=other):
+        load_side_by_side(config_for(family.safeguarded, model=family.aligned))
+    shutil.copytree(family.tuned, tmp_path / "copy")
+    copy = load_side_by_side(config_for(family.safeguarded, model=tmp_path / "copy"))
+    assert not any("cannot be told" in note for note in copy.notes)
+    shutil.copytree(family.safeguarded, tmp_path / "moved")
+    report = tmp_path / "moved" / "safegene_report.json"
+    report.write_text(report.read_text().replace(str(family.tuned), str(tmp_path / "gone")))
+    unsure = load_side_by_side(config_for(tmp_path / "moved", model=family.tuned))
+    assert any("cannot be told" in note and "gone" in note for note in unsure.notes)
+
+
+def test_a_fine_tune_of_a_release_is_told_to_have_none_of_the_vector(family, tmp_path):
+    shutil.copytree(family.safeguarded, tmp_path / "rebased")
+    file = tmp_path / "rebased" / "safegene_report.json"
+    report = json.loads(file.read_text())
+    for carried, told in (({"verified": True, "source": "the report"}, True), (None, False)):
+        report["base"]["carried"] = carried
+        file.write_text(json.dumps(report))
+        found = load_side_by_side(config_for(tmp_path / "rebased"))
+        assert any("from an earlier safeguarded one" in note for note in found.notes) == told
