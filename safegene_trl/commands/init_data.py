@@ -22,7 +22,7 @@ SHARED = {
 }
 EXAMPLE = "trl-lib/Capybara"
 _LONGEST_ROW = 2**20  # characters
-_KINDS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_KINDS = {".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,19 @@ def check_named(source: str, option: str) -> None:
 
 def check_columns(source: str, option: str) -> None:
     """Raises `ConfigError` for a text file whose first row has none of the columns that a training
-    reads. What cannot be read here is left to the training's own check.
+    reads, or whose cells stand between tabs, where it reads none. What cannot be read here is left to the training's own check.
     """
     path = Path(source)
     if not path.is_file():
         return
+    if path.suffix == ".tsv":
+        raise ConfigError(
+            f"`{option}` is {source}, and a training reads no cells between tabs: save it as CSV or JSON lines."
+        )
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".csv", ".tsv"):
-                found = next(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            if path.suffix == ".csv":
+                found = next(csv.reader(file))
             elif path.suffix == ".jsonl":
                 found = list(read_json(file.readline(_LONGEST_ROW)))
             else:

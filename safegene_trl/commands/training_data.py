@@ -20,7 +20,7 @@ from ..text import one_line
 
 
 # What `load_dataset` reads files by, not data sets of these names; and the endings of their files.
-_FORMATS = {"json": (".json", ".jsonl"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
+_FORMATS = {"json": (".json", ".jsonl"), "csv": (".csv",), "parquet": (".parquet",)}
 _FORMATS |= {"arrow": (".arrow",), "text": (".txt",)}
 
 
@@ -53,6 +53,11 @@ def _check_is_no_file(name: str) -> None:
     """
     path = Path(name)
     ending = path.suffix.lower()
+    if path.is_file() and ending == ".tsv":
+        raise CalibrationDataError(
+            f"`dataset_name` is {name}, and a training reads no cells between tabs: save it as JSON lines, and write "
+            f"`datasets: [{{path: json, data_files: {path.stem}.jsonl}}]` in the recipe."
+        )
     kinds = [kind for kind, endings in _FORMATS.items() if ending in endings]
     if path.is_file():
         kind, files, what = (kinds or ["json"])[0], name, "a file"

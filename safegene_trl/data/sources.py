@@ -45,14 +45,16 @@ def load_rows(source: str, split: str) -> Dataset:
     try:
         if path.is_file():
             kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix, path.suffix.lstrip("."))
+            # only an empty cell is none: `None` and `NA` are words
+            cells = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+            cells |= {"sep": "\t"} if path.suffix == ".tsv" else {}
             data = load_dataset(
                 kind,
                 # a cache of its own for every content: times and names of files do not tell it
                 name=sha256_of_file(path)[:16],
                 data_files=str(path),
                 split="train",
-                # only an empty cell is none: `None` and `NA` are words
-                **({"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}),
+                **cells,
             )
         elif path.is_dir() and (path / "state.json").exists():
             data = load_from_disk(source)

@@ -339,11 +339,18 @@ def test_a_hub_id_that_cannot_be_reached(place, capsys):
     assert "name the folder of a checkpoint" in refused(capsys, "no/such/model")
 
 
+def test_cells_between_tabs_are_told_at_once(place, capsys):
+    saved("llama")
+    Path("faq.tsv").write_text("prompt\tcompletion\na\tb\n")
+    said = refused(capsys, "model", "--data", "faq.tsv")
+    assert "`--data` is faq.tsv, and a training reads no cells between tabs: save it as CSV" in said
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("faq.csv", "question,answer\na,b\n"),
-        ("faq.tsv", "\ufeffquestion\tanswer\na\tb\n"),
+        ("faq.csv", "\ufeffquestion,answer\na,b\n"),
         ("faq.jsonl", '{"question": "a", "answer": "b"}\n'),
     ],
 )

@@ -214,3 +214,9 @@ def test_what_led_to_a_failure_of_datasets_is_said(run, tmp_path):
     (tmp_path / "broken" / "train.jsonl").write_text("{no")
     code, printed = run([], data=tmp_path / "broken")
     assert code == 2 and "generating the dataset: JSON parse error" in printed
+
+
+def test_cells_between_tabs_are_refused(run, tmp_path):
+    (tmp_path / "faq.tsv").write_text("prompt\tcompletion\na\tb\n")
+    code, said = run([], data=tmp_path / "faq.tsv")
+    assert code == 2 and "a training reads no cells between tabs: save it as JSON lines" in said

@@ -148,7 +148,10 @@ def test_a_file_of_the_same_name_and_time_is_read_anew(tmp_path):
 def test_words_for_nothing_are_words(tmp_path):
     rows = "prompt,category\na,None\nb,NA\nc,\n"
     (tmp_path / "x.csv").write_text(rows)
-    assert load_rows(str(tmp_path / "x.csv"), "train")["category"] == ["None", "NA", None]
+    (tmp_path / "x.tsv").write_text(rows.replace(",", "\t"))
+    for name in ("x.csv", "x.tsv"):
+        found = load_rows(str(tmp_path / name), "train")
+        assert found["category"] == ["None", "NA", None] and found["prompt"] == ["a", "b", "c"]
 
 
 def test_load_rows_of_one_configuration_and_split(tmp_path):
