@@ -62,7 +62,9 @@ def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str
     replace_file(file, as_yaml(recipe))
     target = target_of(recipe)
     # what it reads from its own folder, e.g. for a warm start, changes with its result
-    inputs = [_stamps(source) for source in _read(recipe) if not overlap(Path(source), target)]
+    inputs = [
+        _stamps(source, deep) for source, deep in _read(recipe) if not overlap(Path(source), target)
+    ]
     member = Member(name, file, target, sha256_of_json([recipe, inputs]))
     earlier = before.get(name, {})
     if earlier.get("key") == member.key and earlier.get("outcome") in EXIT_CODES:
@@ -77,21 +79,22 @@ def member_of(fleet: Fleet, entry: dict[str, Any], before: Mapping[str, dict[str
     return member
 
 
-def _read(recipe: Mapping[str, Any]) -> list[str]:
-    """What a recipe reads, and the base model that its adapter names."""
-    named = list(sources(recipe).values())
+def _read(recipe: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """What a recipe reads, the base model of a local adapter included, and whether folders below it
+    are read as well: those of data are. Below a model's lie other checkpoints.
+    """
+    named = [(source, "." in key) for key, source in sources(recipe).items()]
+    model = str(recipe["model_name_or_path"])
     with suppress(SafeGeneError):  # which its own process will tell
-        base = adapter_base(str(recipe["model_name_or_path"]))
-        named += [base] if base else []
+        base = adapter_base(model) if Path(model).is_dir() else None
+        named += [(base, False)] if base else []
     return named
 
 
-def _stamps(source: str) -> list[Any]:
-    """What tells whether a file or folder was written to since, below it as well; of a hub id its
-    name.
-    """
+def _stamps(source: str, deep: bool) -> list[Any]:
+    """What tells whether a file or folder was written to since; of a hub id its name."""
     place = Path(source)
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    files = sorted(place.rglob("*") if deep else place.glob("*")) if place.is_dir() else [place]
     return [
         source,
         [

@@ -108,14 +108,14 @@ class Release:
                 f"{printable(named)} is not the fine-tune that {printable(str(self.folder))} was made from: name "
                 f"{printable(own)} as `model`, or leave `model` out."
             )
-        return (
-            []
-            if same
-            else [
-                f"Whether {printable(named)} is the fine-tune that the folder was made from cannot be told, because that is not at "
-                f"{printable(own) or 'a place of its own'} any more."
-            ]
+        if same:
+            return []
+        why = (
+            f"its weights are not at {printable(own)} any more" if own else "its report names none"
         )
+        return [
+            f"Whether {printable(named)} is the fine-tune that the folder was made from cannot be told: {why}."
+        ]
 
     def find_aligned(self, vector: SafetyVector, fine_tune: str) -> tuple[str, str | None] | None:
         """Name and revision of the aligned model, where it is on this machine: by its files' hashes

@@ -165,6 +165,10 @@ def test_what_a_result_rests_on_is_done_again_when_it_changes(fleet, tmp_path, t
     (tmp_path / "base" / "config.json").write_text("{}")
     assert key() != before
     adapter.unlink()
+    before = key()  # a training that goes on saves below the model's folder
+    (tmp_path / "a" / "checkpoint-9").mkdir()
+    (tmp_path / "a" / "checkpoint-9" / "model.safetensors").touch()
+    assert key() == before
     target = tmp_path / "releases" / "a"
     save_report(target)
     member = fleet_member.member_of(read, read.models[0], {})

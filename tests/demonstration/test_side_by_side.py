@@ -197,7 +197,10 @@ def test_a_model_that_is_not_the_releases_fine_tune_is_refused(family, tmp_path)
     report = tmp_path / "moved" / "safegene_report.json"
     report.write_text(report.read_text().replace(str(family.tuned), str(tmp_path / "gone")))
     unsure = load_side_by_side(config_for(tmp_path / "moved", model=family.tuned))
-    assert any("cannot be told" in note and "gone" in note for note in unsure.notes)
+    assert any("cannot be told" in note and "gone any more" in note for note in unsure.notes)
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"fine_tune": None}))
+    unsure = load_side_by_side(config_for(tmp_path / "moved", model=family.tuned))
+    assert any("cannot be told: its report names none" in note for note in unsure.notes)
 
 
 def test_a_fine_tune_of_a_release_is_told_to_have_none_of_the_vector(family, tmp_path):
